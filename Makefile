@@ -1,0 +1,69 @@
+# Needs only Python >= 3.11, make and a network index; everything else goes into .venv. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+UV := VIRTUAL_ENV=$(VENV) $(BIN)/uv
+TREES := batchjob jobs tests
+
+# The lock is made for Linux; other systems resolve the same requirements afresh.
+ifeq ($(shell uname -s),Linux)
+REQUIREMENTS := --require-hashes --requirements requirements.lock
+else
+REQUIREMENTS := --extra dev --requirements pyproject.toml
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install lint format test demo lock wheel clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+install: $(INSTALLED)  ## .venv with everything in it; does nothing where that is up to date
+
+# uv itself comes through pip, with the version and hashes of the lock. uv does not read pip's settings, so an index
+# that is set for pip only is handed on.
+PIP_INDEX = $${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}
+HAND_ON = UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$(PIP_INDEX)}"
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python >= 3.11 is needed; name one: make PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(VENV)/uv.lock
+	@echo '$(UV) pip install $(REQUIREMENTS)'; $(HAND_ON) $(UV) pip install $(REQUIREMENTS)
+	$(UV) pip install --offline --no-deps --no-build-isolation --editable .
+	@touch $@
+
+lint: $(INSTALLED)  ## ruff and mypy, both strict
+	$(BIN)/ruff check $(TREES)
+	$(BIN)/ruff format --check $(TREES)
+	$(BIN)/mypy batchjob tests
+	@set -e; for folder in $(sort $(dir $(wildcard jobs/*/*.py))); do \
+	  echo "$(BIN)/mypy $$folder"; $(BIN)/mypy $$folder; done
+
+format: $(INSTALLED)  ## ruff, writing
+	$(BIN)/ruff check --fix $(TREES)
+	$(BIN)/ruff format $(TREES)
+
+test: $(INSTALLED)  ## all tests
+	$(BIN)/python -m pytest
+
+demo: $(INSTALLED)  ## handwritten digits, from pictures to Parquet, on a Ray started for it
+	$(BIN)/python jobs/digits/make_data.py
+	$(BIN)/python jobs/digits/train.py
+	$(BIN)/batchjob run jobs/digits/digits.yaml
+	$(BIN)/python jobs/digits/show.py
+
+lock: $(INSTALLED)  ## compile requirements.lock again, newest versions
+	$(UV) pip compile --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-annotate --no-header --extra dev --quiet --output-file requirements.lock pyproject.toml
+
+wheel: $(INSTALLED)  ## dist/batchjob-….whl, for cluster.yaml or for your own index
+	rm -rf dist
+	$(UV) build --wheel --offline --no-build-isolation
+
+clean:  ## remove caches and what the jobs wrote; .venv stays
+	rm -rf out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find $(TREES) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,315 @@
+"""Arguments in, exit code out. People are spoken to on stderr; with `--json` the last line of stdout is one object."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from batchjob import __version__
+from batchjob.errors import BatchjobError
+from batchjob.report import Outcome
+
+if TYPE_CHECKING:
+    from batchjob.job import Job
+    from batchjob.storage import Options
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="batchjob",
+    help="Run a vision model over every image of a dataset: one row per image in Parquet, exactly once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# What click raises for a wrong command line; newer typers carry their own click and do not export it.
+_UsageError: type[Any] = typer.BadParameter.__base__ or typer.BadParameter
+
+
+class PoolName(StrEnum):
+    ray = "ray"
+    local = "local"
+
+
+JobFile = Annotated[str, typer.Argument(metavar="JOB.yaml", help="The job file.")]
+Where = Annotated[str, typer.Argument(metavar="OUT", help="An output's path or URI, or the job file that writes it.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="section.key=value", help="Settings that replace the job file's.")
+]
+Params = Annotated[
+    list[str] | None, typer.Option("--param", "-p", metavar="NAME=VALUE", help="A parameter of the job; repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Endpoint = Annotated[str | None, typer.Option(help="URL of an S3 server other than AWS, where OUT is a URI.")]
+Region = Annotated[str | None, typer.Option(help="Region of the store, where OUT is a URI.")]
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one command line (`sys.argv` by default) and returns its exit code."""
+    given = list(sys.argv[1:] if args is None else args)
+    try:
+        code = app(given, prog_name="batchjob", standalone_mode=False)
+    except _UsageError as error:
+        error.show()
+        if "--json" in given:
+            print(Outcome("invalid", exit_code=2, message=error.format_message()).dump())
+        return 2
+    return code if isinstance(code, int) else 0
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"batchjob {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _batchjob(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    job: JobFile,
+    overrides: Overrides = None,
+    param: Params = None,
+    pool: Annotated[PoolName | None, typer.Option(help="Where workers run; same as runtime.pool=….")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; else RAY_ADDRESS, else one started here.")] = None,
+    allow_empty: Annotated[bool, typer.Option("--allow-empty", help="An input without images is fine.")] = False,
+    as_json: AsJson = False,
+    quiet: QuietFlag = False,
+) -> int:
+    """Run a job, or resume it. Exit 0 complete, 2 invalid, 3 over budget, 4 incomplete, 75 try again later."""
+    from batchjob.progress import pick_progress
+
+    began, output = time.monotonic(), None
+    try:
+        loaded = _read(job, param, [*(overrides or ()), *([f"runtime.pool={pool.value}"] if pool else ())])
+        output = loaded.output.uri
+        from batchjob.launch import run as launch
+
+        outcome = launch(loaded, address=address, allow_empty=allow_empty, progress=pick_progress(quiet))
+        _say(outcome.sentence())
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # explained, and turned into an exit code
+        _explain(error)
+        outcome = Outcome.of_error(error, output, time.monotonic() - began)
+    if as_json:
+        print(outcome.dump(), flush=True)
+    return outcome.exit_code
+
+
+@app.command()
+def validate(job: JobFile, overrides: Overrides = None, param: Params = None, as_json: AsJson = False) -> int:
+    """Check a job without running it: its file, its input, its model, its output."""
+
+    def work() -> tuple[dict[str, Any], list[str]]:
+        from batchjob import driver
+
+        lines = driver.validate(_read(job, param, overrides))
+        return {"status": "valid", "lines": lines}, lines
+
+    return _answer(work, as_json)
+
+
+@app.command()
+def plan(
+    job: JobFile,
+    overrides: Overrides = None,
+    param: Params = None,
+    as_json: AsJson = False,
+    quiet: QuietFlag = False,
+) -> int:
+    """List the input and say what a run would do, without doing it."""
+
+    def work() -> tuple[dict[str, Any], list[str]]:
+        from batchjob import driver
+        from batchjob.progress import pick_progress
+        from batchjob.report import describe
+
+        summary = driver.plan(_read(job, param, overrides), pick_progress(quiet))
+        return asdict(summary), describe(asdict(summary))
+
+    return _answer(work, as_json)
+
+
+@app.command()
+def status(
+    where: Where,
+    overrides: Overrides = None,
+    param: Params = None,
+    endpoint: Endpoint = None,
+    region: Region = None,
+    as_json: AsJson = False,
+) -> int:
+    """Say what an output holds: planned, committed and failed images, and whether it is complete."""
+
+    def work() -> tuple[dict[str, Any], list[str]]:
+        from batchjob.report import describe, look_at
+        from batchjob.storage import open_store
+
+        uri, options = _output(where, param, overrides, endpoint, region)
+        found = asdict(look_at(open_store(uri, options)))
+        return found, describe(found)
+
+    return _answer(work, as_json)
+
+
+@app.command()
+def errors(
+    where: Where,
+    overrides: Overrides = None,
+    param: Params = None,
+    limit: Annotated[int, typer.Option(min=0, help="Error rows to show; 0 shows all.")] = 20,
+    endpoint: Endpoint = None,
+    region: Region = None,
+    as_json: AsJson = False,
+) -> int:
+    """List the images that failed, and why. With --json a line each, and the counts last."""
+
+    def work() -> tuple[dict[str, Any], list[str]]:
+        from batchjob.ledger import error_rows
+        from batchjob.report import count_errors, describe
+        from batchjob.storage import open_store
+
+        uri, options = _output(where, param, overrides, endpoint, region)
+        store = open_store(uri, options)
+        for row in error_rows(store, limit or None):
+            if as_json:
+                print(json.dumps(row, default=str))
+            else:
+                _say(f"{row['uri']}: {row['error_stage']}/{row['error_type']}: {row['error_message']}")
+        counts = count_errors(store)
+        return {"output": uri, "failed": sum(counts.values()), "errors": counts}, describe(counts) or ["no error rows"]
+
+    return _answer(work, as_json)
+
+
+@app.command()
+def discard(
+    where: Where,
+    overrides: Overrides = None,
+    param: Params = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Really delete.")] = False,
+    endpoint: Endpoint = None,
+    region: Region = None,
+    as_json: AsJson = False,
+) -> int:
+    """Delete an output's rows and bury its plan, so that another job may write there. Needs --yes."""
+
+    def work() -> tuple[dict[str, Any], list[str]]:
+        from batchjob import driver
+
+        uri, options = _output(where, param, overrides, endpoint, region)
+        if not yes:
+            raise typer.BadParameter(f"this deletes every row in {uri}; add --yes to do so")
+        said = driver.discard(uri, options)
+        return {"status": "discarded", "output": uri, "message": said}, [said]
+
+    return _answer(work, as_json)
+
+
+@app.command()
+def schema() -> int:
+    """Print the JSON schema of job files, for editors: batchjob schema > batchjob.schema.json"""
+    from batchjob.job import job_schema
+
+    print(json.dumps(job_schema(), indent=2))
+    return 0
+
+
+@app.command()
+def env(as_json: AsJson = False) -> int:
+    """Say what a bug report needs: versions, devices, cores, memory, shared memory, Ray."""
+
+    def work() -> tuple[dict[str, Any], list[str]]:
+        from batchjob.environment import describe, facts
+
+        found = facts()
+        return found, describe(found)
+
+    return _answer(work, as_json)
+
+
+def _answer(work: Callable[[], tuple[Mapping[str, Any], Iterable[str]]], as_json: bool) -> int:
+    """Does `work` and says what it found: lines to a person, or the object to a machine."""
+    try:
+        found, lines = work()
+    except (_UsageError, BrokenPipeError):
+        raise
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # explained, and turned into an exit code
+        _explain(error)
+        outcome = Outcome.of_error(error)
+        if as_json:
+            said = {"status": outcome.status, "exit_code": outcome.exit_code, "message": outcome.message}
+            print(json.dumps(said), flush=True)
+        return outcome.exit_code
+    if as_json:
+        print(json.dumps({**found, "exit_code": 0}, default=str), flush=True)
+    else:
+        for line in lines:
+            _say(line)
+    return 0
+
+
+def _read(job: str, params: Sequence[str] | None, overrides: Sequence[str] | None) -> Job:
+    from batchjob.job import Job
+
+    given: dict[str, str] = {}
+    for param in params or ():
+        name, equals, value = param.partition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"{param!r} is no parameter; write -p name=value")
+        if name in given:
+            raise typer.BadParameter(f"-p {name}=… is given twice; keep one")
+        given[name] = value
+    return Job.from_file(job, given, overrides or ())
+
+
+def _output(
+    where: str, params: Sequence[str] | None, overrides: Sequence[str] | None, endpoint: str | None, region: str | None
+) -> tuple[str, Options]:
+    """The output's URI and storage options, from a job file or as typed."""
+    if where.endswith((".yaml", ".yml")) and Path(where).is_file():
+        job = _read(where, params, overrides)
+        return job.output.uri, job.storage
+    if params or overrides:
+        raise typer.BadParameter(f"{where} is no job file, so it takes neither -p nor section.key=value")
+    from batchjob.storage import StorageOptions
+
+    scheme, separator, _ = where.partition("://")
+    if not separator:
+        return str(Path(where).absolute()), {}
+    return where, {scheme + separator: StorageOptions(endpoint=endpoint, region=region)}
+
+
+def _say(text: str) -> None:
+    if text:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _explain(error: BaseException) -> None:
+    if isinstance(error, BatchjobError | KeyboardInterrupt):
+        _say(Outcome.of_error(error).message)
+    else:
+        traceback.print_exception(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""The pool on Ray: one actor a worker, each holding a `LocalPool`; the only file that imports ray.
+
+Ray carries shard keys, events and nothing else. Lost actors are replaced here; the shards they held come back to the
+driver as failed attempts.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from batchjob.errors import AttemptFailed, BatchjobError, InvalidJob, Temporary
+from batchjob.job import Job, Workers
+from batchjob.local import LocalPool
+from batchjob.pool import Done, Event, Failed, Ready, Setup, WorkerFailed
+from batchjob.records import ShardKey
+
+__all__ = ["RayPool"]
+
+_QUEUED = 2
+_POLL_SECONDS = 5.0
+_DEATHS_IN_A_ROW = 3
+_SCHEDULE_SECONDS = 900.0
+_OBJECT_STORE_BYTES = 128 << 20  # events only; what plasma takes of /dev/shm, the loaders lack
+_UNSHIPPED = (".git", ".venv", "__pycache__", "*.pyc")
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What the actors ask for."""
+
+    workers: int
+    least: int
+    cpus: float
+    gpus: float
+
+
+@dataclass
+class _Slot:
+    """One actor: what it runs, and the open question what happened there."""
+
+    name: str
+    actor: Any
+    poll: Any
+    running: dict[int, ShardKey] = field(default_factory=dict)
+    ready: bool = False
+
+
+class _Worker:
+    """The actor: a `LocalPool` at the other end of a wire."""
+
+    def __init__(self, cores: int, folder: str | None) -> None:
+        self._pool = LocalPool(cores, base=Path.cwd() / folder if folder is not None else None)
+
+    def start(self, setup: Setup) -> None:
+        self._pool.start(setup)
+
+    def submit(self, key: ShardKey, plan: int) -> None:
+        self._pool.submit(key, plan)
+
+    def wait(self, timeout: float) -> list[Event]:
+        return self._pool.wait(timeout)
+
+
+class RayPool:
+    """Ray actors, on a cluster or on a Ray started for this run. See `Pool`.
+
+    Args:
+        job: its `runtime` says how many workers of what size.
+        address: of a cluster; None starts a local Ray that ends with the run.
+    """
+
+    def __init__(self, job: Job, address: str | None) -> None:
+        if find_spec("ray") is None:
+            raise InvalidJob("runtime.pool: ray is not installed here; pip install 'ray[default]', or run with --pool local")
+        self._job, self._address = job, address
+        self._slots: list[_Slot] = []
+        self._events: list[Event] = []
+        self._layout: _Layout | None = None
+        self._setup: Setup | None = None
+        self._began = time.monotonic()
+        self._deaths = 0
+        self._started = threading.Event()
+        self._closed = False
+
+    @property
+    def size(self) -> int:
+        return self._layout.workers if self._layout else 0
+
+    def start(self, setup: Setup) -> None:
+        self._setup = setup
+        threading.Thread(target=self._start, name="ray-start", daemon=True).start()
+
+    def free(self) -> int:
+        ready = [slot for slot in self._slots if slot.ready]
+        if self._layout is None or len(ready) < self._layout.least:
+            return 0
+        return sum(_QUEUED - len(slot.running) for slot in ready)
+
+    def submit(self, key: ShardKey, plan: int) -> None:
+        slot = min((slot for slot in self._slots if slot.ready), key=lambda slot: len(slot.running))
+        slot.running[key.index] = key
+        slot.actor.submit.remote(key, plan)
+
+    def wait(self, timeout: float) -> list[Event]:
+        if not self._started.wait(timeout):
+            return []
+        events, self._events = self._events, []
+        if self._slots:
+            events += self._poll(0.0 if events else timeout)
+        if not any(slot.ready for slot in self._slots) and time.monotonic() - self._began > _SCHEDULE_SECONDS:
+            events.append(WorkerFailed(Temporary(f"no worker came up in {_SCHEDULE_SECONDS:.0f} s: {self._asked()}")))
+        return events
+
+    def close(self) -> None:
+        import ray
+
+        self._closed = True
+        self._started.wait(60)
+        for slot in self._slots:
+            ray.kill(slot.actor)
+        self._slots.clear()
+        ray.shutdown()
+
+    # -- starting ----------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        try:
+            self._connect()
+            self._layout = _plan_layout(self._job, _nodes())
+            for number in range(self._layout.workers):
+                self._slots.append(self._hire(f"{number}"))
+        except BatchjobError as error:
+            self._events.append(WorkerFailed(error))
+        except Exception as error:  # whatever Ray raises: the driver is told, not this thread's stderr
+            where = f"the cluster at {self._address}" if self._address else "a local Ray"
+            self._events.append(WorkerFailed(Temporary(f"{where} could not be used: {_first_line(error)}")))
+        finally:
+            self._started.set()
+
+    def _connect(self) -> None:
+        import ray
+
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a worker without GPUs must see none
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+        if self._address:
+            ray.init(address=self._address, runtime_env=self._runtime_env(), **quiet)
+        else:
+            ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
+
+    def _runtime_env(self) -> dict[str, Any] | None:
+        """Ship the job's folder, unless Ray has shipped it already (`ray job submit --working-dir`)."""
+        if _submitted():
+            return None
+        base, skip = self._job.base, list(_UNSHIPPED)
+        for uri in (self._job.input.uri, self._job.output.uri):
+            if Path(uri).is_relative_to(base):
+                skip.append("/" + str(Path(uri).relative_to(base)))
+        return {"working_dir": str(base), "excludes": skip}
+
+    def _folder(self) -> str | None:
+        """The job's folder relative to a worker's working directory; None where the driver's own path holds."""
+        if not self._address:
+            return None
+        if _submitted():
+            return os.path.relpath(self._job.base, Path.cwd())
+        return "."
+
+    def _hire(self, name: str) -> _Slot:
+        import ray
+
+        assert self._layout is not None
+        options = {
+            "num_cpus": self._layout.cpus,
+            "num_gpus": self._layout.gpus,
+            "max_concurrency": 4,
+            "max_restarts": 0,
+            "runtime_env": {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}},
+        }
+        actor = ray.remote(**options)(_Worker).remote(max(1, int(self._layout.cpus)), self._folder())
+        actor.start.remote(self._setup)
+        return _Slot(name, actor, actor.wait.remote(_POLL_SECONDS))
+
+    # -- listening ---------------------------------------------------------------------------------------------
+
+    def _poll(self, timeout: float) -> list[Event]:
+        import ray
+
+        answered, _ = ray.wait([slot.poll for slot in self._slots], timeout=timeout)
+        events: list[Event] = []
+        for slot in [slot for slot in self._slots if slot.poll in answered]:
+            try:
+                told = ray.get(slot.poll)
+            except ray.exceptions.RayError as error:
+                events += self._replace(slot, error)
+                continue
+            slot.poll = slot.actor.wait.remote(_POLL_SECONDS)
+            events += [self._account(slot, event) for event in told]
+        return events
+
+    def _account(self, slot: _Slot, event: Event) -> Event:
+        match event:
+            case Ready(_, loaded):
+                slot.ready = True
+                return Ready(slot.name, loaded)
+            case Done(result):
+                self._deaths = 0
+                slot.running.pop(result.key.index, None)
+            case Failed(key, _):
+                slot.running.pop(key.index, None)
+        return event
+
+    def _replace(self, slot: _Slot, error: Exception) -> list[Event]:
+        """A lost actor: its shards fail this attempt, a new one takes its place; too many in a row end the run."""
+        self._slots.remove(slot)
+        reason = f"worker {slot.name} was lost: {_first_line(error)}"
+        events: list[Event] = [Failed(key, AttemptFailed(reason)) for key in slot.running.values()]
+        self._deaths += 1
+        if self._deaths > _DEATHS_IN_A_ROW * max(1, self.size) and not slot.running:
+            return [*events, WorkerFailed(AttemptFailed(f"{reason}; {self._deaths} deaths in a row, no shard done"))]
+        if not self._closed:
+            self._slots.append(self._hire(slot.name))
+        return events
+
+    def _asked(self) -> str:
+        if self._layout is None:
+            return "Ray did not answer"
+        return f"each asks for {self._layout.cpus:g} CPUs and {self._layout.gpus:g} GPUs; the cluster has {_nodes()}"
+
+
+def _nodes() -> list[Mapping[str, float]]:
+    """CPUs and GPUs of each live node."""
+    import ray
+
+    return [
+        {"CPU": node["Resources"].get("CPU", 0.0), "GPU": node["Resources"].get("GPU", 0.0)}
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def _plan_layout(job: Job, nodes: list[Mapping[str, float]]) -> _Layout:
+    """How many workers of what size: one a GPU where there are any, else one a node with all its cores."""
+    runtime = job.runtime
+    gpus = runtime.gpus_per_worker
+    if gpus == "auto":
+        has_gpu = any(node["GPU"] for node in nodes)
+        gpus = 1.0 if runtime.device.startswith("cuda") or (runtime.device == "auto" and has_gpu) else 0.0
+    hosts = [node for node in nodes if (node["GPU"] >= gpus if gpus else node["CPU"] >= 1)]
+    cpus = runtime.cpus_per_worker
+    if cpus == "auto":
+        shares = [node["CPU"] * gpus / node["GPU"] if gpus else node["CPU"] for node in hosts]
+        cpus = max(1.0, float(int(min(shares, default=1.0))))
+    if runtime.device.startswith("cuda") and not gpus:
+        raise InvalidJob("runtime.gpus_per_worker is 0 but runtime.device asks for cuda; give gpus_per_worker: 1")
+    fit = sum(int(node["GPU"] // gpus if gpus else node["CPU"] // cpus) for node in hosts)
+    match runtime.workers:
+        case "auto":
+            return _Layout(max(1, fit), 1, cpus, gpus)
+        case Workers(min=least, max=most):
+            return _Layout(most, least, cpus, gpus)
+        case count:
+            return _Layout(count, 1, cpus, gpus)
+
+
+def _submitted() -> bool:
+    """Whether this driver is the entrypoint of a submitted Ray job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

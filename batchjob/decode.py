@@ -1,0 +1,251 @@
+"""Bytes to uint8 pixels with Pillow, for a short list of formats: a bad image becomes an `ImageFault`, nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from batchjob.errors import ImageFault
+from batchjob.settings import Settings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+    from PIL.ImageFile import ImageFile
+
+__all__ = ["DecodeSettings", "Decoded", "decode"]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_READ = "JPEG, PNG, WebP, GIF, BMP and TIFF"
+_ORIENTATION = 0x0112
+_SAMPLE_BITS = 258  # TIFF tag BitsPerSample
+
+# First bytes by which a file is told apart: those that are read, then those that are known and not read.
+_TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+", b"II\x00*", b"MM*\x00")
+_OURS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", *_TIFF)
+_OTHERS = (
+    (0, b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
+    (4, b"ftypavi", "AVIF"),
+    (4, b"ftyphe", "HEIF"),
+    (4, b"ftypmif1", "HEIF"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"\x00\x00\x01\x00", "an icon"),
+    (0, b"\x00\x00\x02\x00", "a cursor or TGA"),
+    (0, b"icns", "an icon"),
+    (0, b"DDS ", "DDS"),
+    (0, b"%PDF", "PDF"),
+    (0, b"%!PS", "PostScript"),
+    (0, b"\xc5\xd0\xd3\xc6", "PostScript"),
+    (0, b"SIMPLE  =", "FITS"),
+    (0, b"qoif", "QOI"),
+    (0, b"\x01\xda", "SGI"),
+    (0, b"<svg", "SVG"),
+    *((0, b"P" + digit, "Netpbm") for digit in (b"1\n", b"2\n", b"3\n", b"4\n", b"5\n", b"6\n")),
+)
+
+
+class DecodeSettings(Settings):
+    """Limits on one image; beyond them it becomes an error row.
+
+    Attributes:
+        max_pixels: width times height.
+        max_bytes: of the encoded file.
+    """
+
+    max_pixels: Annotated[int, Field(ge=1)] = 178_956_970
+    max_bytes: Annotated[int, Field(ge=1)] = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """`pixels` uint8 `[h, w, c]` (RGB, or one grey channel), and the size in pixels as the file stores it."""
+
+    pixels: np.ndarray
+    width: int
+    height: int
+
+
+def decode(data: bytes, settings: DecodeSettings, channels: Literal["rgb", "bgr", "gray"], exif: bool) -> Decoded:
+    """Decode one image; of an animation the first frame.
+
+    For ordinary images this is `Image.open(...).convert("RGB")`: alpha is dropped, palettes and CMYK are converted.
+    Grey of 16 bits is scaled to 8; 32-bit integers count as 16 bits if any value is over 255; floats as 0-1 if none
+    is over 1, else as 0-255.
+
+    Args:
+        data: the encoded file.
+        settings: limits.
+        channels: `gray` gives one channel; `rgb` and `bgr` both give RGB (the order is changed on the device).
+        exif: turn the image as its EXIF orientation says.
+
+    Raises:
+        ImageFault: stage `decode`, of type `empty`, `not_an_image`, `unsupported`, `truncated`, `corrupt`,
+            `too_large` or `memory`.
+    """
+    if not data:
+        raise _fault("empty", "the file is empty")
+    if len(data) > settings.max_bytes:
+        raise _fault("too_large", f"the file has {len(data):,} bytes, over decode.max_bytes {settings.max_bytes:,}")
+    with _quiet(settings.max_pixels), _deaf() if data.startswith(_TIFF) else contextlib.nullcontext():
+        try:
+            return _decode(data, settings, channels, exif)
+        except ImageFault:
+            raise
+        except MemoryError:
+            raise _fault("memory", "there was not enough memory to decode it") from None
+        except Exception as error:  # noqa: BLE001 - whatever Pillow meets in a file is a fault of that file
+            raise _classify(error, data, settings) from None
+
+
+def _decode(data: bytes, settings: DecodeSettings, channels: str, exif: bool) -> Decoded:
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        width, height = image.size
+        if width * height > settings.max_pixels:
+            raise _fault("too_large", f"{width}x{height} pixels, over decode.max_pixels {settings.max_pixels:,}")
+        image.load()
+        upright = _turned(image) if exif else image
+        pixels = np.array(_converted(upright, "L" if channels == "gray" else "RGB"))
+    if pixels.size == 0:
+        raise _fault("corrupt", f"it has no pixels: {width}x{height}")
+    return Decoded(pixels if pixels.ndim == 3 else pixels[:, :, None], width, height)
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    """The image in mode RGB or L, by way of what Pillow can convert."""
+    if image.mode == mode:
+        return image
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bits(image)
+    elif image.mode in {"RGBa", "La"}:  # premultiplied: Pillow converts only to the straight form
+        image = image.convert(image.mode[:-1] + "A")
+    elif image.mode == "LAB":
+        raise _fault("unsupported", "its colours are CIE Lab, which is not read; convert it to RGB")
+    if mode == "L" and image.mode not in {"1", "L", "LA"}:
+        image = image.convert("RGB")
+    return image.convert(mode)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey samples of more than 8 bits, scaled to 8."""
+    import numpy as np
+    from PIL import Image
+
+    samples = np.asarray(image)
+    if samples.dtype.kind == "f":
+        samples = np.nan_to_num(samples, nan=0.0, posinf=np.inf, neginf=0.0)
+        scaled = samples * 255.0 if samples.max(initial=0.0) <= 1.0 else samples
+        return Image.fromarray(np.rint(scaled.clip(0, 255)).astype(np.uint8))
+    # Rounded, not shifted, so that white stays white whatever the depth.
+    top = _top_sample(image, int(samples.max(initial=0)))
+    wide = samples.clip(0, top).astype(np.uint32)
+    return Image.fromarray(((wide * 255 + top // 2) // top).astype(np.uint8))
+
+
+def _top_sample(image: Image.Image, largest: int) -> int:
+    """The sample value that means white."""
+    if image.mode == "I":
+        return 65535 if largest > 255 else 255
+    tags = getattr(image, "tag_v2", None)
+    bits = tags.get(_SAMPLE_BITS, (16,)) if tags is not None else (16,)
+    return (1 << bits[0]) - 1 if bits[0] in {9, 10, 12, 14} and largest < 1 << bits[0] else 65535
+
+
+def _turned(image: ImageFile) -> Image.Image:
+    """Upright by its EXIF orientation. TIFF is turned by Pillow as it loads, with or without being asked."""
+    from PIL import Image
+
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # noqa: BLE001 - a damaged EXIF block says nothing about orientation; the pixels are fine
+        return image
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    turn = turns.get(orientation) if isinstance(orientation, int) and image.format != "TIFF" else None
+    return image if turn is None else image.transpose(turn)
+
+
+@contextlib.contextmanager
+def _quiet(max_pixels: int) -> Iterator[None]:
+    """Pillow under our limits and without a word, whatever the process around has set; put back afterwards."""
+    from PIL import Image, ImageFile
+
+    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = max_pixels, False
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """libtiff writes its complaints straight to file descriptor 2; what they mean comes back as an exception too."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # a process without a standard error
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _classify(error: Exception, data: bytes, settings: DecodeSettings) -> ImageFault:
+    """What an exception from Pillow means, in our few words."""
+    from PIL import Image, UnidentifiedImageError
+
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, UnidentifiedImageError):
+        return _unidentified(data)
+    if isinstance(error, Image.DecompressionBombError):
+        size = re.search(r"\d+", text)
+        pixels = f"{int(size[0]):,} pixels" if size else "an image"
+        return _fault("too_large", f"{pixels}, over decode.max_pixels {settings.max_pixels:,}")
+    if any(word in text.lower() for word in ("truncated", "unexpected end", "premature", "not enough")):
+        return _fault("truncated", f"the file ends too early: {text}")
+    if isinstance(error, EOFError):
+        return _fault("truncated", "the file ends too early")
+    if isinstance(error, NotImplementedError) or "not supported" in text or "unsupported" in text.lower():
+        return _fault("unsupported", f"a variant that is not read: {text}")
+    return _fault("corrupt", f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+def _unidentified(data: bytes) -> ImageFault:
+    head = data[:64]
+    if head.startswith(_OURS) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
+        return _fault("corrupt", "the header of the file is damaged")
+    for offset, magic, name in _OTHERS:
+        if head[offset:].startswith(magic):
+            return _fault("unsupported", f"the file is {name}; {_READ} are read")
+    return _fault("not_an_image", f"no image in any of the formats that are read: {_READ}")
+
+
+def _fault(type: str, message: str) -> ImageFault:
+    return ImageFault("decode", type, message)

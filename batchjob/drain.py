@@ -1,0 +1,41 @@
+"""SIGTERM and Ctrl-C as a request to stop handing out work; a second one is obeyed at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+from batchjob.errors import Temporary
+
+__all__ = ["Drain"]
+
+
+class Drain:
+    """A context in which the two signals set `asked`. Does nothing outside the main thread."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Drain:
+        self.listen()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def listen(self) -> None:
+        """(Re)install the handlers: Ray takes SIGTERM for itself when it starts."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) != self._ask:
+                self._before.setdefault(number, signal.getsignal(number))
+                signal.signal(number, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        if self.asked.is_set():
+            raise Temporary("stopped at once on the second signal; the same command resumes")
+        self.asked.set()

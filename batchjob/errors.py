@@ -1,0 +1,133 @@
+"""Everything that can go wrong, ordered by how much it takes down with it.
+
+```
+BatchjobError                 exit 1   ours, but nobody classified it
+├── ImageFault                   –     one image: becomes an error row, the job goes on
+├── StorageError                       what a store answered; who asked decides how far it reaches
+│   ├── NotFound                       the object is not there
+│   ├── AlreadyExists                  create-if-absent lost (or its first answer did)
+│   ├── Changed                        replace-if-match lost
+│   └── Unaddressable                  no client can name this key
+├── AttemptFailed             exit 4   one attempt at a shard: tried again, a bounded number of times
+└── JobError                           the whole job
+    ├── InvalidJob            exit 2   usage, configuration, a plan of another job: never retry
+    ├── CheckFailed           exit 3   error budget, foreign or missing parts: look at it
+    ├── Incomplete            exit 4   shards gave up: run again, it resumes
+    └── Temporary             exit 75  not there yet, another driver, store or cluster lost: retry
+        └── Unavailable                credentials, network, throttling: also what storage raises
+```
+
+Every message is one sentence that says what is wrong, where, and what to type next.
+All of them survive pickling: they cross process and machine borders.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AlreadyExists",
+    "AttemptFailed",
+    "BatchjobError",
+    "Changed",
+    "CheckFailed",
+    "ImageFault",
+    "Incomplete",
+    "InvalidJob",
+    "JobError",
+    "NotFound",
+    "StorageError",
+    "Temporary",
+    "Unaddressable",
+    "Unavailable",
+]
+
+
+class BatchjobError(Exception):
+    """Base of every exception this package raises on purpose."""
+
+    exit_code = 1
+    status = "crashed"
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0]) if self.args else type(self).__name__
+
+
+class ImageFault(BatchjobError):
+    """A fault of one image only: absent, changed, undecodable, unpredictable.
+
+    Args:
+        stage: where it showed: `fetch`, `decode`, `transform`, `predict`.
+        type: a short stable word to group by, such as `not_found` or `truncated`.
+        message: one sentence for a person.
+    """
+
+    def __init__(self, stage: str, type: str, message: str) -> None:
+        super().__init__(stage, type, message)
+        self.stage, self.type = stage, type
+
+    @property
+    def message(self) -> str:
+        return str(self.args[2])
+
+
+class StorageError(BatchjobError):
+    """A store's definite answer about one object."""
+
+
+class NotFound(StorageError):
+    """The object does not exist."""
+
+
+class AlreadyExists(StorageError):
+    """Create-if-absent met something. Never believed without a look: the answer to our own PUT may have been lost."""
+
+
+class Changed(StorageError):
+    """Replace-if-match met another version, or none."""
+
+
+class Unaddressable(StorageError):
+    """A key that no client can name (`..` segments, NUL)."""
+
+
+class AttemptFailed(BatchjobError):
+    """One attempt at one shard failed; another may succeed."""
+
+    exit_code = 4
+    status = "incomplete"
+
+
+class JobError(BatchjobError):
+    """Ends the job."""
+
+
+class InvalidJob(JobError):
+    """Usage or configuration. Said before the first image is read; trying again cannot help."""
+
+    exit_code = 2
+    status = "invalid"
+
+
+class CheckFailed(JobError):
+    """The job ran, or an output was looked at, and a check did not hold."""
+
+    exit_code = 3
+    status = "over_budget"
+
+
+class Incomplete(JobError):
+    """Some shards gave up after their attempts; the same command resumes."""
+
+    exit_code = 4
+    status = "incomplete"
+
+
+class Temporary(JobError):
+    """Not now: a later try may succeed without any change."""
+
+    exit_code = 75
+    status = "temporary"
+
+
+class Unavailable(Temporary):
+    """A store, network or credential fault that outlasted the retries."""

@@ -1,0 +1,70 @@
+"""Child processes that start clean and fast: a fork server that has torch loaded, and never runs `__main__` again."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+__all__ = ["end_with_parent", "preload", "starting"]
+
+# Imported once, before the first fork. No storage clients: their threads and connections do not survive one.
+_MODULES = ["torch", "torch.utils.data", "torchvision.transforms.functional", "PIL.ImageFile"]
+
+_ONE_AT_A_TIME = threading.RLock()
+
+
+def preload(*modules: str) -> None:
+    """Start the fork server that loader processes come from; one that is running stays as it is.
+
+    It imports torch and the named modules while this program goes on; this returns at once.
+    """
+    from multiprocessing import forkserver
+
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*_MODULES, *modules])
+    with starting():
+        forkserver.ensure_running()
+
+
+class _StandIn(ModuleType):
+    """`__main__` for everybody but `multiprocessing`, which finds no file in it that a new process should run."""
+
+    def __init__(self, main: ModuleType) -> None:
+        super().__init__("__main__")
+        self.__dict__["_main"] = main
+
+    def __getattr__(self, name: str) -> Any:
+        if name in {"__file__", "__path__"}:
+            raise AttributeError(name)
+        return getattr(self.__dict__["_main"], name)
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Around the start of processes: they do not import again the program that runs us.
+
+    That may be a script without a guard, or Ray's worker. One start at a time, from any thread.
+    """
+    with _ONE_AT_A_TIME:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = _StandIn(main)
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+
+
+def end_with_parent() -> None:
+    """Wait, in a thread of a child process, for the program that started it to be gone; then end it at once.
+
+    A killed program cannot say goodbye, and the fork server, the parent by process id, lives as long as its children.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,208 @@
+"""What is committed: the one PUT that commits a shard, the look after a doubtful answer, the sums, `_SUCCESS`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchjob.errors import AlreadyExists, AttemptFailed, Changed, CheckFailed, NotFound, Unavailable
+from batchjob.records import Provenance, ShardKey, Stat
+from batchjob.storage import Store
+
+__all__ = [
+    "SUCCESS",
+    "Commit",
+    "Part",
+    "Totals",
+    "commit",
+    "error_rows",
+    "inspect",
+    "inspect_all",
+    "missing_from_success",
+    "parts",
+    "read_success",
+    "write_report",
+    "write_success",
+]
+
+SUCCESS = "_SUCCESS"
+_REPORT = "_batchjob/report.json"
+_FOOTER_BYTES = 1 << 16
+_LOOKS = 4
+
+
+@dataclass(frozen=True)
+class Commit:
+    """How a commit ended: the part that stands, and whether it is this attempt's."""
+
+    stat: Stat
+    provenance: Provenance
+    ours: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """A committed part, as `_SUCCESS` lists it."""
+
+    name: str
+    rows: int
+    failed: int
+    etag: str | None
+    size: int
+
+
+@dataclass
+class Totals:
+    """Running sums over committed parts."""
+
+    rows: int = 0
+    failed: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, made: Provenance) -> None:
+        """Count one part."""
+        self.rows += made.rows
+        self.failed += made.failed
+        self.errors.update(made.errors)
+        for stage, spent in made.seconds.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+
+
+def commit(
+    store: Store, key: ShardKey, path: Path, provenance: Provenance, wanted: Callable[[], None]
+) -> Commit:
+    """Make the part at `path` the shard's: one create-if-absent PUT, and a look whenever the answer is in doubt.
+
+    Args:
+        wanted: raises when the plan has been discarded; asked before each PUT.
+
+    Raises:
+        CheckFailed: something else lies under the part's name.
+        AttemptFailed: the store said "exists" again and again with nothing there.
+        Unavailable: the store cannot be reached.
+    """
+    doubt: Exception | None = None
+    for _ in range(_LOOKS):
+        wanted()
+        try:
+            return Commit(store.put_if_absent(key.part, path), provenance, ours=True)
+        except (AlreadyExists, Unavailable) as error:
+            doubt = error
+        try:
+            found = inspect(store, key.part)
+        except NotFound:
+            continue  # a 409 with nothing stored, or a PUT that never arrived
+        if (found.plan, found.shard) != (provenance.plan, provenance.shard):
+            raise CheckFailed(
+                f"{store.uri}{key.part} holds shard {found.shard} of plan {found.plan}, not {provenance.shard} of "
+                f"{provenance.plan}: someone else writes here; find out who before running again"
+            )
+        return Commit(store.stat(key.part), found, ours=found.attempt == provenance.attempt)
+    if isinstance(doubt, Unavailable):
+        raise doubt
+    raise AttemptFailed(f"{store.uri}{key.part}: the store answers 'exists' to each of {_LOOKS} PUTs and shows nothing")
+
+
+def inspect(store: Store, key: str) -> Provenance:
+    """The provenance in a part's footer.
+
+    Raises:
+        NotFound: there is no such part.
+        CheckFailed: it is no part of ours.
+    """
+    tail = store.read_tail(key, _FOOTER_BYTES)
+    try:
+        needed = int.from_bytes(tail[-8:-4], "little") + 8
+        if needed > len(tail):
+            tail = store.read_tail(key, needed)
+        metadata = pq.read_metadata(pa.BufferReader(tail)).metadata or {}
+        return Provenance.parse(metadata[Provenance.KEY.encode()])
+    except (pa.ArrowException, KeyError, ValueError, TypeError, OSError) as error:
+        raise CheckFailed(f"{store.uri}{key} was not written by batchjob ({error}); remove it from there") from error
+
+
+def parts(store: Store) -> dict[str, Stat]:
+    """What lies in `predictions/`, by key."""
+    return {stat.uri: stat for stat in store.list("predictions/")}
+
+
+def inspect_all(store: Store, keys: Iterable[str], threads: int = 16) -> Iterator[tuple[str, Provenance]]:
+    """Footers of many parts, read side by side, in the order asked."""
+    wanted = list(keys)
+    with ThreadPoolExecutor(threads) as pool:
+        yield from zip(wanted, pool.map(lambda key: inspect(store, key), wanted), strict=True)
+
+
+def read_success(store: Store) -> tuple[dict[str, Any], Stat] | None:
+    """`_SUCCESS` and its stat, None when it is not there."""
+    try:
+        blob = store.read(SUCCESS)
+    except NotFound:
+        return None
+    try:
+        return json.loads(blob.data), Stat(SUCCESS, len(blob.data), blob.etag, blob.version)
+    except ValueError as error:
+        raise CheckFailed(f"{store.uri}{SUCCESS} is not batchjob's: {error}; remove it and run again") from error
+
+
+def write_success(store: Store, facts: Mapping[str, Any], found: Iterable[Part]) -> None:
+    """Put `_SUCCESS`; one that is there and says something else is replaced under its version."""
+    body = json.dumps({**facts, "parts": [asdict(part) for part in found]}, indent=1).encode()
+    _put_or_replace(store, SUCCESS, body)
+
+
+def write_report(store: Store, facts: Mapping[str, Any]) -> None:
+    """Put `_batchjob/report.json`, in place of an older one."""
+    _put_or_replace(store, _REPORT, json.dumps(facts, indent=1).encode())
+
+
+def missing_from_success(success: Mapping[str, Any], found: Mapping[str, Stat]) -> list[str]:
+    """Parts that `_SUCCESS` lists and that are gone, changed, or there without being listed."""
+    listed = {part["name"]: part["etag"] for part in success["parts"]}
+    present = {name: stat.etag for name, stat in found.items()}
+    return sorted(name for name in listed.keys() | present.keys() if listed.get(name, "") != present.get(name, ""))
+
+
+def error_rows(store: Store, limit: int | None = None) -> Iterator[dict[str, Any]]:
+    """Error rows as dicts (`position, uri, error_stage, error_type, error_message`), in plan order."""
+    columns = ["position", "uri", "error_stage", "error_type", "error_message"]
+    given = 0
+    for key, provenance in inspect_all(store, sorted(parts(store))):
+        if not provenance.failed:
+            continue
+        table = pq.read_table(
+            pa.BufferReader(store.read(key).data), columns=columns, filters=[("error_stage", "!=", "")]
+        )
+        for row in table.to_pylist():
+            if limit is not None and given >= limit:
+                return
+            yield row
+            given += 1
+
+
+def _put_or_replace(store: Store, key: str, body: bytes) -> None:
+    for _ in range(_LOOKS):
+        try:
+            store.put_if_absent(key, body)
+            return
+        except AlreadyExists:
+            pass
+        try:
+            there = store.read(key)
+            if there.data == body:
+                return
+            store.replace_if_match(key, body, there.version or "")
+            return
+        except (NotFound, Changed):
+            continue
+    raise AttemptFailed(f"{store.uri}{key} could not be written: it changes under every try")

@@ -1,0 +1,130 @@
+"""The pool of one: the worker in a thread of this process, for debugging and for machines without Ray."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from batchjob.job import Job
+from batchjob.pool import Event, Failed, Ready, Setup, WorkerFailed
+from batchjob.records import Shard, ShardKey
+from batchjob.worker import Worker, as_ours
+
+__all__ = ["LocalPool"]
+
+_QUEUED = 2
+_CLOSE_SECONDS = 10.0
+
+
+class LocalPool:
+    """One worker in this process. See `Pool`.
+
+    Args:
+        cores: how many the worker may use.
+        base: the job's folder as seen from here; None where it is the one that the setup names.
+    """
+
+    size = 1
+
+    def __init__(self, cores: int, base: Path | None = None) -> None:
+        self._cores, self._base = cores, base
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._loop: _Loop | None = None
+        self._running = 0
+        self._ready = False
+
+    def start(self, setup: Setup) -> None:
+        base = self._base or Path(setup.folder)
+        self._loop = _Loop(setup, base, self._cores, self._events.put)
+
+    def free(self) -> int:
+        return _QUEUED - self._running if self._ready else 0
+
+    def submit(self, key: ShardKey, plan: int) -> None:
+        assert self._loop is not None, "start comes before submit"
+        self._running += 1
+        self._loop.submit(key, plan)
+
+    def wait(self, timeout: float) -> list[Event]:
+        events: list[Event] = []
+        try:
+            events.append(self._events.get(timeout=timeout))
+            while True:
+                events.append(self._events.get_nowait())
+        except queue.Empty:
+            pass
+        for event in events:
+            self._account(event)
+        return events
+
+    def close(self) -> None:
+        if self._loop is not None:
+            self._loop.close()
+
+    def _account(self, event: Event) -> None:
+        if isinstance(event, Ready):
+            self._ready = True
+        elif not isinstance(event, WorkerFailed):
+            self._running -= 1
+
+
+class _Loop:
+    """The worker's thread: loads, then works through the shards that are submitted, until closed."""
+
+    def __init__(self, setup: Setup, base: Path, cores: int, tell: Callable[[Event], None]) -> None:
+        self._setup, self._base, self._cores, self._tell = setup, base, cores, tell
+        self._keys: queue.SimpleQueue[tuple[ShardKey, int] | None] = queue.SimpleQueue()
+        self._next: tuple[ShardKey, int] | None = None
+        self._closed = threading.Event()
+        self._worker: Worker | None = None
+        self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
+        self._thread.start()
+
+    def submit(self, key: ShardKey, plan: int) -> None:
+        self._keys.put((key, plan))
+
+    def close(self) -> None:
+        self._closed.set()
+        self._keys.put(None)
+        self._thread.join(_CLOSE_SECONDS)
+
+    def take(self) -> Shard | None:
+        """The feed's side: the next shard if one is there now."""
+        while not self._closed.is_set():
+            item, self._next = self._next, None
+            try:
+                item = item or self._keys.get_nowait()
+            except queue.Empty:
+                return None
+            if item is None:
+                return None
+            assert self._worker is not None
+            try:
+                return self._worker.shard(item[0])
+            except Exception as error:  # noqa: BLE001 - this shard's attempt ends, the feed goes on
+                self._tell(Failed(item[0], as_ours(error)))
+        return None
+
+    def _work(self) -> None:
+        try:
+            job = Job.from_portable(self._setup.job, self._base, Path(self._setup.folder))
+            self._worker = worker = Worker(job, self._setup, self._cores)
+            try:
+                self._tell(Ready("local", worker.load()))
+                self._go_round(worker)
+            finally:
+                worker.close()
+        except Exception as error:  # noqa: BLE001 - the driver is told
+            self._tell(WorkerFailed(as_ours(error)))
+
+    def _go_round(self, worker: Worker) -> None:
+        """Wait for a shard, then work until none is there; again until closed."""
+        while (item := self._keys.get()) is not None:
+            self._next = item
+            worker.begin(item[1])
+            for event in worker.run(self):
+                self._tell(event)
+                if self._closed.is_set():
+                    return

@@ -1,0 +1,99 @@
+"""`type: checkpoint`: a file of weights, and the architecture they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, TypeAdapter, field_validator
+
+from batchjob.errors import InvalidJob
+from batchjob.models.architecture import build_torchvision, call_target, ready, undisturbed
+from batchjob.models.loaded import LoadedModel
+from batchjob.models.weights import fit, parse_state, read_file, stat_file
+from batchjob.settings import Settings, Target, Uri
+from batchjob.targets import source_digest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from batchjob.storage import Reader
+
+__all__ = ["CheckpointModel"]
+
+_TARGET: TypeAdapter[str] = TypeAdapter(Target)
+
+
+class CheckpointModel(Settings):
+    """Weights from a file, into an architecture.
+
+    Attributes:
+        architecture: a torchvision classification model's name, or `module:function` beside the job file.
+        weights: `.pt`, `.pth`, `.th` or `.safetensors`, wherever it lies; on any device when it was saved.
+        num_classes: handed to the architecture where it takes that.
+        arguments: more keyword arguments for the architecture.
+        strict: False lets keys be missing in the file, or be left over; another shape never.
+    """
+
+    type: Literal["checkpoint"] = "checkpoint"
+    architecture: str
+    weights: Uri
+    num_classes: int | None = Field(default=None, ge=1)
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    strict: bool = True
+
+    @field_validator("architecture")
+    @classmethod
+    def _name_or_target(cls, value: str) -> str:
+        return _TARGET.validate_python(value) if ":" in value else value
+
+    @property
+    def title(self) -> str:
+        """What `model_id` calls it, before the digest."""
+        return self.architecture
+
+    def check(self, reader: Reader, base: Path) -> None:
+        """Looks without torch whether the files are there. Raises InvalidJob, Unavailable."""
+        if ":" in self.architecture:
+            source_digest(self.architecture, base)
+        stat_file(reader, self.weights, "model.weights")
+
+    def load(self, reader: Reader, base: Path) -> LoadedModel:
+        """Builds and fills the model; no preprocessing and no labels of its own.
+
+        Raises:
+            InvalidJob: files not there, unknown architecture, weights that do not fit it or hold code.
+            Unavailable: the store cannot be reached.
+        """
+        data = read_file(reader, self.weights, "model.weights")
+        digest = hashlib.sha256(data).hexdigest()
+        with undisturbed():
+            state = parse_state(data, self.weights)
+            del data
+            module = self._build(base)
+            fit(
+                module,
+                state,
+                where=f"model.weights: {self.weights} does not fit {self.architecture}",
+                advice="correct model.architecture, model.num_classes or model.arguments"
+                + (", or set model.strict: false to let missing and unknown keys pass" if self.strict else ""),
+                strict=self.strict,
+            )
+        if ":" in self.architecture:
+            digest = hashlib.sha256(f"{digest} {source_digest(self.architecture, base)}".encode()).hexdigest()
+        return LoadedModel(ready(module, "model.architecture"), None, None, digest)
+
+    def _build(self, base: Path) -> nn.Module:
+        import torch
+
+        if ":" not in self.architecture:
+            classes = {} if self.num_classes is None else {"num_classes": self.num_classes}
+            return build_torchvision(self.architecture, "model.architecture", classes | self.arguments)
+        module = call_target(self.architecture, base, "model.architecture", self.arguments, self.num_classes)
+        if not isinstance(module, torch.nn.Module):
+            raise InvalidJob(
+                f"model.architecture: {self.architecture} returned a {type(module).__name__}; "
+                "it must return a torch.nn.Module"
+            )
+        return module

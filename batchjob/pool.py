@@ -1,0 +1,99 @@
+"""The seam between the driver and whoever runs workers: submit shard keys, wait for what became of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from batchjob.errors import BatchjobError
+from batchjob.records import ShardKey, ShardResult
+
+__all__ = ["Done", "Event", "Failed", "Loaded", "Pool", "Ready", "Setup", "WorkerFailed"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker is told before it loads.
+
+    Attributes:
+        job: the job in portable form (`Job.portable`).
+        folder: the job's folder as the driver sees it; input and output paths mean this one.
+        witness: key of an object the driver wrote and a word in it, to see that the worker reaches the same output.
+        sample: locations of the first images, to learn the image size where no setting fixes it.
+        few: True when the whole input is so short that loader processes would cost more than they bring.
+    """
+
+    job: Mapping[str, Any]
+    folder: str
+    witness: tuple[str, str] | None = None
+    sample: tuple[str, ...] = ()
+    few: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a worker knows once its model stands on its device."""
+
+    device: str
+    precision: str
+    model: str
+    columns: tuple[str, ...]
+    batch_size: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A worker has loaded and warmed up."""
+
+    worker: str
+    loaded: Loaded
+
+
+@dataclass(frozen=True)
+class Done:
+    """A shard is committed."""
+
+    result: ShardResult
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An attempt at a shard ended without a commit. Its error says how far that reaches."""
+
+    key: ShardKey
+    error: BatchjobError
+
+
+@dataclass(frozen=True)
+class WorkerFailed:
+    """A worker could not load, or the pool could not start or replace one: no shard is to blame."""
+
+    error: BatchjobError
+
+
+Event = Ready | Done | Failed | WorkerFailed
+
+
+class Pool(Protocol):
+    """Workers, somewhere. Every method returns soon; only `wait` waits, and no longer than told."""
+
+    @property
+    def size(self) -> int:
+        """Workers wanted; 0 as long as that is not known."""
+
+    def start(self, setup: Setup) -> None:
+        """Begin to start workers; their readiness or failure comes through `wait`."""
+
+    def free(self) -> int:
+        """Shards that would be taken on now: two are kept queued a worker."""
+
+    def submit(self, key: ShardKey, plan: int) -> None:
+        """Hand a shard of plan number `plan` to some worker."""
+
+    def wait(self, timeout: float) -> list[Event]:
+        """What happened, at the latest after `timeout` seconds."""
+
+    def close(self) -> None:
+        """Stop all workers now, leave nothing behind."""

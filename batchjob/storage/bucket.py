@@ -1,0 +1,241 @@
+"""Buckets through obstore: S3, Google Cloud Storage, Azure."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from batchjob.errors import InvalidJob, NotFound, Unavailable
+from batchjob.records import Blob, Stat
+from batchjob.storage.answers import expect, faults, or_empty, stall
+from batchjob.storage.boto import Boto
+from batchjob.storage.filesystem import Filesystem
+from batchjob.storage.options import StorageOptions
+from batchjob.storage.place import CLOUDS, PAGE, Place, is_plain, tag
+
+if TYPE_CHECKING:
+    from obstore import PutMode
+    from obstore.store import AzureStore, ClientConfig, GCSStore, RetryConfig, S3Store
+
+    CloudClient = S3Store | GCSStore | AzureStore
+
+__all__ = ["Bucket", "bucket_of"]
+
+_EXTRAS = {"s3": "s3", "gs": "gcs", "az": "azure"}
+_MIB = 1 << 20
+_NO_RETRY_AFTER = 1000  # the window in seconds decides, not the count
+
+
+class Bucket:
+    """A bucket through obstore; keys that it cannot name, and listings that hold one, through `other`."""
+
+    def __init__(
+        self, kind: str, base: str, connect: Callable[..., CloudClient], other: Place, patience: float
+    ) -> None:
+        self._kind, self._base, self._connect, self._other, self._patience = kind, base, connect, other, patience
+        self._clients: dict[int, CloudClient] = {}
+        self._lock = Lock()
+
+    def get(self, key: str, etag: str | None = None) -> Blob:
+        if not is_plain(key):
+            return self._other.get(key, etag)
+        with faults(self._base + key):
+            answer = self._client().get(key)
+            expect(etag, tag(answer.meta["e_tag"]), self._base + key)
+            return Blob(answer.bytes().to_bytes(), tag(answer.meta["e_tag"]), self._version(answer.meta))
+
+    def get_range(self, key: str, start: int, end: int) -> bytes:
+        if not is_plain(key):
+            return self._other.get_range(key, start, end)
+        with faults(self._base + key):
+            return or_empty(lambda: self._client().get_range(key, start=start, end=end).to_bytes())
+
+    def get_tail(self, key: str, size: int) -> bytes:
+        if self._kind == "az":  # knows no suffix ranges
+            end = self.head(key).size
+            return self.get_range(key, max(0, end - size), end) if end else b""
+        with faults(self._base + key):
+            return or_empty(lambda: self._client().get(key, options={"range": {"suffix": size}}).bytes().to_bytes())
+
+    def head(self, key: str) -> Stat:
+        if not is_plain(key):
+            return self._other.head(key)
+        with faults(self._base + key):
+            return self._stat(self._client().head(key))
+
+    def list(self, prefix: str, after: str | None, recursive: bool) -> Iterator[Stat]:
+        # At the root of a bucket obstore would drop a leading slash, and one level at a time it does not stream.
+        if not recursive or not is_plain(prefix.rstrip("/")) or not is_plain(after or "any"):
+            yield from self._other.list(prefix, after, recursive)
+            return
+        from obstore.exceptions import InvalidPathError
+
+        try:
+            with faults(self._base + prefix, let=InvalidPathError):
+                for page in self._client().list(prefix, offset=after, chunk_size=PAGE):
+                    for meta in page:
+                        after = meta["path"]
+                        if meta["size"] or self._is_object(after):
+                            yield self._stat(meta)
+        except InvalidPathError:
+            yield from self._other.list(prefix, after, recursive)
+
+    def put(self, key: str, body: bytes | Path, mode: PutMode) -> Stat:
+        data = body.read_bytes() if isinstance(body, Path) else body
+        with faults(self._base + key, writing=True):
+            done = self._client(len(data)).put(key, data, mode=mode, use_multipart=False)
+            return Stat(key, len(data), tag(done["e_tag"]), self._version(done))
+
+    def condition(self, version: str) -> PutMode:
+        return {"version": version} if self._kind == "gs" else {"e_tag": version}
+
+    def delete(self, key: str) -> None:
+        with faults(self._base + key), suppress(FileNotFoundError):
+            self._client().delete(key)
+
+    def _is_object(self, key: str) -> bool:
+        """False for the `a/` that stands for a folder: obstore lists it as `a`, empty."""
+        with suppress(NotFound):
+            self.head(key)
+            return True
+        return False
+
+    def _stat(self, meta: Mapping[str, Any]) -> Stat:
+        return Stat(meta["path"], meta["size"], tag(meta["e_tag"]), self._version(meta))
+
+    def _version(self, meta: Mapping[str, Any]) -> str | None:
+        found: str | None = meta["version"] if self._kind == "gs" else meta["e_tag"]
+        return found
+
+    def _client(self, upload: int | None = None) -> CloudClient:
+        """For reading, or for an upload of so many bytes (given a minute, and a second for each MiB, in steps)."""
+        timeout = 0 if upload is None else 60 * (1 << (upload // (60 * _MIB)).bit_length())
+        with self._lock:
+            if timeout not in self._clients:
+                self._clients[timeout] = self._connect(
+                    _client_config(timeout, self._patience), _retries(self._patience)
+                )
+            return self._clients[timeout]
+
+
+def bucket_of(scheme: str, bucket: str, options: StorageOptions, patience: float) -> Bucket:
+    """Raises InvalidJob without a bucket or where the extra is missing, Unavailable without credentials."""
+    kind, base = CLOUDS[scheme.lower()], f"{scheme}://{bucket}/"
+    if not bucket:
+        raise InvalidJob(f"{scheme}://: names no bucket; write {scheme}://bucket/prefix")
+    if options.requester_pays and kind != "s3":
+        raise InvalidJob(f"{base}: requester_pays is known on s3:// only; remove it")
+    connect = {"s3": _connect_s3, "gs": _connect_gs, "az": _connect_az}[kind]
+    try:
+        with faults(base):
+            client, other = connect(bucket, base, options, patience)
+    except ImportError as error:
+        raise InvalidJob(f"{scheme}:// needs the extra: pip install 'batchjob[{_EXTRAS[kind]}]'") from error
+    return Bucket(kind, base, client, other, patience)
+
+
+Connected = tuple["Callable[..., CloudClient]", Place]
+
+
+def _connect_s3(bucket: str, base: str, options: StorageOptions, patience: float) -> Connected:
+    from obstore.store import S3Store
+
+    boto = Boto(bucket, base, options, patience)
+    endpoint = boto.client.meta.endpoint_url
+    provider = None if options.anonymous else _aws_credentials(boto, base)
+
+    def connect(config: ClientConfig, retries: RetryConfig) -> CloudClient:
+        if endpoint.startswith("http://"):
+            config = {**config, "allow_http": True}
+        return S3Store(
+            bucket,
+            aws_endpoint_url_s3=endpoint,  # of obstore's two names for it, the one that wins over the environment
+            region=boto.client.meta.region_name,
+            request_payer=options.requester_pays,
+            skip_signature=options.anonymous,
+            credential_provider=provider,
+            client_options=config,
+            retry_config=retries,
+        )
+
+    return connect, boto
+
+
+def _aws_credentials(boto: Boto, base: str) -> Any:
+    from obstore.auth.boto3 import Boto3CredentialProvider
+
+    try:
+        return Boto3CredentialProvider(boto.session)
+    except ValueError as error:
+        raise Unavailable(
+            f"{base}: no AWS credentials found; set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "or `anonymous: true` in the storage options for a public bucket"
+        ) from error
+
+
+def _connect_gs(bucket: str, base: str, options: StorageOptions, patience: float) -> Connected:
+    from obstore.auth.google import GoogleCredentialProvider
+    from obstore.store import GCSStore
+
+    provider = None if options.anonymous else GoogleCredentialProvider()
+    place = {"base_url": options.endpoint} if options.endpoint else {}
+
+    def connect(config: ClientConfig, retries: RetryConfig) -> CloudClient:
+        config = {**config, "allow_http": (options.endpoint or "").startswith("http://")}
+        skip = options.anonymous
+        return GCSStore(
+            bucket,
+            skip_signature=skip,
+            credential_provider=provider,
+            client_options=config,
+            retry_config=retries,
+            **place,  # type: ignore[arg-type]
+        )
+
+    return connect, Filesystem(base, {"token": "anon"} if options.anonymous else {}, patience)
+
+
+def _connect_az(bucket: str, base: str, options: StorageOptions, patience: float) -> Connected:
+    from obstore.store import AzureStore
+
+    container, _, host = bucket.partition("@")
+    place = {"account_name": host.partition(".")[0]} if host else {}
+    place |= {"endpoint": options.endpoint} if options.endpoint else {}
+    keys = ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_SAS_KEY")
+    provider: Any = None
+    if not options.anonymous and not any(os.environ.get(name) for name in keys):
+        provider = import_module("obstore.auth.azure").AzureCredentialProvider()
+
+    def connect(config: ClientConfig, retries: RetryConfig) -> CloudClient:
+        config = {**config, "allow_http": (options.endpoint or "").startswith("http://")}
+        return AzureStore(
+            container,
+            skip_signature=options.anonymous,
+            credential_provider=provider,
+            client_options=config,
+            retry_config=retries,
+            **place,  # type: ignore[arg-type]
+        )
+
+    return connect, Filesystem(base, {"anon": options.anonymous}, patience)
+
+
+def _client_config(timeout: int, patience: float) -> ClientConfig:
+    config: ClientConfig = {"connect_timeout": timedelta(seconds=5), "timeout": timedelta(seconds=timeout or 600)}
+    if not timeout:  # during an upload nothing is read: there it would count the upload itself
+        config["read_timeout"] = timedelta(seconds=stall(patience))
+    return config
+
+
+def _retries(patience: float) -> RetryConfig:
+    return {
+        "max_retries": _NO_RETRY_AFTER if patience else 0,
+        "retry_timeout": timedelta(seconds=patience),
+        "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2},
+    }

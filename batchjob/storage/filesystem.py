@@ -1,0 +1,85 @@
+"""Every other protocol through fsspec, for reading."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any, BinaryIO, TypeVar
+
+from batchjob.errors import InvalidJob, NotFound
+from batchjob.records import Blob, Stat
+from batchjob.storage.answers import expect, faults, retrying
+from batchjob.storage.place import tag
+
+__all__ = ["Filesystem"]
+
+T = TypeVar("T")
+
+
+class Filesystem:
+    """Any protocol of fsspec, for reading. `base` + key is the URI."""
+
+    def __init__(self, base: str, arguments: Mapping[str, Any], patience: float) -> None:
+        self._base, self._arguments, self._patience = base, arguments, patience
+
+    def get(self, key: str, etag: str | None = None) -> Blob:
+        if etag is not None:  # a read brings no tag
+            expect(etag, self.head(key).etag, self._base + key)
+        system, path = self._find(key)
+        return Blob(self._ask(key, lambda: bytes(system.cat_file(path))), etag)
+
+    def get_range(self, key: str, start: int, end: int) -> bytes:
+        system, path = self._find(key)
+        return self._ask(key, lambda: bytes(system.cat_file(path, start=start, end=end)))
+
+    def head(self, key: str) -> Stat:
+        system, path = self._find(key)
+        found = self._ask(key, lambda: system.info(path))
+        if found.get("type") == "directory":
+            raise NotFound(f"{self._base}{key}: a folder, not a file; name a file")
+        return self._stat(key, found, found.get("size") if found.get("size") is not None else len(self.get(key).data))
+
+    def list(self, prefix: str, after: str | None, recursive: bool) -> Iterator[Stat]:
+        system, root = self._find(prefix)
+        depth = None if recursive else 1
+        with suppress(NotFound):
+            found: dict[str, Any] = self._ask(prefix, lambda: system.find(root, maxdepth=depth, detail=True))
+            yield from self._in_order(found, prefix, root, after)
+
+    def _in_order(self, found: Mapping[str, Any], prefix: str, root: str, after: str | None) -> Iterator[Stat]:
+        # A chained URI (`zip://folder::s3://…`) lists names inside the first link; the rest of the chain stays.
+        head, link, chain = prefix.partition("::")
+        below = root.rstrip("/") + "/"
+        keys = {f"{head.rstrip('/')}/{name.removeprefix(below).lstrip('/')}{link}{chain}": name for name in found}
+        for key in sorted(keys, key=_utf8):
+            if after is None or _utf8(key) > _utf8(after):
+                yield self._stat(key, found[keys[key]], found[keys[key]].get("size") or 0)
+
+    def open(self, key: str) -> BinaryIO:
+        system, path = self._find(key)
+        file: BinaryIO = self._ask(key, lambda: system.open(path, "rb"))
+        return file if file.seekable() else io.BytesIO(self.get(key).data)
+
+    def _stat(self, key: str, found: Mapping[str, Any], size: int) -> Stat:
+        etag = found.get("ETag") or found.get("etag") or found.get("e_tag")
+        return Stat(key, size, tag(str(etag)) if etag else None)
+
+    def _find(self, key: str) -> tuple[Any, str]:
+        from fsspec.core import url_to_fs
+
+        uri = self._base + key
+        try:
+            system, path = url_to_fs(uri, **self._arguments)
+        except (ImportError, ValueError) as error:  # no such protocol, or its package is missing
+            raise InvalidJob(f"{uri}: no reader for {uri.partition('://')[0]}:// ({error})") from error
+        system.invalidate_cache()
+        return system, path
+
+    def _ask(self, key: str, question: Callable[[], T]) -> T:
+        with faults(self._base + key, odd_key=True):
+            return retrying(self._patience, question)
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")

@@ -1,0 +1,161 @@
+"""The verbs of an output, on buckets; and the proof that a store keeps their promise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+from uuid import uuid4
+
+from batchjob import disk
+from batchjob.errors import AlreadyExists, Changed, InvalidJob, NotFound, Unavailable
+from batchjob.records import Blob, Stat
+from batchjob.settings import is_local, local_path
+from batchjob.storage.bucket import bucket_of
+from batchjob.storage.options import Options, options_for, patience_or_default
+from batchjob.storage.place import CLOUDS, is_plain
+
+__all__ = ["CloudStore", "Store", "open_store", "probe"]
+
+
+class Store(Protocol):
+    """An output: rooted at one URI, keys relative to it and `/`-separated.
+
+    A create or replace that failed may have happened: the answer can be lost. Who asked looks.
+    """
+
+    uri: str
+
+    def read(self, key: str) -> Blob:
+        """Raises NotFound, Unavailable."""
+
+    def read_tail(self, key: str, size: int) -> bytes:
+        """The last `size` bytes, or all. Raises NotFound, Unavailable."""
+
+    def read_head(self, key: str, size: int) -> bytes:
+        """The first `size` bytes, or all. Raises NotFound, Unavailable."""
+
+    def stat(self, key: str) -> Stat:
+        """Raises NotFound, Unavailable."""
+
+    def list(self, prefix: str) -> Iterator[Stat]:
+        """Objects whose key starts with `prefix` (ends with `/`, or empty), in key order. Raises Unavailable."""
+
+    def put_if_absent(self, key: str, body: bytes | Path) -> Stat:
+        """One PUT, never multipart. Raises AlreadyExists, Unavailable; InvalidJob where nothing can be written."""
+
+    def replace_if_match(self, key: str, body: bytes | Path, version: str) -> Stat:
+        """Raises Changed where the object is absent or of another version, Unavailable, InvalidJob."""
+
+    def delete(self, key: str) -> None:
+        """Absent is fine. Raises Unavailable."""
+
+
+def open_store(uri: str, options: Options | None = None, patience: float | None = None) -> Store:
+    """The output at `uri`: a local path, or s3://, gs://, az://. Makes no request.
+
+    Raises:
+        InvalidJob: a protocol without conditional create, a prefix that cannot be named, a missing extra.
+        Unavailable: no credentials.
+    """
+    if is_local(uri):
+        return disk.DiskStore(local_path(uri).absolute())
+    scheme, _, rest = uri.partition("://")
+    if scheme.lower() not in CLOUDS:
+        raise InvalidJob(
+            f"output.uri {uri}: {scheme}:// has no conditional create, which a safe commit needs; "
+            "use a local path, s3://, gs:// or az://"
+        )
+    if not is_plain(rest.rstrip("/")):
+        raise InvalidJob(f"output.uri {uri}: has an empty, '.' or '..' part; choose a plain prefix")
+    return CloudStore(uri, dict(options or {}), patience_or_default(patience))
+
+
+def probe(store: Store) -> None:
+    """Does the store let exactly one of several creators win? Leaves nothing behind.
+
+    Raises:
+        InvalidJob: it lets two win, or nothing can be written.
+        Unavailable: the store cannot be reached.
+    """
+    folder = f"_batchjob/probe/{uuid4().hex}"
+    twice, race = f"{folder}/twice", f"{folder}/race"
+    try:
+        _try_create(store, twice, b"first")
+        if _try_create(store, twice, b"second"):
+            raise _two_winners(store)
+        bodies = [f"creator {number}".encode() for number in range(4)]
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            wins = list(pool.map(partial(_try_create, store, race), bodies))
+        if wins.count(True) > 1:
+            raise _two_winners(store)
+        # A winner's body must be the one that stays; no winner at all is a lost answer, and no fault.
+        if True in wins and store.read(race).data != bodies[wins.index(True)]:
+            raise _two_winners(store)
+    finally:
+        for key in (twice, race):
+            with suppress(Unavailable):
+                store.delete(key)
+
+
+def _try_create(store: Store, key: str, body: bytes) -> bool:
+    try:
+        store.put_if_absent(key, body)
+    except AlreadyExists:
+        return False
+    return True
+
+
+def _two_winners(store: Store) -> InvalidJob:
+    return InvalidJob(
+        f"{store.uri}: this store lets two writers create the same object, so results could be lost or doubled; "
+        "choose an output on a store with conditional PUT (Amazon S3, GCS, Azure, SeaweedFS, MinIO) or a local disk"
+    )
+
+
+class CloudStore:
+    """An output in a bucket: conditional PUTs, nothing else."""
+
+    def __init__(self, uri: str, options: Options, patience: float) -> None:
+        self.uri = uri.rstrip("/")
+        self._made_of = (uri, options, patience)
+        scheme, _, rest = self.uri.partition("://")
+        bucket, _, prefix = rest.partition("/")
+        self._prefix = prefix + "/" if prefix else ""
+        self._bucket = bucket_of(scheme, bucket, options_for(uri, options), patience)
+
+    def __reduce__(self) -> tuple[type[CloudStore], tuple[str, Options, float]]:
+        return CloudStore, self._made_of
+
+    def read(self, key: str) -> Blob:
+        return self._bucket.get(self._prefix + key)
+
+    def read_tail(self, key: str, size: int) -> bytes:
+        return self._bucket.get_tail(self._prefix + key, size)
+
+    def read_head(self, key: str, size: int) -> bytes:
+        return self._bucket.get_range(self._prefix + key, 0, size)
+
+    def stat(self, key: str) -> Stat:
+        return self._relative(self._bucket.head(self._prefix + key))
+
+    def list(self, prefix: str) -> Iterator[Stat]:
+        return map(self._relative, self._bucket.list(self._prefix + prefix, None, True))
+
+    def put_if_absent(self, key: str, body: bytes | Path) -> Stat:
+        return self._relative(self._bucket.put(self._prefix + key, body, "create"))
+
+    def replace_if_match(self, key: str, body: bytes | Path, version: str) -> Stat:
+        try:
+            return self._relative(self._bucket.put(self._prefix + key, body, self._bucket.condition(version)))
+        except (NotFound, AlreadyExists) as error:  # gone, or a 409 from a rival's write
+            raise Changed(error.message) from error
+
+    def delete(self, key: str) -> None:
+        self._bucket.delete(self._prefix + key)
+
+    def _relative(self, found: Stat) -> Stat:
+        return Stat(found.uri[len(self._prefix) :], found.size, found.etag, found.version)

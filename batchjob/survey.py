@@ -1,0 +1,109 @@
+"""What an output holds, for `status` and `errors`: plan, parts, `_SUCCESS` and lease, without torch or Ray."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from batchjob import ledger, plan
+from batchjob.errors import InvalidJob
+from batchjob.storage import Store
+
+__all__ = ["ErrorCounts", "Status", "error_rows", "status"]
+
+_FOOTERS_AT_MOST = 2_000  # more would take longer than a status may
+
+
+@dataclass(frozen=True)
+class Status:
+    """An output at a glance.
+
+    Attributes:
+        status: `complete` (`_SUCCESS` stands and agrees), `incomplete`, or `damaged` (`_SUCCESS` lists other parts).
+        planned: images planned so far; all of them if `plan_finished`.
+        rows: in committed parts; `failed` of them error rows, None where too many parts would have to be read.
+    """
+
+    status: str
+    output: str
+    plan: str
+    created: str
+    plan_finished: bool
+    planned: int
+    shards: int
+    parts: int
+    rows: int
+    failed: int | None
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        grows = "" if self.plan_finished else ", and growing"
+        failed = "" if self.failed is None else f", {self.failed:,} of them error rows"
+        return [
+            f"{self.output}: {self.status}",
+            f"plan      {self.plan} of {self.created}: {self.planned:,} images in {self.shards:,} shards{grows}",
+            f"committed {self.rows:,} rows in {self.parts:,} parts{failed}",
+        ]
+
+
+@dataclass(frozen=True)
+class ErrorCounts:
+    """Error rows by `stage/type`, the most frequent first."""
+
+    total: int
+    by_type: dict[str, int]
+
+
+def status(store: Store) -> Status:
+    """Look at an output.
+
+    Raises:
+        InvalidJob: there is no plan.
+    """
+    _, head = plan.current(store)
+    if head is None:
+        raise InvalidJob(f"{store.uri}: no plan here; is this the folder that output.uri names?")
+    there = ledger.parts(store)
+    chunks = list(plan.chunks(store, head))
+    keys = {key.part: key.rows for chunk in chunks for key in chunk.shards}
+    mine = [name for name in there if name in keys]
+    success = ledger.read_success(store)
+    if success is not None and success[0].get("plan") == head.plan:
+        state = "damaged" if ledger.missing_from_success(success[0], there) else "complete"
+        failed: int | None = success[0]["counts"]["failed"]
+    else:
+        state = "incomplete"
+        failed = _failed(store, mine)
+    return Status(
+        status=state,
+        output=store.uri,
+        plan=head.plan,
+        created=head.created,
+        plan_finished=bool(chunks) and chunks[-1].last,
+        planned=chunks[-1].cursor.rows if chunks else 0,
+        shards=len(keys),
+        parts=len(mine),
+        rows=sum(keys[name] for name in mine),
+        failed=failed,
+    )
+
+
+def error_rows(store: Store) -> Iterator[dict[str, Any]]:
+    """Every error row: `position, uri, error_stage, error_type, error_message`, in plan order."""
+    return ledger.error_rows(store)
+
+
+def error_counts(store: Store) -> ErrorCounts:
+    """How many error rows of which kind, by the parts' footers alone."""
+    counts: Counter[str] = Counter()
+    for _, made in ledger.inspect_all(store, sorted(ledger.parts(store))):
+        counts.update(made.errors)
+    return ErrorCounts(counts.total(), dict(counts.most_common()))
+
+
+def _failed(store: Store, names: list[str]) -> int | None:
+    if len(names) > _FOOTERS_AT_MOST:
+        return None
+    return sum(made.failed for _, made in ledger.inspect_all(store, names))

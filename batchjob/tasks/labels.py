@@ -1,0 +1,78 @@
+"""Class names by id: from a list in the job, or from a file of one of three plain forms."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from batchjob.errors import InvalidJob, NotFound, StorageError
+
+if TYPE_CHECKING:
+    from batchjob.storage import Reader
+
+__all__ = ["read_labels"]
+
+_FORMS = "a label file has one label a line, or is a JSON list, or a JSON object of id: label"
+
+
+def read_labels(reader: Reader, uri: str) -> tuple[str, ...]:
+    """Labels by id, from a text file of one a line, a JSON list, or a JSON object `id: label` (or `label: id`).
+
+    Raises:
+        InvalidJob: not there, not UTF-8, none of these, or ids that are not 0 to n-1.
+        Unavailable: the store cannot be reached.
+    """
+    where = f"task.labels: {uri}"
+    try:
+        text = reader.read(uri).data.decode("utf-8-sig")
+    except NotFound as error:
+        raise InvalidJob(f"{where} is not there; correct the path, or give the labels as a list") from error
+    except StorageError as error:
+        raise InvalidJob(f"{where} cannot be read: {error.message}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidJob(f"{where} is not UTF-8 text; {_FORMS}") from error
+    if not text.strip():
+        raise InvalidJob(f"{where} is empty; {_FORMS}")
+    content = _json(text, where, uri.endswith(".json"))
+    if content is None:
+        return tuple(line.strip() for line in text.rstrip().splitlines())
+    if isinstance(content, list):
+        return tuple(_text(label, where) for label in content)
+    return _by_id(content, where)
+
+
+def _json(text: str, where: str, must: bool) -> Any:
+    """The JSON list or object in a text, or None: a plain label may begin with a bracket too."""
+    if not must and text.lstrip()[0] not in "[{":
+        return None
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        if must:
+            raise InvalidJob(f"{where} is not JSON ({error}); {_FORMS}") from error
+        return None
+    if not isinstance(content, list | dict):
+        raise InvalidJob(f"{where} holds a {type(content).__name__}; {_FORMS}")
+    return content
+
+
+def _by_id(content: dict[str, Any], where: str) -> tuple[str, ...]:
+    if all(key.isdecimal() for key in content):
+        pairs = [(int(key), _text(label, where)) for key, label in content.items()]
+    elif all(type(number) is int for number in content.values()):  # torchvision's class_to_idx
+        pairs = [(number, label) for label, number in content.items()]
+    else:
+        raise InvalidJob(f"{where} has keys that are not ids; {_FORMS}")
+    found = dict(pairs)
+    absent = next((number for number in range(len(pairs)) if number not in found), None)
+    if absent is not None:
+        raise InvalidJob(f"{where} has {len(pairs)} labels but none for id {absent}; ids run from 0 without gaps")
+    return tuple(found[number] for number in range(len(pairs)))
+
+
+def _text(label: Any, where: str) -> str:
+    if isinstance(label, list) and label:  # Keras writes [wordnet id, name]
+        return _text(label[-1], where)
+    if isinstance(label, str) or type(label) is int:
+        return str(label)
+    raise InvalidJob(f"{where} holds {json.dumps(label)[:80]} in place of a label; {_FORMS}")

@@ -1,0 +1,89 @@
+"""What every task makes of a model's output, batch by batch; and what they all say of rows that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pyarrow as pa
+
+from batchjob.errors import InvalidJob
+from batchjob.records import Fault
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+__all__ = ["EXAMPLE_ROWS", "Postprocess", "describe", "faults", "float_rows", "present"]
+
+EXAMPLE_ROWS = 2
+"""Images in the example batch whose output `prepare` is given: enough to tell the batch dimension from the others."""
+
+_NOT_FINITE = Fault(
+    "predict", "not_finite", "the model's output for this image is NaN or infinite; task.allow_nan: true lets it pass"
+)
+
+
+class Postprocess(Protocol):
+    """A task that has seen what its model gives out.
+
+    Attributes:
+        fields: the Arrow columns it makes, all nullable; always the same.
+    """
+
+    @property
+    def fields(self) -> list[pa.Field]: ...
+
+    def on_device(self, output: Any) -> dict[str, torch.Tensor]:
+        """The few numbers worth carrying to the host; first dimension n. `finite` (bool `[n]`) is among them."""
+
+    def columns(self, tensors: dict[str, torch.Tensor]) -> list[pa.Array]:
+        """`fields` as arrays of n rows, from what `on_device` gave, on the host; they may share its memory.
+
+        Rows that are not finite are null, or as far as NaN goes, where the job lets them pass.
+        """
+
+    def faults(self, tensors: dict[str, torch.Tensor]) -> list[Fault | None]:
+        """Per row, what makes it an error row; n of them."""
+
+
+def faults(tensors: Mapping[str, torch.Tensor], allow_nan: bool) -> list[Fault | None]:
+    """A fault for each row that is not finite; none where the job lets them pass."""
+    finite = tensors["finite"]
+    if allow_nan or bool(finite.all()):
+        return [None] * len(finite)
+    return [None if row else _NOT_FINITE for row in finite.tolist()]
+
+
+def present(tensors: Mapping[str, torch.Tensor]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """`finite` as an array, bool `[n]`."""
+    rows: np.ndarray[Any, np.dtype[np.bool_]] = tensors["finite"].numpy()
+    return rows
+
+
+def float_rows(output: Any, wanted: str, advice: str) -> torch.Tensor:
+    """`output` where it is a tensor of floats with the example's rows first. Raises InvalidJob naming what came."""
+    import torch
+
+    said = f"the model gives {describe(output)} for a batch of {EXAMPLE_ROWS}, but {wanted}"
+    if not isinstance(output, torch.Tensor):
+        raise InvalidJob(f"{said}; {advice}")
+    if not output.is_floating_point():
+        raise InvalidJob(f"{said} of floating point numbers; {advice}")
+    if output.ndim == 0 or output.shape[0] != EXAMPLE_ROWS:
+        raise InvalidJob(f"{said}, a row for each image; {advice}")
+    return output
+
+
+def describe(output: Any) -> str:
+    """`float32 [2, 10]`, or what else it is and holds."""
+    import torch
+
+    if isinstance(output, torch.Tensor):
+        return f"{str(output.dtype).removeprefix('torch.')} {list(output.shape)}"
+    kind = type(output).__name__
+    if isinstance(output, Mapping):
+        return f"a {kind} with the keys {', '.join(map(str, list(output)[:8]))}"
+    if isinstance(output, tuple | list):
+        return f"a {kind} of {len(output)} ({', '.join(describe(part) for part in output[:4])})"
+    return f"a {kind}"

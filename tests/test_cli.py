@@ -1,0 +1,209 @@
+"""The command line as a person or a scheduler meets it: exit codes, stderr for people, one object for machines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import batchjob
+from batchjob.cli import main
+from batchjob.environment import cpu_quota, memory_limit
+
+NET = """
+from torch import nn
+
+def make():
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    nn.init.constant_(net[2].weight, 0.5)
+    nn.init.constant_(net[2].bias, 0.0)
+    return net
+"""
+
+JOB = """\
+input: {type: prefix, uri: images/, extensions: all}
+model: {type: python, target: "net:make"}
+preprocess: {resize: null, crop: null, mean: null, std: null}
+task: {type: classification, labels: [a, b, c, d]}
+runtime: {pool: local, device: cpu, shard_size: 4, loader: {processes: 0}}
+errors: {max_rate: 0.5}
+output: {uri: out}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a job of ten images, one of them broken."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    for number in range(9):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"images/{number}.png")
+    (tmp_path / "images/broken.png").write_bytes(b"no image")
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "job.yaml").write_text(JOB)
+    return tmp_path
+
+
+def last_object(said: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(said.splitlines()[-1])
+    return found
+
+
+def test_a_job_runs_and_every_look_at_it_agrees(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "job.yaml", "--json", "--quiet"]) == 0
+    out, err = capfd.readouterr()
+    outcome = last_object(out)
+    assert outcome.items() >= {"status": "complete", "planned": 10, "predicted": 9, "failed": 1, "exit_code": 0}.items()
+    assert outcome["output"].rstrip("/") == str(folder / "out")
+    assert "complete: 10 images, 9 predicted, 1 failed" in err
+
+    assert main(["status", "out", "--json"]) == 0
+    status = last_object(capfd.readouterr().out)
+    assert status.items() >= {"status": "complete", "planned": 10, "committed": 10, "failed": 1, "parts": 3}.items()
+    assert main(["status", "job.yaml"]) == 0
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "complete" in err
+
+    assert main(["errors", "out", "--json"]) == 0
+    *rows, counts = map(json.loads, capfd.readouterr().out.splitlines())
+    assert [Path(row["uri"]).name for row in rows] == ["broken.png"]
+    assert counts["failed"] == 1
+    assert main(["errors", "job.yaml"]) == 0
+    assert "broken.png: decode/" in capfd.readouterr().err
+
+    assert main(["run", "job.yaml", "--json", "task.top_k=2"]) == 2
+    out, err = capfd.readouterr()
+    assert last_object(out)["status"] == "invalid"
+    assert "task.top_k: not set there, 2 here" in err
+    assert main(["run", "job.yaml", "--json", "--quiet"]) == 0
+    assert last_object(capfd.readouterr().out)["status"] == "already_complete"
+
+    assert main(["discard", "out"]) == 2
+    assert "add --yes" in capfd.readouterr().err
+    assert main(["discard", "out", "--yes"]) == 0
+    assert not list((folder / "out/predictions").iterdir())
+
+
+def test_over_the_error_budget_is_exit_3(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "job.yaml", "--quiet", "--json", "errors.max_rate=0"]) == 3
+    out, err = capfd.readouterr()
+    assert last_object(out)["status"] == "over_budget"
+    assert "batchjob errors" in err
+    assert not (folder / "out/_SUCCESS").exists()
+
+
+def test_a_bad_job_file_is_exit_2_and_says_where(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("job.yaml").write_text(JOB.replace("target", "targte"))
+    for command in ("run", "validate", "plan", "status", "errors", "discard"):
+        assert main([command, "job.yaml", "--json", *(["--yes"] if command == "discard" else [])]) == 2
+        out, err = capfd.readouterr()
+        assert err == "job.yaml:2:23: model.targte: not a field of this model; did you mean 'target'?\n"
+        assert last_object(out).items() >= {"status": "invalid", "exit_code": 2, "message": err.strip()}.items()
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["run"], "Missing argument 'JOB.yaml'"),
+        (["run", "job.yaml", "--nonsense"], "No such option"),
+        (["dance"], "No such command 'dance'"),
+        (["run", "job.yaml", "-p", "dt"], "'dt' is no parameter; write -p name=value"),
+        (["run", "job.yaml", "-p", "a=1", "-p", "a=2"], "-p a=… is given twice; keep one"),
+        (["run", "job.yaml", "--pool", "mars"], "mars"),
+        (["run", "none.yaml"], "none.yaml: no such file"),
+        (["status", "out", "model.name=x"], "takes neither -p nor section.key=value"),
+    ],
+)
+def test_wrong_usage_is_exit_2(folder: Path, args: list[str], sentence: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*args, "--json"]) == 2
+    out, err = capfd.readouterr()
+    assert sentence in err
+    assert last_object(out)["exit_code"] == 2
+
+
+def test_what_nobody_foresaw_is_exit_1_with_its_traceback(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "out").mkdir()
+    (folder / "out/_batchjob/plans/0000").mkdir(parents=True)
+    (folder / "out/_batchjob/plans/0000/head.json").write_text("no json")
+    assert main(["status", "out", "--json"]) == 1
+    out, err = capfd.readouterr()
+    assert "Traceback" in err
+    assert last_object(out)["status"] == "crashed"
+
+
+def test_an_output_that_is_not_there_is_empty(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "job.yaml", "--json"]) == 0
+    assert last_object(capfd.readouterr().out)["status"] == "empty"
+    assert not (folder / "out").exists()
+
+
+def test_version_help_and_schema_go_to_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capfd.readouterr().out == f"batchjob {batchjob.__version__}\n"
+    assert main(["run", "--help"]) == 0
+    assert "--allow-empty" in capfd.readouterr().out
+    assert main(["schema"]) == 0
+    assert json.loads(capfd.readouterr().out)["title"] == "batchjob job"
+
+
+def test_env_says_what_a_bug_report_needs(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://me:secret@host:1")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    assert main(["env", "--json"]) == 0
+    out, _ = capfd.readouterr()
+    found = last_object(out)
+    assert found["packages"]["batchjob"] == batchjob.__version__
+    assert found["cores"]["allowed"] >= 1
+    assert found["ray"]["address_given"] is True
+    assert "secret" not in out
+    assert "hidden" not in out
+    assert found["torch"]["threads"] >= 1
+
+
+def test_status_loads_neither_torch_nor_ray(folder: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "batchjob", "status", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "batchjob.cli" in loaded
+    assert not {name for name in loaded if name.split(".")[0] in {"torch", "ray", "torchvision"}}
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_cores_and_memory_are_what_the_control_group_gives(tmp_path: Path) -> None:
+    second = write(
+        tmp_path / "v2",
+        {
+            "proc/self/cgroup": "0::/a/b\n",
+            "sys/fs/cgroup/a/cpu.max": "150000 100000\n",
+            "sys/fs/cgroup/a/b/cpu.max": "max 100000\n",
+            "sys/fs/cgroup/a/b/memory.max": "1073741824\n",
+            "sys/fs/cgroup/a/memory.max": "max\n",
+        },
+    )
+    assert (cpu_quota(second), memory_limit(second)) == (1.5, 1 << 30)
+    first = write(
+        tmp_path / "v1",
+        {
+            "proc/self/cgroup": "3:cpu,cpuacct:/x\n2:memory:/x\n",
+            "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "200000\n",
+            "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000\n",
+            "sys/fs/cgroup/memory/x/memory.limit_in_bytes": "9223372036854771712\n",
+        },
+    )
+    assert (cpu_quota(first), memory_limit(first)) == (2.0, None)
+    assert (cpu_quota(tmp_path), memory_limit(tmp_path)) == (None, None)

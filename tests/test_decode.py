@@ -1,0 +1,197 @@
+"""Bytes to pixels: what Pillow gives for good images, one of a few words for bad ones, never anything else."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from batchjob.decode import DecodeSettings, decode
+from batchjob.errors import ImageFault
+
+TYPES = {"empty", "not_an_image", "unsupported", "truncated", "corrupt", "too_large", "memory"}
+
+
+def noise(mode: str, size: tuple[int, int] = (37, 23)) -> Image.Image:
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    values = np.random.default_rng(7).integers(0, 256, (size[1], size[0], bands), dtype=np.uint8)
+    return Image.frombytes(mode, size, values.tobytes())
+
+
+def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def fault_of(data: bytes, **settings: int) -> ImageFault:
+    with pytest.raises(ImageFault) as caught:
+        decode(data, DecodeSettings(**settings), "rgb", False)
+    assert caught.value.stage == "decode"
+    return caught.value
+
+
+def pixels_of(data: bytes, channels: Any = "rgb", exif: bool = False) -> np.ndarray:
+    return decode(data, DecodeSettings(), channels, exif).pixels
+
+
+@pytest.mark.parametrize(
+    ("mode", "format"),
+    [
+        *((mode, "JPEG") for mode in ("L", "RGB", "CMYK")),
+        *((mode, "PNG") for mode in ("1", "L", "LA", "P", "RGB", "RGBA")),
+        *((mode, "TIFF") for mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")),
+        *((mode, "WEBP") for mode in ("RGB", "RGBA")),
+        *((mode, "GIF") for mode in ("L", "P", "RGB")),
+        *((mode, "BMP") for mode in ("L", "P", "RGB")),
+    ],
+)
+def test_ordinary_images_are_what_pillow_converts(mode: str, format: str) -> None:
+    image = noise("L").convert("1") if mode == "1" else noise("RGB").convert("P") if mode == "P" else noise(mode)
+    data = encoded(image, format)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    decoded = decode(data, DecodeSettings(), "rgb", False)
+    np.testing.assert_array_equal(decoded.pixels, expected)
+    assert (decoded.width, decoded.height) == (37, 23)
+    assert decoded.pixels.dtype == np.uint8
+    assert decoded.pixels.flags.writeable
+    np.testing.assert_array_equal(pixels_of(data, "bgr"), expected)
+    assert pixels_of(data, "gray").shape == (23, 37, 1)
+
+
+def test_gray_of_a_gray_image_is_untouched() -> None:
+    image = noise("L")
+    np.testing.assert_array_equal(pixels_of(encoded(image, "PNG"), "gray")[:, :, 0], np.asarray(image))
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_grey_of_16_bits_is_scaled_not_clipped(format: str) -> None:
+    samples = np.array([[0, 128, 257, 32768, 65535]], dtype=np.uint16)
+    pixels = pixels_of(encoded(Image.fromarray(samples), format))
+    np.testing.assert_array_equal(pixels[0, :, 0], [0, 0, 1, 128, 255])
+    np.testing.assert_array_equal(pixels[..., 0], pixels[..., 2])
+
+
+def test_wider_samples_are_scaled_by_what_they_hold() -> None:
+    floats = np.array([[0.0, 0.5, 1.0, np.nan]], dtype=np.float32)
+    np.testing.assert_array_equal(pixels_of(encoded(Image.fromarray(floats), "TIFF"))[0, :, 0], [0, 128, 255, 0])
+    np.testing.assert_array_equal(
+        pixels_of(encoded(Image.fromarray(floats * 200), "TIFF"), "gray")[0, :, 0], [0, 100, 200, 0]
+    )
+    integers = np.array([[-5, 100, 255]], dtype=np.int32)
+    np.testing.assert_array_equal(pixels_of(encoded(Image.fromarray(integers), "TIFF"))[0, :, 0], [0, 100, 255])
+    np.testing.assert_array_equal(
+        pixels_of(encoded(Image.fromarray(integers * 257), "TIFF"))[0, :, 0], [0, 100, 255]
+    )
+
+
+def test_of_an_animation_the_first_frame() -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
+    for format in ("GIF", "PNG", "WEBP"):
+        data = encoded(frames[0], format, save_all=True, append_images=frames[1:], lossless=True)
+        assert pixels_of(data)[0, 0].tolist() == [255, 0, 0], format
+
+
+def test_exif_orientation_turns_the_image_only_where_asked() -> None:
+    image, exif = noise("RGB"), Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(image, "PNG", exif=exif)
+    np.testing.assert_array_equal(pixels_of(data), np.asarray(image))
+    np.testing.assert_array_equal(pixels_of(data, exif=True), np.rot90(np.asarray(image), -1))
+    turned = decode(data, DecodeSettings(), "rgb", True)
+    assert (turned.width, turned.height) == (37, 23), "the size is the one the file stores"
+
+
+def test_all_eight_orientations_come_out_upright(test_data: Path) -> None:
+    for shape in ("Landscape", "Portrait"):
+        first = pixels_of((test_data / "hostile" / "exif" / f"{shape}_1.jpg").read_bytes(), exif=True)
+        for number in range(2, 9):
+            other = pixels_of((test_data / "hostile" / "exif" / f"{shape}_{number}.jpg").read_bytes(), exif=True)
+            assert other.shape == first.shape
+            assert np.abs(other.astype(int) - first).mean() < 12, f"{shape}_{number}"
+
+
+def test_bad_files_are_named_by_a_few_words() -> None:
+    jpeg, png = encoded(noise("RGB", (200, 200)), "JPEG"), encoded(noise("RGB", (200, 200)), "PNG")
+    assert fault_of(b"").type == "empty"
+    assert fault_of(b"hello, this is text").type == "not_an_image"
+    assert fault_of(jpeg[: len(jpeg) // 2]).type == "truncated"
+    assert fault_of(png[: len(png) // 2]).type == "truncated"
+    assert fault_of(encoded(noise("RGB"), "BMP")[:-500]).type == "truncated"
+    assert fault_of(jpeg[:20]).type in {"corrupt", "truncated"}
+    assert fault_of(png[:60] + bytes(200) + png[260:]).type == "corrupt"
+    assert fault_of(encoded(noise("LAB"), "TIFF")).type == "unsupported"
+    for format, name in (("JPEG2000", "JPEG 2000"), ("ICO", "icon"), ("PPM", "Netpbm"), ("AVIF", "AVIF")):
+        fault = fault_of(encoded(noise("RGB"), format))
+        assert fault.type == "unsupported"
+        assert name in fault.message
+        assert "JPEG, PNG" in fault.message
+
+
+def test_limits_hold_and_are_named() -> None:
+    png = encoded(Image.new("RGB", (100, 60)), "PNG")
+    for limit in (5999, 2000):  # Pillow itself speaks up at twice the limit
+        fault = fault_of(png, max_pixels=limit)
+        assert fault.type == "too_large"
+        assert f"decode.max_pixels {limit:,}" in fault.message
+    assert decode(png, DecodeSettings(max_pixels=6000), "rgb", False).pixels.shape == (60, 100, 3)
+    fault = fault_of(png, max_bytes=len(png) - 1)
+    assert fault.type == "too_large"
+    assert "decode.max_bytes" in fault.message
+
+
+def test_settings_of_the_program_neither_count_nor_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    jpeg = encoded(noise("RGB", (200, 200)), "JPEG")
+    assert pixels_of(jpeg).shape == (200, 200, 3)
+    assert fault_of(jpeg[: len(jpeg) // 2]).type == "truncated"
+    assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES) == (10, True)
+
+
+HOSTILE = """
+import collections, pathlib, sys, warnings
+warnings.simplefilter("error")
+from batchjob.decode import DecodeSettings, decode
+from batchjob.errors import ImageFault
+counts = collections.Counter()
+for path in pathlib.Path(sys.argv[1]).rglob("*"):
+    if path.is_file():
+        try:
+            pixels = decode(path.read_bytes(), DecodeSettings(max_pixels=30_000_000), "rgb", True).pixels
+            assert pixels.dtype == "uint8" and pixels.shape[2] == 3 and pixels.size, path
+            counts["ok"] += 1
+        except ImageFault as fault:
+            assert fault.stage == "decode" and fault.message, path
+            counts[fault.type] += 1
+print("\\n".join(f"{name} {count}" for name, count in counts.items()))
+"""
+
+
+def test_every_hostile_file_is_an_image_or_a_fault_and_nothing_is_printed(test_data: Path) -> None:
+    folder = test_data / "hostile"
+    call = [sys.executable, "-c", HOSTILE, str(folder)]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr == ""
+    counts = Counter({name: int(count) for name, count in (line.split() for line in done.stdout.splitlines())})
+    print(dict(counts))
+    assert counts.total() == sum(path.is_file() for path in folder.rglob("*"))
+    assert set(counts) <= TYPES | {"ok"}
+    assert counts["ok"] > 1500
+
+
+def test_photographs_are_what_pillow_reads(test_data: Path) -> None:
+    for path in sorted((test_data / "imagenet-sample").glob("*.JPEG"))[:40]:
+        with Image.open(path) as image:
+            np.testing.assert_array_equal(pixels_of(path.read_bytes()), np.array(image.convert("RGB")))

@@ -1,0 +1,491 @@
+"""Job files: what they may say, every fault at its line, parameters, overrides, fingerprints, moving house."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchjob.errors import InvalidJob
+from batchjob.job import Job, Workers, difference, job_schema
+from batchjob.models import CheckpointModel, TorchvisionModel
+from batchjob.tasks import ClassificationTask
+
+GOOD = """\
+name: product-tags
+params: {dt: {type: date}}
+input:
+  type: manifest
+  uri: s3://lake/image_index/dt=${dt}/
+  uri_column: image_uri
+  passthrough: [sku, country]
+  require: {marker: _SUCCESS, min_images: 1000}
+model:
+  type: torchvision
+  name: resnet50
+  weights: IMAGENET1K_V2
+task: {type: classification, top_k: 5}
+runtime:
+  workers: {min: 1, max: 8}
+  gpus_per_worker: 1
+  cpus_per_worker: 8
+  device: auto
+  batch_size: auto
+  precision: auto
+  shard_size: auto
+  loader: {processes: auto, prefetch: auto, pin_memory: auto}
+errors: {max_rate: 0.01}
+output: {uri: "s3://lake/product_tags/dt=${dt}/"}
+"""
+
+SMALL = """\
+input: {type: prefix, uri: images}
+model: {type: checkpoint, architecture: "net:make", weights: net.pth}
+task: {type: embedding}
+output: {uri: out}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write(text: str, path: str = "job.yaml") -> str:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text)
+    return path
+
+
+def faults(text: str, params: dict[str, str] | None = None, overrides: tuple[str, ...] = ()) -> list[str]:
+    with pytest.raises(InvalidJob) as caught:
+        Job.from_file(write(text), params or {}, overrides)
+    return caught.value.message.splitlines()
+
+
+def small(*overrides: str, **params: str) -> Job:
+    return Job.from_file(write(SMALL), params, overrides)
+
+
+def test_the_job_of_the_design_page_is_read() -> None:
+    job = Job.from_file(write(GOOD), {"dt": "2026-11-19"})
+    assert job.name == "product-tags"
+    assert job.input.uri == "s3://lake/image_index/dt=2026-11-19/"
+    assert job.output.uri == "s3://lake/product_tags/dt=2026-11-19/"
+    assert job.runtime.workers == Workers(min=1, max=8)
+    assert job.errors.attempts == 3
+
+
+def test_every_fault_is_said_at_once_at_its_line() -> None:
+    text = (
+        GOOD.replace("  name: resnet50", "  nmae: resnet50")
+        .replace("top_k: 5", "top_k: five")
+        .replace("batch_size: auto", "batch_size: many")
+        .replace("precision: auto", "precision: fp8")
+        .replace("max_rate: 0.01", "max_rate: 7")
+    )
+    assert faults(text, {"dt": "2026-11-19"}) == [
+        "job.yaml:11:3: model.nmae: not a field of this model; did you mean 'name'?",
+        "job.yaml:13:37: task.top_k: must be a whole number, not 'five'",
+        "job.yaml:19:15: runtime.batch_size: must be a whole number or 'auto', not 'many'",
+        "job.yaml:20:14: runtime.precision: must be 'auto', 'fp32', 'tf32', 'bf16' or 'fp16', not 'fp8'",
+        "job.yaml:23:20: errors.max_rate: must be at most 1, not 7",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("name: product", "nam: product", "job.yaml:1:1: nam: not a field of this job; did you mean 'name'?"),
+        (
+            "name: product-tags",
+            "batch_size: 3",
+            "job.yaml:1:1: batch_size: not a field of this job; did you mean 'runtime.batch_size'?",
+        ),
+        ("  name: resnet50\n", "", "job.yaml:10:3: model.name: is missing"),
+        (
+            "  weights:",
+            "  name: x\n  weights:",
+            "job.yaml:12:3: model.name: is given twice, first in line 11; keep one",
+        ),
+        (
+            "type: torchvision",
+            "type: timm",
+            (
+                "job.yaml:10:9: model.type: 'timm' is no model that this version has; "
+                "it has torchvision, checkpoint, python"
+            ),
+        ),
+        (
+            "type: manifest",
+            "type: manifst",
+            (
+                "job.yaml:4:9: input.type: 'manifst' is no input that this version has; "
+                "it has prefix, manifest; did you mean 'manifest'?"
+            ),
+        ),
+        (
+            "  type: torchvision\n",
+            "",
+            "job.yaml:10:3: model.type: is missing; it is one of torchvision, checkpoint, python",
+        ),
+        (
+            "{type: classification, top_k: 5}",
+            "classification",
+            "job.yaml:13:7: task: must be a section, not 'classification'",
+        ),
+        ("name: resnet50", "name: 50", "job.yaml:11:9: model.name: must be text, not 50; put it in quotes"),
+        (
+            "device: auto",
+            "device: gpu",
+            "job.yaml:18:11: runtime.device: must be auto, cuda, cuda:N, mps or cpu, not 'gpu'",
+        ),
+        (
+            "workers: {min: 1, max: 8}",
+            "workers: {min: 3, max: 2}",
+            "job.yaml:15:12: runtime.workers: has max 2 below min 3",
+        ),
+        (
+            "workers: {min: 1, max: 8}",
+            "workers: {max: 2, mni: 1}",
+            "job.yaml:15:21: runtime.workers.mni: not a field of runtime.workers; did you mean 'min'?",
+        ),
+        (
+            "workers: {min: 1, max: 8}",
+            "workers: some",
+            "job.yaml:15:12: runtime.workers: must be a whole number or 'auto' or a section, not 'some'",
+        ),
+        (
+            "gpus_per_worker: 1",
+            "gpus_per_worker: -1",
+            "job.yaml:16:20: runtime.gpus_per_worker: must be at least 0 or 'auto', not -1",
+        ),
+        ("errors:", "preprocess: {resize: [224]}\nerrors:", "job.yaml:23:22: preprocess.resize: has too few values"),
+        (
+            "name: product-tags",
+            "name: a/b",
+            "job.yaml:1:7: name: must be letters, digits, '.', '=', '-' and '_', 128 at most",
+        ),
+        ("${dt}/\n", "${dtt}/\n", "job.yaml:5:8: input.uri: ${dtt} is no parameter of this job; did you mean 'dt'?"),
+        (
+            "{type: date}",
+            "{type: day}",
+            "job.yaml:2:21: params.dt.type: must be 'str', 'int', 'float', 'bool' or 'date', not 'day'",
+        ),
+        ("{type: date}", "{type: int, default: x}", "-p dt=2026-11-19: must be a whole number"),
+        (
+            "s3://lake/image",
+            "s3://me:secret@lake/image",
+            (
+                "job.yaml:5:8: input.uri: holds credentials before '@'; a job never does: "
+                "give them through the environment"
+            ),
+        ),
+        (
+            "resnet50",
+            "!!python/object:os.system x",
+            (
+                "job.yaml:11:9: model.name: has the tag tag:yaml.org,2002:python/object:os.system, "
+                "which a job does not know; leave it out"
+            ),
+        ),
+        ("task:", "? [a]\n: b\ntask:", "job.yaml:13:3: has a key that is not text"),
+    ],
+)
+def test_one_fault_is_one_sentence(old: str, new: str, line: str) -> None:
+    assert old in GOOD
+    assert faults(GOOD.replace(old, new, 1), {"dt": "2026-11-19"}) == [line]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "job.yaml:1:1: input: is missing"),
+        ("[1, 2]", "job.yaml:1:1: must be a mapping of sections: input, model, task, output"),
+        ("a: [1", "job.yaml:1:6: is not YAML: expected ',' or ']', but got '<stream end>'"),
+        ("a: 1\n---\nb: 2\n", "job.yaml:2:1: is not YAML: but found another document"),
+        ("a: \x00", "job.yaml: is not YAML: unacceptable character #x0000: special characters are not allowed"),
+        ("a: " + "[" * 5000, "job.yaml: is nested too deeply; a job needs no more than 50 levels"),
+        ("a: &a [*a]", "job.yaml:1:4: is too large or too deep once its aliases are followed; write it out"),
+        (
+            "a" * (1 << 20) + "a",
+            "job.yaml: is larger than 1 MiB; long lists, such as labels, go into a file of their own",
+        ),
+    ],
+)
+def test_what_is_no_job_file_is_said(text: str, line: str) -> None:
+    assert faults(text)[0] == line
+
+
+def test_aliases_cannot_grow_without_bound() -> None:
+    levels = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10))
+    assert "too large" in faults(f"a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n{levels}")[0]
+
+
+def test_a_file_that_is_not_there_or_not_text_is_named() -> None:
+    with pytest.raises(InvalidJob, match=r"^none\.yaml: no such file"):
+        Job.from_file("none.yaml")
+    Path("latin.yaml").write_bytes(b"name: \xe9")
+    with pytest.raises(InvalidJob, match=r"^latin\.yaml: is not UTF-8 text \(byte 6\)"):
+        Job.from_file("latin.yaml")
+    with pytest.raises(InvalidJob, match=r"cannot be read"):
+        Job.from_file(".")
+
+
+def test_plain_scalars_are_those_of_yaml_1_2() -> None:
+    labels = "labels: [no, yes, on, 2026-11-19, 12:30:45, 0x1f]"
+    text = SMALL.replace("{type: embedding}", f"{{type: classification, {labels}}}")
+    job = Job.from_file(write(text))
+    assert isinstance(job.task, ClassificationTask)
+    assert list(job.task.labels or ()) == ["no", "yes", "on", "2026-11-19", "12:30:45", "0x1f"]
+    assert small("errors.max_rate=1e-3").errors.max_rate == 0.001
+
+
+# ---------------------------------------------------------------------------------------------------------- parameters
+
+
+def with_param(declaration: str, *, use: str = "${x}") -> str:
+    return f"params: {{x: {declaration}}}\n" + SMALL.replace("uri: out", f'uri: "out/{use}"')
+
+
+@pytest.mark.parametrize(
+    ("declaration", "given", "used"),
+    [
+        ("{type: date}", "2026-11-19", "2026-11-19"),
+        ("{type: int}", "07", "7"),
+        ("{type: int, default: 3}", None, "3"),
+        ("{type: float}", "1e-1", "0.1"),
+        ("{type: bool}", "True", "true"),
+        ("{type: bool, default: false}", None, "false"),
+        ("{type: date, default: 2026-01-02}", None, "2026-01-02"),
+        ("{}", "a b", "a b"),
+    ],
+)
+def test_parameters_are_put_in(declaration: str, given: str | None, used: str) -> None:
+    params = {} if given is None else {"x": given}
+    assert Path(Job.from_file(write(with_param(declaration)), params).output.uri).name == used
+
+
+@pytest.mark.parametrize(
+    ("declaration", "given", "line"),
+    [
+        ("{type: date}", "20261119", "-p x=20261119: must be a date such as 2026-11-19"),
+        ("{type: date}", "2026-02-30", "-p x=2026-02-30: must be a date such as 2026-11-19"),
+        ("{type: int}", "7.5", "-p x=7.5: must be a whole number"),
+        ("{type: bool}", "yes", "-p x=yes: must be true or false"),
+        ("{type: date}", None, "job.yaml:1:10: params.x: needs a value: add -p x=YYYY-MM-DD"),
+        ("{type: int, default: many}", None, "job.yaml:1:34: params.x.default: must be a whole number"),
+    ],
+)
+def test_parameters_that_do_not_fit_are_refused(declaration: str, given: str | None, line: str) -> None:
+    assert faults(with_param(declaration), {} if given is None else {"x": given}) == [line]
+
+
+def test_a_parameter_nobody_declared_is_refused() -> None:
+    assert faults(GOOD, {"dt": "2026-11-19", "dtt": "1"}) == [
+        "-p dtt=1: is no parameter of this job; did you mean 'dt'?"
+    ]
+    assert "it declares none" in faults(SMALL, {"dt": "1"})[0]
+
+
+def test_a_missing_parameter_hides_no_other_fault_and_makes_none() -> None:
+    text = (
+        with_param("{type: int}")
+        .replace("output:", 'runtime: {batch_size: "${x}"}\noutput:')
+        .replace("type: prefix", "type: p")
+    )
+    assert [line.split(": ")[1] for line in faults(text)] == ["params.x", "input.type"]
+
+
+def test_a_parameter_may_be_a_number_setting_and_dollars_can_be_escaped() -> None:
+    text = with_param("{type: int}", use="$${x}").replace("output:", 'runtime: {batch_size: "${x}"}\noutput:')
+    job = Job.from_file(write(text), {"x": "32"})
+    assert job.runtime.batch_size == 32
+    assert Path(job.output.uri).name == "${x}"
+
+
+# ----------------------------------------------------------------------------------------------------------- overrides
+
+
+def test_paths_resolve_beside_the_file_and_overrides_where_they_are_typed(tmp_path: Path) -> None:
+    path = write(SMALL, "deep/job.yaml")
+    job = Job.from_file(path, overrides=["output.uri=mine", "input.uri=../there/"])
+    assert job.base == tmp_path / "deep"
+    assert isinstance(job.model, CheckpointModel)
+    assert job.model.weights == str(tmp_path / "deep/net.pth")
+    assert job.output.uri == str(tmp_path / "mine")
+    assert job.input.uri == str(tmp_path.parent / "there") + "/"
+
+
+def test_overrides_replace_make_sections_and_remove() -> None:
+    job = small(
+        "runtime.loader.processes=0",
+        "runtime.workers={min: 2, max: 3}",
+        "preprocess.mean=[0.5, 0.5, 0.5]",
+        "preprocess.resize=null",
+        "name=a=b",
+        "storage.s3://.region=eu-west-1",
+    )
+    assert job.runtime.loader.processes == 0
+    assert job.runtime.workers == Workers(min=2, max=3)
+    assert job.preprocess is not None
+    assert job.preprocess.mean == (0.5, 0.5, 0.5)
+    assert "resize" in job.preprocess.model_fields_set
+    assert job.name == "a=b"
+    assert job.storage["s3://"].region == "eu-west-1"
+
+
+def test_an_override_may_change_the_kind_of_a_section(tmp_path: Path) -> None:
+    job = small("model={type: torchvision, name: resnet18, weights: w.pth}", "input.uri=s3://b/x")
+    assert isinstance(job.model, TorchvisionModel)
+    assert job.model.weights == str(tmp_path / "w.pth")
+    assert job.input.uri == "s3://b/x"
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("model.nmae=x", "model.nmae=x: not a field of this model; it has type, architecture, weights"),
+        ("runtime.batch_sze=3", "runtime.batch_sze=3: not a field of runtime; did you mean 'batch_size'?"),
+        ("runtime.batch_size=0", "runtime.batch_size=0: must be at least 1 or 'auto', not 0"),
+        ("runtime={batch_size: 0}", "runtime={batch_size: 0}: runtime.batch_size: must be at least 1 or 'auto', not 0"),
+        ("nonsense", "nonsense: is no override; write section.key=value, for instance runtime.batch_size=64"),
+        ("a..b=1", "a..b=1: is no override; write section.key=value, for instance runtime.batch_size=64"),
+        ("input.uri.x=1", "input.uri.x=1: input.uri is no section; give it whole, or take it out of the job file"),
+        ("task=5", "task=5: must be a section, not 5"),
+        ("name=[a", "name=[a: must be letters, digits, '.', '=', '-' and '_', 128 at most"),
+        (
+            "input.uri=s3://k:pw@b/x",
+            "input.uri=s3://…@b/x: holds credentials before '@'; a job never does: give them through the environment",
+        ),
+        (
+            "input.uri=https://b/x?sig=abc",
+            (
+                "input.uri=https://b/x?…: is a presigned URL; a job never holds a signature: "
+                "give credentials through the environment"
+            ),
+        ),
+    ],
+)
+def test_a_wrong_override_is_named_as_it_was_typed(override: str, line: str) -> None:
+    (said,) = faults(SMALL, overrides=(override,))
+    assert said.startswith(line)
+
+
+# ------------------------------------------------------------------------------------------ fingerprint, moving house
+
+
+def test_the_fingerprint_holds_what_alters_predictions() -> None:
+    job = small()
+    assert job.fingerprint() == {
+        "input": {"type": "prefix", "uri": "./images"},
+        "model": {"type": "checkpoint", "architecture": "net:make", "weights": "./net.pth"},
+        "task": {"type": "embedding"},
+    }
+    same = [
+        "runtime.batch_size=3",
+        "runtime.workers=2",
+        "errors.max_rate=0.5",
+        "output.uri=other",
+        "name=other",
+        "runtime.device=cpu",
+        "storage.s3://.region=x",
+        "input.require={min_images: 3}",
+        "decode={}",
+    ]
+    assert all(small(override).fingerprint() == job.fingerprint() for override in same)
+    others = [
+        "runtime.precision=bf16",
+        "task.normalize=true",
+        "model.strict=false",
+        "preprocess.resize=null",
+        "decode.max_pixels=5",
+        "input.recursive=true",
+    ]
+    assert all(small(override).fingerprint() != job.fingerprint() for override in others)
+
+
+def test_the_same_job_in_another_folder_has_the_same_fingerprint() -> None:
+    here = Job.from_file(write(SMALL, "here/job.yaml"))
+    there = Job.from_file(write(SMALL, "there/job.yaml"))
+    assert here != there
+    assert here.fingerprint() == there.fingerprint()
+    assert json.loads(json.dumps(here.fingerprint())) == here.fingerprint()
+
+
+def test_a_difference_names_both_sides() -> None:
+    here = small("model.weights=other.pth", "task.layer=fc").fingerprint()
+    assert difference(small().fingerprint(), here) == [
+        "model.weights: ./net.pth there, ./other.pth here",
+        "task.layer: not set there, fc here",
+    ]
+    assert difference(here, here) == []
+
+
+def test_a_job_moves_to_a_worker_with_its_folder(tmp_path: Path) -> None:
+    job = small("runtime.batch_size=7", "preprocess.crop=null", "storage.s3://.anonymous=true")
+    doc: dict[str, Any] = json.loads(json.dumps(job.portable()))
+    moved = Job.from_portable(doc, tmp_path / "copy", tmp_path)
+    assert moved.base == tmp_path / "copy"
+    assert isinstance(moved.model, CheckpointModel)
+    assert moved.model.weights == str(tmp_path / "copy/net.pth")
+    assert moved.input.uri == job.input.uri
+    assert moved.output.uri == job.output.uri
+    assert (moved.runtime, moved.preprocess, moved.storage) == (job.runtime, job.preprocess, job.storage)
+    assert moved.fingerprint() == job.fingerprint()
+    assert moved.portable() == doc
+
+
+def test_paths_outside_the_folder_and_uris_stay_what_they_are(tmp_path: Path) -> None:
+    job = Job.from_file(write(SMALL, "in/job.yaml"), overrides=["input.uri=far", "model.weights=s3://b/w.pth"])
+    assert job.portable()["input"]["uri"] == str(tmp_path / "far")
+    assert job.portable()["model"]["weights"] == "s3://b/w.pth"
+    whole = Job.from_file(write(SMALL, "in/job.yaml"), overrides=["input.uri=in/"])
+    assert whole.portable()["input"]["uri"] == "./"
+    assert Job.from_portable(whole.portable(), tmp_path, tmp_path / "z").input.uri.rstrip("/") == str(tmp_path / "z")
+
+
+def test_a_document_of_another_version_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidJob, match="another version"):
+        Job.from_portable({"input": {"type": "later"}}, tmp_path, tmp_path)
+
+
+def test_a_job_built_in_python_lives_in_the_working_directory(tmp_path: Path) -> None:
+    job = Job(
+        input={"type": "prefix", "uri": "images"},
+        model={"type": "torchvision", "name": "resnet18", "seed": 1},
+        task={"type": "classification"},
+        output={"uri": "out"},
+    )
+    assert job.base == tmp_path
+    assert job.output.uri == str(tmp_path / "out")
+    assert job.fingerprint()["input"]["uri"] == "./images"
+
+
+# -------------------------------------------------------------------------------------------------------------- schema
+
+
+def test_the_schema_describes_every_section() -> None:
+    schema = job_schema()
+    assert schema["required"] == ["input", "model", "task", "output"]
+    assert schema["additionalProperties"] is False
+    assert set(schema["properties"]) == set(Job.model_fields)
+    runtime = schema["$defs"]["Runtime"]["properties"]
+    assert all(described.get("description") for described in runtime.values())
+    assert schema["properties"]["model"]["discriminator"]["propertyName"] == "type"
+    json.dumps(schema)
+
+
+def test_reading_a_job_loads_neither_torch_nor_ray() -> None:
+    write(SMALL)
+    look = "print(sys.modules.keys() & {'torch', 'ray'})"
+    program = f"import sys; from batchjob.job import Job; Job.from_file('job.yaml'); {look}"
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    assert said.stdout.strip() == "set()"

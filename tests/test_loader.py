@@ -1,0 +1,373 @@
+"""Shards to batches: order, faults in their place, epochs, processes that die and are replaced, nothing left behind."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from batchjob.decode import DecodeSettings, decode
+from batchjob.errors import AttemptFailed, ImageFault, InvalidJob, StorageError, Unavailable
+from batchjob.loader import Loader, LoaderPlan, LoaderSettings, settle
+from batchjob.records import Batch, Blob, ImageRef, Preprocess, Shard, ShardKey
+from batchjob.storage import Reader
+from batchjob.transform import Geometry
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Decode and geometry; names in the pixels of an image pull the strings of the tests."""
+
+    geometry: Geometry
+
+    def __call__(self, data: bytes) -> tuple[torch.Tensor, int, int]:
+        if data == b"exit":
+            os._exit(7)
+        if data == b"interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
+            data = png(4)
+        if data == b"odd":
+            raise ZeroDivisionError("odd one")
+        if data == b"memory":
+            raise MemoryError
+        if data == b"float":
+            return torch.full((3, 8, 8), 0.5), 1, 1
+        decoded = decode(data, DecodeSettings(), "rgb", False)
+        return self.geometry(decoded.pixels), decoded.width, decoded.height
+
+
+PREPARE = Prepare(Geometry(Preprocess(resize=(8, 8))))
+
+
+@dataclass(frozen=True)
+class Unreachable:
+    """In place of a reader: its store is away, or cannot be asked at all."""
+
+    error: Exception
+
+    def read_many(self, uris: Sequence[str]) -> list[Unavailable]:
+        if isinstance(self.error, Unavailable):
+            return [self.error] * len(uris)
+        raise self.error
+
+
+class Feed:
+    def __init__(self, shards: Iterable[Shard]) -> None:
+        self._shards = list(shards)
+        self.taken = 0
+
+    def take(self) -> Shard | None:
+        if not self._shards:
+            return None
+        self.taken += 1
+        return self._shards.pop(0)
+
+
+def png(shade: int, size: tuple[int, int] = (5, 4)) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", size, (shade, shade, shade)).save(out, "PNG")
+    return out.getvalue()
+
+
+def shard(index: int, locations: Sequence[str | Path], sizes: Sequence[int | None] | None = None) -> Shard:
+    refs = tuple(
+        ImageRef(index * 1000 + n, str(location), str(location), sizes[n] if sizes else None)
+        for n, location in enumerate(locations)
+    )
+    return Shard(ShardKey(index, "0" * 16, len(refs), 0, 0), refs, pa.table({}))
+
+
+def images(folder: Path, *contents: bytes) -> list[Path]:
+    paths = [folder / f"{n:03d}" for n in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    return paths
+
+
+def make(processes: int = 0, **given: Any) -> Loader:
+    settings: dict[str, Any] = {
+        "reader": Reader(),
+        "prepare": PREPARE,
+        "batch_size": 4,
+        "processes": processes,
+        "prefetch": 2,
+        "pin_memory": False,
+        "size": (8, 8),
+    }
+    return Loader(**settings | given)
+
+
+def shades(batches: Iterable[Batch]) -> list[tuple[int, int, list[int]]]:
+    return [
+        (batch.shard, batch.start, [] if batch.pixels is None else batch.pixels[:, 0, 0, 0].tolist())
+        for batch in batches
+    ]
+
+
+def faults(batch: Batch) -> list[tuple[str, str] | None]:
+    return [fact.fault and (fact.fault.stage, fact.fault.type) for fact in batch.facts]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Loader]:
+    """One loader with two processes for all tests that leave it whole."""
+    loader = make(2)
+    loader.start()
+    yield loader
+    loader.close()
+
+
+@pytest.fixture(params=["in this process", "two processes"])
+def loader(request: pytest.FixtureRequest) -> Loader:
+    return make() if request.param == "in this process" else request.getfixturevalue("shared")
+
+
+def test_batches_come_in_order_and_never_span_shards(loader: Loader, tmp_path: Path) -> None:
+    paths = images(tmp_path, *map(png, range(40)))
+    shards = [shard(0, paths[:6]), shard(1, []), shard(2, paths[6:36]), shard(3, paths[36:37])]
+    feed = Feed(shards)
+    found = list(loader.batches(feed))
+    expected = [
+        (s.key.index, start, [int(ref.uri[-3:]) for ref in s.refs[start : start + 4]])
+        for s in shards
+        for start in range(0, len(s.refs), 4)
+    ]
+    assert shades(found) == expected
+    assert all(batch.pixels is not None and batch.pixels.dtype == torch.uint8 for batch in found)
+    assert all(set(batch.seconds) == {"fetch", "decode"} for batch in found)
+    fact = found[0].facts[0]
+    assert (fact.width, fact.height, fact.fault) == (5, 4, None)
+    assert fact.etag == Reader().stat(str(paths[0])).etag is not None
+
+
+def test_epoch_after_epoch_even_after_one_that_was_left(loader: Loader, tmp_path: Path) -> None:
+    paths = images(tmp_path, *map(png, range(24)))
+    for _ in range(3):
+        assert [shade for _, _, batch in shades(loader.batches(Feed([shard(0, paths)]))) for shade in batch] == list(
+            range(24)
+        )
+    left = loader.batches(Feed([shard(1, paths), shard(2, paths)]))
+    assert next(left).shard == 1
+    del left
+    assert shades(loader.batches(Feed([shard(3, paths[:4])]))) == [(3, 0, [0, 1, 2, 3])]
+    assert list(loader.batches(Feed([]))) == []
+
+
+def test_a_shard_is_taken_only_when_the_one_before_is_under_way(tmp_path: Path) -> None:
+    paths = images(tmp_path, *map(png, range(8)))
+    feed = Feed([shard(0, paths), shard(1, paths)])
+    batches = make().batches(feed)
+    assert feed.taken == 0
+    assert [(next(batches).shard, feed.taken) for _ in range(4)] == [(0, 1), (0, 1), (1, 2), (1, 2)]
+
+
+def test_bad_images_stay_in_their_place(loader: Loader, tmp_path: Path) -> None:
+    paths = images(tmp_path, b"", png(1), b"text", png(2), b"odd", b"memory", png(3))
+    locations = [*paths[:4], tmp_path / "absent", *paths[4:], f"{tmp_path}/bad\0name"]
+    first, second, third = loader.batches(Feed([shard(0, locations)]))
+    assert faults(first) == [("decode", "empty"), None, ("decode", "not_an_image"), None]
+    assert faults(second) == [("fetch", "not_found"), ("transform", "ZeroDivisionError"), ("decode", "memory"), None]
+    assert faults(third) == [("fetch", "unaddressable")]
+    assert shades([first, second, third]) == [(0, 0, [1, 2]), (0, 4, [3]), (0, 8, [])]
+    assert third.pixels is None
+    assert second.facts[1].fault is not None
+    assert second.facts[1].fault.message == "odd one"
+    assert first.facts[0].etag is not None, "the version that was read is known, also of a bad one"
+
+
+def test_ctrl_c_does_not_reach_the_loader_processes(shared: Loader, tmp_path: Path) -> None:
+    paths = images(tmp_path, b"interrupt")
+    assert shades(shared.batches(Feed([shard(0, paths)]))) == [(0, 0, [4])]
+
+
+def test_images_of_other_sizes_and_kinds_are_error_rows(tmp_path: Path) -> None:
+    paths = images(tmp_path, png(1, (8, 8)), png(2, (9, 9)), png(3, (8, 8)), b"float")
+    as_they_are = Prepare(Geometry(Preprocess()))
+    for size in (None, (8, 8), (3, 8, 8)):
+        (batch,) = make(prepare=as_they_are, size=size).batches(Feed([shard(0, paths)]))
+        assert faults(batch) == [None, ("transform", "size"), None, ("transform", "type")]
+        assert (batch.facts[1].width, batch.facts[1].height) == (9, 9)
+    (batch,) = make(prepare=as_they_are, size=(9, 9)).batches(Feed([shard(0, paths)]))
+    assert faults(batch)[:3] == [("transform", "size"), None, ("transform", "size")]
+    assert batch.facts[0].fault is not None
+    assert "3x8x8" in batch.facts[0].fault.message
+    assert "9x9" in batch.facts[0].fault.message
+    (batch,) = make(size=None).batches(Feed([shard(0, paths[3:])]))
+    assert batch.pixels is not None
+    assert batch.pixels.dtype == torch.float32
+
+
+def test_files_over_the_limit_are_not_fetched(tmp_path: Path) -> None:
+    paths = images(tmp_path, png(1), png(2), b"x" * 5000)
+    loader = make(max_bytes=1000)
+    (known,) = loader.batches(Feed([shard(0, [paths[0], "/never/asked/for", paths[1], paths[2]], [None, 5000, 9, None])]))
+    assert faults(known) == [None, ("fetch", "too_large"), None, ("fetch", "too_large")]
+    assert shades([known]) == [(0, 0, [1, 2])]
+
+
+def test_large_files_are_fetched_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Counting(Reader):
+        def read_many(self, uris: Sequence[str]) -> list[Blob | StorageError | Unavailable]:
+            asked.append(len(uris))
+            return super().read_many(uris)
+
+    paths = images(tmp_path, *map(png, range(7)))
+    loader = make(reader=Counting(), batch_size=7)
+    size = 60 * 1024 * 1024
+    (batch,) = loader.batches(Feed([shard(0, paths, [size, size, size, 5 * size, None, 1, size])]))
+    assert asked == [2, 1, 1, 3]
+    assert shades([batch]) == [(0, 0, list(range(7)))]
+
+
+def test_a_store_that_is_away_is_no_fault_of_the_images(tmp_path: Path) -> None:
+    loader = make(reader=Unreachable(Unavailable("the token has expired: log in again")))
+    (batch,) = loader.batches(Feed([shard(5, images(tmp_path, png(1)))]))
+    assert (batch.shard, batch.trouble, batch.facts) == (5, "the token has expired: log in again", ())
+
+
+def test_a_job_that_cannot_read_at_all_ends_also_from_a_process(tmp_path: Path) -> None:
+    feed = [shard(0, images(tmp_path, png(1)))]
+    for processes in (0, 1):
+        loader = make(processes, reader=Unreachable(InvalidJob("s3:// needs the extra")))
+        with pytest.raises(InvalidJob, match="needs the extra"):
+            list(loader.batches(Feed(feed)))
+        loader.close()
+
+
+def test_a_process_that_dies_fails_the_attempt_and_the_next_one_works(tmp_path: Path) -> None:
+    paths = images(tmp_path, png(0), b"exit", *map(png, range(2, 12)))
+    before, loader = children(), make(2, batch_size=1)
+    with pytest.raises(AttemptFailed, match=r"loader process \d+ ended with exit code 7") as caught:
+        list(loader.batches(Feed([shard(0, paths)])))
+    assert "started anew" in caught.value.message
+    assert len(list(loader.batches(Feed([shard(0, paths[2:])])))) == 10
+    killed = children() - before
+    assert len(killed) == 2
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)  # between two epochs: nothing is lost, so nothing fails
+    while killed & {process.pid for process in multiprocessing.active_children()}:
+        pass
+    assert len(list(loader.batches(Feed([shard(0, paths[2:])])))) == 10
+    loader.close()
+
+
+def test_close_leaves_no_process_and_may_be_called_early_and_again(tmp_path: Path) -> None:
+    before = children()
+    loader = make(2)
+    loader.close()
+    loader.start()
+    loader.start()
+    assert len(list(loader.batches(Feed([shard(0, images(tmp_path, png(1)))])))) == 1
+    assert len(children() - before) == 2
+    loader.close()
+    loader.close()
+    assert children() <= before
+    loader.start()
+    loader.close()
+    assert children() <= before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batchjob-loader")]
+
+
+def test_the_programs_own_settings_stay_as_they_are(tmp_path: Path) -> None:
+    paths = images(tmp_path, png(1))
+    main, threads = sys.modules["__main__"], torch.get_num_threads()
+    torch.manual_seed(3)
+    state, numbers = torch.get_rng_state(), random.getstate()
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+    for processes in (0, 1):
+        loader = make(processes)
+        list(loader.batches(Feed([shard(0, paths)])))
+        loader.close()
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == numbers
+    assert sys.modules["__main__"] is main
+    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+SCRIPT = """
+import os, sys
+with open(sys.argv[1] + "/imported", "a") as file:
+    file.write("once\\n")
+sys.path.insert(0, sys.argv[2])
+from test_loader import Feed, children, images, make, png, shard
+from pathlib import Path
+loader = make(2)
+batches = loader.batches(Feed([shard(0, images(Path(sys.argv[1]), *map(png, range(64))))]))
+next(batches)
+print(*children(), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_script_without_a_guard_runs_once_and_killed_leaves_no_process(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    call = [sys.executable, str(script), str(tmp_path), str(Path(__file__).parent)]
+    with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        pids = [int(pid) for pid in program.stdout.readline().split()]
+        assert len(pids) == 2
+        watches = [os.pidfd_open(pid) for pid in pids]
+        program.kill()
+        for watch in watches:
+            assert ended(watch), "a loader process outlived its program"
+    assert (tmp_path / "imported").read_text() == "once\n"
+
+
+def test_auto_follows_the_cores_and_the_images() -> None:
+    auto = LoaderSettings()
+    assert settle(auto, cores=4) == LoaderPlan(4, 2, False)
+    assert settle(auto, cores=8, images=1_000_000, cuda=True) == LoaderPlan(8, 2, True)
+    assert settle(auto, cores=0).processes == 1
+    assert settle(auto, cores=512).processes == 32
+    assert settle(auto, cores=4, images=10).processes == 0
+    given = LoaderSettings(processes=3, prefetch=5, pin_memory=True)
+    assert settle(given, cores=1, images=1, cuda=True) == LoaderPlan(3, 5, True)
+    assert settle(given, cores=1).pin_memory is False, "there is nothing to pin for"
+    assert settle(LoaderSettings(pin_memory=False), cores=1, cuda=True).pin_memory is False
+
+
+def test_a_fault_keeps_its_words() -> None:
+    with pytest.raises(ImageFault):
+        PREPARE(b"")
+
+
+def children() -> set[int]:
+    """Loader processes of this program: grandchildren by way of the fork server."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if stat[0] != "Z":
+                parents[int(entry.name)] = int(stat[1])
+    ours = {pid for pid, parent in parents.items() if parent == os.getpid()}
+    return {pid for pid, parent in parents.items() if parent in ours and pid not in ours}
+
+
+def ended(watch: int) -> bool:
+    import select
+
+    try:
+        return bool(select.select([watch], [], [], 20)[0])
+    finally:
+        os.close(watch)

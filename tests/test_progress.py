@@ -1,0 +1,127 @@
+"""What a person sees of a run, on a terminal and in a log."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from batchjob.progress import Bar, Lines, Meter, Progress, Quiet, pick_progress
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_meter_counts_and_foretells() -> None:
+    clock = Clock()
+    meter = Meter(clock)
+    meter.total, meter.final = 1000, False
+    assert meter.describe() == "0/1,000+ images, 0 errors, 0.0 images/s"
+    clock.now += 10
+    meter.add(200, 1)
+    meter.final = True
+    assert meter.describe() == "200/1,000 images, 1 error, 20.0 images/s, ETA 0:00:40"
+
+
+def test_the_rate_forgets_what_is_long_ago() -> None:
+    clock = Clock()
+    meter = Meter(clock)
+    clock.now += 1000
+    meter.add(1, 0)
+    for _ in range(60):
+        clock.now += 10
+        meter.add(100, 0)
+    assert meter.rate == pytest.approx(10.0)
+
+
+def test_images_of_an_earlier_run_are_no_measure_of_speed() -> None:
+    clock = Clock()
+    meter = Meter(clock)
+    meter.skip(500)
+    clock.now += 10
+    meter.add(100, 0)
+    assert (meter.done, meter.rate) == (600, 10.0)
+
+
+def test_a_log_gets_a_line_at_each_beat_and_one_at_the_end() -> None:
+    clock, stream = Clock(), io.StringIO()
+    lines = Lines(stream, clock, every=0)
+    lines.start(None)
+    lines.beat()
+    lines.planned(100, final=False)
+    lines.resumed(20)
+    clock.now += 30
+    lines.advance(60, 2)
+    lines.beat()
+    lines.note("worker 1 was replaced")
+    lines.planned(80, final=True)
+    clock.now += 30
+    lines.stop()
+    assert stream.getvalue().splitlines() == [
+        "0/? images, 0 errors, 0.0 images/s",
+        "80/100+ images, 2 errors, 2.0 images/s",
+        "worker 1 was replaced",
+        "80 images, 2 errors, in 0:01:00",
+    ]
+
+
+def test_a_log_gets_its_lines_without_being_asked() -> None:
+    class Heard(io.StringIO):
+        """Ends the wait of the test as soon as the thread has written."""
+
+        def write(self, text: str) -> int:
+            count = super().write(text)
+            written.set()
+            return count
+
+    import threading
+
+    written = threading.Event()
+    lines = Lines(Heard(), every=0.001)
+    lines.start(5)
+    assert written.wait(30)
+    lines.stop()
+
+
+def test_a_terminal_gets_one_bar() -> None:
+    clock, stream = Clock(), io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=120, color_system=None)
+    bar = Bar(console, clock)
+    bar.start(None)
+    bar.planned(1000, final=True)
+    clock.now += 10
+    bar.resumed(100)
+    bar.advance(200, 3)
+    bar.note("shard [7] failed")
+    bar.stop()
+    said = stream.getvalue()
+    assert "300/1,000 images, 3 errors, 20.0 images/s, ETA 0:00:35" in said
+    assert "shard [7] failed" in said
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_the_view_fits_where_it_goes(quiet: bool) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    kinds: tuple[type[Progress], type[Progress]] = (Quiet, Quiet) if quiet else (Lines, Bar)
+    assert type(pick_progress(quiet, io.StringIO())) is kinds[0]
+    assert type(pick_progress(quiet, Terminal())) is kinds[1]
+
+
+def test_quiet_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    quiet = Quiet()
+    quiet.start(3)
+    quiet.planned(3, final=True)
+    quiet.resumed(1)
+    quiet.advance(2, 1)
+    quiet.note("x")
+    quiet.stop()
+    assert capfd.readouterr() == ("", "")

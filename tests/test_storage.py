@@ -1,0 +1,857 @@
+"""Reading and committing, on local disks, on a real S3 server, and on one that breaks."""
+
+from __future__ import annotations
+
+import gzip
+import multiprocessing
+import os
+import pickle
+import socket
+import stat
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from faulty import LOSE_ANSWER, RESET, Faulty, Reply, between
+from seaweed import Seaweed
+
+from batchjob import disk
+from batchjob.errors import (
+    AlreadyExists,
+    BatchjobError,
+    Changed,
+    InvalidJob,
+    NotFound,
+    Unaddressable,
+    Unavailable,
+)
+from batchjob.records import Blob, Stat
+from batchjob.storage import Reader, StorageOptions, Store, open_store, probe
+
+# Keys that people have, in the order of their UTF-8 bytes. No two are the same file to a local disk either.
+ODD_NAMES = sorted(
+    [
+        "a b.jpg",
+        "a+b",
+        "p%2Fq",
+        "pct%zz",
+        "h#1",
+        "q?x=1",
+        "ü/x",
+        "e\u0301",
+        "😀",
+        "*.jpg",
+        "[1]",
+        "c:x,y",
+        '"q"',
+        "a&<b",
+    ],
+    key=str.encode,
+)
+
+
+@pytest.fixture(params=["disk", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty place to write to."""
+    if request.param == "disk":
+        return str(tmp_path / "out")
+    s3: Seaweed = request.getfixturevalue("s3")
+    return s3.bucket() + "out"
+
+
+@pytest.fixture
+def store(root: str) -> Store:
+    return open_store(root)
+
+
+@pytest.fixture
+def faulty(s3: Seaweed) -> Iterator[Faulty]:
+    with between(s3.endpoint) as server:
+        yield server
+
+
+def through(faulty: Faulty) -> dict[str, StorageOptions]:
+    return {"s3://": StorageOptions(endpoint=faulty.endpoint)}
+
+
+def keys(found: Iterator[Stat]) -> list[str]:
+    return [one.uri for one in found]
+
+
+# --- an output's verbs ----------------------------------------------------------------------------------------------
+
+
+def test_what_was_put_is_read_back(store: Store) -> None:
+    body = bytes(range(256))
+    done = store.put_if_absent("predictions/part.parquet", body)
+    assert (done.uri, done.size) == ("predictions/part.parquet", 256)
+    blob = store.read(done.uri)
+    assert (blob.data, blob.etag, blob.version) == (body, done.etag, done.version)
+    assert store.stat(done.uri) == done
+    assert list(store.list("predictions/")) == [done]
+    assert done.etag is not None
+    assert '"' not in done.etag
+    assert (store.read_tail(done.uri, 8), store.read_tail(done.uri, 999)) == (body[-8:], body)
+    assert (store.read_head(done.uri, 4), store.read_head(done.uri, 999)) == (body[:4], body)
+
+
+def test_a_file_is_put_as_its_bytes(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "part"
+    path.write_bytes(os.urandom(3 << 20))
+    first = store.put_if_absent("a/part", path)
+    assert first.size == 3 << 20
+    assert store.read("a/part").data == path.read_bytes()
+    path.write_bytes(b"second")
+    assert store.replace_if_match("a/part", path, str(first.version)).size == 6
+    assert store.read("a/part").data == b"second"
+
+
+def test_an_empty_object_has_no_ends(store: Store) -> None:
+    store.put_if_absent("empty", b"")
+    assert (store.read("empty").data, store.read_head("empty", 8), store.read_tail("empty", 8)) == (b"", b"", b"")
+
+
+def test_a_second_create_loses_and_changes_nothing(store: Store) -> None:
+    store.put_if_absent("a", b"first")
+    with pytest.raises(AlreadyExists):
+        store.put_if_absent("a", b"second")
+    assert store.read("a").data == b"first"
+
+
+def test_replace_needs_the_version_that_is_there(store: Store) -> None:
+    first = store.put_if_absent("a", b"1")
+    second = store.replace_if_match("a", b"2", str(first.version))
+    assert second.version != first.version
+    with pytest.raises(Changed):
+        store.replace_if_match("a", b"3", str(first.version))
+    assert store.read("a").data == b"2"
+    store.delete("a")
+    with pytest.raises(Changed):
+        store.replace_if_match("a", b"3", str(second.version))
+    with pytest.raises(NotFound):
+        store.read("a")
+
+
+def test_what_is_not_there_is_not_found_and_deleted_for_free(store: Store) -> None:
+    asks: list[Callable[[str], object]] = [store.read, store.stat]
+    asks += [lambda key: store.read_tail(key, 8), lambda key: store.read_head(key, 8)]
+    for ask in asks:
+        with pytest.raises(NotFound, match="absent"):
+            ask("some/absent")
+    store.delete("some/absent")
+    assert list(store.list("")) == []
+    assert list(store.list("some/")) == []
+
+
+def test_listing_takes_a_prefix_and_keeps_its_order(store: Store) -> None:
+    for key in ["b/2", "a", "b/10", "b/1", "c/d/e", "bb"]:
+        store.put_if_absent(key, b"")
+    assert keys(store.list("b/")) == ["b/1", "b/10", "b/2"]
+    assert sorted(keys(store.list(""))) == ["a", "b/1", "b/10", "b/2", "bb", "c/d/e"]
+
+
+def test_threads_that_race_to_create_have_one_winner(store: Store) -> None:
+    def create(number: int) -> bool:
+        try:
+            store.put_if_absent(f"race/{number // 8}", b"%d" % number)
+        except AlreadyExists:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        wins = list(pool.map(create, range(80)))
+    for start in range(0, 80, 8):
+        assert wins[start : start + 8].count(True) == 1
+        winner = start + wins[start : start + 8].index(True)
+        assert store.read(f"race/{start // 8}").data == b"%d" % winner
+
+
+def count_up(uri: str, times: int) -> int:
+    """Adds one to a number of fixed width, `times` times; says how often it lost."""
+    store, lost, done = open_store(uri), 0, 0
+    while done < times:
+        blob = store.read("count")
+        try:
+            store.replace_if_match("count", b"%06d" % (int(blob.data) + 1), str(blob.version))
+            done += 1
+        except Changed:
+            lost += 1
+    return lost
+
+
+def create_all(uri: str, names: list[str], who: bytes) -> list[bool]:
+    store, wins = open_store(uri), []
+    for name in names:
+        try:
+            store.put_if_absent(name, who)
+            wins.append(True)
+        except AlreadyExists:
+            wins.append(False)
+    return wins
+
+
+def test_replacements_that_race_lose_no_update(root: str) -> None:
+    open_store(root).put_if_absent("count", b"%06d" % 0)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(count_up, [root] * 4, [15] * 4))
+    assert int(open_store(root).read("count").data) == 60
+
+
+def test_processes_that_race_on_a_disk_have_one_winner_each(tmp_path: Path) -> None:
+    root, names = str(tmp_path / "out"), [f"race/{n}" for n in range(100)]
+    open_store(root).put_if_absent("count", b"%06d" % 0)
+    with multiprocessing.get_context("forkserver").Pool(3) as pool:
+        wins = pool.starmap(create_all, [(root, names, b"%d" % who) for who in range(3)])
+        pool.starmap(count_up, [(root, 50)] * 3)
+    assert [sum(won) for won in zip(*wins, strict=True)] == [1] * 100
+    assert int(open_store(root).read("count").data) == 150
+
+
+def test_a_store_pickles(store: Store) -> None:
+    store.put_if_absent("a", b"1")
+    assert pickle.loads(pickle.dumps(store)).read("a").data == b"1"
+
+
+def test_the_probe_accepts_disk_and_server_and_leaves_nothing(store: Store) -> None:
+    probe(store)
+    assert list(store.list("")) == []
+
+
+class Careless:
+    """A store as the probe must refuse them: creates whatever is there already."""
+
+    def __init__(self, within: Store, times: int) -> None:
+        self.uri, self._within, self._times = within.uri, within, times
+
+    def put_if_absent(self, key: str, body: bytes | Path) -> Stat:
+        if key.endswith("/twice") and self._times:  # honest with one writer at a time
+            return self._within.put_if_absent(key, body)
+        self._within.delete(key)
+        try:
+            return self._within.put_if_absent(key, body)
+        except AlreadyExists:
+            return self._within.stat(key)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._within, name)
+
+
+@pytest.mark.parametrize("times", [0, 1])
+def test_the_probe_refuses_a_store_where_two_win(tmp_path: Path, times: int) -> None:
+    with pytest.raises(InvalidJob, match="two writers"):
+        probe(Careless(open_store(str(tmp_path)), times))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("uri", ["http://host/out", "memory://out", "hf://datasets/x"])
+def test_an_output_without_conditional_create_is_refused(uri: str) -> None:
+    with pytest.raises(InvalidJob, match=r"no conditional create.*use a local path, s3://, gs:// or az://"):
+        open_store(uri)
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/a//b", "s3://bucket/a/../b", "s3://bucket/./b"])
+def test_an_output_prefix_that_cannot_be_named_is_refused(uri: str) -> None:
+    with pytest.raises(InvalidJob, match="plain prefix"):
+        open_store(uri)
+
+
+def test_an_output_without_bucket_is_refused() -> None:
+    with pytest.raises(InvalidJob, match="names no bucket"):
+        open_store("s3://")
+
+
+# --- local disks ----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_dead_writer_left_shows_nowhere_and_goes_in_time(tmp_path: Path) -> None:
+    leftovers = [tmp_path / "_batchjob" / "tmp" / name for name in ("fresh", "stale")]
+    leftovers[0].parent.mkdir(parents=True)
+    for path in leftovers:
+        path.write_bytes(b"half a part")
+    os.utime(leftovers[1], (0, 0))
+    store = open_store(str(tmp_path))
+    store.put_if_absent("predictions/part", b"whole")
+    assert keys(store.list("predictions/")) == ["predictions/part"]
+    assert keys(store.list("")) == ["predictions/part"]
+    assert [path.exists() for path in leftovers] == [True, False]
+
+
+def test_a_put_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "out"))
+    with pytest.raises(BatchjobError):
+        store.put_if_absent("predictions/part", tmp_path / "absent")
+    store.put_if_absent("a", b"1")
+    with pytest.raises(AlreadyExists):
+        store.put_if_absent("a", b"2")
+    files = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert files == {"a"}
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InvalidJob, match=r"file/out.*cannot be written \(Not a directory\)"):
+        open_store(str(tmp_path / "file" / "out")).put_if_absent("a", b"1")
+
+
+def test_a_read_only_folder_can_still_be_read() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_store(folder)
+        store.put_if_absent("a", b"1")
+        for path in (Path(folder), *Path(folder).rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        user = os.geteuid()
+        if not user:
+            os.seteuid(65534)  # root may write anywhere
+        try:
+            assert store.read("a").data == b"1"
+            assert keys(store.list("")) == ["a"]
+            with pytest.raises(InvalidJob, match=r"cannot be written \(Permission denied\)"):
+                store.put_if_absent("b", b"1")
+            with pytest.raises(InvalidJob, match="cannot be written"):
+                probe(store)
+        finally:
+            if not user:
+                os.seteuid(user)
+            for path in (Path(folder), *Path(folder).rglob("*")):
+                path.chmod(0o755)
+
+
+def test_two_versions_of_one_size_within_a_tick_differ(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    seen = [store.put_if_absent("a", b"0").version]
+    for number in range(50):
+        seen.append(store.replace_if_match("a", b"%d" % (number % 10), str(seen[-1])).version)
+    assert len(set(seen)) == 51
+
+
+def test_a_committed_part_has_one_name_and_the_mode_of_any_file(tmp_path: Path) -> None:
+    open_store(str(tmp_path)).put_if_absent("a", b"1")
+    found = (tmp_path / "a").stat()
+    (tmp_path / "plain").write_bytes(b"")
+    assert found.st_nlink == 1
+    assert stat.S_IMODE(found.st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_a_walk_is_in_byte_order_and_resumes_anywhere(tmp_path: Path) -> None:
+    names = ["B", "a-b", "a.jpg", "a/x", "a/y-1", "a/y/z", "a/y.jpg", "a0", "z/.hidden", "z/é", "ä", "😀/1"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "empty" / "folders").mkdir(parents=True)
+    expected = [f"{tmp_path}/{name}" for name in sorted(names, key=str.encode)]
+    reader = Reader()
+    assert keys(reader.list(str(tmp_path))) == expected
+    assert keys(reader.list(f"{tmp_path}/")) == expected
+    assert keys(reader.list(f"file://{tmp_path}/")) == [f"file://{uri}" for uri in expected]
+    for number, uri in enumerate(expected):
+        assert keys(reader.list(str(tmp_path), after=uri)) == expected[number + 1 :]
+    for gone in ("a/", "a/y", "a/y/", "a/zz", "A", "zzz", "z"):
+        after = f"{tmp_path}/{gone}"
+        later = [uri for uri in expected if uri.encode() > after.encode()]
+        assert keys(reader.list(str(tmp_path), after=after)) == later
+    flat = [uri for uri in expected if "/" not in uri.removeprefix(f"{tmp_path}/")]
+    assert keys(reader.list(str(tmp_path), recursive=False)) == flat
+    for found in reader.list(str(tmp_path)):
+        assert found == reader.stat(found.uri)
+        assert reader.read(found.uri, found.etag).data.decode() == found.uri.removeprefix(f"{tmp_path}/")
+
+
+def test_a_folder_with_more_names_than_are_held_is_listed_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{number:03}" for number in range(100)]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    monkeypatch.setattr(disk, "_NAMES", 7)
+    assert [found.uri for found in disk.walk(tmp_path)] == names
+    assert [found.uri for found in disk.walk(tmp_path, "041")] == names[42:]
+
+
+def test_links_are_followed_but_never_round(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "1.jpg").write_bytes(b"one")
+    (tmp_path / "file.jpg").symlink_to("real/1.jpg")
+    (tmp_path / "folder").symlink_to("real")
+    (tmp_path / "real" / "up").symlink_to("..")
+    (tmp_path / "gone.jpg").symlink_to("nowhere")
+    (tmp_path / "self").symlink_to("self")
+    os.mkfifo(tmp_path / "pipe")
+    found = {one.uri.removeprefix(f"{tmp_path}/"): one.size for one in Reader().list(str(tmp_path))}
+    assert found == {"file.jpg": 3, "folder/1.jpg": 3, "gone.jpg": 0, "real/1.jpg": 3, "self": 0}
+
+
+def test_names_that_are_not_text_or_no_names_at_all(tmp_path: Path) -> None:
+    name = b"caf\xe9.jpg"
+    try:
+        (tmp_path / os.fsdecode(name)).write_bytes(b"latin")
+    except OSError:
+        pytest.skip("this disk takes UTF-8 names only")
+    (found,) = Reader().list(str(tmp_path))
+    assert os.fsencode(found.uri).endswith(name)
+    assert Reader().read(found.uri).data == b"latin"
+    for impossible in ("nul\0", "x" * 300, "\ud800"):
+        with pytest.raises(Unaddressable):
+            Reader().read(f"{tmp_path}/{impossible}")
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    for name in ("pipe", "folder", "absent", "file/below"):
+        for ask in (Reader().read, Reader().stat, Reader().open):
+            with pytest.raises(NotFound):
+                ask(f"{tmp_path}/{name}")
+
+
+def test_an_object_that_changed_is_told_apart(root: str) -> None:
+    store, reader = open_store(root), Reader()
+    first = store.put_if_absent("a", b"1")
+    assert reader.read(f"{root}/a", first.etag).data == b"1"
+    store.replace_if_match("a", b"2", str(first.version))
+    with pytest.raises(Changed, match="changed since it was planned"):
+        reader.read(f"{root}/a", first.etag)
+
+
+# --- reading from S3 ------------------------------------------------------------------------------------------------
+
+
+def test_odd_names_are_listed_and_read(root: str, request: pytest.FixtureRequest) -> None:
+    for name in ODD_NAMES:
+        if root.startswith("s3://"):
+            request.getfixturevalue("s3").put(f"{root}/{name}", name.encode())
+        else:
+            Path(root, name).parent.mkdir(parents=True, exist_ok=True)
+            Path(root, name).write_bytes(name.encode())
+    reader = Reader()
+    expected = [f"{root}/{name}" for name in ODD_NAMES]
+    assert keys(reader.list(root)) == expected
+    for number, found in enumerate(reader.list(root)):
+        assert reader.stat(found.uri) == found
+        assert reader.read(found.uri).data == ODD_NAMES[number].encode()
+        assert keys(reader.list(root, after=found.uri)) == expected[number + 1 :]
+    assert [blob.data for blob in reader.read_many(expected) if isinstance(blob, Blob)] == list(
+        map(str.encode, ODD_NAMES)
+    )
+
+
+def test_many_reads_answer_in_order_each_for_itself(s3: Seaweed, tmp_path: Path) -> None:
+    root = s3.bucket()
+    for number in range(40):
+        s3.put(f"{root}{number}", b"%d" % number)
+    (tmp_path / "local").write_bytes(b"local")
+    fsspec.filesystem("memory").pipe("/many/1", b"memory")
+    uris = [f"{root}{number}" for number in range(40)] + [f"{root}absent", f"{root}x/../y", "memory://many/1"]
+    uris += [str(tmp_path / "local"), str(tmp_path / "absent")]
+    answers = Reader().read_many(uris)
+    assert [blob.data for blob in answers[:40] if isinstance(blob, Blob)] == [b"%d" % number for number in range(40)]
+    kinds = [type(answer) for answer in answers[40:]]
+    assert kinds == [NotFound, Unaddressable, Blob, Blob, NotFound]
+    assert Reader().read_many([]) == []
+
+
+def test_a_reader_pickles_and_serves_threads(s3: Seaweed) -> None:
+    uri = s3.bucket() + "a"
+    s3.put(uri, b"1")
+    reader = Reader()
+    assert reader.read(uri).data == b"1"
+    again = pickle.loads(pickle.dumps(reader))
+    with ThreadPoolExecutor(8) as pool:
+        assert [blob.data for blob in pool.map(again.read, [uri] * 50)] == [b"1"] * 50
+
+
+def test_folders_are_prefixes_of_whole_names(s3: Seaweed) -> None:
+    root = s3.bucket()
+    for key in ("day=1/a", "day=1/sub/b", "day=10/c", "day=1"):
+        s3.put(root + key, b"1")
+    assert keys(Reader().list(root + "day=1")) == [root + "day=1/a", root + "day=1/sub/b"]
+    assert keys(Reader().list(root + "day=1/", recursive=False)) == [root + "day=1/a"]
+    assert keys(Reader().list(root + "absent")) == []
+
+
+def test_a_folder_marker_is_no_object_but_an_empty_file_is(s3: Seaweed) -> None:
+    root = s3.bucket()
+    s3.put(root + "folder/", b"")
+    s3.put(root + "folder/a", b"1")
+    s3.put(root + "empty", b"")
+    assert keys(Reader().list(root)) == [root + "empty", root + "folder/a"]
+
+
+def test_a_whole_bucket_is_listed(s3: Seaweed) -> None:
+    s3.bucket("whole")
+    s3.put("s3://whole/a/1", b"1")
+    s3.put("s3://whole/b", b"1")
+    for uri in ("s3://whole", "s3://whole/"):
+        assert keys(Reader().list(uri)) == ["s3://whole/a/1", "s3://whole/b"]
+    assert keys(Reader().list("s3://whole", after="s3://whole/a/1")) == ["s3://whole/b"]
+
+
+def test_listing_streams_page_by_page(s3: Seaweed, faulty: Faulty) -> None:
+    root = s3.bucket("pages")
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda number: s3.put(f"{root}{number:05}", b"1"), range(2100)))
+    found = Reader(through(faulty)).list(root)
+    assert next(found).uri == root + "00000"
+    assert len([path for _, path in faulty.seen if "list-type=2" in path]) < 3
+    assert len(list(found)) == 2099
+
+
+def test_a_manifest_is_opened_as_a_seekable_file(root: str, tmp_path: Path) -> None:
+    table = pa.table({"uri": [f"image-{number}" for number in range(100_000)]})
+    pq.write_table(table, tmp_path / "manifest", row_group_size=10_000)
+    open_store(root).put_if_absent("manifest.parquet", tmp_path / "manifest")
+    with Reader().open(f"{root}/manifest.parquet") as file:
+        assert pq.ParquetFile(file).read_row_group(7).column("uri")[0].as_py() == "image-70000"
+        assert file.seek(-4, os.SEEK_END)
+        assert file.read() == b"PAR1"
+        assert file.read(1) == b""
+    with pytest.raises(NotFound):
+        Reader().open(f"{root}/absent")
+
+
+def test_an_unknown_bucket_is_said(s3: Seaweed) -> None:
+    with pytest.raises(InvalidJob, match="no such bucket"):
+        list(Reader().list("s3://never-made/images/"))
+    with pytest.raises(NotFound):
+        Reader().read("s3://never-made/images/1.jpg")
+
+
+def test_the_longest_option_prefix_wins_and_stops_at_names(s3: Seaweed) -> None:
+    uri = s3.bucket() + "a"
+    s3.put(uri, b"1")
+    bucket = uri.rpartition("/")[0]
+    dead = StorageOptions(endpoint="http://127.0.0.1:9")
+    right = StorageOptions(endpoint=s3.endpoint)
+    assert Reader({"s3://": dead, bucket: right}, patience=0).read(uri).data == b"1"
+    assert Reader({"s3://tes": dead, "s3://tests-2": dead, "gs://": dead}).read(uri).data == b"1"
+    with pytest.raises(Unavailable):
+        Reader({"s3://": right, bucket: dead}, patience=0).read(uri)
+
+
+def test_an_option_wins_over_the_environment(s3: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = s3.bucket() + "a"
+    s3.put(uri, b"1")
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert Reader({"s3://": StorageOptions(endpoint=s3.endpoint)}, patience=0).read(uri).data == b"1"
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3.endpoint)
+    assert Reader(patience=0).read(uri).data == b"1"
+    assert keys(Reader(patience=0).list(uri.rpartition("/")[0])) == [uri]
+
+
+def test_anonymous_and_requester_pays_reach_the_server(s3: Seaweed, faulty: Faulty) -> None:
+    uri = s3.bucket() + "a"
+    s3.put(uri, b"1")
+    public = {"s3://": StorageOptions(endpoint=s3.endpoint, anonymous=True)}
+    with pytest.raises(Unavailable, match="AccessDenied"):  # it is signed for nobody, and this bucket is not public
+        Reader(public).read(uri)
+    with pytest.raises(Unavailable, match="AccessDenied"):
+        list(Reader(public).list("s3://tests"))
+    payer = {"s3://": StorageOptions(endpoint=faulty.endpoint, requester_pays=True)}
+    assert Reader(payer).read(uri).data == b"1"
+    with pytest.raises(InvalidJob, match="s3:// only"):
+        Reader({"gs://": StorageOptions(requester_pays=True)}).read("gs://bucket/a")
+
+
+# --- a server with keys that only S3 itself has -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def odd(faulty: Faulty) -> tuple[Faulty, dict[str, bytes]]:
+    """Answers reads and listings from a dict: SeaweedFS folds `a//b` into `a/b` and refuses `..`; Amazon does not."""
+    held: dict[str, bytes] = {}
+
+    def decide(method: str, path: str) -> Reply:
+        parts = urlsplit(path)
+        asked = {name: values[0] for name, values in parse_qs(parts.query).items()}
+        if "list-type" in asked:
+            return Reply(200, listing(held, asked), {"content-type": "application/xml"})
+        key = unquote(parts.path.split("/", 2)[2])
+        found = {"etag": f'"{len(held[key])}"', "last-modified": "Sat, 21 Nov 2026 01:00:00 GMT"} if key in held else {}
+        found["content-length"] = str(len(held.get(key, b"")))
+        return Reply(200, held[key], found) if key in held else Reply(404, b"<Error><Code>NoSuchKey</Code></Error>")
+
+    faulty.decide = decide
+    return faulty, held
+
+
+def listing(held: dict[str, bytes], asked: dict[str, str]) -> bytes:
+    after = asked.get("continuation-token") or asked.get("start-after", "")
+    prefix = asked.get("prefix", "")
+    fits = [key for key in sorted(held, key=str.encode) if key.startswith(prefix) and key.encode() > after.encode()]
+    if "delimiter" in asked:
+        fits = [key for key in fits if "/" not in key.removeprefix(prefix)]
+    page = fits[:2]
+    more = f"<NextContinuationToken>{escape(page[-1])}</NextContinuationToken>" if len(fits) > 2 else ""
+    rows = (
+        f'<Contents><Key>{escape(key)}</Key><Size>{len(held[key])}</Size><ETag>"{len(held[key])}"</ETag>'
+        "<LastModified>2026-11-21T01:00:00.000Z</LastModified></Contents>"
+        for key in page
+    )
+    truncated = "true" if more else "false"
+    body = f"<IsTruncated>{truncated}</IsTruncated>{more}{''.join(rows)}<KeyCount>{len(page)}</KeyCount>"
+    return f"<ListBucketResult><Name>odd</Name><Prefix>{escape(prefix)}</Prefix>{body}</ListBucketResult>".encode()
+
+
+def test_keys_that_obstore_cannot_name_are_listed_and_read(odd: tuple[Faulty, dict[str, bytes]]) -> None:
+    faulty, held = odd
+    names = ["in/1.jpg", "in/2.jpg", "in/a//b.jpg", "in/a/../c.jpg", "in/a/./d.jpg", "in/m/", "in/m/é.jpg", "in/~"]
+    held.update({name: name.encode() for name in names if not name.endswith("/")}, **{"in/m/": b"", "/in/3.jpg": b"3"})
+    expected = [f"s3://odd/{name}" for name in names if not name.endswith("/")]
+    reader = Reader(through(faulty))
+    assert keys(reader.list("s3://odd/in/")) == expected
+    for number, uri in enumerate(expected):
+        assert reader.read(uri).data == uri.removeprefix("s3://odd/").encode()
+        assert reader.stat(uri).size == len(uri.removeprefix("s3://odd/"))
+        assert keys(reader.list("s3://odd/in/", after=uri)) == expected[number + 1 :]
+        with reader.open(uri) as file:
+            assert file.seek(0, os.SEEK_END) == len(uri.removeprefix("s3://odd/"))
+    assert keys(reader.list("s3://odd/in/", recursive=False)) == [expected[0], expected[1], expected[-1]]
+    assert keys(reader.list("s3://odd/in/a//")) == ["s3://odd/in/a//b.jpg"]
+    assert keys(reader.list("s3://odd")) == ["s3://odd//in/3.jpg", *expected]
+    assert reader.read("s3://odd//in/3.jpg").data == b"3"
+    with pytest.raises(NotFound):
+        reader.read("s3://odd/in//absent.jpg")
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+def first_times(count: int, action: Reply | str, method: str = "") -> Callable[[str, str], Reply | str | None]:
+    left = [count]
+
+    def decide(seen: str, path: str) -> Reply | str | None:
+        if method in ("", seen) and left[0]:
+            left[0] -= 1
+            return action
+        return None
+
+    return decide
+
+
+TRANSIENT = [
+    Reply(503, b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"),
+    Reply(500, b"<Error><Code>InternalError</Code></Error>"),
+    Reply(429),
+    RESET,
+]
+
+
+@pytest.mark.parametrize("action", TRANSIENT, ids=["503", "500", "429", "reset"])
+def test_transient_faults_are_retried(s3: Seaweed, faulty: Faulty, action: Reply | str) -> None:
+    root = s3.bucket()
+    s3.put(root + "in/a", b"1")
+    reader, store = Reader(through(faulty)), open_store(root, through(faulty))
+    asks: list[Callable[[], object]] = [
+        lambda: reader.read(root + "in/a"),
+        lambda: reader.stat(root + "in/a"),
+        lambda: list(reader.list(root + "in")),
+        lambda: list(reader.list(root + "in", recursive=False)),
+        lambda: reader.read(root + "in//a"),
+        lambda: store.put_if_absent("b", b"2"),
+    ]
+    for ask in asks:
+        faulty.decide = first_times(2, action)
+        assert ask()
+    assert s3.get(root + "b") == b"2"
+
+
+@pytest.mark.parametrize("action", [*TRANSIENT[:1], RESET], ids=["503", "reset"])
+def test_faults_that_last_end_as_unavailable_in_bounded_time(s3: Seaweed, faulty: Faulty, action: Reply | str) -> None:
+    root = s3.bucket()
+    faulty.decide = lambda method, path: action
+    reader, store = Reader(through(faulty), patience=0.5), open_store(root, through(faulty), patience=0.5)
+    asks: list[Callable[[], object]] = [
+        lambda: reader.read(root + "a"),
+        lambda: reader.stat(root + "a//b"),
+        lambda: list(reader.list(root)),
+        lambda: store.put_if_absent("b", b"2"),
+        lambda: store.delete("b"),
+    ]
+    for ask in asks:
+        with pytest.raises(Unavailable, match=r"s3://tests/.*does not answer.*run again"):
+            ask()
+
+
+def test_a_dead_server_costs_many_reads_one_window(s3: Seaweed) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, never listening: refuses
+        options = {"s3://": StorageOptions(endpoint=f"http://127.0.0.1:{taken.getsockname()[1]}")}
+        start = time.monotonic()
+        answers = Reader(options, patience=0.5).read_many([f"s3://tests/{number}" for number in range(300)])
+    assert {type(answer) for answer in answers} == {Unavailable}
+    assert time.monotonic() - start < 30  # 300 windows in 32 threads, with back-off, would be far over
+
+
+def test_the_window_can_be_set_from_outside(s3: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATCHJOB_PATIENCE", "0.2")
+    with pytest.raises(Unavailable, match=r"http|does not answer"):
+        Reader({"s3://": StorageOptions(endpoint="http://127.0.0.1:9")}).read("s3://tests/a")
+
+
+def test_a_lost_answer_to_a_create_is_left_to_the_caller(s3: Seaweed, faulty: Faulty) -> None:
+    root = s3.bucket()
+    store = open_store(root, through(faulty))
+    faulty.decide = first_times(1, LOSE_ANSWER, "PUT")
+    # The repeated PUT meets our own first one. Nothing here may take that for a rival.
+    with pytest.raises((AlreadyExists, Unavailable)):
+        store.put_if_absent("a", b"ours")
+    assert store.read("a").data == b"ours"
+
+
+def test_a_lost_answer_to_a_replace_is_left_to_the_caller(s3: Seaweed, faulty: Faulty) -> None:
+    store = open_store(s3.bucket(), through(faulty))
+    first = store.put_if_absent("a", b"1")
+    faulty.decide = first_times(1, LOSE_ANSWER, "PUT")
+    with pytest.raises((Changed, Unavailable)):
+        store.replace_if_match("a", b"2", str(first.version))
+    assert store.read("a").data == b"2"
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_a_refusal_that_stored_nothing_is_already_exists(s3: Seaweed, faulty: Faulty, status: int) -> None:
+    root = s3.bucket()
+    store = open_store(root, through(faulty), patience=0.5)
+    body = b"<Error><Code>ConditionalRequestConflict</Code><Message>being written</Message></Error>"
+    faulty.decide = lambda method, path: Reply(status, body) if method == "PUT" else None
+    with pytest.raises((AlreadyExists, Unavailable)):
+        store.put_if_absent("a", b"1")
+    with pytest.raises((Changed, Unavailable)):
+        store.replace_if_match("a", b"1", '"x"')
+    assert s3.keys(root) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(400, "ExpiredToken"), (403, "InvalidAccessKeyId"), (403, "AccessDenied"), (401, "Unauthorized")],
+)
+def test_bad_credentials_are_said_at_once(s3: Seaweed, faulty: Faulty, status: int, code: str) -> None:
+    root = s3.bucket()
+    body = f"<Error><Code>{code}</Code><Message>no good</Message><AWSAccessKeyId>AKIASECRET</AWSAccessKeyId></Error>"
+    faulty.decide = lambda method, path: Reply(status, body.encode())
+    reader, store = Reader(through(faulty)), open_store(root, through(faulty))
+    asks: list[Callable[[], object]] = [
+        lambda: reader.read(root + "a"),
+        lambda: reader.read(root + "a//b"),
+        lambda: reader.stat(root + "a"),
+        lambda: list(reader.list(root)),
+        lambda: list(reader.list(root, recursive=False)),
+        lambda: store.put_if_absent("a", b"1"),
+        lambda: store.replace_if_match("a", b"1", '"x"'),
+        lambda: store.delete("a"),
+    ]
+    for ask in asks:
+        faulty.seen.clear()
+        with pytest.raises(Unavailable, match=r"s3://tests/.*access denied.*credentials") as caught:
+            ask()
+        assert "AKIASECRET" not in caught.value.message
+        assert "\n" not in caught.value.message
+        assert len(faulty.seen) == 1
+
+
+def test_missing_credentials_are_said_without_asking_anybody(s3: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(Unavailable, match="no AWS credentials found; set AWS_PROFILE"):
+        Reader().read("s3://tests/a")
+    with pytest.raises(Unavailable, match="no AWS credentials found"):
+        open_store("s3://tests/a")
+
+
+def test_a_bucket_in_another_region_is_a_fault_of_the_job(s3: Seaweed, faulty: Faulty) -> None:
+    faulty.decide = lambda method, path: Reply(301, b"<Error><Code>PermanentRedirect</Code></Error>")
+    with pytest.raises(InvalidJob, match="another region"):
+        Reader(through(faulty)).read("s3://tests/a")
+
+
+# --- every other protocol ---------------------------------------------------------------------------------------------
+
+
+def test_any_protocol_of_fsspec_is_read(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for name in ("a b", "a-b", "a/x", "p%2Fq", "h#"):
+        memory.pipe(f"/any/{name}", name.encode())
+    expected = [f"memory://any/{name}" for name in sorted(["a b", "a-b", "a/x", "p%2Fq", "h#"])]
+    reader = Reader()
+    assert keys(reader.list("memory://any")) == expected
+    assert keys(reader.list("memory://any/", after=expected[1])) == expected[2:]
+    assert keys(reader.list("memory://any", recursive=False)) == [uri for uri in expected if not uri.endswith("/x")]
+    assert keys(reader.list("memory://absent")) == []
+    for uri in expected:
+        assert reader.read(uri).data == uri.removeprefix("memory://any/").encode()
+        assert reader.stat(uri).size == len(uri.removeprefix("memory://any/"))
+    with reader.open("memory://any/a b") as file:
+        assert file.read() == b"a b"
+    for ask in (reader.read, reader.stat, reader.open):
+        with pytest.raises(NotFound):
+            ask("memory://any/absent")
+    with pytest.raises(NotFound):
+        reader.stat("memory://any")
+
+
+def test_files_inside_an_archive_are_read(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("in/2.jpg", b"two")
+        archive.writestr("in/1.jpg", b"one")
+    found = keys(Reader().list(f"zip://in::file://{tmp_path}/images.zip"))
+    assert found == [f"zip://in/{number}.jpg::file://{tmp_path}/images.zip" for number in (1, 2)]
+    assert [blob.data for blob in Reader().read_many(found) if isinstance(blob, Blob)] == [b"one", b"two"]
+
+
+def test_a_web_server_is_read(faulty: Faulty) -> None:
+    pages = {"/images/a%20b.jpg?size=1": b"image", "/manifest.csv.gz": gzip.compress(b"uri\n1\n")}
+
+    def decide(method: str, path: str) -> Reply:
+        if path == "/throttled" and len(faulty.seen) < 3:
+            return Reply(503)
+        if path in ("/denied", "/broken"):
+            return Reply({"/denied": 403, "/broken": 500}[path])
+        page = pages.get(path, b"")
+        found = {"content-length": str(len(page)), "etag": '"tag"'}
+        return Reply(200, page, found) if path in pages or path == "/throttled" else Reply(404)
+
+    faulty.decide = decide
+    reader = Reader(patience=2)
+    image = f"{faulty.endpoint}/images/a%20b.jpg?size=1"
+    assert reader.read(image).data == b"image"
+    assert (reader.stat(image).size, reader.stat(image).etag) == (5, "tag")
+    assert reader.read(image, "tag").data == b"image"
+    with pytest.raises(Changed):
+        reader.read(image, "another")
+    with reader.open(f"{faulty.endpoint}/manifest.csv.gz") as file:
+        assert gzip.decompress(file.read()) == b"uri\n1\n"
+    with pytest.raises(NotFound):
+        reader.read(f"{faulty.endpoint}/absent")
+    with pytest.raises(Unavailable, match="access denied"):
+        reader.read(f"{faulty.endpoint}/denied")
+    with pytest.raises(Unavailable, match="does not answer"):
+        Reader(patience=0.3).read(f"{faulty.endpoint}/broken")
+    faulty.seen.clear()
+    assert reader.read(f"{faulty.endpoint}/throttled").data == b""
+
+
+def test_a_protocol_that_nobody_knows_is_said() -> None:
+    with pytest.raises(InvalidJob, match="no reader for nosuch://"):
+        Reader().read("nosuch://a/b")
+
+
+def test_a_reader_asked_by_many_at_once_makes_each_client_once(s3: Seaweed) -> None:
+    uri = s3.bucket() + "a"
+    s3.put(uri, b"1")
+    reader, gate = Reader(), threading.Barrier(8)
+
+    def read(_: int) -> bytes:
+        gate.wait()
+        return reader.read(uri).data
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(read, range(8))) == [b"1"] * 8

@@ -1,0 +1,148 @@
+"""`module:attribute` beside a job file."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from pathlib import Path
+
+import pytest
+
+from batchjob.errors import InvalidJob
+from batchjob.targets import load_target, source_digest
+
+
+def write(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        path = folder / (name.replace("__", "/") + ".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def call(target: str, base: Path) -> object:
+    return load_target(target, base)()
+
+
+def test_loads_the_attribute_and_nested_ones(tmp_path: Path) -> None:
+    base = write(tmp_path, net="class Net:\n    def make():\n        return 'made'\n")
+    assert load_target("net:Net.make", base)() == "made"
+    assert load_target("net:Net", base) is load_target("net:Net", base)
+
+
+def test_two_folders_with_the_same_names_never_mix(tmp_path: Path) -> None:
+    one = write(tmp_path / "one", net="import other\ndef make(): return other.NAME\n", other="NAME = 'one'\n")
+    two = write(tmp_path / "two", net="import other\ndef make(): return other.NAME\n", other="NAME = 'two'\n")
+    assert (call("net:make", one), call("net:make", two)) == ("one", "two")
+    assert "net" not in sys.modules
+    assert "other" not in sys.modules
+    assert not {str(one), str(two)} & set(sys.path)
+
+
+def test_every_form_of_sibling_import_works(tmp_path: Path) -> None:
+    base = write(
+        tmp_path,
+        net="""
+import pkg.deep
+import pkg.deep as alias
+from pkg import deep as again, TOP
+from pkg.deep import VALUE
+from .pkg.deep import VALUE as relative
+import json, os.path, importlib.util
+
+def make():
+    import late
+    assert os.path.join("a", "b") and importlib.util.find_spec
+    return [pkg.deep.VALUE, alias.VALUE, again.VALUE, VALUE, relative, TOP, late.VALUE, json.dumps(1)]
+""",
+        pkg____init__="",
+        pkg__deep="from . import near\nimport late\nVALUE = near.VALUE\n",
+        pkg__near="VALUE = 7\n",
+        late="VALUE = 8\n",
+    )
+    (base / "pkg" / "__init__.py").write_text("TOP = 6\n")
+    assert call("net:make", base) == [7, 7, 7, 7, 7, 6, 8, "1"]
+    assert call("pkg.deep:near.__str__", base)
+
+
+def test_a_dataclass_and_an_enum_can_be_defined(tmp_path: Path) -> None:
+    text = """
+from __future__ import annotations
+import dataclasses, enum, typing
+@dataclasses.dataclass
+class Size:
+    height: int
+    kind: typing.ClassVar[int] = 3
+class Kind(enum.Enum):
+    A = 1
+def make():
+    return typing.get_type_hints(Size)["height"], dataclasses.asdict(Size(2)), Kind["A"].value
+"""
+    assert call("net:make", write(tmp_path, net=text)) == (int, {"height": 2}, 1)
+
+
+def test_works_in_a_forkserver_child(tmp_path: Path) -> None:
+    base = write(tmp_path, net="import other\ndef make(): return other.NAME\n", other="NAME = 'child'\n")
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+        assert pool.apply(call, ("net:make", base)) == "child"
+
+
+def test_only_the_folder_is_searched(tmp_path: Path) -> None:
+    with pytest.raises(InvalidJob, match=r"json\.py: not there, for 'json:dumps'; there is: net"):
+        load_target("json:dumps", write(tmp_path, net=""))
+
+
+def test_a_misspelt_module_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(InvalidJob, match="did you mean 'resnet'"):
+        load_target("restnet:make", write(tmp_path, resnet=""))
+
+
+def test_a_misspelt_attribute_names_file_and_nearest(tmp_path: Path) -> None:
+    base = write(tmp_path, net="def resnet20(): ...\nclass Other: ...\n")
+    with pytest.raises(InvalidJob, match=r"net\.py: has no 'resnet02'.*did you mean 'resnet20'"):
+        load_target("net:resnet02", base)
+    with pytest.raises(InvalidJob, match=r"there is: Other, resnet20"):
+        load_target("net:zzz", base)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("import absent_package", r"net\.py:1: does not load: ModuleNotFoundError: No module named 'absent_package'"),
+        ("x = 1\ny = x / 0", r"net\.py:2: does not load: ZeroDivisionError"),
+        ("def make(:", r"net\.py.*does not load: SyntaxError"),
+    ],
+)
+def test_a_module_that_does_not_load_is_named_with_its_line(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(InvalidJob, match=says):
+        load_target("net:make", write(tmp_path, net=text))
+
+
+def test_an_absent_folder_and_a_broken_source_are_said(tmp_path: Path) -> None:
+    with pytest.raises(InvalidJob, match="nothing to choose from"):
+        load_target("net:make", tmp_path / "absent")
+    with pytest.raises(InvalidJob, match=r"net\.py:1: does not parse"):
+        source_digest("net:make", write(tmp_path, net="def make(:"))
+    with pytest.raises(InvalidJob, match="not there"):
+        source_digest("other:make", tmp_path)
+
+
+def test_the_digest_covers_what_is_imported_from_the_folder_and_no_more(tmp_path: Path) -> None:
+    text = "import torch\nfrom pkg import deep\ndef make():\n    import late\n"
+    base = write(tmp_path, net=text, pkg__deep="from . import near\n", pkg__near="", late="", stranger="")
+    before = source_digest("net:make", base)
+    assert source_digest("net:other", base) == before
+    (base / "stranger.py").write_text("changed = True\n")
+    assert source_digest("net:make", base) == before
+    for name in ("pkg/near.py", "late.py", "net.py"):
+        with (base / name).open("a") as file:
+            file.write("# changed\n")
+        after = source_digest("net:make", base)
+        assert after != before
+        before = after
+
+
+def test_the_digest_does_not_depend_on_where_the_folder_lies(tmp_path: Path) -> None:
+    files = {"net": "import other\n", "other": "A = 1\n"}
+    one, two = write(tmp_path / "one", **files), write(tmp_path / "two", **files)
+    assert source_digest("net:make", one) == source_digest("net:make", two)

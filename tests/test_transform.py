@@ -1,0 +1,203 @@
+"""Geometry and normalisation against torchvision's own presets; whose settings count; users' own transforms."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import InterpolationMode, functional
+from torchvision.transforms._presets import ImageClassification
+
+from batchjob.errors import ImageFault, InvalidJob
+from batchjob.records import Preprocess
+from batchjob.transform import Geometry, merge, normalizer
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OWN = Preprocess(resize=256, crop=224, mean=MEAN, std=STD)
+
+
+def picture(height: int, width: int, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(height * width).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def ready(preprocess: Preprocess, pixels: np.ndarray) -> torch.Tensor:
+    """As the model gets it, `[c, h, w]`."""
+    return normalizer(preprocess)(Geometry(preprocess)(pixels)[None], torch.float32)[0]
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+@pytest.mark.parametrize("size", [(375, 500), (500, 375), (32, 32), (224, 224), (1, 1), (100, 999), (257, 255)])
+def test_images_come_out_as_from_torchvisions_preset(size: tuple[int, int], interpolation: Any) -> None:
+    pixels = picture(*size)
+    preset = ImageClassification(
+        crop_size=224, resize_size=256, mean=MEAN, std=STD, interpolation=InterpolationMode(interpolation)
+    )
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    preprocess = Preprocess(resize=256, crop=224, mean=MEAN, std=STD, interpolation=interpolation)
+    geometry = Geometry(preprocess)
+    made = geometry(pixels)
+    uint8 = functional.center_crop(
+        functional.resize(image, [256], interpolation=InterpolationMode(interpolation), antialias=True), [224]
+    )
+    assert made.dtype == torch.uint8
+    assert torch.equal(made, uint8)
+    assert geometry.size == (224, 224) == made.shape[1:]
+    torch.testing.assert_close(ready(preprocess, pixels), preset(image), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ready(preprocess, pixels), preset(image.contiguous()), rtol=0, atol=1e-6)
+
+
+def test_images_smaller_than_the_crop_are_padded() -> None:
+    pixels = picture(30, 45)
+    made = Geometry(Preprocess(crop=(40, 41)))(pixels)
+    assert torch.equal(made, functional.center_crop(torch.from_numpy(pixels).permute(2, 0, 1), [40, 41]))
+    assert made.shape == (3, 40, 41)
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "size", "out"),
+    [
+        (Preprocess(), None, (20, 30)),
+        (Preprocess(resize=10), None, (10, 15)),
+        (Preprocess(resize=(12, 13)), (12, 13), (12, 13)),
+        (Preprocess(resize=10, crop=(8, 9)), (8, 9), (8, 9)),
+    ],
+)
+def test_the_size_is_told_where_it_is_fixed(
+    preprocess: Preprocess, size: tuple[int, int] | None, out: tuple[int, int]
+) -> None:
+    geometry = Geometry(preprocess)
+    assert geometry.size == size
+    assert geometry(picture(20, 30)).shape[1:] == out
+
+
+def test_a_sliver_is_refused_before_it_eats_the_memory() -> None:
+    with pytest.raises(ImageFault, match="5000x1 is too narrow") as caught:
+        Geometry(OWN)(picture(1, 5000))
+    assert (caught.value.stage, caught.value.type) == ("transform", "too_large")
+
+
+def test_channels_and_scale() -> None:
+    pixels = picture(4, 5)
+    plain = torch.from_numpy(pixels).permute(2, 0, 1).float()
+    assert torch.equal(ready(Preprocess(scale="none"), pixels), plain)
+    assert torch.equal(ready(Preprocess(channels="bgr"), pixels), plain.flip(0) / 255)
+    caffe = Preprocess(channels="bgr", scale="none", mean=(103.9, 116.8, 123.7), std=(1.0, 1.0, 1.0))
+    torch.testing.assert_close(
+        ready(caffe, pixels), plain.flip(0) - torch.tensor([103.9, 116.8, 123.7]).view(3, 1, 1), rtol=0, atol=1e-5
+    )
+    gray = Preprocess(channels="gray", mean=(0.5,), std=(0.25,))
+    assert ready(gray, picture(4, 5, 1)).shape == (1, 4, 5)
+    uint8 = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    assert normalizer(OWN)(uint8, torch.bfloat16).dtype == torch.bfloat16
+    assert uint8.sum() == 0, "the batch itself is left as it was"
+
+
+TRANSFORMS = """
+import torch
+from beside import HALF
+
+def halved(image):
+    assert image.dtype == torch.uint8 and image.shape[0] == 3
+    return image.double() * HALF
+
+def same(image):
+    return image
+
+def broken(image):
+    raise KeyError("no such key")
+
+def text(image):
+    return "text"
+
+def counts(image):
+    return image.int()
+
+number = 3
+"""
+
+
+@pytest.fixture
+def job_folder(tmp_path: Path) -> Path:
+    (tmp_path / "steps.py").write_text(TRANSFORMS)
+    (tmp_path / "beside.py").write_text("HALF = 0.5\n")
+    return tmp_path
+
+
+def test_a_users_transform_gives_what_the_model_gets(job_folder: Path) -> None:
+    preprocess = Preprocess(transform="steps:halved")
+    geometry = pickle.loads(pickle.dumps(Geometry(preprocess, job_folder)))
+    pixels = picture(4, 5)
+    made = geometry(pixels)
+    assert geometry.size is None
+    assert made.dtype == torch.float32
+    assert torch.equal(made, torch.from_numpy(pixels).permute(2, 0, 1) * 0.5)
+    assert normalizer(preprocess)(made[None], torch.float32) is not None
+    assert torch.equal(normalizer(preprocess)(made[None], torch.float32)[0], made)
+    same = Geometry(Preprocess(transform="steps:same"), job_folder)(pixels)
+    assert normalizer(preprocess)(same[None], torch.float32).dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    ("name", "type", "words"), [("broken", "KeyError", "no such key"), ("text", "type", "str"), ("counts", "type", "int")]
+)
+def test_a_users_transform_that_fails_is_a_fault_of_the_image(
+    job_folder: Path, name: str, type: str, words: str
+) -> None:
+    with pytest.raises(ImageFault, match=words) as caught:
+        Geometry(Preprocess(transform=f"steps:{name}"), job_folder)(picture(4, 5))
+    assert (caught.value.stage, caught.value.type) == ("transform", type)
+
+
+@pytest.mark.parametrize("target", ["steps:absent", "nothere:f", "steps:number"])
+def test_a_transform_that_is_not_there_ends_the_job_first(job_folder: Path, target: str) -> None:
+    with pytest.raises(InvalidJob):
+        Geometry(Preprocess(transform=target), job_folder)
+
+
+def test_geometry_pickles() -> None:
+    geometry = pickle.loads(pickle.dumps(Geometry(OWN)))
+    assert geometry.size == (224, 224)
+    assert torch.equal(geometry(picture(300, 400)), Geometry(OWN)(picture(300, 400)))
+
+
+def test_given_keys_override_and_absent_ones_keep_the_weights_own() -> None:
+    assert merge(None, OWN) == OWN
+    assert merge(Preprocess(exif="apply"), OWN) == OWN.model_copy(update={"exif": "apply"})
+    assert merge(Preprocess(resize=None), OWN) == OWN.model_copy(update={"resize": None})
+    assert merge(Preprocess(mean=None, std=None), OWN).mean is None
+    assert merge(Preprocess(resize=None, crop=None, mean=MEAN, std=STD), None) == Preprocess(mean=MEAN, std=STD)
+
+
+def test_a_transform_takes_the_place_of_the_steps() -> None:
+    own = Preprocess(transform="net:prepare")
+    assert merge(Preprocess(transform="net:other"), OWN) == Preprocess(transform="net:other")
+    assert merge(Preprocess(transform="net:other", exif="apply"), None).exif == "apply"
+    assert merge(None, own) == own
+    assert merge(Preprocess(exif="apply"), own).transform == "net:prepare"
+    assert merge(Preprocess(resize=8, crop=8, mean=None, std=None), own).transform is None
+
+
+@pytest.mark.parametrize(
+    ("job", "own", "words"),
+    [
+        (None, None, "resize, crop, mean and std"),
+        (Preprocess(resize=None, mean=MEAN), None, "give crop and std"),
+        (Preprocess(crop=8), Preprocess(transform="net:prepare"), "resize, mean and std"),
+        (Preprocess(transform="net:f", crop=8), OWN, "take crop away"),
+        (Preprocess(mean=None), OWN, "std is given and mean is null"),
+        (Preprocess(channels="gray"), OWN, "preprocess.mean: has 3 values, but channels: gray needs 1"),
+        (Preprocess(std=(1.0, 0.0, 1.0)), OWN, "preprocess.std"),
+        (Preprocess(crop=0), OWN, "preprocess.crop"),
+    ],
+)
+def test_what_does_not_fit_together_names_the_keys(
+    job: Preprocess | None, own: Preprocess | None, words: str
+) -> None:
+    with pytest.raises(InvalidJob) as caught:
+        merge(job, own)
+    assert words in caught.value.message
+    assert caught.value.message.startswith("preprocess")
