@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,6 +54,7 @@ Params = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+AllowEmpty = Annotated[bool, typer.Option("--allow-empty", help="An input without images is fine.")]
 Endpoint = Annotated[str | None, typer.Option(help="URL of an S3 server other than AWS, where OUT is a URI.")]
 Region = Annotated[str | None, typer.Option(help="Region of the store, where OUT is a URI.")]
 
@@ -92,7 +94,7 @@ def run(
     param: Params = None,
     pool: Annotated[PoolName | None, typer.Option(help="Where workers run; same as runtime.pool=….")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster; else RAY_ADDRESS, else one started here.")] = None,
-    allow_empty: Annotated[bool, typer.Option("--allow-empty", help="An input without images is fine.")] = False,
+    allow_empty: AllowEmpty = False,
     as_json: AsJson = False,
     quiet: QuietFlag = False,
 ) -> int:
@@ -103,10 +105,12 @@ def run(
     try:
         loaded = _read(job, param, [*(overrides or ()), *([f"runtime.pool={pool.value}"] if pool else ())])
         output = loaded.output.uri
-        from batchjob.launch import run as launch
+        from batchjob import launch
 
-        outcome = launch(loaded, address=address, allow_empty=allow_empty, progress=pick_progress(quiet))
+        outcome = launch.run(loaded, address=address, allow_empty=allow_empty, progress=pick_progress(quiet))
         _say(outcome.sentence())
+    except _UsageError:
+        raise
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # explained, and turned into an exit code
         _explain(error)
         outcome = Outcome.of_error(error, output, time.monotonic() - began)
@@ -120,9 +124,9 @@ def validate(job: JobFile, overrides: Overrides = None, param: Params = None, as
     """Check a job without running it: its file, its input, its model, its output."""
 
     def work() -> tuple[dict[str, Any], list[str]]:
-        from batchjob import driver
+        from batchjob import launch
 
-        lines = driver.validate(_read(job, param, overrides))
+        lines = launch.validate(_read(job, param, overrides))
         return {"status": "valid", "lines": lines}, lines
 
     return _answer(work, as_json)
@@ -133,18 +137,19 @@ def plan(
     job: JobFile,
     overrides: Overrides = None,
     param: Params = None,
+    allow_empty: AllowEmpty = False,
     as_json: AsJson = False,
     quiet: QuietFlag = False,
 ) -> int:
-    """List the input and say what a run would do, without doing it."""
+    """List the input, cut it into shards and freeze that plan in the output; a run then starts from it."""
 
     def work() -> tuple[dict[str, Any], list[str]]:
-        from batchjob import driver
+        loaded = _read(job, param, overrides)
+        from batchjob import launch
         from batchjob.progress import pick_progress
-        from batchjob.report import describe
 
-        summary = driver.plan(_read(job, param, overrides), pick_progress(quiet))
-        return asdict(summary), describe(asdict(summary))
+        summary = launch.plan(loaded, allow_empty=allow_empty, progress=pick_progress(quiet))
+        return {"status": "planned", **asdict(summary)}, summary.lines()
 
     return _answer(work, as_json)
 
@@ -161,12 +166,11 @@ def status(
     """Say what an output holds: planned, committed and failed images, and whether it is complete."""
 
     def work() -> tuple[dict[str, Any], list[str]]:
-        from batchjob.report import describe, look_at
+        from batchjob import survey
         from batchjob.storage import open_store
 
-        uri, options = _output(where, param, overrides, endpoint, region)
-        found = asdict(look_at(open_store(uri, options)))
-        return found, describe(found)
+        found = survey.status(open_store(*_output(where, param, overrides, endpoint, region)))
+        return asdict(found), found.lines()
 
     return _answer(work, as_json)
 
@@ -184,19 +188,18 @@ def errors(
     """List the images that failed, and why. With --json a line each, and the counts last."""
 
     def work() -> tuple[dict[str, Any], list[str]]:
-        from batchjob.ledger import error_rows
-        from batchjob.report import count_errors, describe
+        from batchjob import survey
         from batchjob.storage import open_store
 
-        uri, options = _output(where, param, overrides, endpoint, region)
-        store = open_store(uri, options)
-        for row in error_rows(store, limit or None):
+        store = open_store(*_output(where, param, overrides, endpoint, region))
+        for row in islice(survey.error_rows(store), limit or None):
             if as_json:
                 print(json.dumps(row, default=str))
             else:
                 _say(f"{row['uri']}: {row['error_stage']}/{row['error_type']}: {row['error_message']}")
-        counts = count_errors(store)
-        return {"output": uri, "failed": sum(counts.values()), "errors": counts}, describe(counts) or ["no error rows"]
+        counts = survey.error_counts(store)
+        sums = ", ".join(f"{kind} {count:,}" for kind, count in counts.by_type.items())
+        return {"output": store.uri, **asdict(counts)}, [f"{counts.total:,} error rows{': ' if sums else ''}{sums}"]
 
     return _answer(work, as_json)
 

@@ -26,6 +26,7 @@ __all__ = ["RayPool"]
 _QUEUED = 2
 _POLL_SECONDS = 5.0
 _DEATHS_IN_A_ROW = 3
+_START_SECONDS = 60.0
 _SCHEDULE_SECONDS = 900.0
 _OBJECT_STORE_BYTES = 128 << 20  # events only; what plasma takes of /dev/shm, the loaders lack
 _UNSHIPPED = (".git", ".venv", "__pycache__", "*.pyc")
@@ -87,7 +88,7 @@ class RayPool:
         self._began = time.monotonic()
         self._deaths = 0
         self._started = threading.Event()
-        self._closed = False
+        self._closed = threading.Event()
 
     @property
     def size(self) -> int:
@@ -121,12 +122,12 @@ class RayPool:
     def close(self) -> None:
         import ray
 
-        self._closed = True
-        self._started.wait(60)
+        self._started.wait(_START_SECONDS)
         for slot in self._slots:
             ray.kill(slot.actor)
         self._slots.clear()
         ray.shutdown()
+        self._closed.set()
 
     # -- starting ----------------------------------------------------------------------------------------------
 
@@ -143,6 +144,7 @@ class RayPool:
             self._events.append(WorkerFailed(Temporary(f"{where} could not be used: {_first_line(error)}")))
         finally:
             self._started.set()
+            self._closed.wait()  # Linux ends a local Ray's processes with the thread that started them
 
     def _connect(self) -> None:
         import ray
@@ -224,7 +226,7 @@ class RayPool:
         self._deaths += 1
         if self._deaths > _DEATHS_IN_A_ROW * max(1, self.size) and not slot.running:
             return [*events, WorkerFailed(AttemptFailed(f"{reason}; {self._deaths} deaths in a row, no shard done"))]
-        if not self._closed:
+        if not self._closed.is_set():
             self._slots.append(self._hire(slot.name))
         return events
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cores", "cpu_quota", "describe", "facts", "memory_limit", "usable_cores"]
+__all__ = ["cores", "cpu_quota", "describe", "facts", "memory_limit"]
 
 PACKAGES = (
     "batchjob",
@@ -80,11 +80,6 @@ def describe(found: Mapping[str, Any]) -> list[str]:
         *([f"torch          {torch['error']}"] if "error" in torch else []),
         f"RAY_ADDRESS    {'set' if found['ray']['address_given'] else 'not set'}",
     ]
-
-
-def usable_cores() -> int:
-    """Cores that this process may really use: affinity and quota, at least one."""
-    return max(1, math.floor(min(_affinity() or 1, cpu_quota() or math.inf)))
 
 
 def cores() -> int:

@@ -217,7 +217,7 @@ class _Processes:
         import torch
         from torch.utils.data import DataLoader
 
-        preload()
+        preload(__name__)
         self._requests = requests
         self._loader: DataLoader[Any] = DataLoader(
             images,  # type: ignore[arg-type]

@@ -76,6 +76,8 @@ class PlanSummary:
     def lines(self) -> list[str]:
         """For a person."""
         return [
-            f"plan {self.plan} in {self.output}: {self.images:,} images in {self.shards:,} shards of "
-            f"{self.shard_size:,}, written in {self.seconds:.1f} s"
+            (
+                f"plan {self.plan} in {self.output}: {self.images:,} images in {self.shards:,} shards of "
+                f"{self.shard_size:,}, written in {self.seconds:.1f} s"
+            )
         ]

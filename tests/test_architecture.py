@@ -19,7 +19,7 @@ FLOORS = [
     "targets forkserver disk storage schedule",
     "sources models tasks plan ledger lease decode transform loader tuning predict sink",
     "jobtext parameters jobfile complaints job",
-    "pool progress report environment drain prepare feeder accounting worker driver",
+    "pool progress report environment survey drain prepare feeder accounting worker driver",
     "local cluster launch",
     "cli",
     "__init__ __main__",

@@ -64,7 +64,7 @@ def test_a_job_runs_and_every_look_at_it_agrees(folder: Path, capfd: pytest.Capt
 
     assert main(["status", "out", "--json"]) == 0
     status = last_object(capfd.readouterr().out)
-    assert status.items() >= {"status": "complete", "planned": 10, "committed": 10, "failed": 1, "parts": 3}.items()
+    assert status.items() >= {"status": "complete", "planned": 10, "rows": 10, "failed": 1, "parts": 3}.items()
     assert main(["status", "job.yaml"]) == 0
     out, err = capfd.readouterr()
     assert out == ""
@@ -73,7 +73,7 @@ def test_a_job_runs_and_every_look_at_it_agrees(folder: Path, capfd: pytest.Capt
     assert main(["errors", "out", "--json"]) == 0
     *rows, counts = map(json.loads, capfd.readouterr().out.splitlines())
     assert [Path(row["uri"]).name for row in rows] == ["broken.png"]
-    assert counts["failed"] == 1
+    assert counts["total"] == 1
     assert main(["errors", "job.yaml"]) == 0
     assert "broken.png: decode/" in capfd.readouterr().err
 
@@ -139,9 +139,9 @@ def test_what_nobody_foresaw_is_exit_1_with_its_traceback(
     assert last_object(out)["status"] == "crashed"
 
 
-def test_an_output_that_is_not_there_is_empty(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", "job.yaml", "--json"]) == 0
-    assert last_object(capfd.readouterr().out)["status"] == "empty"
+def test_an_output_that_is_not_there_is_not_made(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "job.yaml", "--json"]) == 2
+    assert "no plan here" in last_object(capfd.readouterr().out)["message"]
     assert not (folder / "out").exists()
 
 
@@ -169,6 +169,7 @@ def test_env_says_what_a_bug_report_needs(capfd: pytest.CaptureFixture[str], mon
 
 
 def test_status_loads_neither_torch_nor_ray(folder: Path) -> None:
+    assert main(["plan", "job.yaml", "--quiet"]) == 0
     command = [sys.executable, "-X", "importtime", "-m", "batchjob", "status", "out"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}

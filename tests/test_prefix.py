@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -183,11 +182,9 @@ class TestGlobs:
 
     @given(st.text(alphabet="ab*?[]!-^&~|\\./", max_size=8), st.text(alphabet="ab[]!-^&~|\\./", max_size=8))
     def test_any_pattern_is_refused_or_works(self, pattern: str, path: str) -> None:
-        if not pattern.strip("/") or re.search(r"\[!?.-.", pattern):  # an empty one, or a range that may run backwards
-            with suppress(ValidationError):
-                PrefixSource(uri="photos", include=[pattern])
-            return
-        globs.filter_by(PrefixSource(uri="photos", include=[pattern]).include, ())(path)
+        refusable = not pattern.strip("/") or "-" in pattern  # an empty one, or a range that may run backwards
+        with suppress(*[ValidationError][:refusable]):
+            globs.filter_by(PrefixSource(uri="photos", include=[pattern]).include, ())(path)
 
     @given(st.text(alphabet="ab[]!-^&~|\\.*?", min_size=1, max_size=8))
     def test_a_name_with_its_magic_in_brackets_matches_itself_alone(self, name: str) -> None:

@@ -138,7 +138,10 @@ class TestFormats:
             assert batch.schema.equals(pa.schema([*REF_FIELDS, pa.field("sku", kind)]))
 
     def test_id_and_etag(self, tmp_path: Path, write: Write) -> None:
-        rows = [{"image": "a.jpg", "key": "k1", "tag": '"abc"'}, {"image": "b.jpg", "key": "k2", "tag": None}]
+        rows: list[dict[str, Any]] = [
+            {"image": "a.jpg", "key": "k1", "tag": '"abc"'},
+            {"image": "b.jpg", "key": "k2", "tag": None},
+        ]
         if write is not WRITERS["parquet"]:
             rows[0]["tag"] = "abc"
         table = read(manifest(write(tmp_path / "m", rows), id_column="key", etag_column="tag", passthrough=["tag"]))
@@ -429,8 +432,7 @@ class TestPartFiles:
         put(folder / "README.md", "not a part")
         (folder / "below").mkdir()
         write(folder / "below" / "part-0", ROWS)
-        # The names end in .csv and the like: '.' sorts before '0'.
-        return [ROWS[index]["image"] for index in range(10)]
+        return [f"img/{number}.jpg" for number in range(10)]
 
     def test_a_folder_in_the_order_of_names(self, tmp_path: Path, write: Write) -> None:
         images = self.parts(tmp_path / "index", write)
@@ -525,7 +527,7 @@ class TestPartFiles:
 class TestSentences:
     def test_a_column_that_is_not_there(self, tmp_path: Path, write: Write) -> None:
         path = write(tmp_path / "m", ROWS)
-        keys = {
+        keys: dict[str, dict[str, Any]] = {
             "uri_column": {"uri_column": "imag"},
             "passthrough": {"passthrough": ["SKU"]},
             "size_column": {"size_column": "byte"},

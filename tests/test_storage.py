@@ -14,6 +14,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
@@ -169,8 +170,8 @@ def test_threads_that_race_to_create_have_one_winner(store: Store) -> None:
         return True
 
     with ThreadPoolExecutor(8) as pool:
-        wins = list(pool.map(create, range(80)))
-    for start in range(0, 80, 8):
+        wins = list(pool.map(create, range(40)))
+    for start in range(0, 40, 8):
         assert wins[start : start + 8].count(True) == 1
         winner = start + wins[start : start + 8].index(True)
         assert store.read(f"race/{start // 8}").data == b"%d" % winner
@@ -228,7 +229,7 @@ def test_the_probe_accepts_disk_and_server_and_leaves_nothing(store: Store) -> N
 
 
 class Careless:
-    """A store as the probe must refuse them: creates whatever is there already."""
+    """A store as the probe must refuse them: says yes whatever is there already."""
 
     def __init__(self, within: Store, times: int) -> None:
         self.uri, self._within, self._times = within.uri, within, times
@@ -236,11 +237,9 @@ class Careless:
     def put_if_absent(self, key: str, body: bytes | Path) -> Stat:
         if key.endswith("/twice") and self._times:  # honest with one writer at a time
             return self._within.put_if_absent(key, body)
-        self._within.delete(key)
-        try:
+        with suppress(AlreadyExists):
             return self._within.put_if_absent(key, body)
-        except AlreadyExists:
-            return self._within.stat(key)
+        return Stat(key, len(body) if isinstance(body, bytes) else 0)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._within, name)
@@ -495,16 +494,6 @@ def test_a_whole_bucket_is_listed(s3: Seaweed) -> None:
     assert keys(Reader().list("s3://whole", after="s3://whole/a/1")) == ["s3://whole/b"]
 
 
-def test_listing_streams_page_by_page(s3: Seaweed, faulty: Faulty) -> None:
-    root = s3.bucket("pages")
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda number: s3.put(f"{root}{number:05}", b"1"), range(2100)))
-    found = Reader(through(faulty)).list(root)
-    assert next(found).uri == root + "00000"
-    assert len([path for _, path in faulty.seen if "list-type=2" in path]) < 3
-    assert len(list(found)) == 2099
-
-
 def test_a_manifest_is_opened_as_a_seekable_file(root: str, tmp_path: Path) -> None:
     table = pa.table({"uri": [f"image-{number}" for number in range(100_000)]})
     pq.write_table(table, tmp_path / "manifest", row_group_size=10_000)
@@ -604,7 +593,7 @@ def listing(held: dict[str, bytes], asked: dict[str, str]) -> bytes:
 
 def test_keys_that_obstore_cannot_name_are_listed_and_read(odd: tuple[Faulty, dict[str, bytes]]) -> None:
     faulty, held = odd
-    names = ["in/1.jpg", "in/2.jpg", "in/a//b.jpg", "in/a/../c.jpg", "in/a/./d.jpg", "in/m/", "in/m/é.jpg", "in/~"]
+    names = ["in/1.jpg", "in/2.jpg", "in/a/../c.jpg", "in/a/./d.jpg", "in/a//b.jpg", "in/m/", "in/m/é.jpg", "in/~"]
     held.update({name: name.encode() for name in names if not name.endswith("/")}, **{"in/m/": b"", "/in/3.jpg": b"3"})
     expected = [f"s3://odd/{name}" for name in names if not name.endswith("/")]
     reader = Reader(through(faulty))
@@ -621,6 +610,17 @@ def test_keys_that_obstore_cannot_name_are_listed_and_read(odd: tuple[Faulty, di
     assert reader.read("s3://odd//in/3.jpg").data == b"3"
     with pytest.raises(NotFound):
         reader.read("s3://odd/in//absent.jpg")
+
+
+def test_listing_streams_page_by_page(odd: tuple[Faulty, dict[str, bytes]]) -> None:
+    faulty, held = odd
+    held.update({f"in/{number:02}": b"1" for number in range(40)})
+    for recursive in (True, False):
+        faulty.seen.clear()
+        found = Reader(through(faulty)).list("s3://odd/in", recursive=recursive)
+        assert next(found).uri == "s3://odd/in/00"
+        assert len(faulty.seen) < 5
+        assert (len(list(found)), len(faulty.seen)) == (39, 20)
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -660,7 +660,7 @@ def test_transient_faults_are_retried(s3: Seaweed, faulty: Faulty, action: Reply
         lambda: store.put_if_absent("b", b"2"),
     ]
     for ask in asks:
-        faulty.decide = first_times(2, action)
+        faulty.decide = first_times(1, action)
         assert ask()
     assert s3.get(root + "b") == b"2"
 
@@ -669,7 +669,7 @@ def test_transient_faults_are_retried(s3: Seaweed, faulty: Faulty, action: Reply
 def test_faults_that_last_end_as_unavailable_in_bounded_time(s3: Seaweed, faulty: Faulty, action: Reply | str) -> None:
     root = s3.bucket()
     faulty.decide = lambda method, path: action
-    reader, store = Reader(through(faulty), patience=0.5), open_store(root, through(faulty), patience=0.5)
+    reader, store = Reader(through(faulty), patience=0.2), open_store(root, through(faulty), patience=0.2)
     asks: list[Callable[[], object]] = [
         lambda: reader.read(root + "a"),
         lambda: reader.stat(root + "a//b"),

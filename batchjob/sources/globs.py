@@ -75,7 +75,10 @@ def _anchored(pattern: str) -> str:
 
 
 def _class(inside: str) -> str:
-    negated = inside.startswith("!")
-    literal = inside.removeprefix("!").replace("\\", "\\\\").replace("[", "\\[").replace("^", "\\^")
-    literal = re.sub(r"([&~|])", r"\\\1", literal)  # doubled ones are set operations to come
-    return f"(?!/)[{'^' if negated else ''}{literal}]"
+    letters, out = inside.removeprefix("!"), ""
+    while letters:
+        if letters[1:2] == "-" and len(letters) > 2:
+            out, letters = f"{out}{re.escape(letters[0])}-{re.escape(letters[2])}", letters[3:]
+        else:
+            out, letters = out + re.escape(letters[0]), letters[1:]
+    return f"(?!/)[{'^' if inside.startswith('!') else ''}{out}]"

@@ -77,7 +77,9 @@ def _fault(error: Exception, uri: str, writing: bool, odd_key: bool) -> Batchjob
         return InvalidJob(f"{uri}: no such bucket; check the name and the endpoint")
     if _WRONG_REGION.search(code) or "redirect without LOCATION" in str(error):
         return InvalidJob(f"{uri}: the bucket lies in another region ({reason}); set AWS_REGION or the storage region")
-    if status in (401, 403) or _CREDENTIALS.search(f"{code} {' '.join(kinds)}") or "PermissionError" in kinds:
+    # An answer to HEAD has no body: expired credentials are a bare 400 there.
+    bare = status == 400 and (code == "400" or not (code or odd_key))
+    if bare or status in (401, 403) or _CREDENTIALS.search(f"{code} {' '.join(kinds)}") or "PermissionError" in kinds:
         return Unavailable(f"{uri}: access denied ({reason}); renew or correct the credentials, then run again")
     if kinds & {"InvalidPathError", "ValueError", "ParamValidationError"} or (odd_key and status == 400):
         return Unaddressable(f"{uri}: no client can name this key ({reason})")

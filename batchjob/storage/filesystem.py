@@ -50,8 +50,8 @@ class Filesystem:
     def _in_order(self, found: Mapping[str, Any], prefix: str, root: str, after: str | None) -> Iterator[Stat]:
         # A chained URI (`zip://folder::s3://…`) lists names inside the first link; the rest of the chain stays.
         head, link, chain = prefix.partition("::")
-        below = root.rstrip("/") + "/"
-        keys = {f"{head.rstrip('/')}/{name.removeprefix(below).lstrip('/')}{link}{chain}": name for name in found}
+        below, above = root.rstrip("/") + "/", head.rstrip("/") + "/" if head else ""
+        keys = {f"{above}{name.removeprefix(below)}{link}{chain}": name for name in found}
         for key in sorted(keys, key=_utf8):
             if after is None or _utf8(key) > _utf8(after):
                 yield self._stat(key, found[keys[key]], found[keys[key]].get("size") or 0)
@@ -70,7 +70,8 @@ class Filesystem:
 
         uri = self._base + key
         try:
-            system, path = url_to_fs(uri, **self._arguments)
+            with faults(uri, let=ValueError):
+                system, path = url_to_fs(uri, **self._arguments)
         except (ImportError, ValueError) as error:  # no such protocol, or its package is missing
             raise InvalidJob(f"{uri}: no reader for {uri.partition('://')[0]}:// ({error})") from error
         system.invalidate_cache()

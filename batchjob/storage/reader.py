@@ -92,14 +92,14 @@ class Reader:
         Raises:
             Unavailable; InvalidJob where the bucket does not exist or the protocol has no listing.
         """
-        folder = uri if uri.endswith("/") else uri + "/"
-        if after is not None and not after.startswith(folder):
-            raise ValueError(f"{after} is not below {folder}")
         if is_local(uri):
-            found = disk.walk(_path(folder), after[len(folder) :] if after else None, recursive)
+            folder = _folder(uri)
+            found = disk.walk(_path(folder), _within(after, folder), recursive)
             return (_named(one, folder) for one in found)
-        place, base, prefix = self._find(folder, self._patience)
-        listed = place.list(prefix, after[len(base) :] if after else None, recursive)
+        place, base, prefix = self._find(uri, self._patience)
+        if base:
+            prefix = _folder(prefix) if prefix else ""
+        listed = place.list(prefix, _within(after, base), recursive)
         return (_named(one, base) for one in listed)
 
     def open(self, uri: str) -> BinaryIO:
@@ -176,6 +176,16 @@ class _Ranges(io.RawIOBase):
 
 def _named(found: Stat, base: str) -> Stat:
     return Stat(base + found.uri, found.size, found.etag, found.version)
+
+
+def _folder(uri: str) -> str:
+    return uri if uri.endswith("/") else uri + "/"
+
+
+def _within(after: str | None, base: str) -> str | None:
+    if after is not None and not after.startswith(base):
+        raise ValueError(f"{after} is not below {base}")
+    return after[len(base) :] if after else None
 
 
 def _path(uri: str) -> str:

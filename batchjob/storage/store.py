@@ -69,7 +69,7 @@ def open_store(uri: str, options: Options | None = None, patience: float | None 
             f"output.uri {uri}: {scheme}:// has no conditional create, which a safe commit needs; "
             "use a local path, s3://, gs:// or az://"
         )
-    if not is_plain(rest.rstrip("/")):
+    if rest.strip("/") and not is_plain(rest.rstrip("/")):
         raise InvalidJob(f"output.uri {uri}: has an empty, '.' or '..' part; choose a plain prefix")
     return CloudStore(uri, dict(options or {}), patience_or_default(patience))
 

@@ -1,0 +1,261 @@
+"""The forward pass: the plain loop's numbers, modes, precision, and memory that does not suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from batchjob.errors import AttemptFailed, InvalidJob
+from batchjob.predict import Predictor, example_output, pick_device, pick_precision
+from batchjob.records import Fault, Preprocess
+from batchjob.transform import Normalizer, normalizer
+
+CPU = torch.device("cpu")
+NOT_FINITE = Fault("predict", "not_finite", "it is NaN")
+PREPROCESS = Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+class Embedded:
+    """The model's output as it is; a row that is not finite is a fault."""
+
+    def on_device(self, output: Any) -> dict[str, torch.Tensor]:
+        assert torch.is_inference_mode_enabled() or not torch.is_grad_enabled()
+        return {"embedding": output, "finite": output.isfinite().all(dim=1)}
+
+    def faults(self, tensors: dict[str, torch.Tensor]) -> list[Fault | None]:
+        return [None if fine else NOT_FINITE for fine in tensors["finite"].tolist()]
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+        self.seen: list[tuple[int, torch.dtype, bool, bool]] = []
+
+    def forward(self, images: torch.Tensor) -> Any:
+        out = self.layers(images)
+        self.seen.append((len(images), out.dtype, torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+        return out
+
+
+class Cramped(Small):
+    """Has room for so many images, and never for one whose first pixel is 255."""
+
+    def __init__(self, room: int, error: Exception) -> None:
+        super().__init__()
+        self.room, self.error = room, error
+
+    def forward(self, images: torch.Tensor) -> Any:
+        if len(images) > self.room or bool((images[:, 0, 0, 0] > 2.2).any()):
+            self.seen.append((len(images), images.dtype, False, False))
+            raise self.error
+        return super().forward(images)
+
+
+class NeedsVersions(Small):
+    """Looks at what inference tensors do not have."""
+
+    def forward(self, images: torch.Tensor) -> Any:
+        assert images._version >= 0
+        return super().forward(images)
+
+
+class Broken(Small):
+    def forward(self, images: torch.Tensor) -> Any:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    yield
+    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+    del state
+
+
+def images(rows: int) -> torch.Tensor:
+    return torch.randint(0, 250, (rows, 3, 8, 8), dtype=torch.uint8)
+
+
+def make(module: nn.Module, precision: str = "fp32", grad_mode: Any = "inference") -> Predictor:
+    return Predictor(module.eval(), normalizer(PREPROCESS), Embedded(), CPU, precision, grad_mode)
+
+
+def plain(module: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = module.layers(Normalizer(PREPROCESS)(pixels, torch.float32))  # type: ignore[operator]
+    return out
+
+
+@pytest.mark.parametrize("grad_mode", ["inference", "no_grad"])
+def test_the_numbers_are_those_of_a_plain_loop(grad_mode: Any) -> None:
+    module, pixels = Small(), images(7)
+    predictor = make(module, grad_mode=grad_mode)
+    predictor.warm_up((8, 8))
+    predictor.warm_up((3, 8, 8), rows=3)
+    made = predictor(pixels)
+    torch.testing.assert_close(made.tensors["embedding"], plain(module, pixels), rtol=0, atol=0)
+    assert made.faults == (None,) * 7
+    assert [seen[0] for seen in module.seen] == [2, 3, 7]
+    assert {seen[2] for seen in module.seen} == {grad_mode == "inference"}
+    assert {seen[3] for seen in module.seen} == {False}
+
+
+def test_bf16_is_autocast_and_comes_back_as_float() -> None:
+    module, pixels = Small(), images(3)
+    made = make(module, "bf16")(pixels)
+    assert module.seen[0][1] == torch.bfloat16
+    assert module.layers[0].weight.dtype == torch.float32
+    assert made.tensors["embedding"].dtype == torch.float32
+    torch.testing.assert_close(made.tensors["embedding"], plain(module, pixels), rtol=0.05, atol=0.05)
+
+
+def test_what_the_jobs_own_transform_made_goes_in_as_it_is() -> None:
+    module, values = Small(), torch.rand(3, 3, 8, 8)
+    predictor = Predictor(
+        module.eval(), normalizer(Preprocess(transform="net:f")), Embedded(), CPU, "fp32", "inference"
+    )
+    predictor.warm_up((8, 8), dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(predictor(values).tensors["embedding"], module.layers(values), rtol=0, atol=0)
+
+
+def test_rows_that_are_not_finite_are_faults() -> None:
+    module = Small()
+    with torch.no_grad():
+        module.layers[4].bias[0] = torch.nan
+    assert make(module)(images(2)).faults == (NOT_FINITE, NOT_FINITE)
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_batch_that_does_not_fit_is_halved_and_the_size_that_fits_is_kept(error: Exception) -> None:
+    module, pixels = Cramped(3, error), images(10)
+    predictor = make(module)
+    made = predictor(pixels)
+    torch.testing.assert_close(made.tensors["embedding"], plain(module, pixels))
+    assert made.faults == (None,) * 10
+    assert [seen[0] for seen in module.seen] == [10, 5, 2, 2, 2, 2, 2]
+    module.seen.clear()
+    predictor(pixels[:4])
+    assert [seen[0] for seen in module.seen] == [2, 2]
+    module.room = 100
+    for _ in range(100):
+        predictor(pixels[:4])
+    module.seen.clear()
+    predictor(pixels[:4])
+    assert [seen[0] for seen in module.seen] == [4], "after a calm while larger pieces are tried again"
+
+
+def test_an_image_that_alone_does_not_fit_is_a_fault_and_the_others_are_predicted() -> None:
+    module, pixels = Cramped(100, OUT_OF_MEMORY[0]), images(9)
+    pixels[4, 0, 0, 0] = 255
+    predictor = make(module)
+    made = predictor(pixels)
+    assert [fault and fault.type for fault in made.faults] == [None] * 4 + ["memory"] + [None] * 4
+    good = [0, 1, 2, 3, 5, 6, 7, 8]
+    torch.testing.assert_close(made.tensors["embedding"][good], plain(module, pixels)[good])
+    assert made.tensors["finite"].tolist() == [True] * 4 + [False] + [True] * 4
+    module.seen.clear()
+    predictor(images(9))
+    assert [seen[0] for seen in module.seen] == [9], "that was the image's fault, not the batch size's"
+    assert [fault and fault.type for fault in predictor(pixels[4:5]).faults] == ["memory"]
+
+
+def test_memory_that_is_gone_is_no_fault_of_the_images() -> None:
+    predictor = make(Cramped(0, OUT_OF_MEMORY[0]))
+    with pytest.raises(AttemptFailed, match="not even one image fits into the memory of cpu"):
+        predictor(images(3))
+
+
+def test_another_error_of_the_model_is_raised_as_it_is() -> None:
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        make(Broken())(images(3))
+
+
+def test_a_model_that_inference_mode_breaks_is_told_what_to_write() -> None:
+    with pytest.raises(InvalidJob, match=r"runtime\.grad_mode: no_grad") as caught:
+        make(NeedsVersions()).warm_up((8, 8))
+    assert "Inference tensors do not track version counter" in caught.value.message
+    predictor = make(NeedsVersions(), grad_mode="no_grad")
+    predictor.warm_up((8, 8))
+    assert predictor(images(2)).faults == (None, None)
+
+
+def test_a_model_that_fails_anyway_is_told_with_its_words() -> None:
+    for grad_mode in ("inference", "no_grad"):
+        with pytest.raises(InvalidJob, match="example batch of shape 2x3x8x8 on cpu: RuntimeError: mat1 and mat2"):
+            make(Broken(), grad_mode=grad_mode).warm_up((8, 8))
+
+
+def test_an_example_shows_the_output_and_leaves_the_generator_alone() -> None:
+    module, state = Small().eval(), torch.get_rng_state()
+    output = example_output(module, normalizer(PREPROCESS), (8, 8), CPU, "fp32", "inference")
+    assert output.shape == (2, 5)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(InvalidJob, match="grad_mode"):
+        example_output(NeedsVersions().eval(), normalizer(PREPROCESS), (3, 8, 8), CPU, "fp32", "inference")
+
+
+def test_devices_are_never_replaced() -> None:
+    assert pick_device("cpu") == CPU
+    auto = pick_device("auto")
+    assert auto.type == ("cuda" if torch.cuda.is_available() else auto.type)
+    for name in ("gpu", "cuda:x", "tpu"):
+        with pytest.raises(InvalidJob, match=r"runtime\.device"):
+            pick_device(name)
+    absent = "cuda:99" if torch.cuda.is_available() else "cuda"
+    with pytest.raises(InvalidJob, match=rf"runtime\.device: {absent} is not there"):
+        pick_device(absent)
+
+
+def test_precision_follows_the_device() -> None:
+    assert pick_precision("auto", CPU) == "fp32"
+    assert pick_precision("bf16", CPU) == "bf16"
+    for name in ("tf32", "fp64"):
+        with pytest.raises(InvalidJob, match=r"runtime\.precision"):
+            pick_precision(name, CPU)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_on_a_gpu() -> None:
+    device = pick_device("cuda")
+    assert pick_precision("auto", device) in {"bf16", "fp16"}
+    module, pixels = Small().eval(), images(6).pin_memory()
+    expected = plain(module, pixels)
+    before = torch.backends.cuda.matmul.fp32_precision
+    for precision, tolerance in (("fp32", 1e-5), ("tf32", 1e-2), ("bf16", 0.1), ("fp16", 0.1)):
+        predictor = Predictor(module, normalizer(PREPROCESS), Embedded(), device, precision, "inference")
+        predictor.warm_up((8, 8))
+        made = predictor(pixels).tensors["embedding"]
+        assert made.device == CPU
+        torch.testing.assert_close(made, expected, rtol=tolerance, atol=tolerance)
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_gpu_that_is_really_full_is_met_with_smaller_batches() -> None:
+    class Hungry(Small):
+        def forward(self, images: torch.Tensor) -> Any:
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.empty(len(images) * total // 3, dtype=torch.uint8, device=images.device)
+            return super().forward(images)
+
+    module, pixels = Hungry().eval(), images(8)
+    made = Predictor(module, normalizer(PREPROCESS), Embedded(), torch.device("cuda"), "fp32", "inference")(pixels)
+    assert made.faults == (None,) * 8
+    assert max(seen[0] for seen in module.seen) == 2
