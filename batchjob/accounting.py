@@ -83,7 +83,9 @@ def _add_up(
 def _made(store: Store, run: Run, there: Mapping[str, Stat]) -> Iterator[tuple[str, Provenance]]:
     """Provenance of every part: as its commit returned it while the tag still stands, else read from its footer."""
     known = {
-        key: result.made for key, result in run.fresh.items() if key in there and result.etag and result.etag == there[key].etag
+        key: result.made
+        for key, result in run.fresh.items()
+        if key in there and result.etag and result.etag == there[key].etag
     }
     yield from ledger.inspect_all(store, sorted(there.keys() - known.keys()))
     yield from sorted(known.items())
@@ -95,7 +97,11 @@ def _outcome(store: Store, run: Run, totals: Totals, max_rate: float) -> Outcome
     if run.given_up:
         status, code, message = Incomplete.status, Incomplete.exit_code, _given_up(run)
     elif totals.failed > max_rate * planned:
-        status, code, message = CheckFailed.status, CheckFailed.exit_code, _over_budget(store, totals, planned, max_rate)
+        status, code, message = (
+            CheckFailed.status,
+            CheckFailed.exit_code,
+            _over_budget(store, totals, planned, max_rate),
+        )
     rate = sum(result.made.rows for result in run.fresh.values()) / max(run.seconds, 1e-9)
     good = totals.rows - totals.failed
     return Outcome(status, planned, good, totals.failed, run.seconds, rate, store.uri, code, message)

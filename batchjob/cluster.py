@@ -79,7 +79,9 @@ class RayPool:
 
     def __init__(self, job: Job, address: str | None) -> None:
         if find_spec("ray") is None:
-            raise InvalidJob("runtime.pool: ray is not installed here; pip install 'ray[default]', or run with --pool local")
+            raise InvalidJob(
+                "runtime.pool: ray is not installed here; pip install 'ray[default]', or run with --pool local"
+            )
         self._job, self._address = job, address
         self._slots: list[_Slot] = []
         self._events: list[Event] = []

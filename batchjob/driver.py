@@ -369,9 +369,7 @@ class _Session:
     def _start_pool(self, seen: Peek) -> None:
         assert self.make_pool is not None, "planning alone starts no workers"
         self.pool = self.make_pool()
-        self.pool.start(
-            Setup(self.job.portable(), str(self.job.base), self.lease.witness, seen.sample, seen.whole)
-        )
+        self.pool.start(Setup(self.job.portable(), str(self.job.base), self.lease.witness, seen.sample, seen.whole))
 
     def _peek_at_plan(self) -> Peek:
         assert self.head is not None
@@ -383,7 +381,9 @@ class _Session:
         for key in sorted(self.committed.keys() - self.expected.keys()):
             made = ledger.inspect(self.store, key)
             if not plan.is_buried(self.store, made.plan):
-                raise CheckFailed(f"{self.store.uri}{key} is a part of plan {made.plan}, not of this output's; remove it")
+                raise CheckFailed(
+                    f"{self.store.uri}{key} is a part of plan {made.plan}, not of this output's; remove it"
+                )
             self.store.delete(key)
             del self.committed[key]
 

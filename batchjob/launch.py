@@ -22,7 +22,9 @@ from batchjob.worker import Worker
 __all__ = ["make_pool", "plan", "run", "validate"]
 
 
-def run(job: Job, *, address: str | None = None, allow_empty: bool = False, progress: Progress | None = None) -> Outcome:
+def run(
+    job: Job, *, address: str | None = None, allow_empty: bool = False, progress: Progress | None = None
+) -> Outcome:
     """Run a job to its end, resuming what was begun; a finished job is left as it is.
 
     Args:

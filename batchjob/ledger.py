@@ -78,9 +78,7 @@ class Totals:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
 
 
-def commit(
-    store: Store, key: ShardKey, path: Path, provenance: Provenance, wanted: Callable[[], None]
-) -> Commit:
+def commit(store: Store, key: ShardKey, path: Path, provenance: Provenance, wanted: Callable[[], None]) -> Commit:
     """Make the part at `path` the shard's: one create-if-absent PUT, and a look whenever the answer is in doubt.
 
     Args:

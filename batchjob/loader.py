@@ -168,13 +168,13 @@ class Loader:
             raise AttemptFailed(f"the loader failed and is started anew: {cause}") from error
 
     def _started(self) -> _Processes:
-        if self._running is not None and self._running.done() and not self._running.result().alive():
-            self.close()
-        self.start()
-        assert self._running is not None
         try:
+            if self._running is not None and self._running.done() and not self._running.result().alive():
+                self.close()
+            self.start()
+            assert self._running is not None
             return self._running.result()
-        except Exception:
+        except Exception:  # they could not be started: the next call tries again
             self._running = None
             raise
 

@@ -131,20 +131,16 @@ def _settled(
     facts: Sequence[ImageFacts], faults: Sequence[Fault | None]
 ) -> tuple[list[Fault | None], list[int | None]]:
     """Per row, its fault if any, and else the entry of the task's columns that belongs to it."""
+    loaded = sum(fact.fault is None for fact in facts)
+    if loaded != len(faults):
+        raise BatchjobError(f"{len(faults)} predictions came for {loaded} images")
+    entries = enumerate(faults)
     final: list[Fault | None] = []
     picked: list[int | None] = []
-    entry = 0
     for fact in facts:
-        fault = fact.fault
-        if fault is None:
-            fault = faults[entry]
-            picked.append(entry if fault is None else None)
-            entry += 1
-        else:
-            picked.append(None)
+        entry, fault = (None, fact.fault) if fact.fault is not None else next(entries)
+        picked.append(entry if fault is None else None)
         final.append(fault)
-    if entry != len(faults):
-        raise BatchjobError(f"{len(faults)} predictions came for {entry} images")
     return final, picked
 
 

@@ -304,9 +304,7 @@ class Worker:
             self._loader.close()
         self._size = size
         few = FEW_IMAGES if self._setup.few else None
-        chosen = settle(
-            self._job.runtime.loader, cores=self._cores, images=few, cuda=self._device.type == "cuda"
-        )
+        chosen = settle(self._job.runtime.loader, cores=self._cores, images=few, cuda=self._device.type == "cuda")
         self._loader = Loader(
             reader=self._reader,
             prepare=self._prepare,
@@ -373,7 +371,9 @@ class _Draft:
     def close(self, begun: _Plan, model: str) -> Provenance:
         """Write the footer; the file is the part."""
         if self.writer.rows != self.shard.key.rows:
-            raise BatchjobError(f"shard {self.shard.key.index} has {self.shard.key.rows} images, {self.writer.rows} rows")
+            raise BatchjobError(
+                f"shard {self.shard.key.index} has {self.shard.key.rows} images, {self.writer.rows} rows"
+            )
         self.spend({"wall": time.perf_counter() - self._began})
         made = Provenance(
             plan=begun.head.plan,

@@ -45,10 +45,10 @@ class Faulty:
 @contextmanager
 def between(upstream: str) -> Iterator[Faulty]:
     """A go-between in front of the server at the URL `upstream`."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _GoBetween)
     server.daemon_threads = True
     faulty = Faulty(f"http://127.0.0.1:{server.server_port}")
-    _Handler.serving[server.server_port] = (faulty, urlsplit(upstream).netloc)
+    _GoBetween.serving[server.server_port] = (faulty, urlsplit(upstream).netloc)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
@@ -59,7 +59,7 @@ def between(upstream: str) -> Iterator[Faulty]:
         server.server_close()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _GoBetween(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     serving: dict[int, tuple[Faulty, str]] = {}  # noqa: RUF012 - port → who serves it
 

@@ -90,16 +90,14 @@ def test_wider_samples_are_scaled_by_what_they_hold() -> None:
     )
     integers = np.array([[-5, 100, 255]], dtype=np.int32)
     np.testing.assert_array_equal(pixels_of(encoded(Image.fromarray(integers), "TIFF"))[0, :, 0], [0, 100, 255])
-    np.testing.assert_array_equal(
-        pixels_of(encoded(Image.fromarray(integers * 257), "TIFF"))[0, :, 0], [0, 100, 255]
-    )
+    np.testing.assert_array_equal(pixels_of(encoded(Image.fromarray(integers * 257), "TIFF"))[0, :, 0], [0, 100, 255])
 
 
 def test_of_an_animation_the_first_frame() -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
-    for format in ("GIF", "PNG", "WEBP"):
-        data = encoded(frames[0], format, save_all=True, append_images=frames[1:], lossless=True)
-        assert pixels_of(data)[0, 0].tolist() == [255, 0, 0], format
+    for kind in ("GIF", "PNG", "WEBP"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+        assert pixels_of(data)[0, 0].tolist() == [255, 0, 0], kind
 
 
 def test_exif_orientation_turns_the_image_only_where_asked() -> None:
@@ -131,8 +129,8 @@ def test_bad_files_are_named_by_a_few_words() -> None:
     assert fault_of(jpeg[:20]).type in {"corrupt", "truncated"}
     assert fault_of(png[:60] + bytes(200) + png[260:]).type == "corrupt"
     assert fault_of(encoded(noise("LAB"), "TIFF")).type == "unsupported"
-    for format, name in (("JPEG2000", "JPEG 2000"), ("ICO", "icon"), ("PPM", "Netpbm"), ("AVIF", "AVIF")):
-        fault = fault_of(encoded(noise("RGB"), format))
+    for kind, name in (("JPEG2000", "JPEG 2000"), ("ICO", "icon"), ("PPM", "Netpbm"), ("AVIF", "AVIF")):
+        fault = fault_of(encoded(noise("RGB"), kind))
         assert fault.type == "unsupported"
         assert name in fault.message
         assert "JPEG, PNG" in fault.message

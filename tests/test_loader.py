@@ -119,7 +119,7 @@ def shades(batches: Iterable[Batch]) -> list[tuple[int, int, list[int]]]:
 
 
 def faults(batch: Batch) -> list[tuple[str, str] | None]:
-    return [fact.fault and (fact.fault.stage, fact.fault.type) for fact in batch.facts]
+    return [None if fact.fault is None else (fact.fault.stage, fact.fault.type) for fact in batch.facts]
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_a_shard_is_taken_only_when_the_one_before_is_under_way(tmp_path: Path) 
 
 def test_bad_images_stay_in_their_place(loader: Loader, tmp_path: Path) -> None:
     paths = images(tmp_path, b"", png(1), b"text", png(2), b"odd", b"memory", png(3))
-    locations = [*paths[:4], tmp_path / "absent", *paths[4:], f"{tmp_path}/bad\0name"]
+    locations = [*map(str, [*paths[:4], tmp_path / "absent", *paths[4:]]), f"{tmp_path}/bad\0name"]
     first, second, third = loader.batches(Feed([shard(0, locations)]))
     assert faults(first) == [("decode", "empty"), None, ("decode", "not_an_image"), None]
     assert faults(second) == [("fetch", "not_found"), ("transform", "ZeroDivisionError"), ("decode", "memory"), None]
@@ -214,7 +214,9 @@ def test_images_of_other_sizes_and_kinds_are_error_rows(tmp_path: Path) -> None:
 def test_files_over_the_limit_are_not_fetched(tmp_path: Path) -> None:
     paths = images(tmp_path, png(1), png(2), b"x" * 5000)
     loader = make(max_bytes=1000)
-    (known,) = loader.batches(Feed([shard(0, [paths[0], "/never/asked/for", paths[1], paths[2]], [None, 5000, 9, None])]))
+    (known,) = loader.batches(
+        Feed([shard(0, [paths[0], tmp_path / "never asked for", paths[1], paths[2]], [None, 5000, 9, None])])
+    )
     assert faults(known) == [None, ("fetch", "too_large"), None, ("fetch", "too_large")]
     assert shades([known]) == [(0, 0, [1, 2])]
 

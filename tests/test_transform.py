@@ -45,7 +45,8 @@ def test_images_come_out_as_from_torchvisions_preset(size: tuple[int, int], inte
     )
     assert made.dtype == torch.uint8
     assert torch.equal(made, uint8)
-    assert geometry.size == (224, 224) == made.shape[1:]
+    assert geometry.size == (224, 224)
+    assert made.shape == (3, 224, 224)
     torch.testing.assert_close(ready(preprocess, pixels), preset(image), rtol=0, atol=1e-6)
     torch.testing.assert_close(ready(preprocess, pixels), preset(image.contiguous()), rtol=0, atol=1e-6)
 
@@ -142,7 +143,8 @@ def test_a_users_transform_gives_what_the_model_gets(job_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "type", "words"), [("broken", "KeyError", "no such key"), ("text", "type", "str"), ("counts", "type", "int")]
+    ("name", "type", "words"),
+    [("broken", "KeyError", "no such key"), ("text", "type", "str"), ("counts", "type", "int")],
 )
 def test_a_users_transform_that_fails_is_a_fault_of_the_image(
     job_folder: Path, name: str, type: str, words: str
@@ -194,9 +196,7 @@ def test_a_transform_takes_the_place_of_the_steps() -> None:
         (Preprocess(crop=0), OWN, "preprocess.crop"),
     ],
 )
-def test_what_does_not_fit_together_names_the_keys(
-    job: Preprocess | None, own: Preprocess | None, words: str
-) -> None:
+def test_what_does_not_fit_together_names_the_keys(job: Preprocess | None, own: Preprocess | None, words: str) -> None:
     with pytest.raises(InvalidJob) as caught:
         merge(job, own)
     assert words in caught.value.message

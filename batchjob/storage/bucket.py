@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Bucket", "bucket_of"]
 
 _EXTRAS = {"s3": "s3", "gs": "gcs", "az": "azure"}
+_ACCOUNT = ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "AZURE_STORAGE_USE_EMULATOR")
 _MIB = 1 << 20
 _NO_RETRY_AFTER = 1000  # the window in seconds decides, not the count
 
@@ -70,8 +71,10 @@ class Bucket:
             return self._stat(self._client().head(key))
 
     def list(self, prefix: str, after: str | None, recursive: bool) -> Iterator[Stat]:
-        # At the root of a bucket obstore would drop a leading slash, and one level at a time it does not stream.
-        if not recursive or not is_plain(prefix.rstrip("/")) or not is_plain(after or "any"):
+        # One level at a time obstore does not stream; at the root of a bucket it would drop a leading slash (which
+        # only S3 gets right here: through fsspec a whole bucket would be held in memory).
+        nameable = is_plain(prefix.removesuffix("/")) or (not prefix and self._kind != "s3")
+        if not recursive or not nameable or not is_plain(after or "any"):
             yield from self._other.list(prefix, after, recursive)
             return
         from obstore.exceptions import InvalidPathError
@@ -207,6 +210,11 @@ def _connect_az(bucket: str, base: str, options: StorageOptions, patience: float
     container, _, host = bucket.partition("@")
     place = {"account_name": host.partition(".")[0]} if host else {}
     place |= {"endpoint": options.endpoint} if options.endpoint else {}
+    if not place and not any(os.environ.get(name) for name in _ACCOUNT):
+        raise InvalidJob(
+            f"{base}: names no storage account; set AZURE_STORAGE_ACCOUNT_NAME, "
+            f"or write abfss://{container}@account.dfs.core.windows.net/prefix"
+        )
     keys = ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_SAS_KEY")
     provider: Any = None
     if not options.anonymous and not any(os.environ.get(name) for name in keys):

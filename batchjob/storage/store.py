@@ -122,8 +122,8 @@ class CloudStore:
     def __init__(self, uri: str, options: Options, patience: float) -> None:
         self.uri = uri.rstrip("/")
         self._made_of = (uri, options, patience)
-        scheme, _, rest = self.uri.partition("://")
-        bucket, _, prefix = rest.partition("/")
+        scheme, _, rest = uri.partition("://")
+        bucket, _, prefix = rest.rstrip("/").partition("/")
         self._prefix = prefix + "/" if prefix else ""
         self._bucket = bucket_of(scheme, bucket, options_for(uri, options), patience)
 

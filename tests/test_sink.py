@@ -1,0 +1,278 @@
+"""One Parquet part: columns in order, every row in its place, and every common reader opens it with one plain call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from batchjob.errors import BatchjobError, InvalidJob
+from batchjob.records import Fault, ImageFacts, ImageRef, Provenance, Shard, ShardKey
+from batchjob.sink import PartWriter, row_schema, rows
+
+TOP = pa.list_(pa.struct([("label_id", pa.int32()), ("label", pa.string()), ("score", pa.float32())]))
+VECTOR = pa.list_(pa.float32(), 4)
+TASK = [
+    pa.field("label_id", pa.int32()),
+    pa.field("label", pa.string()),
+    pa.field("score", pa.float32()),
+    pa.field("top_k", TOP),
+    pa.field("embedding", VECTOR),
+]
+PASSTHROUGH = [pa.field("sku", pa.string()), pa.field("price", pa.float64())]
+SCHEMA = row_schema(PASSTHROUGH, TASK)
+EMPTY = Fault("decode", "empty", "the file\nis empty")
+
+
+def shard(count: int, first: int = 0) -> Shard:
+    refs = tuple(ImageRef(first + n, f"u{first + n}", f"/lake/u{first + n}", 10, "planned") for n in range(count))
+    table = pa.table(
+        {"sku": [f"s{n}" for n in range(count)], "price": [n / 2 for n in range(count)]}, pa.schema(PASSTHROUGH)
+    )
+    return Shard(ShardKey(0, "0" * 16, count, 0, 0), refs, table)
+
+
+def columns(count: int) -> list[pa.Array]:
+    vectors = pa.array(np.arange(count * 4, dtype=np.float32))
+    return [
+        pa.array(range(count), pa.int32()),
+        pa.array([f"label {n % 3}" for n in range(count)]),
+        pa.array([n / 10 for n in range(count)], pa.float32()),
+        pa.array([[{"label_id": n, "label": "a", "score": 0.5}] * 2 for n in range(count)], TOP),
+        pa.FixedSizeListArray.from_arrays(vectors, type=VECTOR),
+    ]
+
+
+def batch(
+    of: Shard, start: int = 0, count: int | None = None, bad: Sequence[int] = (), faults: Sequence[int] = ()
+) -> pa.RecordBatch:
+    """Rows `start` on; of these, `bad` never became pixels and `faults` of the others were not predicted."""
+    count = len(of.refs) - start if count is None else count
+    facts = [ImageFacts(fault=EMPTY) if n in bad else ImageFacts(f"e{n}", 640, 480) for n in range(count)]
+    good = count - len(bad)
+    nan = Fault("predict", "not_finite", "NaN")
+    return rows(
+        SCHEMA,
+        shard=of,
+        start=start,
+        facts=facts,
+        columns=columns(good) if good else [],
+        faults=[nan if n in faults else None for n in range(good)],
+        run_id="run",
+        model_id="model",
+    )
+
+
+def provenance(writer: PartWriter, **other: Any) -> Provenance:
+    given: dict[str, Any] = {
+        "plan": "p", "shard": "s", "index": 0, "attempt": "a", "revision": 0, "fingerprint": "f", "model": "m",
+        "rows": writer.rows, "failed": writer.failed, "errors": writer.errors, "seconds": {"fetch": 0.5},
+        "versions": {"torch": "2"},
+    }  # fmt: skip
+    return Provenance(**given | other)
+
+
+def write(path: Path, *batches: pa.RecordBatch, **options: Any) -> PartWriter:
+    writer = PartWriter(path, SCHEMA, **options)
+    for each in batches:
+        writer.add(each)
+    writer.close(provenance(writer))
+    return writer
+
+
+def test_columns_stand_in_the_designs_order() -> None:
+    assert SCHEMA.names == [
+        "position", "uri", "sku", "price", "etag", "width", "height", "label_id", "label", "score", "top_k",
+        "embedding", "run_id", "model_id", "error_stage", "error_type", "error_message",
+    ]  # fmt: skip
+    assert row_schema([pa.field("id", pa.int64()), *PASSTHROUGH], TASK, has_id=True).names[:4] == [
+        "position", "id", "uri", "sku",
+    ]  # fmt: skip
+    assert SCHEMA.field("position").type == pa.int64()
+    assert all(not pa.types.is_null(field.type) for field in SCHEMA)
+
+
+def test_every_row_is_in_its_place_good_or_bad() -> None:
+    found = batch(shard(9, first=100), start=3, count=5, bad=[0, 3], faults=[1]).to_pylist()
+    assert [row["position"] for row in found] == [103, 104, 105, 106, 107]
+    assert [row["uri"] for row in found] == ["u103", "u104", "u105", "u106", "u107"]
+    assert [row["sku"] for row in found] == ["s3", "s4", "s5", "s6", "s7"]
+    assert [row["etag"] for row in found] == [None, "e1", "e2", None, "e4"]
+    assert [row["error_type"] for row in found] == ["empty", None, "not_finite", "empty", None]
+    assert [row["label_id"] for row in found] == [None, 0, None, None, 2]
+    assert [row["embedding"] for row in found] == [None, [0, 1, 2, 3], None, None, [8, 9, 10, 11]]
+    assert [row["top_k"] and len(row["top_k"]) for row in found] == [None, 2, None, None, 2]
+    assert found[0]["error_message"] == "the file is empty"
+    assert (found[2]["width"], found[2]["height"]) == (640, 480)
+    assert {row["run_id"] for row in found} == {"run"}
+
+
+def test_a_batch_in_which_nothing_worked_is_rows_all_the_same() -> None:
+    found = batch(shard(3), bad=[0, 1, 2])
+    assert found.schema == SCHEMA
+    assert found.column("embedding").null_count == 3
+
+
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_every_reader_opens_a_part_with_one_plain_call(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "predictions" / "part-0000000-abc.parquet"
+    path.parent.mkdir()
+    of = shard(count)
+    parts = [batch(of, start, min(64, count - start), bad=[0]) for start in range(0, count, 64)]
+    writer = write(path, *parts, row_group_rows=100)
+    bad = len(parts)
+    assert (writer.rows, writer.failed) == (count, bad)
+    for folder in (path, path.parent):
+        table = pq.read_table(folder)
+        assert table.schema.equals(SCHEMA)
+        assert table.column("position").to_pylist() == list(range(count))
+        assert table.to_pylist() == [row for part in parts for row in part.to_pylist()]
+        frame = pd.read_parquet(folder)
+        assert len(frame) == count
+        assert frame["error_type"].count() == bad
+    assert ds.dataset(path.parent).count_rows() == count
+    polar = pl.read_parquet(path.parent / "*.parquet")
+    assert polar.height == count == pl.read_parquet(path.parent).height
+    assert polar["embedding"].null_count() == bad == polar["top_k"].null_count()
+    assert polar.schema["embedding"] == pl.Array(pl.Float32, 4)
+    counted = duckdb.execute(
+        f"select count(*), count(label), sum(len(embedding)) from '{path.parent}/*.parquet'"
+    ).fetchall()
+    assert counted == [(count, count - bad, 4 * (count - bad) or None)]
+    assert pq.read_metadata(path).num_row_groups == (3 if count == 300 else count)
+
+
+def test_the_footer_says_where_it_comes_from(tmp_path: Path) -> None:
+    writer = write(tmp_path / "part", batch(shard(5), bad=[1, 3], faults=[0]))
+    assert writer.errors == {"decode/empty": 2, "predict/not_finite": 1}
+    assert writer.examples == {"decode/empty": "u1: the file is empty", "predict/not_finite": "u0: NaN"}
+    footer = pq.read_metadata(tmp_path / "part").metadata
+    assert Provenance.parse(footer[b"batchjob"]) == provenance(writer)
+    assert json.loads(footer[b"batchjob"])["errors"] == {"decode/empty": 2, "predict/not_finite": 1}
+
+
+def test_encodings_are_the_plain_ones_and_dictionaries_stand_where_they_help(tmp_path: Path) -> None:
+    write(tmp_path / "part", batch(shard(200)))
+    group = pq.read_metadata(tmp_path / "part").row_group(0)
+    found = {group.column(n).path_in_schema: group.column(n) for n in range(group.num_columns)}
+    assert {column.compression for column in found.values()} == {"ZSTD"}
+    assert {name for name, column in found.items() if column.has_dictionary_page} == {
+        "sku", "width", "height", "label_id", "label", "top_k.list.element.label_id", "top_k.list.element.label",
+        "run_id", "model_id", "error_stage", "error_type", "error_message",
+    }  # fmt: skip
+    assert {encoding for column in found.values() for encoding in column.encodings} <= {
+        "PLAIN",
+        "RLE",
+        "RLE_DICTIONARY",
+    }
+    assert not found["embedding.list.element"].is_stats_set
+    assert found["position"].statistics.max == 199
+
+
+def test_wide_rows_make_smaller_row_groups(tmp_path: Path) -> None:
+    wide = row_schema([], [pa.field("embedding", pa.list_(pa.float32(), 250_000))])
+    writer = PartWriter(tmp_path / "part", wide)
+    for start in range(0, 120, 40):
+        values = pa.FixedSizeListArray.from_arrays(
+            pa.array(np.zeros(40 * 250_000, np.float32)), type=wide.field("embedding").type
+        )
+        writer.add(
+            rows(
+                wide,
+                shard=Shard(shard(120).key, shard(120).refs, pa.table({"none": [0] * 120}).select([])),
+                start=start,
+                facts=[ImageFacts()] * 40,
+                columns=[values],
+                faults=[None] * 40,
+                run_id="r",
+                model_id="m",
+            )
+        )
+    writer.close(provenance(writer))
+    assert pq.read_metadata(tmp_path / "part").num_row_groups == 2
+
+
+def test_a_batch_of_another_schema_is_refused(tmp_path: Path) -> None:
+    writer = PartWriter(tmp_path / "part", SCHEMA)
+    other = batch(shard(2))
+    for odd in (
+        other.drop_columns(["sku"]),
+        other.set_column(2, pa.field("sku", pa.large_string()), other.column("sku").cast(pa.large_string())),
+    ):
+        with pytest.raises(BatchjobError, match="another schema"):
+            writer.add(odd)
+    assert writer.rows == 0
+
+
+def test_rows_out_of_order_or_twice_are_refused(tmp_path: Path) -> None:
+    of = shard(8)
+    for second in (batch(of, 0, 4), batch(of, 3, 2)):
+        with PartWriter(tmp_path / "part", SCHEMA) as writer:
+            writer.add(batch(of, 0, 4))
+            with pytest.raises(BatchjobError, match="plan order"):
+                writer.add(second)
+
+
+def test_counts_that_do_not_agree_are_refused(tmp_path: Path) -> None:
+    for wrong in ({"rows": 3}, {"failed": 1}, {"errors": {"decode/empty": 1}}):
+        with PartWriter(tmp_path / "part", SCHEMA) as writer:
+            writer.add(batch(shard(2)))
+            with pytest.raises(BatchjobError, match="provenance says"):
+                writer.close(provenance(writer, **wrong))
+    given: dict[str, Any] = {"shard": shard(2), "start": 0, "run_id": "r", "model_id": "m"}
+    with pytest.raises(BatchjobError, match="1 predictions came for 2 images"):
+        rows(SCHEMA, facts=[ImageFacts()] * 2, columns=columns(1), faults=[None], **given)
+    with pytest.raises(BatchjobError, match="do not lie in a shard of 2"):
+        rows(SCHEMA, facts=[ImageFacts()] * 3, columns=columns(3), faults=[None] * 3, **given)
+    with pytest.raises(BatchjobError, match="the task gave 2 columns, its schema has 5"):
+        rows(SCHEMA, facts=[ImageFacts()] * 2, columns=columns(2)[:2], faults=[None] * 2, **given)
+
+
+def test_a_column_without_a_type_is_refused(tmp_path: Path) -> None:
+    for kind in (pa.null(), pa.list_(pa.null()), pa.struct([("a", pa.null())])):
+        with pytest.raises(InvalidJob, match="'odd' holds only nulls"):
+            row_schema([pa.field("odd", kind)], TASK)
+        with pytest.raises(InvalidJob, match="odd"):
+            PartWriter(tmp_path / "part", pa.schema([pa.field("odd", kind)]))
+
+
+@pytest.mark.parametrize(
+    ("name", "output", "words"),
+    [
+        ("label", "", "two columns 'label'"),
+        ("URI", "", "two columns 'URI'"),
+        ("dt", "s3://lake/out/dt=2026-11-19/", "column 'dt' clashes with the folder dt=… of s3://lake/out"),
+        ("x", "/lake/Run_ID=7", "our column 'run_id' clashes with the folder Run_ID=…"),
+    ],
+)
+def test_names_that_readers_would_mix_are_refused(name: str, output: str, words: str) -> None:
+    with pytest.raises(InvalidJob) as caught:
+        row_schema([pa.field(name, pa.string())], TASK, output=output)
+    assert words in caught.value.message
+
+
+def test_words_from_anywhere_become_one_line_of_valid_text() -> None:
+    fault = Fault("transform", "ValueError", "bad \udcff byte\n" + "x" * 5000)
+    found = rows(
+        SCHEMA,
+        shard=shard(1),
+        start=0,
+        facts=[ImageFacts(fault=fault)],
+        columns=[],
+        faults=[],
+        run_id="r",
+        model_id="m",
+    )
+    message = found.column("error_message")[0].as_py()
+    assert message.startswith("bad ? byte x")
+    assert len(message) == 1000
