@@ -141,7 +141,7 @@ class RayPool:
                 self._slots.append(self._hire(f"{number}"))
         except BatchjobError as error:
             self._events.append(WorkerFailed(error))
-        except Exception as error:  # whatever Ray raises: the driver is told, not this thread's stderr
+        except Exception as error:  # noqa: BLE001 - whatever Ray raises: the driver is told, not this thread's stderr
             where = f"the cluster at {self._address}" if self._address else "a local Ray"
             self._events.append(WorkerFailed(Temporary(f"{where} could not be used: {_first_line(error)}")))
         finally:
@@ -162,11 +162,10 @@ class RayPool:
         """Ship the job's folder, unless Ray has shipped it already (`ray job submit --working-dir`)."""
         if _submitted():
             return None
-        base, skip = self._job.base, list(_UNSHIPPED)
-        for uri in (self._job.input.uri, self._job.output.uri):
-            if Path(uri).is_relative_to(base):
-                skip.append("/" + str(Path(uri).relative_to(base)))
-        return {"working_dir": str(base), "excludes": skip}
+        base = self._job.base
+        data = (Path(uri) for uri in (self._job.input.uri, self._job.output.uri))
+        inside = [f"/{path.relative_to(base)}" for path in data if path.is_relative_to(base)]
+        return {"working_dir": str(base), "excludes": [*_UNSHIPPED, *inside]}
 
     def _folder(self) -> str | None:
         """The job's folder relative to a worker's working directory; None where the driver's own path holds."""
@@ -180,14 +179,14 @@ class RayPool:
         import ray
 
         assert self._layout is not None
-        options = {
+        options: dict[str, Any] = {
             "num_cpus": self._layout.cpus,
             "num_gpus": self._layout.gpus,
             "max_concurrency": 4,
             "max_restarts": 0,
             "runtime_env": {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}},
         }
-        actor = ray.remote(**options)(_Worker).remote(max(1, int(self._layout.cpus)), self._folder())
+        actor: Any = ray.remote(**options)(_Worker).remote(max(1, int(self._layout.cpus)), self._folder())
         actor.start.remote(self._setup)
         return _Slot(name, actor, actor.wait.remote(_POLL_SECONDS))
 
@@ -252,17 +251,13 @@ def _nodes() -> list[Mapping[str, float]]:
 def _plan_layout(job: Job, nodes: list[Mapping[str, float]]) -> _Layout:
     """How many workers of what size: one a GPU where there are any, else one a node with all its cores."""
     runtime = job.runtime
-    gpus = runtime.gpus_per_worker
-    if gpus == "auto":
-        has_gpu = any(node["GPU"] for node in nodes)
-        gpus = 1.0 if runtime.device.startswith("cuda") or (runtime.device == "auto" and has_gpu) else 0.0
+    gpus = _gpus_each(job, nodes)
     hosts = [node for node in nodes if (node["GPU"] >= gpus if gpus else node["CPU"] >= 1)]
-    cpus = runtime.cpus_per_worker
-    if cpus == "auto":
+    if runtime.cpus_per_worker == "auto":
         shares = [node["CPU"] * gpus / node["GPU"] if gpus else node["CPU"] for node in hosts]
         cpus = max(1.0, float(int(min(shares, default=1.0))))
-    if runtime.device.startswith("cuda") and not gpus:
-        raise InvalidJob("runtime.gpus_per_worker is 0 but runtime.device asks for cuda; give gpus_per_worker: 1")
+    else:
+        cpus = runtime.cpus_per_worker
     fit = sum(int(node["GPU"] // gpus if gpus else node["CPU"] // cpus) for node in hosts)
     match runtime.workers:
         case "auto":
@@ -271,6 +266,17 @@ def _plan_layout(job: Job, nodes: list[Mapping[str, float]]) -> _Layout:
             return _Layout(most, least, cpus, gpus)
         case count:
             return _Layout(count, 1, cpus, gpus)
+
+
+def _gpus_each(job: Job, nodes: list[Mapping[str, float]]) -> float:
+    """GPUs a worker asks for: one where the device is, or by `auto` may be, a GPU."""
+    runtime = job.runtime
+    if runtime.gpus_per_worker == "auto":
+        has_gpu = any(node["GPU"] for node in nodes)
+        return 1.0 if runtime.device.startswith("cuda") or (runtime.device == "auto" and has_gpu) else 0.0
+    if runtime.device.startswith("cuda") and not runtime.gpus_per_worker:
+        raise InvalidJob("runtime.gpus_per_worker is 0 but runtime.device asks for cuda; give gpus_per_worker: 1")
+    return runtime.gpus_per_worker
 
 
 def _submitted() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from typing import Any
+from typing import Any, Self
 
 from batchjob.errors import Temporary
 
@@ -18,7 +18,7 @@ class Drain:
         self.asked = threading.Event()
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Drain:
+    def __enter__(self) -> Self:
         self.listen()
         return self
 

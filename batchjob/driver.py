@@ -79,7 +79,7 @@ def plan_only(job: Job, *, allow_empty: bool, progress: Progress) -> PlanSummary
         lease.release()
 
 
-def discard(uri: str, options: Options = {}) -> str:
+def discard(uri: str, options: Options | None = None) -> str:
     """Bury the plan in force and delete its parts; the next run plans anew. Returns a sentence saying what went.
 
     Raises:
@@ -121,8 +121,8 @@ def _already_complete(store: Store, job: Job) -> Outcome | None:
     facts, _ = success
     if odd := ledger.missing_from_success(facts, ledger.parts(store)):
         raise CheckFailed(
-            f"{store.uri}_SUCCESS stands, but {len(odd)} parts are gone, changed or not listed in it ({', '.join(odd[:3])}); "
-            f"restore them, or `batchjob discard {store.uri} --yes` and run again"
+            f"{store.uri}_SUCCESS stands, but {len(odd)} parts are gone, changed or not listed in it "
+            f"({', '.join(odd[:3])}); restore them, or `batchjob discard {store.uri} --yes` and run again"
         )
     counts = facts["counts"]
     return Outcome("already_complete", counts["planned"], counts["predicted"], counts["failed"], 0.0, 0.0, store.uri, 0)
@@ -283,22 +283,21 @@ class _Session:
 
     def _absorb(self, feeder: Feeder) -> None:
         """Take in confirmed chunks as long as few shards wait; look for foreign parts once all are known."""
-        while not feeder.finished and self.schedule.waiting < _WAITING_ENOUGH:
-            chunk = feeder.take()
-            if chunk is None:
-                if feeder.finished:
-                    self._check_foreign()
-                return
+        all_known_before = feeder.finished
+        while self.schedule.waiting < _WAITING_ENOUGH and (chunk := feeder.take()) is not None:
             done = [key for key in chunk.shards if key.part in self.committed]
             self.expected.update((key.part, key.rows) for key in chunk.shards)
             self.schedule.add(key for key in chunk.shards if key.part not in self.committed)
             self.progress.planned(chunk.cursor.rows, chunk.last)
             self.progress.advance(sum(key.rows for key in done), 0)
+        if feeder.finished and not all_known_before:
+            self._check_foreign()
 
     def _hand_out(self) -> None:
         if self.pool is None:
             self._start_pool(self._beating(self._peek_at_plan))
-        assert self.pool is not None and self.head is not None
+        assert self.pool is not None
+        assert self.head is not None
         while self.pool.free() > 0 and (key := self.schedule.take()) is not None:
             self.pool.submit(key, self.head.number)
 

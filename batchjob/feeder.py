@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from batchjob import plan
 from batchjob.errors import InvalidJob, Temporary
 from batchjob.job import Job
 from batchjob.plan import Chunk, Head
 from batchjob.records import Cursor
-from batchjob.storage import Reader, Store
+from batchjob.storage import Reader
 
 __all__ = ["Feeder", "Input", "Peek", "peek"]
 
@@ -75,7 +74,8 @@ class Input:
 
 def peek(source: Input, enough: int) -> Peek:
     """Look at the source until more than `enough` rows have been seen, or all of it."""
-    rows, sample = 0, []
+    rows = 0
+    sample: list[str] = []
     for batch in source.refs(Cursor()):
         rows += batch.num_rows
         if len(sample) < 256:
@@ -116,7 +116,7 @@ class Feeder:
             for chunk in self._chunks:
                 self._put(chunk)
             self._put(None)
-        except BaseException as error:  # carried to the control loop, which raises it
+        except BaseException as error:  # noqa: BLE001 - carried to the control loop, which raises it
             self._put(error)
 
     def _put(self, item: Chunk | BaseException | None) -> None:

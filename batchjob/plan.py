@@ -89,11 +89,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Contract:
-    """What the first warmed-up worker fixed for all: the row schema, the model's digest, the image size `[h, w]`."""
+    """What the first warmed-up worker fixed for all: the row schema, the model's digest, the images' shape as prepared."""
 
     schema: pa.Schema
     model: str
-    size: tuple[int, int] | None
+    size: tuple[int, ...] | None
 
 
 def new_head(number: int, **facts: Any) -> Head:

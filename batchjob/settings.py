@@ -45,8 +45,8 @@ def _resolve(value: Any, info: ValidationInfo) -> Any:
     if not is_local(value):
         _refuse_secrets(value)
         return str(value)
-    typed = isinstance(value, CommandLineText) or not info.context
-    base = Path.cwd() if typed else Path(info.context["base"])
+    given = None if isinstance(value, CommandLineText) else info.context
+    base = Path(given["base"]) if given else Path.cwd()
     folder = "/" if value.endswith("/") else ""
     return os.path.normpath(base / local_path(value).expanduser()) + folder
 

@@ -208,7 +208,8 @@ class Worker:
                 model_id=self._model_id,
             )
         )
-        draft.spend(batch.seconds | {"forward": forward - began, "write": time.perf_counter() - forward})
+        draft.spend(batch.seconds)
+        draft.spend({"forward": forward - began, "write": time.perf_counter() - forward})
 
     def _seal(self, draft: _Draft) -> None:
         """Finish the part and commit it, off the critical path."""
