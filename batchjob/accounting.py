@@ -69,7 +69,7 @@ def _add_up(
     for key, made in _made(store, run, there):
         if (made.plan, made.rows) != (head.plan, run.expected[key]):
             raise CheckFailed(
-                f"{store.uri}{key} says {made.rows} rows of plan {made.plan}, the plan {head.plan} says "
+                f"{store.uri}/{key} says {made.rows} rows of plan {made.plan}, the plan {head.plan} says "
                 f"{run.expected[key]} rows; remove it and run again"
             )
         totals.add(made)

@@ -121,7 +121,7 @@ def _already_complete(store: Store, job: Job) -> Outcome | None:
     facts, _ = success
     if odd := ledger.missing_from_success(facts, ledger.parts(store)):
         raise CheckFailed(
-            f"{store.uri}_SUCCESS stands, but {len(odd)} parts are gone, changed or not listed in it "
+            f"{store.uri}/_SUCCESS stands, but {len(odd)} parts are gone, changed or not listed in it "
             f"({', '.join(odd[:3])}); restore them, or `batchjob discard {store.uri} --yes` and run again"
         )
     counts = facts["counts"]
@@ -381,7 +381,7 @@ class _Session:
             made = ledger.inspect(self.store, key)
             if not plan.is_buried(self.store, made.plan):
                 raise CheckFailed(
-                    f"{self.store.uri}{key} is a part of plan {made.plan}, not of this output's; remove it"
+                    f"{self.store.uri}/{key} is a part of plan {made.plan}, not of this output's; remove it"
                 )
             self.store.delete(key)
             del self.committed[key]

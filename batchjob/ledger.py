@@ -102,13 +102,15 @@ def commit(store: Store, key: ShardKey, path: Path, provenance: Provenance, want
             continue  # a 409 with nothing stored, or a PUT that never arrived
         if (found.plan, found.shard) != (provenance.plan, provenance.shard):
             raise CheckFailed(
-                f"{store.uri}{key.part} holds shard {found.shard} of plan {found.plan}, not {provenance.shard} of "
+                f"{store.uri}/{key.part} holds shard {found.shard} of plan {found.plan}, not {provenance.shard} of "
                 f"{provenance.plan}: someone else writes here; find out who before running again"
             )
         return Commit(store.stat(key.part), found, ours=found.attempt == provenance.attempt)
     if isinstance(doubt, Unavailable):
         raise doubt
-    raise AttemptFailed(f"{store.uri}{key.part}: the store answers 'exists' to each of {_LOOKS} PUTs and shows nothing")
+    raise AttemptFailed(
+        f"{store.uri}/{key.part}: the store answers 'exists' to each of {_LOOKS} PUTs and shows nothing"
+    )
 
 
 def inspect(store: Store, key: str) -> Provenance:
@@ -126,7 +128,7 @@ def inspect(store: Store, key: str) -> Provenance:
         metadata = pq.read_metadata(pa.BufferReader(tail)).metadata or {}
         return Provenance.parse(metadata[Provenance.KEY.encode()])
     except (pa.ArrowException, KeyError, ValueError, TypeError, OSError) as error:
-        raise CheckFailed(f"{store.uri}{key} was not written by batchjob ({error}); remove it from there") from error
+        raise CheckFailed(f"{store.uri}/{key} was not written by batchjob ({error}); remove it from there") from error
 
 
 def parts(store: Store) -> dict[str, Stat]:
@@ -150,7 +152,7 @@ def read_success(store: Store) -> tuple[dict[str, Any], Stat] | None:
     try:
         return json.loads(blob.data), Stat(SUCCESS, len(blob.data), blob.etag, blob.version)
     except ValueError as error:
-        raise CheckFailed(f"{store.uri}{SUCCESS} is not batchjob's: {error}; remove it and run again") from error
+        raise CheckFailed(f"{store.uri}/{SUCCESS} is not batchjob's: {error}; remove it and run again") from error
 
 
 def write_success(store: Store, facts: Mapping[str, Any], found: Iterable[Part]) -> None:
@@ -203,4 +205,4 @@ def _put_or_replace(store: Store, key: str, body: bytes) -> None:
             return
         except (NotFound, Changed):
             continue
-    raise AttemptFailed(f"{store.uri}{key} could not be written: it changes under every try")
+    raise AttemptFailed(f"{store.uri}/{key} could not be written: it changes under every try")

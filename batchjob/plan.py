@@ -89,7 +89,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Contract:
-    """What the first warmed-up worker fixed for all: the row schema, the model's digest, the images' shape as prepared."""
+    """What the first warmed-up worker fixed for all: row schema, model digest, the images' shape as prepared."""
 
     schema: pa.Schema
     model: str
