@@ -252,8 +252,8 @@ class _Session:
     def _check_columns(self) -> None:
         """Raises InvalidJob when a passthrough column clashes with ours, the task's or the output path's."""
         task = dict.fromkeys(name for loaded in self.loaded for name in loaded.columns)
-        has_id = getattr(self.job.input, "id_column", None) is not None
-        row_schema(self._input.fields, [pa.field(name, pa.string()) for name in task], has_id, self.job.output.uri)
+        columns = [pa.field(name, pa.string()) for name in task]
+        row_schema(self._input.fields, columns, self.job.input.has_id, self.job.output.uri)
 
     def _shard_size(self, seen: Peek) -> int:
         """Images a shard: as the job says, else small enough to share out and to keep a part near 512 MiB."""

@@ -63,7 +63,8 @@ def validate(job: Job) -> list[str]:
         loaded = worker.load()
     finally:
         worker.close()
-    row_schema(source.fields, [pa.field(name, pa.string()) for name in loaded.columns], output=job.output.uri)
+    task = [pa.field(name, pa.string()) for name in loaded.columns]
+    row_schema(source.fields, task, job.input.has_id, job.output.uri)
     return [
         f"input     {job.input.uri}: {'' if seen.whole else 'more than '}{seen.rows:,} images",
         f"model     {loaded.model} on {loaded.device}, {loaded.precision}, in {loaded.seconds:.1f} s",

@@ -121,7 +121,7 @@ class Worker:
         if head is None or found != number:
             raise InvalidJob(f"{self._store.uri}: plan {number} was discarded while this run was starting; run again")
         reader = PlanReader(self._store, head)
-        schema = row_schema(list(reader.passthrough), self._post.fields, has_id=self._has_id)
+        schema = row_schema(list(reader.passthrough), self._post.fields, has_id=self._job.input.has_id)
         ours = Contract(schema, self._model_digest, self._size)
         agreed = plan.agree(self._store, head, ours)
         if agreed.size is not None and agreed.size != self._size:
@@ -241,10 +241,6 @@ class Worker:
     def _begun(self) -> _Plan:
         assert self._plan is not None, "begin comes before work"
         return self._plan
-
-    @property
-    def _has_id(self) -> bool:
-        return getattr(self._job.input, "id_column", None) is not None
 
     @cached_property
     def _model_id(self) -> str:

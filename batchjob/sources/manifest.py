@@ -87,6 +87,11 @@ class ManifestSource(Settings):
         """Look whether the manifest is there and has the columns that are named. Raises InvalidJob."""
         self.fields(reader)
 
+    @property
+    def has_id(self) -> bool:
+        """Whether the first of `fields` is the user's own id."""
+        return self.id_column is not None
+
     def fields(self, reader: Reader, outside: str | None = None) -> list[pa.Field]:
         """`id` where there is one, then the passthrough columns, all nullable.
 

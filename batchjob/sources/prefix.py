@@ -74,6 +74,11 @@ class PrefixSource(Settings):
         """Look whether anything is there. Raises InvalidJob."""
         locate(reader, self.uri)
 
+    @property
+    def has_id(self) -> bool:
+        """Whether the first of `fields` is the user's own id."""
+        return False
+
     def fields(self, reader: Reader, outside: str | None = None) -> list[pa.Field]:  # noqa: ARG002 - the noun's face
         """No columns beyond REF_FIELDS."""
         return []
