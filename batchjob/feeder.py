@@ -34,7 +34,7 @@ class Input:
 
     def __init__(self, job: Job, reader: Reader) -> None:
         self._source, self._reader, self._output = job.input, reader, job.output.uri
-        self.fields = self._source.fields(reader)
+        self.fields = self._source.fields(reader, self._output)
 
     def refs(self, after: Cursor) -> Iterator[pa.RecordBatch]:
         """The images after a cursor, in batches; one empty batch when there is none."""
@@ -43,7 +43,7 @@ class Input:
     @property
     def version(self) -> str | None:
         """Digest of the manifest, None where there is none."""
-        return self._source.version(self._reader)
+        return self._source.version(self._reader, self._output)
 
     def require(self, note: Callable[[str], None] = lambda text: None) -> None:
         """Raises Temporary when `input.require` is not met: nothing is frozen then."""

@@ -1,0 +1,258 @@
+"""One job from images to Parquet, killed and resumed, on local disks, on a real S3 server and on Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from seaweed import Seaweed
+from spine import cifar, footers, labels_right, rows, run, start, wait
+
+import batchjob
+from batchjob import ledger
+from batchjob.storage import open_store
+
+SLOW_MODEL = """
+import time, torch
+class Slow(torch.nn.Module):
+    def forward(self, x):
+        time.sleep(0.4)
+        return x.mean(dim=(2, 3))
+def build():
+    return Slow()
+"""
+SLOW_JOB = """
+input: {type: prefix, uri: %s}
+model: {type: python, target: slow:build}
+preprocess: {resize: null, crop: null, mean: null, std: null}
+task: {type: classification}
+runtime: {pool: local, shard_size: 50, batch_size: 25}
+output: {uri: %s}
+"""
+
+
+def until(what: object, seconds: float = 60) -> None:
+    """Wait for a condition that another process brings about."""
+    assert callable(what)
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def slow_job(folder: Path, data: Path, output: str) -> str:
+    """A job of 1,000 images that takes some 16 seconds of sleep."""
+    (folder / "slow.py").write_text(SLOW_MODEL)
+    (folder / "job.yaml").write_text(SLOW_JOB % (data / "cifar10" / "images", output))
+    return str(folder / "job.yaml")
+
+
+@pytest.fixture(scope="module")
+def finished(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    output = str(tmp_path_factory.mktemp("finished") / "out")
+    ended = run(cifar(test_data, output))
+    assert (ended.code, ended.answer["status"]) == (0, "complete"), ended.said
+    return output
+
+
+def test_every_image_has_its_row_and_the_published_share_is_right(finished: str) -> None:
+    assert abs(labels_right(rows(finished)) - 804) <= 1
+
+
+def test_a_finished_job_is_left_as_it_is(test_data: Path, finished: str) -> None:
+    before = {path: path.stat().st_mtime_ns for path in Path(finished).rglob("*") if path.is_file()}
+    ended = run(cifar(test_data, finished))
+    assert (ended.code, ended.answer["status"], ended.answer["predicted"]) == (0, "already_complete", 1000)
+    assert {path: path.stat().st_mtime_ns for path in Path(finished).rglob("*") if path.is_file()} == before
+
+
+def test_another_job_is_refused_with_the_difference(test_data: Path, finished: str) -> None:
+    ended = run(cifar(test_data, finished, "task.top_k=2"))
+    assert ended.code == 2
+    assert "task.top_k: 1 there, 2 here" in ended.said
+
+
+def test_a_part_that_went_missing_is_an_alarm(test_data: Path, finished: str, tmp_path: Path) -> None:
+    part = sorted(Path(finished, "predictions").iterdir())[0]
+    part.rename(tmp_path / part.name)
+    try:
+        ended = run(cifar(test_data, finished))
+    finally:
+        (tmp_path / part.name).rename(part)
+    assert ended.code == 3
+    assert part.name in ended.said
+
+
+def test_common_readers_open_it_with_one_plain_call(finished: str) -> None:
+    import duckdb
+    import pandas
+    import polars
+    import pyarrow.dataset
+
+    folder = f"{finished}/predictions"
+    assert duckdb.sql(f"select count(*) from '{folder}/*.parquet'").fetchall() == [(1000,)]
+    assert polars.read_parquet(folder).height == 1000
+    assert pyarrow.dataset.dataset(folder).count_rows() == 1000
+    assert len(pandas.read_parquet(folder)) == 1000
+
+
+@pytest.mark.parametrize("place", ["disk", "s3"])
+def test_killed_drivers_resume_and_redo_nothing(
+    place: str, test_data: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    output, images = str(tmp_path / "out"), None
+    if place == "s3":
+        server: Seaweed = request.getfixturevalue("s3")
+        output, images = server.bucket() + "out", server.bucket() + "images"
+        server.put_tree(test_data / "cifar10" / "images", images)
+    arguments = cifar(test_data, output, images=images)
+    store = open_store(output)
+    committed: dict[str, str] = {}
+    for parts in (1, 2):
+        process = start(arguments)
+        until(lambda parts=parts: len(ledger.parts(store)) >= parts or process.poll() is not None)
+        process.send_signal(signal.SIGKILL)
+        wait(process)
+        now = {key: made.attempt for key, made in footers(output).items()}
+        assert committed.items() <= now.items()
+        committed = now
+    ended = run(arguments)
+    assert (ended.code, ended.answer["planned"]) == (0, 1000), ended.said
+    assert abs(labels_right(rows(output)) - 804) <= 1
+    assert committed.items() <= {key: made.attempt for key, made in footers(output).items()}.items()
+
+
+def test_of_two_drivers_one_works_and_a_dead_owner_is_replaced(test_data: Path, tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    job = slow_job(tmp_path, test_data, output)
+    owner = start([job])
+    store = open_store(output)
+    until(lambda: len(ledger.parts(store)) >= 1)
+    begun = time.monotonic()
+    second = run([job])
+    assert second.code == 75
+    assert time.monotonic() - begun < 15  # its own start included
+    assert "another driver" in second.said
+    owner.send_signal(signal.SIGKILL)
+    wait(owner)
+    heir = run([job])
+    assert heir.code == 0, heir.said
+    assert sorted(row["position"] for row in rows(output)) == list(range(1000))
+
+
+def test_sigterm_drains_and_the_next_run_finishes(test_data: Path, tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    job = slow_job(tmp_path, test_data, output)
+    process = start([job])
+    store = open_store(output)
+    until(lambda: len(ledger.parts(store)) >= 1)
+    process.send_signal(signal.SIGTERM)
+    ended = wait(process, 25)
+    assert (ended.code, ended.answer["status"]) == (75, "temporary"), ended.said
+    assert run([job]).code == 0
+    assert len(rows(output)) == 1000
+
+
+def test_a_dead_network_commits_nothing(test_data: Path) -> None:
+    dead = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    ended = run(cifar(test_data, "s3://nowhere/out"), BATCHJOB_PATIENCE="2", **dead)
+    assert ended.code == 75, ended.said
+
+
+def test_embeddings_are_those_of_a_plain_loop(test_data: Path, tmp_path: Path) -> None:
+    import torch
+    from PIL import Image
+    from torchvision.transforms import functional
+
+    from batchjob.targets import load_target
+
+    output = str(tmp_path / "out")
+    ended = run(cifar(test_data, output, "task={type: embedding}", "input.include=['**/00[0-4]0.jpg']"))
+    assert ended.code == 0, ended.said
+    found = rows(output)
+    assert len(found) == 50
+    state = torch.load(test_data / "cifar10" / "resnet20-12fca82f.th", map_location="cpu")["state_dict"]
+    model = load_target("net:resnet20", Path(__file__).parents[1] / "jobs" / "cifar10_resnet20")()
+    model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+    model.eval()
+    for row in found:
+        pixels = functional.to_tensor(Image.open(row["uri"]).convert("RGB"))
+        image = functional.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        with torch.inference_mode():
+            torch.testing.assert_close(torch.tensor(row["embedding"]), model(image[None])[0], atol=1e-4, rtol=0)
+
+
+def test_imagenet_logits_are_those_of_the_documented_loop(test_data: Path, tmp_path: Path) -> None:
+    import torch
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.models import ResNet18_Weights, resnet18
+
+    job = batchjob.Job.model_validate(
+        {
+            "input": {"type": "prefix", "uri": str(test_data / "imagenet-sample")},
+            "model": {"type": "torchvision", "name": "resnet18", "seed": 0},
+            "task": {"type": "embedding"},
+            "runtime": {"pool": "local"},
+            "output": {"uri": str(tmp_path / "out")},
+        }
+    )
+    threads = torch.get_num_threads()
+    assert batchjob.run(job).status == "complete"
+    assert torch.get_num_threads() == threads
+    found = rows(str(tmp_path / "out"))
+    assert len(found) == 300
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = resnet18().eval()
+    transform = ResNet18_Weights.DEFAULT.transforms()
+    for row in found[::10]:
+        image = transform(decode_image(row["uri"], mode=ImageReadMode.RGB))
+        with torch.inference_mode():
+            torch.testing.assert_close(torch.tensor(row["embedding"]), model(image[None])[0], atol=1e-3, rtol=0)
+
+
+def ray_workers(driver: int) -> list[int]:
+    """Process ids of the actors below a driver's Ray."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                title = (entry / "cmdline").read_bytes()
+                parents = _ancestors(int(entry.name))
+            except OSError:
+                continue
+            if title.startswith(b"ray::") and driver in parents and b"IDLE" not in title:
+                found.append(int(entry.name))
+    return found
+
+
+def _ancestors(pid: int) -> set[int]:
+    found: set[int] = set()
+    while pid > 1:
+        pid = int((Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        found.add(pid)
+    return found
+
+
+def test_on_ray_a_killed_actor_and_a_killed_driver_lose_nothing(test_data: Path, tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    job = slow_job(tmp_path, test_data, output)
+    store = open_store(output)
+    first = start([job, "runtime.pool=ray"])
+    until(lambda: len(ledger.parts(store)) >= 1 or first.poll() is not None, 120)
+    actors = ray_workers(first.pid)
+    assert actors
+    os.kill(actors[0], signal.SIGKILL)
+    before = len(ledger.parts(store))
+    until(lambda: len(ledger.parts(store)) >= before + 2 or first.poll() is not None, 120)
+    first.send_signal(signal.SIGKILL)
+    _, said = first.communicate(timeout=60)
+    assert "was lost" in said
+    committed = {key: made.attempt for key, made in footers(output).items()}
+    ended = run([job, "runtime.pool=ray"])
+    assert ended.code == 0, ended.said
+    assert sorted(row["position"] for row in rows(output)) == list(range(1000))
+    assert committed.items() <= {key: made.attempt for key, made in footers(output).items()}.items()
