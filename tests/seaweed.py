@@ -12,7 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,8 @@ def running(folder: Path) -> Iterator[Seaweed]:
     try:
         yield Seaweed(endpoint, _client_when_up(endpoint, process, log))
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it may not even have come up
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
@@ -137,6 +138,7 @@ def _command(binary: Path, folder: Path, ports: dict[str, int]) -> list[str]:
         "-s3",
         f"-s3.localSocket={folder / 's3.sock'}",
         "-s3.port.iceberg=0",
+        "-s3.port.lance=0",  # both have fixed ports, which a second server could not have
         *(f"-{flag}={port}" for flag, port in flags.items()),
     ]
 
