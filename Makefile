@@ -15,10 +15,10 @@ REQUIREMENTS := --extra dev --requirements pyproject.toml
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format test demo lock wheel clean
+.PHONY: help install lint format test test-long demo lock wheel clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 install: $(INSTALLED)  ## .venv with everything in it; does nothing where that is up to date
 
@@ -49,6 +49,9 @@ format: $(INSTALLED)  ## ruff, writing
 
 test: $(INSTALLED)  ## all tests
 	$(BIN)/python -m pytest
+
+test-long: $(INSTALLED)  ## end-to-end tests that take minutes each
+	$(BIN)/python -m pytest tests/long
 
 demo: $(INSTALLED)  ## handwritten digits, from pictures to Parquet, on a Ray started for it
 	$(BIN)/python jobs/digits/make_data.py

@@ -1,0 +1,257 @@
+"""`python -m batchjob …` as a scheduler starts it, in a process of its own, and a look at what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchjob import ledger
+from batchjob.records import Provenance
+from batchjob.storage import open_store
+
+__all__ = [
+    "ROOT",
+    "SLOW_NET",
+    "Command",
+    "Ended",
+    "alive",
+    "cifar",
+    "descendants",
+    "ends",
+    "footers",
+    "forget_lease",
+    "kill",
+    "plans",
+    "right",
+    "run",
+    "start",
+    "table",
+    "until",
+    "write_slow_job",
+]
+
+ROOT = Path(__file__).parents[2]
+
+# A model that takes its time: as many seconds a batch as BATCHJOB_TEST_NAP says.
+SLOW_NET = """\
+import os
+import time
+
+from torch import nn
+
+
+class Slow(nn.Module):
+    def forward(self, x):
+        time.sleep(float(os.environ.get("BATCHJOB_TEST_NAP", "0")))
+        return x.mean(dim=(2, 3))
+
+
+def make():
+    return Slow()
+"""
+
+SLOW_JOB = """\
+input: {type: manifest, uri: manifest.csv, uri_column: file}
+model: {type: python, target: "slow:make"}
+preprocess: {resize: null, crop: [8, 8], mean: null, std: null}
+task: {type: embedding}
+runtime: {pool: local, device: cpu, batch_size: 4, shard_size: 4, loader: {processes: 0}}
+output: {uri: out}
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended.
+
+    Attributes:
+        code: exit code; negative the signal that killed it.
+        out, err: what it said.
+        seconds: from start to exit, of which `run` knows.
+    """
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """The object on the last line of stdout."""
+        found: dict[str, Any] = json.loads(self.out.splitlines()[-1])
+        return found
+
+
+@dataclass
+class Command:
+    """A command at work."""
+
+    process: subprocess.Popen[str]
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def end(self, timeout: float = 240) -> Ended:
+        """Wait for its end."""
+        out, err = self.process.communicate(timeout=timeout)
+        return Ended(self.process.returncode, out, err, time.monotonic() - self.began)
+
+
+def start(*arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> Command:
+    """Start `python -m batchjob …`."""
+    whole = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "batchjob", *arguments],
+        cwd=cwd,
+        env=whole,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    return Command(process)
+
+
+def run(*arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None, timeout: float = 240) -> Ended:
+    """The same, to its end."""
+    with ends(start(*arguments, cwd=cwd, env=env)) as command:
+        return command.end(timeout)
+
+
+@contextmanager
+def ends(command: Command) -> Iterator[Command]:
+    """See to it that the command is gone afterwards, come what may."""
+    try:
+        yield command
+    finally:
+        if command.process.poll() is None:
+            kill(command)
+
+
+def kill(command: Command) -> set[tuple[int, int]]:
+    """SIGKILL to the command alone, as the kernel does when memory is short; returns what it had started."""
+    family = descendants(command.pid)
+    command.process.send_signal(signal.SIGKILL)
+    command.process.communicate()
+    return family
+
+
+def until(condition: Callable[[], Any], *, command: Command | None = None, timeout: float = 120) -> Any:
+    """Wait until the condition holds and return its value; fails when the command ends before."""
+    deadline = time.monotonic() + timeout
+    while not (found := condition()):
+        if command is not None and command.process.poll() is not None:
+            out, err = command.process.communicate()
+            raise AssertionError(f"ended with {command.process.returncode} before its time:\n{out}\n{err}")
+        assert time.monotonic() < deadline, "did not come about in time"
+        time.sleep(0.05)
+    return found
+
+
+def cifar(data: Path, output: str | Path, *more: str) -> list[str]:
+    """`run` with the CIFAR job over the real images on the local pool, in ten shards unless `more` says otherwise."""
+    return [
+        "run",
+        str(ROOT / "jobs/cifar10_resnet20/job.yaml"),
+        f"input.uri={data}/cifar10/images/",
+        f"model.weights={data}/cifar10/resnet20-12fca82f.th",
+        f"output.uri={output}",
+        "runtime.pool=local",
+        "runtime.device=cpu",
+        "runtime.shard_size=100",
+        "--json",
+        *more,
+    ]
+
+
+def write_slow_job(folder: Path, images: int) -> None:
+    """A job beside its model that sleeps, over a manifest that names one tiny picture so many times."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "slow.py").write_text(SLOW_NET)
+    (folder / "job.yaml").write_text(SLOW_JOB)
+    (folder / "manifest.csv").write_text("file\n" + "tiny.png\n" * images)
+    Image.new("RGB", (8, 8), (255, 0, 51)).save(folder / "tiny.png")
+
+
+def table(output: str | Path) -> pa.Table:
+    """All committed rows, in the order of the parts' names."""
+    store = open_store(str(output))
+    return pa.concat_tables(pq.read_table(pa.BufferReader(store.read(key).data)) for key in sorted(ledger.parts(store)))
+
+
+def footers(output: str | Path) -> dict[str, Provenance]:
+    """Provenance of each committed part, by name."""
+    store = open_store(str(output))
+    return dict(ledger.inspect_all(store, sorted(ledger.parts(store))))
+
+
+def plans(output: str | Path) -> list[str]:
+    """Keys of the plan heads that were frozen there."""
+    store = open_store(str(output))
+    return [stat.uri for stat in store.list("_batchjob/plans/") if stat.uri.endswith("head.json")]
+
+
+def forget_lease(output: str | Path) -> None:
+    """Remove what a killed driver held, so that a test need not wait until its silence counts."""
+    store = open_store(str(output))
+    for stat in list(store.list("_batchjob/lease/")):
+        store.delete(stat.uri)
+
+
+def right(rows: pa.Table) -> int:
+    """How many CIFAR rows name the class of the folder that the image lies in; each image is there once."""
+    found = rows.select(["position", "uri", "label"]).to_pylist()
+    assert sorted(row["position"] for row in found) == list(range(1000))
+    assert len({row["uri"] for row in found}) == 1000
+    return sum(row["label"] == row["uri"].split("/")[-2] for row in found)
+
+
+# -- processes, by /proc ---------------------------------------------------------------------------------------
+
+
+def descendants(pid: int) -> set[tuple[int, int]]:
+    """Processes below this one, as (pid, start time): a pid alone may come again."""
+    children: dict[int, list[tuple[int, int]]] = {}
+    for child, parent, born in _processes():
+        children.setdefault(parent, []).append((child, born))
+    found: set[tuple[int, int]] = set()
+    waiting = [pid]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found.update(below)
+        waiting += [child for child, _ in below]
+    return found
+
+
+def alive(processes: set[tuple[int, int]]) -> set[tuple[int, int]]:
+    """Those of them that still run (a zombie does not)."""
+    return processes & {(pid, born) for pid, _, born in _processes()}
+
+
+def _processes() -> Iterator[tuple[int, int, int]]:
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] not in "ZX":
+            yield int(folder.name), int(fields[1]), int(fields[19])
