@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,9 @@ _POLL_SECONDS = 5.0
 _DEATHS_IN_A_ROW = 3
 _START_SECONDS = 60.0
 _SCHEDULE_SECONDS = 900.0
+_PULSE_SECONDS = 5.0
+_SILENT_SECONDS = 30.0  # without a head, Ray ends the driver's process after 60, with an exit code of its own
+_CLOSE_SECONDS = 15.0
 _OBJECT_STORE_BYTES = 128 << 20  # events only; what plasma takes of /dev/shm, the loaders lack
 _UNSHIPPED = (".git", ".venv", "__pycache__", "*.pyc")
 
@@ -89,6 +93,7 @@ class RayPool:
         self._setup: Setup | None = None
         self._began = time.monotonic()
         self._deaths = 0
+        self._pulse: _Pulse | None = None
         self._started = threading.Event()
         self._closed = threading.Event()
 
@@ -115,6 +120,8 @@ class RayPool:
         if not self._started.wait(timeout):
             return []
         events, self._events = self._events, []
+        if self._pulse is not None and (lost := self._pulse.lost()):
+            return [*events, WorkerFailed(Temporary(f"{self._where} {lost}; the same command resumes"))]
         if self._slots:
             events += self._poll(0.0 if events else timeout)
         if not any(slot.ready for slot in self._slots) and time.monotonic() - self._began > _SCHEDULE_SECONDS:
@@ -122,28 +129,39 @@ class RayPool:
         return events
 
     def close(self) -> None:
+        self._started.wait(_START_SECONDS)
+        if self._pulse is not None:
+            self._pulse.stop()
+        leaving = threading.Thread(target=self._leave, name="ray-stop", daemon=True)
+        leaving.start()
+        leaving.join(_CLOSE_SECONDS)  # a Ray that is gone may never answer
+        self._closed.set()
+
+    def _leave(self) -> None:
         import ray
 
-        self._started.wait(_START_SECONDS)
         for slot in self._slots:
             ray.kill(slot.actor)
         self._slots.clear()
         ray.shutdown()
-        self._closed.set()
+
+    @property
+    def _where(self) -> str:
+        return f"the cluster at {self._address}" if self._address else "a local Ray"
 
     # -- starting ----------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
         try:
             self._connect()
+            self._pulse = _Pulse()
             self._layout = _plan_layout(self._job, _nodes())
             for number in range(self._layout.workers):
                 self._slots.append(self._hire(f"{number}"))
         except BatchjobError as error:
             self._events.append(WorkerFailed(error))
         except Exception as error:  # noqa: BLE001 - whatever Ray raises: the driver is told, not this thread's stderr
-            where = f"the cluster at {self._address}" if self._address else "a local Ray"
-            self._events.append(WorkerFailed(Temporary(f"{where} could not be used: {_first_line(error)}")))
+            self._events.append(WorkerFailed(Temporary(f"{self._where} could not be used: {_first_line(error)}")))
         finally:
             self._started.set()
             self._closed.wait()  # Linux ends a local Ray's processes with the thread that started them
@@ -235,6 +253,31 @@ class RayPool:
         if self._layout is None:
             return "Ray did not answer"
         return f"each asks for {self._layout.cpus:g} CPUs and {self._layout.gpus:g} GPUs; the cluster has {_nodes()}"
+
+
+class _Pulse:
+    """Asks in a thread of its own whether Ray still lives: its calls may hang for ever without saying so."""
+
+    def __init__(self) -> None:
+        self._answered, self._nodes = time.monotonic(), 1
+        self._stopped = threading.Event()
+        threading.Thread(target=self._ask, name="ray-pulse", daemon=True).start()
+
+    def lost(self) -> str | None:
+        """What befell Ray, if something did."""
+        if not self._nodes:
+            return "has lost all its nodes"
+        silent = time.monotonic() - self._answered
+        return f"has not answered for {silent:.0f} s" if silent > _SILENT_SECONDS else None
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _ask(self) -> None:
+        while not self._stopped.wait(_PULSE_SECONDS):
+            with suppress(Exception):  # no answer, whatever it raises
+                self._nodes = len(_nodes())
+                self._answered = time.monotonic()
 
 
 def _nodes() -> list[Mapping[str, float]]:

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 __all__ = ["end_with_parent", "preload", "starting"]
 
@@ -52,11 +52,14 @@ def starting() -> Iterator[None]:
     """
     with _ONE_AT_A_TIME:
         main = sys.modules["__main__"]
+        method = cast("str | None", multiprocessing.get_start_method(allow_none=True))
         sys.modules["__main__"] = _StandIn(main)
         try:
             yield
         finally:
             sys.modules["__main__"] = main
+            if method is None:  # starting a process settles it for the whole program, which is not for us to do
+                multiprocessing.set_start_method(cast("str", None), force=True)
 
 
 def end_with_parent() -> None:

@@ -15,16 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
-from batchjob.errors import (
-    AttemptFailed,
-    BatchjobError,
-    Changed,
-    ImageFault,
-    NotFound,
-    StorageError,
-    Unaddressable,
-    Unavailable,
-)
+from batchjob.errors import AttemptFailed, BatchjobError, ImageFault, Unavailable
+from batchjob.fetch import Fetcher, oversized, together
 from batchjob.forkserver import end_with_parent, preload, starting
 from batchjob.records import Batch, Blob, Fault, ImageFacts, ImageRef, Shard
 from batchjob.settings import Settings
@@ -41,7 +33,6 @@ Prepare = Callable[[bytes], "tuple[torch.Tensor, int, int]"]
 
 FEW_IMAGES = 256  # for so few, starting processes takes longer than decoding in this one
 MOST_PROCESSES = 32
-FETCH_BYTES = 128 * 1024 * 1024  # encoded bytes that one loader process holds at once, where sizes are known
 CLOSE_SECONDS = 5.0  # what a loader process is given to finish its batch before it is killed
 
 
@@ -119,7 +110,7 @@ class Loader:
         size: tuple[int, ...] | None,
         max_bytes: int | None = None,
     ) -> None:
-        self._images = _Images(reader, prepare, batch_size, size, max_bytes)
+        self._images = _Images(Fetcher(reader, max_bytes), prepare, batch_size, size)
         self._requests = _Requests(batch_size)
         self._plan = LoaderPlan(processes, prefetch, pin_memory)
         self._running: Future[_Processes] | None = None
@@ -295,11 +286,10 @@ def _settle_in(worker: int) -> None:  # noqa: ARG001 - DataLoader numbers its pr
 class _Images:
     """The dataset: a request in, a batch out."""
 
-    reader: Reader
+    fetcher: Fetcher
     prepare: Prepare
     batch_size: int
     size: tuple[int, ...] | None
-    max_bytes: int | None
 
     def __getitems__(self, request: _Request) -> Batch | BatchjobError:
         return self.load(request)
@@ -310,9 +300,9 @@ class _Images:
         pixels = _Pixels(len(request.refs), self.size)
         facts: list[ImageFacts] = []
         try:
-            for refs in _fetched_together(request.refs):
+            for refs in together(request.refs):
                 with _timed(seconds, "fetch"):
-                    found = self._fetch(refs)
+                    found = self.fetcher.fetch(refs)[::-1]  # so that each can be let go once it is decoded
                 with _timed(seconds, "decode"):
                     while found:
                         facts.append(self._prepared(found.pop(), pixels))
@@ -322,24 +312,11 @@ class _Images:
             return error
         return Batch(request.shard, request.start, tuple(facts), pixels.filled(), None, dict(seconds))
 
-    def _fetch(self, refs: Sequence[ImageRef]) -> list[Blob | Fault]:
-        """What was read, the last image first, so that each can be let go once it is decoded. Raises Unavailable."""
-        oversized = [_oversized(ref.size, self.max_bytes) for ref in refs]
-        wanted = [ref.location for ref, fault in zip(refs, oversized, strict=True) if fault is None]
-        answers = iter(self.reader.read_many(wanted))
-        found: list[Blob | Fault] = []
-        for fault in oversized:
-            answer = fault or next(answers)
-            if isinstance(answer, Unavailable):
-                raise answer
-            found.append(_fetch_fault(answer) if isinstance(answer, StorageError) else answer)
-        return found[::-1]
-
     def _prepared(self, found: Blob | Fault, pixels: _Pixels) -> ImageFacts:
         if isinstance(found, Fault):
             return ImageFacts(fault=found)
         etag = found.etag
-        fault = _oversized(len(found.data), self.max_bytes)
+        fault = oversized(len(found.data), self.fetcher.max_bytes)
         if fault is not None:
             return ImageFacts(etag, fault=fault)
         try:
@@ -391,29 +368,6 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
-
-
-def _oversized(size: int | None, limit: int | None) -> Fault | None:
-    if size is None or limit is None or size <= limit:
-        return None
-    return Fault("fetch", "too_large", f"the file has {size:,} bytes, over decode.max_bytes {limit:,}")
-
-
-def _fetch_fault(error: StorageError) -> Fault:
-    words = ((NotFound, "not_found"), (Unaddressable, "unaddressable"), (Changed, "changed"))
-    return Fault("fetch", next((word for kind, word in words if isinstance(error, kind)), "storage"), error.message)
-
-
-def _fetched_together(refs: Sequence[ImageRef]) -> Iterator[Sequence[ImageRef]]:
-    """Runs of refs that are read at once: as many as `FETCH_BYTES` allow, at least one."""
-    start, held = 0, 0
-    for index, ref in enumerate(refs):
-        held += ref.size or 0
-        if held > FETCH_BYTES and index > start:
-            yield refs[start:index]
-            start, held = index, ref.size or 0
-    if start < len(refs):
-        yield refs[start:]
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ class Worker:
         """
         began = time.monotonic()
         self._see_witness()
-        preload()
+        preload(Loader.__module__, Prepare.__module__)
         self._use_cores()
         runtime = self._job.runtime
         self._device = pick_device(runtime.device)

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "batchjob"
 # are strangers to each other.
 FLOORS = [
     "errors settings records",
-    "targets forkserver disk storage schedule",
+    "targets forkserver disk storage fetch schedule",
     "sources models tasks plan ledger lease decode transform loader tuning predict sink",
     "jobtext parameters jobfile complaints job",
     "pool progress report environment survey drain prepare feeder accounting worker driver",

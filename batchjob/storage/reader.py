@@ -55,8 +55,13 @@ class Reader:
         """
         return self._read(uri, etag, self._patience)
 
-    def read_many(self, uris: Sequence[str]) -> list[Blob | StorageError | Unavailable]:
-        """As many answers as URIs, in order: bytes, or what went wrong with this one. Concurrent where remote."""
+    def read_many(self, uris: Sequence[str], stubborn: bool = False) -> list[Blob | StorageError | Unavailable]:
+        """As many answers as URIs, in order: bytes, or what went wrong with this one. Concurrent where remote.
+
+        Args:
+            stubborn: ask for each as long as patience lasts. Otherwise, once one has waited in vain, the others are
+                asked once: a dead network costs one window, not one per image.
+        """
         answers: list[Blob | StorageError | Unavailable | None] = [
             self._try(uri, self._patience) if is_local(uri) else None for uri in uris
         ]
@@ -65,8 +70,7 @@ class Reader:
 
         def fetch(index: int) -> Blob | StorageError | Unavailable:
             nonlocal trouble
-            # Once one has waited in vain, the others ask once: a dead network costs one window, not one per image.
-            answer = self._try(uris[index], 0.0 if trouble else self._patience)
+            answer = self._try(uris[index], 0.0 if trouble and not stubborn else self._patience)
             trouble = trouble or isinstance(answer, Unavailable)
             return answer
 

@@ -1,0 +1,118 @@
+"""One object that cannot be read is a row; a store that cannot be read is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faulty import Faulty, Reply, between
+from seaweed import Seaweed
+
+from batchjob.errors import Unavailable
+from batchjob.fetch import Fetcher, together
+from batchjob.records import Blob, Fault, ImageRef
+from batchjob.storage import Reader, StorageOptions
+
+DENIED = Reply(403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
+BROKEN = Reply(500, b"<Error><Code>InternalError</Code><Message>We encountered an error</Message></Error>")
+
+
+@pytest.fixture
+def faulty(s3: Seaweed) -> Iterator[Faulty]:
+    with between(s3.endpoint) as running:
+        yield running
+
+
+@pytest.fixture
+def fetcher(faulty: Faulty) -> Fetcher:
+    return Fetcher(Reader({"s3://": StorageOptions(endpoint=faulty.endpoint)}, patience=0.3))
+
+
+def photos(s3: Seaweed, *names: str) -> list[ImageRef]:
+    bucket = s3.bucket()
+    for name in names:
+        s3.put(bucket + name, name.encode())
+    return [ImageRef(position, bucket + name, bucket + name) for position, name in enumerate(names)]
+
+
+def told(found: list[Blob | Fault]) -> list[str]:
+    return [answer.type if isinstance(answer, Fault) else answer.data.decode() for answer in found]
+
+
+def deny(faulty: Faulty, reply: Reply, *names: str) -> None:
+    faulty.decide = lambda method, path: reply if method == "GET" and path.endswith(names) else None
+
+
+@pytest.mark.parametrize("reply", [DENIED, BROKEN], ids=["denied", "broken"])
+def test_an_object_that_is_always_refused_is_that_images_fault(
+    s3: Seaweed, faulty: Faulty, fetcher: Fetcher, reply: Reply
+) -> None:
+    refs = photos(s3, "a.jpg", "b.jpg", "c.jpg", "d.jpg")
+    deny(faulty, reply, "b.jpg", "d.jpg")
+    found = fetcher.fetch(refs)
+    assert told(found) == ["a.jpg", "unreadable", "c.jpg", "unreadable"]
+    fault = found[1]
+    assert isinstance(fault, Fault)
+    assert fault.stage == "fetch"
+    assert "b.jpg" in fault.message
+    assert "other objects of the same store can be read" in fault.message
+    assert "credentials" not in fault.message
+
+
+def test_a_store_that_refuses_everything_is_no_images_fault(s3: Seaweed, faulty: Faulty, fetcher: Fetcher) -> None:
+    refs = photos(s3, "a.jpg", "b.jpg", "c.jpg")
+    assert told(fetcher.fetch(refs[:2])) == ["a.jpg", "b.jpg"]
+    deny(faulty, DENIED, ".jpg")
+    with pytest.raises(Unavailable, match="access denied"):
+        fetcher.fetch(refs)
+
+
+def test_where_nothing_has_been_read_yet_nobody_can_tell(s3: Seaweed, faulty: Faulty, fetcher: Fetcher) -> None:
+    refs = photos(s3, "a.jpg", "b.jpg")
+    deny(faulty, DENIED, "a.jpg")
+    with pytest.raises(Unavailable):
+        fetcher.fetch(refs[:1])
+    assert told(fetcher.fetch(refs[1:])) == ["b.jpg"]
+    assert told(fetcher.fetch(refs[:1])) == ["unreadable"]
+
+
+def test_credentials_that_expire_between_two_looks_leave_no_row(s3: Seaweed, faulty: Faulty, fetcher: Fetcher) -> None:
+    refs = photos(s3, "a.jpg", "b.jpg")
+    fetcher.fetch(refs[:1])
+    canary_reads = 0
+
+    def decide(method: str, path: str) -> Reply | None:
+        nonlocal canary_reads
+        if path.endswith("a.jpg"):
+            canary_reads += 1
+        return DENIED if path.endswith("b.jpg") or canary_reads > 1 else None
+
+    faulty.decide = decide
+    with pytest.raises(Unavailable):
+        fetcher.fetch(refs[1:])
+    assert canary_reads == 2
+
+
+def test_another_stores_canary_says_nothing(s3: Seaweed, faulty: Faulty, fetcher: Fetcher, tmp_path: Path) -> None:
+    local = tmp_path / "here.jpg"
+    local.write_bytes(b"here")
+    fetcher.fetch([ImageRef(0, str(local), str(local))])
+    refs = photos(s3, "a.jpg")
+    deny(faulty, DENIED, "a.jpg")
+    with pytest.raises(Unavailable):
+        fetcher.fetch(refs)
+
+
+def test_a_fault_that_has_passed_by_the_second_try_is_no_fault(s3: Seaweed, faulty: Faulty, fetcher: Fetcher) -> None:
+    refs = photos(s3, "a.jpg", "b.jpg")
+    fetcher.fetch(refs[:1])
+    denials = [DENIED]
+    faulty.decide = lambda method, path: denials.pop() if path.endswith("b.jpg") and denials else None
+    assert told(fetcher.fetch(refs[1:])) == ["b.jpg"]
+
+
+def test_a_run_of_large_images_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchjob.fetch.FETCH_BYTES", 10)
+    refs = [ImageRef(n, str(n), str(n), size=size) for n, size in enumerate([4, 6, 1, 30, None, 10])]
+    assert [[ref.position for ref in run] for run in together(refs)] == [[0, 1], [2], [3], [4, 5]]
