@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
-from batchjob.errors import AlreadyExists, Changed, NotFound, Temporary
+from batchjob.errors import AlreadyExists, BatchjobError, Changed, NotFound, Temporary, Unavailable
 from batchjob.storage import Store
 
 __all__ = ["BEAT_SECONDS", "SILENCE_SECONDS", "Lease"]
@@ -22,6 +24,8 @@ BEAT_SECONDS = 2.0
 SILENCE_SECONDS = 20.0
 _POLL_SECONDS = 0.5
 _FOLDER = "_batchjob/lease/"
+_NAME = re.compile(r"(\d{10})\.json")
+_LOOKS = 4
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class _Seen:
     owner: str
     where: str
     released: bool
+    data: bytes
 
 
 class Lease:
@@ -63,15 +68,7 @@ class Lease:
             note(f"a driver ({newest.where}) holds {store.uri}; waiting up to {silence:.0f} s to see whether it lives")
             _watch(store, newest, silence, clock, sleep)
         epoch = newest.epoch + 1 if newest else 1
-        try:
-            stat = store.put_if_absent(_key(epoch), _body(epoch, owner, 0))
-            version = stat.version or ""
-        except AlreadyExists:
-            seen = _look(store, epoch)
-            if seen is None or seen.owner != owner:
-                raise _busy(store, seen) from None
-            version = seen.version
-        lease = cls(store, epoch, owner, version, clock)
+        lease = cls(store, epoch, owner, _create(store, epoch, owner), clock)
         lease._sweep()
         return lease
 
@@ -97,27 +94,51 @@ class Lease:
         self._rewrite(released=False)
 
     def release(self) -> None:
-        """Let the next driver start at once. A lease lost meanwhile is left as it is."""
-        try:
+        """Let the next driver start at once. A lease lost meanwhile is left as it is, and so is an unwritable one."""
+        with suppress(BatchjobError):
             self._rewrite(released=True)
-        except Temporary:
-            return
 
     def _rewrite(self, released: bool) -> None:
         body = _body(self.epoch, self._owner, self._beats, released)
-        try:
-            stat = self._store.replace_if_match(_key(self.epoch), body, self._version)
-            self._version = stat.version or ""
-        except (Changed, NotFound):
+        for _ in range(_LOOKS):
+            doubt: BatchjobError
+            try:
+                self._version = self._store.replace_if_match(_key(self.epoch), body, self._version).version or ""
+                return
+            except (Changed, NotFound, Unavailable) as error:
+                doubt = error
             seen = _look(self._store, self.epoch)
             if seen is None or seen.owner != self._owner:
-                raise _busy(self._store, seen) from None
-            self._version = seen.version  # our own earlier write, whose answer was lost
+                raise _busy(self._store, seen)
+            self._version = seen.version
+            if seen.data == body:  # our own write, whose answer was lost
+                return
+            if isinstance(doubt, Unavailable):
+                raise doubt
+        raise Temporary(f"{self._store.uri}/{_key(self.epoch)}: the lease cannot be rewritten; run again")
 
     def _sweep(self) -> None:
-        for stat in list(self._store.list(_FOLDER)):
-            if _epoch(stat.uri) < self.epoch - 1:
-                self._store.delete(stat.uri)
+        for epoch in _epochs(self._store):
+            if epoch < self.epoch - 1:
+                self._store.delete(_key(epoch))
+
+
+def _create(store: Store, epoch: int, owner: str) -> str:
+    """Make the epoch ours; its version. Raises Temporary where another driver was faster."""
+    for _ in range(_LOOKS):
+        doubt: BatchjobError
+        try:
+            return store.put_if_absent(_key(epoch), _body(epoch, owner, 0)).version or ""
+        except (AlreadyExists, Unavailable) as error:
+            doubt = error
+        seen = _look(store, epoch)
+        if seen is not None and seen.owner == owner:  # our own write, whose answer was lost
+            return seen.version
+        if seen is not None:
+            raise _busy(store, seen)
+        if isinstance(doubt, Unavailable):
+            raise doubt
+    raise _busy(store, None)
 
 
 def _watch(
@@ -144,7 +165,7 @@ def _busy(store: Store, seen: _Seen | None) -> Temporary:
 def _newest(store: Store) -> _Seen | None:
     """The highest epoch, however often the listing and the read disagree."""
     while True:
-        epochs = [_epoch(stat.uri) for stat in store.list(_FOLDER)]
+        epochs = _epochs(store)
         if not epochs:
             return None
         seen = _look(store, max(epochs))
@@ -158,15 +179,17 @@ def _look(store: Store, epoch: int) -> _Seen | None:
     except NotFound:
         return None
     facts = json.loads(blob.data)
-    return _Seen(epoch, blob.version or "", facts["owner"], facts["where"], facts["released"])
+    return _Seen(epoch, blob.version or "", facts["owner"], facts["where"], facts["released"], blob.data)
 
 
 def _key(epoch: int) -> str:
     return f"{_FOLDER}{epoch:010d}.json"
 
 
-def _epoch(key: str) -> int:
-    return int(key.rsplit("/", 1)[-1].removesuffix(".json"))
+def _epochs(store: Store) -> list[int]:
+    """Numbers of the epoch objects; what else a file browser may have left there is passed over."""
+    names = (_NAME.fullmatch(stat.uri.removeprefix(_FOLDER)) for stat in store.list(_FOLDER))
+    return [int(name[1]) for name in names if name]
 
 
 def _body(epoch: int, owner: str, beats: int, released: bool = False) -> bytes:

@@ -97,7 +97,7 @@ def commit(store: Store, key: ShardKey, path: Path, provenance: Provenance, want
         except (AlreadyExists, Unavailable) as error:
             doubt = error
         try:
-            found = inspect(store, key.part)
+            found, stat = inspect(store, key.part), store.stat(key.part)
         except NotFound:
             continue  # a 409 with nothing stored, or a PUT that never arrived
         if (found.plan, found.shard) != (provenance.plan, provenance.shard):
@@ -105,7 +105,7 @@ def commit(store: Store, key: ShardKey, path: Path, provenance: Provenance, want
                 f"{store.uri}/{key.part} holds shard {found.shard} of plan {found.plan}, not {provenance.shard} of "
                 f"{provenance.plan}: someone else writes here; find out who before running again"
             )
-        return Commit(store.stat(key.part), found, ours=found.attempt == provenance.attempt)
+        return Commit(stat, found, ours=found.attempt == provenance.attempt)
     if isinstance(doubt, Unavailable):
         raise doubt
     raise AttemptFailed(
@@ -122,6 +122,8 @@ def inspect(store: Store, key: str) -> Provenance:
     """
     tail = store.read_tail(key, _FOOTER_BYTES)
     try:
+        if tail[-4:] != b"PAR1":
+            raise ValueError("no Parquet file")
         needed = int.from_bytes(tail[-8:-4], "little") + 8
         if needed > len(tail):
             tail = store.read_tail(key, needed)
@@ -150,9 +152,12 @@ def read_success(store: Store) -> tuple[dict[str, Any], Stat] | None:
     except NotFound:
         return None
     try:
-        return json.loads(blob.data), Stat(SUCCESS, len(blob.data), blob.etag, blob.version)
+        facts = json.loads(blob.data)
+        if not isinstance(facts, dict):
+            raise ValueError("no JSON object")
     except ValueError as error:
         raise CheckFailed(f"{store.uri}/{SUCCESS} is not batchjob's: {error}; remove it and run again") from error
+    return facts, Stat(SUCCESS, len(blob.data), blob.etag, blob.version)
 
 
 def write_success(store: Store, facts: Mapping[str, Any], found: Iterable[Part]) -> None:

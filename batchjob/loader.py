@@ -18,7 +18,7 @@ from pydantic import Field
 from batchjob.errors import AttemptFailed, BatchjobError, ImageFault, Unavailable
 from batchjob.fetch import Fetcher, oversized, together
 from batchjob.forkserver import end_with_parent, preload, starting
-from batchjob.records import Batch, Blob, Fault, ImageFacts, ImageRef, Shard
+from batchjob.records import Batch, Blob, Fault, ImageFacts, ImageRef, Prepared, Shard
 from batchjob.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Loader", "LoaderPlan", "LoaderSettings", "Prepare", "ShardFeed", "preload", "settle"]
 
-Prepare = Callable[[bytes], "tuple[torch.Tensor, int, int]"]
-"""An encoded image to what goes into the batch, with width and height as stored. Raises ImageFault."""
+Prepare = Callable[[bytes], Prepared]
+"""An encoded image to what goes into the batch. Raises ImageFault."""
 
 FEW_IMAGES = 256  # for so few, starting processes takes longer than decoding in this one
 MOST_PROCESSES = 32
@@ -91,10 +91,9 @@ class Loader:
         reader: reads encoded images; goes to the loader processes.
         prepare: decode and geometry; picklable.
         batch_size: images in a batch; the last of a shard may have fewer.
-        processes: loader processes; 0 works in this one, as the batches are asked for.
-        prefetch: batches each process keeps ready.
-        pin_memory: give batches in page-locked memory.
+        plan: from `settle`; with 0 processes this one works, as the batches are asked for.
         size: the last dimensions every prepared image must have; None takes the first good image of each batch.
+        varying: images may differ in size; `size` says nothing then.
         max_bytes: images known to be larger are not fetched.
     """
 
@@ -104,15 +103,14 @@ class Loader:
         reader: Reader,
         prepare: Prepare,
         batch_size: int,
-        processes: int,
-        prefetch: int,
-        pin_memory: bool,
+        plan: LoaderPlan,
         size: tuple[int, ...] | None,
+        varying: bool = False,
         max_bytes: int | None = None,
     ) -> None:
-        self._images = _Images(Fetcher(reader, max_bytes), prepare, batch_size, size)
+        self._images = _Images(Fetcher(reader, max_bytes), prepare, batch_size, size, varying)
         self._requests = _Requests(batch_size)
-        self._plan = LoaderPlan(processes, prefetch, pin_memory)
+        self._plan = plan
         self._running: Future[_Processes] | None = None
 
     def start(self) -> None:
@@ -290,6 +288,7 @@ class _Images:
     prepare: Prepare
     batch_size: int
     size: tuple[int, ...] | None
+    varying: bool
 
     def __getitems__(self, request: _Request) -> Batch | BatchjobError:
         return self.load(request)
@@ -297,7 +296,7 @@ class _Images:
     def load(self, request: _Request) -> Batch | BatchjobError:
         """The batch, or what ends the job (given, not raised: DataLoader cannot carry such exceptions)."""
         seconds: dict[str, float] = defaultdict(float)
-        pixels = _Pixels(len(request.refs), self.size)
+        pixels = _Ragged() if self.varying else _Pixels(len(request.refs), self.size)
         facts: list[ImageFacts] = []
         try:
             for refs in together(request.refs):
@@ -310,9 +309,9 @@ class _Images:
             return Batch(request.shard, request.start, (), None, trouble.message, dict(seconds))
         except BatchjobError as error:
             return error
-        return Batch(request.shard, request.start, tuple(facts), pixels.filled(), None, dict(seconds))
+        return Batch(request.shard, request.start, tuple(facts), pixels.filled(), None, dict(seconds), pixels.shapes())
 
-    def _prepared(self, found: Blob | Fault, pixels: _Pixels) -> ImageFacts:
+    def _prepared(self, found: Blob | Fault, pixels: _Pixels | _Ragged) -> ImageFacts:
         if isinstance(found, Fault):
             return ImageFacts(fault=found)
         etag = found.etag
@@ -320,8 +319,8 @@ class _Images:
         if fault is not None:
             return ImageFacts(etag, fault=fault)
         try:
-            image, width, height = self.prepare(found.data)
-            return ImageFacts(etag, width, height, pixels.add(image))
+            made = self.prepare(found.data)
+            return ImageFacts(etag, made.width, made.height, pixels.add(made.pixels), made.turned)
         except ImageFault as error:
             fault = Fault(error.stage, error.type, error.message)
         except MemoryError:
@@ -356,6 +355,36 @@ class _Pixels:
 
     def filled(self) -> torch.Tensor | None:
         return None if self._tensor is None else self._tensor[: self._used]
+
+    def shapes(self) -> None:
+        """All alike."""
+
+
+class _Ragged:
+    """Images of different sizes, one behind the other in one flat tensor."""
+
+    def __init__(self) -> None:
+        self._images: list[torch.Tensor] = []
+
+    def add(self, image: torch.Tensor) -> Fault | None:
+        """Put one image behind the others, or say why it does not go with them."""
+        if self._images and image.dtype != self._images[0].dtype:
+            return Fault("transform", "type", f"comes out as {image.dtype}, the others as {self._images[0].dtype}")
+        if image.ndim != 3:
+            return Fault("transform", "size", f"comes out as {_shape(image.shape)}, not as channels x height x width")
+        self._images.append(image)
+        return None
+
+    def filled(self) -> torch.Tensor | None:
+        import torch
+
+        if not self._images:
+            return None
+        room = _room((sum(image.numel() for image in self._images),), self._images[0].dtype)
+        return torch.cat([image.reshape(-1) for image in self._images], out=room)
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(image.shape) for image in self._images)
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

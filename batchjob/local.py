@@ -7,10 +7,11 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from batchjob.assembly import as_ours
 from batchjob.job import Job
 from batchjob.pool import Event, Failed, Ready, Setup, WorkerFailed
 from batchjob.records import Shard, ShardKey
-from batchjob.worker import Worker, as_ours
+from batchjob.worker import Worker
 
 __all__ = ["LocalPool"]
 
@@ -87,6 +88,8 @@ class _Loop:
 
     def close(self) -> None:
         self._closed.set()
+        if self._worker is not None:
+            self._worker.stop()
         self._keys.put(None)
         self._thread.join(_CLOSE_SECONDS)
 
@@ -110,7 +113,7 @@ class _Loop:
     def _work(self) -> None:
         try:
             job = Job.from_portable(self._setup.job, self._base, Path(self._setup.folder))
-            self._worker = worker = Worker(job, self._setup, self._cores)
+            self._worker = worker = Worker(job, self._setup, self._cores, self._tell)
             try:
                 self._tell(Ready("local", worker.load()))
                 self._go_round(worker)
@@ -124,7 +127,6 @@ class _Loop:
         while (item := self._keys.get()) is not None:
             self._next = item
             worker.begin(item[1])
-            for event in worker.run(self):
-                self._tell(event)
-                if self._closed.is_set():
-                    return
+            worker.run(self)
+            if self._closed.is_set():
+                return

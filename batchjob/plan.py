@@ -12,13 +12,14 @@ import io
 import json
 import secrets
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
 
-from batchjob.errors import AlreadyExists, InvalidJob, NotFound
+from batchjob.errors import AlreadyExists, InvalidJob, NotFound, Unavailable
 from batchjob.records import Cursor, ImageRef, Shard, ShardKey
 from batchjob.storage import Store
 
@@ -44,6 +45,7 @@ CHUNK_ROWS = 65_536
 _REF_COLUMNS = ("uri", "location", "size", "etag")
 _CHUNK_META, _CONTRACT_META = b"batchjob.chunk", b"batchjob.contract"
 _HEAD_BYTES = 1 << 16
+_LOOKS = 4
 
 Refs = Callable[[Cursor], Iterator[pa.RecordBatch]]
 
@@ -78,13 +80,14 @@ class Head:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A confirmed piece of a plan: its shards, and where the source stood after it."""
+    """A confirmed piece of a plan: its shards, where the source stood after it, its predecessor's digest."""
 
     number: int
     start: int
     cursor: Cursor
     last: bool
     shards: tuple[ShardKey, ...]
+    previous: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,17 +108,14 @@ def current(store: Store) -> tuple[int, Head | None]:
     """The number of the plan in force and its head; head None when none is written yet.
 
     Raises:
-        InvalidJob: the plan was written in a format that this version does not know.
+        InvalidJob: the plan was written in a format that this version does not know (a discarded one may be).
     """
     number = 0
-    while True:
-        try:
-            head = _parse_head(store.read(f"{_folder(number)}head.json").data, store)
-        except NotFound:
-            return number, None
-        if not is_discarded(store, head):
-            return number, head
+    while (data := _head_bytes(store, number)) is not None:
+        if not _has_tombstone(store, number):
+            return number, _parse_head(data, store)
         number += 1
+    return number, None
 
 
 def freeze(store: Store, head: Head) -> Head:
@@ -126,56 +126,53 @@ def freeze(store: Store, head: Head) -> Head:
     """
     foreign = next(iter(store.list("predictions/")), None)
     if foreign is not None:
+        if (theirs := _head_bytes(store, head.number)) is not None:
+            return _parse_head(theirs, store)
         raise InvalidJob(
             f"{store.uri}: {foreign.uri} is there but no plan is; output.uri must be empty or hold this job's own "
             "output: choose another folder, or remove it"
         )
-    try:
-        store.put_if_absent(f"{head.folder}head.json", json.dumps(asdict(head), indent=1).encode())
-        return head
-    except AlreadyExists:
-        return _parse_head(store.read(f"{head.folder}head.json").data, store)
+    ours = json.dumps(asdict(head), indent=1).encode()
+    stands = _settle(store, f"{head.folder}head.json", ours)
+    return head if stands == ours else _parse_head(stands, store)
 
 
 def is_discarded(store: Store, head: Head) -> bool:
     """Whether the plan's tombstone stands."""
-    try:
-        store.stat(f"{head.folder}discarded")
-    except NotFound:
-        return False
-    return True
+    return _has_tombstone(store, head.number)
 
 
 def is_buried(store: Store, plan: str) -> bool:
     """Whether `plan` is the id of a discarded plan of this output."""
     number = 0
-    while True:
-        try:
-            head = _parse_head(store.read(f"{_folder(number)}head.json").data, store)
-        except NotFound:
-            return False
-        if head.plan == plan:
-            return is_discarded(store, head)
+    while (data := _head_bytes(store, number)) is not None:
+        if _head_facts(data, store).get("plan") == plan:
+            return _has_tombstone(store, number)
         number += 1
+    return False
 
 
 def bury(store: Store, head: Head) -> None:
     """Put the tombstone: from now on no worker commits a part of this plan."""
-    try:
-        store.put_if_absent(f"{head.folder}discarded", b"{}\n")
-    except AlreadyExists:
-        return
+    _settle(store, f"{head.folder}discarded", b"{}\n")
 
 
 def chunks(store: Store, head: Head) -> Iterator[Chunk]:
-    """The chunks written so far, in order; the plan is whole when the final one says `last`."""
-    number = 0
+    """The chunks written so far, in order; the plan is whole when the final one says `last`.
+
+    Raises:
+        InvalidJob: one belongs to another plan, or does not begin where the one before it ends.
+    """
+    rows = number = 0
     while True:
         try:
-            yield _peek(store, head, number)
+            chunk = _peek(store, head, number)
         except NotFound:
             return
-        number += 1
+        if chunk.start != rows:
+            raise _broken(store, head, number)
+        yield chunk
+        rows, number = chunk.cursor.rows, number + 1
 
 
 def extend(store: Store, head: Head, refs: Refs, unchanged: Callable[[], None]) -> Iterator[Chunk]:
@@ -185,6 +182,9 @@ def extend(store: Store, head: Head, refs: Refs, unchanged: Callable[[], None]) 
         refs: the source's images after a cursor.
         unchanged: raises when the source is no longer the one that was planned; called before writing starts and
             before the last chunk is put.
+
+    Raises:
+        InvalidJob: the source changed, or the chunks that are there do not follow each other.
     """
     cursor, number = Cursor(), 0
     for chunk in chunks(store, head):
@@ -199,8 +199,10 @@ def extend(store: Store, head: Head, refs: Refs, unchanged: Callable[[], None]) 
             if last:
                 unchanged()
             body = _encode(head, number, cursor, previous, rows, last)
-            ours = _put(store, head, number, body)
+            ours = _settle(store, _chunk_key(head, number), body) == body
             chunk = _peek(store, head, number)
+            if chunk.previous != previous:
+                raise _broken(store, head, number)
             yield chunk
             if chunk.last:
                 return
@@ -220,15 +222,11 @@ class PlanReader:
     def shard(self, key: ShardKey) -> Shard:
         """The shard's refs and passthrough columns. Raises NotFound when its chunk is gone."""
         rows = self._rows(key.chunk).slice(key.offset, key.rows)
-        start = key.index * self._head.shard_size
-        columns = (rows.column(name).to_pylist() for name in _REF_COLUMNS)
-        refs = tuple(ImageRef(start + i, *values) for i, values in enumerate(zip(*columns, strict=True)))
-        return Shard(key, refs, rows.drop_columns(list(_REF_COLUMNS)))
+        return Shard(key, _refs(rows, key.index * self._head.shard_size), rows.drop_columns(list(_REF_COLUMNS)))
 
     def first(self, count: int) -> tuple[ImageRef, ...]:
-        """The plan's first images, at most `count`: the same for every worker."""
-        keys = _peek(self._store, self._head, 0).shards
-        return self.shard(keys[0]).refs[:count]
+        """The plan's first images, `count` or as many as its first chunk holds: the same for every worker."""
+        return _refs(self._rows(0).slice(0, count), 0)
 
     @property
     def passthrough(self) -> pa.Schema:
@@ -252,11 +250,7 @@ def agree(store: Store, head: Head, ours: Contract) -> Contract:
     key = f"{head.folder}schema.arrow"
     facts = json.dumps({"model": ours.model, "size": ours.size})
     body = ours.schema.with_metadata({_CONTRACT_META: facts}).serialize().to_pybytes()
-    try:
-        store.put_if_absent(key, body)
-        return ours
-    except AlreadyExists:
-        theirs = _parse_contract(store.read(key).data)
+    theirs = _parse_contract(_settle(store, key, body))
     if theirs.model != ours.model:
         raise InvalidJob(
             f"the model loaded here has digest {ours.model[:12]}, the plan at {store.uri} was begun with "
@@ -283,8 +277,33 @@ def _parse_contract(data: bytes) -> Contract:
     return Contract(schema.remove_metadata(), facts["model"], size)
 
 
+def _head_bytes(store: Store, number: int) -> bytes | None:
+    try:
+        return store.read(f"{_folder(number)}head.json").data
+    except NotFound:
+        return None
+
+
+def _has_tombstone(store: Store, number: int) -> bool:
+    try:
+        store.stat(f"{_folder(number)}discarded")
+    except NotFound:
+        return False
+    return True
+
+
+def _head_facts(data: bytes, store: Store) -> dict[str, Any]:
+    try:
+        facts = json.loads(data)
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict):
+        raise InvalidJob(f"{store.uri}: a head.json in _batchjob/plans/ is not batchjob's; choose another output.uri")
+    return facts
+
+
 def _parse_head(data: bytes, store: Store) -> Head:
-    facts = json.loads(data)
+    facts = _head_facts(data, store)
     if facts.get("format") != FORMAT:
         raise InvalidJob(
             f"{store.uri}: its plan has format {facts.get('format')}, this version knows {FORMAT}; "
@@ -342,9 +361,9 @@ def _encode(head: Head, number: int, cursor: Cursor, previous: str, rows: pa.Tab
 
 
 def _shards(head: Head, start: int, rows: pa.Table) -> list[tuple[str, int]]:
-    """Id and number of rows of each shard. An empty plan has one shard of no rows."""
+    """Id and number of rows of each shard. An empty plan has one shard of no rows; an empty end of a plan has none."""
     found = []
-    for offset in range(0, max(rows.num_rows, 1), head.shard_size):
+    for offset in range(0, rows.num_rows or (start == 0), head.shard_size):
         part = rows.slice(offset, head.shard_size)
         found.append((_shard_id(head, (start + offset) // head.shard_size, part), part.num_rows))
     return found
@@ -357,13 +376,24 @@ def _shard_id(head: Head, index: int, members: pa.Table) -> str:
     return digest.hexdigest()[:16]
 
 
-def _put(store: Store, head: Head, number: int, body: bytes) -> bool:
-    """True when the chunk that now stands is ours, byte for byte."""
-    try:
-        store.put_if_absent(_chunk_key(head, number), body)
-        return True
-    except AlreadyExists:
-        return store.read(_chunk_key(head, number)).data == body
+def _settle(store: Store, key: str, body: bytes) -> bytes:
+    """Put if absent; the bytes that stand then, ours or another's. "Exists" with nothing stored is asked again."""
+    for _ in range(_LOOKS):
+        try:
+            store.put_if_absent(key, body)
+            return body
+        except AlreadyExists:
+            pass
+        with suppress(NotFound):
+            return store.read(key).data
+    raise Unavailable(f"{store.uri}/{key}: the store answers 'exists' to every PUT and shows nothing; run again")
+
+
+def _broken(store: Store, head: Head, number: int) -> InvalidJob:
+    return InvalidJob(
+        f"{store.uri}/{_chunk_key(head, number)} does not follow the chunk before it: the plan is damaged; "
+        f"`batchjob discard {store.uri} --yes` and run again"
+    )
 
 
 def _digest(store: Store, head: Head, number: int) -> str:
@@ -387,4 +417,10 @@ def _chunk(head: Head, facts: dict[str, Any]) -> Chunk:
     for i, (shard, rows) in enumerate(facts["shards"]):
         keys.append(ShardKey(facts["start"] // head.shard_size + i, shard, rows, facts["number"], offset))
         offset += rows
-    return Chunk(facts["number"], facts["start"], Cursor(**facts["cursor"]), facts["last"], tuple(keys))
+    end = Cursor(**facts["cursor"])
+    return Chunk(facts["number"], facts["start"], end, facts["last"], tuple(keys), facts["previous"])
+
+
+def _refs(rows: pa.Table, start: int) -> tuple[ImageRef, ...]:
+    columns = (rows.column(name).to_pylist() for name in _REF_COLUMNS)
+    return tuple(ImageRef(start + i, *values) for i, values in enumerate(zip(*columns, strict=True)))

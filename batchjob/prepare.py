@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from batchjob.decode import DecodeSettings, decode
+from batchjob.records import Prepared
 from batchjob.transform import Geometry
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Prepare"]
 
@@ -30,7 +27,8 @@ class Prepare:
     gray: bool
     turn: bool
 
-    def __call__(self, data: bytes) -> tuple[torch.Tensor, int, int]:
-        """One image as `[c, h, w]`, with its width and height as stored. Raises ImageFault."""
+    def __call__(self, data: bytes) -> Prepared:
+        """One encoded image. Raises ImageFault."""
         decoded = decode(data, self.settings, "gray" if self.gray else "rgb", self.turn)
-        return self.geometry(decoded.pixels), decoded.width, decoded.height
+        turned = decoded.pixels.shape[1] != decoded.width
+        return Prepared(self.geometry(decoded.pixels), decoded.width, decoded.height, turned)

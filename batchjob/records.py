@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -20,10 +20,14 @@ __all__ = [
     "Blob",
     "Cursor",
     "Fault",
+    "Frame",
     "ImageFacts",
     "ImageRef",
+    "Precision",
+    "Prepared",
     "Preprocess",
     "Provenance",
+    "Recipe",
     "Shard",
     "ShardKey",
     "ShardResult",
@@ -127,6 +131,22 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
+class Prepared:
+    """An image ready for its batch.
+
+    Attributes:
+        pixels: uint8 or float32 `[c, h, w]`.
+        width: as stored, in pixels; `height` likewise.
+        turned: a quarter turn, as EXIF says, has swapped the two.
+    """
+
+    pixels: torch.Tensor
+    width: int
+    height: int
+    turned: bool = False
+
+
+@dataclass(frozen=True)
 class ImageFacts:
     """What the loader learned of one image: pixels as stored (`width`, `height`), tag as read, or what went wrong."""
 
@@ -134,6 +154,61 @@ class ImageFacts:
     width: int | None = None
     height: int | None = None
     fault: Fault | None = None
+    turned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Where the model's input lies in its image: `x` of the image is `(x of the input + left) / scale_x`.
+
+    Attributes:
+        width: of the image as it stands upright, in pixels; `height` likewise.
+        input_width: of what the model gets, padding left out; `input_height` likewise.
+        scale_x: input pixels for one of the image; `scale_y` likewise.
+        left: input pixels that the crop cut off, negative where it padded; `top` likewise.
+    """
+
+    width: int
+    height: int
+    input_width: int
+    input_height: int
+    scale_x: float = 1.0
+    scale_y: float = 1.0
+    left: float = 0.0
+    top: float = 0.0
+
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a module is run on a device; `tuning.py` chooses.
+
+    Attributes:
+        precision: of the arithmetic; bf16 and fp16 by autocast.
+        half: the weights are in that precision too, in place of autocast.
+        channels_last: memory layout of images and convolutions.
+        fold: batch norms folded into their convolutions.
+        compile: mode of `torch.compile`, or `off`.
+        freeze: weights are constants to the compiler.
+        quantize: of weights and activations.
+        cudnn_benchmark: let cuDNN try its algorithms.
+    """
+
+    precision: Precision = "fp32"
+    half: bool = False
+    channels_last: bool = False
+    fold: bool = False
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "off"
+    freeze: bool = False
+    quantize: Literal["none", "int8-dynamic", "int8-static", "fp8"] = "none"
+    cudnn_benchmark: bool = False
+
+    @property
+    def fixed_batch(self) -> bool:
+        """Whether every batch must have the same shape, a short one padded."""
+        return self.compile != "off"
 
 
 @dataclass(frozen=True)
@@ -145,9 +220,10 @@ class Batch:
         start: offset of its first row within the shard.
         facts: one per row, good or bad, in plan order.
         pixels: uint8 `[n, c, h, w]`, the `n` rows whose facts hold no fault, in order; float32 where the job's own
-            transform made it so; None when `n` is 0.
+            transform made it so; None when `n` is 0. Where `shapes` are given, flat `[values]`, image after image.
         trouble: a fault that is not the images' (network, credentials): the attempt fails, no rows.
         seconds: stage → seconds spent in the loader.
+        shapes: `[c, h, w]` of each image where they may differ.
     """
 
     shard: int
@@ -156,12 +232,13 @@ class Batch:
     pixels: torch.Tensor | None
     trouble: str | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    shapes: tuple[tuple[int, ...], ...] | None = None
 
     def pin_memory(self) -> Batch:
         """The same batch with page-locked pixels (called by DataLoader)."""
         if self.pixels is None:
             return self
-        return Batch(self.shard, self.start, self.facts, self.pixels.pin_memory(), self.trouble, self.seconds)
+        return replace(self, pixels=self.pixels.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -178,6 +255,7 @@ class Provenance:
         errors: `stage/type` → count.
         seconds: stage → seconds; `wall` is start to commit.
         versions: package → version.
+        truth: sums by name, from which the task tells how right it was; they add up over parts.
     """
 
     plan: str
@@ -192,6 +270,7 @@ class Provenance:
     errors: Mapping[str, int]
     seconds: Mapping[str, float]
     versions: Mapping[str, str]
+    truth: Mapping[str, float] = field(default_factory=dict)
 
     KEY = "batchjob"
 
@@ -239,6 +318,9 @@ class Preprocess(Settings):
         scale: `unit` divides by 255, `none` leaves 0-255.
         exif: `apply` turns the image as its EXIF orientation says.
         transform: `module:function` from uint8 `[3, h, w]` to a tensor, in place of all the steps above but `exif`.
+        sizes: what becomes of images that come out in different sizes, where the model takes batches: `one` makes those
+            of another size than the first error rows, `group` predicts those of each size together.
+        pad: with `sizes: group`, black right and below up to a multiple of so many pixels, so that groups are few.
     """
 
     resize: int | tuple[int, int] | None = None
@@ -250,3 +332,5 @@ class Preprocess(Settings):
     scale: Literal["unit", "none"] = "unit"
     exif: Literal["ignore", "apply"] = "ignore"
     transform: Target | None = Field(default=None)
+    sizes: Literal["one", "group"] = "one"
+    pad: int | None = Field(default=None, ge=1, le=4096)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchjob.errors import ImageFault, InvalidJob
-from batchjob.records import Preprocess
+from batchjob.records import Frame, ImageFacts, Preprocess
 from batchjob.targets import load_target
 
 if TYPE_CHECKING:
@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-__all__ = ["Geometry", "Normalizer", "merge", "normalizer"]
+__all__ = ["Geometry", "Normalizer", "frame", "merge", "normalizer"]
 
 # A resize by the shorter side makes a 1x5000 sliver 256x1280000: such an image is refused, not tried.
 MAX_RESIZED = 32 * 1024 * 1024
 
 _STEPS = ("resize", "crop", "mean", "std")
+_BESIDE_TRANSFORM = {"transform", "exif", "sizes"}
 
 
 class Geometry:
@@ -55,7 +56,7 @@ class Geometry:
         image = torch.from_numpy(pixels).permute(2, 0, 1)
         if self._transform is not None:
             return _transformed(self._transform, image)
-        return _cropped(_resized(image, self._preprocess), self._preprocess)
+        return _padded(_cropped(_resized(image, self._preprocess), self._preprocess), self._preprocess.pad)
 
     def __getstate__(self) -> tuple[Preprocess, Path]:
         return self._preprocess, self._base
@@ -82,7 +83,11 @@ def _fixed_size(preprocess: Preprocess) -> tuple[int, int] | None:
     size = preprocess.crop
     if size is None:
         size = preprocess.resize if isinstance(preprocess.resize, tuple) else None
-    return (size, size) if isinstance(size, int) else size
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    multiple = preprocess.pad or 1
+    return height + -height % multiple, width + -width % multiple
 
 
 def _resized(image: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
@@ -111,6 +116,53 @@ def _cropped(image: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
     size = [preprocess.crop] if isinstance(preprocess.crop, int) else list(preprocess.crop)
     cropped: torch.Tensor = functional.center_crop(image, size)
     return cropped
+
+
+def _padded(image: torch.Tensor, multiple: int | None) -> torch.Tensor:
+    if multiple is None:
+        return image
+    from torch.nn.functional import pad
+
+    height, width = image.shape[-2:]
+    return pad(image, (0, -width % multiple, 0, -height % multiple))
+
+
+def frame(preprocess: Preprocess, facts: ImageFacts) -> Frame:
+    """Where the model's input lies in an image that was prepared so. A user's own transform is not seen through.
+
+    Args:
+        preprocess: merged, as `Geometry` got it.
+        facts: of a good image, so with width and height.
+    """
+    width, height = facts.width or 1, facts.height or 1
+    if facts.turned:
+        width, height = height, width
+    if preprocess.transform is not None:
+        return Frame(width, height, width, height)
+    wide, high = _resized_size(preprocess.resize, width, height)
+    scale_x, scale_y = wide / width, high / height
+    left = top = 0.0
+    if preprocess.crop is not None:
+        crop_high, crop_wide = (preprocess.crop,) * 2 if isinstance(preprocess.crop, int) else preprocess.crop
+        left, top = _cut(wide, crop_wide), _cut(high, crop_high)
+        wide, high = crop_wide, crop_high
+    return Frame(width, height, wide, high, scale_x, scale_y, left, top)
+
+
+def _resized_size(resize: int | tuple[int, int] | None, width: int, height: int) -> tuple[int, int]:
+    """Width and height after the resize, as torchvision computes them."""
+    if resize is None:
+        return width, height
+    if not isinstance(resize, int):
+        return resize[1], resize[0]
+    short, long = min(width, height), max(width, height)
+    longer = int(resize * long / short)
+    return (resize, longer) if width <= height else (longer, resize)
+
+
+def _cut(size: int, crop: int) -> float:
+    """What torchvision's centre crop cuts off on the left or above; where the image is smaller it pads."""
+    return -float((crop - size) // 2) if crop > size else float(round((size - crop) / 2.0))
 
 
 def _transformed(transform: Callable[[torch.Tensor], Any], image: torch.Tensor) -> torch.Tensor:
@@ -187,7 +239,8 @@ def merge(job: Preprocess | None, own: Preprocess | None) -> Preprocess:
     """
     given = {name: getattr(job, name) for name in job.model_fields_set} if job else {}
     kept = {name: getattr(own, name) for name in Preprocess.model_fields} if own else {}
-    if given.get("transform") is not None or (not given.keys() - {"exif"} and kept.get("transform") is not None):
+    kept_whole = kept.get("transform") is not None and not given.keys() - _BESIDE_TRANSFORM
+    if given.get("transform") is not None or kept_whole:
         return _merged_transform(given, kept)
     missing = [name for name in _STEPS if name not in given and (own is None or own.transform is not None)]
     if missing:
@@ -201,14 +254,13 @@ def merge(job: Preprocess | None, own: Preprocess | None) -> Preprocess:
 
 
 def _merged_transform(given: dict[str, Any], kept: dict[str, Any]) -> Preprocess:
-    clash = sorted(given.keys() - {"transform", "exif"})
+    clash = sorted(given.keys() - _BESIDE_TRANSFORM)
     if clash:
         raise InvalidJob(
             f"preprocess: transform does all the steps itself; take {_listed(clash)} away, or take transform away"
         )
-    return Preprocess(
-        transform=given.get("transform", kept.get("transform")), exif=given.get("exif", kept.get("exif", "ignore"))
-    )
+    merged = {**kept, **given}
+    return Preprocess(**{name: merged[name] for name in _BESIDE_TRANSFORM if name in merged})
 
 
 def _check_moments(merged: Preprocess) -> None:
@@ -224,6 +276,8 @@ def _check_moments(merged: Preprocess) -> None:
             )
     if std is not None and not all(value > 0 for value in std):
         raise InvalidJob(f"preprocess.std: {list(std)} must be above 0 in every channel")
+    if merged.pad is not None and merged.sizes == "one":
+        raise InvalidJob("preprocess.pad: it makes groups of images of one size; write preprocess.sizes: group with it")
     for name in ("resize", "crop"):
         size = getattr(merged, name)
         if size is not None and min(size if isinstance(size, tuple) else (size,)) < 1:

@@ -4,46 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 import shutil
 import tempfile
+import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
-from importlib.metadata import version
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
-
-from batchjob import ledger, plan
-from batchjob.errors import AttemptFailed, BatchjobError, ImageFault, InvalidJob, StorageError, Unavailable
+from batchjob import plan
+from batchjob.assembly import Assembly, Imprint
+from batchjob.devices import pick_device, pick_precision
+from batchjob.errors import BatchjobError, ImageFault, InvalidJob, StorageError, Unavailable
 from batchjob.job import Job
 from batchjob.loader import FEW_IMAGES, Loader, ShardFeed, preload, settle
+from batchjob.models import LoadedModel
 from batchjob.plan import Contract, Head, PlanReader
-from batchjob.pool import Done, Event, Failed, Loaded, Setup
-from batchjob.predict import Forward, Predictor, pick_device, pick_precision
+from batchjob.pool import Event, Loaded, Setup
+from batchjob.predict import Forward, Modes, Predicted, Predictor
 from batchjob.prepare import Prepare
-from batchjob.records import Batch, Provenance, Shard, ShardKey, ShardResult
-from batchjob.sink import PartWriter, row_schema, rows
+from batchjob.records import Batch, Recipe, Shard, ShardKey
+from batchjob.sink import row_schema
 from batchjob.storage import Reader, open_store
 from batchjob.tasks import EXAMPLE_ROWS, Postprocess
-from batchjob.transform import Geometry, merge, normalizer
+from batchjob.transform import Geometry, frame, merge, normalizer
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Worker", "as_ours"]
+__all__ = ["Worker"]
 
-_COMMITS_PENDING = 2
 _BATCH_SIZES = {"cuda": 128}
 _BATCH_SIZE_ELSEWHERE = 32
 _SIDE_UNKNOWN = 224  # of the example when there is no image to ask
-_RECORDED = ("batchjob", "torch", "torchvision", "pyarrow", "pillow")
 
 
 class Worker:
@@ -53,19 +49,21 @@ class Worker:
         job: with its paths as they are on this machine.
         setup: what the driver told.
         cores: that may be used here, loader processes included.
+        tell: called, from any thread, with what became of a shard.
     """
 
-    def __init__(self, job: Job, setup: Setup, cores: int) -> None:
+    def __init__(self, job: Job, setup: Setup, cores: int, tell: Callable[[Event], None] = lambda event: None) -> None:
         self._job, self._setup, self._cores = job, setup, cores
         self._reader = Reader(job.storage)
         self._store = open_store(job.output.uri, job.storage)
         self._spool = Path(tempfile.mkdtemp(prefix="batchjob-"))
-        self._committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
-        self._commits: deque[Future[Event]] = deque()
-        self._drafts: dict[int, _Draft] = {}
+        self._tell = tell
+        self._stopped = threading.Event()
         self._plan: _Plan | None = None
+        self._assembly: Assembly | None = None
         self._loader: Loader | None = None
         self._threads_before: int | None = None
+        self._model: LoadedModel
 
     # -- once --------------------------------------------------------------------------------------------------
 
@@ -80,11 +78,12 @@ class Worker:
         preload(Loader.__module__, Prepare.__module__)
         self._use_cores()
         runtime = self._job.runtime
-        self._device = pick_device(runtime.device)
-        precision = pick_precision(runtime.precision, self._device)
+        pick_device(runtime.device)  # before the weights are read
         model = self._job.model.load(self._reader, self._job.base)
-        self._model_digest = model.digest
-        preprocess = merge(self._job.preprocess, model.preprocess)
+        self._device = pick_device(runtime.device, model.devices)
+        precision = pick_precision(runtime.precision, self._device) if model.eager else "fp32"
+        self._model, self._model_digest = model, model.digest
+        self._preprocess = preprocess = merge(self._job.preprocess, model.preprocess)
         self._prepare = Prepare(
             self._job.decode,
             Geometry(preprocess, self._job.base),
@@ -94,11 +93,11 @@ class Worker:
         example = self._example()
         self._start_loader(tuple(example.shape))
         module, normalize = self._job.task.adapt(model.module), normalizer(preprocess)
-        output = Forward(module, normalize, self._device, precision, runtime.grad_mode).tried(
-            example.expand(EXAMPLE_ROWS, *example.shape).contiguous()
-        )
+        modes = Modes(runtime.grad_mode, model.takes, Recipe(precision), model.batch_size)
+        forward = Forward(module, normalize, self._device, modes)
+        output = forward.tried(example.expand(model.batch_size or EXAMPLE_ROWS, *example.shape).contiguous())
         self._post: Postprocess = self._job.task.prepare(output, model.labels, self._reader)
-        self._predictor = Predictor(module, normalize, self._post, self._device, precision, runtime.grad_mode)
+        self._predictor = Predictor(forward, self._post, model.batch_size)
         self._predictor.warm_up(example.shape, self._batch_size, example.dtype)
         return Loaded(
             device=_device_name(self._device),
@@ -122,11 +121,21 @@ class Worker:
             raise InvalidJob(f"{self._store.uri}: plan {number} was discarded while this run was starting; run again")
         reader = PlanReader(self._store, head)
         schema = row_schema(list(reader.passthrough), self._post.fields, has_id=self._job.input.has_id)
-        ours = Contract(schema, self._model_digest, self._size)
+        ours = Contract(schema, self._model_digest, None if self._varying else self._size)
         agreed = plan.agree(self._store, head, ours)
         if agreed.size is not None and agreed.size != self._size:
             self._start_loader(agreed.size)
-        self._plan = _Plan(head, reader, schema, _digest_of(self._job.fingerprint()))
+        self._plan = _Plan(head, reader)
+        self._assembly = Assembly(
+            store=self._store,
+            spool=self._spool,
+            imprint=Imprint(head.plan, _digest_of(self._job.fingerprint()), self._model_digest, self._model_id, schema),
+            post=self._post,
+            frames=partial(frame, self._preprocess),
+            lost=self._predictor.lost_fault(),
+            wanted=self._still_wanted,
+            tell=self._tell,
+        )
 
     def shard(self, key: ShardKey) -> Shard:
         """The shard's members, read from the plan."""
@@ -136,7 +145,8 @@ class Worker:
         """End loader processes and threads, remove the spool, give torch its threads back."""
         if self._loader is not None:
             self._loader.close()
-        self._committer.shutdown(wait=True, cancel_futures=True)
+        if self._assembly is not None:
+            self._assembly.close()
         shutil.rmtree(self._spool, ignore_errors=True)
         if self._threads_before is not None:
             import torch
@@ -145,91 +155,44 @@ class Worker:
 
     # -- again and again ---------------------------------------------------------------------------------------
 
-    def run(self, feed: ShardFeed) -> Iterator[Done | Failed]:
-        """Take shards from the feed until it has none now; what became of each, as soon as it is known."""
+    def run(self, feed: ShardFeed) -> None:
+        """Take shards from the feed until it has none now. What becomes of each is told, some of it later."""
         assert self._loader is not None, "load comes before run"
+        assert self._assembly is not None, "begin comes before run"
         taken = _Taken(feed)
         try:
             for batch in self._loader.batches(taken):
-                yield from self._advance(taken, batch)
-                yield from self._settled(most_pending=_COMMITS_PENDING)
+                if self._stopped.is_set():
+                    return
+                self._advance(taken, batch)
         except BatchjobError as error:  # the loader itself: what it held is lost
-            yield from self._lost(taken, error)
+            self._assembly.lose(list(taken.shards.values()), error)
         for shard in taken.empty:
-            self._seal(_Draft(self._spool, shard, self._begun.schema))
-        yield from self._settled(most_pending=0)
+            self._assembly.add_empty(shard)
 
-    def _advance(self, taken: _Taken, batch: Batch) -> Iterator[Failed]:
-        """One batch further. A shard that has failed is passed over to its end."""
+    def stop(self) -> None:
+        """Begin no further batch."""
+        self._stopped.set()
+
+    def _advance(self, taken: _Taken, batch: Batch) -> None:
+        assert self._assembly is not None
         shard = taken.shards[batch.shard]
-        key = shard.key
-        draft = self._drafts.get(key.index)
-        if draft is None:
-            draft = self._drafts[key.index] = _Draft(self._spool, shard, self._begun.schema)
-        if not draft.failed:
-            try:
-                self._predict(draft, batch)
-            except Exception as error:  # noqa: BLE001 - ends this attempt; the driver decides how far it reaches
-                draft.give_up()
-                yield Failed(key, as_ours(error))
-        if batch.start + self._batch_size >= key.rows:
-            del self._drafts[key.index], taken.shards[key.index]
-            if not draft.failed:
-                self._seal(draft)
-
-    def _lost(self, taken: _Taken, error: BatchjobError) -> Iterator[Failed]:
-        """What the loader held when it failed. Shards that had failed before are not told twice."""
-        for index, shard in taken.shards.items():
-            draft = self._drafts.pop(index, None)
-            if draft is None or not draft.failed:
-                yield Failed(shard.key, error)
-            if draft is not None:
-                draft.give_up()
-
-    def _predict(self, draft: _Draft, batch: Batch) -> None:
-        if batch.trouble is not None:
-            raise Unavailable(batch.trouble)
-        columns: list[pa.Array] = []
-        faults: Sequence[object] = ()
+        last = batch.start + self._batch_size >= shard.key.rows
+        if last:
+            del taken.shards[batch.shard]
         began = time.perf_counter()
-        if batch.pixels is not None:
-            predicted = self._predictor(batch.pixels)
-            columns, faults = self._post.columns(predicted.tensors), predicted.faults
-        forward = time.perf_counter()
-        draft.writer.add(
-            rows(
-                self._begun.schema,
-                shard=draft.shard,
-                start=batch.start,
-                facts=batch.facts,
-                columns=columns,
-                faults=faults,  # type: ignore[arg-type]
-                run_id=self._begun.head.plan,
-                model_id=self._model_id,
-            )
-        )
-        draft.spend(batch.seconds)
-        draft.spend({"forward": forward - began, "write": time.perf_counter() - forward})
+        predicted = self._predicted(batch)
+        self._assembly.add(shard, batch, predicted, seconds=time.perf_counter() - began, last=last)
 
-    def _seal(self, draft: _Draft) -> None:
-        """Finish the part and commit it, off the critical path."""
-        self._commits.append(self._committer.submit(self._commit, draft))
-
-    def _commit(self, draft: _Draft) -> Event:
+    def _predicted(self, batch: Batch) -> Predicted | Exception | None:
+        if batch.trouble is not None:
+            return Unavailable(batch.trouble)
+        if batch.pixels is None:
+            return None
         try:
-            made = draft.close(self._begun, self._model_digest)
-            done = ledger.commit(self._store, draft.shard.key, draft.writer.path, made, self._still_wanted)
-            examples = draft.writer.examples if done.ours else {}
-            return Done(ShardResult(draft.shard.key, done.provenance, examples, done.ours, done.stat.etag))
-        except Exception as error:  # noqa: BLE001 - ends this attempt
-            return Failed(draft.shard.key, as_ours(error))
-        finally:
-            draft.writer.path.unlink(missing_ok=True)
-
-    def _settled(self, most_pending: int) -> Iterator[Done | Failed]:
-        """Commits that have ended; waits for the oldest while more than `most_pending` have not."""
-        while self._commits and (len(self._commits) > most_pending or self._commits[0].done()):
-            yield self._commits.popleft().result()  # type: ignore[misc]
+            return self._predictor(batch.pixels, batch.shapes)
+        except Exception as error:  # noqa: BLE001 - ends this attempt; the driver decides how far it reaches
+            return error
 
     def _still_wanted(self) -> None:
         if plan.is_discarded(self._store, self._begun.head):
@@ -289,11 +252,16 @@ class Worker:
     def _first_decodable(self) -> torch.Tensor:
         for location in self._setup.sample:
             with suppress(ImageFault, StorageError):
-                return self._prepare(self._reader.read(location).data)[0]
+                return self._prepare(self._reader.read(location).data).pixels
         raise InvalidJob(
             f"none of the first {len(self._setup.sample)} images can be decoded, so the model's input size is not "
             "known; give preprocess.resize or crop, or look at the input"
         )
+
+    @property
+    def _varying(self) -> bool:
+        """Whether images of different sizes go to the model."""
+        return self._model.takes == "list" or self._preprocess.sizes == "group"
 
     def _start_loader(self, size: tuple[int, ...]) -> None:
         """Start a loader for images of this size, in place of one for another."""
@@ -306,10 +274,9 @@ class Worker:
             reader=self._reader,
             prepare=self._prepare,
             batch_size=self._batch_size,
-            processes=chosen.processes,
-            prefetch=chosen.prefetch,
-            pin_memory=chosen.pin_memory,
+            plan=chosen,
             size=size,
+            varying=self._varying,
             max_bytes=self._job.decode.max_bytes,
         )
         self._loader.start()
@@ -321,8 +288,6 @@ class _Plan:
 
     head: Head
     reader: PlanReader
-    schema: pa.Schema
-    fingerprint: str
 
 
 class _Taken:
@@ -340,62 +305,6 @@ class _Taken:
         elif shard is not None:
             self.empty.append(shard)
         return shard
-
-
-class _Draft:
-    """A part in the making: one attempt at one shard."""
-
-    def __init__(self, spool: Path, shard: Shard, schema: pa.Schema) -> None:
-        self.shard = shard
-        self.attempt = secrets.token_hex(8)
-        self.failed = False
-        self.writer = PartWriter(spool / f"{shard.key.index}-{self.attempt}.parquet", schema)
-        self._began = time.perf_counter()
-        self._seconds: dict[str, float] = {}
-
-    def spend(self, seconds: Mapping[str, float]) -> None:
-        """Add to the stage clocks."""
-        for stage, spent in seconds.items():
-            self._seconds[stage] = self._seconds.get(stage, 0.0) + spent
-
-    def give_up(self) -> None:
-        """No more of this attempt."""
-        self.failed = True
-        with suppress(OSError):
-            self.writer.abandon()
-        self.writer.path.unlink(missing_ok=True)
-
-    def close(self, begun: _Plan, model: str) -> Provenance:
-        """Write the footer; the file is the part."""
-        if self.writer.rows != self.shard.key.rows:
-            raise BatchjobError(
-                f"shard {self.shard.key.index} has {self.shard.key.rows} images, {self.writer.rows} rows"
-            )
-        self.spend({"wall": time.perf_counter() - self._began})
-        made = Provenance(
-            plan=begun.head.plan,
-            shard=self.shard.key.id,
-            index=self.shard.key.index,
-            attempt=self.attempt,
-            revision=0,
-            fingerprint=begun.fingerprint,
-            model=model,
-            rows=self.writer.rows,
-            failed=self.writer.failed,
-            errors=self.writer.errors,
-            seconds={stage: round(spent, 4) for stage, spent in self._seconds.items()},
-            versions={name: version(name) for name in _RECORDED},
-        )
-        self.writer.close(made)
-        return made
-
-
-def as_ours(error: Exception) -> BatchjobError:
-    """An exception of ours as it is, any other as a failed attempt that names it."""
-    if isinstance(error, BatchjobError):
-        return error
-    text = " ".join(str(error).split())[:500]
-    return AttemptFailed(f"{type(error).__name__}: {text}")
 
 
 def _device_name(device: torch.device) -> str:

@@ -16,10 +16,10 @@ PACKAGE = ROOT / "batchjob"
 # are strangers to each other.
 FLOORS = [
     "errors settings records",
-    "targets forkserver disk storage fetch schedule",
+    "targets forkserver devices disk storage fetch schedule",
     "sources models tasks plan ledger lease decode transform loader tuning predict sink",
     "jobtext parameters jobfile complaints job",
-    "pool progress report environment survey drain prepare feeder accounting worker driver",
+    "pool progress report environment survey drain prepare feeder accounting assembly worker driver",
     "local cluster launch",
     "cli",
     "__init__ __main__",

@@ -23,7 +23,7 @@ from PIL import Image
 from batchjob.decode import DecodeSettings, decode
 from batchjob.errors import AttemptFailed, ImageFault, InvalidJob, StorageError, Unavailable
 from batchjob.loader import Loader, LoaderPlan, LoaderSettings, settle
-from batchjob.records import Batch, Blob, ImageRef, Preprocess, Shard, ShardKey
+from batchjob.records import Batch, Blob, ImageRef, Prepared, Preprocess, Shard, ShardKey
 from batchjob.storage import Reader
 from batchjob.transform import Geometry
 
@@ -34,7 +34,7 @@ class Prepare:
 
     geometry: Geometry
 
-    def __call__(self, data: bytes) -> tuple[torch.Tensor, int, int]:
+    def __call__(self, data: bytes) -> Prepared:
         if data == b"exit":
             os._exit(7)
         if data == b"interrupt":
@@ -45,9 +45,9 @@ class Prepare:
         if data == b"memory":
             raise MemoryError
         if data == b"float":
-            return torch.full((3, 8, 8), 0.5), 1, 1
+            return Prepared(torch.full((3, 8, 8), 0.5), 1, 1)
         decoded = decode(data, DecodeSettings(), "rgb", False)
-        return self.geometry(decoded.pixels), decoded.width, decoded.height
+        return Prepared(self.geometry(decoded.pixels), decoded.width, decoded.height)
 
 
 PREPARE = Prepare(Geometry(Preprocess(resize=(8, 8))))
@@ -103,9 +103,7 @@ def make(processes: int = 0, **given: Any) -> Loader:
         "reader": Reader(),
         "prepare": PREPARE,
         "batch_size": 4,
-        "processes": processes,
-        "prefetch": 2,
-        "pin_memory": False,
+        "plan": LoaderPlan(processes, 2, False),
         "size": (8, 8),
     }
     return Loader(**settings | given)
@@ -373,3 +371,17 @@ def ended(watch: int) -> bool:
         return bool(select.select([watch], [], [], 20)[0])
     finally:
         os.close(watch)
+
+
+def test_images_of_different_sizes_travel_one_behind_the_other(tmp_path: Path) -> None:
+    paths = images(tmp_path, png(1, (8, 8)), png(2, (3, 5)), b"no image", png(3, (8, 8)))
+    for processes in (0, 1):
+        loader = make(processes, prepare=Prepare(Geometry(Preprocess())), size=None, varying=True)
+        (batch,) = loader.batches(Feed([shard(0, paths)]))
+        loader.close()
+        assert batch.pixels is not None
+        assert batch.shapes is not None
+        assert [sorted(shape[1:]) for shape in batch.shapes] == [[8, 8], [3, 5], [8, 8]]
+        ends = [192, 237]
+        assert [set(part.tolist()) for part in batch.pixels.tensor_split(ends)] == [{1}, {2}, {3}]
+        assert [fact.fault is None for fact in batch.facts] == [True, True, False, True]

@@ -9,25 +9,22 @@ import pytest
 import torch
 from torch import nn
 
+from batchjob.devices import pick_device, pick_precision
 from batchjob.errors import AttemptFailed, InvalidJob
-from batchjob.predict import Predictor, example_output, pick_device, pick_precision
-from batchjob.records import Fault, Preprocess
+from batchjob.predict import Forward, Modes, Predicted, Predictor
+from batchjob.records import Preprocess, Recipe
 from batchjob.transform import normalizer
 
 CPU = torch.device("cpu")
-NOT_FINITE = Fault("predict", "not_finite", "it is NaN")
 PREPROCESS = Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 class Embedded:
-    """The model's output as it is; a row that is not finite is a fault."""
+    """The model's output as it is."""
 
     def on_device(self, output: Any) -> dict[str, torch.Tensor]:
         assert torch.is_inference_mode_enabled() or not torch.is_grad_enabled()
-        return {"embedding": output, "finite": output.isfinite().all(dim=1)}
-
-    def faults(self, tensors: dict[str, torch.Tensor]) -> list[Fault | None]:
-        return [None if fine else NOT_FINITE for fine in tensors["finite"].tolist()]
+        return {"embedding": output}
 
 
 class Small(nn.Module):
@@ -85,8 +82,26 @@ def images(rows: int) -> torch.Tensor:
     return torch.randint(0, 250, (rows, 3, 8, 8), dtype=torch.uint8)
 
 
-def make(module: nn.Module, precision: str = "fp32", grad_mode: Any = "inference") -> Predictor:
-    return Predictor(module.eval(), normalizer(PREPROCESS), Embedded(), CPU, precision, grad_mode)
+def forward(
+    module: nn.Module, precision: Any = "fp32", grad_mode: Any = "inference", device: torch.device = CPU, **modes: Any
+) -> Forward:
+    return Forward(
+        module.eval(), normalizer(PREPROCESS), device, Modes(grad_mode, recipe=Recipe(precision=precision), **modes)
+    )
+
+
+def make(module: nn.Module, precision: Any = "fp32", grad_mode: Any = "inference") -> Predictor:
+    return Predictor(forward(module, precision, grad_mode), Embedded())
+
+
+def embedded(predicted: Predicted) -> torch.Tensor:
+    """All rows that were predicted, in the batch's order."""
+    found = {
+        row: vector
+        for piece in predicted.wait().pieces
+        for row, vector in zip(piece.rows, piece.tensors["embedding"], strict=True)
+    }
+    return torch.stack([found[row] for row in sorted(found)])
 
 
 def plain(module: Small, pixels: torch.Tensor) -> torch.Tensor:
@@ -104,8 +119,8 @@ def test_the_numbers_are_those_of_a_plain_loop(grad_mode: Any) -> None:
     predictor.warm_up((8, 8))
     predictor.warm_up((3, 8, 8), rows=3)
     made = predictor(pixels)
-    torch.testing.assert_close(made.tensors["embedding"], plain(module, pixels), rtol=0, atol=0)
-    assert made.faults == (None,) * 7
+    torch.testing.assert_close(embedded(made), plain(module, pixels), rtol=0, atol=0)
+    assert made.lost == ()
     assert [seen[0] for seen in module.seen] == [2, 3, 7]
     assert {seen[2] for seen in module.seen} == {grad_mode == "inference"}
     assert {seen[3] for seen in module.seen} == {False}
@@ -116,25 +131,17 @@ def test_bf16_is_autocast_and_comes_back_as_float() -> None:
     made = make(module, "bf16")(pixels)
     assert module.seen[0][1] == torch.bfloat16
     assert {weight.dtype for weight in module.parameters()} == {torch.float32}
-    assert made.tensors["embedding"].dtype == torch.float32
-    torch.testing.assert_close(made.tensors["embedding"], plain(module, pixels), rtol=0.05, atol=0.05)
+    assert embedded(made).dtype == torch.float32
+    torch.testing.assert_close(embedded(made), plain(module, pixels), rtol=0.05, atol=0.05)
 
 
 def test_what_the_jobs_own_transform_made_goes_in_as_it_is() -> None:
     module, values = Small(), torch.rand(3, 3, 8, 8)
-    predictor = Predictor(
-        module.eval(), normalizer(Preprocess(transform="net:f")), Embedded(), CPU, "fp32", "inference"
-    )
+    as_it_is = normalizer(Preprocess(transform="net:f"))
+    predictor = Predictor(Forward(module.eval(), as_it_is, CPU, Modes()), Embedded())
     predictor.warm_up((8, 8), dtype=torch.float32)
     with torch.no_grad():
-        torch.testing.assert_close(predictor(values).tensors["embedding"], module.layers(values), rtol=0, atol=0)
-
-
-def test_rows_that_are_not_finite_are_faults() -> None:
-    module = Small()
-    with torch.no_grad():
-        list(module.parameters())[-1][0] = torch.nan
-    assert make(module)(images(2)).faults == (NOT_FINITE, NOT_FINITE)
+        torch.testing.assert_close(embedded(predictor(values)), module.layers(values), rtol=0, atol=0)
 
 
 OUT_OF_MEMORY = [
@@ -151,8 +158,8 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_size_that_fits_is_kept(erro
     module, pixels = Cramped(3, error), images(10)
     predictor = make(module)
     made = predictor(pixels)
-    torch.testing.assert_close(made.tensors["embedding"], plain(module, pixels))
-    assert made.faults == (None,) * 10
+    torch.testing.assert_close(embedded(made), plain(module, pixels))
+    assert made.lost == ()
     assert [seen[0] for seen in module.seen] == [10, 5, 2, 2, 2, 2, 2]
     module.seen.clear()
     predictor(pixels[:4])
@@ -170,14 +177,14 @@ def test_an_image_that_alone_does_not_fit_is_a_fault_and_the_others_are_predicte
     pixels[4, 0, 0, 0] = 255
     predictor = make(module)
     made = predictor(pixels)
-    assert [fault and fault.type for fault in made.faults] == [None] * 4 + ["memory"] + [None] * 4
+    assert made.lost == (4,)
+    assert predictor.lost_fault().type == "memory"
     good = [0, 1, 2, 3, 5, 6, 7, 8]
-    torch.testing.assert_close(made.tensors["embedding"][good], plain(module, pixels)[good])
-    assert made.tensors["finite"].tolist() == [True] * 4 + [False] + [True] * 4
+    torch.testing.assert_close(embedded(made), plain(module, pixels)[good])
     module.seen.clear()
     predictor(images(9))
     assert [seen[0] for seen in module.seen] == [9], "that was the image's fault, not the batch size's"
-    assert [fault and fault.type for fault in predictor(pixels[4:5]).faults] == ["memory"]
+    assert predictor(pixels[4:5]).lost == (0,)
 
 
 def test_memory_that_is_gone_is_no_fault_of_the_images() -> None:
@@ -197,7 +204,7 @@ def test_a_model_that_inference_mode_breaks_is_told_what_to_write() -> None:
     assert "Inference tensors do not track version counter" in caught.value.message
     predictor = make(NeedsVersions(), grad_mode="no_grad")
     predictor.warm_up((8, 8))
-    assert predictor(images(2)).faults == (None, None)
+    assert len(embedded(predictor(images(2)))) == 2
 
 
 def test_a_model_that_fails_anyway_is_told_with_its_words() -> None:
@@ -207,12 +214,69 @@ def test_a_model_that_fails_anyway_is_told_with_its_words() -> None:
 
 
 def test_an_example_shows_the_output_and_leaves_the_generator_alone() -> None:
-    module, state = Small().eval(), torch.get_rng_state()
-    output = example_output(module, normalizer(PREPROCESS), (8, 8), CPU, "fp32", "inference")
-    assert output.shape == (2, 5)
+    state = torch.get_rng_state()
+    assert forward(Small()).tried(images(2)).shape == (2, 5)
+    make(Small()).warm_up((8, 8))
+    state = torch.get_rng_state()
+    make_nothing = forward(nn.Identity())
+    make_nothing.tried(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
     assert torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(InvalidJob, match="grad_mode"):
-        example_output(NeedsVersions().eval(), normalizer(PREPROCESS), (3, 8, 8), CPU, "fp32", "inference")
+
+
+class Sizes(nn.Module):
+    """Mean colour and size of each image, of a batch or of a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+
+    def forward(self, images: Any) -> torch.Tensor:
+        self.calls.append(len(images))
+        each = [torch.cat([image.mean((1, 2)), torch.tensor([*map(float, image.shape[1:])])]) for image in images]
+        return torch.stack(each)
+
+
+def ragged(*sizes: tuple[int, int]) -> tuple[torch.Tensor, list[tuple[int, ...]], list[torch.Tensor]]:
+    made = [torch.randint(0, 250, (3, *size), dtype=torch.uint8) for size in sizes]
+    return torch.cat([image.flatten() for image in made]), [tuple(image.shape) for image in made], made
+
+
+@pytest.mark.parametrize(("takes", "calls"), [("batch", [2, 1, 1]), ("list", [4])])
+def test_images_of_different_sizes_are_predicted_by_size_or_as_a_list(takes: Any, calls: list[int]) -> None:
+    module = Sizes()
+    flat, shapes, each = ragged((4, 6), (5, 5), (4, 6), (6, 4))
+    predictor = Predictor(forward(module, takes=takes), Embedded())
+    found = embedded(predictor(flat, shapes))
+    assert module.calls == calls
+    with torch.no_grad():
+        wanted = module([normalizer(PREPROCESS)(image[None], torch.float32)[0] for image in each])
+    torch.testing.assert_close(found, wanted)
+
+
+def test_images_of_different_sizes_that_do_not_fit_are_halved_too() -> None:
+    class Narrow(Sizes):
+        def forward(self, images: Any) -> torch.Tensor:
+            if len(images) > 2:
+                raise OUT_OF_MEMORY[0]
+            return super().forward(images)
+
+    module = Narrow()
+    flat, shapes, each = ragged((4, 6), (5, 5), (3, 6), (6, 4), (1, 1))
+    found = embedded(Predictor(forward(module, takes="list"), Embedded())(flat, shapes))
+    assert found[:, 3:].tolist() == [[float(side) for side in image.shape[1:]] for image in each]
+
+
+def test_a_model_that_takes_just_one_batch_size_gets_short_ones_padded() -> None:
+    class Strict(Small):
+        def forward(self, images: torch.Tensor) -> Any:
+            assert len(images) == 4
+            return super().forward(images)
+
+    module, pixels = Strict(), images(7)
+    predictor = Predictor(forward(module), Embedded(), batch_size=4)
+    predictor.warm_up((8, 8))
+    torch.testing.assert_close(embedded(predictor(pixels)), plain(module, pixels))
+    torch.testing.assert_close(embedded(predictor(pixels[:1])), plain(module, pixels[:1]))
 
 
 def test_devices_are_never_replaced() -> None:
@@ -243,9 +307,9 @@ def test_on_a_gpu() -> None:
     expected = plain(module, pixels)
     before = torch.backends.cuda.matmul.fp32_precision
     for precision, tolerance in (("fp32", 1e-5), ("tf32", 1e-2), ("bf16", 0.1), ("fp16", 0.1)):
-        predictor = Predictor(module, normalizer(PREPROCESS), Embedded(), device, precision, "inference")
+        predictor = Predictor(forward(module, precision, device=device), Embedded())
         predictor.warm_up((8, 8))
-        made = predictor(pixels).tensors["embedding"]
+        made = embedded(predictor(pixels))
         assert made.device == CPU
         torch.testing.assert_close(made, expected, rtol=tolerance, atol=tolerance)
     assert torch.backends.cuda.matmul.fp32_precision == before
@@ -260,6 +324,6 @@ def test_a_gpu_that_is_really_full_is_met_with_smaller_batches() -> None:
             return super().forward(images)
 
     module, pixels = Hungry().eval(), images(8)
-    made = Predictor(module, normalizer(PREPROCESS), Embedded(), torch.device("cuda"), "fp32", "inference")(pixels)
-    assert made.faults == (None,) * 8
+    made = Predictor(forward(module, device=torch.device("cuda")), Embedded())(pixels)
+    assert made.lost == ()
     assert max(seen[0] for seen in module.seen) == 2

@@ -36,7 +36,7 @@ def rows(post: Postprocess, output: torch.Tensor, tmp_path: Path) -> list[dict[s
     tensors = {name: tensor.cpu() for name, tensor in post.on_device(output).items()}
     assert tensors["finite"].dtype is torch.bool
     assert {len(tensor) for tensor in tensors.values()} == {len(output)}
-    arrays = post.columns(tensors)
+    arrays = post.columns(tensors, [])
     for array, field in zip(arrays, post.fields, strict=True):
         array.validate(full=True)
         assert (array.type, len(array), field.nullable) == (field.type, len(output), True)
@@ -208,7 +208,7 @@ def test_rows_have_a_bound_before_the_model_is_known(tmp_path: Path) -> None:
     labels = [f"label number {n}" for n in range(10)]
     task = ClassificationTask(top_k=5, labels=labels)
     post = task.prepare(torch.zeros(EXAMPLE_ROWS, 10), None, READER)
-    columns = post.columns(post.on_device(torch.randn(1000, 10)))
+    columns = post.columns(post.on_device(torch.randn(1000, 10)), [])
     assert sum(column.nbytes for column in columns) / 1000 <= task.row_bytes < ClassificationTask(top_k=5).row_bytes
     assert EmbeddingTask().row_bytes >= 4 * 2048
 

@@ -13,8 +13,8 @@ from torchvision.transforms import InterpolationMode, functional
 from torchvision.transforms._presets import ImageClassification
 
 from batchjob.errors import ImageFault, InvalidJob
-from batchjob.records import Preprocess
-from batchjob.transform import Geometry, merge, normalizer
+from batchjob.records import ImageFacts, Preprocess
+from batchjob.transform import Geometry, frame, merge, normalizer
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OWN = Preprocess(resize=256, crop=224, mean=MEAN, std=STD)
@@ -201,3 +201,45 @@ def test_what_does_not_fit_together_names_the_keys(job: Preprocess | None, own: 
         merge(job, own)
     assert words in caught.value.message
     assert caught.value.message.startswith("preprocess")
+
+
+@pytest.mark.parametrize("size", [(300, 400), (50, 30), (224, 224), (31, 999)])
+@pytest.mark.parametrize(
+    "preprocess",
+    [
+        Preprocess(resize=64, crop=48),
+        Preprocess(resize=(40, 80)),
+        Preprocess(crop=(100, 60)),
+        Preprocess(),
+        Preprocess(resize=32, sizes="group", pad=32),
+    ],
+    ids=["resize-crop", "resize", "crop", "nothing", "pad"],
+)
+def test_a_frame_leads_back_to_the_image(size: tuple[int, int], preprocess: Preprocess) -> None:
+    # A bright square in the middle: found in the model's input, it must be found again where it was.
+    pixels = np.zeros((*size, 3), np.uint8)
+    height, width = size
+    top, left = height // 2 - 10, width // 2 - 10
+    pixels[top : top + 20, left : left + 20] = 255
+    made = Geometry(preprocess)(pixels)
+    rows, columns = (made[0] > 127).nonzero(as_tuple=True)
+    found = frame(preprocess, ImageFacts(None, width, height))
+    if preprocess.pad is None:
+        assert made.shape[1:] == (found.input_height, found.input_width)
+    else:
+        assert not made[:, found.input_height :].any()
+        assert [side % 32 for side in made.shape[1:]] == [0, 0]
+    back_x = [(value + found.left) / found.scale_x for value in (columns.min().item(), columns.max().item() + 1)]
+    back_y = [(value + found.top) / found.scale_y for value in (rows.min().item(), rows.max().item() + 1)]
+    assert back_x == pytest.approx([left, left + 20], abs=1 / found.scale_x + 0.01)
+    assert back_y == pytest.approx([top, top + 20], abs=1 / found.scale_y + 0.01)
+
+
+def test_a_frame_of_a_turned_image_is_the_upright_one() -> None:
+    found = frame(Preprocess(), ImageFacts(None, 40, 30, turned=True))
+    assert (found.width, found.height, found.input_width) == (30, 40, 30)
+
+
+def test_padding_asks_for_groups() -> None:
+    with pytest.raises(InvalidJob, match=r"preprocess\.sizes: group"):
+        merge(Preprocess(pad=32), OWN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,7 +11,7 @@ import pyarrow as pa
 from pydantic import BeforeValidator, Field
 
 from batchjob.errors import InvalidJob
-from batchjob.records import Fault
+from batchjob.records import Fault, Frame
 from batchjob.settings import Settings, Uri
 from batchjob.tasks.labels import read_labels
 from batchjob.tasks.postprocess import Postprocess, faults, float_rows, present
@@ -113,6 +114,7 @@ class _TopK:
     top_k: int
     labels: tuple[str, ...] | None
     allow_nan: bool
+    truth: str | None = None
 
     @property
     def fields(self) -> list[pa.Field]:
@@ -128,7 +130,7 @@ class _TopK:
         scores, ids = output.float().softmax(dim=1).topk(self.top_k, dim=1)
         return {"label_id": ids.to(torch.int32), "score": scores, "finite": scores.isfinite().all(dim=1)}
 
-    def columns(self, tensors: dict[str, torch.Tensor]) -> list[pa.Array]:
+    def columns(self, tensors: dict[str, torch.Tensor], frames: Sequence[Frame]) -> list[pa.Array]:  # noqa: ARG002
         good = present(tensors)
         ids, scores = tensors["label_id"].numpy(), tensors["score"].numpy()
         first = pa.array(ids[:, 0], mask=~good)
@@ -137,6 +139,9 @@ class _TopK:
 
     def faults(self, tensors: dict[str, torch.Tensor]) -> list[Fault | None]:
         return faults(tensors, self.allow_nan)
+
+    def tally(self, rows: pa.RecordBatch) -> dict[str, float]:  # noqa: ARG002
+        return {}
 
     def _named(self, ids: pa.Array) -> pa.Array:
         if self.labels is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
-from batchjob.records import Fault
+from batchjob.records import Fault, Frame
 from batchjob.settings import Settings
 from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess, faults, float_rows, present
 
@@ -119,6 +120,7 @@ class _Vectors:
     dimensions: int
     normalize: bool
     allow_nan: bool
+    truth: str | None = None
 
     @property
     def fields(self) -> list[pa.Field]:
@@ -134,10 +136,13 @@ class _Vectors:
             vectors = torch.nn.functional.normalize(vectors, dim=1)
         return {"embedding": vectors, "finite": finite}
 
-    def columns(self, tensors: dict[str, torch.Tensor]) -> list[pa.Array]:
+    def columns(self, tensors: dict[str, torch.Tensor], frames: Sequence[Frame]) -> list[pa.Array]:  # noqa: ARG002
         flat = pa.array(tensors["embedding"].contiguous().view(-1).numpy())
         absent = None if self.allow_nan else pa.array(~present(tensors))
         return [pa.FixedSizeListArray.from_arrays(flat, self.dimensions, mask=absent)]
 
     def faults(self, tensors: dict[str, torch.Tensor]) -> list[Fault | None]:
         return faults(tensors, self.allow_nan)
+
+    def tally(self, rows: pa.RecordBatch) -> dict[str, float]:  # noqa: ARG002
+        return {}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
 from batchjob.errors import InvalidJob
-from batchjob.records import Fault
+from batchjob.records import Fault, Frame
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,22 +29,31 @@ class Postprocess(Protocol):
 
     Attributes:
         fields: the Arrow columns it makes, all nullable; always the same.
+        truth: the passthrough column that holds what is right, where the job names one.
     """
 
     @property
     def fields(self) -> list[pa.Field]: ...
 
+    @property
+    def truth(self) -> str | None: ...
+
     def on_device(self, output: Any) -> dict[str, torch.Tensor]:
         """The few numbers worth carrying to the host; first dimension n. `finite` (bool `[n]`) is among them."""
 
-    def columns(self, tensors: dict[str, torch.Tensor]) -> list[pa.Array]:
+    def columns(self, tensors: dict[str, torch.Tensor], frames: Sequence[Frame]) -> list[pa.Array]:
         """`fields` as arrays of n rows, from what `on_device` gave, on the host; they may share its memory.
+
+        `frames` say, row by row, where the model's input lay in its image.
 
         Rows that are not finite are null, or as far as NaN goes, where the job lets them pass.
         """
 
     def faults(self, tensors: dict[str, torch.Tensor]) -> list[Fault | None]:
         """Per row, what makes it an error row; n of them."""
+
+    def tally(self, rows: pa.RecordBatch) -> dict[str, float]:
+        """How right finished rows without errors are, against their column `truth`: sums that add up over batches."""
 
 
 def faults(tensors: Mapping[str, torch.Tensor], allow_nan: bool) -> list[Fault | None]:

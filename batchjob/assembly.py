@@ -1,0 +1,289 @@
+"""Predicted batches to committed parts, in threads of its own, so that the model never waits for Arrow or storage."""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batchjob import ledger
+from batchjob.errors import AttemptFailed, BatchjobError
+from batchjob.pool import Done, Event, Failed
+from batchjob.predict import Predicted
+from batchjob.records import Batch, Fault, Frame, ImageFacts, Provenance, Shard, ShardResult
+from batchjob.sink import PartWriter, rows
+from batchjob.storage import Store
+from batchjob.tasks import Postprocess
+
+__all__ = ["Assembly", "Imprint", "as_ours"]
+
+_BATCHES_WAITING = 2
+_COMMITS_PENDING = 2
+_RECORDED = ("batchjob", "torch", "torchvision", "pyarrow", "pillow")
+
+Frames = Callable[[ImageFacts], Frame]
+
+
+@dataclass(frozen=True)
+class Imprint:
+    """What every row and every footer of this worker says.
+
+    Attributes:
+        plan: id of the plan.
+        fingerprint: digest of the job's.
+        model: digest of weights and model code; `model_id` is its name in the rows.
+        schema: of every part.
+    """
+
+    plan: str
+    fingerprint: str
+    model: str
+    model_id: str
+    schema: pa.Schema
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One batch on its way into its part."""
+
+    shard: Shard
+    batch: Batch
+    predicted: Predicted | Exception | None
+    seconds: float
+    last: bool
+
+
+class Assembly:
+    """Takes batches in the order they were predicted; tells what became of each shard.
+
+    Args:
+        store: of the output.
+        spool: local folder for parts in the making.
+        imprint: see `Imprint`.
+        post: the task's half after the model.
+        frames: where the model's input lies in an image.
+        lost: what is said of images that do not fit into memory.
+        wanted: raises when the plan was discarded meanwhile; asked before each commit.
+        tell: called, from any thread, with what became of a shard.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        spool: Path,
+        imprint: Imprint,
+        post: Postprocess,
+        frames: Frames,
+        lost: Fault,
+        wanted: Callable[[], None],
+        tell: Callable[[Event], None],
+    ) -> None:
+        self._store, self._spool, self._imprint, self._post = store, spool, imprint, post
+        self._frames, self._lost, self._wanted, self._tell = frames, lost, wanted, tell
+        self._drafts: dict[int, _Draft] = {}
+        self._waiting: queue.Queue[_Item | Callable[[], None] | None] = queue.Queue(_BATCHES_WAITING)
+        self._room = threading.Semaphore(_COMMITS_PENDING)
+        self._committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._thread = threading.Thread(target=self._work, name="assembly", daemon=True)
+        self._thread.start()
+
+    def add(
+        self, shard: Shard, batch: Batch, predicted: Predicted | Exception | None, *, seconds: float, last: bool
+    ) -> None:
+        """The next batch of a shard; waits while others are still in the queue.
+
+        Args:
+            shard: whose batch it is.
+            batch: as loaded.
+            predicted: what the model gave, None where no image was good; or what ends this attempt.
+            seconds: that the prediction took here.
+            last: no more of this shard will come.
+        """
+        self._waiting.put(_Item(shard, batch, predicted, seconds, last))
+
+    def add_empty(self, shard: Shard) -> None:
+        """A shard of no images."""
+        self._waiting.put(lambda: self._seal(_Draft(self._spool, shard, self._imprint.schema)))
+
+    def lose(self, shards: Sequence[Shard], error: BatchjobError) -> None:
+        """No more of these shards will come. Those that have failed before are not told twice."""
+        self._waiting.put(lambda: self._give_up(shards, error))
+
+    def close(self) -> None:
+        """Finish what was added, commits included."""
+        self._waiting.put(None)
+        self._thread.join()
+        self._committer.shutdown(wait=True)
+
+    # -- in the thread -----------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            if isinstance(item, _Item):
+                self._advance(item)
+            else:
+                item()
+        for draft in self._drafts.values():
+            draft.give_up()
+
+    def _advance(self, item: _Item) -> None:
+        """One batch further. A shard that has failed is passed over to its end."""
+        key = item.shard.key
+        draft = self._drafts.get(key.index)
+        if draft is None:
+            draft = self._drafts[key.index] = _Draft(self._spool, item.shard, self._imprint.schema)
+        if not draft.failed:
+            try:
+                self._enter(draft, item)
+            except Exception as error:  # noqa: BLE001 - ends this attempt; the driver decides how far it reaches
+                draft.give_up()
+                self._tell(Failed(key, as_ours(error)))
+        if item.last:
+            del self._drafts[key.index]
+            if not draft.failed:
+                self._seal(draft)
+
+    def _enter(self, draft: _Draft, item: _Item) -> None:
+        """Rows of one batch into the part."""
+        if isinstance(item.predicted, Exception):
+            raise item.predicted
+        draft.spend(item.batch.seconds)
+        columns: list[pa.Array] = []
+        faults: list[Fault | None] = []
+        began = time.perf_counter()
+        if item.predicted is not None:
+            predicted = item.predicted.wait()
+            frames = [self._frames(fact) for fact in item.batch.facts if fact.fault is None]
+            began, waited = time.perf_counter(), time.perf_counter() - began
+            draft.spend({"forward": item.seconds + waited})
+            columns, faults = self._outcome(predicted, frames)
+        made = rows(
+            self._imprint.schema,
+            shard=draft.shard,
+            start=item.batch.start,
+            facts=item.batch.facts,
+            columns=columns,
+            faults=faults,
+            run_id=self._imprint.plan,
+            model_id=self._imprint.model_id,
+        )
+        draft.writer.add(made)
+        if self._post.truth is not None:
+            draft.truth.update(self._post.tally(made.filter(pc.is_null(made.column("error_stage")))))
+        draft.spend({"write": time.perf_counter() - began})
+
+    def _outcome(self, predicted: Predicted, frames: Sequence[Frame]) -> tuple[list[pa.Array], list[Fault | None]]:
+        """The task's columns and faults, a row for each image, in the batch's order."""
+        order: list[int] = []
+        parts: list[list[pa.Array]] = []
+        found: list[Fault | None] = []
+        for piece in predicted.pieces:
+            order += piece.rows
+            parts.append(self._post.columns(piece.tensors, [frames[row] for row in piece.rows]))
+            found += self._post.faults(piece.tensors)
+        if predicted.lost:
+            order += predicted.lost
+            parts.append([pa.nulls(len(predicted.lost), field.type) for field in self._post.fields])
+            found += [self._lost] * len(predicted.lost)
+        columns = parts[0] if len(parts) == 1 else [pa.concat_arrays(same) for same in zip(*parts, strict=True)]
+        if order == sorted(order):
+            return columns, found
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return [column.take(pa.array(back)) for column in columns], [found[index] for index in back]
+
+    def _give_up(self, shards: Sequence[Shard], error: BatchjobError) -> None:
+        for shard in shards:
+            draft = self._drafts.pop(shard.key.index, None)
+            if draft is None or not draft.failed:
+                self._tell(Failed(shard.key, error))
+            if draft is not None:
+                draft.give_up()
+
+    def _seal(self, draft: _Draft) -> None:
+        """Finish the part and commit it, beside the next one."""
+        self._room.acquire()
+        self._committer.submit(self._commit, draft).add_done_callback(self._committed)
+
+    def _committed(self, future: Future[Event]) -> None:
+        self._room.release()
+        self._tell(future.result())
+
+    def _commit(self, draft: _Draft) -> Event:
+        key = draft.shard.key
+        try:
+            made = draft.close(self._imprint)
+            done = ledger.commit(self._store, key, draft.writer.path, made, self._wanted)
+            examples = draft.writer.examples if done.ours else {}
+            return Done(ShardResult(key, done.provenance, examples, done.ours, done.stat.etag))
+        except Exception as error:  # noqa: BLE001 - ends this attempt
+            return Failed(key, as_ours(error))
+        finally:
+            draft.writer.path.unlink(missing_ok=True)
+
+
+class _Draft:
+    """A part in the making: one attempt at one shard."""
+
+    def __init__(self, spool: Path, shard: Shard, schema: pa.Schema) -> None:
+        self.shard = shard
+        self.attempt = secrets.token_hex(8)
+        self.failed = False
+        self.writer = PartWriter(spool / f"{shard.key.index}-{self.attempt}.parquet", schema)
+        self.truth: Counter[str] = Counter()
+        self._began = time.perf_counter()
+        self._seconds: Counter[str] = Counter()
+
+    def spend(self, seconds: Mapping[str, float]) -> None:
+        """Add to the stage clocks."""
+        self._seconds.update(seconds)
+
+    def give_up(self) -> None:
+        """No more of this attempt."""
+        self.failed = True
+        with suppress(OSError):
+            self.writer.abandon()
+        self.writer.path.unlink(missing_ok=True)
+
+    def close(self, imprint: Imprint) -> Provenance:
+        """Write the footer; the file is the part."""
+        key = self.shard.key
+        if self.writer.rows != key.rows:
+            raise BatchjobError(f"shard {key.index} has {key.rows} images, {self.writer.rows} rows")
+        self.spend({"wall": time.perf_counter() - self._began})
+        made = Provenance(
+            plan=imprint.plan,
+            shard=key.id,
+            index=key.index,
+            attempt=self.attempt,
+            revision=0,
+            fingerprint=imprint.fingerprint,
+            model=imprint.model,
+            rows=self.writer.rows,
+            failed=self.writer.failed,
+            errors=self.writer.errors,
+            seconds={stage: round(spent, 4) for stage, spent in self._seconds.items()},
+            versions={name: version(name) for name in _RECORDED},
+            truth=dict(self.truth),
+        )
+        self.writer.close(made)
+        return made
+
+
+def as_ours(error: Exception) -> BatchjobError:
+    """An exception of ours as it is, any other as a failed attempt that names it."""
+    if isinstance(error, BatchjobError):
+        return error
+    text = " ".join(str(error).split())[:500]
+    return AttemptFailed(f"{type(error).__name__}: {text}")

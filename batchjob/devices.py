@@ -1,0 +1,92 @@
+"""Which device a worker computes on, and in which precision; a name that is asked for is never replaced."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+from batchjob.errors import InvalidJob
+from batchjob.records import Precision
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["pick_device", "pick_precision"]
+
+_PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+
+
+def pick_device(name: str, among: Sequence[str] | None = None) -> torch.device:
+    """The device a job asks for. `auto` takes the first that is there of CUDA, XPU, MPS and the CPU.
+
+    Args:
+        name: auto, cpu, cuda, cuda:N, mps or xpu. ROCm is `cuda` to torch.
+        among: types of device that the model runs on; None for all.
+
+    Raises:
+        InvalidJob: it is not there, not known, or not one the model runs on.
+    """
+    import torch
+
+    if name == "auto":
+        there = [kind for kind in ("cuda", "xpu", "mps", "cpu") if _is_there(kind) and (not among or kind in among)]
+        if not there:
+            raise InvalidJob(
+                f"model: it runs on {' or '.join(among or ())} only, which is not there; give another file"
+            )
+        return torch.device(there[0])
+    if not re.fullmatch(r"cpu|mps|xpu|cuda(:\d+)?", name):
+        raise InvalidJob(f"runtime.device: {name!r} is not known; write auto, cpu, cuda, cuda:N, mps or xpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        _check_cuda(device)
+    elif not _is_there(device.type):
+        raise InvalidJob(f"runtime.device: {device.type} is not there; write runtime.device=auto or cpu")
+    if among and device.type not in among:
+        raise InvalidJob(f"runtime.device: the model runs on {' or '.join(among)} only, not on {name}; write auto")
+    return device
+
+
+def _is_there(kind: str) -> bool:
+    import torch
+
+    match kind:
+        case "cuda":
+            return torch.cuda.is_available()
+        case "xpu":
+            return torch.xpu.is_available()
+        case "mps":
+            return torch.backends.mps.is_available()
+    return kind == "cpu"
+
+
+def _check_cuda(device: torch.device) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "no GPU or driver is visible"
+        raise InvalidJob(f"runtime.device: {device} is not there ({why}); write runtime.device=auto or cpu")
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise InvalidJob(f"runtime.device: {device} is not there, only cuda:0 to cuda:{count - 1}")
+
+
+def pick_precision(name: str, device: torch.device) -> Precision:
+    """The precision a job asks for; `auto` is bf16 on CUDA devices that compute in it, else fp16, and fp32 elsewhere.
+
+    Raises:
+        InvalidJob: the device cannot compute in it.
+    """
+    import torch
+
+    if name == "auto":
+        if device.type != "cuda":
+            return "fp32"
+        with torch.cuda.device(device):
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if name not in _PRECISIONS:
+        raise InvalidJob(f"runtime.precision: {name!r} is not known; write auto, {', '.join(_PRECISIONS)}")
+    if name == "tf32" and device.type != "cuda":
+        raise InvalidJob(f"runtime.precision: tf32 is for CUDA devices, this one is {device}; write fp32 or auto")
+    return cast("Precision", name)
