@@ -12,7 +12,6 @@ import io
 import json
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -111,8 +110,8 @@ def current(store: Store) -> tuple[int, Head | None]:
         InvalidJob: the plan was written in a format that this version does not know (a discarded one may be).
     """
     number = 0
-    while (data := _head_bytes(store, number)) is not None:
-        if not _has_tombstone(store, number):
+    while (data := _read(store, f"{_folder(number)}head.json")) is not None:
+        if _read(store, f"{_folder(number)}discarded") is None:
             return number, _parse_head(data, store)
         number += 1
     return number, None
@@ -124,30 +123,27 @@ def freeze(store: Store, head: Head) -> Head:
     Raises:
         InvalidJob: parts lie there without a plan.
     """
+    key = f"{head.folder}head.json"
     foreign = next(iter(store.list("predictions/")), None)
-    if foreign is not None:
-        if (theirs := _head_bytes(store, head.number)) is not None:
-            return _parse_head(theirs, store)
+    if foreign is not None and _read(store, key) is None:  # with a head, another driver has begun meanwhile
         raise InvalidJob(
             f"{store.uri}: {foreign.uri} is there but no plan is; output.uri must be empty or hold this job's own "
             "output: choose another folder, or remove it"
         )
-    ours = json.dumps(asdict(head), indent=1).encode()
-    stands = _settle(store, f"{head.folder}head.json", ours)
-    return head if stands == ours else _parse_head(stands, store)
+    return _parse_head(_settle(store, key, json.dumps(asdict(head), indent=1).encode()), store)
 
 
 def is_discarded(store: Store, head: Head) -> bool:
     """Whether the plan's tombstone stands."""
-    return _has_tombstone(store, head.number)
+    return _read(store, f"{head.folder}discarded") is not None
 
 
 def is_buried(store: Store, plan: str) -> bool:
     """Whether `plan` is the id of a discarded plan of this output."""
     number = 0
-    while (data := _head_bytes(store, number)) is not None:
-        if _head_facts(data, store).get("plan") == plan:
-            return _has_tombstone(store, number)
+    while (data := _read(store, f"{_folder(number)}head.json")) is not None:
+        if json.loads(data)["plan"] == plan:
+            return _read(store, f"{_folder(number)}discarded") is not None
         number += 1
     return False
 
@@ -187,6 +183,7 @@ def extend(store: Store, head: Head, refs: Refs, unchanged: Callable[[], None]) 
         InvalidJob: the source changed, or the chunks that are there do not follow each other.
     """
     cursor, number = Cursor(), 0
+    size = max(1, CHUNK_ROWS // head.shard_size) * head.shard_size
     for chunk in chunks(store, head):
         yield chunk
         if chunk.last:
@@ -195,7 +192,7 @@ def extend(store: Store, head: Head, refs: Refs, unchanged: Callable[[], None]) 
     unchanged()
     while True:
         previous = _digest(store, head, number - 1)
-        for rows, last in _cut(refs(cursor), _chunk_rows(head.shard_size)):
+        for rows, last in _cut(refs(cursor), size):
             if last:
                 unchanged()
             body = _encode(head, number, cursor, previous, rows, last)
@@ -277,33 +274,8 @@ def _parse_contract(data: bytes) -> Contract:
     return Contract(schema.remove_metadata(), facts["model"], size)
 
 
-def _head_bytes(store: Store, number: int) -> bytes | None:
-    try:
-        return store.read(f"{_folder(number)}head.json").data
-    except NotFound:
-        return None
-
-
-def _has_tombstone(store: Store, number: int) -> bool:
-    try:
-        store.stat(f"{_folder(number)}discarded")
-    except NotFound:
-        return False
-    return True
-
-
-def _head_facts(data: bytes, store: Store) -> dict[str, Any]:
-    try:
-        facts = json.loads(data)
-    except ValueError:
-        facts = None
-    if not isinstance(facts, dict):
-        raise InvalidJob(f"{store.uri}: a head.json in _batchjob/plans/ is not batchjob's; choose another output.uri")
-    return facts
-
-
 def _parse_head(data: bytes, store: Store) -> Head:
-    facts = _head_facts(data, store)
+    facts = json.loads(data)
     if facts.get("format") != FORMAT:
         raise InvalidJob(
             f"{store.uri}: its plan has format {facts.get('format')}, this version knows {FORMAT}; "
@@ -318,10 +290,6 @@ def _folder(number: int) -> str:
 
 def _chunk_key(head: Head, number: int) -> str:
     return f"{head.folder}chunk-{number:07d}.arrow"
-
-
-def _chunk_rows(shard_size: int) -> int:
-    return max(1, CHUNK_ROWS // shard_size) * shard_size
 
 
 def _cut(batches: Iterator[pa.RecordBatch], size: int) -> Iterator[tuple[pa.Table, bool]]:
@@ -376,6 +344,13 @@ def _shard_id(head: Head, index: int, members: pa.Table) -> str:
     return digest.hexdigest()[:16]
 
 
+def _read(store: Store, key: str) -> bytes | None:
+    try:
+        return store.read(key).data
+    except NotFound:
+        return None
+
+
 def _settle(store: Store, key: str, body: bytes) -> bytes:
     """Put if absent; the bytes that stand then, ours or another's. "Exists" with nothing stored is asked again."""
     for _ in range(_LOOKS):
@@ -383,9 +358,8 @@ def _settle(store: Store, key: str, body: bytes) -> bytes:
             store.put_if_absent(key, body)
             return body
         except AlreadyExists:
-            pass
-        with suppress(NotFound):
-            return store.read(key).data
+            if (stands := _read(store, key)) is not None:
+                return stands
     raise Unavailable(f"{store.uri}/{key}: the store answers 'exists' to every PUT and shows nothing; run again")
 
 

@@ -1,0 +1,186 @@
+"""A store in memory, for the rooms that commit: it breaks where a test tells it to, and remembers what it was asked."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TypeVar
+
+from batchjob.errors import AlreadyExists, BatchjobError, Changed, NotFound, Unavailable
+from batchjob.records import Blob, Stat
+
+__all__ = ["WRITES", "Call", "Fault", "Killed", "MemoryStore"]
+
+T = TypeVar("T")
+WRITES = ("put_if_absent", "replace_if_match", "delete")
+
+
+class Killed(BaseException):
+    """The process died here: nothing after this line runs, no handler either."""
+
+
+class Fault(Enum):
+    """How a call goes wrong."""
+
+    DOWN = auto()  # nothing happens; no answer
+    LOST = auto()  # it happens; no answer
+    REPEATED = auto()  # it happens, the answer is lost, and the client's repeat meets its own first write
+    CONFLICT = auto()  # nothing happens; the answer is that of a lost race
+    KILLED_BEFORE = auto()
+    KILLED_AFTER = auto()
+
+
+_HAPPENS = {Fault.LOST, Fault.REPEATED, Fault.KILLED_AFTER}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What was asked of the store."""
+
+    verb: str
+    key: str
+
+
+@dataclass
+class _Planned:
+    verb: str
+    pattern: str
+    fault: Fault | Callable[[], object]
+    skip: int
+    times: int
+
+
+@dataclass
+class _Disk:
+    """What outlives every client."""
+
+    objects: dict[str, Blob] = field(default_factory=dict)
+    writes: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class MemoryStore:
+    """A `Store`. Several clients may share its objects, each with faults and calls of its own."""
+
+    uri = "memory://out"
+
+    def __init__(self, disk: _Disk | None = None) -> None:
+        self._disk = disk or _Disk()
+        self._planned: list[_Planned] = []
+        self.calls: list[Call] = []
+
+    # -- for tests ---------------------------------------------------------------------------------------------------
+
+    def client(self) -> MemoryStore:
+        """Another client of the same objects."""
+        return MemoryStore(self._disk)
+
+    def inject(
+        self, verb: str, pattern: str, fault: Fault | Callable[[], object], *, skip: int = 0, times: int = 1
+    ) -> None:
+        """Let the calls of `verb` on keys like `pattern` go wrong: after the first `skip`, the next `times`.
+
+        A callable is what somebody else does just before the call, which then goes its way.
+        """
+        self._planned.append(_Planned(verb, pattern, fault, skip, times))
+
+    def written(self) -> list[str]:
+        """Keys of all creates, replacements and deletions asked for, in order."""
+        return [call.key for call in self.calls if call.verb in WRITES]
+
+    def held(self) -> list[str]:
+        """Everything that lies there."""
+        return sorted(self._disk.objects)
+
+    # -- Store -------------------------------------------------------------------------------------------------------
+
+    def read(self, key: str) -> Blob:
+        """Raises NotFound, Unavailable."""
+        return self._asked("read", key, lambda: self._blob(key))
+
+    def read_tail(self, key: str, size: int) -> bytes:
+        """The last `size` bytes, or all."""
+        return self._asked("read_tail", key, lambda: self._blob(key).data[-size:] if size else b"")
+
+    def read_head(self, key: str, size: int) -> bytes:
+        """The first `size` bytes, or all."""
+        return self._asked("read_head", key, lambda: self._blob(key).data[:size])
+
+    def stat(self, key: str) -> Stat:
+        """Raises NotFound, Unavailable."""
+        return self._asked("stat", key, lambda: _stat(key, self._blob(key)))
+
+    def list(self, prefix: str) -> Iterator[Stat]:
+        """Objects whose key starts with `prefix`, in key order."""
+        found = self._asked("list", prefix, lambda: dict(self._disk.objects))
+        return (_stat(key, found[key]) for key in sorted(found) if key.startswith(prefix))
+
+    def put_if_absent(self, key: str, body: bytes | Path) -> Stat:
+        """Raises AlreadyExists, Unavailable."""
+        return self._asked("put_if_absent", key, lambda: self._create(key, body))
+
+    def replace_if_match(self, key: str, body: bytes | Path, version: str) -> Stat:
+        """Raises Changed, Unavailable."""
+        return self._asked("replace_if_match", key, lambda: self._replace(key, body, version), Changed)
+
+    def delete(self, key: str) -> None:
+        """Absent is fine."""
+        self._asked("delete", key, lambda: self._disk.objects.pop(key, None))
+
+    # -- how -----------------------------------------------------------------------------------------------------------
+
+    def _asked(self, verb: str, key: str, happen: Callable[[], T], lost_race: type[BatchjobError] = AlreadyExists) -> T:
+        fault = self._next_fault(verb, key)
+        if callable(fault):
+            fault()
+        with self._disk.lock:
+            self.calls.append(Call(verb, key))
+            if not isinstance(fault, Fault):
+                return happen()
+            if fault in _HAPPENS:
+                happen()
+        if fault in (Fault.KILLED_BEFORE, Fault.KILLED_AFTER):
+            raise Killed(f"{verb} {key}")
+        if fault in (Fault.CONFLICT, Fault.REPEATED):
+            raise lost_race(f"{self.uri}/{key}: lost a race, says the store")
+        raise Unavailable(f"{self.uri}/{key}: the store does not answer")
+
+    def _next_fault(self, verb: str, key: str) -> Fault | Callable[[], object] | None:
+        for planned in self._planned:
+            if planned.verb == verb and fnmatchcase(key, planned.pattern) and planned.times:
+                if planned.skip:
+                    planned.skip -= 1
+                    continue
+                planned.times -= 1
+                return planned.fault
+        return None
+
+    def _blob(self, key: str) -> Blob:
+        if key not in self._disk.objects:
+            raise NotFound(f"{self.uri}/{key}: not there")
+        return self._disk.objects[key]
+
+    def _create(self, key: str, body: bytes | Path) -> Stat:
+        if key in self._disk.objects:
+            raise AlreadyExists(f"{self.uri}/{key}: already there")
+        return self._write(key, body)
+
+    def _replace(self, key: str, body: bytes | Path, version: str) -> Stat:
+        if key not in self._disk.objects or self._disk.objects[key].version != version:
+            raise Changed(f"{self.uri}/{key}: replaced by another writer")
+        return self._write(key, body)
+
+    def _write(self, key: str, body: bytes | Path) -> Stat:
+        data = body.read_bytes() if isinstance(body, Path) else body
+        self._disk.writes += 1
+        self._disk.objects[key] = Blob(data, hashlib.sha256(data).hexdigest()[:32], str(self._disk.writes))
+        return _stat(key, self._disk.objects[key])
+
+
+def _stat(key: str, blob: Blob) -> Stat:
+    return Stat(key, len(blob.data), blob.etag, blob.version)
