@@ -215,7 +215,7 @@ def test_imagenet_logits_are_those_of_the_documented_loop(test_data: Path, tmp_p
         torch.manual_seed(0)
         model = resnet18().eval()
     transform = ResNet18_Weights.DEFAULT.transforms()
-    for row in found[::10]:
+    for row in found:
         image = transform(decode_image(row["uri"], mode=ImageReadMode.RGB))
         with torch.inference_mode():
             torch.testing.assert_close(torch.tensor(row["embedding"]), model(image[None])[0], atol=1e-3, rtol=0)

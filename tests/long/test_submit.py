@@ -1,0 +1,108 @@
+"""The README's way onto a cluster: a head with token authentication, and the job submitted to it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from commands import ROOT, right, table, until
+
+RAY = Path(sys.executable).with_name("ray")
+BATCHJOB = Path(sys.executable).with_name("batchjob")
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def answers(port: int) -> bool:
+    with closing(socket.socket()) as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A Ray head of our own on loopback; the environment its clients need."""
+    token = tmp_path / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")  # sockets want short paths
+    port, dashboard = free_port(), free_port()
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }
+    process = subprocess.Popen(
+        [
+            RAY,
+            "start",
+            "--head",
+            "--block",
+            "--dashboard-host=127.0.0.1",
+            f"--port={port}",
+            f"--dashboard-port={dashboard}",
+            f"--temp-dir={folder}",
+            "--node-ip-address=127.0.0.1",
+        ],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        until(lambda: answers(dashboard), timeout=90)
+        yield environment
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def submit(environment: Mapping[str, str], data: Path, output: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            RAY,
+            "job",
+            "submit",
+            "--working-dir",
+            ".",
+            "--",
+            BATCHJOB,
+            "run",
+            "jobs/cifar10_resnet20/job.yaml",
+            f"input.uri={data}/cifar10/images/",
+            f"model.weights={data}/cifar10/resnet20-12fca82f.th",
+            f"output.uri={output}",
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_a_submitted_job_succeeds_with_the_token_only(head: dict[str, str], test_data: Path, tmp_path: Path) -> None:
+    refused = submit({**head, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}, test_data, tmp_path / "out")
+    assert refused.returncode != 0
+    assert not (tmp_path / "out").exists()
+    done = submit(head, test_data, tmp_path / "out")
+    print(done.stdout[-600:])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in (done.stdout + done.stderr).lower()
+    assert abs(right(table(tmp_path / "out")) - 804) <= 1
