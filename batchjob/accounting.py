@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import batchjob
-from batchjob import ledger
-from batchjob.errors import CheckFailed, Incomplete
+from batchjob import ledger, plan
+from batchjob.errors import CheckFailed, Incomplete, NotFound
 from batchjob.ledger import Part, Totals
 from batchjob.plan import Head
 from batchjob.pool import Loaded
@@ -17,7 +17,7 @@ from batchjob.report import Outcome
 from batchjob.schedule import GivenUp
 from batchjob.storage import Store
 
-__all__ = ["Run", "conclude"]
+__all__ = ["Run", "clear_foreign", "conclude"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ def conclude(store: Store, head: Head, run: Run, *, max_rate: float, beat: Calla
         CheckFailed: parts and plan disagree.
     """
     there = ledger.parts(store)
-    _check_names(store, run, there)
+    # A worker lost between its PUT and its answer has committed all the same.
+    run = replace(run, given_up=tuple(gone for gone in run.given_up if gone.key.part not in there))
+    there = _checked_names(store, run, there)
     parts, totals = _add_up(store, head, run, there, beat)
     outcome = _outcome(store, run, totals, max_rate)
     facts = _facts(head, run, totals, outcome)
@@ -52,14 +54,31 @@ def conclude(store: Store, head: Head, run: Run, *, max_rate: float, beat: Calla
     return outcome
 
 
-def _check_names(store: Store, run: Run, there: Mapping[str, Stat]) -> None:
+def clear_foreign(store: Store, names: Iterable[str]) -> None:
+    """Delete these parts where a discarded plan left them.
+
+    Raises:
+        CheckFailed: one is of no such plan.
+    """
+    for key in sorted(names):
+        try:
+            made = ledger.inspect(store, key)
+        except NotFound:
+            continue
+        if not plan.is_buried(store, made.plan):
+            raise CheckFailed(
+                f"{store.uri}/{key} is a part of plan {made.plan}, not of this output's; remove it and run again"
+            )
+        store.delete(key)
+
+
+def _checked_names(store: Store, run: Run, there: Mapping[str, Stat]) -> dict[str, Stat]:
+    """The plan's own parts. Raises CheckFailed where one is missing, or a foreign one lies beside them."""
     given_up = {gone.key.part for gone in run.given_up}
-    missing = sorted(run.expected.keys() - there.keys() - given_up)
-    foreign = sorted(there.keys() - run.expected.keys())
-    if missing:
+    if missing := sorted(run.expected.keys() - there.keys() - given_up):
         raise CheckFailed(f"{store.uri}: {', '.join(missing[:3])} vanished after its commit; run again to redo it")
-    if foreign:
-        raise CheckFailed(f"{store.uri}: {', '.join(foreign[:3])} is no part of this plan; remove it and run again")
+    clear_foreign(store, there.keys() - run.expected.keys())
+    return {key: stat for key, stat in there.items() if key in run.expected}
 
 
 def _add_up(
@@ -77,7 +96,7 @@ def _add_up(
             totals.examples = {**run.fresh[key].examples, **totals.examples}
         parts.append(Part(key, made.rows, made.failed, there[key].etag, there[key].size))
         beat()
-    return parts, totals
+    return sorted(parts, key=lambda part: part.name), totals
 
 
 def _made(store: Store, run: Run, there: Mapping[str, Stat]) -> Iterator[tuple[str, Provenance]]:
@@ -96,7 +115,7 @@ def _outcome(store: Store, run: Run, totals: Totals, max_rate: float) -> Outcome
     status, code, message = "complete", 0, ""
     if run.given_up:
         status, code, message = Incomplete.status, Incomplete.exit_code, _given_up(run)
-    elif totals.failed > max_rate * planned:
+    elif planned and totals.failed / planned > max_rate:  # divided, for 0.29 * 100 is less than 29
         status, code, message = (
             CheckFailed.status,
             CheckFailed.exit_code,

@@ -90,7 +90,7 @@ def discard(uri: str, options: Options | None = None) -> str:
     lease = Lease.acquire(store)
     try:
         number, head = plan.current(store)
-        if head is None and not (leftovers := ledger.parts(store)):
+        if head is None and not (number and ledger.parts(store)):
             raise InvalidJob(f"{store.uri}: no plan in force, nothing to discard")
         if head is not None:
             plan.bury(store, head)
@@ -202,6 +202,8 @@ class _Session:
             images, shards = chunk.cursor.rows, shards + len(chunk.shards)
             self.progress.planned(images, chunk.last)
             self.lease.beat()
+            if self.drain.asked.is_set():
+                self._stop()
         return PlanSummary(head.plan, images, shards, head.shard_size, self.store.uri, time.monotonic() - began)
 
     def _new_plan(self, number: int, allow_empty: bool) -> Head:
@@ -247,6 +249,8 @@ class _Session:
             batchjob=batchjob.__version__,
         )
         self._check_foreign()
+        if number:  # a discard that was cut short may have left it
+            self.store.delete(ledger.SUCCESS)
         return self._beating(lambda: plan.freeze(self.store, head))
 
     def _check_columns(self) -> None:
@@ -289,7 +293,7 @@ class _Session:
             self.expected.update((key.part, key.rows) for key in chunk.shards)
             self.schedule.add(key for key in chunk.shards if key.part not in self.committed)
             self.progress.planned(chunk.cursor.rows, chunk.last)
-            self.progress.advance(sum(key.rows for key in done), 0)
+            self.progress.resumed(sum(key.rows for key in done))
         if feeder.finished and not all_known_before:
             self._check_foreign()
 
@@ -377,14 +381,9 @@ class _Session:
 
     def _check_foreign(self) -> None:
         """Parts that this plan does not know: deleted if a discarded plan left them, else an alarm."""
-        for key in sorted(self.committed.keys() - self.expected.keys()):
-            made = ledger.inspect(self.store, key)
-            if not plan.is_buried(self.store, made.plan):
-                raise CheckFailed(
-                    f"{self.store.uri}/{key} is a part of plan {made.plan}, not of this output's; remove it"
-                )
-            self.store.delete(key)
-            del self.committed[key]
+        foreign = self.committed.keys() - self.expected.keys()
+        accounting.clear_foreign(self.store, foreign)
+        self.committed = {key: stat for key, stat in self.committed.items() if key not in foreign}
 
     # -- the end -----------------------------------------------------------------------------------------------
 

@@ -115,6 +115,8 @@ class Feeder:
         try:
             for chunk in self._chunks:
                 self._put(chunk)
+                if self._stop.is_set():  # going on would list and plan the whole input for nobody
+                    return
             self._put(None)
         except BaseException as error:  # noqa: BLE001 - carried to the control loop, which raises it
             self._put(error)

@@ -9,9 +9,10 @@ from typing import Any
 
 from batchjob import ledger, plan
 from batchjob.errors import InvalidJob
+from batchjob.plan import Head
 from batchjob.storage import Store
 
-__all__ = ["ErrorCounts", "Status", "error_rows", "status"]
+__all__ = ["ErrorCounts", "Status", "error_counts", "error_rows", "status"]
 
 _FOOTERS_AT_MOST = 2_000  # more would take longer than a status may
 
@@ -60,11 +61,9 @@ def status(store: Store) -> Status:
     """Look at an output.
 
     Raises:
-        InvalidJob: there is no plan.
+        InvalidJob: there is no plan, or one in a format that this version does not know.
     """
-    _, head = plan.current(store)
-    if head is None:
-        raise InvalidJob(f"{store.uri}: no plan here; is this the folder that output.uri names?")
+    head = _head(store)
     there = ledger.parts(store)
     chunks = list(plan.chunks(store, head))
     keys = {key.part: key.rows for chunk in chunks for key in chunk.shards}
@@ -91,16 +90,27 @@ def status(store: Store) -> Status:
 
 
 def error_rows(store: Store) -> Iterator[dict[str, Any]]:
-    """Every error row: `position, uri, error_stage, error_type, error_message`, in plan order."""
+    """Every error row: `position, uri, error_stage, error_type, error_message`, in plan order. Raises: see `status`."""
+    _head(store)
     return ledger.error_rows(store)
 
 
 def error_counts(store: Store) -> ErrorCounts:
-    """How many error rows of which kind, by the parts' footers alone."""
+    """How many error rows of which kind, by the parts' footers alone. Raises: see `status`."""
+    _head(store)
     counts: Counter[str] = Counter()
     for _, made in ledger.inspect_all(store, sorted(ledger.parts(store))):
         counts.update(made.errors)
     return ErrorCounts(counts.total(), dict(counts.most_common()))
+
+
+def _head(store: Store) -> Head:
+    number, head = plan.current(store)
+    if head is not None:
+        return head
+    if number:
+        raise InvalidJob(f"{store.uri}: its plan was discarded and nothing was planned since; run the job again")
+    raise InvalidJob(f"{store.uri}: no plan here; is this the folder that output.uri names?")
 
 
 def _failed(store: Store, names: list[str]) -> int | None:

@@ -1,0 +1,855 @@
+"""Whole runs over a pool that misbehaves as scripted: what is handed out, what is committed, how it ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pools import (
+    LOADED,
+    Act,
+    ScriptedPool,
+    commit,
+    fail,
+    fail_after_commit,
+    first,
+    hang,
+    job,
+    slow,
+    twice,
+    worker_fails,
+)
+
+from batchjob import driver, ledger, plan
+from batchjob.drain import Drain
+from batchjob.errors import BatchjobError, CheckFailed, InvalidJob, JobError, Temporary, Unavailable
+from batchjob.job import Job
+from batchjob.lease import SILENCE_SECONDS, Lease
+from batchjob.pool import Pool, WorkerFailed
+from batchjob.progress import Progress, Quiet
+from batchjob.report import Outcome
+from batchjob.storage import open_store
+
+TWELVE = [f"{number:03}.png" for number in range(12)]  # six shards
+
+
+class Heard(Quiet):
+    """Remembers what a person would have been told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.done = self.before = self.failed = self.total = 0
+        self.final = self.stopped = False
+
+    def planned(self, n: int, final: bool) -> None:
+        self.total, self.final = n, final
+
+    def resumed(self, images: int) -> None:
+        self.before += images
+
+    def advance(self, images: int, failed: int) -> None:
+        self.done += images
+        self.failed += failed
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+class Rival:
+    """Another driver, whose clock runs as fast as it sleeps, so that 20 s of silence are over at once."""
+
+    def __init__(self, output: str) -> None:
+        self._output, self._now = output, 0.0
+        self.lease: Lease | None = None
+
+    def takes_over(self) -> None:
+        self.lease = Lease.acquire(open_store(self._output), clock=lambda: self._now, sleep=self._sleep)
+        assert self._now >= SILENCE_SECONDS
+
+    def _sleep(self, seconds: float) -> None:
+        self._now += seconds
+
+
+def no_pool() -> Pool:
+    raise AssertionError("no worker is needed for this")
+
+
+def run(the: Job, pool: Pool | None = None, *, allow_empty: bool = False, progress: Progress | None = None) -> Outcome:
+    make_pool: Callable[[], Pool] = no_pool if pool is None else lambda: pool
+    return driver.run(the, make_pool, allow_empty=allow_empty, progress=progress or Quiet())
+
+
+def positions(output: Path) -> list[int]:
+    """Of all rows, part by part."""
+    parts = sorted((output / "predictions").glob("*.parquet"))
+    return [row for part in parts for row in pq.read_table(part).column("position").to_pylist()]
+
+
+def parts(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (output / "predictions").iterdir()}
+
+
+def files(output: Path) -> dict[str, tuple[int, int]]:
+    """All files, by inode and time of writing."""
+    found = (path for path in output.rglob("*") if path.is_file())
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+
+
+def success(output: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((output / "_SUCCESS").read_text())
+    return facts
+
+
+def heads(output: Path) -> list[str]:
+    return sorted(path.parent.name for path in output.glob("_batchjob/plans/*/head.json"))
+
+
+def meanwhile(happens: Callable[[], object]) -> Iterator[None]:
+    """Workers that never get ready, and what happens while one waits for them."""
+    yield None
+    happens()
+
+
+def bury(output: Path) -> None:
+    """The first step of a discard."""
+    store = open_store(str(output))
+    _, head = plan.current(store)
+    assert head is not None
+    plan.bury(store, head)
+
+
+def term() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture(autouse=True)
+def handlers_come_back() -> Iterator[None]:
+    """However a run ends, the two signals mean what they meant before."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    yield
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.fixture(autouse=True)
+def lease_released(out: Path) -> Iterator[None]:
+    """However a run ends, the next driver need not wait."""
+    yield
+    for path in sorted(out.glob("_batchjob/lease/*.json"))[-1:]:
+        assert json.loads(path.read_bytes())["released"]
+
+
+@pytest.fixture
+def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lease is looked at in every turn."""
+    monkeypatch.setattr("batchjob.lease.BEAT_SECONDS", 0.0)
+
+
+# --- a whole run ----------------------------------------------------------------------------------------------------
+
+
+def test_every_shard_is_committed_once(tmp_path: Path, out: Path) -> None:
+    pool, heard = ScriptedPool(), Heard()
+    outcome = run(job(tmp_path, TWELVE), pool, progress=heard)
+    assert (outcome.status, outcome.exit_code) == ("complete", 0)
+    assert (outcome.planned, outcome.predicted, outcome.failed) == (12, 12, 0)
+    assert outcome.output == str(out)
+    assert pool.submitted == list(range(6))
+    assert pool.closed
+    assert positions(out) == list(range(12))
+    assert (heard.done, heard.total, heard.final, heard.stopped) == (12, 12, True, True)
+    assert any("fake@" in note and "cpu" in note for note in heard.notes)
+
+
+def test_success_and_report_say_what_is_there(tmp_path: Path, out: Path) -> None:
+    run(job(tmp_path, TWELVE), ScriptedPool())
+    facts = success(out)
+    assert facts["counts"] == {"planned": 12, "predicted": 12, "failed": 0}
+    assert [part["name"] for part in facts["parts"]] == sorted(f"predictions/{name}" for name in parts(out))
+    there = ledger.parts(open_store(str(out)))
+    assert {part["name"]: part["etag"] for part in facts["parts"]} == {key: stat.etag for key, stat in there.items()}
+    assert sum(part["rows"] for part in facts["parts"]) == 12
+    report = json.loads((out / "_batchjob/report.json").read_text())
+    assert report == {key: value for key, value in facts.items() if key != "parts"}
+    assert [worker["model"] for worker in report["workers"]] == [LOADED.model]
+
+
+def test_workers_are_told_what_they_need(tmp_path: Path, out: Path) -> None:
+    pool = ScriptedPool()
+    run(job(tmp_path, TWELVE), pool)
+    assert pool.setup is not None
+    assert pool.setup.folder == str(tmp_path)
+    assert pool.setup.few
+    assert [Path(location).name for location in pool.setup.sample] == TWELVE
+    assert pool.setup.witness is not None
+    key, word = pool.setup.witness
+    assert word in (out / key).read_text()
+
+
+def test_a_plan_of_many_chunks_is_done_whole(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "CHUNK_ROWS", 4)
+    pool = ScriptedPool()
+    assert run(job(tmp_path, [*TWELVE, "last.png"]), pool).status == "complete"
+    assert len(list(out.glob("_batchjob/plans/0000/chunk-*"))) == 4
+    assert sorted(pool.submitted) == list(range(7))
+    assert positions(out) == list(range(13))
+
+
+def test_answers_may_come_in_any_order(tmp_path: Path, out: Path) -> None:
+    script: dict[int, list[Act]] = {0: [slow(9)], 1: [slow(5)], 4: [slow(3)]}
+    pool = ScriptedPool(script, newest_first=True)
+    assert run(job(tmp_path, TWELVE), pool).status == "complete"
+    assert pool.attempts == dict.fromkeys(range(6), 1)
+    assert positions(out) == list(range(12))
+
+
+def test_an_answer_that_comes_twice_counts_once(tmp_path: Path) -> None:
+    heard = Heard()
+    outcome = run(job(tmp_path, TWELVE), ScriptedPool({0: [twice], 2: [twice], 5: [slow(20)]}), progress=heard)
+    assert (outcome.status, outcome.planned, outcome.predicted) == ("complete", 12, 12)
+    assert heard.done == 12
+
+
+def test_no_more_is_handed_out_than_workers_take(tmp_path: Path) -> None:
+    pool = ScriptedPool({0: [slow(5)]}, size=1)  # asserts in `submit`
+    assert run(job(tmp_path, TWELVE), pool).status == "complete"
+
+
+@pytest.mark.parametrize(("asked", "shards"), [("auto", 1), (5, 3), (100, 1)])
+def test_shard_size_is_the_jobs_or_fits_the_input(tmp_path: Path, out: Path, asked: object, shards: int) -> None:
+    run(job(tmp_path, TWELVE, runtime={"shard_size": asked}), ScriptedPool())
+    assert len(parts(out)) == shards
+
+
+def test_a_shard_that_would_exceed_a_part_is_refused(tmp_path: Path, out: Path) -> None:
+    with pytest.raises(InvalidJob, match=r"runtime.shard_size: 1,000,000 rows .* at most 262,144"):
+        run(job(tmp_path, TWELVE, runtime={"shard_size": 1_000_000}), ScriptedPool())
+    assert heads(out) == []
+
+
+# --- failed attempts ------------------------------------------------------------------------------------------------
+
+
+def test_a_lost_attempt_is_made_again(tmp_path: Path, out: Path) -> None:
+    pool, heard = ScriptedPool({1: [fail(), fail()], 4: [fail()]}), Heard()
+    outcome = run(job(tmp_path, TWELVE), pool, progress=heard)
+    assert (outcome.status, outcome.predicted) == ("complete", 12)
+    assert pool.attempts == {0: 1, 1: 3, 2: 1, 3: 1, 4: 2, 5: 1}
+    assert "shard 4 failed: worker 0 was lost" in heard.notes
+    assert positions(out) == list(range(12))
+
+
+def test_a_shard_that_fails_every_attempt_is_given_up_and_the_others_are_done(tmp_path: Path, out: Path) -> None:
+    the, pool, heard = job(tmp_path, TWELVE), ScriptedPool({1: [fail()] * 9}), Heard()
+    outcome = run(the, pool, progress=heard)
+    assert (outcome.status, outcome.exit_code) == ("incomplete", 4)
+    assert (outcome.planned, outcome.predicted, outcome.failed) == (12, 10, 0)
+    assert "1 shards gave up" in outcome.message
+    assert "number 1, with: worker 0 was lost" in outcome.message
+    assert any("shard 1 failed, given up" in note for note in heard.notes)
+    assert pool.attempts[1] == 3
+    assert not (out / "_SUCCESS").exists()
+    before = parts(out)
+
+    again = ScriptedPool()
+    outcome = run(the, again)
+    assert (outcome.status, outcome.exit_code, outcome.predicted) == ("complete", 0, 12)
+    assert again.submitted == [1]
+    assert parts(out).items() > before.items()
+    assert len(success(out)["parts"]) == 6
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_the_job_says_how_many_attempts(tmp_path: Path, attempts: int) -> None:
+    pool = ScriptedPool({1: [fail()] * 9})
+    assert run(job(tmp_path, TWELVE, errors={"attempts": attempts}), pool).exit_code == 4
+    assert pool.attempts[1] == attempts
+
+
+def test_what_a_lost_worker_did_commit_is_committed(tmp_path: Path, out: Path) -> None:
+    pool = ScriptedPool({1: [fail_after_commit], 2: [fail(), fail(), fail_after_commit]})
+    outcome = run(job(tmp_path, TWELVE), pool)
+    assert (outcome.status, outcome.predicted) == ("complete", 12)  # shard 2 used up its attempts, and is there
+    assert pool.attempts[1] == 2
+    assert positions(out) == list(range(12))
+
+
+# --- faults that are nobody's ---------------------------------------------------------------------------------------
+
+
+def test_temporary_faults_use_up_no_attempts(tmp_path: Path) -> None:
+    away = Unavailable("the store does not answer")
+    pool = ScriptedPool({1: [fail(away), fail(away)], 3: [fail(away), fail(away)]}, size=1)
+    assert run(job(tmp_path, TWELVE, errors={"attempts": 1}), pool).status == "complete"
+    assert pool.attempts == {0: 1, 1: 3, 2: 1, 3: 3, 4: 1, 5: 1}
+
+
+def test_temporary_faults_that_persist_end_the_run(tmp_path: Path, out: Path) -> None:
+    the, pool = job(tmp_path, TWELVE), ScriptedPool({n: [fail(Unavailable("credentials expired"))] * 9 for n in (2, 3)})
+    with pytest.raises(Unavailable, match="credentials expired") as caught:
+        run(the, pool)
+    assert (caught.value.exit_code, caught.value.status) == (75, "temporary")
+    assert pool.closed
+    assert not (out / "_SUCCESS").exists()
+    before = parts(out)
+    assert before
+    again = ScriptedPool()
+    assert run(the, again).status == "complete"
+    assert len(again.submitted) == 6 - len(before)
+    assert positions(out) == list(range(12))
+
+
+# --- errors that end the run ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrapped", [fail, worker_fails])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(InvalidJob("another worker loaded other weights"), 2), (CheckFailed("alarm"), 3), (Temporary("Ray is gone"), 75)],
+)
+def test_an_error_of_the_whole_job_ends_it_now(
+    tmp_path: Path, wrapped: Callable[[BatchjobError], Act], error: JobError, code: int
+) -> None:
+    the, pool = job(tmp_path, TWELVE), ScriptedPool({1: [wrapped(error)], 2: [hang]}, size=1)
+    with pytest.raises(type(error), match=error.message) as caught:
+        run(the, pool)
+    assert caught.value.exit_code == code
+    assert pool.closed
+    assert len(pool.submitted) <= 3
+    assert run(the, ScriptedPool()).status == "complete"
+
+
+def test_a_worker_that_cannot_load_freezes_nothing(tmp_path: Path, out: Path) -> None:
+    pool = ScriptedPool(ready=[None, WorkerFailed(InvalidJob("runtime.device: no CUDA here"))])
+    with pytest.raises(InvalidJob, match="no CUDA"):
+        run(job(tmp_path, TWELVE), pool)
+    assert pool.closed
+    assert heads(out) == []
+    assert run(job(tmp_path, TWELVE, runtime={"shard_size": 3}), ScriptedPool()).status == "complete"
+
+
+# --- signals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_running_shards_commit_and_hands_out_no_more(
+    tmp_path: Path, out: Path, number: signal.Signals
+) -> None:
+    the, heard = job(tmp_path, TWELVE), Heard()
+    pool = ScriptedPool({0: [first(lambda: signal.raise_signal(number), slow(3))], 1: [slow(5)]}, size=1)
+    with pytest.raises(Temporary, match="stopped by a signal; the same command resumes") as caught:
+        run(the, pool, progress=heard)
+    assert caught.value.exit_code == 75
+    assert pool.submitted == [0, 1]
+    assert pool.closed
+    assert any("stopping: up to 12 s for 2 running shards" in note for note in heard.notes)
+    assert positions(out) == [0, 1, 2, 3]
+    before = parts(out)
+
+    again = ScriptedPool()
+    assert run(the, again).status == "complete"
+    assert again.submitted == [2, 3, 4, 5]
+    assert parts(out).items() > before.items()
+
+
+def test_a_drain_waits_only_so_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_DRAIN_SECONDS", 0.05)
+    pool = ScriptedPool({0: [first(term, hang)]})
+    with pytest.raises(Temporary, match="stopped by a signal"):
+        run(job(tmp_path, TWELVE), pool)
+    assert pool.closed
+
+
+def test_a_second_signal_is_obeyed_at_once(tmp_path: Path, out: Path) -> None:
+    pool = ScriptedPool({0: [first(term, hang)], 1: [first(term, hang)]})
+    with pytest.raises(Temporary, match="second signal") as caught:
+        run(job(tmp_path, TWELVE), pool)
+    assert caught.value.exit_code == 75
+    assert pool.closed
+    assert not (out / "predictions").exists()
+
+
+def test_a_signal_is_heard_while_workers_start(tmp_path: Path, out: Path) -> None:
+    pool = ScriptedPool(ready=meanwhile(term))
+    with pytest.raises(Temporary, match="stopped by a signal"):
+        run(job(tmp_path, TWELVE), pool)
+    assert pool.closed
+    assert pool.submitted == []
+    assert heads(out) == []
+
+
+def test_a_signal_outside_the_main_thread_is_nobodys(tmp_path: Path) -> None:
+    """`batchjob.run` may be called from any thread, though only the main one may set handlers."""
+    before, found = signal.getsignal(signal.SIGTERM), list[object]()
+
+    def drained() -> None:
+        with Drain() as drain:
+            found.extend([signal.getsignal(signal.SIGTERM), drain.asked.is_set()])
+
+    thread = threading.Thread(target=drained)
+    thread.start()
+    thread.join()
+    assert found == [before, False]
+
+
+def test_handlers_that_a_library_took_are_taken_back() -> None:
+    with Drain() as drain:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as Ray does when it starts
+        drain.listen()
+        term()
+        assert drain.asked.is_set()
+
+
+# --- the lease ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick_beats")
+def test_a_driver_that_lost_its_lease_hands_out_no_more(tmp_path: Path, out: Path) -> None:
+    the, rival = job(tmp_path, TWELVE), Rival(str(out))
+    pool = ScriptedPool({1: [first(rival.takes_over)]}, size=1)
+    with pytest.raises(Temporary, match=r"another driver .* is at work") as caught:
+        run(the, pool)
+    assert caught.value.exit_code == 75
+    assert pool.closed
+    assert max(pool.submitted) <= 2
+    assert not (out / "_SUCCESS").exists()
+    newest = max(out.glob("_batchjob/lease/*.json"))
+    assert not json.loads(newest.read_bytes())["released"]  # the rival's is left as it is
+    assert rival.lease is not None
+    rival.lease.release()
+    assert run(the, ScriptedPool()).status == "complete"
+    assert positions(out) == list(range(12))
+
+
+@pytest.mark.usefixtures("quick_beats")
+def test_a_driver_that_lost_its_lease_while_workers_start_freezes_nothing(tmp_path: Path, out: Path) -> None:
+    the, rival = job(tmp_path, TWELVE), Rival(str(out))
+
+    with pytest.raises(Temporary, match="at work"):
+        run(the, ScriptedPool(ready=meanwhile(rival.takes_over)))
+    assert heads(out) == []
+    assert rival.lease is not None
+    rival.lease.release()
+
+
+@pytest.mark.usefixtures("quick_beats")
+def test_nobody_discards_or_plans_under_a_driver_at_work(tmp_path: Path, out: Path) -> None:
+    the, go_on, started = job(tmp_path, TWELVE), threading.Event(), threading.Event()
+
+    def until_told(pool: ScriptedPool, key: Any) -> Iterator[Any]:
+        started.set()
+        while not go_on.is_set():
+            yield None
+        yield from commit(pool, key)
+
+    found: list[Outcome] = []
+    at_work = threading.Thread(target=lambda: found.append(run(the, ScriptedPool({0: [until_told]}))))
+    at_work.start()
+    try:
+        assert started.wait(60)
+        with pytest.raises(Temporary, match="another driver"):
+            driver.discard(str(out))
+        with pytest.raises(Temporary, match="another driver"):
+            driver.plan_only(the, allow_empty=False, progress=Quiet())
+        with pytest.raises(Temporary, match="another driver"):
+            run(the)
+    finally:
+        go_on.set()
+        at_work.join()
+    assert [outcome.status for outcome in found] == ["complete"]
+    assert not list(out.glob("_batchjob/plans/*/discarded"))
+
+
+def test_two_drivers_at_once_do_no_harm(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lease saves work; that each part is there once does not rest on it."""
+    monkeypatch.setattr("batchjob.lease.BEAT_SECONDS", 1e9)  # so that the first never learns of the second
+    the = job(tmp_path, TWELVE)
+    rivals: list[dict[str, bytes]] = []
+
+    def another_runs() -> None:
+        for path in out.glob("_batchjob/lease/*.json"):
+            path.unlink()
+        assert run(the, ScriptedPool()).status == "complete"
+        rivals.append(parts(out))
+
+    pool = ScriptedPool({2: [first(another_runs)]})
+    assert run(the, pool).status == "complete"
+    assert pool.submitted == list(range(6))
+    assert [parts(out)] == rivals
+    assert positions(out) == list(range(12))
+    assert run(the).status == "already_complete"
+
+
+# --- the error budget -----------------------------------------------------------------------------------------------
+
+BAD = ["000-bad.png", *TWELVE[1:6], "006-bad.png", "007-bad.png", *TWELVE[8:]]
+
+
+def test_over_the_error_budget_there_is_no_success(tmp_path: Path, out: Path) -> None:
+    heard = Heard()
+    outcome = run(job(tmp_path, BAD), ScriptedPool(), progress=heard)
+    assert (outcome.status, outcome.exit_code) == ("over_budget", 3)
+    assert (outcome.planned, outcome.predicted, outcome.failed) == (12, 9, 3)
+    assert "3 of 12 images failed, errors.max_rate allows 1.00%" in outcome.message
+    assert "decode/truncated (3, such as " in outcome.message
+    assert "000-bad.png: ends too early)" in outcome.message
+    assert f"batchjob errors {out}" in outcome.message
+    assert not (out / "_SUCCESS").exists()
+    assert positions(out) == list(range(12))
+    assert json.loads((out / "_batchjob/report.json").read_text())["errors"] == {"decode/truncated": 3}
+    assert heard.failed == 3
+
+
+def test_a_higher_budget_finishes_an_output_without_new_work(tmp_path: Path, out: Path) -> None:
+    run(job(tmp_path, BAD), ScriptedPool())
+    before = parts(out)
+    assert run(job(tmp_path, BAD)).exit_code == 3  # the same again changes nothing, and needs no worker
+    assert run(job(tmp_path, BAD, errors={"max_rate": 0.24})).exit_code == 3
+    outcome = run(job(tmp_path, BAD, errors={"max_rate": 0.25}))
+    assert (outcome.status, outcome.exit_code, outcome.failed) == ("complete", 0, 3)
+    assert parts(out) == before
+    assert success(out)["errors"] == {"decode/truncated": 3}
+
+
+def test_an_incomplete_run_says_so_first(tmp_path: Path) -> None:
+    assert run(job(tmp_path, BAD), ScriptedPool({5: [fail()] * 3})).exit_code == 4
+
+
+# --- foreign and missing parts --------------------------------------------------------------------------------------
+
+
+def interrupted(tmp_path: Path, done: int = 3) -> Job:
+    """A job with its first shards committed."""
+    the = job(tmp_path, TWELVE)
+    with pytest.raises(Temporary):
+        run(the, ScriptedPool({done: [worker_fails(Temporary("Ray is gone"))]}, size=1))
+    return the
+
+
+def a_stranger(output: Path) -> str:
+    """A Parquet file that is no part of ours."""
+    (output / "predictions").mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"position": [1]}), output / "predictions/part-0000000-stranger.parquet")
+    return r"predictions/part-0000000-stranger.parquet was not written by batchjob"
+
+
+def a_relative(output: Path, tmp_path: Path) -> str:
+    """A part of another output."""
+    (tmp_path / "other").mkdir()
+    run(job(tmp_path / "other", ["elsewhere.png"]), ScriptedPool())
+    part = next((tmp_path / "other/out/predictions").iterdir())
+    (output / "predictions").mkdir(parents=True, exist_ok=True)
+    shutil.copy2(part, output / "predictions" / part.name)
+    return f"{part.name} is a part of plan .*, not of this output"
+
+
+@pytest.mark.parametrize("kind", ["stranger", "relative"])
+def test_a_foreign_part_stops_a_resume_and_is_named(tmp_path: Path, out: Path, kind: str) -> None:
+    the = interrupted(tmp_path)
+    said = a_stranger(out) if kind == "stranger" else a_relative(out, tmp_path)
+    with pytest.raises(CheckFailed, match=said) as caught:
+        run(the, ScriptedPool())
+    assert caught.value.exit_code == 3
+    assert "remove it" in caught.value.message
+    assert not (out / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize("kind", ["stranger", "relative"])
+def test_a_foreign_part_without_a_plan_stops_a_run(tmp_path: Path, out: Path, kind: str) -> None:
+    said = a_stranger(out) if kind == "stranger" else a_relative(out, tmp_path)
+    with pytest.raises(JobError, match=said):
+        run(job(tmp_path, TWELVE), ScriptedPool())
+    assert heads(out) == []
+
+
+@pytest.mark.parametrize("kind", ["stranger", "relative"])
+def test_a_foreign_part_that_appears_meanwhile_is_found_at_the_end(tmp_path: Path, out: Path, kind: str) -> None:
+    said: list[str] = []
+    appears = first(lambda: said.append(a_stranger(out) if kind == "stranger" else a_relative(out, tmp_path)))
+    with pytest.raises(CheckFailed) as caught:
+        run(job(tmp_path, TWELVE), ScriptedPool({5: [appears]}))
+    assert caught.match(said[0])
+    assert not (out / "_SUCCESS").exists()
+
+
+def test_a_part_that_vanishes_after_its_commit_is_missed(tmp_path: Path, out: Path) -> None:
+    the = job(tmp_path, TWELVE)
+    gone: list[str] = []
+
+    def vanish() -> None:
+        path = min((out / "predictions").iterdir())
+        gone.append(path.name)
+        path.unlink()
+
+    with pytest.raises(CheckFailed, match="vanished after its commit; run again") as caught:
+        run(the, ScriptedPool({5: [first(vanish, slow(1))]}))
+    assert gone[0] in caught.value.message
+    again = ScriptedPool()
+    assert run(the, again).status == "complete"
+    assert again.submitted == [0]
+
+
+@pytest.mark.parametrize("damage", ["gone", "replaced", "added"])
+def test_a_finished_output_that_was_tampered_with_is_an_alarm(tmp_path: Path, out: Path, damage: str) -> None:
+    the = job(tmp_path, TWELVE)
+    run(the, ScriptedPool())
+    part = min((out / "predictions").iterdir())
+    if damage == "added":
+        shutil.copy2(part, part.with_name("part-0000099-copy.parquet"))
+    else:
+        part.unlink()
+    if damage == "replaced":
+        part.write_bytes(b"something else")
+    before = files(out)
+    with pytest.raises(CheckFailed, match="_SUCCESS stands, but 1 parts are gone, changed or not listed") as caught:
+        run(the)
+    assert caught.value.exit_code == 3
+    assert ("copy" if damage == "added" else part.name) in caught.value.message
+    assert files(out) == before  # nothing is computed anew, nothing written
+
+
+# --- again ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_output_is_left_alone(tmp_path: Path, out: Path) -> None:
+    the = job(tmp_path, TWELVE)
+    run(the, ScriptedPool())
+    before = files(out)
+    outcome = run(the)
+    assert (outcome.status, outcome.exit_code) == ("already_complete", 0)
+    assert (outcome.planned, outcome.predicted, outcome.failed) == (12, 12, 0)
+    assert files(out) == before
+
+
+def test_a_resume_does_only_what_is_missing(tmp_path: Path, out: Path) -> None:
+    the = interrupted(tmp_path)
+    before = parts(out)
+    assert len(before) == 3
+    pool, heard = ScriptedPool(), Heard()
+    outcome = run(the, pool, progress=heard)
+    assert (outcome.status, outcome.planned, outcome.predicted) == ("complete", 12, 12)
+    assert pool.submitted == [3, 4, 5]
+    assert parts(out).items() > before.items()
+    assert heard.before + heard.done == 12
+    assert any("resuming plan" in note and "3 parts are committed" in note for note in heard.notes)
+    assert positions(out) == list(range(12))
+
+
+def test_what_was_committed_before_is_no_measure_of_speed(tmp_path: Path) -> None:
+    the, heard = interrupted(tmp_path), Heard()
+    run(the, ScriptedPool(), progress=heard)
+    assert (heard.before, heard.done) == (6, 6)
+
+
+def test_a_missing_part_of_an_unfinished_output_is_made_again(tmp_path: Path, out: Path) -> None:
+    the = interrupted(tmp_path)
+    min((out / "predictions").iterdir()).unlink()
+    pool = ScriptedPool()
+    assert run(the, pool).status == "complete"
+    assert pool.submitted == [0, 3, 4, 5]
+
+
+def test_all_there_but_success_needs_no_worker(tmp_path: Path, out: Path) -> None:
+    the = job(tmp_path, TWELVE)
+    run(the, ScriptedPool())
+    listed = success(out)["parts"]
+    (out / "_SUCCESS").unlink()
+    assert run(the).status == "complete"
+    assert success(out)["parts"] == listed
+
+
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_a_plan_that_was_cut_short_is_written_to_its_end(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    monkeypatch.setattr(plan, "CHUNK_ROWS", 4)
+    the = job(tmp_path, TWELVE)
+    made = driver.plan_only(the, allow_empty=False, progress=Quiet())
+    for chunk in sorted(out.glob("_batchjob/plans/0000/chunk-*"))[left:]:
+        chunk.unlink()
+    assert run(the, ScriptedPool()).status == "complete"
+    assert success(out)["plan"] == made.plan
+    assert positions(out) == list(range(12))
+
+
+def test_a_resume_goes_by_the_plan_not_by_the_input(tmp_path: Path, out: Path) -> None:
+    interrupted(tmp_path)
+    the = job(tmp_path, ["0.png", *TWELVE, "zzz.png"])
+    assert run(the, ScriptedPool()).planned == 12
+    assert positions(out) == list(range(12))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_job_on_the_output_is_refused_with_the_difference(tmp_path: Path, out: Path, finished: bool) -> None:
+    interrupted(tmp_path)
+    if finished:
+        run(job(tmp_path, TWELVE), ScriptedPool())
+    before = files(out)
+    with pytest.raises(InvalidJob, match=r"belongs to another job:\n  task.normalize: not set there, true here\n"):
+        run(job(tmp_path, TWELVE, task={"type": "embedding", "normalize": True}))
+    assert files(out) == before
+
+
+# --- inputs ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_input_is_refused_before_anything_is_frozen(tmp_path: Path, out: Path) -> None:
+    with pytest.raises(InvalidJob, match=r"no images there .*--allow-empty"):
+        run(job(tmp_path, []))
+    assert heads(out) == []
+
+
+def test_an_empty_input_may_be_allowed(tmp_path: Path, out: Path) -> None:
+    the = job(tmp_path, [])
+    outcome = run(the, ScriptedPool(), allow_empty=True)
+    assert (outcome.status, outcome.exit_code, outcome.planned) == ("complete", 0, 0)
+    (part,) = (out / "predictions").iterdir()
+    assert pq.read_table(part).num_rows == 0
+    assert success(out)["counts"] == {"planned": 0, "predicted": 0, "failed": 0}
+    assert run(the).status == "already_complete"
+
+
+@pytest.mark.parametrize("require", [{"marker": "_DONE"}, {"min_images": 13}])
+def test_an_input_that_is_not_there_yet_freezes_nothing(tmp_path: Path, out: Path, require: dict[str, object]) -> None:
+    the = job(tmp_path, TWELVE, input={"type": "prefix", "uri": "images/", "require": require})
+    with pytest.raises(Temporary) as caught:
+        run(the)
+    assert caught.value.exit_code == 75
+    assert heads(out) == []
+    job(tmp_path, ["zzz.png"])
+    (tmp_path / "images/_DONE").touch()
+    assert run(the, ScriptedPool()).planned == 13
+
+
+def test_model_code_that_is_missing_is_said_before_any_worker_starts(tmp_path: Path) -> None:
+    the = job(tmp_path, TWELVE, model={"type": "python", "target": "nets:build"})
+    with pytest.raises(InvalidJob, match=r"nets\.py: not there"):
+        run(the)
+
+
+# --- planning alone -------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_frozen_without_workers_and_run_later(tmp_path: Path, out: Path) -> None:
+    the = job(tmp_path, TWELVE)
+    made = driver.plan_only(the, allow_empty=False, progress=Quiet())
+    assert (made.images, made.shards, made.shard_size, made.output) == (12, 6, 2, str(out))
+    assert not (out / "predictions").exists()
+    again = driver.plan_only(the, allow_empty=False, progress=Quiet())
+    assert (again.plan, again.images, again.shards) == (made.plan, 12, 6)
+    assert run(job(tmp_path, ["later.png"]), ScriptedPool()).planned == 12
+    assert success(out)["plan"] == made.plan
+
+
+def test_a_plan_of_many_chunks_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "CHUNK_ROWS", 4)
+    heard = Heard()
+    made = driver.plan_only(job(tmp_path, [*TWELVE, "last.png"]), allow_empty=False, progress=heard)
+    assert (made.images, made.shards) == (13, 7)
+    assert (heard.total, heard.final) == (13, True)
+
+
+def test_a_signal_ends_planning(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "CHUNK_ROWS", 2)
+    heard, the = Heard(), job(tmp_path, [f"{number:03}.png" for number in range(100)])
+    monkeypatch.setattr(heard, "planned", lambda n, final: term() if n == 2 else None)
+    with pytest.raises(Temporary, match="stopped by a signal"):
+        driver.plan_only(the, allow_empty=False, progress=heard)
+    assert len(list(out.glob("_batchjob/plans/0000/chunk-*"))) < 50
+    assert driver.plan_only(the, allow_empty=False, progress=Quiet()).images == 100
+
+
+def test_planning_refuses_what_a_run_refuses(tmp_path: Path, out: Path) -> None:
+    with pytest.raises(InvalidJob, match="no images there"):
+        driver.plan_only(job(tmp_path, []), allow_empty=False, progress=Quiet())
+    made = driver.plan_only(job(tmp_path, []), allow_empty=True, progress=Quiet())
+    assert (made.images, made.shards) == (0, 1)
+    with pytest.raises(InvalidJob, match="belongs to another job"):
+        driver.plan_only(
+            job(tmp_path, [], task={"type": "embedding", "normalize": True}), allow_empty=True, progress=Quiet()
+        )
+
+
+# --- discarding -----------------------------------------------------------------------------------------------------
+
+
+def test_a_discarded_output_is_free_for_another_job(tmp_path: Path, out: Path) -> None:
+    run(job(tmp_path, TWELVE), ScriptedPool())
+    said = driver.discard(str(out))
+    assert "deleted 6 parts" in said
+    assert "(number 0)" in said
+    assert list((out / "predictions").iterdir()) == []
+    assert not (out / "_SUCCESS").exists()
+    other = job(tmp_path, TWELVE, task={"type": "embedding", "normalize": True})
+    assert run(other, ScriptedPool()).status == "complete"
+    assert heads(out) == ["0000", "0001"]
+    assert positions(out) == list(range(12))
+
+
+def test_a_half_done_output_can_be_discarded(tmp_path: Path, out: Path) -> None:
+    the = interrupted(tmp_path)
+    assert "deleted 3 parts" in driver.discard(str(out))
+    pool = ScriptedPool()
+    assert run(the, pool).status == "complete"
+    assert pool.submitted == list(range(6))
+
+
+def test_nothing_to_discard_is_said(tmp_path: Path, out: Path) -> None:
+    with pytest.raises(InvalidJob, match="nothing to discard"):
+        driver.discard(str(out))
+
+
+def test_discard_deletes_nothing_where_nothing_was_ever_planned(tmp_path: Path, out: Path) -> None:
+    a_stranger(out)
+    before = parts(out)
+    with pytest.raises(InvalidJob, match="nothing to discard"):
+        driver.discard(str(out))
+    assert parts(out) == before
+
+
+def test_a_discard_that_was_cut_short_can_be_finished(tmp_path: Path, out: Path) -> None:
+    run(job(tmp_path, TWELVE), ScriptedPool())
+    bury(out)
+    assert "an earlier plan's leftovers, deleted 6 parts" in driver.discard(str(out))
+    assert not (out / "_SUCCESS").exists()
+
+
+def test_a_run_after_a_discard_that_was_cut_short_takes_success_away(tmp_path: Path, out: Path) -> None:
+    run(job(tmp_path, TWELVE), ScriptedPool())
+    bury(out)
+    assert run(job(tmp_path, TWELVE), ScriptedPool({0: [fail()] * 3})).exit_code == 4
+    assert not (out / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_part_of_a_discarded_plan_is_deleted_when_met(tmp_path: Path, out: Path, when: str) -> None:
+    the = job(tmp_path, TWELVE)
+    run(the, ScriptedPool())
+    old = min((out / "predictions").iterdir())
+    shutil.copy2(old, tmp_path / "late")
+    driver.discard(str(out))
+
+    def comes_late() -> None:
+        shutil.copy2(tmp_path / "late", old)
+
+    if when == "before":
+        comes_late()
+    acts: list[Act] = [first(comes_late)] if when == "during" else []
+    assert run(the, ScriptedPool({4: acts})).status == "complete"
+    assert not old.exists()
+    assert positions(out) == list(range(12))
