@@ -93,6 +93,7 @@ class Assembly:
         self._store, self._spool, self._imprint, self._post = store, spool, imprint, post
         self._frames, self._lost, self._wanted, self._tell = frames, lost, wanted, tell
         self._drafts: dict[int, _Draft] = {}
+        self._failed: set[int] = set()  # shards of which more batches are still to come
         self._waiting: queue.Queue[_Item | Callable[[], None] | None] = queue.Queue(_BATCHES_WAITING)
         self._room = threading.Semaphore(_COMMITS_PENDING)
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
@@ -115,7 +116,7 @@ class Assembly:
 
     def add_empty(self, shard: Shard) -> None:
         """A shard of no images."""
-        self._waiting.put(lambda: self._seal(_Draft(self._spool, shard, self._imprint.schema)))
+        self._waiting.put(lambda: self._begin_empty(shard))
 
     def lose(self, shards: Sequence[Shard], error: BatchjobError) -> None:
         """No more of these shards will come. Those that have failed before are not told twice."""
@@ -141,19 +142,28 @@ class Assembly:
     def _advance(self, item: _Item) -> None:
         """One batch further. A shard that has failed is passed over to its end."""
         key = item.shard.key
-        draft = self._drafts.get(key.index)
-        if draft is None:
-            draft = self._drafts[key.index] = _Draft(self._spool, item.shard, self._imprint.schema)
-        if not draft.failed:
+        if key.index not in self._failed:
             try:
-                self._enter(draft, item)
+                self._enter(self._draft(item.shard), item)
             except Exception as error:  # noqa: BLE001 - ends this attempt; the driver decides how far it reaches
-                draft.give_up()
+                self._drop(key.index)
                 self._tell(Failed(key, as_ours(error)))
-        if item.last:
-            del self._drafts[key.index]
-            if not draft.failed:
-                self._seal(draft)
+        if item.last and key.index in self._failed:
+            self._failed.discard(key.index)
+        elif item.last:
+            self._seal(self._drafts.pop(key.index))
+
+    def _draft(self, shard: Shard) -> _Draft:
+        index = shard.key.index
+        if index not in self._drafts:
+            self._drafts[index] = _Draft(self._spool, shard, self._imprint.schema)
+        return self._drafts[index]
+
+    def _drop(self, index: int) -> None:
+        """No more of this attempt."""
+        self._failed.add(index)
+        if (draft := self._drafts.pop(index, None)) is not None:
+            draft.give_up()
 
     def _enter(self, draft: _Draft, item: _Item) -> None:
         """Rows of one batch into the part."""
@@ -205,11 +215,17 @@ class Assembly:
 
     def _give_up(self, shards: Sequence[Shard], error: BatchjobError) -> None:
         for shard in shards:
-            draft = self._drafts.pop(shard.key.index, None)
-            if draft is None or not draft.failed:
+            index = shard.key.index
+            if index not in self._failed:
+                self._drop(index)
                 self._tell(Failed(shard.key, error))
-            if draft is not None:
-                draft.give_up()
+            self._failed.discard(index)
+
+    def _begin_empty(self, shard: Shard) -> None:
+        try:
+            self._seal(_Draft(self._spool, shard, self._imprint.schema))
+        except Exception as error:  # noqa: BLE001 - likewise
+            self._tell(Failed(shard.key, as_ours(error)))
 
     def _seal(self, draft: _Draft) -> None:
         """Finish the part and commit it, beside the next one."""
@@ -239,7 +255,6 @@ class _Draft:
     def __init__(self, spool: Path, shard: Shard, schema: pa.Schema) -> None:
         self.shard = shard
         self.attempt = secrets.token_hex(8)
-        self.failed = False
         self.writer = PartWriter(spool / f"{shard.key.index}-{self.attempt}.parquet", schema)
         self.truth: Counter[str] = Counter()
         self._began = time.perf_counter()
@@ -250,8 +265,7 @@ class _Draft:
         self._seconds.update(seconds)
 
     def give_up(self) -> None:
-        """No more of this attempt."""
-        self.failed = True
+        """Remove what was written."""
         with suppress(OSError):
             self.writer.abandon()
         self.writer.path.unlink(missing_ok=True)

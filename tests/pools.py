@@ -131,6 +131,7 @@ class ScriptedPool:
         self._attempts: list[_Attempt] = []
         self._ready = False
         self._over = threading.Event()
+        self._plan: int | None = None
         self._store: Store
         self.size = size
         self.submitted: list[int] = []
@@ -151,9 +152,10 @@ class ScriptedPool:
     def free(self) -> int:
         return 2 * self.size - len(self._attempts) if self._ready else 0
 
-    def submit(self, key: ShardKey, plan: int) -> None:  # noqa: ARG002 - the face of Pool
+    def submit(self, key: ShardKey, plan: int) -> None:
         assert self.free() > 0, "more than was asked for"
         assert not self.closed
+        self._plan = plan
         acts = self._script.get(key.index)
         act = acts.pop(0) if acts else commit
         self.submitted.append(key.index)
@@ -180,8 +182,9 @@ class ScriptedPool:
 
     def commit(self, key: ShardKey) -> ShardResult:
         """Make the shard's part and commit it, as a worker does."""
-        _, head = plan.current(self._store)
+        number, head = plan.current(self._store)
         assert head is not None
+        assert number == self._plan
         with tempfile.TemporaryDirectory() as spool:
             writer, made = make_part(Path(spool) / "part", self._store, self._job, key)
 

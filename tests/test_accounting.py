@@ -1,0 +1,339 @@
+"""The end of a run: parts against plan, the error budget, the report, `_SUCCESS`, and what the user reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from stores import Fault, MemoryStore
+
+from batchjob import ledger, plan
+from batchjob.accounting import Run, clear_foreign, conclude
+from batchjob.errors import AttemptFailed, BatchjobError, CheckFailed, Incomplete, InvalidJob, Temporary, Unavailable
+from batchjob.plan import Head
+from batchjob.pool import Loaded
+from batchjob.records import Provenance, ShardKey, ShardResult
+from batchjob.report import Outcome, PlanSummary
+from batchjob.schedule import GivenUp
+
+WORKER = Loaded("cpu", "fp32", "net@000000000000", ("score",), batch_size=4, seconds=1.5)
+
+
+class Output:
+    """A frozen plan in memory, and the parts that a test puts there."""
+
+    def __init__(self, spool: Path) -> None:
+        self._spool = spool
+        self.store = MemoryStore()
+        self.head = self.freeze(0)
+        self.expected: dict[str, int] = {}
+        self.fresh: dict[str, ShardResult] = {}
+        self.beats = 0
+
+    def freeze(self, number: int) -> Head:
+        head = plan.new_head(number, job={}, fingerprint={}, shard_size=10, source_version=None, batchjob="1")
+        return plan.freeze(self.store, head)
+
+    def put(
+        self, index: int, rows: int = 10, failed: int = 0, *, fresh: bool = True, says: Mapping[str, Any] = {}
+    ) -> str:
+        """Plan a shard and commit its part; its footer `says` something else, where asked. Returns its key."""
+        key = ShardKey(index, f"{index:016x}", rows, 0, 0)
+        made = Provenance(
+            plan=self.head.plan,
+            shard=key.id,
+            index=index,
+            attempt=f"attempt-{index}",
+            revision=0,
+            fingerprint="f",
+            model="m",
+            rows=rows,
+            failed=failed,
+            errors={"decode/truncated": failed} if failed else {},
+            seconds={"wall": 2.0, "predict": 0.25},
+            versions={},
+        )
+        made = replace(made, **says)
+        self.expected[key.part] = rows
+        path = self._spool / key.id
+        table = pa.table({"position": range(rows)}).replace_schema_metadata({Provenance.KEY: made.dump()})
+        pq.write_table(table, path)
+        stat = self.store.put_if_absent(key.part, path)
+        if fresh:
+            examples = dict.fromkeys(made.errors, f"{index}.png: ends too early")
+            self.fresh[key.part] = ShardResult(key, made, examples, True, stat.etag)
+        return key.part
+
+    def give_up(self, index: int, reason: str = "worker 0 was lost") -> GivenUp:
+        key = ShardKey(index, f"{index:016x}", 10, 0, 0)
+        self.expected[key.part] = 10
+        return GivenUp(key, reason)
+
+    def conclude(self, *given_up: GivenUp, max_rate: float = 0.01) -> Outcome:
+        run = Run(self.expected, self.fresh, given_up, (WORKER,), 4.0)
+        return conclude(self.store, self.head, run, max_rate=max_rate, beat=self.beat)
+
+    def beat(self) -> None:
+        self.beats += 1
+
+    def footers_read(self) -> set[str]:
+        return {call.key for call in self.store.calls if call.verb == "read_tail"}
+
+    def said(self, key: str) -> dict[str, Any]:
+        facts: dict[str, Any] = json.loads(self.store.read(key).data)
+        return facts
+
+    @property
+    def finished(self) -> bool:
+        return ledger.SUCCESS in self.store.held()
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Output:
+    return Output(tmp_path)
+
+
+# --- sums -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_sums_are_those_of_the_parts(output: Output) -> None:
+    output.put(0, failed=1)
+    output.put(1, rows=7, failed=2)
+    outcome = output.conclude(max_rate=0.5)
+    assert outcome == Outcome("complete", 17, 14, 3, 4.0, 17 / 4.0, output.store.uri, 0, "")
+    facts = output.said("_SUCCESS")
+    assert facts["plan"] == output.head.plan
+    assert facts["counts"] == {"planned": 17, "predicted": 14, "failed": 3}
+    assert facts["errors"] == {"decode/truncated": 3}
+    assert facts["examples"] == {"decode/truncated": "0.png: ends too early"}
+    assert facts["seconds"] == {"wall": 4.0, "predict": 0.5}
+    assert facts["workers"][0]["device"] == "cpu"
+    assert facts["parts"][1].items() >= {"name": sorted(output.expected)[1], "rows": 7, "failed": 2}.items()
+
+
+def test_success_comes_last(output: Output) -> None:
+    output.put(0)
+    output.conclude()
+    assert output.store.written()[-2:] == ["_batchjob/report.json", "_SUCCESS"]
+
+
+def test_the_lease_is_kept_meanwhile(output: Output) -> None:
+    for index in range(5):
+        output.put(index)
+    output.conclude()
+    assert output.beats >= 5
+
+
+def test_only_footers_that_are_not_known_are_read(output: Output) -> None:
+    older = output.put(0, fresh=False)
+    output.put(1)
+    changed = output.put(2)
+    untagged = output.put(3)
+    output.fresh[changed] = replace(output.fresh[changed], etag="another")
+    output.fresh[untagged] = replace(output.fresh[untagged], etag=None)
+    outcome = output.conclude()
+    assert output.footers_read() == {older, changed, untagged}
+    assert (outcome.planned, outcome.images_per_second) == (40, 30 / 4.0)  # this run's own rows make its speed
+    assert [part["name"] for part in output.said("_SUCCESS")["parts"]] == sorted(output.expected)
+
+
+def test_a_report_and_a_success_that_stand_are_replaced(output: Output) -> None:
+    output.put(0, failed=1)
+    assert output.conclude().exit_code == 3
+    assert output.conclude(max_rate=0.1).exit_code == 0
+    before = output.said("_SUCCESS")
+    output.put(1)
+    assert output.conclude(max_rate=0.1).exit_code == 0
+    assert len(output.said("_SUCCESS")["parts"]) == len(before["parts"]) + 1
+    assert output.said("_batchjob/report.json")["counts"]["planned"] == 20
+
+
+@pytest.mark.parametrize("fault", [Fault.LOST, Fault.REPEATED, Fault.CONFLICT])
+def test_a_success_whose_answer_was_lost_stands(output: Output, fault: Fault) -> None:
+    output.put(0)
+    output.store.inject("put_if_absent", "_SUCCESS", fault)
+    if fault is Fault.LOST:
+        with pytest.raises(Unavailable):
+            output.conclude()
+    assert output.conclude().exit_code == 0
+    assert output.said("_SUCCESS")["plan"] == output.head.plan
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("odd", [{"rows": 9}, {"plan": "another"}])
+def test_a_part_that_is_not_what_was_planned_is_an_alarm(output: Output, odd: Mapping[str, Any]) -> None:
+    output.put(0)
+    key = output.put(1, fresh=False, says=odd)
+    with pytest.raises(CheckFailed, match=f"{key} says .* rows of plan .* says 10 rows; remove it") as caught:
+        output.conclude()
+    assert caught.value.exit_code == 3
+    assert not output.finished
+
+
+def test_a_part_that_is_gone_is_an_alarm(output: Output) -> None:
+    output.put(0)
+    gone = output.put(1)
+    output.store.delete(gone)
+    with pytest.raises(CheckFailed, match=f"{gone} vanished after its commit; run again to redo it"):
+        output.conclude()
+    assert not output.finished
+
+
+def test_a_part_of_no_plan_is_an_alarm(output: Output) -> None:
+    output.put(0)
+    foreign = output.put(1, says={"plan": "another"})
+    del output.expected[foreign]
+    with pytest.raises(CheckFailed, match=f"{foreign} is a part of plan another, not of this output's; remove it"):
+        output.conclude()
+    output.store.put_if_absent("predictions/notes.txt", b"mine")
+    with pytest.raises(CheckFailed, match=r"notes\.txt was not written by batchjob"):
+        output.conclude()
+    assert foreign in output.store.held()
+    assert not output.finished
+
+
+def test_what_a_discarded_plan_left_is_deleted(output: Output) -> None:
+    left = output.put(0)
+    plan.bury(output.store, output.head)
+    output.expected.clear()
+    output.fresh.clear()
+    output.head = replace(output.head, plan="second", number=1)
+    mine = output.put(1)
+    assert output.conclude().exit_code == 0
+    assert left not in output.store.held()
+    assert [part["name"] for part in output.said("_SUCCESS")["parts"]] == [mine]
+
+
+def test_what_is_gone_already_need_not_be_deleted(output: Output) -> None:
+    clear_foreign(output.store, ["predictions/part-0000000-gone.parquet"])
+
+
+# --- shards given up ------------------------------------------------------------------------------------------------
+
+
+def test_shards_given_up_leave_the_output_incomplete(output: Output) -> None:
+    output.put(0)
+    outcome = output.conclude(output.give_up(1, "out of memory"), output.give_up(2))
+    assert (outcome.status, outcome.exit_code) == ("incomplete", 4)
+    assert (outcome.planned, outcome.predicted) == (30, 10)
+    assert outcome.message == (
+        "2 shards gave up after their attempts, the first, number 1, with: out of memory; "
+        "the same command tries them again"
+    )
+    assert not output.finished
+    assert output.said("_batchjob/report.json")["status"] == "incomplete"
+
+
+def test_a_shard_that_was_committed_after_all_is_not_given_up(output: Output) -> None:
+    output.put(0)
+    gone = output.give_up(1)
+    output.put(1, fresh=False)
+    outcome = output.conclude(gone)
+    assert (outcome.status, outcome.predicted) == ("complete", 20)
+    assert output.finished
+
+
+# --- the error budget -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "failed", "rate", "code"),
+    [
+        (100, 1, 0.01, 0),
+        (100, 2, 0.01, 3),
+        (100, 29, 0.29, 0),  # 0.29 * 100 is 28.999999999999996
+        (100, 30, 0.29, 3),
+        (100, 7, 0.07, 0),
+        (1000, 57, 0.057, 0),
+        (10, 1, 0.0, 3),
+        (10, 0, 0.0, 0),
+        (10, 10, 1.0, 0),
+        (0, 0, 0.0, 0),
+    ],
+)
+def test_the_budget_is_a_share_of_what_was_planned(
+    output: Output, rows: int, failed: int, rate: float, code: int
+) -> None:
+    output.put(0, rows, failed)
+    outcome = output.conclude(max_rate=rate)
+    assert outcome.exit_code == code
+    assert output.finished == (code == 0)
+    assert output.said("_batchjob/report.json")["status"] == ("over_budget" if code else "complete")
+
+
+def test_over_budget_the_commonest_error_is_named(output: Output) -> None:
+    output.put(0, failed=3, says={"errors": {"decode/truncated": 1, "fetch/not_found": 2}})
+    message = output.conclude().message
+    assert message == (
+        "3 of 10 images failed, errors.max_rate allows 1.00%; most often fetch/not_found (2, such as 0.png: ends too "
+        "early); see `batchjob errors memory://out`"
+    )
+
+
+def test_without_an_example_none_is_given(output: Output) -> None:
+    output.put(0, failed=1, fresh=False)
+    assert "most often decode/truncated (1); see" in output.conclude().message
+
+
+# --- what the user reads --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (InvalidJob("no such key"), "invalid", 2),
+        (CheckFailed("foreign part"), "over_budget", 3),
+        (Incomplete("shards gave up"), "incomplete", 4),
+        (AttemptFailed("disk full"), "incomplete", 4),
+        (Temporary("not there yet"), "temporary", 75),
+        (Unavailable("no network"), "temporary", 75),
+        (BatchjobError("a bug"), "crashed", 1),
+        (ValueError("a bug"), "crashed", 1),
+        (KeyboardInterrupt(), "temporary", 75),
+    ],
+)
+def test_every_error_has_its_exit_code(error: BaseException, status: str, code: int) -> None:
+    outcome = Outcome.of_error(error, "out", 1.5)
+    assert (outcome.status, outcome.exit_code, outcome.output, outcome.seconds) == (status, code, "out", 1.5)
+    assert outcome.sentence() == outcome.message
+    if isinstance(error, BatchjobError):
+        assert outcome.message == error.message
+    elif isinstance(error, ValueError):
+        assert outcome.message == "ValueError: a bug"
+    else:
+        assert "resumes" in outcome.message
+
+
+def test_an_outcome_is_one_line_of_json() -> None:
+    line = Outcome("complete", 12, 11, 1, 4.00049, 2.99999, "out", 0).dump()
+    assert "\n" not in line
+    facts = json.loads(line)
+    wanted = "status planned predicted failed seconds images_per_second output exit_code"
+    assert facts.items() >= dict(zip(wanted.split(), ["complete", 12, 11, 1, 4.0, 3.0, "out", 0], strict=True)).items()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "sentence"),
+    [
+        (
+            Outcome("complete", 1200, 1199, 1, 4.0, 300.0, "out"),
+            "out: complete: 1,200 images, 1,199 predicted, 1 failed in 4.0 s, 300.0 images/s",
+        ),
+        (Outcome("already_complete", 3, 3, 0, output="out"), "out: already complete: 3 images, 3 predicted, 0 failed"),
+    ],
+)
+def test_an_outcome_without_a_message_gives_its_sums(outcome: Outcome, sentence: str) -> None:
+    assert outcome.sentence() == sentence
+
+
+def test_a_plan_in_numbers() -> None:
+    (line,) = PlanSummary("ab", 5000, 3, 2000, "out", 1.25).lines()
+    assert line == "plan ab in out: 5,000 images in 3 shards of 2,000, written in 1.2 s"

@@ -1,0 +1,73 @@
+"""A part that cannot even be begun fails its attempt, once, and holds up nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from batchjob.assembly import Assembly, Imprint
+from batchjob.errors import AttemptFailed, Unavailable
+from batchjob.pool import Event, Failed
+from batchjob.records import Batch, Fault, Frame, ImageFacts, ImageRef, Shard, ShardKey
+from batchjob.sink import row_schema
+from batchjob.storage import Reader, open_store
+from batchjob.tasks import EmbeddingTask
+from batchjob.tasks.postprocess import Postprocess
+
+GONE = Batch(0, 0, (ImageFacts(fault=Fault("fetch", "not_found", "it is not there")),) * 2, None)
+
+
+def shard(index: int, rows: int = 4) -> Shard:
+    refs = tuple(ImageRef(index * rows + n, f"{n}.png", f"{n}.png") for n in range(rows))
+    return Shard(ShardKey(index, f"{index:016x}", rows, 0, 0), refs, pa.table({"nothing": [None] * rows}).select([]))
+
+
+def post() -> Postprocess:
+    import torch
+
+    return EmbeddingTask().prepare(torch.zeros(2, 3), None, Reader())
+
+
+def assembly(tmp_path: Path, spool: Path, told: list[Event]) -> Assembly:
+    return Assembly(
+        store=open_store(str(tmp_path / "out")),
+        spool=spool,
+        imprint=Imprint("plan", "fingerprint", "model", "net@1", row_schema([], post().fields)),
+        post=post(),
+        frames=lambda facts: Frame(1, 1, 1, 1),
+        lost=Fault("predict", "memory", "too large"),
+        wanted=lambda: None,
+        tell=told.append,
+    )
+
+
+def test_a_spool_that_cannot_be_written_fails_each_shard_once(tmp_path: Path) -> None:
+    told: list[Event] = []
+    making = assembly(tmp_path, tmp_path / "no such folder", told)
+    for index in (0, 1):
+        for last in (False, True):
+            making.add(shard(index), GONE, None, seconds=0.0, last=last)
+    making.add_empty(shard(2, 0))
+    making.close()
+    assert [(type(event), event.key.index) for event in told if isinstance(event, Failed)] == [
+        (Failed, 0),
+        (Failed, 1),
+        (Failed, 2),
+    ]
+
+
+def test_what_failed_before_is_not_told_twice_when_the_loader_dies(tmp_path: Path) -> None:
+    told: list[Event] = []
+    making = assembly(tmp_path, tmp_path, told)
+    making.add(shard(0), GONE, Unavailable("no network"), seconds=0.0, last=False)
+    making.add(shard(1), GONE, None, seconds=0.0, last=False)
+    making.lose([shard(0), shard(1), shard(2)], AttemptFailed("the loader died"))
+    making.close()
+    failed = [event for event in told if isinstance(event, Failed)]
+    assert [(event.key.index, event.error.message) for event in failed] == [
+        (0, "no network"),
+        (1, "the loader died"),
+        (2, "the loader died"),
+    ]
+    assert not list(tmp_path.glob("*.parquet"))
