@@ -24,7 +24,7 @@ class Drain:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def listen(self) -> None:
         """(Re)install the handlers: Ray takes SIGTERM for itself when it starts."""

@@ -87,11 +87,10 @@ def discard(uri: str, options: Options | None = None) -> str:
         InvalidJob: there is no plan.
     """
     store = open_store(uri, options)
+    _something_to_discard(store)  # before the lease leaves a trace in a folder that is not ours
     lease = Lease.acquire(store)
     try:
-        number, head = plan.current(store)
-        if head is None and not (number and ledger.parts(store)):
-            raise InvalidJob(f"{store.uri}: no plan in force, nothing to discard")
+        number, head = _something_to_discard(store)
         if head is not None:
             plan.bury(store, head)
         store.delete(ledger.SUCCESS)
@@ -102,6 +101,14 @@ def discard(uri: str, options: Options | None = None) -> str:
         return f"{store.uri}: discarded {name}, deleted {len(leftovers)} parts"
     finally:
         lease.release()
+
+
+def _something_to_discard(store: Store) -> tuple[int, Head | None]:
+    """The plan in force, or what a discard that was cut short has left. Raises InvalidJob where there is neither."""
+    number, head = plan.current(store)
+    if head is None and not (number and ledger.parts(store)):
+        raise InvalidJob(f"{store.uri}: no plan in force, nothing to discard")
+    return number, head
 
 
 def _already_complete(store: Store, job: Job) -> Outcome | None:

@@ -33,7 +33,7 @@ from batchjob.drain import Drain
 from batchjob.errors import BatchjobError, CheckFailed, InvalidJob, JobError, Temporary, Unavailable
 from batchjob.job import Job
 from batchjob.lease import SILENCE_SECONDS, Lease
-from batchjob.pool import Pool, WorkerFailed
+from batchjob.pool import Event, Pool, Ready, WorkerFailed
 from batchjob.progress import Progress, Quiet
 from batchjob.report import Outcome
 from batchjob.storage import open_store
@@ -393,6 +393,16 @@ def test_a_signal_is_heard_while_workers_start(tmp_path: Path, out: Path) -> Non
     assert heads(out) == []
 
 
+def test_a_signal_is_heard_though_workers_took_the_handler(tmp_path: Path) -> None:
+    def waking() -> Iterator[Event | None]:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray takes it when it starts
+        yield Ready("0", LOADED)
+
+    pool = ScriptedPool({0: [first(term)]}, ready=waking())
+    with pytest.raises(Temporary, match="stopped by a signal"):
+        run(job(tmp_path, TWELVE), pool)
+
+
 def test_a_signal_outside_the_main_thread_is_nobodys(tmp_path: Path) -> None:
     """`batchjob.run` may be called from any thread, though only the main one may set handlers."""
     before, found = signal.getsignal(signal.SIGTERM), list[object]()
@@ -495,6 +505,26 @@ def test_two_drivers_at_once_do_no_harm(tmp_path: Path, out: Path, monkeypatch: 
     assert run(the).status == "already_complete"
 
 
+def test_a_plan_that_another_job_froze_meanwhile_is_not_taken_for_ours(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batchjob.lease.BEAT_SECONDS", 1e9)
+    the = job(tmp_path, TWELVE)
+    other = job(tmp_path, TWELVE, task={"type": "embedding", "normalize": True})
+
+    def waking() -> Iterator[Event | None]:
+        for path in out.glob("_batchjob/lease/*.json"):
+            path.unlink()
+        driver.plan_only(other, allow_empty=False, progress=Quiet())
+        yield Ready("0", LOADED)
+
+    pool = ScriptedPool(ready=waking())
+    with pytest.raises(InvalidJob, match="belongs to another job"):
+        run(the, pool)
+    assert pool.submitted == []
+    assert heads(out) == ["0000"]
+
+
 # --- the error budget -----------------------------------------------------------------------------------------------
 
 BAD = ["000-bad.png", *TWELVE[1:6], "006-bad.png", "007-bad.png", *TWELVE[8:]]
@@ -563,7 +593,7 @@ def test_a_foreign_part_stops_a_resume_and_is_named(tmp_path: Path, out: Path, k
     the = interrupted(tmp_path)
     said = a_stranger(out) if kind == "stranger" else a_relative(out, tmp_path)
     with pytest.raises(CheckFailed, match=said) as caught:
-        run(the, ScriptedPool())
+        run(the, ScriptedPool({3: [hang]}))  # before the work, not after it
     assert caught.value.exit_code == 3
     assert "remove it" in caught.value.message
     assert not (out / "_SUCCESS").exists()
@@ -853,3 +883,9 @@ def test_a_part_of_a_discarded_plan_is_deleted_when_met(tmp_path: Path, out: Pat
     assert run(the, ScriptedPool({4: acts})).status == "complete"
     assert not old.exists()
     assert positions(out) == list(range(12))
+
+
+def test_discarding_at_a_mistyped_place_leaves_no_trace(tmp_path: Path) -> None:
+    with pytest.raises(InvalidJob, match="nothing to discard"):
+        driver.discard(str(tmp_path / "mistyped"))
+    assert not (tmp_path / "mistyped").exists()
