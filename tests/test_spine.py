@@ -111,7 +111,7 @@ def test_killed_drivers_resume_and_redo_nothing(
     arguments = cifar(test_data, output, images=images)
     store = open_store(output)
     committed: dict[str, str] = {}
-    for parts in (1, 2):
+    for parts in (1, 2) if place == "disk" else (2,):  # each kill costs the time that a dead owner's lease holds
         process = start(arguments)
         while len(ledger.parts(store)) < parts and process.poll() is None:
             time.sleep(0.05)
