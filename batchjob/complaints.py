@@ -161,7 +161,12 @@ def _fields_at(path: KeyPath, job: type[Settings], tree: Mapping[str, Any]) -> l
         tag = node.get("type") if isinstance(node, dict) else None
         tagged = [kind for kind in inner if _tag(kind) == tag] if tag is not None else []
         kinds = tagged or inner or kinds
-    return list(dict.fromkeys(name for kind in kinds for name in kind.model_fields))
+    return list(dict.fromkeys(name for kind in kinds for name in _own_first(kind)))
+
+
+def _own_first(kind: type[Settings]) -> list[str]:
+    """Fields as a person would list them: what the class is about, then what it shares with others."""
+    return sorted(kind.model_fields, key=lambda name: name not in kind.__annotations__)
 
 
 def _settings_in(annotation: Any) -> list[type[Settings]]:

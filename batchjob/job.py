@@ -210,11 +210,12 @@ class Job(Settings):
     def fingerprint(self) -> dict[str, Any]:
         """What decides the predictions: the explicitly set fields of input, model, preprocess, task, decode, precision.
 
-        Not in it: what says when, where or how fast (`input.require`, workers, batches, output), and versions. The same
-        job in another folder has the same fingerprint.
+        Not in it: what says when, where or how fast (`input.require`, workers, batches, output), what is only checked
+        (`model.sha256`), and versions. The same job in another folder has the same fingerprint.
         """
         whole = self.portable()
-        whole["input"].pop("require", None)
+        for section, key in (("input", "require"), ("model", "trust"), ("model", "sha256")):
+            whole[section].pop(key, None)
         whole["runtime"] = {key: value for key, value in whole.get("runtime", {}).items() if key == "precision"}
         sections = ("input", "model", "preprocess", "task", "runtime", "decode")
         return {name: whole[name] for name in sections if whole.get(name)}

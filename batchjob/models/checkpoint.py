@@ -11,8 +11,10 @@ from pydantic import Field, TypeAdapter, field_validator
 from batchjob.errors import InvalidJob
 from batchjob.models.architecture import build_torchvision, call_target, ready, undisturbed
 from batchjob.models.loaded import LoadedModel
+from batchjob.models.selected import SelectedOutput, select
+from batchjob.models.trust import WeightsFile, verified
 from batchjob.models.weights import fit, parse_state, read_file, stat_file
-from batchjob.settings import Settings, Target, Uri
+from batchjob.settings import Target, Uri
 from batchjob.targets import source_digest
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ __all__ = ["CheckpointModel"]
 _TARGET: TypeAdapter[str] = TypeAdapter(Target)
 
 
-class CheckpointModel(Settings):
+class CheckpointModel(WeightsFile, SelectedOutput):
     """Weights from a file, into an architecture.
 
     Attributes:
@@ -63,11 +65,11 @@ class CheckpointModel(Settings):
         """Builds and fills the model; no preprocessing and no labels of its own.
 
         Raises:
-            InvalidJob: files not there, unknown architecture, weights that do not fit it or hold code.
+            InvalidJob: files not there, unknown architecture, weights that do not fit it or hold code, another digest.
             Unavailable: the store cannot be reached.
         """
         data = read_file(reader, self.weights, "model.weights")
-        digest = hashlib.sha256(data).hexdigest()
+        digest = verified(data, self.weights, self.sha256)
         with undisturbed():
             state = parse_state(data, self.weights)
             del data
@@ -82,7 +84,7 @@ class CheckpointModel(Settings):
             )
         if ":" in self.architecture:
             digest = hashlib.sha256(f"{digest} {source_digest(self.architecture, base)}".encode()).hexdigest()
-        return LoadedModel(ready(module, "model.architecture"), None, None, digest)
+        return LoadedModel(select(ready(module, "model.architecture"), self.output), None, None, digest)
 
     def _build(self, base: Path) -> nn.Module:
         import torch

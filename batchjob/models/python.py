@@ -12,9 +12,10 @@ from batchjob.errors import InvalidJob
 from batchjob.models.architecture import call_target, ready, undisturbed
 from batchjob.models.loaded import LoadedModel
 from batchjob.models.published import preset
+from batchjob.models.selected import SelectedOutput, select
 from batchjob.models.weights import state_digest
 from batchjob.records import Preprocess
-from batchjob.settings import Settings, Target
+from batchjob.settings import Target
 from batchjob.targets import load_target, source_digest
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ __all__ = ["PythonModel"]
 _WANTED = "a torch.nn.Module, or a pair of it and its preprocessing"
 
 
-class PythonModel(Settings):
+class PythonModel(SelectedOutput):
     """A model that the user's own code builds and fills.
 
     Attributes:
@@ -63,7 +64,8 @@ class PythonModel(Settings):
             preprocess = None if own is None else self._preprocess(own, base)
             module = ready(module, f"model.target: {self.target}")
         parts = f"{source_digest(self.target, base)} {state_digest(module)}"
-        return LoadedModel(module, preprocess, None, hashlib.sha256(parts.encode()).hexdigest())
+        digest = hashlib.sha256(parts.encode()).hexdigest()
+        return LoadedModel(select(module, self.output), preprocess, None, digest)
 
     def _split(self, returned: Any) -> tuple[nn.Module, Any]:
         import torch

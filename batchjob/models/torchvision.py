@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -13,8 +12,9 @@ from batchjob.errors import InvalidJob, StorageError
 from batchjob.models.architecture import build_torchvision, check_name, ready, undisturbed
 from batchjob.models.loaded import LoadedModel
 from batchjob.models.published import Published, by_file, by_name, fetch
+from batchjob.models.trust import WeightsFile, verified
 from batchjob.models.weights import fit, parse_state, read_file, stat_file, state_digest
-from batchjob.settings import Settings, Uri
+from batchjob.settings import Uri
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ def _name_or_uri(value: Any, resolve: ValidatorFunctionWrapHandler) -> Any:
     return str(value) if isinstance(value, str) and value and not _FILE.search(value) else resolve(value)
 
 
-class TorchvisionModel(Settings):
+class TorchvisionModel(WeightsFile):
     """A classification model of torchvision.
 
     Attributes:
@@ -110,6 +110,7 @@ class TorchvisionModel(Settings):
         return LoadedModel(module, published.preprocess, labels, state_digest(module))
 
     def _filled(self, data: bytes, place: str, published: Published | None) -> LoadedModel:
+        digest = verified(data, place, self.sha256)
         arguments = dict(published.arguments) if published else {}
         if self.num_classes is not None:
             if arguments.get("num_classes", self.num_classes) != self.num_classes and published:
@@ -128,7 +129,6 @@ class TorchvisionModel(Settings):
                 advice="correct model.name or model.num_classes, or use type checkpoint for another architecture",
             )
         _drop_auxiliary(module)
-        digest = hashlib.sha256(data).hexdigest()
         if published is None:
             return LoadedModel(module, None, None, digest)
         return LoadedModel(module, published.preprocess, published.labels, digest)

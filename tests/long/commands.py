@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +28,7 @@ __all__ = [
     "SLOW_NET",
     "Command",
     "Ended",
+    "actors",
     "alive",
     "cifar",
     "descendants",
@@ -33,6 +36,7 @@ __all__ = [
     "footers",
     "forget_lease",
     "kill",
+    "own_ray",
     "plans",
     "right",
     "run",
@@ -163,6 +167,16 @@ def until(condition: Callable[[], Any], *, command: Command | None = None, timeo
     return found
 
 
+@contextmanager
+def own_ray() -> Iterator[dict[str, str]]:
+    """Environment in which a driver starts a Ray of its own; its sockets want a folder with a short path."""
+    folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")
+    try:
+        yield {"RAY_TMPDIR": folder, "RAY_ADDRESS": ""}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def cifar(data: Path, output: str | Path, *more: str) -> list[str]:
     """`run` with the CIFAR job over the real images on the local pool, in ten shards unless `more` says otherwise."""
     return [
@@ -243,6 +257,18 @@ def descendants(pid: int) -> set[tuple[int, int]]:
 def alive(processes: set[tuple[int, int]]) -> set[tuple[int, int]]:
     """Those of them that still run (a zombie does not)."""
     return processes & {(pid, born) for pid, _, born in _processes()}
+
+
+def actors(command: Command) -> set[tuple[int, int]]:
+    """The command's Ray workers."""
+    return {(pid, born) for pid, born in descendants(command.pid) if "ray::_Worker" in _title(pid)}
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _processes() -> Iterator[tuple[int, int, int]]:

@@ -1,0 +1,178 @@
+"""Bad input ends in one clear sentence and exit code 2, before the first image is read; nothing is frozen by it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import footers, run, table
+from tiny import red, write_tiny_job
+
+from batchjob.cli import main
+
+
+class Opened:
+    """Files that this process opened below a folder; an audit hook cannot be taken out, only switched off."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.names, self.on = str(folder), set[str](), True
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.on and event == "open" and isinstance(arguments[0], str | bytes):
+            path = os.fsdecode(arguments[0])
+            if path.startswith(self.folder):
+                self.names.add(path)
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Opened]:
+    watch = Opened(tmp_path / "images")
+    yield watch
+    watch.on = False
+
+
+@pytest.fixture
+def bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sound job of four images, which each test spoils in one place."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        (tmp_path / f"images/{number}.png").write_bytes(red(format="PNG"))
+    lines = "".join(f"images/{n}.png,{n},a,b,c\n" for n in range(4))
+    write_tiny_job(tmp_path, "file,sku,uri,embedding,country\n" + lines)
+    return tmp_path
+
+
+def spoil(old: str, new: str) -> Callable[[], None]:
+    def do() -> None:
+        text = Path("job.yaml").read_text()
+        assert old in text
+        Path("job.yaml").write_text(text.replace(old, new))
+
+    return do
+
+
+def checkpoint_of_another_net() -> None:
+    import torch
+
+    torch.save({"elsewhere.weight": torch.zeros(3)}, "net.pth")
+
+
+def nothing() -> None:
+    pass
+
+
+BAD: dict[str, tuple[Callable[[], None], list[str], list[str]]] = {
+    "unknown and duplicate keys, all at once": (
+        spoil("task: {type: embedding}", "task: {type: embedding, lyer: x}\ntask: {type: embedding}\nimput: 1"),
+        [],
+        ["job.yaml:4:", "lyer", "did you mean 'layer'", "job.yaml:5:1", "task", "job.yaml:6:1", "input"],
+    ),
+    "missing input": (nothing, ["input.uri=none.csv"], ["none.csv", "input.uri"]),
+    "missing folder": (nothing, ["input={type: prefix, uri: nowhere/}"], ["nowhere", "input.uri"]),
+    "empty input": (nothing, ["input={type: prefix, uri: images/, include: ['*.tif']}"], ["images", "--allow-empty"]),
+    "missing weights": (
+        nothing,
+        ["model={type: checkpoint, architecture: resnet18, weights: none.pth}"],
+        ["none.pth", "model.weights"],
+    ),
+    "wrong architecture": (
+        checkpoint_of_another_net,
+        ["model={type: checkpoint, architecture: resnet18, weights: net.pth}"],
+        ["net.pth", "elsewhere.weight", "conv1.weight"],
+    ),
+    "unknown architecture": (
+        checkpoint_of_another_net,
+        ["model={type: checkpoint, architecture: resnet81, weights: net.pth}"],
+        ["resnet81", "resnet18"],
+    ),
+    "unknown target": (nothing, ["model.target=net:man"], ["net.py", "'man'", "mean"]),
+    "no conditional create": (nothing, ["output.uri=ftp://host/out/"], ["ftp://", "output.uri"]),
+    "passthrough that is ours": (nothing, ["input.passthrough=[uri]"], ["uri", "passthrough"]),
+    "passthrough that is the task's": (nothing, ["input.passthrough=[embedding]"], ["embedding", "passthrough"]),
+    "passthrough that is the path's": (
+        nothing,
+        ["input.passthrough=[country]", "output.uri=country=de/out"],
+        ["country", "clashes", "another name"],
+    ),
+    "unknown passthrough": (nothing, ["input.passthrough=[skew]"], ["skew", "sku", "manifest.csv"]),
+    "no CUDA": (nothing, ["runtime.device=cuda"], ["runtime.device", "cuda"]),
+    "inference mode": (nothing, ["model.target=net:differentiates"], ["grad_mode", "no_grad"]),
+    "unknown layer": (nothing, ["task.layer=blok"], ["blok", "task.layer"]),
+    "labels that do not fit": (nothing, ["task={type: classification, labels: [a, b]}"], ["labels", "2", "3"]),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_bad_input_is_one_clear_sentence_before_anything_is_read(
+    fault: str, bad: Path, opened: Opened, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spoiled, overrides, words = BAD[fault]
+    if fault == "no CUDA":
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU here")
+    spoiled()
+    opened.names.clear()
+    code = main(["run", "job.yaml", "--json", "--quiet", *overrides])
+    out, err = capfd.readouterr()
+    print(f"{fault}: {err.strip()}")
+    assert code == 2, err
+    assert json.loads(out.splitlines()[-1]).items() >= {"status": "invalid", "exit_code": 2}.items()
+    assert "Traceback" not in err
+    missing = [word for word in words if word not in err]
+    assert not missing, f"{err!r} does not say {missing}"
+    assert opened.names == set(), "an image was read before the fault was found"
+    assert not list(bad.rglob("predictions/*"))
+    assert not list(bad.rglob("head.json"))
+
+
+def test_the_sound_job_reads_its_images(bad: Path, opened: Opened) -> None:
+    assert main(["run", "job.yaml", "--quiet"]) == 0
+    assert {Path(name).name for name in opened.names} == {"0.png", "1.png", "2.png", "3.png"}
+    assert main(["run", "job.yaml", "--quiet", "output.uri=grad", "model.target=net:differentiates"]) == 2
+    allowed = ["output.uri=grad", "model.target=net:differentiates", "runtime.grad_mode=no_grad"]
+    assert main(["run", "job.yaml", "--quiet", *allowed]) == 0
+    assert table(bad / "grad")["embedding"].to_pylist()[0] == pytest.approx((2.0, 0.0, 0.4), abs=0.02)
+
+
+def test_an_output_of_another_job_is_refused_with_the_difference(
+    bad: Path, opened: Opened, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "job.yaml", "--quiet"]) == 0
+    assert opened.names == set(), "planning reads no image"
+    capfd.readouterr()
+    for change, line in (
+        ("task.normalize=true", "task.normalize: not set there"),
+        ("preprocess.resize=[9, 8]", "preprocess.resize"),
+        ("model.target=net:differentiates", "model.target: net:mean there, net:differentiates here"),
+        ("input.uri=other.csv", "input.uri"),
+    ):
+        shutil.copy("manifest.csv", "other.csv")
+        assert main(["run", "job.yaml", "--quiet", change]) == 2
+        _, err = capfd.readouterr()
+        assert line in err
+        assert "belongs to another job" in err
+        assert "discard" in err
+    assert opened.names == set()
+    for harmless in ("runtime.batch_size=3", "errors.max_rate=0.5", "runtime.loader.prefetch=3"):
+        assert main(["plan", "job.yaml", "--quiet", harmless]) == 0
+
+
+def test_nothing_to_do_may_be_allowed(bad: Path) -> None:
+    empty = ["job.yaml", "input={type: prefix, uri: images/, include: ['*.tif']}"]
+    ended = run("run", *empty, "--allow-empty", "--json", cwd=bad)
+    assert (ended.code, ended.answer["status"], ended.answer["planned"]) == (0, "complete", 0), ended.err
+    rows = table(bad / "out")
+    assert rows.num_rows == 0
+    assert "embedding" in rows.column_names
+    assert len(footers(bad / "out")) == 1
+    assert (bad / "out/_SUCCESS").is_file()

@@ -1,0 +1,79 @@
+"""Every odd or broken image is exactly one row: predicted where it can be, else with stage, type and message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import run, table
+from PIL import Image
+from tiny import encoded, red, write_tiny_job
+
+
+def rotated() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return red(format="JPEG", exif=exif, quality=95)
+
+
+def sixteen_bit() -> bytes:
+    return encoded(Image.fromarray(np.full((10, 10), 0x8080, dtype=np.uint16)), format="PNG")
+
+
+def animated() -> bytes:
+    frames = [Image.new("RGB", (10, 10), color) for color in ((255, 0, 51), (0, 255, 0))]
+    return encoded(frames[0], format="GIF", save_all=True, append_images=frames[1:])
+
+
+def palette() -> bytes:
+    return encoded(Image.new("RGB", (10, 10), (255, 0, 51)).convert("P", palette=Image.Palette.ADAPTIVE), format="PNG")
+
+
+RED = (1.0, 0.0, 0.2)
+GREY = (0.5, 0.5, 0.5)
+# name, bytes (None: no such file), (width, height) as stored, what the model sees, or the fault
+ODD: list[tuple[str, bytes | None, tuple[int, int] | None, tuple[float, ...] | str]] = [
+    ("plain.png", red(format="PNG"), (40, 20), RED),
+    ("cmyk.jpg", encoded(Image.new("CMYK", (10, 10), (0, 255, 204, 0)), format="JPEG", quality=95), (10, 10), RED),
+    ("sixteen.png", sixteen_bit(), (10, 10), GREY),
+    ("palette.png", palette(), (10, 10), RED),
+    ("animated.gif", animated(), (10, 10), RED),
+    ("rotated.jpg", rotated(), (40, 20), RED),
+    ("one.png", encoded(Image.new("RGB", (1, 1), (255, 0, 51)), format="PNG"), (1, 1), RED),
+    ("grey.jpg", encoded(Image.new("L", (10, 10), 128), format="JPEG"), (10, 10), GREY),
+    ("empty.jpg", b"", None, "decode/empty"),
+    ("text.jpg", b"this is no image\n", None, "decode/not_an_image"),
+    ("truncated.jpg", red(format="JPEG")[:-200], None, "decode/truncated"),
+    ("missing.jpg", None, None, "fetch/not_found"),
+]
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    for name, data, _, _ in ODD:
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+    write_tiny_job(tmp_path, "file\n" + "".join(f"{name}\n" for name, *_ in ODD))
+    return tmp_path
+
+
+def test_an_odd_image_is_one_row_predicted_or_explained(odd: Path) -> None:
+    ended = run("run", "job.yaml", "--json", cwd=odd)
+    assert ended.code == 0, ended.err
+    rows = table(odd / "out").sort_by("position").to_pylist()
+    assert [row["uri"] for row in rows] == [name for name, *_ in ODD]
+    for row, (name, _, size, expected) in zip(rows, ODD, strict=True):
+        fault = f"{row['error_stage']}/{row['error_type']}" if row["error_stage"] else None
+        if isinstance(expected, str):
+            assert (fault, row["embedding"]) == (expected, None), name
+            assert row["error_message"], name
+        else:
+            assert (fault, row["error_message"]) == (None, None), name
+            assert (row["width"], row["height"]) == size, name
+            assert row["embedding"] == pytest.approx(expected, abs=0.02), name
+    faults = sum(isinstance(expected, str) for *_, expected in ODD)
+    assert ended.answer.items() >= {"predicted": len(ODD) - faults, "failed": faults}.items()
+    counts = run("errors", "out", "--json", cwd=odd).answer
+    assert counts["total"] == faults
+    assert counts["by_type"] == dict.fromkeys((e for *_, e in ODD if isinstance(e, str)), 1)
