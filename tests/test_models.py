@@ -290,8 +290,8 @@ def test_digest_follows_the_weights_and_the_source(beside: Path, tmp_path: Path)
     [
         ("resnet49", {}, "did you mean resnet"),
         ("zzz", {}, "it has alexnet"),
-        ("fasterrcnn_resnet50_fpn", {}, "no float classification model"),
-        ("quantized_resnet50", {}, "no float classification model"),
+        ("raft_small", {}, "no float model for classification, detection or segmentation"),
+        ("quantized_resnet50", {}, "no float model for classification, detection or segmentation"),
         ("resnet18", {"arguments": {"depth": 3}}, "unexpected keyword argument 'depth'"),
         ("net:NUMBER", {}, "is a int; name a function"),
         ("net:small", {"arguments": {"depth": 3}}, "it takes (num_classes=3, width=4)"),

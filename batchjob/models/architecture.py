@@ -1,4 +1,4 @@
-"""Names to fresh modules: torchvision's classification architectures, and functions beside the job file."""
+"""Names to fresh modules: torchvision's architectures, and functions beside the job file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.error import HTTPError, URLError
 
 from batchjob.errors import BatchjobError, InvalidJob, Unavailable
@@ -16,7 +16,7 @@ from batchjob.targets import load_target
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["build_torchvision", "call_target", "check_name", "ready", "undisturbed"]
+__all__ = ["build_torchvision", "call_target", "check_name", "ready", "takes", "undisturbed"]
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def ready(module: nn.Module, where: str) -> nn.Module:
 
 
 def build_torchvision(name: str, key: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """A freshly initialised classification model of torchvision.
+    """A freshly initialised model of torchvision, for classification, detection or segmentation.
 
     Raises:
         InvalidJob: no such model (nearest names), one for another task, or arguments it does not take.
@@ -56,6 +56,8 @@ def build_torchvision(name: str, key: str, arguments: Mapping[str, Any]) -> nn.M
     given = dict(arguments)
     if name in {"googlenet", "inception_v3"}:
         given.setdefault("init_weights", False)  # left out, torchvision warns
+    if name not in models.list_models(module=models):
+        given.setdefault("weights_backbone", None)  # left out, torchvision downloads them
     try:
         module: nn.Module = models.get_model(name, weights=None, **given)
     except (TypeError, ValueError) as error:
@@ -64,18 +66,26 @@ def build_torchvision(name: str, key: str, arguments: Mapping[str, Any]) -> nn.M
 
 
 def check_name(name: str, key: str) -> None:
-    """Raises InvalidJob where torchvision has no classification model of that name."""
+    """Raises InvalidJob where torchvision has no model of that name for classification, detection or segmentation."""
     from torchvision import models
 
-    known = models.list_models(module=models)
+    known = [name for room in (models, models.detection, models.segmentation) for name in models.list_models(room)]
     if name in known:
         return
     if name in models.list_models():
         raise InvalidJob(
-            f"{key}: torchvision's {name} is no float classification model, which is what this version builds by name; "
-            "wrap it in a function beside the job file and use model.type: python"
+            f"{key}: torchvision's {name} is no float model for classification, detection or segmentation, which is "
+            "what this version builds by name; wrap it in a function beside the job file and use model.type: python"
         )
     raise InvalidJob(f"{key}: {_unknown(name, known)} (or write 'module:function' with type checkpoint or python)")
+
+
+def takes(module: nn.Module) -> Literal["batch", "list"]:
+    """What a module is called with: torchvision's detectors take a list of images of any size."""
+    from torchvision.models import detection
+
+    detectors = (detection.FasterRCNN, detection.FCOS, detection.RetinaNet, detection.ssd.SSD)
+    return "list" if isinstance(module, detectors) else "batch"
 
 
 def _unknown(name: str, known: list[str]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, TypeAdapter, field_validator
 
 from batchjob.errors import InvalidJob
-from batchjob.models.architecture import build_torchvision, call_target, ready, undisturbed
+from batchjob.models.architecture import build_torchvision, call_target, ready, takes, undisturbed
 from batchjob.models.loaded import LoadedModel
 from batchjob.models.selected import SelectedOutput, select
 from batchjob.models.trust import WeightsFile, verified
@@ -31,7 +31,7 @@ class CheckpointModel(WeightsFile, SelectedOutput):
     """Weights from a file, into an architecture.
 
     Attributes:
-        architecture: a torchvision classification model's name, or `module:function` beside the job file.
+        architecture: a torchvision model's name, or `module:function` beside the job file.
         weights: `.pt`, `.pth`, `.th` or `.safetensors`, wherever it lies; on any device when it was saved.
         num_classes: handed to the architecture where it takes that.
         arguments: more keyword arguments for the architecture.
@@ -84,7 +84,8 @@ class CheckpointModel(WeightsFile, SelectedOutput):
             )
         if ":" in self.architecture:
             digest = hashlib.sha256(f"{digest} {source_digest(self.architecture, base)}".encode()).hexdigest()
-        return LoadedModel(select(ready(module, "model.architecture"), self.output), None, None, digest)
+        module = ready(module, "model.architecture")
+        return LoadedModel(select(module, self.output), None, None, digest, takes(module))
 
     def _build(self, base: Path) -> nn.Module:
         import torch

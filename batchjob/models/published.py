@@ -86,22 +86,30 @@ def _published(model: str, member: Any) -> Published:
 
 
 def preset(transforms: Any) -> Preprocess | None:
-    """What a torchvision classification preset (`weights.transforms()`) does, as settings; None for anything else."""
-    from torchvision.transforms._presets import ImageClassification
+    """What a torchvision preset (`weights.transforms()`) does, as settings; None for those that do anything else.
 
-    if not isinstance(transforms, ImageClassification) or not transforms.antialias:
+    Presets of classification, detection (which leave everything to the model) and segmentation (which make images of
+    different sizes, so that these are predicted by size).
+    """
+    from torchvision.transforms._presets import ImageClassification, ObjectDetection, SemanticSegmentation
+
+    if isinstance(transforms, ObjectDetection):
+        return Preprocess(resize=None, crop=None, mean=None, std=None, channels="rgb", scale="unit")
+    if not isinstance(transforms, ImageClassification | SemanticSegmentation) or not transforms.antialias:
         return None
     interpolation = transforms.interpolation.value
     if interpolation not in {"nearest", "bilinear", "bicubic"}:
         return None
+    cropped = isinstance(transforms, ImageClassification)
     return Preprocess(
-        resize=_size(transforms.resize_size),
-        crop=_size(transforms.crop_size),
+        resize=_size(transforms.resize_size) if transforms.resize_size is not None else None,
+        crop=_size(transforms.crop_size) if cropped else None,
         interpolation=interpolation,
         mean=tuple(transforms.mean),
         std=tuple(transforms.std),
         channels="rgb",
         scale="unit",
+        sizes="one" if cropped else "group",
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationError
 
 from batchjob.errors import InvalidJob
-from batchjob.models.architecture import call_target, ready, undisturbed
+from batchjob.models.architecture import call_target, ready, takes, undisturbed
 from batchjob.models.loaded import LoadedModel
 from batchjob.models.published import preset
 from batchjob.models.selected import SelectedOutput, select
@@ -65,7 +65,7 @@ class PythonModel(SelectedOutput):
             module = ready(module, f"model.target: {self.target}")
         parts = f"{source_digest(self.target, base)} {state_digest(module)}"
         digest = hashlib.sha256(parts.encode()).hexdigest()
-        return LoadedModel(select(module, self.output), preprocess, None, digest)
+        return LoadedModel(select(module, self.output), preprocess, None, digest, takes(module))
 
     def _split(self, returned: Any) -> tuple[nn.Module, Any]:
         import torch

@@ -1,4 +1,4 @@
-"""`type: torchvision`: a classification model by name, with published weights, a file of one's own, or random ones."""
+"""`type: torchvision`: a model by name, with published weights, a file of one's own, or random ones."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
 from batchjob.errors import InvalidJob, StorageError
-from batchjob.models.architecture import build_torchvision, check_name, ready, undisturbed
+from batchjob.models.architecture import build_torchvision, check_name, ready, takes, undisturbed
 from batchjob.models.loaded import LoadedModel
 from batchjob.models.published import Published, by_file, by_name, fetch
+from batchjob.models.selected import SelectedOutput, select
 from batchjob.models.trust import WeightsFile, verified
 from batchjob.models.weights import fit, parse_state, read_file, stat_file, state_digest
 from batchjob.settings import Uri
@@ -20,11 +21,21 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from batchjob.records import Preprocess
     from batchjob.storage import Reader
 
 __all__ = ["TorchvisionModel"]
 
 _FILE = re.compile(r"/|\.(pt|pth|th|bin|ckpt|tar|safetensors)$")
+_NO_EPSILON = {
+    f"{model}_Weights.COCO_V1"
+    for model in (
+        "FasterRCNN_ResNet50_FPN",
+        "KeypointRCNN_ResNet50_FPN",
+        "MaskRCNN_ResNet50_FPN",
+        "RetinaNet_ResNet50_FPN",
+    )
+}
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
 
 
@@ -32,14 +43,16 @@ def _name_or_uri(value: Any, resolve: ValidatorFunctionWrapHandler) -> Any:
     return str(value) if isinstance(value, str) and value and not _FILE.search(value) else resolve(value)
 
 
-class TorchvisionModel(WeightsFile):
-    """A classification model of torchvision.
+class TorchvisionModel(WeightsFile, SelectedOutput):
+    """A model of torchvision for classification, detection or segmentation.
 
     Attributes:
         name: as `torchvision.models.list_models` gives it.
         weights: a published name (`IMAGENET1K_V2`, `DEFAULT`), or a file or URI (it has a `/` or a suffix such as
             `.pth`). A file that carries a published name brings its labels and preprocessing too.
-        num_classes: of the last layer, for weights of one's own; torchvision's 1000 where not given.
+        num_classes: of the last layer, for weights of one's own; torchvision's number where not given. Detectors count
+            the background too.
+        arguments: more keyword arguments of torchvision's function, such as `box_score_thresh`.
         seed: random weights from this seed instead, for tests; labels and preprocessing are the default weights'.
         mirror: folder that holds published weight files under their own names; then nothing is downloaded.
     """
@@ -48,6 +61,7 @@ class TorchvisionModel(WeightsFile):
     name: str
     weights: Annotated[Uri, WrapValidator(_name_or_uri)] | None = None
     num_classes: int | None = Field(default=None, ge=1)
+    arguments: dict[str, Any] = Field(default_factory=dict)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     mirror: Uri | None = None
 
@@ -102,12 +116,12 @@ class TorchvisionModel(WeightsFile):
 
     def _random(self) -> LoadedModel:
         published = by_name(self.name, "DEFAULT")
-        arguments = {} if self.num_classes is None else {"num_classes": self.num_classes}
+        arguments: dict[str, Any] = {} if self.num_classes is None else {"num_classes": self.num_classes}
         if self.name in {"googlenet", "inception_v3"}:
             arguments["init_weights"] = True
         module = self._built(arguments, self.seed or 0)
         labels = published.labels if self.num_classes in {None, len(published.labels or ())} else None
-        return LoadedModel(module, published.preprocess, labels, state_digest(module))
+        return self._loaded(module, published.preprocess, labels, state_digest(module))
 
     def _filled(self, data: bytes, place: str, published: Published | None) -> LoadedModel:
         digest = verified(data, place, self.sha256)
@@ -124,23 +138,44 @@ class TorchvisionModel(WeightsFile):
             state = parse_state(data, place)
             fit(
                 module,
-                _renamed(state) if self.name.startswith("densenet") else state,
+                self._renamed(state),
                 where=f"model.weights: {place} does not fit torchvision's {self.name}",
                 advice="correct model.name or model.num_classes, or use type checkpoint for another architecture",
             )
         _drop_auxiliary(module)
         if published is None:
-            return LoadedModel(module, None, None, digest)
-        return LoadedModel(module, published.preprocess, published.labels, digest)
+            return self._loaded(module, None, None, digest)
+        _as_trained(module, published.name)
+        return self._loaded(module, published.preprocess, published.labels, digest)
+
+    def _loaded(
+        self, module: nn.Module, preprocess: Preprocess | None, labels: tuple[str, ...] | None, digest: str
+    ) -> LoadedModel:
+        return LoadedModel(select(module, self.output), preprocess, labels, digest, takes(module))
 
     def _built(self, arguments: dict[str, Any], seed: int = 0) -> nn.Module:
         with undisturbed(seed):
-            return ready(build_torchvision(self.name, "model.name", arguments), "model.name")
+            return ready(build_torchvision(self.name, "model.name", arguments | self.arguments), "model.name")
+
+    def _renamed(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The state as today's architecture, built for inference, knows it."""
+        if self.name.startswith("densenet"):
+            # They were published with keys such as `norm.1`, which module names no longer allow.
+            return {_OLD_DENSENET.sub(r"\1\2.", key): value for key, value in state.items()}
+        if self.name.startswith(("fcn_", "deeplabv3_")) and not self.arguments.get("aux_loss"):
+            # A second head, only for training.
+            return {key: value for key, value in state.items() if "aux_classifier." not in key}
+        return state
 
 
-def _renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """DenseNets were published with keys such as `norm.1`, which module names no longer allow."""
-    return {_OLD_DENSENET.sub(r"\1\2.", key): value for key, value in state.items()}
+def _as_trained(module: nn.Module, weights: str) -> None:
+    """Some detectors were trained with batch norms that add no epsilon, which their files do not say."""
+    import torch
+
+    if weights in _NO_EPSILON:
+        for part in module.modules():
+            if isinstance(part, torch.nn.BatchNorm2d):
+                part.eps = 0.0
 
 
 def _drop_auxiliary(module: nn.Module) -> None:

@@ -10,6 +10,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from batchjob.errors import InvalidJob, NotFound, StorageError
+from batchjob.models.filekind import expect
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,10 @@ _log = logging.getLogger(__name__)
 _NESTS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 _SHOWN = 6
-_NO_CODE = "no code is loaded; save its state_dict, or a .safetensors file ('trust: true' is not available yet)"
+_NO_CODE = (
+    "no code is loaded; save its state_dict, or a .safetensors file. A whole module that torch.save(model) wrote is "
+    "loaded by model.type: pickle, with model.trust: true and model.sha256"
+)
 
 
 def read_file(reader: Reader, uri: str, key: str) -> bytes:
@@ -58,16 +62,9 @@ def parse_state(data: bytes, uri: str, key: str = "model.weights") -> dict[str, 
         InvalidJob: not such a file, broken, holding code, or holding no state dict.
     """
     where = f"{key}: {uri}"
-    if not data:
-        raise InvalidJob(f"{where} is empty; copy the weights there again")
-    if data.startswith(b"version https://git-lfs"):
-        raise InvalidJob(f"{where} is a Git LFS pointer and not the weights; run 'git lfs pull' where it came from")
-    content = _from_safetensors(data, where) if _is_safetensors(data) else _from_torch(data, where)
+    kind = expect(data, where, "state", "safetensors", "module", "unknown", wish="a state dict")
+    content = _from_safetensors(data, where) if kind == "safetensors" else _from_torch(data, where)
     return _unnest(content, where)
-
-
-def _is_safetensors(data: bytes) -> bool:
-    return data[8:9] == b"{" and int.from_bytes(data[:8], "little") < len(data)
 
 
 def _from_safetensors(data: bytes, where: str) -> Any:
@@ -89,7 +86,6 @@ def _from_torch(data: bytes, where: str) -> Any:
     try:
         with warnings.catch_warnings():
             # Whatever torch warns of here either loads all the same, or is said better by the sentence below.
-            warnings.filterwarnings("ignore", ".*TorchScript archive", UserWarning)
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             return torch.load(BytesIO(data), map_location="cpu", weights_only=True)
     except MemoryError:
@@ -106,8 +102,6 @@ def _is_pickle(data: bytes) -> bool:
 
 def _diagnose(error: Exception, refused: bool) -> str:
     text = str(error)
-    if "TorchScript" in text:
-        return "is a TorchScript archive, not a state dict; save module.state_dict() with torch.save"
     if refused:
         code = re.search(r"(?:GLOBAL|unsupported class) (\S+)", text)
         if code:

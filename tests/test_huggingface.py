@@ -1,0 +1,430 @@
+"""Models of transformers: held against the library's own pipeline, from every storage; and a sentence for the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+import transformers
+from huggingface_hub import constants
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+from PIL import Image
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+from batchjob.errors import InvalidJob, Unavailable
+from batchjob.models.hub import quiet
+from batchjob.models.huggingface import HuggingfaceModel
+from batchjob.models.huggingface_images import as_preprocess
+from batchjob.models.loaded import LoadedModel
+from batchjob.records import Preprocess
+from batchjob.storage import Reader
+from batchjob.transform import Geometry, normalizer
+
+READER = Reader()
+LABELS = {0: "cat", 1: "dog", 2: "tree"}
+VIT: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported() -> None:
+    """transformers imports its parts when they are first used, and what some of them import warns."""
+    with quiet():
+        vit()
+        transformers.AutoImageProcessor, transformers.AutoModel  # noqa: B018 - looked up, they are imported
+
+
+def vit(kind: str = "ViTForImageClassification", **more: Any) -> Any:
+    torch.manual_seed(1)
+    return getattr(transformers, kind)(transformers.ViTConfig(**VIT, id2label=LABELS, **more)).eval()
+
+
+def resnet(kind: str = "ResNetForImageClassification") -> Any:
+    torch.manual_seed(1)
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label=LABELS
+    )
+    return getattr(transformers, kind)(config).eval()
+
+
+def yolos() -> Any:
+    torch.manual_seed(1)
+    config = transformers.YolosConfig(
+        **{**VIT, "image_size": [32, 48]}, num_detection_tokens=5, id2label=LABELS, use_mid_position_embeddings=False
+    )
+    net: Any = transformers.YolosForObjectDetection(config)
+    return net.eval()
+
+
+PROCESSORS: dict[str, Callable[[], Any]] = {
+    "squashed": lambda: transformers.ViTImageProcessor(size={"height": 32, "width": 32}),
+    "not rescaled": lambda: transformers.ViTImageProcessor(
+        size={"height": 32, "width": 40}, do_rescale=False, image_mean=[120.0] * 3, image_std=[60.0] * 3
+    ),
+    "not normalised": lambda: transformers.ViTImageProcessor(size={"height": 32, "width": 32}, do_normalize=False),
+    "rescaled otherwise": lambda: transformers.ViTImageProcessor(
+        size={"height": 32, "width": 32}, rescale_factor=1 / 127.5, image_mean=[1.0] * 3, image_std=[1.0] * 3
+    ),
+    "cropped": lambda: transformers.CLIPImageProcessor(
+        size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}
+    ),
+    "convnext": lambda: transformers.ConvNextImageProcessor(size={"shortest_edge": 32}),
+    "convnext, large": lambda: transformers.ConvNextImageProcessor(size={"shortest_edge": 384}),
+    "levit": lambda: transformers.LevitImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    ),
+    "mobilevit": lambda: transformers.MobileViTImageProcessor(
+        size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}
+    ),
+    "beit": lambda: transformers.BeitImageProcessor(size={"height": 32, "width": 32}),
+    "rt-detr": lambda: transformers.RTDetrImageProcessor(size={"height": 32, "width": 32}),
+    "no steps": lambda: transformers.ViTImageProcessor(do_resize=False, do_rescale=False, do_normalize=False),
+}
+
+
+def saved(model: Any, folder: Path, processor: Any = None) -> str:
+    model.save_pretrained(folder)
+    (processor or PROCESSORS["squashed"]()).save_pretrained(folder)
+    return str(folder)
+
+
+def load(model: str, **more: Any) -> LoadedModel:
+    return HuggingfaceModel(model=model, **more).load(READER, Path())
+
+
+def x(n: int = 2, height: int = 32, width: int = 32) -> torch.Tensor:
+    return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(3))
+
+
+# ---------------------------------------------------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize("make", [vit, resnet])
+def test_classification_gives_the_logits(make: Callable[[], Any], tmp_path: Path) -> None:
+    net = make()
+    model = load(saved(net, tmp_path))
+    with torch.inference_mode():
+        torch.testing.assert_close(model.module(x()), net(pixel_values=x()).logits, rtol=0, atol=0)
+    assert model.labels == ("cat", "dog", "tree")
+    assert (model.takes, model.eager, model.batch_size) == ("batch", True, None)
+    assert not any(part.training for part in model.module.modules())
+    assert not any(parameter.requires_grad for parameter in model.module.parameters())
+
+
+def test_detection_gives_logits_and_boxes(tmp_path: Path) -> None:
+    net = yolos()
+    model = load(saved(net, tmp_path))
+    with torch.inference_mode():
+        found, want = model.module(x(2, 32, 48)), net(pixel_values=x(2, 32, 48))
+    assert list(found) == ["logits", "pred_boxes"]
+    assert found["logits"].shape == (2, 5, 4)
+    torch.testing.assert_close(found["logits"], want.logits, rtol=0, atol=0)
+    torch.testing.assert_close(found["pred_boxes"], want.pred_boxes, rtol=0, atol=0)
+    assert model.labels == ("cat", "dog", "tree")
+    boxes = load(str(tmp_path), output="pred_boxes").module(x(2, 32, 48))
+    assert boxes.equal(found["pred_boxes"])
+
+
+def test_features_are_the_pooled_output_where_it_was_trained(tmp_path: Path) -> None:
+    for number, net in enumerate((vit("ViTModel"), resnet("ResNetModel"))):
+        model = load(saved(net, tmp_path / str(number)))
+        with torch.inference_mode():
+            torch.testing.assert_close(model.module(x()), net(pixel_values=x()).pooler_output.flatten(1))
+        assert model.labels is None
+
+
+def test_features_of_a_classifier_are_its_class_token(tmp_path: Path) -> None:
+    net = vit()
+    folder = saved(net, tmp_path)
+    before = load(folder, kind="features").module(x())
+    with torch.inference_mode():
+        want = net.vit(pixel_values=x()).last_hidden_state[:, 0]
+        torch.testing.assert_close(before, want)
+
+
+def test_features_of_a_model_of_images_and_text_are_those_of_the_image(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    text = {**VIT, "vocab_size": 20, "eos_token_id": 2, "bos_token_id": 1}
+    net: Any = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=VIT, projection_dim=12))
+    net.eval()
+    model = load(saved(net, tmp_path))
+    with torch.inference_mode():
+        torch.testing.assert_close(model.module(x()), net.get_image_features(pixel_values=x()).pooler_output)
+    assert model.module(x()).shape == (2, 12)
+
+
+def test_weights_in_half_precision_are_computed_with_in_full(tmp_path: Path) -> None:
+    model = load(saved(vit().half(), tmp_path))
+    assert {value.dtype for value in model.module.state_dict().values()} == {torch.float32}
+
+
+# ---------------------------------------------------------------------------------------------------- preprocessing
+
+
+@pytest.mark.parametrize("which", PROCESSORS)
+def test_images_are_prepared_as_the_image_processor_prepares_them(which: str, test_data: Path) -> None:
+    processor = PROCESSORS[which]()
+    preprocess = as_preprocess(processor, "model.model")
+    assert preprocess is not None
+    geometry, normalize = Geometry(preprocess), normalizer(preprocess)
+    for path in sorted((test_data / "imagenet-sample").rglob("*.JPEG"))[:3]:
+        image = Image.open(path).convert("RGB")
+        ours = normalize(geometry(np.asarray(image).copy())[None], torch.float32)
+        theirs = processor(images=image, return_tensors="pt")["pixel_values"].float()
+        assert ours.shape == theirs.shape
+        if preprocess.crop is not None and isinstance(preprocess.resize, int):
+            spare = [side * preprocess.resize // min(image.size) - theirs.shape[-1] for side in image.size]
+            if any(odd % 4 == 3 for odd in spare):  # there torchvision's centre lies one pixel further
+                continue
+        level = (1 / 255 if preprocess.scale == "unit" else 1) / min(preprocess.std or (1.0,))
+        # They resize planes and we interleaved pixels, which torch rounds differently; bicubic overshoots at edges.
+        assert (ours - theirs).abs().max() <= (16 if preprocess.interpolation == "bicubic" else 1.01) * level
+        assert (ours - theirs).abs().mean() <= 0.25 * level
+
+
+@pytest.mark.parametrize(
+    ("which", "want"),
+    [
+        ("squashed", {"resize": (32, 32), "crop": None, "mean": (0.5,) * 3, "std": (0.5,) * 3, "scale": "unit"}),
+        ("cropped", {"resize": 40, "crop": (32, 32), "interpolation": "bicubic"}),
+        ("convnext", {"resize": 36, "crop": 32, "interpolation": "bicubic"}),
+        ("convnext, large", {"resize": (384, 384), "crop": None}),
+        ("not normalised", {"mean": None, "std": None, "scale": "unit"}),
+        ("not rescaled", {"resize": (32, 40), "mean": (120.0,) * 3, "scale": "none"}),
+        ("mobilevit", {"channels": "bgr"}),
+        ("no steps", {"resize": None, "crop": None, "mean": None, "scale": "none"}),
+    ],
+)
+def test_settings_that_an_image_processor_becomes(which: str, want: dict[str, Any]) -> None:
+    preprocess = as_preprocess(PROCESSORS[which](), "model.model")
+    assert preprocess is not None
+    assert {key: getattr(preprocess, key) for key in want} == want
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: transformers.DetrImageProcessor(size={"shortest_edge": 40, "longest_edge": 60}),
+        lambda: transformers.EfficientNetImageProcessor(rescale_offset=True),
+        lambda: transformers.ViTImageProcessor(resample=4),
+    ],
+)
+def test_what_settings_cannot_say_is_left_to_the_job(make: Callable[[], Any], caplog: pytest.LogCaptureFixture) -> None:
+    assert as_preprocess(make(), "model.model: there") is None
+    assert re.search("model.model: there: ('preprocess' has no words for what its|its image processor)", caplog.text)
+
+
+def test_a_folder_brings_its_preprocessing_or_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert load(saved(vit(), tmp_path)).preprocess == Preprocess(
+        resize=(32, 32), crop=None, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "NoSuchProcessor"}')
+    assert load(str(tmp_path)).preprocess is None
+    assert "its image processor cannot be loaded" in caplog.text
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert load(str(tmp_path)).preprocess is None
+
+
+# ------------------------------------------------------------------------------------------------------------ places
+
+
+def test_a_folder_lies_anywhere(tmp_path: Path) -> None:
+    net = vit()
+    folder = Path(saved(net, tmp_path / "vit"))
+    for path in folder.iterdir():
+        with fsspec.open(f"memory://huggingface/vit/{path.name}", "wb") as there:
+            there.write(path.read_bytes())
+    want = net(pixel_values=x()).logits
+    digests = set()
+    for place in (str(folder), f"{folder}/", f"file://{folder}", "memory://huggingface/vit"):
+        HuggingfaceModel(model=place).check(READER, Path())
+        model = load(place)
+        torch.testing.assert_close(model.module(x()), want, rtol=0, atol=0)
+        digests.add(model.digest)
+        assert HuggingfaceModel(model=place).title == "vit"
+    assert len(digests) == 1
+
+
+def test_weights_in_several_files_and_their_digest(tmp_path: Path) -> None:
+    net = vit()
+    net.save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in shards)).hexdigest()
+    torch.testing.assert_close(load(str(tmp_path), sha256=digest).module(x()), net(pixel_values=x()).logits)
+    with pytest.raises(InvalidJob, match=rf"has the sha256 {digest}, but model\.sha256 is 0000"):
+        load(str(tmp_path), sha256="0" * 64)
+    first = load(str(tmp_path)).digest
+    shards[0].rename(tmp_path / "elsewhere")
+    with pytest.raises(InvalidJob, match=rf"lacks {shards[0].name}, which model\.safetensors\.index\.json names"):
+        load(str(tmp_path))
+    (tmp_path / "elsewhere").rename(shards[0])
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-3}))
+    assert load(str(tmp_path)).digest != first
+
+
+def test_a_folder_beside_the_job_goes_before_a_name_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "models" / "vit").mkdir(parents=True)
+
+    def model(text: str) -> HuggingfaceModel:
+        document = {"type": "huggingface", "model": text}
+        return HuggingfaceModel.model_validate(document, context={"base": tmp_path})
+
+    assert model("models/vit").model == str(tmp_path / "models" / "vit")
+    assert model("./vit").model == str(tmp_path / "vit")
+    assert model("google/vit-base-patch16-224").model == "google/vit-base-patch16-224"
+    assert model("google/vit-base-patch16-224").title == "google/vit-base-patch16-224"
+    assert model("s3://models/vit").model == "s3://models/vit"
+    with pytest.raises(ValidationError, match="credentials"):
+        model("https://me:secret@example.org/vit")
+
+
+def test_a_name_of_the_hub_without_a_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    HuggingfaceModel(model="google/vit").check(READER, Path())
+    with pytest.raises(Unavailable, match=r"google/vit cannot be had .*set model\.model to the folder that holds it"):
+        load("google/vit")
+
+
+def test_a_model_of_the_hub_that_is_in_the_cache_needs_no_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "models--me--vit" / "snapshots" / ("0" * 40)
+    net = vit()
+    saved(net, snapshot)
+    (tmp_path / "models--me--vit" / "refs").mkdir()
+    (tmp_path / "models--me--vit" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    torch.testing.assert_close(load("me/vit").module(x()), net(pixel_values=x()).logits, rtol=0, atol=0)
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+class Sneaky:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("code ran",))
+
+
+def test_pickled_weights_are_loaded_only_where_they_are_no_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = vit()
+    saved(net, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(net.state_dict(), tmp_path / "pytorch_model.bin")
+    torch.testing.assert_close(load(str(tmp_path)).module(x()), net(pixel_values=x()).logits)
+    torch.save(net.state_dict() | {"sneaky": Sneaky()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InvalidJob, match="cannot be loaded"):
+        load(str(tmp_path))
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_code_in_the_folder_never_runs(tmp_path: Path) -> None:
+    saved(vit(), tmp_path)
+    (tmp_path / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "modeling.C", "AutoModel": "modeling.M"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidJob, match=r"needs code of its own, which is never run; .*model\.type: python"):
+        load(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_that_are_not_there_are_not_made_up(tmp_path: Path) -> None:
+    saved(vit("ViTModel"), tmp_path)
+    with pytest.raises(
+        InvalidJob, match=r"saved as ViTModel and has no weights for classifier\.bias, .*correct model\.kind"
+    ):
+        load(str(tmp_path), kind="classification")
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({key: state[key] for key in list(state)[2:]}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InvalidJob, match="has no weights for"):
+        load(str(tmp_path))
+
+
+def test_another_number_of_classes_than_the_config_says(tmp_path: Path) -> None:
+    saved(vit(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}, "label2id": None}))
+    with pytest.raises(InvalidJob, match="cannot be loaded"):
+        load(str(tmp_path))
+
+
+def changed(key: str, value: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {key: value}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("spoil", "more", "said"),
+    [
+        (lambda at: (at / "config.json").unlink(), {}, r"but no config\.json; name a folder"),
+        (lambda at: (at / "config.json").write_text("{"), {}, r"config\.json is no JSON"),
+        (lambda at: (at / "config.json").write_text("[]"), {}, "holds no JSON object"),
+        (lambda at: (at / "model.safetensors").unlink(), {}, r"holds neither model\.safetensors nor"),
+        (lambda at: (at / "model.safetensors").write_bytes(b"rubbish"), {}, "cannot be loaded"),
+        (changed("model_type", "nonesuch"), {}, "nonesuch, which this version of transformers does not know"),
+        (changed("architectures", None), {}, r"write model\.kind: classification, detection or features"),
+        (changed("architectures", ["ViTForMaskedImageModeling"]), {}, r"write model\.kind: features"),
+        (changed("id2label", LABELS), {"kind": "detection"}, "is a vit, which transformers has not for detection"),
+    ],
+)
+def test_folders_that_are_no_such_model(
+    spoil: Callable[[Path], Any], more: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    folder = saved(vit(), tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(InvalidJob, match=said):
+        load(folder, **more)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    model = HuggingfaceModel(model=str(tmp_path / "absent"))
+    for call in (model.check, model.load):
+        with pytest.raises(InvalidJob, match=r"absent/ holds nothing, but no config\.json"):
+            call(READER, Path())
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    model = HuggingfaceModel(model="google/vit")
+    for call in (model.check, model.load):
+        with pytest.raises(InvalidJob, match=r"huggingface needs transformers; pip install 'batchjob\[hf\]'"):
+            call(READER, Path())
+
+
+def test_transformers_is_silent_and_left_as_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = saved(vit(), tmp_path)
+    logger = logging.getLogger("transformers")
+    before = logger.level, are_progress_bars_disabled(), constants.HF_HUB_OFFLINE, torch.get_rng_state()
+    capfd.readouterr()
+    load(folder)
+    load(folder, kind="features")
+    assert capfd.readouterr() == ("", "")
+    assert (logger.level, are_progress_bars_disabled(), constants.HF_HUB_OFFLINE) == before[:3]
+    assert torch.get_rng_state().equal(before[3])
+    assert torch.get_default_dtype() is torch.float32
