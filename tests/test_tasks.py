@@ -19,16 +19,16 @@ from batchjob.records import Fault
 from batchjob.storage import Reader
 from batchjob.tasks import EXAMPLE_ROWS, ClassificationTask, EmbeddingTask, Postprocess
 
-READER = Reader()
+READER, BASE = Reader(), Path()
 NAN, INF = float("nan"), float("inf")
 
 
 def classification(classes: int = 3, own: tuple[str, ...] | None = None, **settings: Any) -> Postprocess:
-    return ClassificationTask(**settings).prepare(torch.zeros(EXAMPLE_ROWS, classes), own, READER)
+    return ClassificationTask(**settings).prepare(torch.zeros(EXAMPLE_ROWS, classes), own, READER, BASE)
 
 
 def embedding(*shape: int, **settings: Any) -> Postprocess:
-    return EmbeddingTask(**settings).prepare(torch.zeros(EXAMPLE_ROWS, *shape), None, READER)
+    return EmbeddingTask(**settings).prepare(torch.zeros(EXAMPLE_ROWS, *shape), None, READER, BASE)
 
 
 def rows(post: Postprocess, output: torch.Tensor, tmp_path: Path) -> list[dict[str, Any]]:
@@ -129,8 +129,8 @@ LABEL_FILES = {
 def test_labels_from_a_file(file: str, tmp_path: Path) -> None:
     (tmp_path / file).write_bytes(LABEL_FILES[file].encode())
     task = ClassificationTask(labels=str(tmp_path / file))
-    task.check(READER)
-    post = task.prepare(torch.zeros(EXAMPLE_ROWS, 3), ("x", "y"), READER)
+    task.check(READER, BASE)
+    post = task.prepare(torch.zeros(EXAMPLE_ROWS, 3), ("x", "y"), READER, BASE)
     found = rows(post, torch.eye(3), tmp_path)
     assert [row["label"] for row in found] == ["tench", "goldfish", "white shark"]
 
@@ -150,14 +150,14 @@ def test_labels_from_a_file(file: str, tmp_path: Path) -> None:
 def test_label_files_that_are_none(content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "labels.json").write_bytes(content)
     with pytest.raises(InvalidJob) as caught:
-        ClassificationTask(labels=str(tmp_path / "labels.json")).check(READER)
+        ClassificationTask(labels=str(tmp_path / "labels.json")).check(READER, BASE)
     assert said in caught.value.message
     assert str(tmp_path / "labels.json") in caught.value.message
 
 
 def test_a_label_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InvalidJob, match=r"task\.labels: .*absent\.txt is not there"):
-        ClassificationTask(labels=str(tmp_path / "absent.txt")).check(READER)
+        ClassificationTask(labels=str(tmp_path / "absent.txt")).check(READER, BASE)
 
 
 def test_labels_of_the_wrong_number_are_refused_with_both_numbers(tmp_path: Path) -> None:
@@ -187,12 +187,12 @@ def test_labels_are_text_and_digits_are_too() -> None:
         (torch.zeros(2, 1), "says nothing"),
         ((torch.zeros(2, 3), torch.zeros(2, 3)), "a tuple of 2 (float32 [2, 3], float32 [2, 3])"),
         ({"out": torch.zeros(2, 3), "aux": None}, "a dict with the keys out, aux"),
-        (None, "a NoneType"),
+        (None, "the model gives None"),
     ],
 )
 def test_output_that_is_no_row_of_logits_is_refused_with_its_shape(output: Any, said: str) -> None:
     with pytest.raises(InvalidJob) as caught:
-        ClassificationTask().prepare(output, None, READER)
+        ClassificationTask().prepare(output, None, READER, BASE)
     assert said in caught.value.message
     assert "model.type: python" in caught.value.message
 
@@ -207,7 +207,7 @@ def test_more_classes_than_there_are_cannot_be_listed() -> None:
 def test_rows_have_a_bound_before_the_model_is_known(tmp_path: Path) -> None:
     labels = [f"label number {n}" for n in range(10)]
     task = ClassificationTask(top_k=5, labels=labels)
-    post = task.prepare(torch.zeros(EXAMPLE_ROWS, 10), None, READER)
+    post = task.prepare(torch.zeros(EXAMPLE_ROWS, 10), None, READER, BASE)
     columns = post.columns(post.on_device(torch.randn(1000, 10)), [])
     assert sum(column.nbytes for column in columns) / 1000 <= task.row_bytes < ClassificationTask(top_k=5).row_bytes
     assert EmbeddingTask().row_bytes >= 4 * 2048
@@ -261,7 +261,7 @@ def test_output_that_is_no_vector_is_refused_with_its_shape(shape: tuple[int, ..
     assert said in caught.value.message
     assert "task.layer" in caught.value.message
     with pytest.raises(InvalidJob, match="a tuple of 1"):
-        EmbeddingTask().prepare((torch.zeros(2, 3),), None, READER)
+        EmbeddingTask().prepare((torch.zeros(2, 3),), None, READER, BASE)
 
 
 def resnet() -> nn.Module:
@@ -278,7 +278,7 @@ def test_a_named_layer_gives_what_the_truncated_model_gives(tmp_path: Path) -> N
     adapted = task.adapt(net)
     assert not any(part.training for part in adapted.modules())
     with torch.inference_mode():
-        post = task.prepare(adapted(x), None, READER)
+        post = task.prepare(adapted(x), None, READER, BASE)
         found = rows(post, adapted(x), tmp_path)
     torch.testing.assert_close(torch.tensor([row["embedding"] for row in found]), want)
     assert EmbeddingTask().adapt(net) is net

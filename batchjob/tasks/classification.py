@@ -2,81 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
-from pydantic import BeforeValidator, Field
+import pyarrow.compute as pc
+from pydantic import Field
 
 from batchjob.errors import InvalidJob
 from batchjob.records import Fault, Frame
-from batchjob.settings import Settings, Uri
-from batchjob.tasks.labels import read_labels
+from batchjob.tasks.labels import Labels, class_names, label_bytes, read_labels
 from batchjob.tasks.postprocess import Postprocess, faults, float_rows, present
+from batchjob.tasks.task import TaskSettings
+from batchjob.tasks.truth import UNKNOWN, Classes, is_class, ratio
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from torch import nn
 
     from batchjob.storage import Reader
 
 __all__ = ["ClassificationTask"]
 
-_LABEL_BYTES = 128
 _CLASS_FIELDS = [pa.field("label_id", pa.int32()), pa.field("label", pa.string()), pa.field("score", pa.float32())]
 _FIELDS = [*_CLASS_FIELDS, pa.field("top_k", pa.list_(pa.struct(_CLASS_FIELDS)))]
 _WANTED = "classification wants [n, classes]: a row of logits for each image"
 _ADVICE = "wrap the model so that it returns its logits (model.type: python), or use another task"
+# The sums lie in every part's footer, so they are few: pairs of classes up to so many, then counts by class, then none.
+_CONFUSED_AT_MOST = 100
+_COUNTED_AT_MOST = 2_000
 
 
-def _numbers_as_text(value: Any) -> Any:
-    """Digits are fair labels; `yes` and `no`, which YAML may take for truth values, must be quoted."""
-    if not isinstance(value, list | tuple):
-        return value
-    return [str(label) if type(label) is int else label for label in value]
-
-
-class ClassificationTask(Settings):
+class ClassificationTask(TaskSettings):
     """Which class an image shows.
 
     Attributes:
         top_k: classes a row lists, the likeliest first.
         labels: names by id, as a list, or a file of one a line, a JSON list, or a JSON object `id: label`. The
             weights' own names where not given; null where they have none either.
+        truth: the passthrough column that holds the right label, or its id; `report.json` then tells the accuracy.
+            Rows where it is null, or names no class of the model, do not count.
         allow_nan: True lets rows pass whose scores are NaN; their `score` is NaN and they name no class.
     """
 
     type: Literal["classification"] = "classification"
     top_k: int = Field(default=1, ge=1)
-    labels: Annotated[tuple[str, ...] | Uri | None, BeforeValidator(_numbers_as_text)] = None
+    labels: Labels = None
+    truth: str | None = Field(default=None, min_length=1)
     allow_nan: bool = False
 
     @property
     def row_bytes(self) -> int:
         """A bound on the bytes that a row's columns take."""
-        listed = self.labels if isinstance(self.labels, tuple) else ()
-        label = max((len(name.encode()) for name in listed), default=_LABEL_BYTES)
-        return (self.top_k + 1) * (12 + label) + 8
+        return (self.top_k + 1) * (12 + label_bytes(self.labels)) + 8
 
-    def check(self, reader: Reader) -> None:
+    @property
+    def truths(self) -> tuple[str, ...]:
+        """The column that holds the right class."""
+        return () if self.truth is None else (self.truth,)
+
+    def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - one face for all tasks
         """Reads the label file, if there is one, without torch. Raises InvalidJob, Unavailable."""
         if isinstance(self.labels, str):
             read_labels(reader, self.labels)
 
-    def adapt(self, module: nn.Module) -> nn.Module:
-        """The module as it is."""
-        return module
-
-    def prepare(self, output: Any, labels: tuple[str, ...] | None, reader: Reader) -> Postprocess:
+    def prepare(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
         """Looks at one output before work starts.
 
         Args:
             output: what the model gave for `EXAMPLE_ROWS` images.
             labels: what the weights bring.
             reader: for a label file.
+            base: of no use here.
 
         Raises:
             InvalidJob: the output is not `[n, classes]`, labels do not fit it, or `top_k` is more than it has.
@@ -93,28 +95,51 @@ class ClassificationTask(Settings):
             )
         if self.top_k > classes:
             raise InvalidJob(f"task.top_k is {self.top_k}, but the model knows {classes} classes; lower it")
-        return _TopK(self.top_k, self._names(classes, labels, reader), self.allow_nan)
+        names = class_names(self.labels, classes, labels, reader)
+        return _TopK(self.top_k, Classes(classes, names), self.allow_nan, self.truths)
 
-    def _names(self, classes: int, own: tuple[str, ...] | None, reader: Reader) -> tuple[str, ...] | None:
-        given, source = own, "the weights name"
-        if isinstance(self.labels, str):
-            given, source = read_labels(reader, self.labels), f"task.labels: {self.labels} has"
-        elif self.labels is not None:
-            given, source = self.labels, "task.labels has"
-        if given is not None and len(given) != classes:
-            raise InvalidJob(
-                f"{source} {len(given)} labels, but the model gives {classes} classes; "
-                "give one label for each class, in the order of their ids, under task.labels"
-            )
-        return given
+    def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
+        """`images`, `unknown_truth`, `accuracy`, `top_<k>_accuracy`, and `confusion` as {truth: {predicted: images}}.
+
+        `images` are those that count. `unknown_truth` are those whose truth names no class of the model: most often a
+        matter of spelling, so they are told beside the accuracy, not mixed into it. Above 100 classes, `classes` as
+        {truth: {images, right}} stands in place of the confusion; above 2,000, neither. A rate over no images is None.
+        """
+        if self.truth is None:
+            return {}
+        images = sums.get("images", 0)
+        told: dict[str, Any] = {"truth": self.truth, "images": images, "unknown_truth": sums.get("unknown_truth", 0)}
+        told["accuracy"] = ratio(sums.get("right", 0), images)
+        if self.top_k > 1:
+            told[f"top_{self.top_k}_accuracy"] = ratio(sums.get("right_in_top_k", 0), images)
+        return told | _by_class(sums)
+
+    def _truth_wanted(self, kind: pa.DataType) -> str | None:
+        return None if is_class(kind) else "labels (text) or ids (whole numbers)"
+
+
+def _by_class(sums: Mapping[str, float]) -> dict[str, Any]:
+    """`confusion` or `classes`, from what `_TopK.tally` wrote under keys that are JSON lists."""
+    confusion: dict[str, dict[str, float]] = {}
+    classes: dict[str, dict[str, float]] = {}
+    for key, count in sorted(sums.items(), key=lambda item: (-item[1], item[0])):
+        match json.loads(key) if key.startswith("[") else None:
+            case [truth, str(predicted)]:
+                confusion.setdefault(truth, {})[predicted] = count
+            case [truth]:
+                classes.setdefault(truth, {"images": 0, "right": 0})["images"] = count
+            case [truth, _]:
+                classes.setdefault(truth, {"images": 0, "right": 0})["right"] = count
+    tables = {"confusion": confusion, "classes": classes}
+    return {name: dict(sorted(table.items())) for name, table in tables.items() if table}
 
 
 @dataclass(frozen=True)
 class _TopK:
     top_k: int
-    labels: tuple[str, ...] | None
+    classes: Classes
     allow_nan: bool
-    truth: str | None = None
+    truths: tuple[str, ...] = ()
 
     @property
     def fields(self) -> list[pa.Field]:
@@ -140,17 +165,49 @@ class _TopK:
     def faults(self, tensors: dict[str, torch.Tensor]) -> list[Fault | None]:
         return faults(tensors, self.allow_nan)
 
-    def tally(self, rows: pa.RecordBatch) -> dict[str, float]:  # noqa: ARG002
-        return {}
+    def tally(self, rows: pa.RecordBatch) -> dict[str, float]:
+        """`images`, `right`, `right_in_top_k`, `unknown_truth`, and counts by label, under JSON lists as keys.
+
+        `["cat","dog"]` are cats taken for dogs, and `["cat",""]` for nothing, NaN being let pass. Where there are many
+        classes `["cat"]` are cats, and `["cat",1]` those that were seen.
+        """
+        rows = rows.filter(pc.is_valid(rows.column(self.truths[0])))
+        right = self.classes.ids(rows.column(self.truths[0]))
+        known = right != UNKNOWN
+        predicted = self.classes.same(rows.column("label_id"))[known]
+        sums = Counter({"unknown_truth": int((~known).sum()), "images": int(known.sum())})
+        sums["right"] = int((predicted == right[known]).sum())
+        sums["right_in_top_k"] = self._hits(rows.column("top_k"), right)
+        sums.update(self._pairs(right[known], predicted))
+        return {key: count for key, count in sums.items() if count}
+
+    def _hits(self, listed: pa.Array, right: np.ndarray[Any, Any]) -> int:
+        """Rows whose list holds what is right."""
+        import numpy as np
+
+        row = pc.list_parent_indices(listed).to_numpy()
+        found = self.classes.same(pc.list_flatten(listed).field("label_id"))
+        return len(np.unique(row[(found == right[row]) & (found != UNKNOWN)]))
+
+    def _pairs(self, right: np.ndarray[Any, Any], predicted: np.ndarray[Any, Any]) -> Counter[str]:
+        name = self.classes.name
+        sums: Counter[str] = Counter()
+        for (truth, found), count in Counter(zip(right.tolist(), predicted.tolist(), strict=True)).items():
+            if self.classes.count <= _CONFUSED_AT_MOST:
+                sums[_key(name(truth), name(found) if found != UNKNOWN else "")] += count
+            elif self.classes.count <= _COUNTED_AT_MOST:
+                sums[_key(name(truth))] += count
+                sums[_key(name(truth), 1)] += count * (truth == found)
+        return sums
 
     def _named(self, ids: pa.Array) -> pa.Array:
-        if self.labels is None:
+        if self.classes.labels is None:
             return pa.nulls(len(ids), pa.string())
         return self._label_array.take(ids)
 
     @cached_property
     def _label_array(self) -> pa.Array:
-        return pa.array(self.labels, pa.string())
+        return pa.array(self.classes.labels, pa.string())
 
     def _lists(
         self, ids: np.ndarray[Any, Any], scores: np.ndarray[Any, Any], good: np.ndarray[Any, np.dtype[np.bool_]]
@@ -163,3 +220,7 @@ class _TopK:
         ends = np.zeros(len(good) + 1, np.int32)
         np.cumsum(good * self.top_k, out=ends[1:])
         return pa.ListArray.from_arrays(pa.array(ends), classes, type=_FIELDS[-1].type, mask=pa.array(~good))
+
+
+def _key(*parts: str | int) -> str:
+    return json.dumps(parts, ensure_ascii=False, separators=(",", ":"))

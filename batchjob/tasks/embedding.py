@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
@@ -12,8 +13,8 @@ from pydantic import Field
 
 from batchjob.errors import InvalidJob
 from batchjob.records import Fault, Frame
-from batchjob.settings import Settings
-from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess, faults, float_rows, present
+from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess, faults, float_rows, present, same_shape
+from batchjob.tasks.task import TaskSettings
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ _WANTED = "an embedding is one vector for each image, [n, d] (or [n, c, 1, 1])"
 _ADVICE = "name another layer under task.layer, or wrap the model so that it returns [n, d] (model.type: python)"
 
 
-class EmbeddingTask(Settings):
+class EmbeddingTask(TaskSettings):
     """A vector for each image.
 
     Attributes:
@@ -47,9 +48,6 @@ class EmbeddingTask(Settings):
         """What a vector of the usual 4096 numbers at most takes; the model is not known yet."""
         return 4 * _USUAL_DIMENSIONS
 
-    def check(self, reader: Reader) -> None:
-        """Nothing to look at."""
-
     def adapt(self, module: nn.Module) -> nn.Module:
         """The module, giving out what its `layer` gives. Raises InvalidJob (no such layer: the nearest names)."""
         if self.layer is None:
@@ -63,13 +61,14 @@ class EmbeddingTask(Settings):
             raise InvalidJob(f"task.layer: the model has no layer {self.layer!r}; {hint}")
         return _layer_output(module, layers[self.layer], self.layer)
 
-    def prepare(self, output: Any, labels: tuple[str, ...] | None, reader: Reader) -> Postprocess:  # noqa: ARG002
+    def prepare(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
         """Looks at one output of the adapted model before work starts.
 
         Args:
             output: what it gave for `EXAMPLE_ROWS` images.
             labels: of no use here.
             reader: likewise.
+            base: likewise.
 
         Raises:
             InvalidJob: the output is not a vector for each image.
@@ -78,9 +77,9 @@ class EmbeddingTask(Settings):
         vectors = float_rows(output, _WANTED, _ADVICE)
         shape = list(vectors.shape)
         if vectors.ndim == 4 and shape[2:] == [1, 1]:
-            return _Vectors(shape[1], self.normalize, self.allow_nan)
+            return _Vectors(tuple(shape[1:]), self.normalize, self.allow_nan)
         if vectors.ndim == 2 and shape[1] > 0:
-            return _Vectors(shape[1], self.normalize, self.allow_nan)
+            return _Vectors(tuple(shape[1:]), self.normalize, self.allow_nan)
         hint = {
             3: "these look like tokens [n, t, d]: pool them or pick one; ",
             4: "this is a feature map [n, c, h, w]: take the pooling layer behind it; ",
@@ -117,10 +116,14 @@ def _layer_output(module: nn.Module, layer: nn.Module, name: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Vectors:
-    dimensions: int
+    shape: tuple[int, ...]
     normalize: bool
     allow_nan: bool
-    truth: str | None = None
+    truths: tuple[str, ...] = ()
+
+    @property
+    def dimensions(self) -> int:
+        return self.shape[0]
 
     @property
     def fields(self) -> list[pa.Field]:
@@ -130,6 +133,7 @@ class _Vectors:
         """`embedding` float32 `[n, d]` and `finite` bool `[n]`."""
         import torch
 
+        same_shape(output, self.shape)
         vectors = output.flatten(1).float()
         finite = vectors.isfinite().all(dim=1)
         if self.normalize:

@@ -1,18 +1,68 @@
-"""Class names by id: from a list in the job, or from a file of one of three plain forms."""
+"""Class names by id: from a list in the job, from a file of one of three plain forms, or the weights' own."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import pyarrow as pa
+from pydantic import BeforeValidator
 
 from batchjob.errors import InvalidJob, NotFound, StorageError
+from batchjob.settings import Uri
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from batchjob.storage import Reader
 
-__all__ = ["read_labels"]
+__all__ = ["LABEL_BYTES", "Labels", "class_names", "label_bytes", "named", "read_labels"]
+
+LABEL_BYTES = 128
+"""What a label takes at most where it is not known yet."""
 
 _FORMS = "a label file has one label a line, or is a JSON list, or a JSON object of id: label"
+
+
+def _numbers_as_text(value: Any) -> Any:
+    """Digits are fair labels; `yes` and `no`, which YAML may take for truth values, must be quoted."""
+    if not isinstance(value, list | tuple):
+        return value
+    return [str(label) if type(label) is int else label for label in value]
+
+
+Labels = Annotated[tuple[str, ...] | Uri | None, BeforeValidator(_numbers_as_text)]
+"""Names by id, or a file of them."""
+
+
+def class_names(
+    labels: Labels, classes: int | None, own: tuple[str, ...] | None, reader: Reader
+) -> tuple[str, ...] | None:
+    """The names of a model's classes: those of the job, else what the weights bring, else None.
+
+    `classes` is None where the output does not show how many there are.
+
+    Raises:
+        InvalidJob: they are not as many as the classes, or their file cannot be used.
+        Unavailable: the store of the file cannot be reached.
+    """
+    given, source = own, "the weights name"
+    if isinstance(labels, str):
+        given, source = read_labels(reader, labels), f"task.labels: {labels} has"
+    elif labels is not None:
+        given, source = labels, "task.labels has"
+    if given is not None and classes is not None and len(given) != classes:
+        raise InvalidJob(
+            f"{source} {len(given)} labels, but the model gives {classes} classes; "
+            "give one label for each class, in the order of their ids, under task.labels"
+        )
+    return given
+
+
+def label_bytes(labels: Labels) -> int:
+    """A bound on the bytes of one label."""
+    listed = labels if isinstance(labels, tuple) else ()
+    return max((len(name.encode()) for name in listed), default=LABEL_BYTES)
 
 
 def read_labels(reader: Reader, uri: str) -> tuple[str, ...]:
@@ -39,6 +89,14 @@ def read_labels(reader: Reader, uri: str) -> tuple[str, ...]:
     if isinstance(content, list):
         return tuple(_text(label, where) for label in content)
     return _by_id(content, where)
+
+
+def named(labels: tuple[str, ...] | None, ids: np.ndarray[Any, Any]) -> pa.Array:
+    """The labels of these ids, a string each; null where there is none."""
+    if labels is None:
+        return pa.nulls(len(ids), pa.string())
+    unknown = (ids < 0) | (ids >= len(labels))
+    return pa.array(labels, pa.string()).take(pa.array(ids, mask=unknown))
 
 
 def _json(text: str, where: str, must: bool) -> Any:

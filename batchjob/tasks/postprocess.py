@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-__all__ = ["EXAMPLE_ROWS", "Postprocess", "describe", "faults", "float_rows", "present"]
+__all__ = ["EXAMPLE_ROWS", "Postprocess", "describe", "faults", "float_rows", "present", "same_shape"]
 
 EXAMPLE_ROWS = 2
 """Images in the example batch whose output `prepare` is given: enough to tell the batch dimension from the others."""
@@ -29,14 +29,14 @@ class Postprocess(Protocol):
 
     Attributes:
         fields: the Arrow columns it makes, all nullable; always the same.
-        truth: the passthrough column that holds what is right, where the job names one.
+        truths: the passthrough columns that hold what is right, where the job names some.
     """
 
     @property
     def fields(self) -> list[pa.Field]: ...
 
     @property
-    def truth(self) -> str | None: ...
+    def truths(self) -> tuple[str, ...]: ...
 
     def on_device(self, output: Any) -> dict[str, torch.Tensor]:
         """The few numbers worth carrying to the host; first dimension n. `finite` (bool `[n]`) is among them."""
@@ -50,10 +50,13 @@ class Postprocess(Protocol):
         """
 
     def faults(self, tensors: dict[str, torch.Tensor]) -> list[Fault | None]:
-        """Per row, what makes it an error row; n of them."""
+        """Per row, what makes it an error row; n of them. Asked after `columns`, of the same tensors."""
 
     def tally(self, rows: pa.RecordBatch) -> dict[str, float]:
-        """How right finished rows without errors are, against their column `truth`: sums that add up over batches."""
+        """How right finished rows without errors are, against their columns `truths`: sums that add up over batches.
+
+        Few enough for a part's footer. Rows whose truth is null do not count.
+        """
 
 
 def faults(tensors: Mapping[str, torch.Tensor], allow_nan: bool) -> list[Fault | None]:
@@ -75,8 +78,10 @@ def float_rows(output: Any, wanted: str, advice: str) -> torch.Tensor:
     import torch
 
     said = f"the model gives {describe(output)} for a batch of {EXAMPLE_ROWS}, but {wanted}"
+    if output is None:
+        raise InvalidJob(f"{said}; return something from its forward(), or {advice}")
     if not isinstance(output, torch.Tensor):
-        raise InvalidJob(f"{said}; {advice}")
+        raise InvalidJob(f"{said}; pick one of several with model.output, or {advice}")
     if not output.is_floating_point():
         raise InvalidJob(f"{said} of floating point numbers; {advice}")
     if output.ndim == 0 or output.shape[0] != EXAMPLE_ROWS:
@@ -84,10 +89,21 @@ def float_rows(output: Any, wanted: str, advice: str) -> torch.Tensor:
     return output
 
 
+def same_shape(output: torch.Tensor, shape: Sequence[int]) -> None:
+    """Raises InvalidJob where a row has another shape than in the example batch: images of another size may do that."""
+    if tuple(output.shape[1:]) != tuple(shape):
+        raise InvalidJob(
+            f"the model gives {list(output.shape[1:])} for an image where it gave {list(shape)} for the first; "
+            "bring all images to one size (preprocess.resize, preprocess.crop)"
+        )
+
+
 def describe(output: Any) -> str:
     """`float32 [2, 10]`, or what else it is and holds."""
     import torch
 
+    if output is None:
+        return "None"
     if isinstance(output, torch.Tensor):
         return f"{str(output.dtype).removeprefix('torch.')} {list(output.shape)}"
     kind = type(output).__name__
