@@ -1,7 +1,7 @@
 """The pool on Ray: one actor a worker, each holding a `LocalPool`; the only file that imports ray.
 
 Ray carries shard keys, events and nothing else. Lost actors are replaced here; the shards they held come back to the
-driver as failed attempts.
+driver as failed attempts, of which only the one at work counts.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from batchjob.errors import AttemptFailed, BatchjobError, InvalidJob, Temporary
+from batchjob.errors import AttemptFailed, BatchjobError, Interrupted, InvalidJob, Temporary
 from batchjob.job import Job, Workers
-from batchjob.local import LocalPool
+from batchjob.local import LocalPool, account, as_crash
+from batchjob.placement import Placement
 from batchjob.pool import Done, Event, Failed, Ready, Setup, WorkerFailed
 from batchjob.records import ShardKey
 
 __all__ = ["RayPool"]
 
-_QUEUED = 2
 _POLL_SECONDS = 5.0
 _DEATHS_IN_A_ROW = 3
 _START_SECONDS = 60.0
@@ -32,6 +32,7 @@ _SCHEDULE_SECONDS = 900.0
 _PULSE_SECONDS = 5.0
 _SILENT_SECONDS = 30.0  # without a head, Ray ends the driver's process after 60, with an exit code of its own
 _CLOSE_SECONDS = 15.0
+_FAREWELL_SECONDS = 5.0  # for the actors to clear away what is theirs, before they are killed
 _OBJECT_STORE_BYTES = 128 << 20  # events only; what plasma takes of /dev/shm, the loaders lack
 _UNSHIPPED = (".git", ".venv", "__pycache__", "*.pyc")
 
@@ -48,22 +49,19 @@ class _Layout:
 
 @dataclass
 class _Slot:
-    """One actor: what it runs, and the open question what happened there."""
+    """One actor, and the open question what happened there."""
 
     name: str
     actor: Any
     poll: Any
-    running: dict[int, ShardKey] = field(default_factory=dict)
     ready: bool = False
 
 
 class _Worker:
     """The actor: a `LocalPool` at the other end of a wire."""
 
-    def __init__(self, cores: int, folder: str | None) -> None:
+    def __init__(self, cores: int, folder: str | None, setup: Setup) -> None:
         self._pool = LocalPool(cores, base=Path.cwd() / folder if folder is not None else None)
-
-    def start(self, setup: Setup) -> None:
         self._pool.start(setup)
 
     def submit(self, key: ShardKey, plan: int) -> None:
@@ -71,6 +69,9 @@ class _Worker:
 
     def wait(self, timeout: float) -> list[Event]:
         return self._pool.wait(timeout)
+
+    def close(self) -> None:
+        self._pool.close()
 
 
 class RayPool:
@@ -91,7 +92,8 @@ class RayPool:
         self._events: list[Event] = []
         self._layout: _Layout | None = None
         self._setup: Setup | None = None
-        self._began = time.monotonic()
+        self._placement = Placement()
+        self._enough_at = time.monotonic()
         self._deaths = 0
         self._pulse: _Pulse | None = None
         self._started = threading.Event()
@@ -106,15 +108,11 @@ class RayPool:
         threading.Thread(target=self._start, name="ray-start", daemon=True).start()
 
     def free(self) -> int:
-        ready = [slot for slot in self._slots if slot.ready]
-        if self._layout is None or len(ready) < self._layout.least:
-            return 0
-        return sum(_QUEUED - len(slot.running) for slot in ready)
+        return self._placement.free()
 
     def submit(self, key: ShardKey, plan: int) -> None:
-        slot = min((slot for slot in self._slots if slot.ready), key=lambda slot: len(slot.running))
-        slot.running[key.index] = key
-        slot.actor.submit.remote(key, plan)
+        self._placement.submit(key, plan)
+        self._hand_over()
 
     def wait(self, timeout: float) -> list[Event]:
         if not self._started.wait(timeout):
@@ -124,9 +122,8 @@ class RayPool:
             return [*events, WorkerFailed(Temporary(f"{self._where} {lost}; the same command resumes"))]
         if self._slots:
             events += self._poll(0.0 if events else timeout)
-        if not any(slot.ready for slot in self._slots) and time.monotonic() - self._began > _SCHEDULE_SECONDS:
-            events.append(WorkerFailed(Temporary(f"no worker came up in {_SCHEDULE_SECONDS:.0f} s: {self._asked()}")))
-        return events
+        self._hand_over()
+        return events + self._too_few()
 
     def close(self) -> None:
         self._started.wait(_START_SECONDS)
@@ -140,6 +137,9 @@ class RayPool:
     def _leave(self) -> None:
         import ray
 
+        farewells = [slot.actor.close.remote() for slot in self._slots if slot.ready]
+        if farewells:
+            ray.wait(farewells, num_returns=len(farewells), timeout=_FAREWELL_SECONDS)
         for slot in self._slots:
             ray.kill(slot.actor)
         self._slots.clear()
@@ -153,18 +153,28 @@ class RayPool:
 
     def _start(self) -> None:
         try:
-            self._connect()
-            self._pulse = _Pulse()
-            self._layout = _plan_layout(self._job, _nodes())
-            for number in range(self._layout.workers):
-                self._slots.append(self._hire(f"{number}"))
-        except BatchjobError as error:
-            self._events.append(WorkerFailed(error))
-        except Exception as error:  # noqa: BLE001 - whatever Ray raises: the driver is told, not this thread's stderr
-            self._events.append(WorkerFailed(Temporary(f"{self._where} could not be used: {_first_line(error)}")))
+            with self._usable():
+                self._connect()
+                self._pulse = _Pulse()
+                nodes = _nodes()
+            self._layout = _plan_layout(self._job, nodes)
+            self._placement = Placement(self._layout.least)
+            with self._usable():
+                for number in range(self._layout.workers):
+                    self._slots.append(self._hire(f"{number}"))
+        except Exception as error:  # noqa: BLE001 - the driver is told, not this thread's stderr
+            self._events.append(WorkerFailed(as_crash(error)))
         finally:
             self._started.set()
             self._closed.wait()  # Linux ends a local Ray's processes with the thread that started them
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        """Around calls of Ray: what they raise is no bug of ours."""
+        try:
+            yield
+        except Exception as error:
+            raise Temporary(f"{self._where} could not be used: {_first_line(error)}") from error
 
     def _connect(self) -> None:
         import ray
@@ -204,8 +214,8 @@ class RayPool:
             "max_restarts": 0,
             "runtime_env": {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}},
         }
-        actor: Any = ray.remote(**options)(_Worker).remote(max(1, int(self._layout.cpus)), self._folder())
-        actor.start.remote(self._setup)
+        cores = max(1, int(self._layout.cpus))
+        actor: Any = ray.remote(**options)(_Worker).remote(cores, self._folder(), self._setup)
         return _Slot(name, actor, actor.wait.remote(_POLL_SECONDS))
 
     # -- listening ---------------------------------------------------------------------------------------------
@@ -219,40 +229,67 @@ class RayPool:
             try:
                 told = ray.get(slot.poll)
             except ray.exceptions.RayError as error:
-                events += self._replace(slot, error)
+                events += [_crashed(slot, error)] if _is_bug(error) else self._replace(slot, error)
                 continue
             slot.poll = slot.actor.wait.remote(_POLL_SECONDS)
             events += [self._account(slot, event) for event in told]
         return events
 
+    def _hand_over(self) -> None:
+        actors = {slot.name: slot.actor for slot in self._slots}
+        for due in self._placement.due():
+            actors[due.worker].submit.remote(due.key, due.plan)
+
     def _account(self, slot: _Slot, event: Event) -> Event:
+        account(self._placement, slot.name, event)
         match event:
             case Ready(_, loaded):
                 slot.ready = True
                 return Ready(slot.name, loaded)
-            case Done(result):
+            case Done():
                 self._deaths = 0
-                slot.running.pop(result.key.index, None)
-            case Failed(key, _):
-                slot.running.pop(key.index, None)
         return event
 
     def _replace(self, slot: _Slot, error: Exception) -> list[Event]:
-        """A lost actor: its shards fail this attempt, a new one takes its place; too many in a row end the run."""
-        self._slots.remove(slot)
+        """A lost actor: its shards fail this attempt, a new one takes its place; too many in a row end the run.
+
+        Only the attempt at the oldest counts, which was at work. That may be a mistake: then it shows, as from now on
+        each of them is alone with its worker.
+        """
+        self._slots.remove(slot)  # one that is only out of reach ends with its last handle
         reason = f"worker {slot.name} was lost: {_first_line(error)}"
-        events: list[Event] = [Failed(key, AttemptFailed(reason)) for key in slot.running.values()]
+        blamed = 0 if getattr(error, "preempted", False) else 1
+        lost = self._placement.leave(slot.name)
+        events: list[Event] = [Failed(key, AttemptFailed(reason)) for key in lost[:blamed]]
+        events += [Failed(key, Interrupted(reason)) for key in lost[blamed:]]
         self._deaths += 1
-        if self._deaths > _DEATHS_IN_A_ROW * max(1, self.size) and not slot.running:
+        if self._deaths > _DEATHS_IN_A_ROW * max(1, self.size) and not lost:
             return [*events, WorkerFailed(AttemptFailed(f"{reason}; {self._deaths} deaths in a row, no shard done"))]
         if not self._closed.is_set():
             self._slots.append(self._hire(slot.name))
         return events
 
+    def _too_few(self) -> list[Event]:
+        """The end of the run, when too few workers have been there for too long."""
+        ready, wanted, now = self._placement.ready, self._placement.wanted, time.monotonic()
+        if ready >= wanted:
+            self._enough_at = now
+        if now - self._enough_at <= _SCHEDULE_SECONDS:
+            return []
+        found = f"{ready} of {wanted}" if ready else "no"
+        workers = f"{found} worker{'s' if wanted > 1 else ''} came up in {_SCHEDULE_SECONDS:.0f} s"
+        return [WorkerFailed(Temporary(f"{self._where}: {workers}; {self._asked()}"))]
+
     def _asked(self) -> str:
         if self._layout is None:
-            return "Ray did not answer"
-        return f"each asks for {self._layout.cpus:g} CPUs and {self._layout.gpus:g} GPUs; the cluster has {_nodes()}"
+            return "Ray did not answer; run again when it does"
+        nodes = _nodes()
+        there = ", ".join(f"{sum(node[kind] for node in nodes):g} {kind}s" for kind in ("CPU", "GPU"))
+        return (
+            f"each asks for {self._layout.cpus:g} CPUs and {self._layout.gpus:g} GPUs, the cluster has {there} on "
+            f"{len(nodes)} node{'' if len(nodes) == 1 else 's'}; run again when it is larger, or ask for less "
+            "(runtime.workers, cpus_per_worker, gpus_per_worker)"
+        )
 
 
 class _Pulse:
@@ -325,6 +362,21 @@ def _gpus_each(job: Job, nodes: list[Mapping[str, float]]) -> float:
 def _submitted() -> bool:
     """Whether this driver is the entrypoint of a submitted Ray job."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _is_bug(error: Exception) -> bool:
+    """Whether the actor's own code raised, and did not die."""
+    import ray
+
+    return isinstance(error, ray.exceptions.RayTaskError) or bool(getattr(error, "actor_init_failed", False))
+
+
+def _crashed(slot: _Slot, error: Exception) -> WorkerFailed:
+    """A bug in an actor ends the run as one; Ray's text holds the traceback, its last line what it was."""
+    text = str(error).strip()
+    ours = BatchjobError(f"worker {slot.name} crashed: {text.splitlines()[-1] if text else type(error).__name__}")
+    ours.add_note(text)
+    return WorkerFailed(ours)
 
 
 def _first_line(error: Exception) -> str:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import queue
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from batchjob.assembly import as_ours
+from batchjob.errors import BatchjobError, Unavailable
 from batchjob.job import Job
-from batchjob.pool import Event, Failed, Ready, Setup, WorkerFailed
+from batchjob.placement import Placement
+from batchjob.pool import Done, Event, Failed, Ready, Setup, WorkerFailed
 from batchjob.records import Shard, ShardKey
 from batchjob.worker import Worker
 
-__all__ = ["LocalPool"]
+__all__ = ["LocalPool", "account", "as_crash"]
 
-_QUEUED = 2
+_NAME = "local"
 _CLOSE_SECONDS = 10.0
 
 
@@ -33,20 +36,18 @@ class LocalPool:
         self._cores, self._base = cores, base
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._loop: _Loop | None = None
-        self._running = 0
-        self._ready = False
+        self._placement = Placement()
 
     def start(self, setup: Setup) -> None:
         base = self._base or Path(setup.folder)
         self._loop = _Loop(setup, base, self._cores, self._events.put)
 
     def free(self) -> int:
-        return _QUEUED - self._running if self._ready else 0
+        return self._placement.free()
 
     def submit(self, key: ShardKey, plan: int) -> None:
-        assert self._loop is not None, "start comes before submit"
-        self._running += 1
-        self._loop.submit(key, plan)
+        self._placement.submit(key, plan)
+        self._hand_over()
 
     def wait(self, timeout: float) -> list[Event]:
         events: list[Event] = []
@@ -57,18 +58,41 @@ class LocalPool:
         except queue.Empty:
             pass
         for event in events:
-            self._account(event)
+            account(self._placement, _NAME, event)
+        self._hand_over()
         return events
 
     def close(self) -> None:
         if self._loop is not None:
             self._loop.close()
 
-    def _account(self, event: Event) -> None:
-        if isinstance(event, Ready):
-            self._ready = True
-        elif not isinstance(event, WorkerFailed):
-            self._running -= 1
+    def _hand_over(self) -> None:
+        assert self._loop is not None, "start comes before all else"
+        for due in self._placement.due():
+            self._loop.submit(due.key, due.plan)
+
+
+def account(placement: Placement, worker: str, event: Event) -> None:
+    """Enter into the placement what a worker told."""
+    match event:
+        case Ready(_, loaded):
+            placement.enter(worker, loaded.ahead)
+        case Done(result):
+            placement.finish(result.key)
+        case Failed(key, error):
+            placement.fail(key, suspect=not isinstance(error, Unavailable))
+
+
+def as_crash(error: BaseException) -> BatchjobError:
+    """What ended a worker, and no attempt at a shard: a bug is exit 1, its traceback a note, which crosses machines."""
+    ours = error if isinstance(error, BatchjobError) else BatchjobError(f"a worker crashed: {_named(error)}")
+    if ours.exit_code == BatchjobError.exit_code:
+        ours.add_note("".join(traceback.format_exception(error)).rstrip())
+    return ours
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
 class _Loop:
@@ -115,12 +139,12 @@ class _Loop:
             job = Job.from_portable(self._setup.job, self._base, Path(self._setup.folder))
             self._worker = worker = Worker(job, self._setup, self._cores, self._tell)
             try:
-                self._tell(Ready("local", worker.load()))
+                self._tell(Ready(_NAME, worker.load()))
                 self._go_round(worker)
             finally:
                 worker.close()
-        except Exception as error:  # noqa: BLE001 - the driver is told
-            self._tell(WorkerFailed(as_ours(error)))
+        except BaseException as error:  # noqa: BLE001 - the driver is told: nobody else hears what ends this thread
+            self._tell(WorkerFailed(as_crash(error)))
 
     def _go_round(self, worker: Worker) -> None:
         """Wait for a shard, then work until none is there; again until closed."""

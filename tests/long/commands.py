@@ -71,7 +71,7 @@ input: {type: manifest, uri: manifest.csv, uri_column: file}
 model: {type: python, target: "slow:make"}
 preprocess: {resize: null, crop: [8, 8], mean: null, std: null}
 task: {type: embedding}
-runtime: {pool: local, device: cpu, batch_size: 4, shard_size: 4, loader: {processes: 0}}
+runtime: {pool: local, device: cpu, batch_size: 4, shard_size: 4, tuning: "off", loader: {processes: 0}}
 output: {uri: out}
 """
 

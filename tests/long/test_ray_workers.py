@@ -1,0 +1,128 @@
+"""Workers on a Ray of their own: one that poison kills, one with a bug, ones that never come, and what they leave."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import ROOT, Ended, own_ray, run, table, write_slow_job
+
+IMAGES, SHARD, POISON = 40, 4, 17
+
+# A model that takes its process down when it sees a black picture, as long as BATCHJOB_TEST_POISON says so.
+DEADLY_NET = """\
+import os
+
+from torch import nn
+
+
+class Deadly(nn.Module):
+    def forward(self, x):
+        if os.environ.get("BATCHJOB_TEST_POISON") and (x.flatten(1).amax(1) == 0).any():
+            os._exit(9)
+        return x.mean(dim=(2, 3))
+
+
+def make():
+    return Deadly()
+"""
+
+BUGGY_NET = """\
+from slow import Slow
+
+from batchjob.worker import Worker
+
+
+def broken(self, number):
+    raise RuntimeError("a bug in begin")
+
+
+def make():
+    Worker.begin = broken
+    return Slow()
+"""
+
+IMPATIENT = """\
+import sys
+
+from batchjob import cli, cluster
+
+cluster._SCHEDULE_SECONDS = 5.0
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    return ["run", str(folder / "job.yaml"), "--json", "runtime.pool=ray", "runtime.cpus_per_worker=1", *more]
+
+
+def write_deadly_job(folder: Path) -> None:
+    from PIL import Image
+
+    write_slow_job(folder, IMAGES)
+    (folder / "deadly.py").write_text(DEADLY_NET)
+    names = ["black.png" if position == POISON else "tiny.png" for position in range(IMAGES)]
+    (folder / "manifest.csv").write_text("\n".join(["file", *names, ""]))
+    Image.new("RGB", (8, 8), (0, 0, 0)).save(folder / "black.png")
+
+
+def spools(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("batchjob-*")}
+
+
+def test_a_poisoned_shard_is_given_up_alone_and_workers_clear_away_what_is_theirs(tmp_path: Path) -> None:
+    write_deadly_job(tmp_path)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    arguments = command(tmp_path, "runtime.workers=2", "model.target=deadly:make")
+    with own_ray() as env:
+        env |= {"TMPDIR": str(temporary)}
+        poisoned = run(*arguments, env={**env, "BATCHJOB_TEST_POISON": "1"})
+        print(poisoned.err[-2000:])
+        assert (poisoned.code, poisoned.answer["status"]) == (4, "incomplete"), poisoned.err
+        shard = range(POISON // SHARD * SHARD, POISON // SHARD * SHARD + SHARD)
+        found = table(tmp_path / "out")["position"].to_pylist()
+        assert sorted(found) == [position for position in range(IMAGES) if position not in shard]
+
+        left = spools(temporary)
+        healed = run(*arguments, env=env)
+        assert healed.code == 0, healed.err
+        assert sorted(table(tmp_path / "out")["position"].to_pylist()) == list(range(IMAGES))
+        assert spools(temporary) <= left
+    print(f"{len(left)} workers died, {len(spools(temporary))} spools left by them")
+
+
+@pytest.mark.parametrize("pool", ["ray", "local"])
+def test_a_bug_in_a_worker_is_exit_1_with_its_traceback(tmp_path: Path, pool: str) -> None:
+    write_slow_job(tmp_path, IMAGES)
+    (tmp_path / "buggy.py").write_text(BUGGY_NET)
+    with own_ray() as env:
+        ended = run(*command(tmp_path, f"runtime.pool={pool}", "model.target=buggy:make", "runtime.workers=1"), env=env)
+    assert (ended.code, ended.answer["status"]) == (1, "crashed"), ended.err
+    assert ended.answer["message"] == "a worker crashed: RuntimeError: a bug in begin"
+    assert "Traceback" in ended.err
+    assert "buggy.py" in ended.err
+
+
+def test_too_few_workers_end_as_temporary_and_say_what_was_asked_and_what_is_there(tmp_path: Path) -> None:
+    write_slow_job(tmp_path, IMAGES)
+    cores = len(os.sched_getaffinity(0))
+    workers = "runtime.workers={min: 2, max: 2}"
+    with own_ray() as env:
+        arguments = command(tmp_path, workers, f"runtime.cpus_per_worker={cores // 2 + 1}")
+        done = subprocess.run(
+            [sys.executable, "-c", IMPATIENT, *arguments],
+            env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=200,
+        )
+    ended = Ended(done.returncode, done.stdout, done.stderr, 0.0)
+    print(ended.err[-500:])
+    assert (ended.code, ended.answer["status"]) == (75, "temporary"), ended.err
+    assert f"asks for {cores // 2 + 1} CPUs and 0 GPUs, the cluster has {cores} CPUs" in ended.answer["message"]

@@ -1,0 +1,221 @@
+"""A job whose input, manifest and output all lie on a real S3 server; killed, cut off, and turned away."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from commands import (
+    Command,
+    Ended,
+    actors,
+    alive,
+    cifar,
+    ends,
+    footers,
+    forget_lease,
+    kill,
+    own_ray,
+    plans,
+    right,
+    run,
+    start,
+    table,
+    until,
+)
+from faulty import RESET, between
+from seaweed import Seaweed
+
+from batchjob import ledger
+from batchjob.storage import open_store
+
+SHARD = 50
+PARTS = 1000 // SHARD
+
+
+@pytest.fixture(scope="module")
+def lake(s3: Seaweed, test_data: Path) -> str:
+    """The 1,000 real images on S3, and a manifest of them with their truth: `images/`, `manifest/part-N.parquet`."""
+    lake = s3.bucket()
+    folder = test_data / "cifar10/images"
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jpg"))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: s3.put(f"{lake}images/{name}", folder / name), names))
+    for number in range(2):
+        half = names[number * 500 : (number + 1) * 500]
+        rows = {"image": [f"../images/{name}" for name in half], "truth": [name.split("/")[0] for name in half]}
+        buffer = io.BytesIO()
+        pq.write_table(pa.table(rows), buffer)
+        s3.put(f"{lake}manifest/part-{number}.parquet", buffer.getvalue())
+    return lake
+
+
+# -- killed ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Committed:
+    """What lies in an output, held against what lay there when it was last looked at."""
+
+    output: str
+    attempts: dict[str, str] = field(default_factory=dict)
+    etags: dict[str, str | None] = field(default_factory=dict)
+
+    def count(self) -> int:
+        return len(ledger.parts(open_store(self.output)))
+
+    def reached(self, least: int) -> bool:
+        return self.count() >= least
+
+    def look(self) -> int:
+        """The number of parts; fails when one that was there has gone, was made again, or was written again."""
+        attempts = {key: made.attempt for key, made in footers(self.output).items()}
+        etags = {stat.uri: stat.etag for stat in open_store(self.output).list("predictions/")}
+        assert self.attempts.items() <= attempts.items(), "a committed part was done again"
+        assert self.etags.items() <= etags.items(), "a committed part was written again"
+        self.attempts, self.etags = attempts, etags
+        return len(attempts)
+
+
+def kill_driver(
+    command: list[str], committed: Committed, moment: Callable[[], Any], env: Mapping[str, str] | None = None
+) -> None:
+    """Run until the moment, then SIGKILL to the driver; look when those that may commit are gone as well."""
+    before = len(committed.attempts)
+    with ends(start(*command, env=env)) as driver:
+        until(moment, command=driver)
+        left = actors(driver)
+        kill(driver)
+    until(lambda: not alive(left), timeout=60)
+    forget_lease(committed.output)
+    print(f"driver killed with {committed.look()} of {PARTS} parts committed, {before} of them by drivers before it")
+
+
+def check_whole(s3: Seaweed, ended: Ended, committed: Committed) -> None:
+    """1,000 rows, none twice, as right as ever, of one plan; and nothing half-written beside them."""
+    output = committed.output
+    assert (ended.code, ended.answer["status"]) == (0, "complete"), ended.err
+    assert committed.look() == PARTS
+    rows = table(output)
+    hits = right(rows)
+    print(f"then to the end: {rows.num_rows} rows, each image once, {hits} right")
+    assert abs(hits - 804) <= 1
+    assert len(plans(output)) == 1
+    assert set(rows["run_id"].to_pylist()) == {made.plan for made in footers(output).values()}
+    assert {key.split("/")[0] for key in s3.keys(output)} == {"_SUCCESS", "_batchjob", "predictions"}
+    assert not [key for key in s3.keys(output) if key.startswith("_batchjob") and key.endswith(".parquet")]
+
+
+def test_a_prefix_on_s3_through_several_killed_drivers(s3: Seaweed, lake: str, test_data: Path) -> None:
+    committed = Committed(s3.bucket() + "killed/")
+    command = [*cifar(test_data, committed.output), f"input.uri={lake}images/", f"runtime.shard_size={SHARD}"]
+    kill_driver(command, committed, lambda: plans(committed.output))
+    for least in (2, 9):
+        kill_driver(command, committed, partial(committed.reached, least))
+    with between(s3.endpoint) as gate:  # closed to `_SUCCESS`, so that all parts are there and it is not
+        gate.decide = lambda method, path: RESET if method == "PUT" and path.endswith("/_SUCCESS") else None
+        env = {"AWS_ENDPOINT_URL": gate.endpoint}
+        kill_driver(command, committed, lambda: any(gate.decide(*request) for request in gate.seen), env)
+    assert committed.count() == PARTS
+    check_whole(s3, run(*command), committed)
+    assert run(*command).answer["status"] == "already_complete"
+
+
+def kill_actor(driver: Command, committed: Committed, least: int, earlier: set[int]) -> int:
+    """SIGKILL to an actor that was not killed before, once so many parts are committed."""
+
+    def fresh() -> list[int]:
+        return sorted({pid for pid, _ in actors(driver)} - earlier)
+
+    until(lambda: committed.count() >= least and fresh(), command=driver)
+    victim = fresh()[0]
+    os.kill(victim, signal.SIGKILL)
+    print(f"actor killed with {committed.look()} of {PARTS} parts committed")
+    return victim
+
+
+def test_the_same_on_ray_through_killed_actors_and_drivers(s3: Seaweed, lake: str, test_data: Path) -> None:
+    committed = Committed(s3.bucket() + "killed/")
+    command = [*cifar(test_data, committed.output), f"input.uri={lake}images/", f"runtime.shard_size={SHARD}"]
+    command += ["runtime.pool=ray", "runtime.batch_size=1"]  # slow enough to be caught at work
+    with own_ray() as env:
+        kill_driver(command, committed, lambda: plans(committed.output), env)
+        kill_driver(command, committed, lambda: committed.count() >= 3, env)
+        with ends(start(*command, env=env)) as driver:
+            victims: set[int] = set()
+            for least in (0, 6, 12):  # while it loads, and twice at work
+                victims.add(kill_actor(driver, committed, least, victims))
+            ended = driver.end()
+    assert "was lost" in ended.err
+    check_whole(s3, ended, committed)
+
+
+# -- as it should be, and out of reach -------------------------------------------------------------------------
+
+
+def test_a_manifest_on_s3_and_its_columns(s3: Seaweed, lake: str, test_data: Path) -> None:
+    output = s3.bucket() + "dt=2026-11-19/"
+    source = "input={type: manifest, uri: %smanifest/, uri_column: image, passthrough: [truth]}" % lake  # noqa: UP031
+    ended = run(*cifar(test_data, output, source))
+    assert (ended.code, ended.answer["planned"]) == (0, 1000), ended.err
+    rows = table(output).sort_by("position")
+    assert right(rows) == sum(
+        a == b for a, b in zip(*rows.select(["label", "truth"]).to_pydict().values(), strict=True)
+    )
+    assert rows["uri"][0].as_py().startswith("../images/")
+    assert rows["etag"].null_count == 0
+    print(f"manifest on S3: {ended.seconds:.1f} s, {len(footers(output))} parts")
+    status = run("status", output, "--json")
+    assert status.answer.items() >= {"status": "complete", "rows": 1000, "parts": 10}.items()
+
+
+def test_wrong_credentials_commit_nothing(s3: Seaweed, lake: str, test_data: Path) -> None:
+    wrong = {"AWS_SECRET_ACCESS_KEY": "wrong"}
+    output = s3.bucket()
+    command = [*cifar(test_data, output), f"input.uri={lake}images/"]
+    ended = run(*command, env=wrong)
+    print(ended.err)
+    assert (ended.code, ended.answer["status"]) == (75, "temporary"), ended.err
+    assert "Traceback" not in ended.err
+    assert s3.keys(output) == []
+
+
+@pytest.mark.parametrize("fault", ["expired", "cut off"])
+def test_images_out_of_reach_are_no_error_rows(
+    fault: str, s3: Seaweed, lake: str, test_data: Path, tmp_path: Path
+) -> None:
+    """The plan stands; then the images cannot be read. A local output shows that nothing was committed from it."""
+    command = [*cifar(test_data, tmp_path / "out"), f"input.uri={lake}images/"]
+    assert run("plan", *command[1:]).code == 0
+    if fault == "expired":
+        ended = run(*command, env={"AWS_SECRET_ACCESS_KEY": "expired"})
+    else:
+        with between(s3.endpoint) as cut:
+            cut.decide = lambda method, path: RESET
+            ended = run(*command, env={"AWS_ENDPOINT_URL": cut.endpoint, "BATCHJOB_PATIENCE": "2"})
+    print(f"{fault}: {ended.answer['message']} ({ended.seconds:.1f} s)")
+    assert (ended.code, ended.answer["status"]) == (75, "temporary"), ended.err
+    assert "Traceback" not in ended.err
+    assert footers(tmp_path / "out") == {}
+    resumed = run(*command)
+    assert (resumed.code, resumed.answer["predicted"]) == (0, 1000), resumed.err
+
+
+def test_a_dead_server_is_temporary(test_data: Path) -> None:
+    with between("http://127.0.0.1:9") as nobody:
+        nobody.decide = lambda method, path: RESET
+        env = {"AWS_ENDPOINT_URL": nobody.endpoint, "BATCHJOB_PATIENCE": "2", "AWS_EC2_METADATA_DISABLED": "true"}
+        keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
+        ended = run(*cifar(test_data, "s3://bucket/out/"), env={**env, **keys})
+    print(f"{ended.answer['message']} ({ended.seconds:.1f} s)")
+    assert (ended.code, ended.answer["status"]) == (75, "temporary"), ended.err

@@ -1,0 +1,159 @@
+"""Which worker gets which shard: enough to do, shared out evenly, and no innocent beside a suspect."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchjob.placement import Placement
+from batchjob.records import ShardKey
+from batchjob.schedule import Schedule
+
+
+def keys(count: int, rows: int = 1000) -> list[ShardKey]:
+    return [ShardKey(index, f"id-{index}", rows, 0, rows * index) for index in range(count)]
+
+
+def with_workers(*names: str, least: int = 1, ahead: int = 0) -> Placement:
+    placement = Placement(least)
+    for name in names:
+        placement.enter(name, ahead)
+    return placement
+
+
+def fill(placement: Placement, plan: list[ShardKey]) -> list[tuple[str, int]]:
+    """Submit as a driver does, as long as there is room; who got which."""
+    while placement.free() > 0 and plan:
+        placement.submit(plan.pop(0), 0)
+    return handed(placement)
+
+
+def handed(placement: Placement) -> list[tuple[str, int]]:
+    return [(due.worker, due.key.index) for due in placement.due()]
+
+
+def test_two_are_queued_beside_the_one_at_work_and_the_one_being_committed() -> None:
+    placement, plan = with_workers("a"), keys(9)
+    assert placement.free() == 4
+    assert fill(placement, plan) == [("a", 0), ("a", 1), ("a", 2), ("a", 3)]
+    assert placement.free() == 0
+    placement.finish(keys(1)[0])
+    assert fill(placement, plan) == [("a", 4)]
+
+
+@pytest.mark.parametrize(("rows", "ahead", "taken"), [(64, 512, 16), (8192, 4096, 4), (64, 0, 4), (500, 1024, 5)])
+def test_small_shards_are_as_many_as_keep_the_loader_busy(rows: int, ahead: int, taken: int) -> None:
+    """Its loader has so many images under way; as many again wait, or are on their way into the output."""
+    assert len(fill(with_workers("a", ahead=ahead), keys(99, rows))) == taken
+
+
+def test_workers_get_equal_shares() -> None:
+    found = Counter(worker for worker, _ in fill(with_workers("a", "b", "c"), keys(9)))
+    assert found == {"a": 3, "b": 3, "c": 3}
+
+
+def test_nothing_is_taken_on_before_the_least_number_of_workers_is_there() -> None:
+    placement = with_workers("a", "b", least=3)
+    assert (placement.free(), placement.ready, placement.wanted) == (0, 2, 3)
+    placement.enter("c")
+    assert placement.free() == 12
+
+
+def test_a_lost_worker_does_not_idle_the_others() -> None:
+    placement = with_workers("a", "b", least=2)
+    placement.leave("a")
+    assert (placement.free(), placement.ready, placement.wanted) == (4, 1, 1)
+
+
+def test_what_a_lost_worker_held_is_told_oldest_first() -> None:
+    placement = with_workers("a")
+    fill(placement, keys(4))
+    placement.finish(keys(1)[0])
+    assert [key.index for key in placement.leave("a")] == [1, 2, 3]
+    assert placement.leave("a") == []
+
+
+def test_suspects_travel_alone() -> None:
+    placement, plan = with_workers("a"), keys(9)
+    fill(placement, plan)
+    plan = placement.leave("a")[:2] + plan
+    placement.enter("a")
+    assert fill(placement, plan) == [("a", 0)]
+    placement.finish(keys(1)[0])
+    assert fill(placement, plan) == [("a", 1)]
+    placement.fail(keys(2)[1], suspect=False)  # the network: it stays a suspect all the same
+    plan.insert(0, keys(2)[1])
+    assert fill(placement, plan) == [("a", 1)]
+    placement.finish(keys(2)[1])
+    assert fill(placement, plan) == [("a", index) for index in range(4, 8)]
+
+
+def test_a_suspect_waits_until_a_worker_has_nothing_else_and_the_others_go_on() -> None:
+    placement, plan = with_workers("a", "b"), keys(99)
+    held = fill(placement, plan)
+    suspect, *with_a = [keys(99)[index] for worker, index in held if worker == "a"]
+    placement.fail(suspect)
+    placement.submit(suspect, 0)
+    assert handed(placement) == []
+    for key in [keys(99)[index] for worker, index in held if worker == "b"]:
+        placement.finish(key)
+        assert [worker for worker, _ in fill(placement, plan)] == ["b"]
+    for key in with_a:
+        assert handed(placement) == []
+        placement.finish(key)
+    assert handed(placement) == [("a", suspect.index)]
+    placement.finish(suspect)
+    assert placement.free() == 4
+
+
+def test_an_assignment_to_a_worker_that_is_gone_is_not_told() -> None:
+    placement = with_workers("a")
+    placement.submit(keys(1)[0], 0)
+    assert [key.index for key in placement.leave("a")] == [0]
+    assert handed(placement) == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shards=st.integers(0, 30),
+    workers=st.integers(1, 4),
+    poisoned=st.sets(st.integers(0, 29), max_size=4),
+    attempts=st.integers(2, 3),
+    seed=st.integers(0, 2**32),
+)
+def test_poison_is_given_up_and_no_innocent_with_it(
+    shards: int, workers: int, poisoned: set[int], attempts: int, seed: int
+) -> None:
+    """Each worker does its shards in order and commits late; a poisoned one kills it, with all that it has in hand."""
+    dice, schedule, placement = random.Random(seed), Schedule(attempts), Placement(workers)
+    schedule.add(keys(shards))
+    hands: dict[str, list[ShardKey]] = {f"{n}": [] for n in range(workers)}
+    for name in hands:
+        placement.enter(name)
+    for _ in range(10_000):
+        while placement.free() > 0 and (key := schedule.take()) is not None:
+            placement.submit(key, 0)
+        for due in placement.due():
+            hands[due.worker].append(due.key)
+        if schedule.idle:
+            break
+        busy = [name for name, held in hands.items() if held]
+        assert busy, "something waits, and nobody has anything to do"
+        name = dice.choice(busy)
+        held = hands[name]
+        if any(key.index in poisoned for key in held[:2]):  # the second is at work, the first not yet committed
+            blamed, *others = placement.leave(name)
+            schedule.fail(blamed, "lost")
+            for key in others:
+                schedule.fail(key, "lost", counts=False)
+            held.clear()
+            placement.enter(name)
+        else:
+            placement.finish(held[0])
+            schedule.finish(held.pop(0))
+    assert {gone.key.index for gone in schedule.given_up} == {index for index in poisoned if index < shards}
+    assert schedule.done + len(schedule.given_up) == shards
