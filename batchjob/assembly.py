@@ -59,7 +59,7 @@ class _Item:
 
     shard: Shard
     batch: Batch
-    predicted: Predicted | Exception | None
+    predicted: Predicted | None
     seconds: float
     last: bool
 
@@ -93,22 +93,20 @@ class Assembly:
         self._store, self._spool, self._imprint, self._post = store, spool, imprint, post
         self._frames, self._lost, self._wanted, self._tell = frames, lost, wanted, tell
         self._drafts: dict[int, _Draft] = {}
-        self._failed: set[int] = set()  # shards of which more batches are still to come
+        self._failed: set[int] = set()
         self._waiting: queue.Queue[_Item | Callable[[], None] | None] = queue.Queue(_BATCHES_WAITING)
         self._room = threading.Semaphore(_COMMITS_PENDING)
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._thread = threading.Thread(target=self._work, name="assembly", daemon=True)
         self._thread.start()
 
-    def add(
-        self, shard: Shard, batch: Batch, predicted: Predicted | Exception | None, *, seconds: float, last: bool
-    ) -> None:
+    def add(self, shard: Shard, batch: Batch, predicted: Predicted | None, *, seconds: float, last: bool) -> None:
         """The next batch of a shard; waits while others are still in the queue.
 
         Args:
             shard: whose batch it is.
             batch: as loaded.
-            predicted: what the model gave, None where no image was good; or what ends this attempt.
+            predicted: what the model gave, None where no image was good.
             seconds: that the prediction took here.
             last: no more of this shard will come.
         """
@@ -118,9 +116,13 @@ class Assembly:
         """A shard of no images."""
         self._waiting.put(lambda: self._begin_empty(shard))
 
-    def lose(self, shards: Sequence[Shard], error: BatchjobError) -> None:
-        """No more of these shards will come. Those that have failed before are not told twice."""
-        self._waiting.put(lambda: self._give_up(shards, error))
+    def fail(self, shard: Shard, error: BatchjobError) -> None:
+        """This attempt has ended; it is told once."""
+        self._waiting.put(lambda: self._drop(shard, error))
+
+    def failed(self, take: int) -> bool:
+        """Whether the attempt of that number has ended without a part, as far as is known here by now."""
+        return take in self._failed
 
     def close(self) -> None:
         """Finish what was added, commits included."""
@@ -140,35 +142,34 @@ class Assembly:
             draft.give_up()
 
     def _advance(self, item: _Item) -> None:
-        """One batch further. A shard that has failed is passed over to its end."""
-        key = item.shard.key
-        if key.index not in self._failed:
-            try:
-                self._enter(self._draft(item.shard), item)
-            except Exception as error:  # noqa: BLE001 - ends this attempt; the driver decides how far it reaches
-                self._drop(key.index)
-                self._tell(Failed(key, as_ours(error)))
-        if item.last and key.index in self._failed:
-            self._failed.discard(key.index)
-        elif item.last:
-            self._seal(self._drafts.pop(key.index))
+        """One batch further. What is still to come of an attempt that has failed is passed over."""
+        take = item.shard.take
+        if take in self._failed:
+            return
+        try:
+            self._enter(self._draft(item.shard), item)
+        except Exception as error:  # noqa: BLE001 - ends this attempt; the driver decides how far it reaches
+            self._drop(item.shard, as_ours(error))
+            return
+        if item.last:
+            self._seal(self._drafts.pop(take))
 
     def _draft(self, shard: Shard) -> _Draft:
-        index = shard.key.index
-        if index not in self._drafts:
-            self._drafts[index] = _Draft(self._spool, shard, self._imprint.schema)
-        return self._drafts[index]
+        if shard.take not in self._drafts:
+            self._drafts[shard.take] = _Draft(self._spool, shard, self._imprint.schema)
+        return self._drafts[shard.take]
 
-    def _drop(self, index: int) -> None:
+    def _drop(self, shard: Shard, error: BatchjobError) -> None:
         """No more of this attempt."""
-        self._failed.add(index)
-        if (draft := self._drafts.pop(index, None)) is not None:
+        if shard.take in self._failed:
+            return
+        self._failed.add(shard.take)
+        if (draft := self._drafts.pop(shard.take, None)) is not None:
             draft.give_up()
+        self._tell(Failed(shard.key, error))
 
     def _enter(self, draft: _Draft, item: _Item) -> None:
         """Rows of one batch into the part."""
-        if isinstance(item.predicted, Exception):
-            raise item.predicted
         draft.spend(item.batch.seconds)
         columns: list[pa.Array] = []
         faults: list[Fault | None] = []
@@ -190,7 +191,7 @@ class Assembly:
             model_id=self._imprint.model_id,
         )
         draft.writer.add(made)
-        if self._post.truth is not None:
+        if self._post.truths:
             draft.truth.update(self._post.tally(made.filter(pc.is_null(made.column("error_stage")))))
         draft.spend({"write": time.perf_counter() - began})
 
@@ -212,14 +213,6 @@ class Assembly:
             return columns, found
         back = sorted(range(len(order)), key=order.__getitem__)
         return [column.take(pa.array(back)) for column in columns], [found[index] for index in back]
-
-    def _give_up(self, shards: Sequence[Shard], error: BatchjobError) -> None:
-        for shard in shards:
-            index = shard.key.index
-            if index not in self._failed:
-                self._drop(index)
-                self._tell(Failed(shard.key, error))
-            self._failed.discard(index)
 
     def _begin_empty(self, shard: Shard) -> None:
         try:

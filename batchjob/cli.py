@@ -17,7 +17,7 @@ import typer
 
 from batchjob import __version__
 from batchjob.errors import BatchjobError
-from batchjob.report import Outcome
+from batchjob.report import Outcome, counted
 
 if TYPE_CHECKING:
     from batchjob.job import Job
@@ -37,6 +37,16 @@ app = typer.Typer(
 
 # What click raises for a wrong command line; newer typers carry their own click and do not export it.
 _UsageError: type[Any] = typer.BadParameter.__base__ or typer.BadParameter
+
+
+class FormatName(StrEnum):
+    onnx = "onnx"
+    exported = "exported"
+    aoti = "aoti"
+    torchscript = "torchscript"
+    int8 = "int8"
+    pruned = "pruned"
+    tensorrt = "tensorrt"
 
 
 class PoolName(StrEnum):
@@ -88,13 +98,16 @@ def _batchjob(
 
 
 @app.command()
-def run(
+def run(  # noqa: PLR0913, PLR0917 - typer makes a parameter of each flag
     job: JobFile,
     overrides: Overrides = None,
     param: Params = None,
     pool: Annotated[PoolName | None, typer.Option(help="Where workers run; same as runtime.pool=….")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster; else RAY_ADDRESS, else one started here.")] = None,
     allow_empty: AllowEmpty = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make parts again that are gone from a finished output.")
+    ] = False,
     as_json: AsJson = False,
     quiet: QuietFlag = False,
 ) -> int:
@@ -107,7 +120,8 @@ def run(
         output = loaded.output.uri
         from batchjob import launch
 
-        outcome = launch.run(loaded, address=address, allow_empty=allow_empty, progress=pick_progress(quiet))
+        progress = pick_progress(quiet)
+        outcome = launch.run(loaded, address=address, allow_empty=allow_empty, repair=repair, progress=progress)
         _say(outcome.sentence())
     except _UsageError:
         raise
@@ -199,7 +213,8 @@ def errors(
                 _say(f"{row['uri']}: {row['error_stage']}/{row['error_type']}: {row['error_message']}")
         counts = survey.error_counts(store)
         sums = ", ".join(f"{kind} {count:,}" for kind, count in counts.by_type.items())
-        return {"output": store.uri, **asdict(counts)}, [f"{counts.total:,} error rows{': ' if sums else ''}{sums}"]
+        said = counted(counts.total, "error row")
+        return {"output": store.uri, **asdict(counts)}, [f"{said}: {sums}" if sums else said]
 
     return _answer(work, as_json)
 
@@ -224,6 +239,32 @@ def discard(
             raise typer.BadParameter(f"this deletes every row in {uri}; add --yes to do so")
         said = driver.discard(uri, options)
         return {"status": "discarded", "output": uri, "message": said}, [said]
+
+    return _answer(work, as_json)
+
+
+@app.command()
+def convert(  # noqa: PLR0913, PLR0917 - typer makes a parameter of each flag
+    job: JobFile,
+    overrides: Overrides = None,
+    param: Params = None,
+    to: Annotated[FormatName, typer.Option("--to", help="The format to write.")] = FormatName.exported,
+    file: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to.")] = Path("model.pt2"),
+    images: Annotated[int, typer.Option(min=2, help="Images of the job to calibrate on and to compare.")] = 32,
+    tolerance: Annotated[float | None, typer.Option(min=0, help="Largest deviation, of the largest output.")] = None,
+    amount: Annotated[float, typer.Option(min=0, max=1, help="For pruned: share of the weights.")] = 0.5,
+    structured: Annotated[bool, typer.Option("--structured", help="For pruned: whole channels.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Write a job's model as another format, held against the original on the job's own images."""
+
+    def work() -> tuple[dict[str, Any], list[str]]:
+        loaded = _read(job, param, overrides)
+        from batchjob.convert import Conversion, convert
+
+        wanted = Conversion(to.value, file.absolute(), images, tolerance, amount, structured)
+        done = convert(loaded, wanted)
+        return {"status": "converted", **done.facts()}, done.lines()
 
     return _answer(work, as_json)
 
@@ -310,6 +351,7 @@ def _say(text: str) -> None:
 def _explain(error: BaseException) -> None:
     if isinstance(error, BatchjobError | KeyboardInterrupt):
         _say(Outcome.of_error(error).message)
+        _say("\n".join(getattr(error, "__notes__", ())))  # a crashed worker's traceback
     else:
         traceback.print_exception(error)
 

@@ -1,20 +1,19 @@
-"""Which device a worker computes on, and in which precision; a name that is asked for is never replaced."""
+"""Which device a worker computes on, and what that can do; a name that is asked for is never replaced."""
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 from batchjob.errors import InvalidJob
-from batchjob.records import Precision
+from batchjob.records import Precision, Traits
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["pick_device", "pick_precision"]
-
-_PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+__all__ = ["check_precision", "pick_device", "traits"]
 
 
 def pick_device(name: str, among: Sequence[str] | None = None) -> torch.device:
@@ -72,21 +71,22 @@ def _check_cuda(device: torch.device) -> None:
         raise InvalidJob(f"runtime.device: {device} is not there, only cuda:0 to cuda:{count - 1}")
 
 
-def pick_precision(name: str, device: torch.device) -> Precision:
-    """The precision a job asks for; `auto` is bf16 on CUDA devices that compute in it, else fp16, and fp32 elsewhere.
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """Raises InvalidJob where the device cannot compute in it."""
+    if precision == "tf32" and device.type != "cuda":
+        raise InvalidJob(f"runtime.precision: tf32 is for CUDA devices, this one is {device}; write fp32 or auto")
 
-    Raises:
-        InvalidJob: the device cannot compute in it.
-    """
+
+def traits(device: torch.device) -> Traits:
+    """What a device can do, and the name that tells it from others of its type."""
     import torch
 
-    if name == "auto":
-        if device.type != "cuda":
-            return "fp32"
+    if device.type == "cuda":
         with torch.cuda.device(device):
-            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if name not in _PRECISIONS:
-        raise InvalidJob(f"runtime.precision: {name!r} is not known; write auto, {', '.join(_PRECISIONS)}")
-    if name == "tf32" and device.type != "cuda":
-        raise InvalidJob(f"runtime.precision: tf32 is for CUDA devices, this one is {device}; write fp32 or auto")
-    return cast("Precision", name)
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Traits(torch.cuda.get_device_name(device), "cuda", bf16, fp16=True)
+    if device.type == "cpu":
+        able = getattr(torch.cpu, "get_capabilities", dict[str, Any])()  # torch 2.11 may not have it
+        bf16 = bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16"))
+        return Traits(f"cpu {able.get('cpu_name') or able.get('architecture') or platform.machine()}", "cpu", bf16)
+    return Traits(device.type, device.type)

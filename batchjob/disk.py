@@ -131,6 +131,10 @@ class DiskStore:
         with open_file(self._root / key) as file, _reading(self._root / key):
             return file.read(size)
 
+    def open(self, key: str) -> BinaryIO:
+        """The object as a seekable file. Raises NotFound, Unavailable."""
+        return open_file(self._root / key)
+
     def stat(self, key: str) -> Stat:
         """Raises NotFound, Unavailable."""
         return stat_file(self._root / key, key)

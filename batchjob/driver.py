@@ -3,65 +3,56 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import cached_property
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import pyarrow as pa
-
-import batchjob
-from batchjob import accounting, ledger, plan
-from batchjob.accounting import Run
+from batchjob import ledger, plan
+from batchjob.accounting import Books, Run, conclude
+from batchjob.dispatch import Dispatch, MakePool
 from batchjob.drain import Drain
-from batchjob.errors import BatchjobError, CheckFailed, InvalidJob, JobError, Temporary, Unavailable
-from batchjob.feeder import Feeder, Input, Peek, peek
-from batchjob.job import Job, difference
+from batchjob.errors import BatchjobError, CheckFailed, InvalidJob
+from batchjob.feeder import Feeder, Peek
+from batchjob.job import Job
 from batchjob.lease import Lease
 from batchjob.loader import FEW_IMAGES
 from batchjob.plan import Head
-from batchjob.pool import Done, Event, Failed, Loaded, Pool, Ready, Setup, WorkerFailed
+from batchjob.planning import Planning, compare
+from batchjob.pool import Setup
 from batchjob.progress import Progress
-from batchjob.records import Cursor, ShardKey, ShardResult
-from batchjob.report import Outcome, PlanSummary
-from batchjob.schedule import Schedule
-from batchjob.sink import row_schema
-from batchjob.storage import Options, Reader, Store, open_store, probe
+from batchjob.report import Outcome, PlanSummary, counted
+from batchjob.storage import Options, Store, open_store
+from batchjob.turns import TURN_SECONDS, Turns
 
 __all__ = ["discard", "plan_only", "run"]
 
-T = TypeVar("T")
-MakePool = Callable[[], Pool]
-
-
-_TURN_SECONDS = 0.2
-_DRAIN_SECONDS = 12.0
-_PART_BYTES = 512 << 20
-_PART_LIMIT = 4 << 30
-_SHARD_ROWS = (64, 8192)
-_SHARDS_A_WORKER = 4
-_UNAVAILABLE_IN_A_ROW = 3
 _WAITING_ENOUGH = 10_000
 
 
-def run(job: Job, make_pool: MakePool, *, allow_empty: bool, progress: Progress) -> Outcome:
+def run(job: Job, make_pool: MakePool, *, allow_empty: bool, progress: Progress, repair: bool = False) -> Outcome:
     """Run a job to its end, or up to where it can go; what is committed already is not done again.
 
+    Args:
+        job: what to run.
+        make_pool: makes its workers, if any are needed.
+        allow_empty: an input without images is no error.
+        progress: who is told how it goes.
+        repair: what is gone from a finished output is made again.
+
     Raises:
-        JobError: every planned ending but success; its class says which.
+        JobError: every planned ending but success; its class says which, and it carries the counts.
     """
     began = time.monotonic()
     store = open_store(job.output.uri, job.storage)
-    if (outcome := _already_complete(store, job)) is not None:
+    if (outcome := _already_complete(store, job, repair)) is not None:
         return outcome
-    lease = Lease.acquire(store, note=progress.note)
-    try:
-        with Drain() as drain:
-            session = _Session(job, store, lease, make_pool, drain, progress)
-            session.work(allow_empty)
-            return session.finish(time.monotonic() - began)
-    finally:
-        lease.release()
+    with _in_control(store, progress) as turns:
+        session = _Session(job, store, turns, make_pool, progress)
+        try:
+            head = session.work(allow_empty, repair)
+            return session.finish(head, began)
+        except BatchjobError as error:
+            error.counts = session.counts
+            raise
 
 
 def plan_only(job: Job, *, allow_empty: bool, progress: Progress) -> PlanSummary:
@@ -70,35 +61,51 @@ def plan_only(job: Job, *, allow_empty: bool, progress: Progress) -> PlanSummary
     Raises:
         JobError: see `run`.
     """
+    began = time.monotonic()
     store = open_store(job.output.uri, job.storage)
-    lease = Lease.acquire(store, note=progress.note)
-    try:
-        with Drain() as drain:
-            return _Session(job, store, lease, None, drain, progress).plan_only(allow_empty)
-    finally:
-        lease.release()
+    with _in_control(store, progress) as turns:
+        number, head = plan.current(store)
+        planning = Planning(_as_planned(job, store, head), store, turns, progress.note)
+        progress.start(None)
+        try:
+            if head is None:
+                seen = planning.look_further(planning.look(allow_empty), 0)
+                Books(store, turns.beat).clear_foreign(turns.beat)
+                head = planning.freeze(number, seen, workers=0, row_bytes=0)
+            images, shards = _write(planning, head, turns, progress)
+        finally:
+            progress.stop()
+            planning.close()
+    return PlanSummary(head.plan, images, shards, head.shard_size, store.uri, time.monotonic() - began)
 
 
-def discard(uri: str, options: Options | None = None) -> str:
+def discard(uri: str, options: Options | None = None, progress: Progress | None = None) -> str:
     """Bury the plan in force and delete its parts; the next run plans anew. Returns a sentence saying what went.
 
     Raises:
-        Temporary: a driver is at work there.
+        Temporary: a driver is at work there, or a signal came; the same command finishes what it began.
         InvalidJob: there is no plan.
     """
     store = open_store(uri, options)
     _something_to_discard(store)  # before the lease leaves a trace in a folder that is not ours
-    lease = Lease.acquire(store)
-    try:
-        number, head = _something_to_discard(store)
+    with _in_control(store, progress) as turns:
+        _, head = _something_to_discard(store)
         if head is not None:
             plan.bury(store, head)
         store.delete(ledger.SUCCESS)
-        leftovers = ledger.parts(store)
-        for key in leftovers:
-            store.delete(key)
-        name = f"plan {head.plan} (number {number})" if head else "an earlier plan's leftovers"
-        return f"{store.uri}: discarded {name}, deleted {len(leftovers)} parts"
+        leftovers = turns.during(lambda: ledger.parts(store))
+        deleted = ledger.delete_all(store, leftovers, turns.beat)
+    name = f"plan {head.plan} (number {head.number})" if head else "an earlier plan's leftovers"
+    return f"{store.uri}: discarded {name}, deleted {counted(deleted, 'part')}"
+
+
+@contextmanager
+def _in_control(store: Store, progress: Progress | None) -> Iterator[Turns]:
+    """The lease on an output, and signals as requests to stop. Raises Temporary where another driver is at work."""
+    lease = Lease.acquire(store, note=progress.note) if progress else Lease.acquire(store)
+    try:
+        with Drain() as drain:
+            yield Turns(lease, drain, store.uri)
     finally:
         lease.release()
 
@@ -111,296 +118,162 @@ def _something_to_discard(store: Store) -> tuple[int, Head | None]:
     return number, head
 
 
-def _already_complete(store: Store, job: Job) -> Outcome | None:
+def _already_complete(store: Store, job: Job, repair: bool) -> Outcome | None:
     """The outcome of a finished output of this very job, without lease, model or PUT.
 
     Raises:
         InvalidJob: the output belongs to another job.
-        CheckFailed: `_SUCCESS` stands, but parts that it lists are gone or others are there.
+        CheckFailed: `_SUCCESS` stands, but parts that it lists are gone or others are there; not where `repair`.
     """
     _, head = plan.current(store)
     if head is None:
         return None
-    _compare(store, job, head)
+    compare(store, job, head)
     success = ledger.read_success(store)
     if success is None or success[0].get("plan") != head.plan:
         return None
     facts, _ = success
     if odd := ledger.missing_from_success(facts, ledger.parts(store)):
+        if repair:
+            return None
         raise CheckFailed(
-            f"{store.uri}/_SUCCESS stands, but {len(odd)} parts are gone, changed or not listed in it "
-            f"({', '.join(odd[:3])}); restore them, or `batchjob discard {store.uri} --yes` and run again"
+            f"{store.uri}/_SUCCESS stands, but what it lists does not: {counted(len(odd), 'part')} gone, changed or "
+            f"added ({', '.join(odd[:3])}); restore what was there, or make again what is gone with "
+            "`batchjob run --repair`"
         )
     counts = facts["counts"]
-    return Outcome("already_complete", counts["planned"], counts["predicted"], counts["failed"], 0.0, 0.0, store.uri, 0)
+    sums = counts["planned"], counts["predicted"], counts["failed"]
+    return Outcome("already_complete", *sums, output=store.uri, truth=facts.get("truth", {}))
 
 
-def _compare(store: Store, job: Job, head: Head) -> None:
-    if lines := difference(head.fingerprint, job.fingerprint()):
-        listed = "\n".join(f"  {line}" for line in lines)
-        raise InvalidJob(
-            f"{store.uri} belongs to another job:\n{listed}\nchoose another output.uri, restore these settings, or "
-            f"`batchjob discard {store.uri} --yes` to throw its rows away"
-        )
+def _as_planned(job: Job, store: Store, head: Head | None) -> Job:
+    """The job with the defaults of the plan that it resumes. Raises InvalidJob where that is another job's."""
+    if head is None:
+        return job
+    compare(store, job, head)
+    return job.completed(head.defaults)
+
+
+def _write(planning: Planning, head: Head, turns: Turns, progress: Progress) -> tuple[int, int]:
+    """Write a plan to its end; its images and shards."""
+    images = shards = 0
+    feeder = Feeder(planning.chunks(head))
+    try:
+        while not feeder.finished:
+            turns.beat()
+            if (chunk := feeder.take(TURN_SECONDS)) is not None:
+                images, shards = chunk.cursor.rows, shards + len(chunk.shards)
+                progress.planned(images, chunk.last)
+    finally:
+        feeder.close()
+    return images, shards
 
 
 class _Session:
-    """One driver's turn at a job, under the lease."""
+    """One driver's work on one job, under the lease."""
 
-    def __init__(
-        self, job: Job, store: Store, lease: Lease, make_pool: MakePool | None, drain: Drain, progress: Progress
-    ) -> None:
-        self.job, self.store, self.lease, self.drain, self.progress = job, store, lease, drain, progress
-        self.make_pool = make_pool
-        self.schedule = Schedule(job.errors.attempts)
-        self.committed = ledger.parts(store)
-        self.expected: dict[str, int] = {}
-        self.fresh: dict[str, ShardResult] = {}
-        self.pool: Pool | None = None
-        self.loaded: list[Loaded] = []
-        self.head: Head | None = None
-        self.unavailable = 0
-        self.aside = ThreadPoolExecutor(1, thread_name_prefix="aside")
+    def __init__(self, job: Job, store: Store, turns: Turns, make_pool: MakePool, progress: Progress) -> None:
+        self._number, self._resumed = plan.current(store)
+        self._job = _as_planned(job, store, self._resumed)
+        self._store, self._turns, self._progress = store, turns, progress
+        self._books = Books(store, turns.beat)
+        self._planning = Planning(self._job, store, turns, progress.note)
+        self._dispatch = Dispatch(job.errors.attempts, make_pool, progress, self._books.commit)
+        self._dispatch.ready = turns.listen_to_signals
+        turns.listen, turns.before_stop = self._dispatch.listen, lambda: self._dispatch.drain(turns.beat)
+        self._stopped_early = False
 
-    # -- plan or resume ----------------------------------------------------------------------------------------
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Images planned so far, rows predicted, rows failed."""
+        return self._books.counts
 
-    def work(self, allow_empty: bool) -> None:
-        """Plan or resume, and do every shard that is left."""
-        self.progress.start(None)
+    def work(self, allow_empty: bool, repair: bool) -> Head:
+        """Plan or resume, and do every shard that is left; the plan's head."""
+        self._progress.start(None)
         try:
-            number, head = plan.current(self.store)
-            self.head = head or self._new_plan(number, allow_empty)
-            _compare(self.store, self.job, self.head)
-            if head is not None:
-                self.progress.note(f"resuming plan {head.plan}: {len(self.committed)} parts are committed")
-            feeder = Feeder(plan.extend(self.store, self.head, self._refs, self._unchanged))
+            head = self._resumed or self._new_plan(allow_empty)
+            if self._resumed:
+                self._look_back(head, repair)
+            feeder = Feeder(self._planning.chunks(head))
             try:
-                self._loop(feeder)
+                self._loop(feeder, head)
             finally:
                 feeder.close()
+            return head
         finally:
-            self.progress.stop()
-            self.aside.shutdown(wait=False, cancel_futures=True)
-            if self.pool is not None:
-                self.pool.close()
+            self._progress.stop()
+            self._planning.close()
+            self._dispatch.close()
 
-    @cached_property
-    def _input(self) -> Input:
-        return Input(self.job, Reader(self.job.storage))
-
-    def _refs(self, after: Cursor) -> Iterator[pa.RecordBatch]:
-        return self._input.refs(after)
-
-    def _unchanged(self) -> None:
-        assert self.head is not None
-        self._input.check_unchanged(self.head)
-
-    def plan_only(self, allow_empty: bool) -> PlanSummary:
-        """Freeze the plan and list the whole input into it; no worker is started."""
-        began = time.monotonic()
-        number, head = plan.current(self.store)
-        if head is None:
-            few = self._look_at_input(allow_empty)
-            head = self._freeze(number, few if few.whole else self._peek_far())
-        _compare(self.store, self.job, head)
-        self.head = head
-        images = shards = 0
-        for chunk in plan.extend(self.store, head, self._refs, self._unchanged):
-            images, shards = chunk.cursor.rows, shards + len(chunk.shards)
-            self.progress.planned(images, chunk.last)
-            self.lease.beat()
-            if self.drain.asked.is_set():
-                self._stop()
-        return PlanSummary(head.plan, images, shards, head.shard_size, self.store.uri, time.monotonic() - began)
-
-    def _new_plan(self, number: int, allow_empty: bool) -> Head:
-        """Freeze a plan, but only once the input is known to be there and the model to stand on its device."""
-        few = self._look_at_input(allow_empty)
-        self._start_pool(few)
-        seen = few if few.whole else self._peek_far()
-        while not self.loaded:
-            self._turn()
-        self._check_columns()
-        return self._freeze(number, seen)
-
-    def _look_at_input(self, allow_empty: bool) -> Peek:
-        """Everything that can be said of job, input and store without a model. Nothing is frozen by it."""
-        self._beating(lambda: probe(self.store))
-        self._beating(self._check_files)
-        self._beating(lambda: self._input.require(self.progress.note))
-        self._check_columns()
-        few = self._beating(lambda: peek(self._input, FEW_IMAGES))
-        if few.rows == 0 and not allow_empty:
-            raise InvalidJob(
-                f"{self.job.input.uri}: no images there (input.uri, its extensions, include and exclude); "
-                "put some there, or run with --allow-empty for an output of no rows"
-            )
-        return few
-
-    def _check_files(self) -> None:
-        """Weights, code and labels are there, as far as that shows without torch."""
-        reader = Reader(self.job.storage)
-        self.job.model.check(reader, self.job.base)
-        self.job.task.check(reader)
-
-    def _peek_far(self) -> Peek:
-        return self._beating(lambda: peek(self._input, plan.CHUNK_ROWS))
-
-    def _freeze(self, number: int, seen: Peek) -> Head:
-        head = plan.new_head(
-            number,
-            job=self.job.portable(),
-            fingerprint=self.job.fingerprint(),
-            shard_size=self._shard_size(seen),
-            source_version=self._beating(lambda: self._input.version),
-            batchjob=batchjob.__version__,
+    def finish(self, head: Head, began: float) -> Outcome:
+        """Verify what lies there against the plan, write the report, and `_SUCCESS` when the budget holds."""
+        books = self._books
+        ran = Run(
+            books.expected,
+            books.fresh,
+            tuple(self._dispatch.schedule.given_up),
+            tuple(self._dispatch.workers),
+            time.monotonic() - began,
+            books.older,
+            books.whole,
+            self._stopped_early,
         )
-        self._check_foreign()
-        if number:  # a discard that was cut short may have left it
-            self.store.delete(ledger.SUCCESS)
-        return self._beating(lambda: plan.freeze(self.store, head))
+        job, beat = self._job, self._turns.beat
+        return conclude(self._store, head, ran, budget=job.errors, summary=job.task.summary, beat=beat)
 
-    def _check_columns(self) -> None:
-        """Raises InvalidJob when a passthrough column clashes with ours, the task's or the output path's."""
-        task = dict.fromkeys(name for loaded in self.loaded for name in loaded.columns)
-        columns = [pa.field(name, pa.string()) for name in task]
-        row_schema(self._input.fields, columns, self.job.input.has_id, self.job.output.uri)
+    def _new_plan(self, allow_empty: bool) -> Head:
+        """Freeze a plan, but only once the input is known to be there and the model to stand on its device."""
+        few = self._planning.look(allow_empty)
+        self._start_workers(few)
+        seen = self._planning.look_further(few, self._dispatch.size)
+        while not (workers := self._dispatch.workers):
+            self._turns.turn()
+        seen = self._planning.look_further(seen, self._dispatch.size)  # how many they are may have shown only now
+        self._planning.check_columns(name for loaded in workers for name in loaded.columns)
+        self._books.clear_foreign(self._turns.beat)
+        row_bytes = max(loaded.row_bytes for loaded in workers)
+        return self._planning.freeze(self._number, seen, self._dispatch.size, row_bytes)
 
-    def _shard_size(self, seen: Peek) -> int:
-        """Images a shard: as the job says, else small enough to share out and to keep a part near 512 MiB."""
-        row_bytes = self.job.task.row_bytes
-        wanted = self.job.runtime.shard_size
-        if wanted == "auto":
-            least, most = _SHARD_ROWS
-            workers = max(1, self.pool.size if self.pool else 1)
-            share = -(-seen.rows // (workers * _SHARDS_A_WORKER)) if seen.whole else most
-            return max(1, min(max(least, share), most, _PART_BYTES // row_bytes))
-        if wanted * row_bytes > _PART_LIMIT:
-            raise InvalidJob(
-                f"runtime.shard_size: {wanted:,} rows of up to {row_bytes:,} bytes may exceed 4 GiB a part; "
-                f"give at most {_PART_LIMIT // row_bytes:,}"
-            )
-        return wanted
+    def _look_back(self, head: Head, repair: bool) -> None:
+        self._progress.note(f"resuming plan {head.plan}: {counted(self._books.parts, 'part')} committed")
+        if repair:
+            self._store.delete(ledger.SUCCESS)
+        self._books.look_back(head, self._turns.beat)
 
-    # -- the control loop --------------------------------------------------------------------------------------
-
-    def _loop(self, feeder: Feeder) -> None:
-        """Hand out shards until all are done or given up. Every turn shows life and hears signals."""
-        while not (feeder.finished and self.schedule.idle):
+    def _loop(self, feeder: Feeder, head: Head) -> None:
+        """Hand out shards until all are done or given up, or too much has failed."""
+        schedule = self._dispatch.schedule
+        while not (feeder.finished and schedule.idle):
             self._absorb(feeder)
-            if self.schedule.waiting:
-                self._hand_out()
-            self._turn()
+            if self._job.errors.abort_early and self._books.exceeded(self._job.errors):
+                self._stopped_early = True
+                self._dispatch.drain(self._turns.beat)
+                return
+            if schedule.waiting:
+                self._hand_out(head)
+            self._turns.turn() if self._dispatch.started else self._turns.beat()
 
     def _absorb(self, feeder: Feeder) -> None:
         """Take in confirmed chunks as long as few shards wait; look for foreign parts once all are known."""
-        all_known_before = feeder.finished
-        while self.schedule.waiting < _WAITING_ENOUGH and (chunk := feeder.take()) is not None:
-            done = [key for key in chunk.shards if key.part in self.committed]
-            self.expected.update((key.part, key.rows) for key in chunk.shards)
-            self.schedule.add(key for key in chunk.shards if key.part not in self.committed)
-            self.progress.planned(chunk.cursor.rows, chunk.last)
-            self.progress.resumed(sum(key.rows for key in done))
+        schedule, all_known_before = self._dispatch.schedule, feeder.finished
+        patience = 0.0 if self._dispatch.started else TURN_SECONDS
+        while schedule.waiting < _WAITING_ENOUGH and (chunk := feeder.take(patience)) is not None:
+            done, left = self._books.add(chunk)
+            schedule.add(left)
+            self._progress.planned(chunk.cursor.rows, chunk.last)
+            self._progress.resumed(done)
+            self._turns.beat()
         if feeder.finished and not all_known_before:
-            self._check_foreign()
+            self._books.clear_foreign(self._turns.beat)
 
-    def _hand_out(self) -> None:
-        if self.pool is None:
-            self._start_pool(self._beating(self._peek_at_plan))
-        assert self.pool is not None
-        assert self.head is not None
-        while self.pool.free() > 0 and (key := self.schedule.take()) is not None:
-            self.pool.submit(key, self.head.number)
+    def _hand_out(self, head: Head) -> None:
+        if not self._dispatch.started:
+            first = self._turns.during(lambda: plan.PlanReader(self._store, head).first(FEW_IMAGES + 1))
+            sample = tuple(ref.location for ref in first[:FEW_IMAGES])
+            self._start_workers(Peek(len(first), len(first) <= FEW_IMAGES, sample))
+        self._dispatch.hand_out(head.number)
 
-    def _turn(self) -> None:
-        """One turn: beat, hear signals, handle what the pool reports."""
-        self.lease.beat()
-        if self.drain.asked.is_set():
-            self._stop()
-        if self.pool is None:
-            time.sleep(_TURN_SECONDS)
-            return
-        for event in self.pool.wait(_TURN_SECONDS):
-            self._handle(event)
-
-    def _handle(self, event: Event) -> None:
-        match event:
-            case Ready(worker, loaded):
-                self.loaded.append(loaded)
-                self.drain.listen()
-                self.progress.note(
-                    f"worker {worker}: {loaded.model} on {loaded.device}, {loaded.precision}, batches of "
-                    f"{loaded.batch_size}, after {loaded.seconds:.1f} s"
-                )
-            case Done(result):
-                self.unavailable = 0
-                if self.schedule.finish(result.key):
-                    self.fresh[result.key.part] = result
-                    self.progress.advance(result.made.rows, result.made.failed)
-            case Failed(key, error):
-                self._attempt_failed(key, error)
-            case WorkerFailed(error):
-                raise error
-
-    def _attempt_failed(self, key: ShardKey, error: BatchjobError) -> None:
-        """Network and credentials use up no attempt, but end the run when they persist; other job errors end it now."""
-        if isinstance(error, Unavailable):
-            self.unavailable += 1
-            if self.unavailable >= _UNAVAILABLE_IN_A_ROW:
-                raise error
-        elif isinstance(error, JobError):
-            raise error
-        gave_up = self.schedule.fail(key, error.message, counts=not isinstance(error, Unavailable))
-        self.progress.note(f"shard {key.index} failed{', given up' if gave_up else ''}: {error.message}")
-
-    def _stop(self) -> None:
-        """Hand out no more, give what runs a moment to commit, then end as temporary."""
-        self.progress.note(f"stopping: up to {_DRAIN_SECONDS:.0f} s for {self.schedule.running} running shards")
-        until = time.monotonic() + _DRAIN_SECONDS
-        while self.pool is not None and self.schedule.running and time.monotonic() < until:
-            self.lease.beat()
-            for event in self.pool.wait(_TURN_SECONDS):
-                self._handle(event)
-        raise Temporary(f"{self.store.uri}: stopped by a signal; the same command resumes")
-
-    def _beating(self, work: Callable[[], T]) -> T:
-        """Do something that blocks, aside, while the loop goes on turning."""
-        future = self.aside.submit(work)
-        while not future.done():
-            self._turn() if self.pool is not None else self._wait(future)
-        return future.result()
-
-    def _wait(self, future: Future[Any]) -> None:
-        wait([future], _TURN_SECONDS)
-        self.lease.beat()
-        if self.drain.asked.is_set():
-            self._stop()
-
-    def _start_pool(self, seen: Peek) -> None:
-        assert self.make_pool is not None, "planning alone starts no workers"
-        self.pool = self.make_pool()
-        self.pool.start(Setup(self.job.portable(), str(self.job.base), self.lease.witness, seen.sample, seen.whole))
-
-    def _peek_at_plan(self) -> Peek:
-        assert self.head is not None
-        first = plan.PlanReader(self.store, self.head).first(FEW_IMAGES + 1)
-        return Peek(len(first), len(first) <= FEW_IMAGES, tuple(ref.location for ref in first[:FEW_IMAGES]))
-
-    def _check_foreign(self) -> None:
-        """Parts that this plan does not know: deleted if a discarded plan left them, else an alarm."""
-        foreign = self.committed.keys() - self.expected.keys()
-        accounting.clear_foreign(self.store, foreign)
-        self.committed = {key: stat for key, stat in self.committed.items() if key not in foreign}
-
-    # -- the end -----------------------------------------------------------------------------------------------
-
-    def finish(self, seconds: float) -> Outcome:
-        """Verify what lies there against the plan, write the report, and `_SUCCESS` when the budget holds."""
-        assert self.head is not None
-        return accounting.conclude(
-            self.store,
-            self.head,
-            Run(self.expected, self.fresh, tuple(self.schedule.given_up), tuple(self.loaded), seconds),
-            max_rate=self.job.errors.max_rate,
-            beat=self.lease.beat,
-        )
+    def _start_workers(self, seen: Peek) -> None:
+        job = self._job
+        self._dispatch.start(Setup(job.portable(), str(job.base), self._turns.witness, seen.sample, seen.whole))

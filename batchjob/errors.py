@@ -9,6 +9,7 @@ BatchjobError                 exit 1   ours, but nobody classified it
 │   ├── Changed                        replace-if-match lost
 │   └── Unaddressable                  no client can name this key
 ├── AttemptFailed             exit 4   one attempt at a shard: tried again, a bounded number of times
+│   └── Interrupted                    by what befell another shard there: uses up no attempt
 └── JobError                           the whole job
     ├── InvalidJob            exit 2   usage, configuration, a plan of another job: never retry
     ├── CheckFailed           exit 3   error budget, foreign or missing parts: look at it
@@ -31,6 +32,7 @@ __all__ = [
     "CheckFailed",
     "ImageFault",
     "Incomplete",
+    "Interrupted",
     "InvalidJob",
     "JobError",
     "NotFound",
@@ -42,10 +44,15 @@ __all__ = [
 
 
 class BatchjobError(Exception):
-    """Base of every exception this package raises on purpose."""
+    """Base of every exception this package raises on purpose.
+
+    Attributes:
+        counts: images planned, rows predicted and rows failed when it ended a run.
+    """
 
     exit_code = 1
     status = "crashed"
+    counts: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def message(self) -> str:
@@ -95,6 +102,10 @@ class AttemptFailed(BatchjobError):
 
     exit_code = 4
     status = "incomplete"
+
+
+class Interrupted(AttemptFailed):
+    """An attempt that ended with its worker or its loader, while another shard was the one at work there."""
 
 
 class JobError(BatchjobError):

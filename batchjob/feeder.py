@@ -18,15 +18,23 @@ from batchjob.storage import Reader
 __all__ = ["Feeder", "Input", "Peek", "peek"]
 
 _CHUNKS_AHEAD = 4
+_SAMPLE = 256  # locations
 
 
 @dataclass(frozen=True)
 class Peek:
-    """A first look at the source: `rows` seen, all of them if `whole`, the first locations."""
+    """A first look at the source.
+
+    Attributes:
+        rows: seen; all of them if `whole`.
+        sample: the first locations.
+        row_bytes: that a row's passthrough columns take on average.
+    """
 
     rows: int
     whole: bool
     sample: tuple[str, ...]
+    row_bytes: int = 0
 
 
 class Input:
@@ -34,11 +42,19 @@ class Input:
 
     def __init__(self, job: Job, reader: Reader) -> None:
         self._source, self._reader, self._output = job.input, reader, job.output.uri
+        self._closed = threading.Event()
         self.fields = self._source.fields(reader, self._output)
 
     def refs(self, after: Cursor) -> Iterator[pa.RecordBatch]:
-        """The images after a cursor, in batches; one empty batch when there is none."""
-        return self._source.refs(self._reader, after, outside=self._output)
+        """The images after a cursor, in batches; one empty batch when there is none. Raises Temporary once closed."""
+        for batch in self._source.refs(self._reader, after, outside=self._output):
+            if self._closed.is_set():
+                raise Temporary(f"input.uri {self._source.uri}: nobody waits for the rest of the list any more")
+            yield batch
+
+    def close(self) -> None:
+        """End what another thread may still be listing."""
+        self._closed.set()
 
     @property
     def version(self) -> str | None:
@@ -74,15 +90,16 @@ class Input:
 
 def peek(source: Input, enough: int) -> Peek:
     """Look at the source until more than `enough` rows have been seen, or all of it."""
-    rows = 0
+    rows = size = 0
     sample: list[str] = []
     for batch in source.refs(Cursor()):
         rows += batch.num_rows
-        if len(sample) < 256:
-            sample += batch.column("location").slice(0, 256 - len(sample)).to_pylist()
+        size += sum(batch.column(field.name).nbytes for field in source.fields)
+        if len(sample) < _SAMPLE:
+            sample += batch.column("location").slice(0, _SAMPLE - len(sample)).to_pylist()
         if rows > enough:
-            return Peek(rows, False, tuple(sample))
-    return Peek(rows, True, tuple(sample))
+            return Peek(rows, False, tuple(sample), size // rows)
+    return Peek(rows, True, tuple(sample), size // max(1, rows))
 
 
 class Feeder:
@@ -96,10 +113,10 @@ class Feeder:
         self._thread.start()
         self.finished = False
 
-    def take(self) -> Chunk | None:
-        """The next confirmed chunk if one is there now; `finished` is set after the last. Raises what stopped it."""
+    def take(self, seconds: float = 0.0) -> Chunk | None:
+        """The next confirmed chunk if one comes that soon; `finished` is set after the last. Raises what stopped it."""
         try:
-            item = self._queue.get_nowait()
+            item = self._queue.get(timeout=seconds) if seconds and not self.finished else self._queue.get_nowait()
         except queue.Empty:
             return None
         if isinstance(item, BaseException):

@@ -14,30 +14,80 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from batchjob import jobfile
 from batchjob.complaints import complain
 from batchjob.decode import DecodeSettings
 from batchjob.errors import InvalidJob
 from batchjob.loader import LoaderSettings
-from batchjob.models import CheckpointModel, PythonModel, TorchvisionModel
+from batchjob.models import (
+    CheckpointModel,
+    ExportedModel,
+    HuggingfaceModel,
+    OnnxModel,
+    PickleModel,
+    PythonModel,
+    TensorrtModel,
+    TimmModel,
+    TorchScriptModel,
+    TorchvisionModel,
+)
 from batchjob.parameters import Param
+from batchjob.portable import explicit, refilled, whole
 from batchjob.records import Preprocess
-from batchjob.settings import Settings, Uri, is_local
+from batchjob.settings import Settings, Uri
 from batchjob.sources import ManifestSource, PrefixSource
 from batchjob.storage import StorageOptions
-from batchjob.tasks import ClassificationTask, EmbeddingTask
+from batchjob.tasks import (
+    ClassificationTask,
+    DetectionTask,
+    EmbeddingTask,
+    MultilabelTask,
+    PythonTask,
+    RawTask,
+    RegressionTask,
+    SegmentationTask,
+)
+from batchjob.tuning import Acceleration
 
 __all__ = ["ErrorBudget", "Job", "Output", "Param", "Runtime", "Workers", "difference", "job_schema"]
 
 # The extension points: a new kind of source, model or task is one file in its folder, and its name here.
 Source = Annotated[PrefixSource | ManifestSource, Field(discriminator="type")]
-Model = Annotated[TorchvisionModel | CheckpointModel | PythonModel, Field(discriminator="type")]
-Task = Annotated[ClassificationTask | EmbeddingTask, Field(discriminator="type")]
+Model = Annotated[
+    TorchvisionModel
+    | CheckpointModel
+    | PythonModel
+    | PickleModel
+    | TorchScriptModel
+    | ExportedModel
+    | OnnxModel
+    | TimmModel
+    | HuggingfaceModel
+    | TensorrtModel,
+    Field(discriminator="type"),
+]
+Task = Annotated[
+    ClassificationTask
+    | MultilabelTask
+    | RegressionTask
+    | EmbeddingTask
+    | DetectionTask
+    | SegmentationTask
+    | RawTask
+    | PythonTask,
+    Field(discriminator="type"),
+]
+
+_ALTERING = ("precision", "half_weights", "quantize")  # of `runtime`: what may alter a prediction by more than rounding
 
 Auto = Literal["auto"]
 AtLeastOne = Annotated[int, Field(ge=1)]
+
+_DECIDING = ("input", "model", "preprocess", "task", "runtime", "decode")
+_UNDECIDING = {"input": ("require",), "model": ("trust", "sha256")}
+_TAKEN = "defaults"
 
 
 def _check_device(value: str) -> str:
@@ -70,8 +120,8 @@ class Workers(Settings):
         return self
 
 
-class Runtime(Settings):
-    """Where and how the job runs. Of all this only `precision` alters a prediction.
+class Runtime(Acceleration):
+    """Where and how the job runs. Of all this only `precision`, `half_weights` and `quantize` alter a prediction.
 
     Attributes:
         pool: `ray` runs workers as Ray actors; `local` one worker in this process.
@@ -80,7 +130,6 @@ class Runtime(Settings):
         cpus_per_worker: cores that each worker is given, its loader processes included.
         device: auto, cuda, cuda:N, mps or cpu; one that is asked for and absent is an error.
         batch_size: images in a batch.
-        precision: of the model's arithmetic; `auto` takes what the device gains by.
         grad_mode: `no_grad` for models that fail under inference mode.
         shard_size: images in a shard, the unit that is committed.
         loader: how images reach the model.
@@ -92,7 +141,6 @@ class Runtime(Settings):
     cpus_per_worker: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Auto = "auto"
     device: Annotated[str, AfterValidator(_check_device)] = "auto"
     batch_size: AtLeastOne | Auto = "auto"
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     grad_mode: Literal["inference", "no_grad"] = "inference"
     shard_size: AtLeastOne | Auto = "auto"
     loader: LoaderSettings = LoaderSettings()
@@ -103,10 +151,14 @@ class ErrorBudget(Settings):
 
     Attributes:
         max_rate: share of images that may be error rows; over it the run ends with exit 3 and no `_SUCCESS`.
+        max_count: error rows that there may be in all; null counts none.
+        abort_early: stop as soon as it is certain that the run will be over one of the two.
         attempts: how often a shard is tried before it is given up.
     """
 
     max_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_count: Annotated[int, Field(ge=0)] | None = None
+    abort_early: bool = True
     attempts: AtLeastOne = 3
 
 
@@ -151,6 +203,7 @@ class Job(Settings):
 
     _base: Path = PrivateAttr(default_factory=Path.cwd)
     _data_base: Path | None = PrivateAttr(default=None)
+    _taken: Mapping[str, Any] = PrivateAttr(default={})
 
     @property
     def base(self) -> Path:
@@ -193,19 +246,24 @@ class Job(Settings):
         Raises:
             InvalidJob: the document is none of this version's.
         """
+        given, taken = {key: value for key, value in doc.items() if key != _TAKEN}, doc.get(_TAKEN, {})
         try:
-            job, there = cls._built(doc, base), cls._built(doc, data_base)
+            job, there = cls._built(given, base), cls._built(given, data_base)
         except ValidationError as error:
             raise InvalidJob(f"this job was written by another version of batchjob: {error}") from None
         moved = job.model_copy(update={"input": there.input, "output": there.output})
         moved._data_base = data_base
-        return moved
+        return moved._with(taken)
 
     def portable(self) -> dict[str, Any]:
-        """All that was explicitly set, as JSON holds it, with `./` before paths inside the job's folder."""
-        doc = _explicit(self, self.base)
-        data = _explicit(self, self._data_base or self.base)
-        return doc | {name: data[name] for name in ("input", "output")}
+        """All that was explicitly set, as JSON holds it, with `./` before paths inside the job's folder.
+
+        Beside it, where `completed` found any, the defaults that are not this version's.
+        """
+        doc = explicit(self, self.base)
+        data = explicit(self, self._data_base or self.base)
+        taken = {_TAKEN: dict(self._taken)} if self._taken else {}
+        return doc | {name: data[name] for name in ("input", "output")} | taken
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the predictions: the explicitly set fields of input, model, preprocess, task, decode, precision.
@@ -213,12 +271,52 @@ class Job(Settings):
         Not in it: what says when, where or how fast (`input.require`, workers, batches, output), what is only checked
         (`model.sha256`), and versions. The same job in another folder has the same fingerprint.
         """
-        whole = self.portable()
-        for section, key in (("input", "require"), ("model", "trust"), ("model", "sha256")):
-            whole[section].pop(key, None)
-        whole["runtime"] = {key: value for key, value in whole.get("runtime", {}).items() if key == "precision"}
-        sections = ("input", "model", "preprocess", "task", "runtime", "decode")
-        return {name: whole[name] for name in sections if whole.get(name)}
+        given = self.portable()
+        for section, keys in _UNDECIDING.items():
+            for key in keys:
+                given[section].pop(key, None)
+        given["runtime"] = {key: value for key, value in given.get("runtime", {}).items() if key in _ALTERING}
+        return {name: given[name] for name in _DECIDING if given.get(name)}
+
+    def resolved(self) -> dict[str, Any]:
+        """All fields of what decides the predictions, set or not, by section: what `completed` goes by."""
+        found = {}
+        for name, settings in self._deciding():
+            fields = whole(settings, (self._data_base or self.base) if name == "input" else self.base)
+            found[name] = {key: value for key, value in fields.items() if key not in _UNDECIDING.get(name, ())}
+        return found | {"runtime": {key: getattr(self.runtime, key) for key in _ALTERING}}
+
+    def completed(self, resolved: Mapping[str, Any]) -> Job:
+        """The job as it was planned: what it does not set itself is what `resolved` said then, not today's default.
+
+        Fields that this version no longer knows are passed over. The fingerprint stays the same.
+
+        Raises:
+            InvalidJob: a value is none that this version takes.
+        """
+        now, taken = self.resolved(), {}
+        for name, settings in self._deciding():
+            then = {key: value for key, value in resolved.get(name, {}).items() if key in now[name]}
+            other = {key: value for key, value in then.items() if value != now[name][key]}
+            if more := {key: value for key, value in other.items() if key not in settings.model_fields_set}:
+                taken[name] = more
+        return self._with(taken) if taken else self
+
+    def _deciding(self) -> Iterator[tuple[str, Settings]]:
+        """The sections that decide the predictions, as far as the job has them."""
+        for name in _DECIDING:
+            if (settings := getattr(self, name)) is not None:
+                yield name, settings
+
+    def _with(self, taken: Mapping[str, Mapping[str, Any]]) -> Job:
+        """The same job with other defaults; the fields that count as set stay the same."""
+        try:
+            sections = {name: refilled(getattr(self, name), more, self.base) for name, more in taken.items()}
+        except ValidationError as error:
+            raise InvalidJob(f"this job was planned by another version of batchjob: {error}") from None
+        job = self.model_copy(update=sections)
+        job._taken = taken
+        return job
 
     @classmethod
     def _built(cls, doc: Mapping[str, Any], base: Path) -> Job:
@@ -248,47 +346,6 @@ def job_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "batchjob job"}
 
 
-def _explicit(settings: BaseModel, base: Path) -> dict[str, Any]:
-    """Fields that were given (and every `type`), in the order the class declares them."""
-    kind = type(settings)
-    given = settings.model_fields_set | ({"type"} & set(kind.model_fields))
-    return {
-        name: _plain(getattr(settings, name), base, _holds_path(field.annotation) or _is_path(field.metadata))
-        for name, field in kind.model_fields.items()
-        if name in given
-    }
-
-
-def _plain(value: Any, base: Path, path: bool) -> Any:
-    match value:
-        case BaseModel():
-            return _explicit(value, base)
-        case Mapping():
-            return {str(key): _plain(item, base, path) for key, item in value.items()}
-        case list() | tuple():
-            return [_plain(item, base, path) for item in value]
-        case str() if path and is_local(value):
-            return _beside(value, base)
-        case str():
-            return str(value)
-    return value
-
-
-def _beside(value: str, base: Path) -> str:
-    if value.rstrip("/") == str(base):
-        return "./"
-    return f"./{value[len(str(base)) + 1 :]}" if value.startswith(f"{str(base).rstrip('/')}/") else value
-
-
-def _is_path(metadata: Sequence[Any]) -> bool:
-    # Uri and its kin are the only types that look at a value before it is validated.
-    return any(isinstance(part, BeforeValidator) for part in metadata)
-
-
-def _holds_path(annotation: Any) -> bool:
-    return _is_path(getattr(annotation, "__metadata__", ())) or any(map(_holds_path, get_args(annotation)))
-
-
 def _leaves(doc: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in doc.items():
         if isinstance(value, Mapping) and value:
@@ -315,10 +372,10 @@ def _kinds_in(annotation: Any) -> Iterator[type[Settings]]:
 
 
 def _describe(definition: dict[str, Any], kind: type[Settings]) -> None:
-    """Moves what the docstring says of each attribute to its property."""
-    doc = inspect.getdoc(kind) or ""
-    summary, _, attributes = doc.partition("Attributes:")
-    definition["description"] = summary.strip()
-    for name, words in re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", attributes, re.MULTILINE):
-        if name in definition.get("properties", {}):
-            definition["properties"][name].setdefault("description", re.sub(r"\s+", " ", words))
+    """Moves what the docstrings say of each attribute, also of inherited ones, to its property."""
+    definition["description"] = (inspect.getdoc(kind) or "").partition("Attributes:")[0].strip()
+    for ancestor in kind.__mro__:
+        attributes = (inspect.getdoc(ancestor) or "").partition("Attributes:")[2]
+        for name, words in re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", attributes, re.MULTILINE):
+            if name in definition.get("properties", {}):
+                definition["properties"][name].setdefault("description", re.sub(r"\s+", " ", words))

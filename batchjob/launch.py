@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import os
 
-import pyarrow as pa
-
-from batchjob import driver, environment
+from batchjob import driver, environment, ledger
+from batchjob import plan as frozen
 from batchjob.cluster import RayPool
-from batchjob.feeder import Input, peek
+from batchjob.feeder import Input, Peek, peek
 from batchjob.job import Job
 from batchjob.loader import FEW_IMAGES
 from batchjob.local import LocalPool
-from batchjob.pool import Pool, Setup
+from batchjob.plan import Head
+from batchjob.planning import check_columns, compare, shard_size
+from batchjob.pool import Loaded, Pool, Setup
 from batchjob.progress import Progress, Quiet
-from batchjob.report import Outcome, PlanSummary
-from batchjob.sink import row_schema
-from batchjob.storage import Reader
+from batchjob.report import Outcome, PlanSummary, counted
+from batchjob.storage import Reader, Store, open_store
 from batchjob.worker import Worker
 
 __all__ = ["make_pool", "plan", "run", "validate"]
 
 
 def run(
-    job: Job, *, address: str | None = None, allow_empty: bool = False, progress: Progress | None = None
+    job: Job,
+    *,
+    address: str | None = None,
+    allow_empty: bool = False,
+    repair: bool = False,
+    progress: Progress | None = None,
 ) -> Outcome:
     """Run a job to its end, resuming what was begun; a finished job is left as it is.
 
@@ -31,13 +36,15 @@ def run(
         job: what to run, and whether on Ray or in this process (`runtime.pool`).
         address: of a Ray cluster; else `RAY_ADDRESS`; else a Ray is started here for the time of the run.
         allow_empty: an input without images makes one part of no rows, and is no error.
+        repair: parts that are gone from a finished output are made again, which else is an error.
         progress: who is told how it goes; nobody by default.
 
     Raises:
         JobError: whatever ends the job before its sums; its class says which, and carries the exit code.
     """
     where = address or os.environ.get("RAY_ADDRESS") or None
-    return driver.run(job, lambda: make_pool(job, where), allow_empty=allow_empty, progress=progress or Quiet())
+    told = progress or Quiet()
+    return driver.run(job, lambda: make_pool(job, where), allow_empty=allow_empty, progress=told, repair=repair)
 
 
 def plan(job: Job, *, allow_empty: bool = False, progress: Progress | None = None) -> PlanSummary:
@@ -50,27 +57,46 @@ def plan(job: Job, *, allow_empty: bool = False, progress: Progress | None = Non
 
 
 def validate(job: Job) -> list[str]:
-    """Check a job as far as it goes without writing anything: input, model, labels, device. Lines for a person.
+    """Check a job as far as it goes without writing anything: input, model, labels, device, output. Lines for a person.
 
     Raises:
-        JobError: the first thing that does not hold.
+        JobError: the first thing that does not hold; Temporary where the input is not there yet (`input.require`).
     """
+    store = open_store(job.output.uri, job.storage)
+    _, head = frozen.current(store)
+    if head is not None:
+        compare(store, job, head)
+        job = job.completed(head.defaults)
     source = Input(job, Reader(job.storage))
+    source.require()
+    check_columns(job, source)
     seen = peek(source, FEW_IMAGES)
-    setup = Setup(job.portable(), str(job.base), None, seen.sample, few=True)
-    worker = Worker(job, setup, _cores(job))
-    try:
-        loaded = worker.load()
-    finally:
-        worker.close()
-    task = [pa.field(name, pa.string()) for name in loaded.columns]
-    row_schema(source.fields, task, job.input.has_id, job.output.uri)
+    loaded = _load(job, seen)
+    check_columns(job, source, loaded.columns)
+    if head is None:
+        shard_size(job, seen, 0, loaded.row_bytes)
     return [
-        f"input     {job.input.uri}: {'' if seen.whole else 'more than '}{seen.rows:,} images",
+        f"input     {job.input.uri}: {'' if seen.whole else 'more than '}{counted(seen.rows, 'image')}",
         f"model     {loaded.model} on {loaded.device}, {loaded.precision}, in {loaded.seconds:.1f} s",
         f"columns   {', '.join(loaded.columns)}",
-        f"output    {job.output.uri}",
+        f"output    {store.uri}: {_stand(store, head)}",
     ]
+
+
+def _load(job: Job, seen: Peek) -> Loaded:
+    worker = Worker(job, Setup(job.portable(), str(job.base), None, seen.sample, few=True), _cores(job))
+    try:
+        return worker.load()
+    finally:
+        worker.close()
+
+
+def _stand(store: Store, head: Head | None) -> str:
+    """What a run would find there."""
+    parts = len(ledger.parts(store))
+    if head is not None:
+        return f"plan {head.plan} of this job, {counted(parts, 'part')} committed"
+    return "to be planned" if not parts else f"to be planned, {counted(parts, 'part')} of no plan in the way"
 
 
 def make_pool(job: Job, address: str | None) -> Pool:

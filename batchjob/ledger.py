@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchjob.errors import AlreadyExists, AttemptFailed, Changed, CheckFailed, NotFound, Unavailable
+from batchjob.parallel import side_by_side
 from batchjob.records import Provenance, ShardKey, Stat
 from batchjob.storage import Store
 
@@ -23,6 +23,7 @@ __all__ = [
     "Part",
     "Totals",
     "commit",
+    "delete_all",
     "error_rows",
     "inspect",
     "inspect_all",
@@ -37,6 +38,7 @@ SUCCESS = "_SUCCESS"
 _REPORT = "_batchjob/report.json"
 _FOOTER_BYTES = 1 << 16
 _LOOKS = 4
+_ERROR_COLUMNS = ["position", "uri", "error_stage", "error_type", "error_message"]
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,16 @@ class Totals:
     errors: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    truth: dict[str, float] = field(default_factory=dict)
 
     def add(self, made: Provenance) -> None:
         """Count one part."""
         self.rows += made.rows
         self.failed += made.failed
         self.errors.update(made.errors)
-        for stage, spent in made.seconds.items():
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+        for sums, more in ((self.seconds, made.seconds), (self.truth, made.truth)):
+            for name, amount in more.items():
+                sums[name] = sums.get(name, 0) + amount
 
 
 def commit(store: Store, key: ShardKey, path: Path, provenance: Provenance, wanted: Callable[[], None]) -> Commit:
@@ -138,11 +142,16 @@ def parts(store: Store) -> dict[str, Stat]:
     return {stat.uri: stat for stat in store.list("predictions/")}
 
 
-def inspect_all(store: Store, keys: Iterable[str], threads: int = 16) -> Iterator[tuple[str, Provenance]]:
-    """Footers of many parts, read side by side, in the order asked."""
-    wanted = list(keys)
-    with ThreadPoolExecutor(threads) as pool:
-        yield from zip(wanted, pool.map(lambda key: inspect(store, key), wanted), strict=True)
+def inspect_all(
+    store: Store, keys: Iterable[str], meanwhile: Callable[[], object] = lambda: None
+) -> Iterator[tuple[str, Provenance]]:
+    """Footers of many parts, read side by side, in the order asked; `meanwhile` is called all along. See `inspect`."""
+    return side_by_side(lambda key: (key, inspect(store, key)), keys, meanwhile)
+
+
+def delete_all(store: Store, keys: Iterable[str], meanwhile: Callable[[], object] = lambda: None) -> int:
+    """Delete objects side by side, calling `meanwhile` all along; how many there were. Raises Unavailable."""
+    return sum(1 for _ in side_by_side(store.delete, keys, meanwhile))
 
 
 def read_success(store: Store) -> tuple[dict[str, Any], Stat] | None:
@@ -178,21 +187,17 @@ def missing_from_success(success: Mapping[str, Any], found: Mapping[str, Stat]) 
     return sorted(name for name in listed.keys() | present.keys() if listed.get(name, "") != present.get(name, ""))
 
 
-def error_rows(store: Store, limit: int | None = None) -> Iterator[dict[str, Any]]:
-    """Error rows as dicts (`position, uri, error_stage, error_type, error_message`), in plan order."""
-    columns = ["position", "uri", "error_stage", "error_type", "error_message"]
-    given = 0
+def error_rows(store: Store) -> Iterator[dict[str, Any]]:
+    """Error rows as dicts (`position, uri, error_stage, error_type, error_message`), in plan order.
+
+    Reads the footers, and of parts with errors these columns alone.
+    """
     for key, provenance in inspect_all(store, sorted(parts(store))):
         if not provenance.failed:
             continue
-        table = pq.read_table(
-            pa.BufferReader(store.read(key).data), columns=columns, filters=[("error_stage", "!=", "")]
-        )
-        for row in table.to_pylist():
-            if limit is not None and given >= limit:
-                return
-            yield row
-            given += 1
+        with store.open(key) as file:
+            table = pq.read_table(file, columns=_ERROR_COLUMNS, filters=[("error_stage", "!=", "")])
+        yield from table.to_pylist()
 
 
 def _put_or_replace(store: Store, key: str, body: bytes) -> None:

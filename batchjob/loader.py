@@ -83,6 +83,9 @@ class ShardFeed(Protocol):
     def take(self) -> Shard | None:
         """The next shard if one is there now, else None, which ends the epoch. Never blocks, never raises."""
 
+    def wants(self, shard: Shard) -> bool:
+        """Whether more batches of a shard that was taken are of use; asked before each. Never blocks, never raises."""
+
 
 class Loader:
     """Fetches and decodes batches ahead of their use, in order, in processes that are cheap to replace.
@@ -113,6 +116,15 @@ class Loader:
         self._plan = plan
         self._running: Future[_Processes] | None = None
 
+    @property
+    def batch_size(self) -> int:
+        """Images in a batch; another one counts from the next shard on."""
+        return self._requests.batch_size
+
+    @batch_size.setter
+    def batch_size(self, images: int) -> None:
+        self._requests.batch_size = images
+
     def start(self) -> None:
         """Begin starting the processes in the background. Calling it again does nothing."""
         if self._plan.processes and self._running is None:
@@ -124,7 +136,7 @@ class Loader:
         """One epoch: batches of the shards that the feed gives, in order, until it gives None.
 
         A new shard is asked for as soon as the last one's batches are all under way. A shard of no images has no
-        batch. The processes stay for the next epoch.
+        batch, and one that the feed no longer wants no further ones. The processes stay for the next epoch.
 
         Raises:
             AttemptFailed: a loader process died; the next call starts new ones.
@@ -173,6 +185,7 @@ class _Request:
     """One batch to load."""
 
     shard: int
+    take: int
     start: int
     refs: tuple[ImageRef, ...]
 
@@ -180,6 +193,9 @@ class _Request:
 class _NoShards:
     def take(self) -> None:
         return None
+
+    def wants(self, shard: Shard) -> bool:  # noqa: ARG002 - the face of a feed
+        return False
 
 
 class _Requests:
@@ -196,7 +212,9 @@ class _Requests:
 def _requested(feed: ShardFeed, batch_size: int) -> Iterator[_Request]:
     while (shard := feed.take()) is not None:
         for start in range(0, len(shard.refs), batch_size):
-            yield _Request(shard.key.index, start, shard.refs[start : start + batch_size])
+            if not feed.wants(shard):
+                break
+            yield _Request(shard.key.index, shard.take, start, shard.refs[start : start + batch_size])
 
 
 class _Processes:
@@ -306,10 +324,18 @@ class _Images:
                     while found:
                         facts.append(self._prepared(found.pop(), pixels))
         except Unavailable as trouble:
-            return Batch(request.shard, request.start, (), None, trouble.message, dict(seconds))
+            return Batch(request.shard, request.start, (), None, trouble.message, dict(seconds), take=request.take)
         except BatchjobError as error:
             return error
-        return Batch(request.shard, request.start, tuple(facts), pixels.filled(), None, dict(seconds), pixels.shapes())
+        return Batch(
+            shard=request.shard,
+            start=request.start,
+            facts=tuple(facts),
+            pixels=pixels.filled(),
+            seconds=dict(seconds),
+            shapes=pixels.shapes(),
+            take=request.take,
+        )
 
     def _prepared(self, found: Blob | Fault, pixels: _Pixels | _Ragged) -> ImageFacts:
         if isinstance(found, Fault):

@@ -33,7 +33,15 @@ class Setup:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a worker knows once its model stands on its device."""
+    """What a worker knows once its model stands on its device.
+
+    Attributes:
+        device, precision, model: for people; `columns`: the task's.
+        batch_size: images in a call of the model.
+        seconds: that loading took.
+        ahead: images that its loader keeps under way, 0 where it does not say.
+        row_bytes: a bound on the bytes of the task's columns in a row, 0 where it knows no better than the settings.
+    """
 
     device: str
     precision: str
@@ -41,6 +49,8 @@ class Loaded:
     columns: tuple[str, ...]
     batch_size: int
     seconds: float
+    ahead: int = 0
+    row_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ class Pool(Protocol):
         """Begin to start workers; their readiness or failure comes through `wait`."""
 
     def free(self) -> int:
-        """Shards that would be taken on now: two are kept queued a worker."""
+        """Shards that would be taken on now: two are kept queued a worker, see `Placement`."""
 
     def submit(self, key: ShardKey, plan: int) -> None:
         """Hand a shard of plan number `plan` to some worker."""

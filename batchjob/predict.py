@@ -1,30 +1,25 @@
-"""The forward pass: pixels to the device, `inference_mode`, autocast, small tensors back; out of memory: halve."""
+"""Batches through the forward pass: copies there and back beside the computation; out of memory: halve."""
 
 from __future__ import annotations
 
-import contextlib
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from batchjob.errors import AttemptFailed, InvalidJob
-from batchjob.records import Fault, Recipe
+from batchjob.forward import Forward, out_of_memory
+from batchjob.records import Fault
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
-__all__ = ["Forward", "Modes", "Piece", "Predicted", "Predictor", "random_pixels"]
+__all__ = ["Piece", "Predicted", "Predictor", "random_pixels"]
 
-GradMode = Literal["inference", "no_grad"]
-Normalize = Callable[["torch.Tensor", "torch.dtype"], "torch.Tensor"]
 Shapes = Sequence[tuple[int, ...]]
 
-_OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
 _CALM = 128  # pieces without trouble after which a larger one is tried again
 
 
@@ -33,23 +28,6 @@ class Outputs(Protocol):
 
     def on_device(self, output: Any) -> dict[str, torch.Tensor]:
         """The model's output as small tensors, first dimension `n`."""
-
-
-@dataclass(frozen=True)
-class Modes:
-    """How a module is called.
-
-    Attributes:
-        grad_mode: `inference`, or `no_grad` for models that fail under inference mode.
-        takes: a `batch`, or a `list` of images.
-        recipe: precision and layout.
-        batch_size: the number of images that every call must have; None for any.
-    """
-
-    grad_mode: GradMode = "inference"
-    takes: Literal["batch", "list"] = "batch"
-    recipe: Recipe = field(default_factory=Recipe)
-    batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,111 +62,6 @@ class Predicted:
         return self
 
 
-class Forward:
-    """A module on its device with its numeric modes. The program's own torch settings stay as they are.
-
-    Args:
-        module: in eval mode; moved to the device, once.
-        normalize: pixels on the device to the model's input.
-        device: from `pick_device`.
-        modes: how it is called.
-    """
-
-    def __init__(self, module: nn.Module, normalize: Normalize, device: torch.device, modes: Modes) -> None:
-        self.device, self.takes = device, modes.takes
-        self._module = module.to(device)
-        self._normalize = normalize
-        self._modes, self._recipe = modes, modes.recipe
-
-    def __call__(self, pixels: torch.Tensor | list[torch.Tensor]) -> Any:
-        """The module's output for images on the device. To be called under `modes()`."""
-        values = self._values(pixels)
-        with self._autocast(), self._backends():
-            return self._module(values)
-
-    def modes(self, grad_mode: GradMode | None = None) -> contextlib.AbstractContextManager[Any]:
-        """The mode without gradients that everything from pixels to results runs in."""
-        import torch
-
-        inference = (grad_mode or self._modes.grad_mode) == "inference"
-        return torch.inference_mode() if inference else torch.no_grad()
-
-    def tried(self, pixels: torch.Tensor) -> Any:
-        """Run the module for the first time, on example images `[n, c, h, w]`.
-
-        Raises:
-            InvalidJob: it fails; where only inference mode is to blame, the sentence names `runtime.grad_mode`.
-        """
-        try:
-            with self.modes():
-                return self._on_example(pixels)
-        except Exception as error:
-            if self._modes.grad_mode == "inference" and self._works_with_no_grad(pixels):
-                raise InvalidJob(
-                    f"model: it fails under torch.inference_mode ({_brief(error)}) and works under torch.no_grad; "
-                    "write runtime.grad_mode: no_grad"
-                ) from error
-            shape = "x".join(map(str, pixels.shape))
-            raise InvalidJob(
-                f"model: it fails on an example batch of shape {shape} on {self.device}: {_brief(error)}; "
-                "look at model and preprocess"
-            ) from error
-
-    def _on_example(self, pixels: torch.Tensor) -> Any:
-        moved = pixels.to(self.device)
-        return self(list(moved) if self.takes == "list" else moved)
-
-    def _works_with_no_grad(self, pixels: torch.Tensor) -> bool:
-        try:
-            with self.modes("no_grad"):
-                self._on_example(pixels)
-        except Exception:  # noqa: BLE001 - the first failure is the one that is told
-            return False
-        return True
-
-    def _values(self, pixels: torch.Tensor | list[torch.Tensor]) -> Any:
-        """What the module is given: normalised, in its precision and layout."""
-        import torch
-
-        dtype = self._dtype if self._recipe.half and self._dtype else torch.float32
-        if isinstance(pixels, list):
-            return [self._normalize(image[None], dtype)[0] for image in pixels]
-        values = self._normalize(pixels, dtype)
-        return values.contiguous(memory_format=torch.channels_last) if self._recipe.channels_last else values
-
-    @property
-    def _dtype(self) -> torch.dtype | None:
-        import torch
-
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._recipe.precision)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        import torch
-
-        if self._dtype is None or self._recipe.half:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self._dtype)
-
-    @contextlib.contextmanager
-    def _backends(self) -> Iterator[None]:
-        """On CUDA `tf32` means tf32 and `fp32` means fp32, convolutions too (torch's own default there is tf32)."""
-        import torch
-
-        if self.device.type != "cuda":
-            yield
-            return
-        cudnn: Any = torch.backends.cudnn
-        matmul, conv = torch.backends.cuda.matmul, cudnn.conv
-        before = matmul.fp32_precision, conv.fp32_precision, cudnn.benchmark
-        if self._dtype is None:
-            matmul.fp32_precision = conv.fp32_precision = "tf32" if self._recipe.precision == "tf32" else "ieee"
-        cudnn.benchmark = self._recipe.cudnn_benchmark
-        try:
-            yield
-        finally:
-            matmul.fp32_precision, conv.fp32_precision, cudnn.benchmark = before
-
-
 class Predictor:
     """Batches in, small tensors on the host out.
 
@@ -205,7 +78,7 @@ class Predictor:
         self._link = _Link(forward.device)
 
     def warm_up(self, size: Sequence[int], rows: int = 2, dtype: torch.dtype | None = None) -> None:
-        """Run once on random pixels, in the modes of the real batches.
+        """Run once on random pixels, in the modes of the real batches. What does not fit into memory is halved.
 
         Args:
             size: `(h, w)`, taken with three channels, or `(c, h, w)`.
@@ -213,13 +86,42 @@ class Predictor:
             dtype: uint8, unless the job's own transform makes another.
 
         Raises:
-            InvalidJob: the model or the task fails on it.
+            InvalidJob: the model or the task fails on it, or not even one image fits.
         """
         pixels = random_pixels(size, max(rows, self._fixed or 0), dtype)
-        output = self._forward.tried(pixels)
-        with self._forward.modes():
-            self._link.back(self._post.on_device(output))
-        self._link.arrival()()
+        try:
+            lost = self(pixels).wait().lost
+        except AttemptFailed:
+            lost = (0,)
+        except Exception as error:
+            raise self._forward.complaint(pixels, error) from error
+        if lost:
+            raise InvalidJob(
+                f"model: not even one image of {'x'.join(map(str, size))} fits into the memory of "
+                f"{self._forward.device} beside it; make them smaller (preprocess.resize), or take a smaller model"
+            )
+
+    def largest_batch(self, size: Sequence[int], first: int, most: int, dtype: torch.dtype | None = None) -> int:
+        """The largest batch that fits with a quarter to spare: `first` halved or doubled, `most` at the utmost.
+
+        Args:
+            size: `(h, w)`, taken with three channels, or `(c, h, w)`.
+            first: where to begin.
+            most: not more than this.
+            dtype: uint8, unless the job's own transform makes another.
+        """
+        rows = first
+        while rows > 1 and not self._fits(size, rows, dtype):
+            rows //= 2
+        if rows < first:
+            return rows
+        while rows * 2 <= most and self._fits(size, rows * 2, dtype):
+            rows *= 2
+        return rows
+
+    def _fits(self, size: Sequence[int], rows: int, dtype: torch.dtype | None) -> bool:
+        rows += rows // 4
+        return self._tried(random_pixels(size, rows, dtype), None, 0, rows) is not None
 
     def __call__(self, pixels: torch.Tensor, shapes: Shapes | None = None) -> Predicted:
         """Predict `[n, c, h, w]`, or flat pixels of `n` images of these shapes.
@@ -266,7 +168,7 @@ class Predictor:
                     for inputs, rows in self._calls(*_part(pixels, shapes, start, size), start)
                 ]
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
         # Only here, with the traceback and the tensors it holds gone, can memory be given back.
         if self._forward.device.type == "cuda":
@@ -387,14 +289,3 @@ def _by_shape(shapes: Shapes) -> list[list[int]]:
     for index, shape in enumerate(shapes):
         groups[shape].append(index)
     return list(groups.values())
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
-
-
-def _brief(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"

@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from batchjob.report import counted
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -103,10 +105,22 @@ class Meter:
         return max(0, self.total - self.done) / self.rate
 
     def describe(self) -> str:
-        """`1,200/5,000 images, 3 errors, 84.1 images/s, ETA 0:00:45`."""
-        total = "?" if self.total is None else f"{self.total:,}" + ("" if self.final else "+")
+        """`1,200/5,000 images, 3 errors, 84.1 images/s, ETA 0:00:45`; before the first image what is known by then."""
+        if self.total is None:
+            return "starting" if not self.done else self._pace(counted(self.done, "image"))
+        if not self.done:
+            return f"{counted(self.total, 'image')} planned{'' if self.final else ' so far'}"
+        return self._pace(f"{self.done:,}/{self.total:,}{'' if self.final else '+'} images")
+
+    def conclude(self) -> str:
+        """`5,000 images, 3 errors, in 0:01:00`; what was planned where nothing was done."""
+        if not self.done and self.total:
+            return f"{self.describe()}, in {_span(self.seconds)}"
+        return f"{counted(self.done, 'image')}, {counted(self.failed, 'error')}, in {_span(self.seconds)}"
+
+    def _pace(self, done: str) -> str:
         eta = "" if self.left is None else f", ETA {_span(self.left)}"
-        return f"{self.done:,}/{total} images, {_errors(self.failed)}, {self.rate:,.1f} images/s{eta}"
+        return f"{done}, {counted(self.failed, 'error')}, {self.rate:,.1f} images/s{eta}"
 
 
 class Lines:
@@ -161,8 +175,7 @@ class Lines:
             self._thread.join()
             self._thread = None
         with self._lock:
-            meter = self._meter
-            self._write(f"{meter.done:,} images, {_errors(meter.failed)}, in {_span(meter.seconds)}")
+            self._write(self._meter.conclude())
 
     def _run(self) -> None:
         while not self._over.wait(self._every):
@@ -239,10 +252,6 @@ def pick_progress(quiet: bool = False, stream: TextIO | None = None) -> Progress
 
         return Bar(Console(file=stream))
     return Lines(stream)
-
-
-def _errors(count: int) -> str:
-    return "1 error" if count == 1 else f"{count:,} errors"
 
 
 def _span(seconds: float) -> str:

@@ -32,6 +32,7 @@ __all__ = [
     "ShardKey",
     "ShardResult",
     "Stat",
+    "Traits",
 ]
 
 
@@ -114,11 +115,19 @@ class ShardKey:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard with its members: `refs` in plan order, `passthrough` a table of as many rows (maybe no columns)."""
+    """A shard with its members.
+
+    Attributes:
+        key: which shard.
+        refs: in plan order.
+        passthrough: a table of as many rows, maybe without columns.
+        take: number of this attempt within its worker: the same shard may be taken again after one that failed.
+    """
 
     key: ShardKey
     refs: tuple[ImageRef, ...]
     passthrough: pa.Table
+    take: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +175,7 @@ class Frame:
         input_width: of what the model gets, padding left out; `input_height` likewise.
         scale_x: input pixels for one of the image; `scale_y` likewise.
         left: input pixels that the crop cut off, negative where it padded; `top` likewise.
+        pad_right: input pixels that `preprocess.pad` put on the right; `pad_below` likewise.
     """
 
     width: int
@@ -176,6 +186,8 @@ class Frame:
     scale_y: float = 1.0
     left: float = 0.0
     top: float = 0.0
+    pad_right: int = 0
+    pad_below: int = 0
 
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -200,15 +212,37 @@ class Recipe:
     half: bool = False
     channels_last: bool = False
     fold: bool = False
-    compile: Literal["off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "off"
+    compile: Literal["off", "default", "regional", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = (
+        "off"
+    )
     freeze: bool = False
     quantize: Literal["none", "int8-dynamic", "int8-static", "fp8"] = "none"
     cudnn_benchmark: bool = False
 
     @property
+    def words(self) -> str:
+        """For people: `bf16 channels_last compile`, or `eager fp32`."""
+        half = f"{self.precision} weights" if self.half else self.precision
+        flags = [name for name in ("channels_last", "fold", "freeze", "cudnn_benchmark") if getattr(self, name)]
+        compiled = {"off": [], "default": ["compile"]}.get(self.compile, [f"compile={self.compile}"])
+        quantized = [] if self.quantize == "none" else [self.quantize]
+        more = [*quantized, *flags, *compiled]
+        return " ".join([half, *more]) if more or half != "fp32" else "eager fp32"
+
+    @property
     def fixed_batch(self) -> bool:
         """Whether every batch must have the same shape, a short one padded."""
         return self.compile != "off"
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a device can do, as far as candidates depend on it; `name` tells devices that differ apart."""
+
+    name: str
+    kind: str
+    bf16: bool = False
+    fp16: bool = False
 
 
 @dataclass(frozen=True)
@@ -224,6 +258,7 @@ class Batch:
         trouble: a fault that is not the images' (network, credentials): the attempt fails, no rows.
         seconds: stage → seconds spent in the loader.
         shapes: `[c, h, w]` of each image where they may differ.
+        take: number of the attempt that it belongs to, as its shard gave it.
     """
 
     shard: int
@@ -233,6 +268,7 @@ class Batch:
     trouble: str | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     shapes: tuple[tuple[int, ...], ...] | None = None
+    take: int = 0
 
     def pin_memory(self) -> Batch:
         """The same batch with page-locked pixels (called by DataLoader)."""

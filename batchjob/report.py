@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from batchjob.errors import BatchjobError
 
-__all__ = ["Outcome", "PlanSummary"]
+__all__ = ["Outcome", "PlanSummary", "counted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class Outcome:
         output: URI of the output, None where the job could not be read.
         exit_code: 0, 1, 2, 3, 4 or 75.
         message: one sentence for a person.
+        truth: how right the rows were, where the task was told what is right.
     """
 
     status: str
@@ -34,17 +37,19 @@ class Outcome:
     output: str | None = None
     exit_code: int = 0
     message: str = ""
+    truth: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_error(cls, error: BaseException, output: str | None = None, seconds: float = 0.0) -> Outcome:
-        """The outcome of a run that an error ended before it could say more. An interrupt is temporary."""
+        """The outcome of a run that an error ended, with the counts that it carries. An interrupt is temporary."""
+        counts = (0, 0, 0)
         if isinstance(error, BatchjobError):
-            status, code, message = error.status, error.exit_code, error.message
+            status, code, message, counts = error.status, error.exit_code, error.message, error.counts
         elif isinstance(error, KeyboardInterrupt):
             status, code, message = "temporary", 75, "interrupted; the same command resumes"
         else:
             status, code, message = "crashed", 1, f"{type(error).__name__}: {error}"
-        return cls(status, seconds=seconds, output=output, exit_code=code, message=message)
+        return cls(status, *counts, seconds=seconds, output=output, exit_code=code, message=message)
 
     def dump(self) -> str:
         """One line of JSON."""
@@ -54,11 +59,13 @@ class Outcome:
         return json.dumps(fields)
 
     def sentence(self) -> str:
-        """What a person reads at the end: the message, or the sums where there is none."""
-        if self.message:
-            return self.message
+        """What a person reads at the end: the message, or the sums where there is none; and how right the rows were."""
+        said = self.message or self._sums()
+        return f"{said}\n{_flat(self.truth)}" if _flat(self.truth) else said
+
+    def _sums(self) -> str:
         pace = f" in {self.seconds:,.1f} s, {self.images_per_second:,.1f} images/s" if self.seconds else ""
-        sums = f"{self.planned:,} images, {self.predicted:,} predicted, {self.failed:,} failed{pace}"
+        sums = f"{counted(self.planned, 'image')}, {self.predicted:,} predicted, {self.failed:,} failed{pace}"
         return f"{self.output}: {self.status.replace('_', ' ')}: {sums}"
 
 
@@ -77,7 +84,23 @@ class PlanSummary:
         """For a person."""
         return [
             (
-                f"plan {self.plan} in {self.output}: {self.images:,} images in {self.shards:,} shards of "
-                f"{self.shard_size:,}, written in {self.seconds:.1f} s"
+                f"plan {self.plan} in {self.output}: {counted(self.images, 'image')} in "
+                f"{counted(self.shards, 'shard')} of {self.shard_size:,}, written in {self.seconds:.1f} s"
             )
         ]
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 shard`, `2,000 shards`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def _flat(truth: Mapping[str, Any]) -> str:
+    """The summary's numbers in a line, `accuracy 0.804 over 1,000 rows with truth`; empty where there are none."""
+    rates = [f"{name} {value:.4g}" for name, value in truth.items() if isinstance(value, float)]
+    sums = {name: value for name, value in truth.items() if isinstance(value, int) and not isinstance(value, bool)}
+    rows = sums.pop("images", None)
+    if rows is not None:
+        told = f"{', '.join(rates)} over {counted(rows, 'row')} with truth" if rates else "no rows with truth"
+        rates = [told]
+    return ", ".join([*rates, *(f"{name} {value:,}" for name, value in sums.items() if value)])

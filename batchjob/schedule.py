@@ -73,7 +73,8 @@ class Schedule:
         """An attempt failed; True when the shard is given up with it.
 
         Args:
-            counts: False for faults that are nobody's (network, credentials): they use up no attempt.
+            counts: False for faults that are nobody's (network, credentials) or another shard's: they use up no
+                attempt.
         """
         if self._running.pop(key.index, None) is None:
             return False

@@ -10,6 +10,7 @@ from typing import Any
 from batchjob import ledger, plan
 from batchjob.errors import InvalidJob
 from batchjob.plan import Head
+from batchjob.report import counted
 from batchjob.storage import Store
 
 __all__ = ["ErrorCounts", "Status", "error_counts", "error_rows", "status"]
@@ -41,11 +42,12 @@ class Status:
     def lines(self) -> list[str]:
         """For a person."""
         grows = "" if self.plan_finished else ", and growing"
-        failed = "" if self.failed is None else f", {self.failed:,} of them error rows"
+        failed = "" if self.failed is None else f", {self.failed:,} with an error"
+        planned = f"{counted(self.planned, 'image')} in {counted(self.shards, 'shard')}{grows}"
         return [
             f"{self.output}: {self.status}",
-            f"plan      {self.plan} of {self.created}: {self.planned:,} images in {self.shards:,} shards{grows}",
-            f"committed {self.rows:,} rows in {self.parts:,} parts{failed}",
+            f"plan      {self.plan} of {self.created}: {planned}",
+            f"committed {counted(self.rows, 'row')} in {counted(self.parts, 'part')}{failed}",
         ]
 
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from batchjob.errors import InvalidJob
 
-__all__ = ["load_target", "source_digest"]
+__all__ = ["is_beside", "load_target", "source_digest"]
 
 _PREFIX = "_batchjob_folder_"
 _lock = Lock()
@@ -57,6 +57,11 @@ def load_target(target: str, base: Path) -> Any:
             raise InvalidJob(f"{path}: has no '{attribute}', for '{target}'; {_offer(part, public)}")
         found = getattr(found, part)
     return found
+
+
+def is_beside(module: str, base: Path) -> bool:
+    """Whether a dotted module lies in the folder `base`."""
+    return _source(base, module) is not None
 
 
 def source_digest(target: str, base: Path) -> str:

@@ -146,7 +146,8 @@ def frame(preprocess: Preprocess, facts: ImageFacts) -> Frame:
         crop_high, crop_wide = (preprocess.crop,) * 2 if isinstance(preprocess.crop, int) else preprocess.crop
         left, top = _cut(wide, crop_wide), _cut(high, crop_high)
         wide, high = crop_wide, crop_high
-    return Frame(width, height, wide, high, scale_x, scale_y, left, top)
+    multiple = preprocess.pad or 1
+    return Frame(width, height, wide, high, scale_x, scale_y, left, top, -wide % multiple, -high % multiple)
 
 
 def _resized_size(resize: int | tuple[int, int] | None, width: int, height: int) -> tuple[int, int]:

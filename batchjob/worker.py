@@ -4,42 +4,52 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
+import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from batchjob import plan
-from batchjob.assembly import Assembly, Imprint
-from batchjob.devices import pick_device, pick_precision
-from batchjob.errors import BatchjobError, ImageFault, InvalidJob, StorageError, Unavailable
+from batchjob import plan, trial
+from batchjob.agreement import Agreement
+from batchjob.assembly import Assembly, Imprint, as_ours
+from batchjob.engine import Engine
+from batchjob.errors import AttemptFailed, BatchjobError, Interrupted, InvalidJob, StorageError, Temporary, Unavailable
 from batchjob.job import Job
-from batchjob.loader import FEW_IMAGES, Loader, ShardFeed, preload, settle
-from batchjob.models import LoadedModel
+from batchjob.loader import FEW_IMAGES, Loader, preload, settle
 from batchjob.plan import Contract, Head, PlanReader
 from batchjob.pool import Event, Loaded, Setup
-from batchjob.predict import Forward, Modes, Predicted, Predictor
+from batchjob.predict import Predicted, Predictor
 from batchjob.prepare import Prepare
 from batchjob.records import Batch, Recipe, Shard, ShardKey
 from batchjob.sink import row_schema
+from batchjob.spool import Spool
 from batchjob.storage import Reader, open_store
-from batchjob.tasks import EXAMPLE_ROWS, Postprocess
-from batchjob.transform import Geometry, frame, merge, normalizer
+from batchjob.transform import frame
+from batchjob.trial import Bench
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Worker"]
 
+_log = logging.getLogger(__name__)
 _BATCH_SIZES = {"cuda": 128}
 _BATCH_SIZE_ELSEWHERE = 32
-_SIDE_UNKNOWN = 224  # of the example when there is no image to ask
+_BATCH_SIZE_MOST = 1024
+_SAMPLE = 128  # images that a trial may look at
+
+
+class PoolFeed(Protocol):
+    """Where a worker gets its next shard from."""
+
+    def take(self) -> Shard | None:
+        """The next shard if one is there now, else None. Never blocks, never raises."""
 
 
 class Worker:
@@ -56,14 +66,16 @@ class Worker:
         self._job, self._setup, self._cores = job, setup, cores
         self._reader = Reader(job.storage)
         self._store = open_store(job.output.uri, job.storage)
-        self._spool = Path(tempfile.mkdtemp(prefix="batchjob-"))
+        self._spool = Spool()
         self._tell = tell
         self._stopped = threading.Event()
+        self._takes = count()
         self._plan: _Plan | None = None
         self._assembly: Assembly | None = None
         self._loader: Loader | None = None
         self._threads_before: int | None = None
-        self._model: LoadedModel
+        self._engine: Engine
+        self._predictor: Predictor
 
     # -- once --------------------------------------------------------------------------------------------------
 
@@ -75,38 +87,34 @@ class Worker:
         """
         began = time.monotonic()
         self._see_witness()
-        preload(Loader.__module__, Prepare.__module__)
+        preload(Loader.__module__, Prepare.__module__, trial.__name__)
         self._use_cores()
-        runtime = self._job.runtime
-        pick_device(runtime.device)  # before the weights are read
-        model = self._job.model.load(self._reader, self._job.base)
-        self._device = pick_device(runtime.device, model.devices)
-        precision = pick_precision(runtime.precision, self._device) if model.eager else "fp32"
-        self._model, self._model_digest = model, model.digest
-        self._preprocess = preprocess = merge(self._job.preprocess, model.preprocess)
-        self._prepare = Prepare(
-            self._job.decode,
-            Geometry(preprocess, self._job.base),
-            gray=preprocess.channels == "gray",
-            turn=preprocess.exif == "apply",
-        )
-        example = self._example()
-        self._start_loader(tuple(example.shape))
-        module, normalize = self._job.task.adapt(model.module), normalizer(preprocess)
-        modes = Modes(runtime.grad_mode, model.takes, Recipe(precision), model.batch_size)
-        forward = Forward(module, normalize, self._device, modes)
-        output = forward.tried(example.expand(model.batch_size or EXAMPLE_ROWS, *example.shape).contiguous())
-        self._post: Postprocess = self._job.task.prepare(output, model.labels, self._reader)
-        self._predictor = Predictor(forward, self._post, model.batch_size)
-        self._predictor.warm_up(example.shape, self._batch_size, example.dtype)
+        self._engine = engine = Engine(self._job, self._reader, self._setup.sample)
+        self._batch_size = self._first_batch_size()
+        self._start_loader(tuple(engine.example.shape))
+        engine.try_out()
+        self._warm_up()
         return Loaded(
-            device=_device_name(self._device),
-            precision=precision,
+            device=_device_name(engine.device),
+            precision=engine.recipe.precision,
             model=self._model_id,
-            columns=tuple(column.name for column in self._post.fields),
+            columns=tuple(column.name for column in engine.post.fields),
             batch_size=self._batch_size,
             seconds=time.monotonic() - began,
+            ahead=self._ahead,
+            row_bytes=getattr(engine.post, "row_bytes", 0),
         )
+
+    def _warm_up(self) -> None:
+        """Run as the job names it, on whole batches; learn how many fit, and how long they take."""
+        engine, example = self._engine, self._engine.example
+        self._predictor = engine.predictor(engine.forward(Recipe()))
+        if self._job.runtime.batch_size == "auto" and engine.model.batch_size is None:
+            self._resize(self._predictor.largest_batch(example.shape, self._batch_size, self._most(), example.dtype))
+        self._predictor.warm_up(example.shape, self._batch_size, example.dtype)
+        began = time.perf_counter()
+        self._predictor.warm_up(example.shape, self._batch_size, example.dtype)
+        self._pace = (time.perf_counter() - began) / self._batch_size
 
     def begin(self, number: int) -> None:
         """Join the plan of this number: agree with all other workers on schema, model and image size.
@@ -118,24 +126,53 @@ class Worker:
             return
         found, head = plan.current(self._store)
         if head is None or found != number:
-            raise InvalidJob(f"{self._store.uri}: plan {number} was discarded while this run was starting; run again")
+            raise Temporary(f"{self._store.uri}: plan {number} was discarded while this run was starting; run again")
         reader = PlanReader(self._store, head)
-        schema = row_schema(list(reader.passthrough), self._post.fields, has_id=self._job.input.has_id)
-        ours = Contract(schema, self._model_digest, None if self._varying else self._size)
+        engine = self._engine
+        schema = row_schema(list(reader.passthrough), engine.post.fields, has_id=self._job.input.has_id)
+        ours = Contract(schema, self._digest, None if engine.varying else self._size)
         agreed = plan.agree(self._store, head, ours)
         if agreed.size is not None and agreed.size != self._size:
             self._start_loader(agreed.size)
+        self._accelerate(head, reader)
         self._plan = _Plan(head, reader)
         self._assembly = Assembly(
             store=self._store,
-            spool=self._spool,
-            imprint=Imprint(head.plan, _digest_of(self._job.fingerprint()), self._model_digest, self._model_id, schema),
-            post=self._post,
-            frames=partial(frame, self._preprocess),
+            spool=self._spool.path,
+            imprint=Imprint(head.plan, _digest_of(self._job.fingerprint()), self._digest, self._model_id, schema),
+            post=engine.post,
+            frames=partial(frame, engine.preprocess),
             lost=self._predictor.lost_fault(),
             wanted=self._still_wanted,
             tell=self._tell,
         )
+
+    def _accelerate(self, head: Head, reader: PlanReader) -> None:
+        """Take up the recipe that stands for this device in this plan, or find it."""
+        engine, seen = self._engine, reader.first(plan.CHUNK_ROWS)
+        bench = Bench(
+            job=self._setup.job,
+            base=self._job.base,
+            data_base=Path(self._setup.folder),
+            sample=tuple(ref.location for ref in seen[:_SAMPLE]),
+            batch_size=self._batch_size,
+            cores=self._cores,
+        )
+        agreement = Agreement(
+            self._store, head, engine, bench, len(seen) / self._sharers(), self._pace, self._stopped.is_set
+        )
+        decision, forward = agreement.applied(agreement.reach())
+        recipe = decision.recipe
+        _log.info("%s on %s: %s", recipe.words, decision.device, decision.reason)
+        if recipe != Recipe():
+            fixed = self._batch_size if recipe.fixed_batch and not engine.varying else None
+            self._predictor = engine.predictor(forward, fixed)
+            self._predictor.warm_up(engine.example.shape, self._batch_size, engine.example.dtype)
+
+    def _sharers(self) -> int:
+        """Workers that the images are shared among, as far as the job says."""
+        workers = self._job.runtime.workers
+        return workers if isinstance(workers, int) else 1 if workers == "auto" else workers.max
 
     def shard(self, key: ShardKey) -> Shard:
         """The shard's members, read from the plan."""
@@ -147,7 +184,7 @@ class Worker:
             self._loader.close()
         if self._assembly is not None:
             self._assembly.close()
-        shutil.rmtree(self._spool, ignore_errors=True)
+        self._spool.close()
         if self._threads_before is not None:
             import torch
 
@@ -155,18 +192,19 @@ class Worker:
 
     # -- again and again ---------------------------------------------------------------------------------------
 
-    def run(self, feed: ShardFeed) -> None:
+    def run(self, feed: PoolFeed) -> None:
         """Take shards from the feed until it has none now. What becomes of each is told, some of it later."""
         assert self._loader is not None, "load comes before run"
         assert self._assembly is not None, "begin comes before run"
-        taken = _Taken(feed)
+        taken = _Taken(feed, self._assembly.failed, self._takes)
         try:
             for batch in self._loader.batches(taken):
                 if self._stopped.is_set():
                     return
                 self._advance(taken, batch)
         except BatchjobError as error:  # the loader itself: what it held is lost
-            self._assembly.lose(list(taken.shards.values()), error)
+            for place, shard in enumerate(taken.running()):
+                self._assembly.fail(shard, _beside(error) if place else error)
         for shard in taken.empty:
             self._assembly.add_empty(shard)
 
@@ -176,27 +214,29 @@ class Worker:
 
     def _advance(self, taken: _Taken, batch: Batch) -> None:
         assert self._assembly is not None
-        shard = taken.shards[batch.shard]
-        last = batch.start + self._batch_size >= shard.key.rows
-        if last:
-            del taken.shards[batch.shard]
+        shard = taken.shards.get(batch.take)
+        if shard is None or not taken.wants(shard):
+            return
         began = time.perf_counter()
-        predicted = self._predicted(batch)
-        self._assembly.add(shard, batch, predicted, seconds=time.perf_counter() - began, last=last)
-
-    def _predicted(self, batch: Batch) -> Predicted | Exception | None:
-        if batch.trouble is not None:
-            return Unavailable(batch.trouble)
-        if batch.pixels is None:
-            return None
         try:
-            return self._predictor(batch.pixels, batch.shapes)
+            predicted = self._predicted(batch)
         except Exception as error:  # noqa: BLE001 - ends this attempt; the driver decides how far it reaches
-            return error
+            del taken.shards[batch.take]
+            self._assembly.fail(shard, as_ours(error))
+            return
+        last = batch.start + self._batch_size >= shard.key.rows
+        self._assembly.add(shard, batch, predicted, seconds=time.perf_counter() - began, last=last)
+        if last:
+            del taken.shards[batch.take]
+
+    def _predicted(self, batch: Batch) -> Predicted | None:
+        if batch.trouble is not None:
+            raise Unavailable(batch.trouble)
+        return None if batch.pixels is None else self._predictor(batch.pixels, batch.shapes)
 
     def _still_wanted(self) -> None:
         if plan.is_discarded(self._store, self._begun.head):
-            raise InvalidJob(f"{self._store.uri}: the plan was discarded while this run was at work; run again")
+            raise Temporary(f"{self._store.uri}: the plan was discarded while this run was at work; run again")
 
     # -- parts of loading --------------------------------------------------------------------------------------
 
@@ -205,14 +245,29 @@ class Worker:
         assert self._plan is not None, "begin comes before work"
         return self._plan
 
+    @property
+    def _digest(self) -> str:
+        return self._engine.digest
+
     @cached_property
     def _model_id(self) -> str:
-        return f"{self._job.model.title}@{self._model_digest[:12]}"
+        return f"{self._job.model.title}@{self._digest[:12]}"
 
-    @property
-    def _batch_size(self) -> int:
+    def _first_batch_size(self) -> int:
         asked = self._job.runtime.batch_size
-        return _BATCH_SIZES.get(self._device.type, _BATCH_SIZE_ELSEWHERE) if asked == "auto" else asked
+        if asked != "auto":
+            return asked
+        own = self._engine.model.batch_size
+        return own or _BATCH_SIZES.get(self._engine.device.type, _BATCH_SIZE_ELSEWHERE)
+
+    def _most(self) -> int:
+        """The largest batch that is tried."""
+        return _BATCH_SIZE_MOST if self._engine.device.type == "cuda" else self._batch_size
+
+    def _resize(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        if self._loader is not None:
+            self._loader.batch_size = batch_size
 
     def _see_witness(self) -> None:
         """Read back what the driver wrote. Raises InvalidJob when this machine sees another output."""
@@ -234,49 +289,22 @@ class Worker:
             self._threads_before = torch.get_num_threads()
             torch.set_num_threads(self._cores)
 
-    def _example(self) -> torch.Tensor:
-        """One prepared image `[c, h, w]`: random where settings fix the size, else the first sample that decodes.
-
-        Raises:
-            InvalidJob: none of the samples decodes, so that the model's input size is not known.
-        """
-        import torch
-
-        channels, size = 1 if self._prepare.gray else 3, self._prepare.geometry.size
-        if size is None and self._setup.sample:
-            return self._first_decodable()
-        height, width = size or (_SIDE_UNKNOWN, _SIDE_UNKNOWN)
-        own = torch.Generator().manual_seed(0)
-        return torch.randint(0, 256, (channels, height, width), dtype=torch.uint8, generator=own)
-
-    def _first_decodable(self) -> torch.Tensor:
-        for location in self._setup.sample:
-            with suppress(ImageFault, StorageError):
-                return self._prepare(self._reader.read(location).data).pixels
-        raise InvalidJob(
-            f"none of the first {len(self._setup.sample)} images can be decoded, so the model's input size is not "
-            "known; give preprocess.resize or crop, or look at the input"
-        )
-
-    @property
-    def _varying(self) -> bool:
-        """Whether images of different sizes go to the model."""
-        return self._model.takes == "list" or self._preprocess.sizes == "group"
-
     def _start_loader(self, size: tuple[int, ...]) -> None:
         """Start a loader for images of this size, in place of one for another."""
         if self._loader is not None:
             self._loader.close()
         self._size = size
         few = FEW_IMAGES if self._setup.few else None
-        chosen = settle(self._job.runtime.loader, cores=self._cores, images=few, cuda=self._device.type == "cuda")
+        cuda = self._engine.device.type == "cuda"
+        chosen = settle(self._job.runtime.loader, cores=self._cores, images=few, cuda=cuda)
+        self._ahead = chosen.processes * chosen.prefetch * self._batch_size
         self._loader = Loader(
             reader=self._reader,
-            prepare=self._prepare,
+            prepare=self._engine.prepare,
             batch_size=self._batch_size,
             plan=chosen,
             size=size,
-            varying=self._varying,
+            varying=self._engine.varying,
             max_bytes=self._job.decode.max_bytes,
         )
         self._loader.start()
@@ -291,20 +319,41 @@ class _Plan:
 
 
 class _Taken:
-    """The feed, remembering what it gave that is not through yet."""
+    """The pool's feed as the loader sees it: what it gave is numbered, and remembered until it is through.
 
-    def __init__(self, feed: ShardFeed) -> None:
-        self._feed = feed
+    Args:
+        pool: gives the next shard.
+        failed: whether the attempt of that number has ended without a part.
+        numbers: never the same twice in a worker.
+    """
+
+    def __init__(self, pool: PoolFeed, failed: Callable[[int], bool], numbers: Iterator[int]) -> None:
+        self._pool, self._failed, self._numbers = pool, failed, numbers
         self.shards: dict[int, Shard] = {}
         self.empty: list[Shard] = []
 
     def take(self) -> Shard | None:
-        shard = self._feed.take()
-        if shard is not None and shard.key.rows:
-            self.shards[shard.key.index] = shard
-        elif shard is not None:
+        given = self._pool.take()
+        if given is None:
+            return None
+        shard = replace(given, take=next(self._numbers))
+        if shard.key.rows:
+            self.shards[shard.take] = shard
+        else:
             self.empty.append(shard)
         return shard
+
+    def wants(self, shard: Shard) -> bool:
+        return shard.take in self.shards and not self._failed(shard.take)
+
+    def running(self) -> list[Shard]:
+        """Those of which more batches were to come, in the order they were taken."""
+        return [shard for shard in self.shards.values() if self.wants(shard)]
+
+
+def _beside(error: BatchjobError) -> BatchjobError:
+    """What is said of shards that were queued behind the one that a loader process died at."""
+    return Interrupted(error.message) if isinstance(error, AttemptFailed) else error
 
 
 def _device_name(device: torch.device) -> str:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import yaml
 
 from batchjob import ledger, plan
-from batchjob.errors import AttemptFailed, BatchjobError, InvalidJob
+from batchjob.errors import AttemptFailed, BatchjobError, Temporary
 from batchjob.job import Job
 from batchjob.plan import PlanReader
 from batchjob.pool import Done, Event, Failed, Loaded, Ready, Setup, WorkerFailed
@@ -190,7 +190,7 @@ class ScriptedPool:
 
             def wanted() -> None:
                 if plan.is_discarded(self._store, head):
-                    raise InvalidJob("the plan was discarded")
+                    raise Temporary("the plan was discarded")
 
             stands = ledger.commit(self._store, key, writer.path, made, wanted)
         return ShardResult(key, stands.provenance, writer.examples, stands.ours, stands.stat.etag)

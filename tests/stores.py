@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from batchjob.errors import AlreadyExists, BatchjobError, Changed, NotFound, Unavailable
 from batchjob.records import Blob, Stat
@@ -110,6 +111,10 @@ class MemoryStore:
     def read_head(self, key: str, size: int) -> bytes:
         """The first `size` bytes, or all."""
         return self._asked("read_head", key, lambda: self._blob(key).data[:size])
+
+    def open(self, key: str) -> BinaryIO:
+        """Its bytes as a file."""
+        return self._asked("open", key, lambda: io.BytesIO(self._blob(key).data))
 
     def stat(self, key: str) -> Stat:
         """Raises NotFound, Unavailable."""

@@ -16,6 +16,7 @@ from stores import Fault, MemoryStore
 from batchjob import ledger, plan
 from batchjob.accounting import Run, clear_foreign, conclude
 from batchjob.errors import AttemptFailed, BatchjobError, CheckFailed, Incomplete, InvalidJob, Temporary, Unavailable
+from batchjob.job import ErrorBudget
 from batchjob.plan import Head
 from batchjob.pool import Loaded
 from batchjob.records import Provenance, ShardKey, ShardResult
@@ -75,9 +76,13 @@ class Output:
         self.expected[key.part] = 10
         return GivenUp(key, reason)
 
-    def conclude(self, *given_up: GivenUp, max_rate: float = 0.01) -> Outcome:
-        run = Run(self.expected, self.fresh, given_up, (WORKER,), 4.0)
-        return conclude(self.store, self.head, run, max_rate=max_rate, beat=self.beat)
+    def conclude(self, *given_up: GivenUp, max_count: int | None = None, max_rate: float = 0.01, **run: Any) -> Outcome:
+        ran = Run(self.expected, self.fresh, given_up, (WORKER,), 4.0, **run)
+        budget = ErrorBudget(max_rate=max_rate, max_count=max_count)
+        return conclude(self.store, self.head, ran, budget=budget, summary=self.summary, beat=self.beat)
+
+    def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
+        return {"accuracy": sums["right"] / sums["images"], "images": sums["images"]} if sums else {}
 
     def beat(self) -> None:
         self.beats += 1
@@ -225,8 +230,7 @@ def test_shards_given_up_leave_the_output_incomplete(output: Output) -> None:
     assert (outcome.status, outcome.exit_code) == ("incomplete", 4)
     assert (outcome.planned, outcome.predicted) == (30, 10)
     assert outcome.message == (
-        "2 shards gave up after their attempts, the first, number 1, with: out of memory; "
-        "the same command tries them again"
+        "2 shards gave up after all attempts, the first, number 1, with: out of memory; the same command tries again"
     )
     assert not output.finished
     assert output.said("_batchjob/report.json")["status"] == "incomplete"
@@ -281,6 +285,71 @@ def test_over_budget_the_commonest_error_is_named(output: Output) -> None:
 def test_without_an_example_none_is_given(output: Output) -> None:
     output.put(0, failed=1, fresh=False)
     assert "most often decode/truncated (1); see" in output.conclude().message
+
+
+def test_a_count_is_a_budget_too(output: Output) -> None:
+    output.put(0, rows=1000, failed=3)
+    assert output.conclude(max_count=3).exit_code == 0
+    outcome = output.conclude(max_count=2)
+    assert outcome.exit_code == 3
+    assert "3 of 1,000 images failed, errors.max_count allows 2; most often" in outcome.message
+
+
+def test_a_run_that_stopped_early_misses_no_parts(output: Output) -> None:
+    output.put(0, failed=5)
+    output.give_up(1)
+    outcome = output.conclude(stopped_early=True)
+    assert (outcome.status, outcome.planned, outcome.failed) == ("over_budget", 20, 5)
+    assert outcome.message.startswith("stopped early: 5 of 10 images failed so far, of 20 planned, errors.max_rate")
+    assert not output.finished
+    assert output.said("_batchjob/report.json")["stopped_early"]
+
+
+def test_a_part_that_vanished_is_missed_though_the_run_stopped_early(output: Output) -> None:
+    output.put(0, failed=5)
+    gone = output.put(1)
+    output.store.delete(gone)
+    with pytest.raises(CheckFailed, match=f"{gone} vanished"):
+        output.conclude(stopped_early=True)
+
+
+def test_of_a_plan_that_is_not_whole_nothing_is_foreign(output: Output) -> None:
+    output.put(0, failed=5)
+    later = output.put(1)
+    del output.expected[later]
+    assert output.conclude(stopped_early=True, whole=False).exit_code == 3
+    assert later in output.store.held()
+
+
+# --- how right the rows were -----------------------------------------------------------------------------------------
+
+
+def test_truth_is_summed_over_the_parts(output: Output) -> None:
+    output.put(0, says={"truth": {"images": 10, "right": 8}})
+    output.put(1, fresh=False, says={"truth": {"images": 5, "right": 4}})
+    output.put(2)
+    outcome = output.conclude()
+    assert outcome.truth == {"accuracy": 0.8, "images": 15}
+    assert output.said("_batchjob/report.json")["truth"] == outcome.truth
+    assert outcome.sentence().splitlines()[1] == "accuracy 0.8 over 15 rows with truth"
+
+
+@pytest.mark.parametrize(
+    ("truth", "line"),
+    [
+        ({"truth": "label", "images": 1000, "accuracy": 0.804}, "accuracy 0.804 over 1,000 rows with truth"),
+        (
+            {"images": 1, "unknown_truth": 2, "accuracy": 1.0, "top_5_accuracy": 1.0, "confusion": {"a": {"a": 1}}},
+            "accuracy 1, top_5_accuracy 1 over 1 row with truth, unknown_truth 2",
+        ),
+        ({"images": 0, "unknown_truth": 7, "accuracy": None}, "no rows with truth, unknown_truth 7"),
+        ({"mae": 0.123456}, "mae 0.1235"),
+        ({}, None),
+    ],
+)
+def test_truth_is_told_in_a_line(truth: dict[str, Any], line: str | None) -> None:
+    said = Outcome("complete", 1, 1, 0, output="out", truth=truth).sentence().splitlines()
+    assert said[1:] == ([] if line is None else [line])
 
 
 # --- what the user reads --------------------------------------------------------------------------------------------

@@ -16,10 +16,13 @@ PACKAGE = ROOT / "batchjob"
 # are strangers to each other.
 FLOORS = [
     "errors settings records",
-    "targets forkserver devices disk storage fetch schedule",
-    "sources models tasks plan ledger lease decode transform loader tuning predict sink",
-    "jobtext parameters jobfile complaints job",
-    "pool progress report environment survey drain prepare feeder accounting assembly worker driver",
+    "targets forkserver devices forward likeness machine disk parallel storage fetch schedule placement spool",
+    "sources models tasks plan ledger lease decode transform loader tuning recipes predict sink",
+    "jobtext parameters jobfile complaints portable job",
+    (
+        "pool report progress environment drain prepare turns accounting feeder planning survey dispatch assembly engine "
+        "trial agreement convert worker driver"
+    ),
     "local cluster launch",
     "cli",
     "__init__ __main__",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 
 from batchjob.assembly import Assembly, Imprint
 from batchjob.errors import AttemptFailed, Unavailable
-from batchjob.pool import Event, Failed
+from batchjob.pool import Done, Event, Failed
 from batchjob.records import Batch, Fault, Frame, ImageFacts, ImageRef, Shard, ShardKey
 from batchjob.sink import row_schema
 from batchjob.storage import Reader, open_store
@@ -18,15 +19,16 @@ from batchjob.tasks.postprocess import Postprocess
 GONE = Batch(0, 0, (ImageFacts(fault=Fault("fetch", "not_found", "it is not there")),) * 2, None)
 
 
-def shard(index: int, rows: int = 4) -> Shard:
+def shard(index: int, rows: int = 4, take: int | None = None) -> Shard:
     refs = tuple(ImageRef(index * rows + n, f"{n}.png", f"{n}.png") for n in range(rows))
-    return Shard(ShardKey(index, f"{index:016x}", rows, 0, 0), refs, pa.table({"nothing": [None] * rows}).select([]))
+    key = ShardKey(index, f"{index:016x}", rows, 0, 0)
+    return Shard(key, refs, pa.table({"nothing": [None] * rows}).select([]), index if take is None else take)
 
 
 def post() -> Postprocess:
     import torch
 
-    return EmbeddingTask().prepare(torch.zeros(2, 3), None, Reader())
+    return EmbeddingTask().prepare(torch.zeros(2, 3), None, Reader(), Path())
 
 
 def assembly(tmp_path: Path, spool: Path, told: list[Event]) -> Assembly:
@@ -60,14 +62,30 @@ def test_a_spool_that_cannot_be_written_fails_each_shard_once(tmp_path: Path) ->
 def test_what_failed_before_is_not_told_twice_when_the_loader_dies(tmp_path: Path) -> None:
     told: list[Event] = []
     making = assembly(tmp_path, tmp_path, told)
-    making.add(shard(0), GONE, Unavailable("no network"), seconds=0.0, last=False)
+    making.fail(shard(0), Unavailable("no network"))
     making.add(shard(1), GONE, None, seconds=0.0, last=False)
-    making.lose([shard(0), shard(1), shard(2)], AttemptFailed("the loader died"))
+    for index in range(3):
+        making.fail(shard(index), AttemptFailed("the loader died"))
     making.close()
+    assert all(making.failed(take) for take in range(3))
     failed = [event for event in told if isinstance(event, Failed)]
     assert [(event.key.index, event.error.message) for event in failed] == [
         (0, "no network"),
         (1, "the loader died"),
         (2, "the loader died"),
     ]
+    assert not list(tmp_path.glob("*.parquet"))
+
+
+def test_a_shard_that_is_taken_again_is_not_held_up_by_what_is_left_of_its_first_attempt(tmp_path: Path) -> None:
+    told: list[Event] = []
+    making = assembly(tmp_path, tmp_path, told)
+    first, second = shard(0, take=0), shard(0, take=1)
+    making.fail(first, Unavailable("no network"))
+    late = replace(GONE, start=2)
+    making.add(second, GONE, None, seconds=0.0, last=False)
+    making.add(first, late, None, seconds=0.0, last=True)
+    making.add(second, late, None, seconds=0.0, last=True)
+    making.close()
+    assert [type(event) for event in told] == [Failed, Done]
     assert not list(tmp_path.glob("*.parquet"))

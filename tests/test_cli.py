@@ -130,13 +130,48 @@ def test_wrong_usage_is_exit_2(folder: Path, args: list[str], sentence: str, cap
 def test_what_nobody_foresaw_is_exit_1_with_its_traceback(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folder / "out").mkdir()
-    (folder / "out/_batchjob/plans/0000").mkdir(parents=True)
-    (folder / "out/_batchjob/plans/0000/head.json").write_text("no json")
+    monkeypatch.setattr("batchjob.survey.status", lambda store: 1 // 0)
     assert main(["status", "out", "--json"]) == 1
     out, err = capfd.readouterr()
     assert "Traceback" in err
     assert last_object(out)["status"] == "crashed"
+
+
+@pytest.mark.parametrize("head", ["no json", "[]", '{"format": 1}', '{"format": 1, "plan": "x"}'])
+def test_a_damaged_head_is_exit_2_and_named(folder: Path, head: str, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "out/_batchjob/plans/0000").mkdir(parents=True)
+    (folder / "out/_batchjob/plans/0000/head.json").write_text(head)
+    for command in (["status", "out"], ["run", "job.yaml"], ["discard", "out", "--yes"]):
+        assert main([*command, "--json"]) == 2
+        out, err = capfd.readouterr()
+        assert "out/_batchjob/plans/0000/head.json is damaged" in err
+        assert "Traceback" not in err
+        assert last_object(out)["status"] == "invalid"
+
+
+def test_validate_goes_as_far_as_the_output(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "job.yaml"]) == 0
+    assert "input     " in (said := capfd.readouterr().err)
+    assert "10 images" in said
+    assert f"output    {folder / 'out'}: to be planned" in said
+    assert main(["validate", "job.yaml", "input.require.min_images=11", "--json"]) == 75
+    assert "min_images asks for 11" in last_object(capfd.readouterr().out)["message"]
+    assert not (folder / "out").exists()
+    assert main(["plan", "job.yaml", "--quiet"]) == 0
+    assert main(["validate", "job.yaml"]) == 0
+    assert "of this job, 0 parts committed" in capfd.readouterr().err
+    assert main(["validate", "job.yaml", "task.top_k=2"]) == 2
+    assert "belongs to another job:\n  task.top_k: not set there, 2 here" in capfd.readouterr().err
+
+
+def test_a_finished_output_is_repaired_when_asked(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "job.yaml", "--quiet"]) == 0
+    min((folder / "out/predictions").iterdir()).unlink()
+    assert main(["run", "job.yaml", "--quiet"]) == 3
+    assert "1 part gone, changed or added" in (said := capfd.readouterr().err)
+    assert "batchjob run --repair" in said
+    assert main(["run", "job.yaml", "--quiet", "--repair", "--json"]) == 0
+    assert last_object(capfd.readouterr().out).items() >= {"status": "complete", "planned": 10, "failed": 1}.items()
 
 
 def test_an_output_that_is_not_there_is_not_made(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

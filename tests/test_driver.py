@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import threading
@@ -47,7 +48,11 @@ class Heard(Quiet):
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.done = self.before = self.failed = self.total = 0
-        self.final = self.stopped = False
+        self.final = self.started = self.stopped = False
+
+    def start(self, planned: int | None) -> None:
+        assert planned is None
+        self.started = True
 
     def planned(self, n: int, final: bool) -> None:
         self.total, self.final = n, final
@@ -85,9 +90,16 @@ def no_pool() -> Pool:
     raise AssertionError("no worker is needed for this")
 
 
-def run(the: Job, pool: Pool | None = None, *, allow_empty: bool = False, progress: Progress | None = None) -> Outcome:
+def run(
+    the: Job,
+    pool: Pool | None = None,
+    *,
+    allow_empty: bool = False,
+    repair: bool = False,
+    progress: Progress | None = None,
+) -> Outcome:
     make_pool: Callable[[], Pool] = no_pool if pool is None else lambda: pool
-    return driver.run(the, make_pool, allow_empty=allow_empty, progress=progress or Quiet())
+    return driver.run(the, make_pool, allow_empty=allow_empty, repair=repair, progress=progress or Quiet())
 
 
 def positions(output: Path) -> list[int]:
@@ -185,6 +197,7 @@ def test_success_and_report_say_what_is_there(tmp_path: Path, out: Path) -> None
     assert {part["name"]: part["etag"] for part in facts["parts"]} == {key: stat.etag for key, stat in there.items()}
     assert sum(part["rows"] for part in facts["parts"]) == 12
     report = json.loads((out / "_batchjob/report.json").read_text())
+    assert report.pop("tuning", []) == []
     assert report == {key: value for key, value in facts.items() if key != "parts"}
     assert [worker["model"] for worker in report["workers"]] == [LOADED.model]
 
@@ -202,7 +215,7 @@ def test_workers_are_told_what_they_need(tmp_path: Path, out: Path) -> None:
 
 
 def test_a_plan_of_many_chunks_is_done_whole(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "CHUNK_ROWS", 4)
+    monkeypatch.setattr("batchjob.plan.cutting.CHUNK_ROWS", 4)
     pool = ScriptedPool()
     assert run(job(tmp_path, [*TWELVE, "last.png"]), pool).status == "complete"
     assert len(list(out.glob("_batchjob/plans/0000/chunk-*"))) == 4
@@ -259,7 +272,7 @@ def test_a_shard_that_fails_every_attempt_is_given_up_and_the_others_are_done(tm
     outcome = run(the, pool, progress=heard)
     assert (outcome.status, outcome.exit_code) == ("incomplete", 4)
     assert (outcome.planned, outcome.predicted, outcome.failed) == (12, 10, 0)
-    assert "1 shards gave up" in outcome.message
+    assert "1 shard gave up" in outcome.message
     assert "number 1, with: worker 0 was lost" in outcome.message
     assert any("shard 1 failed, given up" in note for note in heard.notes)
     assert pool.attempts[1] == 3
@@ -343,6 +356,26 @@ def test_a_worker_that_cannot_load_freezes_nothing(tmp_path: Path, out: Path) ->
     assert run(job(tmp_path, TWELVE, runtime={"shard_size": 3}), ScriptedPool()).status == "complete"
 
 
+def test_an_error_that_ends_a_run_carries_its_counts(tmp_path: Path) -> None:
+    names, errors = ["000-bad.png", *TWELVE[1:]], {"max_rate": 0.5}
+    gone = Temporary("Ray is gone")
+    for failing, predicted in ((3, 5), (4, 7)):  # the second run goes on from the first
+        pool = ScriptedPool({failing: [worker_fails(gone)]}, size=1)
+        with pytest.raises(Temporary) as caught:
+            run(job(tmp_path, names, errors=errors), pool)
+        outcome = Outcome.of_error(caught.value)
+        assert (outcome.planned, outcome.predicted, outcome.failed) == (12, predicted, 1)
+    assert caught.value.counts == (12, 7, 1)
+
+
+def test_a_drain_carries_its_counts(tmp_path: Path) -> None:
+    with pytest.raises(Temporary) as caught:
+        run(job(tmp_path, TWELVE), ScriptedPool({1: [first(term, slow(2))]}, size=1))
+    planned, predicted, failed = caught.value.counts
+    assert (planned, failed) == (12, 0)
+    assert predicted >= 4
+
+
 # --- signals --------------------------------------------------------------------------------------------------------
 
 
@@ -368,7 +401,7 @@ def test_a_signal_lets_running_shards_commit_and_hands_out_no_more(
 
 
 def test_a_drain_waits_only_so_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "_DRAIN_SECONDS", 0.05)
+    monkeypatch.setattr("batchjob.dispatch.DRAIN_SECONDS", 0.05)
     pool = ScriptedPool({0: [first(term, hang)]})
     with pytest.raises(Temporary, match="stopped by a signal"):
         run(job(tmp_path, TWELVE), pool)
@@ -528,11 +561,12 @@ def test_a_plan_that_another_job_froze_meanwhile_is_not_taken_for_ours(
 # --- the error budget -----------------------------------------------------------------------------------------------
 
 BAD = ["000-bad.png", *TWELVE[1:6], "006-bad.png", "007-bad.png", *TWELVE[8:]]
+TO_THE_END = {"abort_early": False}
 
 
 def test_over_the_error_budget_there_is_no_success(tmp_path: Path, out: Path) -> None:
     heard = Heard()
-    outcome = run(job(tmp_path, BAD), ScriptedPool(), progress=heard)
+    outcome = run(job(tmp_path, BAD, errors=TO_THE_END), ScriptedPool(), progress=heard)
     assert (outcome.status, outcome.exit_code) == ("over_budget", 3)
     assert (outcome.planned, outcome.predicted, outcome.failed) == (12, 9, 3)
     assert "3 of 12 images failed, errors.max_rate allows 1.00%" in outcome.message
@@ -546,7 +580,7 @@ def test_over_the_error_budget_there_is_no_success(tmp_path: Path, out: Path) ->
 
 
 def test_a_higher_budget_finishes_an_output_without_new_work(tmp_path: Path, out: Path) -> None:
-    run(job(tmp_path, BAD), ScriptedPool())
+    run(job(tmp_path, BAD, errors=TO_THE_END), ScriptedPool())
     before = parts(out)
     assert run(job(tmp_path, BAD)).exit_code == 3  # the same again changes nothing, and needs no worker
     assert run(job(tmp_path, BAD, errors={"max_rate": 0.24})).exit_code == 3
@@ -557,7 +591,50 @@ def test_a_higher_budget_finishes_an_output_without_new_work(tmp_path: Path, out
 
 
 def test_an_incomplete_run_says_so_first(tmp_path: Path) -> None:
-    assert run(job(tmp_path, BAD), ScriptedPool({5: [fail()] * 3})).exit_code == 4
+    assert run(job(tmp_path, BAD, errors=TO_THE_END), ScriptedPool({5: [fail()] * 3})).exit_code == 4
+
+
+def test_a_run_that_is_surely_over_the_budget_stops_early(tmp_path: Path, out: Path) -> None:
+    the, pool, heard = job(tmp_path, BAD, errors={"max_rate": 0.1}), ScriptedPool(size=1), Heard()
+    outcome = run(the, pool, progress=heard)
+    assert (outcome.status, outcome.exit_code) == ("over_budget", 3)
+    assert pool.closed
+    assert 5 not in pool.submitted  # shard 3 broke the budget, and what ran beside it was let through
+    assert re.search(r"stopped early: 3 of \d+ images failed so far, of 12 planned, errors.max_rate", outcome.message)
+    assert "most often decode/truncated (3, such as " in outcome.message
+    assert f"batchjob errors {out}" in outcome.message
+    assert not (out / "_SUCCESS").exists()
+    assert json.loads((out / "_batchjob/report.json").read_text())["stopped_early"]
+
+    before = parts(out)
+    again = run(the)  # no worker is started for it
+    assert (again.exit_code, again.failed, parts(out)) == (3, 3, before)
+    raised = run(job(tmp_path, BAD, errors={"max_rate": 0.5}), ScriptedPool())
+    assert (raised.status, raised.predicted, raised.failed) == ("complete", 9, 3)
+    assert positions(out) == list(range(12))
+
+
+def test_a_count_stops_a_run_before_its_plan_is_whole(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batchjob.plan.cutting.CHUNK_ROWS", 2)
+    monkeypatch.setattr(driver, "_WAITING_ENOUGH", 1)
+    names = [f"{number:03}-bad.png" for number in range(60)]
+    the = job(tmp_path, names, errors={"max_rate": 1.0, "max_count": 3})
+    outcome = run(the, ScriptedPool(size=1))
+    assert outcome.exit_code == 3
+    assert "errors.max_count allows 3; most often decode/truncated" in outcome.message
+    assert 4 <= outcome.failed < 60
+    assert run(the).exit_code == 3
+    raised = run(job(tmp_path, names, errors={"max_rate": 1.0, "max_count": 60}), ScriptedPool())
+    assert (raised.status, raised.failed) == ("complete", 60)
+
+
+def test_what_fails_at_the_end_stops_nothing_early(tmp_path: Path, out: Path) -> None:
+    outcome = run(job(tmp_path, [*TWELVE[:11], "011-bad.png"]), ScriptedPool(size=1))
+    assert outcome.exit_code == 3
+    assert outcome.message.startswith("1 of 12 images failed, errors.max_rate allows 1.00%")
+    assert positions(out) == list(range(12))
 
 
 # --- foreign and missing parts --------------------------------------------------------------------------------------
@@ -646,11 +723,56 @@ def test_a_finished_output_that_was_tampered_with_is_an_alarm(tmp_path: Path, ou
     if damage == "replaced":
         part.write_bytes(b"something else")
     before = files(out)
-    with pytest.raises(CheckFailed, match="_SUCCESS stands, but 1 parts are gone, changed or not listed") as caught:
+    with pytest.raises(
+        CheckFailed, match="_SUCCESS stands, but what it lists does not: 1 part gone, changed"
+    ) as caught:
         run(the)
     assert caught.value.exit_code == 3
     assert ("copy" if damage == "added" else part.name) in caught.value.message
     assert files(out) == before  # nothing is computed anew, nothing written
+
+
+def test_what_is_gone_from_a_finished_output_can_be_made_again(tmp_path: Path, out: Path) -> None:
+    the = job(tmp_path, TWELVE)
+    run(the, ScriptedPool())
+    gone = min((out / "predictions").iterdir())
+    gone.unlink()
+    with pytest.raises(CheckFailed, match=rf"{gone.name}.*`batchjob run --repair`"):
+        run(the)
+    before, pool = parts(out), ScriptedPool()
+    assert run(the, pool, repair=True).status == "complete"
+    assert pool.submitted == [0]
+    assert parts(out).items() > before.items()
+    assert positions(out) == list(range(12))
+    assert run(the).status == "already_complete"
+
+
+def test_a_repair_that_is_cut_short_is_resumed(tmp_path: Path, out: Path) -> None:
+    the = job(tmp_path, TWELVE)
+    run(the, ScriptedPool())
+    min((out / "predictions").iterdir()).unlink()
+    with pytest.raises(Temporary):
+        run(the, ScriptedPool({0: [worker_fails(Temporary("Ray is gone"))]}), repair=True)
+    assert not (out / "_SUCCESS").exists()
+    assert run(the, ScriptedPool()).status == "complete"
+
+
+def test_a_repair_of_what_is_whole_does_nothing(tmp_path: Path, out: Path) -> None:
+    the = job(tmp_path, TWELVE)
+    run(the, ScriptedPool())
+    before = files(out)
+    assert run(the, repair=True).status == "already_complete"
+    assert files(out) == before
+
+
+def test_a_repair_deletes_nothing_that_it_does_not_know(tmp_path: Path, out: Path) -> None:
+    the = job(tmp_path, TWELVE)
+    run(the, ScriptedPool())
+    said = a_stranger(out)
+    with pytest.raises(CheckFailed, match=said):
+        run(the, repair=True)
+    (out / "predictions/part-0000000-stranger.parquet").unlink()
+    assert run(the, repair=True).status == "complete"
 
 
 # --- again ----------------------------------------------------------------------------------------------------------
@@ -676,7 +798,7 @@ def test_a_resume_does_only_what_is_missing(tmp_path: Path, out: Path) -> None:
     assert pool.submitted == [3, 4, 5]
     assert parts(out).items() > before.items()
     assert heard.before + heard.done == 12
-    assert any("resuming plan" in note and "3 parts are committed" in note for note in heard.notes)
+    assert any("resuming plan" in note and "3 parts committed" in note for note in heard.notes)
     assert positions(out) == list(range(12))
 
 
@@ -707,7 +829,7 @@ def test_all_there_but_success_needs_no_worker(tmp_path: Path, out: Path) -> Non
 def test_a_plan_that_was_cut_short_is_written_to_its_end(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, left: int
 ) -> None:
-    monkeypatch.setattr(plan, "CHUNK_ROWS", 4)
+    monkeypatch.setattr("batchjob.plan.cutting.CHUNK_ROWS", 4)
     the = job(tmp_path, TWELVE)
     made = driver.plan_only(the, allow_empty=False, progress=Quiet())
     for chunk in sorted(out.glob("_batchjob/plans/0000/chunk-*"))[left:]:
@@ -787,7 +909,7 @@ def test_a_plan_is_frozen_without_workers_and_run_later(tmp_path: Path, out: Pat
 
 
 def test_a_plan_of_many_chunks_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "CHUNK_ROWS", 4)
+    monkeypatch.setattr("batchjob.plan.cutting.CHUNK_ROWS", 4)
     heard = Heard()
     made = driver.plan_only(job(tmp_path, [*TWELVE, "last.png"]), allow_empty=False, progress=heard)
     assert (made.images, made.shards) == (13, 7)
@@ -795,13 +917,19 @@ def test_a_plan_of_many_chunks_is_written_whole(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_signal_ends_planning(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "CHUNK_ROWS", 2)
+    monkeypatch.setattr("batchjob.plan.cutting.CHUNK_ROWS", 2)
     heard, the = Heard(), job(tmp_path, [f"{number:03}.png" for number in range(100)])
     monkeypatch.setattr(heard, "planned", lambda n, final: term() if n == 2 else None)
     with pytest.raises(Temporary, match="stopped by a signal"):
         driver.plan_only(the, allow_empty=False, progress=heard)
     assert len(list(out.glob("_batchjob/plans/0000/chunk-*"))) < 50
     assert driver.plan_only(the, allow_empty=False, progress=Quiet()).images == 100
+
+
+def test_planning_is_seen_to_begin_and_to_end(tmp_path: Path) -> None:
+    heard = Heard()
+    driver.plan_only(job(tmp_path, TWELVE), allow_empty=False, progress=heard)
+    assert (heard.started, heard.stopped) == (True, True)
 
 
 def test_planning_refuses_what_a_run_refuses(tmp_path: Path, out: Path) -> None:

@@ -88,6 +88,15 @@ def test_taking_never_waits() -> None:
     assert take(feeder) is None
 
 
+def test_taking_may_wait_a_while() -> None:
+    feeder = Feeder(chunks(2))
+    assert feeder.take(PATIENCE) == chunk(0)
+    assert feeder.take(PATIENCE) == chunk(1)
+    assert feeder.take(PATIENCE) is None
+    assert feeder.finished
+    assert feeder.take(PATIENCE) is None  # and does not wait for what cannot come
+
+
 def test_only_a_few_are_read_ahead() -> None:
     asked: list[int] = []
     feeder = Feeder(chunks(1000, asked))
@@ -179,6 +188,22 @@ def test_a_peek_sees_enough_or_all(tmp_path: Path, enough: int, rows: int, whole
 def test_a_peek_samples_no_more_than_it_needs(tmp_path: Path) -> None:
     seen = peek(source(tmp_path, 300), 1000)
     assert (seen.rows, len(seen.sample)) == (300, 256)
+
+
+def test_a_peek_tells_how_wide_the_passthrough_is(tmp_path: Path) -> None:
+    lines = "".join(f"{number}.png,{'x' * 100}\n" for number in range(50))
+    (tmp_path / "images.csv").write_text(f"path,note\n{lines}")
+    manifest = {"type": "manifest", "uri": "images.csv", "uri_column": "path", "passthrough": ["note"]}
+    assert 100 <= peek(source(tmp_path, 0, input=manifest), 1000).row_bytes <= 120
+    assert peek(source(tmp_path, 7), 1000).row_bytes == 0
+
+
+def test_a_closed_input_is_listed_no_further(tmp_path: Path) -> None:
+    the = source(tmp_path, 3)
+    batches = the.refs(Cursor())
+    the.close()
+    with pytest.raises(Temporary, match="nobody waits"):
+        list(batches)
 
 
 def test_a_peek_at_nothing(tmp_path: Path) -> None:

@@ -267,8 +267,17 @@ def test_totals_add_up() -> None:
     totals = Totals()
     totals.add(MADE)
     totals.add(
-        replace(MADE, rows=6, failed=3, errors={"decode/truncated": 1, "fetch/not_found": 2}, seconds={"wall": 2})
+        replace(
+            MADE,
+            rows=6,
+            failed=3,
+            errors={"decode/truncated": 1, "fetch/not_found": 2},
+            seconds={"wall": 2},
+            truth={"images": 6},
+        )
     )
+    totals.add(replace(MADE, rows=0, failed=0, errors={}, seconds={}, truth={"images": 1, "right": 1}))
+    assert totals.truth == {"images": 7, "right": 1}
     assert (totals.rows, totals.failed) == (10, 4)
     assert totals.errors == {"decode/truncated": 2, "fetch/not_found": 2}
     assert totals.seconds == {"wall": 3.5}
@@ -287,8 +296,37 @@ def test_error_rows_come_in_plan_order(store: Store, tmp_path: Path) -> None:
         "error_type": "truncated",
         "error_message": "cut short",
     }
-    assert list(ledger.error_rows(store, limit=1)) == found[:1]
-    assert list(ledger.error_rows(store, limit=0)) == []
+
+
+def test_of_a_part_with_errors_only_its_error_columns_are_read(memory: MemoryStore, tmp_path: Path) -> None:
+    for index, failed in [(0, 2), (1, 0)]:
+        made = replace(MADE, index=index, failed=failed)
+        memory.put_if_absent(f"predictions/{index}.parquet", part(tmp_path / f"{index}", made))
+    assert len(list(ledger.error_rows(memory))) == 2
+    assert [call.key for call in memory.calls if call.verb == "open"] == ["predictions/0.parquet"]
+    assert not [call for call in memory.calls if call.verb == "read"]
+
+
+def test_a_part_is_a_file_that_can_be_sought(store: Store, mine: Path) -> None:
+    commit(store, mine)
+    data = mine.read_bytes()
+    with store.open(KEY.part) as file:
+        file.seek(-4, 2)
+        assert file.read() == b"PAR1"
+        file.seek(10)
+        assert file.read(20) == data[10:30]
+    with pytest.raises(NotFound):
+        store.open("predictions/none")
+
+
+def test_many_objects_are_deleted_while_life_is_shown(store: Store) -> None:
+    names = [f"predictions/{n}" for n in range(40)]
+    for name in names:
+        store.put_if_absent(name, b"x")
+    beats: list[int] = []
+    assert ledger.delete_all(store, names, lambda: beats.append(1)) == 40
+    assert len(beats) >= 40
+    assert ledger.parts(store) == {}
 
 
 # --- _SUCCESS -------------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,16 @@ class Feed:
     def __init__(self, shards: Iterable[Shard]) -> None:
         self._shards = list(shards)
         self.taken = 0
+        self.dropped: set[int] = set()
 
     def take(self) -> Shard | None:
         if not self._shards:
             return None
         self.taken += 1
         return self._shards.pop(0)
+
+    def wants(self, shard: Shard) -> bool:
+        return shard.take not in self.dropped
 
 
 def png(shade: int, size: tuple[int, int] = (5, 4)) -> bytes:
@@ -385,3 +390,20 @@ def test_images_of_different_sizes_travel_one_behind_the_other(tmp_path: Path) -
         ends = [192, 237]
         assert [set(part.tolist()) for part in batch.pixels.tensor_split(ends)] == [{1}, {2}, {3}]
         assert [fact.fault is None for fact in batch.facts] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_shard_that_is_no_longer_wanted_is_not_loaded_to_its_end(tmp_path: Path, processes: int) -> None:
+    (path,) = images(tmp_path, png(1))
+    lot = [replace(shard(index, [path] * 40), take=take) for take, index in enumerate((7, 8, 7))]
+    feed = Feed(lot)
+    running = make(processes)
+    seen: list[Batch] = []
+    for batch in running.batches(feed):
+        feed.dropped.add(0)
+        seen.append(batch)
+    running.close()
+    takes = Counter(batch.take for batch in seen)
+    assert (takes[1], takes[2]) == (10, 10)
+    assert 1 <= takes[0] < 8, "only what was under way"
+    assert {batch.take: batch.shard for batch in seen} == {0: 7, 1: 8, 2: 7}

@@ -84,7 +84,9 @@ HEAD, TOMB = "_batchjob/plans/0000/head.json", "_batchjob/plans/0000/discarded"
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of two shards in place of 65,536 rows."""
-    monkeypatch.setattr(plan, "CHUNK_ROWS", CHUNK + 1)  # the odd row does not count: chunks hold whole shards
+    monkeypatch.setattr(
+        "batchjob.plan.cutting.CHUNK_ROWS", CHUNK + 1
+    )  # the odd row does not count: chunks hold whole shards
 
 
 @pytest.fixture
@@ -155,7 +157,7 @@ def test_an_empty_plan_has_one_shard_of_no_rows(store: Store) -> None:
 
 
 def test_a_chunk_of_thousands_of_shards_is_read_back(memory: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "CHUNK_ROWS", 5000)
+    monkeypatch.setattr("batchjob.plan.cutting.CHUNK_ROWS", 5000)
     head, chunks = written(memory, Listing(6000, batch=1000), new_head(shard_size=1))
     assert [len(chunk.shards) for chunk in chunks] == [5000, 1000]
     assert PlanReader(memory, head).shard(chunks[1].shards[-1]).refs[0].position == 5999

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from batchjob.devices import pick_device, pick_precision
+from batchjob.devices import check_precision, pick_device, traits
 from batchjob.errors import AttemptFailed, InvalidJob
-from batchjob.predict import Forward, Modes, Predicted, Predictor
+from batchjob.forward import Forward, Modes
+from batchjob.predict import Predicted, Predictor
 from batchjob.records import Preprocess, Recipe
 from batchjob.transform import normalizer
 
@@ -279,6 +280,52 @@ def test_a_model_that_takes_just_one_batch_size_gets_short_ones_padded() -> None
     torch.testing.assert_close(embedded(predictor(pixels[:1])), plain(module, pixels[:1]))
 
 
+class Limited(Small):
+    """A device with memory for so many images."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def forward(self, images: torch.Tensor) -> Any:
+        if len(images) > self.room:
+            raise OUT_OF_MEMORY[0]
+        return super().forward(images)
+
+
+@pytest.mark.parametrize(
+    ("room", "first", "most", "found"),
+    [(1000, 32, 256, 256), (100, 32, 256, 64), (80, 32, 256, 64), (79, 32, 256, 32), (9, 32, 256, 4), (1, 32, 64, 1)],
+)
+def test_the_largest_batch_leaves_a_quarter_to_spare(room: int, first: int, most: int, found: int) -> None:
+    module = Limited(room)
+    assert make(module).largest_batch((8, 8), first, most) == found
+    assert all(seen[0] <= room for seen in module.seen)
+
+
+def test_a_warm_up_that_does_not_fit_is_halved_like_any_batch() -> None:
+    module, pixels = Limited(5), images(32)
+    predictor = make(module)
+    predictor.warm_up((8, 8), rows=32)
+    before = len(module.seen)
+    torch.testing.assert_close(embedded(predictor(pixels)), plain(Small(), pixels), check_device=False, rtol=9, atol=9)
+    assert {seen[0] for seen in module.seen[before:]} == {4}, "it has learned what fits"
+
+
+def test_not_even_one_image_is_said_before_work() -> None:
+    with pytest.raises(InvalidJob, match="not even one image of 8x8 fits into the memory of cpu"):
+        make(Limited(0)).warm_up((8, 8), rows=8)
+
+
+def test_a_model_that_does_not_fit_onto_the_device_is_said_before_work() -> None:
+    class Huge(Small):
+        def to(self, *_: Any, **__: Any) -> Any:
+            raise OUT_OF_MEMORY[0]
+
+    with pytest.raises(InvalidJob, match="model: it does not fit into the memory of cpu"):
+        make(Huge())
+
+
 def test_devices_are_never_replaced() -> None:
     assert pick_device("cpu") == CPU
     auto = pick_device("auto")
@@ -292,17 +339,19 @@ def test_devices_are_never_replaced() -> None:
 
 
 def test_precision_follows_the_device() -> None:
-    assert pick_precision("auto", CPU) == "fp32"
-    assert pick_precision("bf16", CPU) == "bf16"
-    for name in ("tf32", "fp64"):
-        with pytest.raises(InvalidJob, match=r"runtime\.precision"):
-            pick_precision(name, CPU)
+    for precision in ("fp32", "bf16", "fp16"):
+        check_precision(precision, CPU)
+    with pytest.raises(InvalidJob, match=r"runtime\.precision: tf32 is for CUDA devices"):
+        check_precision("tf32", CPU)
+    found = traits(CPU)
+    assert found.kind == "cpu"
+    assert found.name.startswith("cpu ")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_on_a_gpu() -> None:
     device = pick_device("cuda")
-    assert pick_precision("auto", device) in {"bf16", "fp16"}
+    assert traits(device).kind == "cuda"
     module, pixels = Small().eval(), images(6).pin_memory()
     expected = plain(module, pixels)
     before = torch.backends.cuda.matmul.fp32_precision

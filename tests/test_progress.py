@@ -22,7 +22,7 @@ def test_the_meter_counts_and_foretells() -> None:
     clock = Clock()
     meter = Meter(clock)
     meter.total, meter.final = 1000, False
-    assert meter.describe() == "0/1,000+ images, 0 errors, 0.0 images/s"
+    assert meter.describe() == "1,000 images planned so far"
     clock.now += 10
     meter.add(200, 1)
     meter.final = True
@@ -64,11 +64,33 @@ def test_a_log_gets_a_line_at_each_beat_and_one_at_the_end() -> None:
     clock.now += 30
     lines.stop()
     assert stream.getvalue().splitlines() == [
-        "0/? images, 0 errors, 0.0 images/s",
+        "starting",
         "80/100+ images, 2 errors, 2.0 images/s",
         "worker 1 was replaced",
         "80 images, 2 errors, in 0:01:00",
     ]
+
+
+def test_a_log_of_a_plan_tells_what_was_planned() -> None:
+    clock, stream = Clock(), io.StringIO()
+    lines = Lines(stream, clock, every=0)
+    lines.start(None)
+    lines.planned(65_536, final=False)
+    lines.beat()
+    lines.planned(65_537, final=True)
+    clock.now += 5
+    lines.stop()
+    assert stream.getvalue().splitlines() == ["65,536 images planned so far", "65,537 images planned, in 0:00:05"]
+
+
+def test_one_is_no_plural() -> None:
+    stream = io.StringIO()
+    lines = Lines(stream, Clock(), every=0)
+    lines.start(None)
+    lines.advance(1, 1)
+    lines.beat()
+    lines.stop()
+    assert stream.getvalue().splitlines() == ["1 image, 1 error, 0.0 images/s", "1 image, 1 error, in 0:00:00"]
 
 
 def test_a_log_gets_its_lines_without_being_asked() -> None:

@@ -57,7 +57,7 @@ def test_planned(the: Job, store: Store) -> None:
 
 
 def test_planned_in_part(the: Job, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "CHUNK_ROWS", 4)
+    monkeypatch.setattr("batchjob.plan.cutting.CHUNK_ROWS", 4)
     plan_only(the)
     chunks = sorted(stat.uri for stat in store.list("_batchjob/plans/0000/") if "chunk-" in stat.uri)
     assert len(chunks) == 3
@@ -77,7 +77,7 @@ def test_half_done(the: Job, store: Store) -> None:
     assert seen.status == "incomplete"
     assert (seen.planned, seen.shards, seen.parts, seen.rows, seen.failed) == (10, 5, 4, 8, 1)
     assert seen.lines()[0] == f"{store.uri}: incomplete"
-    assert seen.lines()[2] == "committed 8 rows in 4 parts, 1 of them error rows"
+    assert seen.lines()[2] == "committed 8 rows in 4 parts, 1 with an error"
     assert [row["position"] for row in error_rows(store)] == [2]
 
 
@@ -91,12 +91,12 @@ def test_finished(the: Job, store: Store) -> None:
     assert seen.lines() == [
         f"{store.uri}: complete",
         f"plan      {head.plan} of {head.created}: 10 images in 5 shards",
-        "committed 10 rows in 5 parts, 3 of them error rows",
+        "committed 10 rows in 5 parts, 3 with an error",
     ]
 
 
 def test_over_budget_is_not_complete(tmp_path: Path, store: Store) -> None:
-    run(job(tmp_path, IMAGES))
+    run(job(tmp_path, IMAGES, errors={"abort_early": False}))
     seen = status(store)
     assert (seen.status, seen.rows, seen.failed) == ("incomplete", 10, 3)
     assert error_counts(store).total == 3

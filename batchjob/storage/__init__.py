@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from batchjob.storage.options import Options, StorageOptions
 from batchjob.storage.reader import Reader
-from batchjob.storage.store import Store, open_store, probe
+from batchjob.storage.store import Store, open_store, probe, settle
 
-__all__ = ["Options", "Reader", "StorageOptions", "Store", "open_store", "probe"]
+__all__ = ["Options", "Reader", "StorageOptions", "Store", "open_store", "probe", "settle"]

@@ -17,7 +17,7 @@ from batchjob.storage.filesystem import Filesystem
 from batchjob.storage.options import Options, StorageOptions, options_for, patience_or_default
 from batchjob.storage.place import CLOUDS, THREADS, Place
 
-__all__ = ["Reader"]
+__all__ = ["Reader", "ranged"]
 
 _READ_AHEAD = 1 << 20  # bytes fetched at least, of an object opened as a file
 
@@ -113,7 +113,7 @@ class Reader:
         place, _, key = self._find(uri, self._patience)
         if isinstance(place, Filesystem):
             return place.open(key)
-        return io.BufferedReader(_Ranges(place, key, place.head(key).size), _READ_AHEAD)
+        return ranged(place, key)
 
     def _read(self, uri: str, etag: str | None, patience: float) -> Blob:
         if is_local(uri):
@@ -146,6 +146,11 @@ class Reader:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(THREADS, "batchjob-read")
             return self._pool
+
+
+def ranged(place: Place, key: str) -> BinaryIO:
+    """An object as a seekable file that fetches what is asked for. Raises NotFound, Unavailable."""
+    return io.BufferedReader(_Ranges(place, key, place.head(key).size), _READ_AHEAD)
 
 
 class _Ranges(io.RawIOBase):

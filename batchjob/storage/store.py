@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 from uuid import uuid4
 
 from batchjob import disk
 from batchjob.errors import AlreadyExists, Changed, InvalidJob, NotFound, Unavailable
+from batchjob.parallel import side_by_side
 from batchjob.records import Blob, Stat
 from batchjob.settings import is_local, local_path
 from batchjob.storage.bucket import bucket_of
 from batchjob.storage.options import Options, options_for, patience_or_default
 from batchjob.storage.place import CLOUDS, is_plain
+from batchjob.storage.reader import ranged
 
-__all__ = ["CloudStore", "Store", "open_store", "probe"]
+__all__ = ["CloudStore", "Store", "open_store", "probe", "settle"]
+
+_LOOKS = 4
 
 
 class Store(Protocol):
@@ -37,6 +40,9 @@ class Store(Protocol):
 
     def read_head(self, key: str, size: int) -> bytes:
         """The first `size` bytes, or all. Raises NotFound, Unavailable."""
+
+    def open(self, key: str) -> BinaryIO:
+        """The object as a seekable file; reads what is asked for. Raises NotFound, Unavailable."""
 
     def stat(self, key: str) -> Stat:
         """Raises NotFound, Unavailable."""
@@ -88,8 +94,7 @@ def probe(store: Store) -> None:
         if _try_create(store, twice, b"second"):
             raise _two_winners(store)
         bodies = [f"creator {number}".encode() for number in range(4)]
-        with ThreadPoolExecutor(len(bodies)) as pool:
-            wins = list(pool.map(partial(_try_create, store, race), bodies))
+        wins = list(side_by_side(partial(_try_create, store, race), bodies, threads=len(bodies)))
         if wins.count(True) > 1:
             raise _two_winners(store)
         # A winner's body must be the one that stays; no winner at all is a lost answer, and no fault.
@@ -107,6 +112,22 @@ def _try_create(store: Store, key: str, body: bytes) -> bool:
     except AlreadyExists:
         return False
     return True
+
+
+def settle(store: Store, key: str, body: bytes) -> bytes:
+    """Put if absent; the bytes that stand then, ours or another's. "Exists" with nothing stored is asked again.
+
+    Raises:
+        Unavailable: the store cannot be reached, or says "exists" again and again and shows nothing.
+    """
+    for _ in range(_LOOKS):
+        try:
+            store.put_if_absent(key, body)
+            return body
+        except AlreadyExists:
+            with suppress(NotFound):
+                return store.read(key).data
+    raise Unavailable(f"{store.uri}/{key}: the store answers 'exists' to every PUT and shows nothing; run again")
 
 
 def _two_winners(store: Store) -> InvalidJob:
@@ -138,6 +159,9 @@ class CloudStore:
 
     def read_head(self, key: str, size: int) -> bytes:
         return self._bucket.get_range(self._prefix + key, 0, size)
+
+    def open(self, key: str) -> BinaryIO:
+        return ranged(self._bucket, self._prefix + key)
 
     def stat(self, key: str) -> Stat:
         return self._relative(self._bucket.head(self._prefix + key))

@@ -1,80 +1,30 @@
-"""Which images, in which shards: frozen once, in numbered chunks, each put-if-absent; adopted by whoever comes later.
-
-A plan lies in `_batchjob/plans/NNNN/`: `head.json` (who and what), `chunk-NNNNNNN.arrow` (Arrow IPC streams of refs and
-passthrough columns, their shards in the schema's metadata), `schema.arrow` (what all workers agreed on), `discarded`
-(the tombstone). Nothing here is ever rewritten.
-"""
+"""The chunks of a plan: images cut into shards, each chunk put once; adopted by whoever comes later, and read back."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from batchjob.errors import AlreadyExists, InvalidJob, NotFound, Unavailable
+from batchjob.errors import InvalidJob, NotFound
+from batchjob.plan.head import Head
 from batchjob.records import Cursor, ImageRef, Shard, ShardKey
-from batchjob.storage import Store
+from batchjob.storage import Store, settle
 
-__all__ = [
-    "FORMAT",
-    "Chunk",
-    "Contract",
-    "Head",
-    "PlanReader",
-    "agree",
-    "bury",
-    "chunks",
-    "current",
-    "extend",
-    "freeze",
-    "is_buried",
-    "is_discarded",
-    "new_head",
-]
+__all__ = ["CHUNK_BYTES", "CHUNK_ROWS", "Chunk", "PlanReader", "chunks", "extend"]
 
-FORMAT = 1
 CHUNK_ROWS = 65_536
+CHUNK_BYTES = 64 << 20  # of Arrow data, so that wide passthrough columns fill no driver's memory
 _REF_COLUMNS = ("uri", "location", "size", "etag")
-_CHUNK_META, _CONTRACT_META = b"batchjob.chunk", b"batchjob.contract"
+_CHUNK_META = b"batchjob.chunk"
 _HEAD_BYTES = 1 << 16
-_LOOKS = 4
 
 Refs = Callable[[Cursor], Iterator[pa.RecordBatch]]
-
-
-@dataclass(frozen=True)
-class Head:
-    """What a plan is: written first, compared before anything else.
-
-    Attributes:
-        plan: random id of this plan.
-        number: its folder; grows by one with each `discard`.
-        job: the job as submitted, its folder's paths written `./…`.
-        fingerprint: the settings that alter predictions, by dotted name.
-        shard_size: images a shard.
-        source_version: digest of the manifest, None where the source has no version.
-    """
-
-    plan: str
-    number: int
-    job: dict[str, Any]
-    fingerprint: dict[str, Any]
-    shard_size: int
-    source_version: str | None
-    batchjob: str
-    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    format: int = FORMAT
-
-    @property
-    def folder(self) -> str:
-        return _folder(self.number)
 
 
 @dataclass(frozen=True)
@@ -87,70 +37,6 @@ class Chunk:
     last: bool
     shards: tuple[ShardKey, ...]
     previous: str = ""
-
-
-@dataclass(frozen=True)
-class Contract:
-    """What the first warmed-up worker fixed for all: row schema, model digest, the images' shape as prepared."""
-
-    schema: pa.Schema
-    model: str
-    size: tuple[int, ...] | None
-
-
-def new_head(number: int, **facts: Any) -> Head:
-    """A head with a fresh random plan id."""
-    return Head(plan=secrets.token_hex(8), number=number, **facts)
-
-
-def current(store: Store) -> tuple[int, Head | None]:
-    """The number of the plan in force and its head; head None when none is written yet.
-
-    Raises:
-        InvalidJob: the plan was written in a format that this version does not know (a discarded one may be).
-    """
-    number = 0
-    while (data := _read(store, f"{_folder(number)}head.json")) is not None:
-        if _read(store, f"{_folder(number)}discarded") is None:
-            return number, _parse_head(data, store)
-        number += 1
-    return number, None
-
-
-def freeze(store: Store, head: Head) -> Head:
-    """Put the head if absent, while `predictions/` is empty; another driver's head is adopted instead.
-
-    Raises:
-        InvalidJob: parts lie there without a plan.
-    """
-    key = f"{head.folder}head.json"
-    foreign = next(iter(store.list("predictions/")), None)
-    if foreign is not None and _read(store, key) is None:  # with a head, another driver has begun meanwhile
-        raise InvalidJob(
-            f"{store.uri}: {foreign.uri} is there but no plan is; output.uri must be empty or hold this job's own "
-            "output: choose another folder, or remove it"
-        )
-    return _parse_head(_settle(store, key, json.dumps(asdict(head), indent=1).encode()), store)
-
-
-def is_discarded(store: Store, head: Head) -> bool:
-    """Whether the plan's tombstone stands."""
-    return _read(store, f"{head.folder}discarded") is not None
-
-
-def is_buried(store: Store, plan: str) -> bool:
-    """Whether `plan` is the id of a discarded plan of this output."""
-    number = 0
-    while (data := _read(store, f"{_folder(number)}head.json")) is not None:
-        if json.loads(data)["plan"] == plan:
-            return _read(store, f"{_folder(number)}discarded") is not None
-        number += 1
-    return False
-
-
-def bury(store: Store, head: Head) -> None:
-    """Put the tombstone: from now on no worker commits a part of this plan."""
-    _settle(store, f"{head.folder}discarded", b"{}\n")
 
 
 def chunks(store: Store, head: Head) -> Iterator[Chunk]:
@@ -183,7 +69,6 @@ def extend(store: Store, head: Head, refs: Refs, unchanged: Callable[[], None]) 
         InvalidJob: the source changed, or the chunks that are there do not follow each other.
     """
     cursor, number = Cursor(), 0
-    size = max(1, CHUNK_ROWS // head.shard_size) * head.shard_size
     for chunk in chunks(store, head):
         yield chunk
         if chunk.last:
@@ -192,11 +77,11 @@ def extend(store: Store, head: Head, refs: Refs, unchanged: Callable[[], None]) 
     unchanged()
     while True:
         previous = _digest(store, head, number - 1)
-        for rows, last in _cut(refs(cursor), size):
+        for rows, last in _cut(refs(cursor), head.shard_size):
             if last:
                 unchanged()
             body = _encode(head, number, cursor, previous, rows, last)
-            ours = _settle(store, _chunk_key(head, number), body) == body
+            ours = settle(store, _chunk_key(head, number), body) == body
             chunk = _peek(store, head, number)
             if chunk.previous != previous:
                 raise _broken(store, head, number)
@@ -238,75 +123,37 @@ class PlanReader:
         return self._chunk[1]
 
 
-def agree(store: Store, head: Head, ours: Contract) -> Contract:
-    """Put the contract if absent, and return the one that stands; its image size is the one that counts.
-
-    Raises:
-        InvalidJob: the one that stands has another schema or model digest.
-    """
-    key = f"{head.folder}schema.arrow"
-    facts = json.dumps({"model": ours.model, "size": ours.size})
-    body = ours.schema.with_metadata({_CONTRACT_META: facts}).serialize().to_pybytes()
-    theirs = _parse_contract(_settle(store, key, body))
-    if theirs.model != ours.model:
-        raise InvalidJob(
-            f"the model loaded here has digest {ours.model[:12]}, the plan at {store.uri} was begun with "
-            f"{theirs.model[:12]}: weights or model code changed meanwhile; restore them, or `batchjob discard "
-            f"{store.uri} --yes` and run again"
-        )
-    if not theirs.schema.equals(ours.schema):
-        raise InvalidJob(
-            f"rows would have another schema here than the plan at {store.uri} fixed "
-            f"({_schema_difference(theirs, ours)}); use the versions it was begun with, or `batchjob discard` it"
-        )
-    return theirs
-
-
-def _schema_difference(theirs: Contract, ours: Contract) -> str:
-    there, here = set(map(str, theirs.schema)), set(map(str, ours.schema))
-    return f"here {sorted(here - there)}, there {sorted(there - here)}"
-
-
-def _parse_contract(data: bytes) -> Contract:
-    schema = pa.ipc.read_schema(pa.py_buffer(data))
-    facts = json.loads(schema.metadata[_CONTRACT_META])
-    size = tuple(facts["size"]) if facts["size"] else None
-    return Contract(schema.remove_metadata(), facts["model"], size)
-
-
-def _parse_head(data: bytes, store: Store) -> Head:
-    facts = json.loads(data)
-    if facts.get("format") != FORMAT:
-        raise InvalidJob(
-            f"{store.uri}: its plan has format {facts.get('format')}, this version knows {FORMAT}; "
-            f"finish it with batchjob {facts.get('batchjob')}"
-        )
-    return Head(**facts)
-
-
-def _folder(number: int) -> str:
-    return f"_batchjob/plans/{number:04d}/"
-
-
 def _chunk_key(head: Head, number: int) -> str:
     return f"{head.folder}chunk-{number:07d}.arrow"
 
 
-def _cut(batches: Iterator[pa.RecordBatch], size: int) -> Iterator[tuple[pa.Table, bool]]:
-    """Tables of exactly `size` rows, the final one shorter (empty only when there is nothing at all)."""
+def _cut(batches: Iterator[pa.RecordBatch], shard: int) -> Iterator[tuple[pa.Table, bool]]:
+    """Tables of whole shards of `shard` rows, the final one shorter (empty only when there is nothing at all).
+
+    Each holds at most CHUNK_ROWS rows and about CHUNK_BYTES bytes, but one shard at least.
+    """
     held: list[pa.RecordBatch] = []
-    rows, schema = 0, None
+    rows = size = 0
+    schema = None
     for batch in batches:
         schema = batch.schema
         held.append(batch)
-        rows += batch.num_rows
-        while rows > size:  # not ≥: a full chunk waits until something follows it, or it is the last
+        rows, size = rows + batch.num_rows, size + batch.nbytes
+        # not ≥: a full chunk waits until something follows it, or it is the last
+        while rows > (most := _chunk_rows(shard, size / max(1, rows))):
             table = pa.Table.from_batches(held)
-            yield table.slice(0, size), False
-            held, rows = table.slice(size).to_batches(), rows - size
+            yield table.slice(0, most), False
+            held = table.slice(most).to_batches()
+            rows, size = rows - most, sum(rest.nbytes for rest in held)
     if schema is None:
         raise InvalidJob("the source gave no batch, not even an empty one with its schema")
     yield pa.Table.from_batches(held, schema), True
+
+
+def _chunk_rows(shard: int, row_bytes: float) -> int:
+    """As many whole shards as fit into a chunk, in rows."""
+    most = min(CHUNK_ROWS, int(CHUNK_BYTES / max(row_bytes, 1)))
+    return max(1, most // shard) * shard
 
 
 def _encode(head: Head, number: int, cursor: Cursor, previous: str, rows: pa.Table, last: bool) -> bytes:
@@ -342,25 +189,6 @@ def _shard_id(head: Head, index: int, members: pa.Table) -> str:
     for name in ("location", "size", "etag"):
         digest.update("\0".join(map(str, members.column(name).to_pylist())).encode())
     return digest.hexdigest()[:16]
-
-
-def _read(store: Store, key: str) -> bytes | None:
-    try:
-        return store.read(key).data
-    except NotFound:
-        return None
-
-
-def _settle(store: Store, key: str, body: bytes) -> bytes:
-    """Put if absent; the bytes that stand then, ours or another's. "Exists" with nothing stored is asked again."""
-    for _ in range(_LOOKS):
-        try:
-            store.put_if_absent(key, body)
-            return body
-        except AlreadyExists:
-            if (stands := _read(store, key)) is not None:
-                return stands
-    raise Unavailable(f"{store.uri}/{key}: the store answers 'exists' to every PUT and shows nothing; run again")
 
 
 def _broken(store: Store, head: Head, number: int) -> InvalidJob:

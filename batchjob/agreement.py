@@ -1,0 +1,174 @@
+"""The recipe that a plan's workers share on one kind of device: found once, put beside the plan, then only read."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import batchjob
+from batchjob.engine import Engine
+from batchjob.errors import InvalidJob, NotFound
+from batchjob.forward import Forward
+from batchjob.likeness import compare
+from batchjob.machine import Memory, use_compile_cache
+from batchjob.plan import Head
+from batchjob.records import Recipe
+from batchjob.storage import Store, settle
+from batchjob.trial import Bench, Images, table
+from batchjob.tuning import Decision, Trial, candidates, choose, wished
+
+__all__ = ["Agreement"]
+
+_log = logging.getLogger(__name__)
+_WORTH_SECONDS = 60.0  # of eager work; below that a trial costs more than it brings
+_SHARE = 0.25  # of the estimated run that a trial may take
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a worker learns which recipe it works by.
+
+    Args:
+        store: of the output.
+        head: of the plan.
+        engine: with its model loaded and tried out.
+        bench: what a trial needs.
+        images: that this worker will see, about.
+        pace: seconds an image takes eagerly, as the job names it.
+        stopped: asked during trials; True ends them.
+    """
+
+    store: Store
+    head: Head
+    engine: Engine
+    bench: Bench
+    images: float
+    pace: float
+    stopped: Callable[[], bool]
+
+    def reach(self) -> Decision:
+        """The decision that stands for this device and this torch; the first one put does.
+
+        Raises:
+            InvalidJob: another version of batchjob wrote the one that stands.
+        """
+        import torch
+
+        use_compile_cache()
+        unknown = Decision(self.engine.traits.name, str(torch.__version__), Recipe(), "")
+        key = f"{self.head.folder}{unknown.key}"
+        try:
+            return self._parsed(self.store.read(key).data, key)
+        except NotFound:
+            ours = self._decided(unknown)
+        if self.stopped():
+            return ours
+        return self._parsed(settle(self.store, key, ours.dump()), key)
+
+    def _parsed(self, data: bytes, key: str) -> Decision:
+        try:
+            return Decision.parse(data)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidJob(
+                f"{self.store.uri}/{key} was written by another version of batchjob; go on with that version, or "
+                f"`batchjob discard {self.store.uri} --yes` and run again"
+            ) from error
+
+    def _decided(self, unknown: Decision) -> Decision:
+        asked, began = self.engine.asked, time.monotonic()
+        named = replace(unknown, recipe=self.engine.recipe, reason="as the job says")
+        recipes = candidates(asked, self.engine.traits) if self.engine.model.eager else []
+        if asked.tuning == "off" or len(recipes) < 2:
+            return named
+        memory = Memory(self._facts(unknown))
+        with memory.alone():
+            known = _remembered(memory)
+            if known is None and not self._worth_a_trial():
+                return replace(named, reason="the job is too short to try anything")
+            trials = known or table(self.bench, recipes, self._budget(), self.stopped)
+            if known is None and trials and not self.stopped():
+                memory.write(replace(unknown, trials=tuple(trials)).dump())
+        recipe, reason = choose(asked, trials, self.images)
+        reason += ", as this machine found before" if known else ""
+        return replace(
+            unknown, recipe=recipe, reason=reason, trials=tuple(trials), seconds=round(time.monotonic() - began, 2)
+        )
+
+    def _worth_a_trial(self) -> bool:
+        return self.engine.asked.tuning == "on" or self._eager_seconds > _WORTH_SECONDS
+
+    def _budget(self) -> float:
+        asked = self.engine.asked
+        if asked.tuning == "on":
+            return asked.tuning_budget_s
+        return min(asked.tuning_budget_s, _SHARE * self._eager_seconds)
+
+    @property
+    def _eager_seconds(self) -> float:
+        return self.images * self.pace
+
+    def _facts(self, unknown: Decision) -> dict[str, Any]:
+        """All that a table of trials hangs on."""
+        engine = self.engine
+        return {
+            "device": unknown.device,
+            "torch": unknown.torch,
+            "batchjob": batchjob.__version__,
+            "model": engine.model.digest,
+            "task": self.head.fingerprint.get("task"),
+            "preprocess": engine.preprocess.model_dump(mode="json"),
+            "input": [list(engine.example.shape), str(engine.example.dtype)],
+            "batch_size": self.bench.batch_size,
+            "cores": self.bench.cores,
+            "asked": asdict(wished(engine.asked)),
+            "open": [name for name, value in engine.asked if value == "auto"],
+        }
+
+    def applied(self, decision: Decision) -> tuple[Decision, Forward]:
+        """The module by that recipe, once it has run here on the job's images near enough to eager fp32.
+
+        Falls back to what the job names, and says so, where the recipe fails here.
+
+        Raises:
+            InvalidJob: the recipe is what the job itself names.
+        """
+        named = self.engine.recipe
+        try:
+            return decision, self._checked(decision.recipe)
+        except InvalidJob:
+            raise
+        except Exception as error:
+            if decision.recipe == named:
+                raise InvalidJob(f"runtime: {named.words} fails with this model: {_brief(error)}") from error
+            reason = f"{decision.recipe.words} fails here ({_brief(error)})"
+            _log.warning("%s; going on with %s", reason, named.words)
+            return replace(decision, recipe=named, reason=reason), self._checked(named)
+
+    def _checked(self, recipe: Recipe) -> Forward:
+        if recipe == Recipe():
+            return self.engine.forward(recipe)
+        subject = Images(self.engine, self.bench.sample, self.bench.batch_size)
+        forward = subject.forward(recipe)
+        fault = compare(subject.run(subject.forward(Recipe())), subject.run(forward)).fault(recipe)
+        if fault is not None and recipe != self.engine.recipe:
+            raise ValueError(fault)
+        if fault is not None:
+            _log.warning("%s, as the job names it, %s (against eager fp32 on its own images)", recipe.words, fault)
+        return forward
+
+
+def _remembered(memory: Memory) -> list[Trial] | None:
+    data = memory.read()
+    if data is None:
+        return None
+    try:
+        return list(Decision.parse(data).trials)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

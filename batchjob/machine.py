@@ -1,0 +1,71 @@
+"""What this machine remembers between runs, for this user alone: compiled kernels, and tables of what was tried."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Memory", "use_compile_cache"]
+
+
+def use_compile_cache() -> None:
+    """Have the compiler keep its kernels here, where the environment names no other place; they are code."""
+    with suppress(OSError):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_folder("inductor")))
+
+
+class Memory:
+    """One thing to remember, under a name made of all that it hangs on. On a disk that cannot be written, nothing.
+
+    Args:
+        facts: what tells it from others; values that JSON holds.
+    """
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        self._name = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no other process of this machine is at it."""
+        try:
+            lock = (_folder("tuning") / f"{self._name}.lock").open("w")
+        except OSError:
+            yield
+            return
+        with lock:
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def read(self) -> bytes | None:
+        """What was remembered."""
+        with suppress(OSError):
+            return self._path.read_bytes()
+        return None
+
+    def write(self, data: bytes) -> None:
+        """Remember it, in place of what was there."""
+        with suppress(OSError):
+            handle, name = tempfile.mkstemp(dir=_folder("tuning"))
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            Path(name).replace(self._path)
+
+    @property
+    def _path(self) -> Path:
+        return _folder("tuning") / f"{self._name}.json"
+
+
+def _folder(name: str) -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchjob"
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    root.chmod(0o700)
+    return folder

@@ -1,0 +1,194 @@
+"""Recipes tried in a throw-away process: one that crashes or hangs there is a line in the table, not a failed job."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from batchjob.engine import Engine
+from batchjob.forkserver import end_with_parent, preload, starting
+from batchjob.forward import Forward
+from batchjob.job import Job
+from batchjob.machine import use_compile_cache
+from batchjob.predict import random_pixels
+from batchjob.records import Recipe
+from batchjob.storage import Reader
+from batchjob.tuning import Subject, Trial, tried
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Bench", "Images", "table"]
+
+_POLL_SECONDS = 0.5
+_REFERENCE_SECONDS = 300.0  # for the process to start, the model to load, and eager fp32 to run
+_DISTINCT = 64  # images that are looked at; a larger batch repeats them
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a throw-away process needs to know.
+
+    Attributes:
+        job: in portable form.
+        base: the job's folder here.
+        data_base: the folder that its input and output paths mean.
+        sample: locations of the job's own images.
+        batch_size: images a call.
+        cores: for the model.
+    """
+
+    job: Mapping[str, Any]
+    base: Path
+    data_base: Path
+    sample: tuple[str, ...]
+    batch_size: int
+    cores: int
+
+
+def table(bench: Bench, recipes: Sequence[Recipe], budget: float, stopped: Callable[[], bool]) -> list[Trial]:
+    """Eager fp32 and each recipe, a line each; nothing where eager fp32 itself does not run.
+
+    Args:
+        bench: see there.
+        recipes: likeliest first.
+        budget: seconds for all of them; the one at work when they are over is given up.
+        stopped: asked now and then; True ends it.
+    """
+    made: list[Trial] = []
+    left = deque(recipe for recipe in recipes if recipe != Recipe())
+    until = time.monotonic() + _REFERENCE_SECONDS
+    while True:
+        with _Process(bench, tuple(left)) as process:
+            while isinstance(said := process.next(until, stopped), Trial):
+                if said.recipe != Recipe():
+                    made.append(said)
+                    left.popleft()
+                elif not made:
+                    made.append(said)
+                    until = time.monotonic() + budget
+        if not made or not left:
+            return made
+        made.append(Trial(left.popleft(), said or "ended early"))
+        if time.monotonic() >= until or stopped():
+            return made + [Trial(recipe, "not tried, the time was up") for recipe in left]
+
+
+class _Process:
+    """A process that tries recipes, and all that it has started."""
+
+    def __init__(self, bench: Bench, recipes: tuple[Recipe, ...]) -> None:
+        context = multiprocessing.get_context("forkserver")
+        self._lines, theirs = context.Pipe(duplex=False)
+        self._process = context.Process(target=_try_all, args=(bench, recipes, theirs), name="trial")
+        preload(__name__)
+        with starting():
+            self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def next(self, until: float, stopped: Callable[[], bool]) -> Trial | str | None:
+        """The next line; None after the last; else what has become of the recipe at work."""
+        while not stopped() and time.monotonic() < until:
+            try:
+                if self._lines.poll(_POLL_SECONDS):
+                    said: Trial | None = self._lines.recv()
+                    return said
+            except (EOFError, OSError):
+                self._process.join()
+                return _fate(self._process.exitcode)
+        return "stopped" if stopped() else "given up, the time was up"
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.pid is not None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.join()
+        self._lines.close()
+
+
+def _fate(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"crashed ({signal.Signals(-code).name})"
+    return f"crashed (exit code {code})"
+
+
+# -- in the process --------------------------------------------------------------------------------------------
+
+
+def _try_all(bench: Bench, recipes: tuple[Recipe, ...], lines: Connection) -> None:
+    """Send a `Trial` for eager fp32 and for each recipe, then None."""
+    with suppress(OSError):
+        os.setsid()  # so that the compiler's own processes end with this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, name="parent-watch", daemon=True).start()
+    use_compile_cache()
+    import torch
+
+    torch.set_num_threads(bench.cores)
+    job = Job.from_portable(bench.job, bench.base, bench.data_base)
+    subject = Images(Engine(job, Reader(job.storage), bench.sample), bench.sample, bench.batch_size)
+    for trial in tried(subject, recipes):
+        lines.send(trial)
+    lines.send(None)
+
+
+class Images(Subject):
+    """An engine and a batch of the job's own images.
+
+    Args:
+        engine: with its model loaded.
+        sample: locations of images.
+        batch_size: how many go to the model at once; fewer images are repeated.
+    """
+
+    def __init__(self, engine: Engine, sample: Sequence[str], batch_size: int) -> None:
+        self._engine = engine
+        self.images = engine.model.batch_size or batch_size
+        self._pixels = self._batch(sample)
+
+    def build(self, recipe: Recipe) -> Callable[[], Any]:
+        return partial(self.run, self.forward(recipe))
+
+    def forward(self, recipe: Recipe) -> Forward:
+        """The engine's module by that recipe, calibrated on these images where it has to be."""
+        import torch
+
+        stacks = self._engine.model.takes == "batch"
+        return self._engine.forward(recipe, torch.stack(self._pixels) if stacks else None)
+
+    def run(self, forward: Forward) -> Any:
+        """Its output for the batch, copies to the device included, once it is there."""
+        import torch
+
+        with forward.modes():  # the tensors of real batches are inference tensors too
+            moved = [pixels.to(forward.device) for pixels in self._pixels]
+            output = forward(torch.stack(moved) if forward.takes == "batch" else moved)
+            if forward.device.type == "cuda":
+                torch.cuda.synchronize(forward.device)
+        return output
+
+    def _batch(self, sample: Sequence[str]) -> list[torch.Tensor]:
+        engine, wanted = self._engine, min(self.images, _DISTINCT)
+        alike = (
+            pixels
+            for pixels in engine.prepared(sample)
+            if engine.model.takes == "list" or pixels.shape == engine.example.shape
+        )
+        found = list(islice(alike, wanted)) or list(random_pixels(engine.example.shape, wanted, engine.example.dtype))
+        return [found[at % len(found)] for at in range(self.images)]

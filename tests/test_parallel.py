@@ -1,0 +1,84 @@
+"""Calls in threads beside the caller: in order, bounded, showing life, and never in the way of the end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from batchjob.parallel import aside, side_by_side
+
+PATIENCE = 60.0  # seconds, for what another thread does at once
+
+
+def test_results_come_in_the_order_of_the_items() -> None:
+    second_done = threading.Event()
+
+    def work(number: int) -> int:
+        if number == 0:
+            assert second_done.wait(PATIENCE)
+        if number == 1:
+            second_done.set()
+        return number * number
+
+    assert list(side_by_side(work, range(200))) == [number * number for number in range(200)]
+    assert list(side_by_side(work, [])) == []
+
+
+def test_only_a_few_items_are_taken_ahead() -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(10_000):
+            taken.append(number)
+            yield number
+
+    for count, number in enumerate(side_by_side(lambda item: item, items(), threads=2)):
+        assert number == count
+        assert len(taken) <= count + 10
+
+
+def test_the_first_failure_is_raised_in_its_turn_and_ends_the_rest() -> None:
+    began: list[int] = []
+
+    def work(number: int) -> int:
+        began.append(number)
+        if number == 3:
+            raise KeyError("three")
+        return number
+
+    results = side_by_side(work, range(100_000), threads=1)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(KeyError, match="three"):
+        next(results)
+    assert len(began) < 100
+
+
+def test_the_caller_shows_life_while_a_call_blocks() -> None:
+    beats = threading.Event()
+    assert aside(lambda: beats.wait(PATIENCE), beats.set)
+
+
+def test_whoever_stops_does_not_wait_for_what_blocks() -> None:
+    go_on = threading.Event()
+
+    def stop() -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        aside(lambda: go_on.wait(PATIENCE), stop)
+    go_on.set()
+
+
+def test_a_call_that_blocks_does_not_hold_up_the_end_of_the_process() -> None:
+    code = """
+import time
+from batchjob.parallel import aside
+def stop():
+    raise SystemExit(75)
+aside(lambda: time.sleep(600), stop)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 75

@@ -1,0 +1,191 @@
+"""How large shards are, what the plan keeps of the job, and what is said before anything is frozen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pools import LOADED, ScriptedPool, job
+
+from batchjob import driver, plan
+from batchjob.errors import InvalidJob, Temporary
+from batchjob.job import Job
+from batchjob.pool import Pool, Ready, Setup
+from batchjob.progress import Quiet
+from batchjob.report import Outcome, PlanSummary
+from batchjob.storage import open_store
+from batchjob.worker import Worker
+
+
+def no_pool() -> Pool:
+    raise AssertionError("no worker is needed for this")
+
+
+def run(the: Job, pool: Pool | None = None) -> Outcome:
+    make_pool: Callable[[], Pool] = no_pool if pool is None else lambda: pool
+    return driver.run(the, make_pool, allow_empty=False, progress=Quiet())
+
+
+def planned(the: Job) -> PlanSummary:
+    return driver.plan_only(the, allow_empty=False, progress=Quiet())
+
+
+def listed(folder: Path, rows: int, columns: dict[str, Any] | None = None, **sections: Any) -> Job:
+    """A job over a manifest of so many rows; the images are not there."""
+    table = pa.table({"path": [f"{number:07}.jpg" for number in range(rows)], **(columns or {})})
+    pq.write_table(table, folder / "manifest.parquet")
+    source = {"type": "manifest", "uri": "manifest.parquet", "uri_column": "path", "passthrough": list(columns or {})}
+    return job(folder, [], input=source, **{"runtime": {}, **sections})
+
+
+# --- shards ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "workers", "size"),
+    [
+        (65_536, 32, 512),
+        (65_537, 32, 513),  # as many shards a worker as before
+        (100_000, 32, 782),
+        (300_000, {"max": 8}, 8192),
+        (100_000, 1, 8192),
+        (1_000, 32, 64),
+    ],
+)
+def test_shards_grow_with_the_input_without_a_jump(tmp_path: Path, rows: int, workers: Any, size: int) -> None:
+    assert planned(listed(tmp_path, rows, runtime={"workers": workers})).shard_size == size
+
+
+def test_the_workers_that_there_are_share_the_images(tmp_path: Path) -> None:
+    run(listed(tmp_path, 6_000), ScriptedPool(size=4))
+    assert len(list((tmp_path / "out/predictions").iterdir())) == 16  # of 375
+
+
+def test_a_worker_knows_better_than_its_settings_how_wide_rows_are(tmp_path: Path) -> None:
+    wide = ScriptedPool(ready=[Ready("0", replace(LOADED, row_bytes=8 << 20))])
+    run(listed(tmp_path, 130), wide)
+    assert len(list((tmp_path / "out/predictions").iterdir())) == 3  # of 64: parts of 512 MiB
+
+
+def test_rows_too_wide_for_the_shard_size_are_refused_before_the_freeze(tmp_path: Path) -> None:
+    wide = ScriptedPool(ready=[Ready("0", replace(LOADED, row_bytes=8 << 20))])
+    with pytest.raises(InvalidJob, match=r"runtime.shard_size: 600 rows of up to 8,388,608 bytes .* at most 512"):
+        run(listed(tmp_path, 130, runtime={"shard_size": 600}), wide)
+    assert not list((tmp_path / "out").glob("_batchjob/plans/*/head.json"))
+
+
+def test_wide_passthrough_columns_make_small_chunks_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchjob.plan.cutting.CHUNK_BYTES", 100_000)
+    monkeypatch.setattr("batchjob.planning._PART_BYTES", 640_000)
+    notes = [f"{number:01000}" for number in range(1000)]
+    made = planned(listed(tmp_path, 1000, {"note": notes}))
+    assert made.shard_size < 640
+    assert made.images == 1000
+    the = listed(tmp_path, 1000, {"note": notes}, runtime={"shard_size": 7}, output={"uri": "other"})
+    planned(the)
+    store = open_store(the.output.uri)
+    _, head = plan.current(store)
+    assert head is not None
+    chunks = list(plan.chunks(store, head))
+    assert len(chunks) > 10
+    assert all(key.rows == 7 for chunk in chunks[:-1] for key in chunk.shards)
+    reader = plan.PlanReader(store, head)
+    shards = [reader.shard(key) for chunk in chunks for key in chunk.shards]
+    assert [ref.position for shard in shards for ref in shard.refs] == list(range(1000))
+    assert [note for shard in shards for note in shard.passthrough.column("note").to_pylist()] == notes
+
+
+# --- what the plan keeps of the job -----------------------------------------------------------------------------------
+
+
+def edit(head: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    facts = json.loads(head.read_text())
+    change(facts)
+    head.write_text(json.dumps(facts))
+
+
+def test_a_resumed_job_takes_the_defaults_it_was_planned_with(tmp_path: Path) -> None:
+    """As a version would see it whose defaults are others."""
+    the = job(tmp_path, ["0.png", "1.png", "2.png"])
+    planned(the)
+    head = tmp_path / "out/_batchjob/plans/0000/head.json"
+
+    def change(facts: dict[str, Any]) -> None:
+        assert facts["defaults"]["decode"] == the.resolved()["decode"]
+        assert facts["defaults"]["input"]["uri"] == "./images/"
+        facts["defaults"]["decode"]["max_pixels"] = 123_456
+        facts["defaults"]["task"]["allow_nan"] = True
+        facts["defaults"]["runtime"]["precision"] = "fp32"
+        facts["defaults"]["model"]["no_longer_known"] = 1
+
+    edit(head, change)
+    pool = ScriptedPool()
+    assert run(the, pool).status == "complete"
+    assert pool.setup is not None
+    given = Job.from_portable(json.loads(json.dumps(pool.setup.job)), tmp_path, tmp_path)
+    assert given.decode.max_pixels == 123_456
+    assert given.runtime.precision == "fp32"
+    assert given.runtime.shard_size == 2
+    assert given.model_dump()["task"]["allow_nan"] is True
+    assert given.fingerprint() == the.fingerprint() == json.loads(head.read_text())["fingerprint"]
+    assert given.portable() == pool.setup.job
+    assert run(the).status == "already_complete"
+
+
+def test_what_the_job_sets_itself_is_no_default(tmp_path: Path) -> None:
+    the = job(tmp_path, ["0.png"], decode={"max_pixels": 1000})
+    planned(the)
+    head = tmp_path / "out/_batchjob/plans/0000/head.json"
+    edit(head, lambda facts: facts["defaults"]["decode"].update(max_pixels=2000, max_bytes=3000))
+    pool = ScriptedPool()
+    run(the, pool)
+    assert pool.setup is not None
+    given = Job.from_portable(pool.setup.job, tmp_path, tmp_path)
+    assert (given.decode.max_pixels, given.decode.max_bytes) == (1000, 3000)
+
+
+def test_a_plan_of_an_older_version_has_no_defaults(tmp_path: Path) -> None:
+    the = job(tmp_path, ["0.png"])
+    planned(the)
+    edit(tmp_path / "out/_batchjob/plans/0000/head.json", lambda facts: facts.pop("defaults"))
+    pool = ScriptedPool()
+    assert run(the, pool).status == "complete"
+    assert pool.setup is not None
+    assert pool.setup.job == the.portable()
+
+
+def test_a_default_that_this_version_cannot_take_is_said(tmp_path: Path) -> None:
+    the = job(tmp_path, ["0.png"])
+    planned(the)
+    head = tmp_path / "out/_batchjob/plans/0000/head.json"
+    edit(head, lambda facts: facts["defaults"]["runtime"].update(precision="fp4"))
+    with pytest.raises(InvalidJob, match="planned by another version"):
+        run(the)
+
+
+# --- before anything is frozen ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["prefix", "manifest"])
+def test_a_truth_that_is_no_column_is_refused(tmp_path: Path, source: str) -> None:
+    task = {"type": "classification", "truth": "label"}
+    one = job(tmp_path, ["0.png"], task=task) if source == "prefix" else listed(tmp_path, 1, {"sku": ["a"]}, task=task)
+    with pytest.raises(InvalidJob, match=r"task\.truth: 'label' is no passthrough column; .*input.passthrough"):
+        run(one)
+    assert not list((tmp_path / "out").glob("_batchjob/plans/*/head.json"))
+
+
+def test_a_worker_that_finds_its_plan_discarded_asks_to_be_run_again(tmp_path: Path) -> None:
+    the = job(tmp_path, ["0.png"])
+    planned(the)
+    driver.discard(str(tmp_path / "out"))
+    worker = Worker(the, Setup(the.portable(), str(tmp_path)), 1)
+    with pytest.raises(Temporary, match="plan 0 was discarded while this run was starting; run again"):
+        worker.begin(0)
+    worker.close()

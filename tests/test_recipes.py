@@ -1,0 +1,112 @@
+"""A module as a recipe wants it gives what the plain module gives, and the plain module stays as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from batchjob.errors import InvalidJob
+from batchjob.likeness import compare
+from batchjob.recipes import applied
+from batchjob.records import Recipe
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return x + self.layers(x)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.blocks = nn.ModuleList([Block(8), Block(8)])
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(dim=(2, 3)))
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    made = Net()
+    for norm in (part for part in made.modules() if isinstance(part, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        nn.init.normal_(norm.get_buffer("running_mean"))
+    return made.eval().requires_grad_(False)
+
+
+PIXELS = torch.rand(4, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        Recipe(fold=True),
+        Recipe(channels_last=True),
+        Recipe(fold=True, channels_last=True),
+        Recipe(precision="bf16", half=True),
+        Recipe(quantize="int8-dynamic"),
+        Recipe(quantize="int8-static"),
+    ],
+    ids=lambda recipe: recipe.words,
+)
+def test_near_the_plain_module_which_stays_as_it_was(recipe: Recipe, net: nn.Module) -> None:
+    before = copy.deepcopy(net.state_dict())
+    with torch.inference_mode():
+        pixels = PIXELS.clone()
+        made = applied(net, recipe, pixels)
+        given = pixels.to(torch.bfloat16) if recipe.half else pixels
+        found = compare(net(pixels), made(given))
+    assert found.fault(recipe) is None
+    print(f"{recipe.words}: {found}")
+    after = net.state_dict()
+    assert all(torch.equal(after[key], value) and after[key].dtype == value.dtype for key, value in before.items())
+    assert all(value.is_contiguous() for value in after.values()), "its layout too"
+    if recipe.fold:
+        assert not any(isinstance(part, nn.BatchNorm2d) for part in made.modules())
+
+
+def test_any_number_of_images_after_static_quantisation(net: nn.Module) -> None:
+    with torch.inference_mode():
+        made = applied(net, Recipe(quantize="int8-static"), PIXELS.clone())
+        assert made(torch.rand(7, 3, 24, 24)).shape == (7, 5)
+
+
+def test_compiled_whole_and_by_region(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[type] = []
+
+    def compile_it(module: nn.Module, **how: object) -> Callable[..., object]:
+        if "options" in how:
+            seen.append(type(module))
+            assert how["options"]["freezing"] is True  # type: ignore[index]
+        return module
+
+    monkeypatch.setattr(torch, "compile", compile_it)
+    applied(net, Recipe(compile="max-autotune", freeze=True), PIXELS)
+    assert seen == [Net]
+    regional = applied(net, Recipe(compile="regional"), PIXELS)
+    assert [regional.get_submodule(f"blocks.{at}")._compiled_call_impl is None for at in (0, 1)] == [False] * 2
+    assert net.get_submodule("blocks.0")._compiled_call_impl is None
+    with pytest.raises(InvalidJob, match=r"runtime\.compile: regional"):
+        applied(nn.Sequential(nn.Linear(3, 3)), Recipe(compile="regional"), PIXELS)
+
+
+def test_a_missing_package_is_named_with_its_extra(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torchao", None)
+    with pytest.raises(InvalidJob, match=r"pip install 'batchjob\[quant\]'"):
+        applied(net, Recipe(quantize="int8-dynamic"), PIXELS)

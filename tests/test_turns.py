@@ -1,0 +1,213 @@
+"""Whatever takes long, the lease is beaten and signals are heard: listing, counting, deleting, adding up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pools import ScriptedPool, job
+
+from batchjob import driver, ledger
+from batchjob.disk import DiskStore
+from batchjob.errors import Temporary
+from batchjob.feeder import Input
+from batchjob.job import Job
+from batchjob.progress import Quiet
+from batchjob.report import Outcome
+
+PATIENCE = 60.0  # seconds, for what another thread does at once
+TWELVE = [f"{number:03}.png" for number in range(12)]
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture(autouse=True)
+def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each turn beats."""
+    monkeypatch.setattr("batchjob.lease.BEAT_SECONDS", 0.0)
+
+
+def run(the: Job) -> Outcome:
+    return driver.run(the, ScriptedPool, allow_empty=False, progress=Quiet())
+
+
+def beats(output: Path) -> int:
+    newest = max(output.glob("_batchjob/lease/*.json"))
+    count: int = json.loads(newest.read_bytes())["beats"]
+    return count
+
+
+def until_beaten(output: Path) -> None:
+    """Goes on only when the driver has shown life twice meanwhile."""
+    before, pause = beats(output), threading.Event()
+    for _ in range(int(PATIENCE * 100)):
+        if beats(output) >= before + 2:
+            return
+        pause.wait(0.01)
+    raise AssertionError("the driver fell silent")
+
+
+def slowed(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, waits: Callable[[], object]) -> list[str]:
+    """Lets the first call of one of our own methods wait for something."""
+    calls: list[str] = []
+    real = getattr(owner, name)
+
+    def slow(self: Any, *args: Any, **named: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 1:
+            waits()
+        return real(self, *args, **named)
+
+    monkeypatch.setattr(owner, name, slow)
+    return calls
+
+
+def test_discarding_many_parts_shows_life(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(job(tmp_path, TWELVE))
+    deleting = [key.removeprefix("predictions/") for key in sorted(ledger.parts(DiskStore(out)))]
+    real = DiskStore.delete
+
+    def delete(self: DiskStore, key: str) -> None:
+        if key.endswith(deleting[3]):
+            until_beaten(out)
+        real(self, key)
+
+    monkeypatch.setattr(DiskStore, "delete", delete)
+    assert "deleted 6 parts" in driver.discard(str(out))
+    assert not list((out / "predictions").iterdir())
+
+
+def test_a_signal_ends_a_discard_that_can_be_finished(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(job(tmp_path, TWELVE))
+    go_on, real = threading.Event(), DiskStore.delete
+    asked = threading.Lock()
+
+    def delete(self: DiskStore, key: str) -> None:
+        if key.startswith("predictions/"):
+            if asked.acquire(blocking=False):
+                os.kill(os.getpid(), signal.SIGTERM)
+            go_on.wait(PATIENCE)  # and the process has ended
+        else:
+            real(self, key)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DiskStore, "delete", delete)
+        with pytest.raises(Temporary):
+            driver.discard(str(out))
+    go_on.set()
+    assert "an earlier plan's leftovers, deleted 6 parts" in driver.discard(str(out))
+    assert not list((out / "predictions").iterdir())
+
+
+@pytest.mark.parametrize("call", ["refs", "require"])
+def test_a_slow_listing_keeps_the_lease(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    slowed(monkeypatch, Input, call, lambda: until_beaten(out))
+    assert driver.plan_only(job(tmp_path, TWELVE), allow_empty=False, progress=Quiet()).images == 12
+    assert run(job(tmp_path, TWELVE)).status == "complete"
+
+
+def test_a_chunk_that_is_long_in_coming_keeps_the_lease(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Input.check_unchanged  # called by the feeder, before it lists
+
+    def slow(self: Input, head: Any) -> None:
+        until_beaten(out)
+        real(self, head)
+
+    monkeypatch.setattr(Input, "check_unchanged", slow)
+    assert driver.plan_only(job(tmp_path, TWELVE), allow_empty=False, progress=Quiet()).images == 12
+
+
+def test_a_signal_is_heard_while_a_chunk_is_long_in_coming(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+
+    def hangs(self: Input, head: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        go_on.wait(PATIENCE)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Input, "check_unchanged", hangs)
+        with pytest.raises(Temporary, match="stopped by a signal"):
+            driver.plan_only(job(tmp_path, TWELVE), allow_empty=False, progress=Quiet())
+    go_on.set()
+    assert driver.plan_only(job(tmp_path, TWELVE), allow_empty=False, progress=Quiet()).images == 12
+
+
+def test_foreign_parts_are_looked_at_beside_the_turns(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(job(tmp_path, TWELVE))
+    left = min((out / "predictions").iterdir())
+    kept = left.read_bytes()
+    driver.discard(str(out))
+    left.write_bytes(kept)
+    slowed(monkeypatch, DiskStore, "read_tail", lambda: until_beaten(out))
+    assert run(job(tmp_path, TWELVE)).status == "complete"
+    assert not left.exists()
+
+
+def test_adding_up_hears_signals(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The footers of an earlier run's parts are read; a signal comes meanwhile."""
+    run(job(tmp_path, TWELVE))
+    (out / "_SUCCESS").unlink()
+    go_on = threading.Event()
+
+    def hangs() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        go_on.wait(PATIENCE)
+
+    with monkeypatch.context() as patched:
+        slowed(patched, DiskStore, "read_tail", hangs)
+        with pytest.raises(Temporary, match="stopped by a signal"):
+            run(job(tmp_path, TWELVE))
+    go_on.set()
+    assert run(job(tmp_path, TWELVE)).status == "complete"
+
+
+COUNTING = """
+import sys, time
+from batchjob.cli import main
+from batchjob.feeder import Input
+def refs(self, after):
+    print("counting", flush=True)
+    time.sleep(600)
+    yield
+Input.refs = refs
+sys.exit(main(["plan", "job.yaml", "--quiet"]))
+"""
+
+
+def test_a_signal_ends_the_process_though_a_listing_hangs(tmp_path: Path, out: Path) -> None:
+    job(tmp_path, TWELVE, input={"type": "prefix", "uri": "images/", "require": {"min_images": 5}})
+    process = subprocess.Popen(
+        [sys.executable, "-c", COUNTING], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "counting\n"
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 75, said
+    assert "stopped by a signal; the same command resumes" in said
+
+
+@pytest.fixture(autouse=True)
+def handlers_come_back() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    assert signal.getsignal(signal.SIGTERM) == before
