@@ -1,0 +1,142 @@
+"""`batchjob convert`: files that run in a job as they are, parity that is held, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from batchjob.cli import main
+
+NET = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Fickle(Net):
+    '''What no graph can hold.'''
+
+    def forward(self, x):
+        return super().forward(x) if float(x.mean()) > 0.4 else -super().forward(x)
+
+
+def net():
+    return Net()
+
+
+def fickle():
+    return Fickle()
+"""
+JOB = """\
+input: {type: prefix, uri: images/}
+model: {type: checkpoint, architecture: "net:net", weights: net.pth}
+preprocess: {resize: [16, 16], crop: null, mean: [0.4, 0.4, 0.4], std: [0.2, 0.2, 0.2]}
+task: {type: embedding}
+runtime: {pool: local, device: cpu, batch_size: 5, loader: {processes: 0}}
+output: {uri: out}
+"""
+
+
+@pytest.fixture(autouse=True)
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path("net.py").write_text(NET)
+    Path("job.yaml").write_text(JOB)
+    Path("images").mkdir()
+    noise = np.random.default_rng(0)
+    for number in range(12):
+        Image.fromarray(noise.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(f"images/{number:02}.png")
+    scope: dict[str, Any] = {}
+    exec(NET, scope)
+    torch.save(scope["net"]().state_dict(), "net.pth")
+
+
+def converted(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    capsys.readouterr()
+    code = main(["convert", "job.yaml", "--images", "8", "--json", *arguments])
+    out, err = capsys.readouterr()
+    answer: dict[str, Any] = json.loads(out.splitlines()[-1])
+    assert code == answer["exit_code"], err
+    return answer
+
+
+def embeddings(output: str) -> np.ndarray[Any, Any]:
+    return np.stack(pq.read_table(f"{output}/predictions")["embedding"].to_numpy(zero_copy_only=False))
+
+
+@pytest.mark.parametrize(("to", "apart"), [("exported", 1e-5), ("onnx", 1e-5), ("torchscript", 1e-5), ("pruned", 10.0)])
+def test_the_file_runs_in_a_job_as_it_is(to: str, apart: float, capsys: pytest.CaptureFixture[str]) -> None:
+    done = converted(capsys, "--to", to, "-o", "made.bin")
+    assert done["images"] == 8
+    assert done["before"] > 0 < done["after"]
+    job = yaml.safe_load(JOB) | {"model": done["model"], "preprocess": done["preprocess"], "output": {"uri": "made"}}
+    Path("made.yaml").write_text(yaml.safe_dump(job))
+    assert main(["run", "job.yaml", "--quiet"]) == 0
+    assert main(["run", "made.yaml", "--quiet"]) == 0
+    found = np.abs(embeddings("out") - embeddings("made")).max()
+    assert found <= apart
+    if to == "pruned":
+        assert found > 0
+        assert "50% of the weights are zero" in done["note"]
+    assert not [path.name for path in Path().iterdir() if path.name.startswith(".")], "nothing is left beside it"
+
+
+def test_the_lines_for_people_hold_what_a_job_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "job.yaml", "--to", "exported", "-o", "net.pt2", "--images", "4"]) == 0
+    said = capsys.readouterr().err
+    assert "on 4 images of the job it agrees on 100.0%" in said
+    block = yaml.safe_load(said.split("in a job:\n")[1])
+    assert block["model"] | {"sha256": None, "weights": None} == {
+        "type": "exported",
+        "trust": True,
+        "sha256": None,
+        "weights": None,
+    }
+    assert block["preprocess"]["resize"] == [16, 16]
+
+
+def test_what_deviates_is_not_written(capsys: pytest.CaptureFixture[str]) -> None:
+    done = converted(capsys, "--to", "pruned", "--amount", "0.9", "--tolerance", "1e-6", "-o", "made.safetensors")
+    assert (done["exit_code"], done["status"]) == (3, "over_budget")
+    assert "not written: on 8 images of the job it deviates by" in done["message"]
+    assert not Path("made.safetensors").exists()
+    assert converted(capsys, "--to", "pruned", "--structured", "-o", "made.safetensors")["exit_code"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--to", "exported", "-o", "no/folder/x.pt2"), "there is no folder"),
+        (("model.architecture=net:fickle", "--to", "exported", "-o", "x.pt2"), "it cannot be converted to exported"),
+        (("--to", "tensorrt", "-o", "x.ep"), "tensorrt needs"),
+        (("input.include=[none]", "--to", "exported", "-o", "x.pt2"), "none of the job's first images can be decoded"),
+    ],
+)
+def test_what_cannot_be_converted_is_said(
+    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = converted(capsys, *arguments)
+    assert (done["exit_code"], done["status"]) == (2, "invalid")
+    assert said in done["message"]
+    assert not list(Path().glob("x.*"))
