@@ -227,6 +227,7 @@ def _outcome(store: Store, run: Run, totals: Totals, budget: ErrorBudget) -> Out
     elif limit:
         said = _stopped_early(totals, planned) if unfinished else _over_budget(totals, planned)
         message = f"{said}, {limit}; {_worst(totals)}; see `batchjob errors {store.uri}`"
+        message += "; errors.abort_early=false does the rest all the same" if unfinished else ""
         status, code = CheckFailed.status, CheckFailed.exit_code
     rate = sum(result.made.rows for result in run.fresh.values()) / max(run.seconds, 1e-9)
     good = totals.rows - totals.failed

@@ -169,7 +169,8 @@ def shard_size(job: Job, seen: Peek, workers: int, row_bytes: int) -> int:
     if wanted == "auto":
         least, most = _SHARD_ROWS
         share = -(-seen.rows // ((workers or _asked(job)) * _SHARDS_A_WORKER)) if seen.whole else most
-        return max(1, min(max(least, share), most, _PART_BYTES // max(1, row_bytes)))
+        in_chunk = plan.CHUNK_BYTES // max(1, seen.row_bytes)  # a chunk of the plan holds whole shards
+        return max(1, min(max(least, share), most, _PART_BYTES // max(1, row_bytes), in_chunk))
     if wanted * row_bytes > _PART_LIMIT:
         raise InvalidJob(
             f"runtime.shard_size: {wanted:,} rows of up to {row_bytes:,} bytes may exceed 4 GiB a part; "

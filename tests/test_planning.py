@@ -101,6 +101,12 @@ def test_wide_passthrough_columns_make_small_chunks_and_shards(tmp_path: Path, m
     assert [note for shard in shards for note in shard.passthrough.column("note").to_pylist()] == notes
 
 
+def test_a_shard_fits_into_a_chunk_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 1_000_000)
+    made = planned(listed(tmp_path, 6_000, {"note": ["x" * 1_000] * 6_000}))
+    assert 900 < made.shard_size < 1_000  # in place of 1,500
+
+
 # --- what the plan keeps of the job -----------------------------------------------------------------------------------
 
 

@@ -8,10 +8,11 @@ passthrough columns, their shards in the schema's metadata), `schema.arrow` (wha
 from __future__ import annotations
 
 from batchjob.plan.contract import Contract, agree
-from batchjob.plan.cutting import CHUNK_ROWS, Chunk, PlanReader, chunks, extend
+from batchjob.plan.cutting import CHUNK_BYTES, CHUNK_ROWS, Chunk, PlanReader, chunks, extend
 from batchjob.plan.head import FORMAT, Head, bury, current, freeze, is_buried, is_discarded, new_head
 
 __all__ = [
+    "CHUNK_BYTES",
     "CHUNK_ROWS",
     "FORMAT",
     "Chunk",
