@@ -34,6 +34,7 @@ __all__ = ["Bench", "Images", "table"]
 
 _POLL_SECONDS = 0.5
 _REFERENCE_SECONDS = 300.0  # for the process to start, the model to load, and eager fp32 to run
+_FAREWELL_SECONDS = 10.0
 _DISTINCT = 64  # images that are looked at; a larger batch repeats them
 
 
@@ -92,6 +93,7 @@ class _Process:
     def __init__(self, bench: Bench, recipes: tuple[Recipe, ...]) -> None:
         context = multiprocessing.get_context("forkserver")
         self._lines, theirs = context.Pipe(duplex=False)
+        self._finished = False
         self._process = context.Process(target=_try_all, args=(bench, recipes, theirs), name="trial")
         preload(__name__)
         with starting():
@@ -107,6 +109,7 @@ class _Process:
             try:
                 if self._lines.poll(_POLL_SECONDS):
                     said: Trial | None = self._lines.recv()
+                    self._finished = said is None
                     return said
             except (EOFError, OSError):
                 self._process.join()
@@ -114,7 +117,9 @@ class _Process:
         return "stopped" if stopped() else "given up, the time was up"
 
     def __exit__(self, *_: object) -> None:
-        if self._process.pid is not None:
+        if self._finished:
+            self._process.join(_FAREWELL_SECONDS)
+        if self._process.is_alive() and self._process.pid is not None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()

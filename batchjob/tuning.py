@@ -82,7 +82,7 @@ class Trial:
         verdict: `passed`, or why not.
         passed: it ran, and its outputs are near enough.
         speedup: over eager fp32, median of paired timings; 0 where it was not timed.
-        images_per_second: of the forward pass alone.
+        images_per_second: of the forward pass alone: eager fp32's, times `speedup`.
         likeness: None where it did not run.
         warm_up_s: from the module to the first output, compiling included.
     """
@@ -222,10 +222,10 @@ def tried(subject: Subject, recipes: Sequence[Recipe]) -> Iterator[Trial]:
     )
     for recipe in recipes:
         if recipe != Recipe():
-            yield _tried(subject, recipe, eager, reference)
+            yield _tried(subject, recipe, eager, reference, subject.images / seconds)
 
 
-def _tried(subject: Subject, recipe: Recipe, eager: Callable[[], Any], reference: Any) -> Trial:
+def _tried(subject: Subject, recipe: Recipe, eager: Callable[[], Any], reference: Any, pace: float) -> Trial:
     began = time.perf_counter()
     try:
         fast = subject.build(recipe)
@@ -233,25 +233,22 @@ def _tried(subject: Subject, recipe: Recipe, eager: Callable[[], Any], reference
         warm_up = time.perf_counter() - began
         if (fault := likeness.fault(recipe)) is not None:
             return Trial(recipe, fault, likeness=likeness, warm_up_s=warm_up)
-        speedup, seconds = _paired(eager, fast)
+        speedup = _paired(eager, fast)
     except Exception as error:  # noqa: BLE001 - a candidate that fails is a line in the table, not a failed job
         return Trial(recipe, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-    return Trial(recipe, "passed", True, speedup, subject.images / seconds, likeness, warm_up)
+    return Trial(recipe, "passed", True, speedup, pace * speedup, likeness, warm_up)
 
 
-def _paired(eager: Callable[[], Any], fast: Callable[[], Any]) -> tuple[float, float]:
-    """Median ratio of timings taken in turn, which a noisy machine cannot tilt; and seconds a batch of `fast`."""
+def _paired(eager: Callable[[], Any], fast: Callable[[], Any]) -> float:
+    """Median ratio of timings taken in turn, which a noisy machine cannot tilt."""
     fast()
     ratios: list[float] = []
-    spent: list[float] = []
     began = time.perf_counter()
     while len(ratios) < _PAIRS.stop - 1:
-        before, after = _clocked(eager), _clocked(fast)
-        ratios.append(before / after)
-        spent.append(after)
+        ratios.append(_clocked(eager) / _clocked(fast))
         if ratios[0] < _HOPELESS or (len(ratios) >= _PAIRS.start and time.perf_counter() - began > _PAIRS_SECONDS):
             break
-    return statistics.median(ratios), statistics.median(spent)
+    return statistics.median(ratios)
 
 
 def _clocked(run: Callable[[], Any]) -> float:

@@ -1,0 +1,162 @@
+"""One model through every format: top-1 agreement, largest deviation and images/s against its state_dict.
+
+    python benchmarks/formats.py FOLDER_OF_IMAGES [--model resnet18] [--rounds 5]
+
+Each format is loaded as a job loads it, through `model:` settings and the engine; the forward passes are timed in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torchvision
+
+from batchjob.convert import Conversion, Format, convert
+from batchjob.engine import Engine
+from batchjob.job import Job
+from batchjob.likeness import compare
+from batchjob.records import Recipe
+from batchjob.storage import Reader
+
+BATCH = 32
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser(description=__doc__)
+    asked.add_argument("images", type=Path)
+    asked.add_argument("--model", default="resnet18")
+    asked.add_argument("--rounds", type=int, default=5)
+    given = asked.parse_args()
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        show(measured(given.images, given.model, given.rounds, Path(folder)))
+
+
+def measured(images: Path, name: str, rounds: int, folder: Path) -> list[tuple[str, float, float, float, float]]:
+    """Format, agreement, deviation, images/s, and the median of images/s over the state_dict's, in turn."""
+    job = job_of(images, saved(name, folder), folder)
+    reader = Reader()
+    engines = {"state_dict": engine_of(job, reader)}
+    for title, model in formats(job, name, folder).items():
+        engines[title] = engine_of(with_model(job, model), reader)
+    pixels = torch.stack(list(engines["state_dict"].prepared(locations(images))))
+    runs = {title: runner(engine) for title, engine in engines.items()}
+    reference = over_all(runs["state_dict"], pixels)
+    likeness = {title: compare(reference, over_all(run, pixels)) for title, run in runs.items()}
+    paces: dict[str, list[float]] = {title: [] for title in runs}
+    for _ in range(rounds):
+        for title, run in runs.items():
+            began = time.perf_counter()
+            run(pixels[:BATCH])
+            paces[title].append(BATCH / (time.perf_counter() - began))
+    return [
+        (
+            title,
+            likeness[title].agreement,
+            likeness[title].deviation,
+            median(paces[title]),
+            median(pace / plain for pace, plain in zip(paces[title], paces["state_dict"], strict=True)),
+        )
+        for title in runs
+    ]
+
+
+def show(rows: list[tuple[str, float, float, float, float]]) -> None:
+    print(f"{'format':<22}{'agreement':>10}{'deviation':>11}{'images/s':>10}{'ratio':>7}")
+    for title, agreement, deviation, pace, ratio in rows:
+        print(f"{title:<22}{agreement:>10.1%}{deviation:>11.1e}{pace:>10.1f}{ratio:>7.2f}")
+
+
+def saved(name: str, folder: Path) -> Path:
+    """Seeded weights with batch norms that have seen something, so that outputs differ from image to image."""
+    torch.manual_seed(0)
+    module = torchvision.models.get_model(name, weights=None)
+    with torch.no_grad():
+        for _ in range(4):
+            module.train()(torch.rand(8, 3, 224, 224))
+    torch.save(module.state_dict(), folder / "weights.pth")
+    return folder / "weights.pth"
+
+
+def job_of(images: Path, weights: Path, folder: Path) -> Job:
+    return Job.model_validate(
+        {
+            "input": {"type": "prefix", "uri": str(images), "extensions": "all"},
+            "model": {"type": "checkpoint", "architecture": "resnet18", "weights": str(weights)},
+            "preprocess": {"resize": 256, "crop": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+            "task": {"type": "embedding"},
+            "runtime": {"device": "cpu", "batch_size": BATCH},
+            "output": {"uri": str(folder / "out")},
+        }
+    )
+
+
+def with_model(job: Job, model: dict[str, Any]) -> Job:
+    return Job.from_portable({**job.portable(), "model": model}, job.base, job.base)
+
+
+def formats(job: Job, name: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """`model` settings of the same weights, as each format."""
+    torch.manual_seed(0)
+    module = torchvision.models.get_model(name, weights=None)
+    module.load_state_dict(torch.load(folder / "weights.pth", weights_only=True))
+    module.eval()
+    torch.save(module, folder / "whole.pt")
+    torch.jit.save(torch.jit.script(module), str(folder / "scripted.pt"))
+    made = {
+        "pickle": trusted("pickle", folder / "whole.pt"),
+        "TorchScript scripted": trusted("torchscript", folder / "scripted.pt"),
+    }
+    wanted: dict[str, Format] = {
+        "TorchScript traced": "torchscript",
+        "torch.export .pt2": "exported",
+        "AOTInductor": "aoti",
+        "ONNX": "onnx",
+        "int8 static, compiled": "int8",
+    }
+    for title, to in wanted.items():
+        made[title] = convert(job, Conversion(to, folder / f"{to}.bin", tolerance=1.0)).model
+    return made
+
+
+def trusted(kind: str, file: Path) -> dict[str, Any]:
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return {"type": kind, "weights": str(file), "trust": True, "sha256": digest}
+
+
+def locations(images: Path) -> list[str]:
+    return sorted(str(path) for path in images.rglob("*") if path.is_file())
+
+
+def engine_of(job: Job, reader: Reader) -> Engine:
+    engine = Engine(job, reader, ())
+    engine.try_out()
+    return engine
+
+
+def runner(engine: Engine) -> Callable[[torch.Tensor], torch.Tensor]:
+    forward = engine.forward(Recipe())
+
+    def run(pixels: torch.Tensor) -> torch.Tensor:
+        with forward.modes():
+            output: torch.Tensor = forward(pixels.clone())
+        return output
+
+    return run
+
+
+def over_all(run: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
+    return torch.cat([run(part) for part in pixels.split(BATCH)])
+
+
+if __name__ == "__main__":
+    main()

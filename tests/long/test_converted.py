@@ -1,0 +1,31 @@
+"""The CIFAR model as ONNX and as a program of torch.export: converted by the command, run as jobs, as right as ever."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import cifar, right, run, table
+
+
+@pytest.mark.parametrize("to", ["onnx", "exported", "aoti"])
+def test_a_converted_model_is_as_right_as_before(to: str, tmp_path: Path, test_data: Path) -> None:
+    command = cifar(test_data, tmp_path / "out")
+    made = run("convert", *command[1:], "--to", to, "-o", str(tmp_path / "net.bin"))
+    assert made.code == 0, made.err
+    found = made.answer
+    job = {
+        "input": {"type": "prefix", "uri": str(test_data / "cifar10/images")},
+        "model": found["model"],
+        "preprocess": found["preprocess"],
+        "task": {"type": "classification", "labels": yaml.safe_load(Path(command[1]).read_text())["task"]["labels"]},
+        "runtime": {"pool": "local", "device": "cpu"},
+        "output": {"uri": str(tmp_path / "converted")},
+    }
+    (tmp_path / "converted.yaml").write_text(yaml.safe_dump(job))
+    ended = run("run", str(tmp_path / "converted.yaml"), "--json")
+    assert (ended.code, ended.answer["predicted"]) == (0, 1000), ended.err
+    hits = right(table(tmp_path / "converted"))
+    print(f"{to}: deviates by {found['likeness']['deviation']:.1e} of the largest output; {hits} of 1,000 right")
+    assert abs(hits - 804) <= 1
