@@ -91,8 +91,8 @@ _TAKEN = "defaults"
 
 
 def _check_device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
-        raise ValueError(f"must be auto, cuda, cuda:N, mps or cpu, not {value!r}")
+    if not re.fullmatch(r"auto|cpu|mps|xpu|cuda(:\d+)?", value):
+        raise ValueError(f"must be auto, cuda, cuda:N, mps, xpu or cpu, not {value!r}")
     return value
 
 
@@ -128,7 +128,7 @@ class Runtime(Acceleration):
         workers: how many workers; a number, or `min` and `max`.
         gpus_per_worker: GPUs that each worker is given; may be a fraction.
         cpus_per_worker: cores that each worker is given, its loader processes included.
-        device: auto, cuda, cuda:N, mps or cpu; one that is asked for and absent is an error.
+        device: auto, cuda, cuda:N, mps, xpu or cpu; one that is asked for and absent is an error.
         batch_size: images in a batch.
         grad_mode: `no_grad` for models that fail under inference mode.
         shard_size: images in a shard, the unit that is committed.

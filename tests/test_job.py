@@ -141,7 +141,7 @@ def test_every_fault_is_said_at_once_at_its_line() -> None:
         (
             "device: auto",
             "device: gpu",
-            "job.yaml:18:11: runtime.device: must be auto, cuda, cuda:N, mps or cpu, not 'gpu'",
+            "job.yaml:18:11: runtime.device: must be auto, cuda, cuda:N, mps, xpu or cpu, not 'gpu'",
         ),
         (
             "workers: {min: 1, max: 8}",
