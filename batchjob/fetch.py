@@ -37,8 +37,9 @@ class Fetcher:
     def fetch(self, refs: Sequence[ImageRef]) -> list[Blob | Fault]:
         """As many answers as refs, in order. Raises Unavailable when the store cannot be reached."""
         faults = [oversized(ref.size, self.max_bytes) for ref in refs]
-        wanted = [ref.location for ref, fault in zip(refs, faults, strict=True) if fault is None]
-        answers = iter(self._read(wanted))
+        wanted = [ref for ref, fault in zip(refs, faults, strict=True) if fault is None]
+        found = self._read([ref.location for ref in wanted])
+        answers = iter([_as_planned(ref, answer) for ref, answer in zip(wanted, found, strict=True)])
         return [fault or next(answers) for fault in faults]
 
     def _read(self, locations: Sequence[str]) -> list[Blob | Fault]:
@@ -89,6 +90,13 @@ def together(refs: Sequence[ImageRef]) -> Iterator[Sequence[ImageRef]]:
             start, held = index, ref.size or 0
     if start < len(refs):
         yield refs[start:]
+
+
+def _as_planned(ref: ImageRef, answer: Blob | Fault) -> Blob | Fault:
+    """The answer; a fault where the object is no longer the one that was planned, as far as its tags tell."""
+    if isinstance(answer, Fault) or ref.etag is None or answer.etag is None or ref.etag == answer.etag:
+        return answer
+    return Fault("fetch", "changed", f"{ref.location}: changed since the plan was made ({ref.etag}, now {answer.etag})")
 
 
 def _is_refused(answer: object) -> bool:

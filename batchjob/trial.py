@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -34,7 +35,7 @@ __all__ = ["Bench", "Images", "table"]
 
 _POLL_SECONDS = 0.5
 _REFERENCE_SECONDS = 300.0  # for the process to start, the model to load, and eager fp32 to run
-_FAREWELL_SECONDS = 10.0
+_FAREWELL_SECONDS = 3.0
 _DISTINCT = 64  # images that are looked at; a larger batch repeats them
 
 
@@ -117,13 +118,14 @@ class _Process:
         return "stopped" if stopped() else "given up, the time was up"
 
     def __exit__(self, *_: object) -> None:
-        if self._finished:
-            self._process.join(_FAREWELL_SECONDS)
+        if not self._finished:
+            self._process.terminate()  # kill alone would leave semaphores behind, which are complained of at our exit
+        self._process.join(_FAREWELL_SECONDS)
         if self._process.is_alive() and self._process.pid is not None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()
-        self._process.join()
+            self._process.kill()
+            self._process.join()
         self._lines.close()
 
 
@@ -141,6 +143,7 @@ def _try_all(bench: Bench, recipes: tuple[Recipe, ...], lines: Connection) -> No
     with suppress(OSError):
         os.setsid()  # so that the compiler's own processes end with this one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=end_with_parent, name="parent-watch", daemon=True).start()
     use_compile_cache()
     import torch

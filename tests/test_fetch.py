@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,24 @@ def test_a_run_of_large_images_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchjob.fetch.FETCH_BYTES", 10)
     refs = [ImageRef(n, str(n), str(n), size=size) for n, size in enumerate([4, 6, 1, 30, None, 10])]
     assert [[ref.position for ref in run] for run in together(refs)] == [[0, 1], [2], [3], [4, 5]]
+
+
+def test_an_object_that_was_overwritten_after_the_plan_is_a_fault_that_says_so(
+    s3: Seaweed, faulty: Faulty, fetcher: Fetcher, tmp_path: Path
+) -> None:
+    refs = photos(s3, "a.jpg", "b.jpg")
+    tags = [fetcher.reader.stat(ref.location).etag for ref in refs]
+    planned = [replace(ref, etag=etag) for ref, etag in zip(refs, tags, strict=True)]
+    assert told(fetcher.fetch(planned)) == ["a.jpg", "b.jpg"]
+    s3.put(refs[1].location, b"another")
+    assert told(fetcher.fetch(planned)) == ["a.jpg", "changed"]
+    assert told(fetcher.fetch(refs)) == ["a.jpg", "another"], "no tag was planned"
+    local = tmp_path / "c.jpg"
+    local.write_bytes(b"c")
+    ref = ImageRef(0, "c", str(local), etag=fetcher.reader.stat(str(local)).etag)
+    assert told(fetcher.fetch([ref])) == ["c"]
+    local.write_bytes(b"other")
+    (fault,) = fetcher.fetch([ref])
+    assert isinstance(fault, Fault)
+    assert (fault.stage, fault.type) == ("fetch", "changed")
+    assert "changed since the plan was made" in fault.message
