@@ -36,6 +36,8 @@ __all__ = ["Bench", "Images", "table"]
 _POLL_SECONDS = 0.5
 _REFERENCE_SECONDS = 300.0  # for the process to start, the model to load, and eager fp32 to run
 _FAREWELL_SECONDS = 3.0
+_SHARE = 0.6  # of the time left
+_LEAST_SECONDS = 30.0
 _DISTINCT = 64  # images that are looked at; a larger batch repeats them
 
 
@@ -65,8 +67,8 @@ def table(bench: Bench, recipes: Sequence[Recipe], budget: float, stopped: Calla
 
     Args:
         bench: see there.
-        recipes: likeliest first.
-        budget: seconds for all of them; the one at work when they are over is given up.
+        recipes: in the order they are tried.
+        budget: seconds for all of them; one that takes more than its share of what is left is given up.
         stopped: asked now and then; True ends it.
     """
     made: list[Trial] = []
@@ -74,7 +76,7 @@ def table(bench: Bench, recipes: Sequence[Recipe], budget: float, stopped: Calla
     until = time.monotonic() + _REFERENCE_SECONDS
     while True:
         with _Process(bench, tuple(left)) as process:
-            while isinstance(said := process.next(until, stopped), Trial):
+            while isinstance(said := process.next(_share(until) if made else until, stopped), Trial):
                 if said.recipe != Recipe():
                     made.append(said)
                     left.popleft()
@@ -86,6 +88,12 @@ def table(bench: Bench, recipes: Sequence[Recipe], budget: float, stopped: Calla
         made.append(Trial(left.popleft(), said or "ended early"))
         if time.monotonic() >= until or stopped():
             return made + [Trial(recipe, "not tried, the time was up") for recipe in left]
+
+
+def _share(until: float) -> float:
+    """When one recipe is given up, so that those after it have their turn too."""
+    now = time.monotonic()
+    return now + max(_SHARE * (until - now), min(_LEAST_SECONDS, until - now))
 
 
 class _Process:

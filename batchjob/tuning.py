@@ -148,13 +148,13 @@ def wished(asked: Acceleration) -> Recipe:
 
 
 def candidates(asked: Acceleration, device: Traits) -> list[Recipe]:
-    """What to try, likeliest first; each holds to what the job names. The first is `wished`."""
+    """What to try, the quickest to try first; each holds to what the job names. The first is `wished`."""
     curated = [wished(asked), *(_pinned(recipe, asked) for recipe in _curated(device))]
     return [recipe for recipe in dict.fromkeys(curated) if _sound(recipe)]
 
 
 def _curated(device: Traits) -> Iterator[Recipe]:
-    """What has been found to win on some model; trying is cheaper than guessing which."""
+    """What has been found to win on some model; trying is cheaper than guessing which. Compiling comes last."""
     plain = Recipe()
     fast: list[Precision] = ["bf16"] if device.bf16 else ["fp16"] if device.fp16 else []
     if device.kind == "cuda":
@@ -165,11 +165,9 @@ def _curated(device: Traits) -> Iterator[Recipe]:
             yield replace(half, compile="max-autotune")
         return
     yield replace(plain, channels_last=True, fold=True)
-    yield replace(plain, compile="default", freeze=True)
-    for precision in fast:
-        yield replace(plain, precision=precision, channels_last=True)
-        yield replace(plain, precision=precision, compile="default", freeze=True)
+    yield from (replace(plain, precision=precision, channels_last=True) for precision in fast)
     yield replace(plain, channels_last=True)
+    yield from (replace(plain, precision=precision, compile="default", freeze=True) for precision in (*fast, "fp32"))
 
 
 def _pinned(recipe: Recipe, asked: Acceleration) -> Recipe:
