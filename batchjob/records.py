@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -31,8 +31,10 @@ __all__ = [
     "Shard",
     "ShardKey",
     "ShardResult",
+    "Span",
     "Stat",
     "Traits",
+    "Watch",
 ]
 
 
@@ -245,6 +247,28 @@ class Traits:
     fp16: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of work.
+
+    Attributes:
+        stage: which; `wait` is the forward loop's, for a batch.
+        began: by `time.perf_counter`, whose zero all processes of a machine share; `ended` likewise.
+        process: id of the one that did it.
+        images: that it was for, 0 where that is not known.
+    """
+
+    stage: str
+    began: float
+    ended: float
+    process: int
+    images: int = 0
+
+
+Watch = Callable[[Span], None]
+"""Told of each stretch of work, from any thread."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """A loaded batch of one shard.
@@ -259,6 +283,7 @@ class Batch:
         seconds: stage → seconds spent in the loader.
         shapes: `[c, h, w]` of each image where they may differ.
         take: number of the attempt that it belongs to, as its shard gave it.
+        spans: what `seconds` adds up, stretch by stretch.
     """
 
     shard: int
@@ -269,6 +294,7 @@ class Batch:
     seconds: Mapping[str, float] = field(default_factory=dict)
     shapes: tuple[tuple[int, ...], ...] | None = None
     take: int = 0
+    spans: tuple[Span, ...] = ()
 
     def pin_memory(self) -> Batch:
         """The same batch with page-locked pixels (called by DataLoader)."""
@@ -315,9 +341,14 @@ class Provenance:
 
     @classmethod
     def parse(cls, text: str | bytes) -> Provenance:
-        """Raises ValueError or TypeError where the text is not a provenance record."""
-        fields: dict[str, Any] = json.loads(text)
-        return cls(**fields)
+        """What a later version has added is passed over.
+
+        Raises:
+            ValueError, TypeError: the text is no provenance record.
+        """
+        found: dict[str, Any] = dict(json.loads(text))
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in found.items() if name in known})
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,9 @@ def test_the_footer_says_where_it_comes_from(tmp_path: Path) -> None:
     assert writer.examples == {"decode/empty": "u1: the file is empty", "predict/not_finite": "u0: NaN"}
     footer = pq.read_metadata(tmp_path / "part").metadata
     assert Provenance.parse(footer[b"batchjob"]) == provenance(writer)
-    assert json.loads(footer[b"batchjob"])["errors"] == {"decode/empty": 2, "predict/not_finite": 1}
+    said = json.loads(footer[b"batchjob"])
+    assert said["errors"] == {"decode/empty": 2, "predict/not_finite": 1}
+    assert Provenance.parse(json.dumps(said | {"of a later version": 1})) == provenance(writer)
 
 
 def test_encodings_are_the_plain_ones_and_dictionaries_stand_where_they_help(tmp_path: Path) -> None:
