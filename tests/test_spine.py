@@ -1,4 +1,4 @@
-"""One job from images to Parquet, killed and resumed, on local disks, on a real S3 server and on Ray."""
+"""One job from images to Parquet, killed and resumed, on local disks, S3 and Ray; tests/long has the longer forms."""
 
 from __future__ import annotations
 
@@ -126,37 +126,6 @@ def test_killed_drivers_resume_and_redo_nothing(
     assert committed.items() <= {key: made.attempt for key, made in footers(output).items()}.items()
 
 
-def test_of_two_drivers_one_works_and_a_dead_owner_is_replaced(test_data: Path, tmp_path: Path) -> None:
-    output = str(tmp_path / "out")
-    job = slow_job(tmp_path, test_data, output)
-    owner = start([job])
-    store = open_store(output)
-    until(lambda: len(ledger.parts(store)) >= 1)
-    begun = time.monotonic()
-    second = run([job])
-    assert second.code == 75
-    assert time.monotonic() - begun < 15  # its own start included
-    assert "another driver" in second.said
-    owner.send_signal(signal.SIGKILL)
-    wait(owner)
-    heir = run([job])
-    assert heir.code == 0, heir.said
-    assert sorted(row["position"] for row in rows(output)) == list(range(1000))
-
-
-def test_sigterm_drains_and_the_next_run_finishes(test_data: Path, tmp_path: Path) -> None:
-    output = str(tmp_path / "out")
-    job = slow_job(tmp_path, test_data, output)
-    process = start([job])
-    store = open_store(output)
-    until(lambda: len(ledger.parts(store)) >= 1)
-    process.send_signal(signal.SIGTERM)
-    ended = wait(process, 25)
-    assert (ended.code, ended.answer["status"]) == (75, "temporary"), ended.said
-    assert run([job]).code == 0
-    assert len(rows(output)) == 1000
-
-
 def test_a_dead_network_commits_nothing(test_data: Path) -> None:
     ended = run(
         cifar(test_data, "s3://nowhere/out"),
@@ -199,7 +168,7 @@ def test_imagenet_logits_are_those_of_the_documented_loop(test_data: Path, tmp_p
 
     job = batchjob.Job.model_validate(
         {
-            "input": {"type": "prefix", "uri": str(test_data / "imagenet-sample")},
+            "input": {"type": "prefix", "uri": str(test_data / "imagenet-sample"), "include": ["**/n0209*"]},
             "model": {"type": "torchvision", "name": "resnet18", "seed": 0},
             "task": {"type": "embedding"},
             "runtime": {"pool": "local"},
@@ -210,7 +179,7 @@ def test_imagenet_logits_are_those_of_the_documented_loop(test_data: Path, tmp_p
     assert batchjob.run(job).status == "complete"
     assert torch.get_num_threads() == threads
     found = rows(str(tmp_path / "out"))
-    assert len(found) == 300
+    assert len(found) == 12
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = resnet18().eval()
