@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 UV := VIRTUAL_ENV=$(VENV) $(BIN)/uv
-TREES := batchjob jobs tests
+TREES := batchjob benchmarks jobs tests
 
 # The lock is made for Linux; other systems resolve the same requirements afresh.
 ifeq ($(shell uname -s),Linux)
@@ -15,7 +15,7 @@ REQUIREMENTS := --extra dev --requirements pyproject.toml
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format test test-long demo lock wheel clean
+.PHONY: help install lint format test test-long demo bench lock wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -39,7 +39,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 lint: $(INSTALLED)  ## ruff and mypy, both strict
 	$(BIN)/ruff check $(TREES)
 	$(BIN)/ruff format --check $(TREES)
-	$(BIN)/mypy batchjob tests
+	$(BIN)/mypy batchjob benchmarks tests
 	@set -e; for folder in $(sort $(dir $(wildcard jobs/*/*.py))); do \
 	  echo "$(BIN)/mypy $$folder"; $(BIN)/mypy $$folder; done
 
@@ -59,9 +59,20 @@ demo: $(INSTALLED)  ## handwritten digits, from pictures to Parquet, on a Ray st
 	$(BIN)/batchjob run jobs/digits/digits.yaml
 	$(BIN)/python jobs/digits/show.py
 
+# Daft wants an older pyarrow than everything else here, so it lies in a folder that only its own runs see. Where it
+# cannot be installed, the comparison says so and does without.
+SIZE ?= small
+$(VENV)/daft/.installed: $(INSTALLED) benchmarks/daft.lock
+	-$(HAND_ON) $(UV) pip install --quiet --require-hashes --target $(@D) --requirements benchmarks/daft.lock && touch $@
+
+bench: $(INSTALLED) $(VENV)/daft/.installed  ## beside Ray Data, Daft and a plain loop; SIZE=full takes hours
+	$(BIN)/python -m benchmarks.compare --size $(SIZE)
+
 lock: $(INSTALLED)  ## compile requirements.lock again, newest versions
 	$(UV) pip compile --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-annotate --no-header --extra dev --quiet --output-file requirements.lock pyproject.toml
+	echo daft | $(UV) pip compile --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-annotate --no-header --quiet --output-file benchmarks/daft.lock -
 
 wheel: $(INSTALLED)  ## dist/batchjob-….whl, for cluster.yaml or for your own index
 	rm -rf dist

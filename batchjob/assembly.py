@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import secrets
 import threading
@@ -21,7 +22,7 @@ from batchjob import ledger
 from batchjob.errors import AttemptFailed, BatchjobError
 from batchjob.pool import Done, Event, Failed
 from batchjob.predict import Predicted
-from batchjob.records import Batch, Fault, Frame, ImageFacts, Provenance, Shard, ShardResult
+from batchjob.records import Batch, Fault, Frame, ImageFacts, Provenance, Shard, ShardResult, Span, Watch
 from batchjob.sink import PartWriter, rows
 from batchjob.storage import Store
 from batchjob.tasks import Postprocess
@@ -76,9 +77,10 @@ class Assembly:
         lost: what is said of images that do not fit into memory.
         wanted: raises when the plan was discarded meanwhile; asked before each commit.
         tell: called, from any thread, with what became of a shard.
+        watch: told how long each batch and each commit took.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all by keyword, from the one place that puts a worker together
         self,
         *,
         store: Store,
@@ -89,9 +91,10 @@ class Assembly:
         lost: Fault,
         wanted: Callable[[], None],
         tell: Callable[[Event], None],
+        watch: Watch = lambda span: None,
     ) -> None:
         self._store, self._spool, self._imprint, self._post = store, spool, imprint, post
-        self._frames, self._lost, self._wanted, self._tell = frames, lost, wanted, tell
+        self._frames, self._lost, self._wanted, self._tell, self._watch = frames, lost, wanted, tell, watch
         self._drafts: dict[int, _Draft] = {}
         self._failed: set[int] = set()
         self._waiting: queue.Queue[_Item | Callable[[], None] | None] = queue.Queue(_BATCHES_WAITING)
@@ -193,7 +196,7 @@ class Assembly:
         draft.writer.add(made)
         if self._post.truths:
             draft.truth.update(self._post.tally(made.filter(pc.is_null(made.column("error_stage")))))
-        draft.spend({"write": time.perf_counter() - began})
+        draft.spend({"write": self._spent("write", began, made.num_rows)})
 
     def _outcome(self, predicted: Predicted, frames: Sequence[Frame]) -> tuple[list[pa.Array], list[Fault | None]]:
         """The task's columns and faults, a row for each image, in the batch's order."""
@@ -230,7 +233,7 @@ class Assembly:
         self._tell(future.result())
 
     def _commit(self, draft: _Draft) -> Event:
-        key = draft.shard.key
+        key, began = draft.shard.key, time.perf_counter()
         try:
             made = draft.close(self._imprint)
             done = ledger.commit(self._store, key, draft.writer.path, made, self._wanted)
@@ -240,6 +243,13 @@ class Assembly:
             return Failed(key, as_ours(error))
         finally:
             draft.writer.path.unlink(missing_ok=True)
+            self._spent("commit", began, key.rows)
+
+    def _spent(self, stage: str, began: float, images: int) -> float:
+        """Seconds since `began`, which the watch is told of."""
+        ended = time.perf_counter()
+        self._watch(Span(stage, began, ended, os.getpid(), images))
+        return ended - began
 
 
 class _Draft:

@@ -270,6 +270,29 @@ def convert(  # noqa: PLR0913, PLR0917 - typer makes a parameter of each flag
 
 
 @app.command()
+def bench(
+    job: JobFile,
+    overrides: Overrides = None,
+    param: Params = None,
+    images: Annotated[int, typer.Option(min=1, help="Images in a run; where there are fewer they come again.")] = 1000,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write torch's table and a Chrome trace of a few batches there.")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Measure each stage of a job alone, and the whole; say what holds it back. Its output is not touched."""
+
+    def work() -> tuple[dict[str, Any], list[str]]:
+        loaded = _read(job, param, overrides)
+        from batchjob.bench import Wanted, bench, lines
+
+        found = bench(loaded, Wanted(images, None if profile is None else profile.absolute()))
+        return {"status": "measured", **found.facts()}, lines(found)
+
+    return _answer(work, as_json)
+
+
+@app.command()
 def schema() -> int:
     """Print the JSON schema of job files, for editors: batchjob schema > batchjob.schema.json"""
     from batchjob.job import job_schema

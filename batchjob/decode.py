@@ -1,4 +1,7 @@
-"""Bytes to uint8 pixels with Pillow, for a short list of formats: a bad image becomes an `ImageFault`, nothing else."""
+"""Bytes to uint8 pixels, for a short list of formats: a bad image becomes an `ImageFault`, nothing else.
+
+Ordinary JPEG files go through libjpeg-turbo alone, everything else through Pillow.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from batchjob.errors import ImageFault
+from batchjob.jpeg import Least, jpeg_pixels, jpeg_size, shrinking
 from batchjob.settings import Settings
 
 if TYPE_CHECKING:
@@ -26,6 +30,7 @@ __all__ = ["DecodeSettings", "Decoded", "decode"]
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _READ = "JPEG, PNG, WebP, GIF, BMP and TIFF"
 _ORIENTATION = 0x0112
+_LAST_UNTURNED = 4  # orientations above it swap width and height
 _SAMPLE_BITS = 258  # TIFF tag BitsPerSample
 
 # First bytes by which a file is told apart: those that are read, then those that are known and not read.
@@ -56,27 +61,46 @@ _OTHERS = (
 
 
 class DecodeSettings(Settings):
-    """Limits on one image; beyond them it becomes an error row.
+    """Limits on one image, beyond which it becomes an error row; and how exact its pixels must be.
 
     Attributes:
         max_pixels: width times height.
         max_bytes: of the encoded file.
+        mode: `exact` is Pillow's decoding and torchvision's resize, bit for bit. `fast` decodes a JPEG of at least
+            twice the size that the resize needs to a half, quarter or eighth, and resizes in integers.
     """
 
     max_pixels: Annotated[int, Field(ge=1)] = 178_956_970
     max_bytes: Annotated[int, Field(ge=1)] = 256 * 1024 * 1024
+    mode: Literal["exact", "fast"] = "exact"
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """`pixels` uint8 `[h, w, c]` (RGB, or one grey channel), and the size in pixels as the file stores it."""
+    """`pixels` uint8 `[h, w, c]` (RGB, or one grey channel), and the size in pixels as the file stores it.
+
+    With `turned`, EXIF has swapped width and height; and it was decoded `shrunk` times smaller than these two say.
+    """
 
     pixels: np.ndarray
     width: int
     height: int
+    turned: bool = False
+    shrunk: int = 1
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Height and width of the image as it stands, all of its pixels counted."""
+        return (self.width, self.height) if self.turned else (self.height, self.width)
 
 
-def decode(data: bytes, settings: DecodeSettings, channels: Literal["rgb", "bgr", "gray"], exif: bool) -> Decoded:
+def decode(
+    data: bytes,
+    settings: DecodeSettings,
+    channels: Literal["rgb", "bgr", "gray"],
+    exif: bool,
+    least: Least | None = None,
+) -> Decoded:
     """Decode one image; of an animation the first frame.
 
     For ordinary images this is `Image.open(...).convert("RGB")`: alpha is dropped, palettes and CMYK are converted.
@@ -88,6 +112,8 @@ def decode(data: bytes, settings: DecodeSettings, channels: Literal["rgb", "bgr"
         settings: limits.
         channels: `gray` gives one channel; `rgb` and `bgr` both give RGB (the order is changed on the device).
         exif: turn the image as its EXIF orientation says.
+        least: in mode `fast`, pixels of the upright image that are needed (shorter side, or height and width); all
+            where not given.
 
     Raises:
         ImageFault: stage `decode`, of type `empty`, `not_an_image`, `unsupported`, `truncated`, `corrupt`,
@@ -97,6 +123,9 @@ def decode(data: bytes, settings: DecodeSettings, channels: Literal["rgb", "bgr"
         raise _fault("empty", "the file is empty")
     if len(data) > settings.max_bytes:
         raise _fault("too_large", f"the file has {len(data):,} bytes, over decode.max_bytes {settings.max_bytes:,}")
+    quick = _jpeg(data, settings, channels, exif, least if settings.mode == "fast" else None)
+    if quick is not None:
+        return quick
     with _quiet(settings.max_pixels), _deaf() if data.startswith(_TIFF) else contextlib.nullcontext():
         try:
             return _decode(data, settings, channels, exif)
@@ -108,6 +137,31 @@ def decode(data: bytes, settings: DecodeSettings, channels: Literal["rgb", "bgr"
             raise _classify(error, data, settings) from None
 
 
+def _jpeg(data: bytes, settings: DecodeSettings, channels: str, exif: bool, least: Least | None) -> Decoded | None:
+    """An ordinary JPEG file by libjpeg-turbo; None leaves the file, and all there is to say of it, to Pillow."""
+    import numpy as np
+    from PIL import Image
+
+    size = jpeg_size(data)
+    if size is None or size[0] * size[1] > settings.max_pixels:
+        return None
+    try:
+        orientation = _jpeg_orientation(data, settings) if exif else 1
+    except Exception:  # noqa: BLE001 - Pillow, when its turn comes, says what it is
+        return None
+    turned = orientation > _LAST_UNTURNED
+    if turned and isinstance(least, tuple):
+        least = least[1], least[0]
+    shrunk = 1 if least is None else shrinking(size, least)
+    pixels = jpeg_pixels(data, size, shrunk)
+    if pixels is None:
+        return None
+    if channels == "gray" or orientation != 1:
+        image = Image.fromarray(pixels)
+        pixels = np.array(_turned(_converted(image, "L" if channels == "gray" else "RGB"), orientation))
+    return Decoded(_channelled(pixels), size[1], size[0], turned, shrunk)
+
+
 def _decode(data: bytes, settings: DecodeSettings, channels: str, exif: bool) -> Decoded:
     import numpy as np
     from PIL import Image
@@ -117,11 +171,15 @@ def _decode(data: bytes, settings: DecodeSettings, channels: str, exif: bool) ->
         if width * height > settings.max_pixels:
             raise _fault("too_large", f"{width}x{height} pixels, over decode.max_pixels {settings.max_pixels:,}")
         image.load()
-        upright = _turned(image) if exif else image
+        upright = _turned(image, _orientation(image)) if exif else image
         pixels = np.array(_converted(upright, "L" if channels == "gray" else "RGB"))
     if pixels.size == 0:
         raise _fault("corrupt", f"it has no pixels: {width}x{height}")
-    return Decoded(pixels if pixels.ndim == 3 else pixels[:, :, None], width, height)
+    return Decoded(_channelled(pixels), width, height, turned=pixels.shape[1] != width)
+
+
+def _channelled(pixels: np.ndarray) -> np.ndarray:
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
@@ -164,14 +222,10 @@ def _top_sample(image: Image.Image, largest: int) -> int:
     return (1 << bits[0]) - 1 if bits[0] in {9, 10, 12, 14} and largest < 1 << bits[0] else 65535
 
 
-def _turned(image: ImageFile) -> Image.Image:
-    """Upright by its EXIF orientation. TIFF is turned by Pillow as it loads, with or without being asked."""
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    """Upright, where EXIF gives it this orientation."""
     from PIL import Image
 
-    try:
-        orientation = image.getexif().get(_ORIENTATION)
-    except Exception:  # noqa: BLE001 - a damaged EXIF block says nothing about orientation; the pixels are fine
-        return image
     turns = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -181,8 +235,25 @@ def _turned(image: ImageFile) -> Image.Image:
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
     }
-    turn = turns.get(orientation) if isinstance(orientation, int) and image.format != "TIFF" else None
-    return image if turn is None else image.transpose(turn)
+    return image.transpose(turns[orientation]) if orientation in turns else image
+
+
+def _orientation(image: ImageFile) -> int:
+    """1 to 8 as EXIF counts; 1 is upright. TIFF is turned by Pillow as it loads, with or without being asked."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # noqa: BLE001 - a damaged EXIF block says nothing about orientation; the pixels are fine
+        return 1
+    if not isinstance(orientation, int) or image.format == "TIFF":
+        return 1
+    return orientation if 1 <= orientation <= 8 else 1
+
+
+def _jpeg_orientation(data: bytes, settings: DecodeSettings) -> int:
+    from PIL import Image
+
+    with _quiet(settings.max_pixels), Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        return _orientation(image)
 
 
 @contextlib.contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from batchjob.devices import check_precision, pick_device, traits
-from batchjob.errors import ImageFault, InvalidJob, StorageError
+from batchjob.environment import memory_given
+from batchjob.errors import InvalidJob
 from batchjob.forward import Forward, Modes
 from batchjob.job import Job
+from batchjob.loader import samples, settle
 from batchjob.models import LoadedModel
 from batchjob.predict import Predictor
 from batchjob.prepare import Prepare
@@ -135,10 +136,10 @@ class Engine:
         return self.example.expand(rows, *self.example.shape).contiguous()
 
     def prepared(self, locations: Iterable[str]) -> Iterator[torch.Tensor]:
-        """The images there that can be read and decoded, prepared."""
-        for location in locations:
-            with suppress(ImageFault, StorageError):
-                yield self.prepare(self._reader.read(location).data).pixels
+        """The images there that can be read and decoded, prepared: elsewhere, for one that is deadly ends no worker."""
+        job = self._job
+        plan = settle(job.runtime.loader, cores=1, memory=memory_given(), max_pixels=job.decode.max_pixels)
+        return samples(self._reader, self.prepare, locations, plan)
 
     def _example(self, sample: Sequence[str]) -> torch.Tensor:
         """Random where settings fix the size, else the first sample that decodes.

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cores", "cpu_quota", "describe", "facts", "memory_limit"]
+__all__ = ["cores", "cpu_quota", "describe", "facts", "memory_given", "memory_limit"]
 
 PACKAGES = (
     "batchjob",
@@ -110,6 +110,11 @@ def memory_limit(root: Path = Path("/")) -> int | None:
             if words and words[0] != "max" and int(words[0]) < 1 << 60:
                 found.append(int(words[0]))
     return min(found, default=None)
+
+
+def memory_given() -> int | None:
+    """Bytes that this process and its children may use: the machine's, or what the control group gives of them."""
+    return min((size for size in (_memory(), memory_limit()) if size is not None), default=None)
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:

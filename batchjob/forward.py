@@ -56,6 +56,11 @@ class Forward:
         self._normalize = normalize
         self._modes, self._recipe = modes, modes.recipe
 
+    @property
+    def recipe(self) -> Recipe:
+        """By which it runs."""
+        return self._recipe
+
     def __call__(self, pixels: torch.Tensor | list[torch.Tensor]) -> Any:
         """The module's output for images on the device. To be called under `modes()`."""
         values = self._values(pixels)

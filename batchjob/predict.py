@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -16,9 +17,11 @@ from batchjob.records import Fault
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Piece", "Predicted", "Predictor", "random_pixels"]
+__all__ = ["MARK", "Link", "Piece", "Predicted", "Predictor", "random_pixels"]
 
 Shapes = Sequence[tuple[int, ...]]
+
+MARK = "batchjob."  # before the names of steps in a profile
 
 _CALM = 128  # pieces without trouble after which a larger one is tried again
 
@@ -75,7 +78,12 @@ class Predictor:
         self._forward, self._post, self._fixed = forward, post, batch_size
         self._limit: int | None = None  # images that fit at once, once more have not
         self._calm = 0
-        self._link = _Link(forward.device)
+        self._link = Link(forward.device)
+
+    @property
+    def forward(self) -> Forward:
+        """The module that it calls."""
+        return self._forward
 
     def warm_up(self, size: Sequence[int], rows: int = 2, dtype: torch.dtype | None = None) -> None:
         """Run once on random pixels, in the modes of the real batches. What does not fit into memory is halved.
@@ -181,7 +189,8 @@ class Predictor:
         """What the module is called with, call by call, and which images of the batch that is."""
         import torch
 
-        moved = self._link.there(pixels)
+        with self._named("H2D"):
+            moved = self._link.there(pixels)
         rows = tuple(range(start, start + len(shapes if shapes is not None else moved)))
         if self._forward.takes == "list":
             yield list(moved) if shapes is None else _apart(moved, shapes), rows
@@ -193,20 +202,39 @@ class Predictor:
                 yield torch.stack([images[index] for index in alike]), tuple(rows[index] for index in alike)
 
     def _piece(self, inputs: torch.Tensor | list[torch.Tensor], rows: tuple[int, ...]) -> Piece:
-        if self._fixed is None or isinstance(inputs, list) or len(inputs) == self._fixed:
-            return Piece(rows, self._link.back(self._post.on_device(self._forward(inputs))))
-        return self._padded(inputs, rows, self._fixed)
+        with self._named("forward"):
+            if self._fixed is None or isinstance(inputs, list) or len(inputs) == self._fixed:
+                found = self._called(inputs)
+            else:
+                found = self._padded(inputs, self._fixed)
+        with self._named("D2H"):
+            return Piece(rows, self._link.back(found))
 
-    def _padded(self, inputs: torch.Tensor, rows: tuple[int, ...], fixed: int) -> Piece:
+    def _called(self, inputs: torch.Tensor | list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self._post.on_device(self._forward(inputs))
+
+    def _padded(self, inputs: torch.Tensor, fixed: int) -> dict[str, torch.Tensor]:
         """A batch that has not the size that the module takes: in several calls, the last filled up with blanks."""
         import torch
 
         made: list[dict[str, torch.Tensor]] = []
         for part in inputs.split(fixed):
             blanks = part.new_zeros((fixed - len(part), *part.shape[1:]))
-            found = self._post.on_device(self._forward(torch.cat([part, blanks])))
+            found = self._called(torch.cat([part, blanks]))
             made.append({name: tensor[: len(part)] for name, tensor in found.items()})
-        return Piece(rows, self._link.back({name: torch.cat([one[name] for one in made]) for name in made[0]}))
+        return {name: torch.cat([one[name] for one in made]) for name in made[0]}
+
+    @contextmanager
+    def _named(self, step: str) -> Iterator[None]:
+        """Around a step, so that profilers (torch's, and on CUDA Nsight) show it under its name."""
+        import torch
+
+        with torch.profiler.record_function(f"{MARK}{step}"):
+            if self._forward.device.type != "cuda":
+                yield
+                return
+            with torch.cuda.nvtx.range(f"{MARK}{step}"):
+                yield
 
     def _relax(self) -> None:
         self._calm += 1
@@ -214,7 +242,7 @@ class Predictor:
             self._limit, self._calm = self._limit * 2, 0
 
 
-class _Link:
+class Link:
     """Copies to the device and back. On CUDA they run on a stream of their own, beside the computation."""
 
     def __init__(self, device: torch.device) -> None:

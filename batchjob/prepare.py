@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from batchjob.decode import DecodeSettings, decode
+from batchjob.decode import Decoded, DecodeSettings, decode
 from batchjob.records import Prepared
 from batchjob.transform import Geometry
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Prepare"]
 
@@ -16,7 +20,7 @@ class Prepare:
     """What a loader process does to each image.
 
     Attributes:
-        settings: limits of the decoder.
+        settings: limits of the decoder, and how exact it must be.
         geometry: resize and crop, or the job's own transform.
         gray: decode to one channel in place of three.
         turn: apply the EXIF orientation.
@@ -29,6 +33,15 @@ class Prepare:
 
     def __call__(self, data: bytes) -> Prepared:
         """One encoded image. Raises ImageFault."""
-        decoded = decode(data, self.settings, "gray" if self.gray else "rgb", self.turn)
-        turned = decoded.pixels.shape[1] != decoded.width
-        return Prepared(self.geometry(decoded.pixels), decoded.width, decoded.height, turned)
+        decoded = self.decoded(data)
+        return Prepared(self.transformed(decoded), decoded.width, decoded.height, decoded.turned)
+
+    def decoded(self, data: bytes) -> Decoded:
+        """The first half: pixels as the geometry takes them. Raises ImageFault."""
+        return decode(data, self.settings, "gray" if self.gray else "rgb", self.turn, self.geometry.least)
+
+    def transformed(self, decoded: Decoded) -> torch.Tensor:
+        """The second half: what goes into the batch. Raises ImageFault."""
+        if self.settings.mode == "exact":
+            return self.geometry(decoded.pixels)
+        return self.geometry.fast(decoded.pixels, decoded.upright, decoded.shrunk)

@@ -297,7 +297,7 @@ class Batch:
     spans: tuple[Span, ...] = ()
 
     def pin_memory(self) -> Batch:
-        """The same batch with page-locked pixels (called by DataLoader)."""
+        """The same batch with page-locked pixels (in the thread that receives it)."""
         if self.pixels is None:
             return self
         return replace(self, pixels=self.pixels.pin_memory())

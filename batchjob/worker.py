@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,14 +20,15 @@ from batchjob import plan, trial
 from batchjob.agreement import Agreement
 from batchjob.assembly import Assembly, Imprint, as_ours
 from batchjob.engine import Engine
+from batchjob.environment import memory_given
 from batchjob.errors import AttemptFailed, BatchjobError, Interrupted, InvalidJob, StorageError, Temporary, Unavailable
 from batchjob.job import Job
-from batchjob.loader import FEW_IMAGES, Loader, preload, settle
+from batchjob.loader import FEW_IMAGES, Loader, Quarantine, preload, settle
 from batchjob.plan import Contract, Head, PlanReader
 from batchjob.pool import Event, Loaded, Setup
 from batchjob.predict import Predicted, Predictor
 from batchjob.prepare import Prepare
-from batchjob.records import Batch, Recipe, Shard, ShardKey
+from batchjob.records import Batch, Recipe, Shard, ShardKey, Span, Watch
 from batchjob.sink import row_schema
 from batchjob.spool import Spool
 from batchjob.storage import Reader, open_store
@@ -36,12 +38,13 @@ from batchjob.trial import Bench
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Worker"]
+__all__ = ["Parts", "Worker"]
 
 _log = logging.getLogger(__name__)
 _BATCH_SIZES = {"cuda": 128}
 _BATCH_SIZE_ELSEWHERE = 32
 _BATCH_SIZE_MOST = 1024
+_WARM_UP_ROWS = 8
 _SAMPLE = 128  # images that a trial may look at
 
 
@@ -60,20 +63,30 @@ class Worker:
         setup: what the driver told.
         cores: that may be used here, loader processes included.
         tell: called, from any thread, with what became of a shard.
+        watch: told, from any thread, how long each stage of each batch took.
     """
 
-    def __init__(self, job: Job, setup: Setup, cores: int, tell: Callable[[Event], None] = lambda event: None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        setup: Setup,
+        cores: int,
+        tell: Callable[[Event], None] = lambda event: None,
+        watch: Watch = lambda span: None,
+    ) -> None:
         self._job, self._setup, self._cores = job, setup, cores
         self._reader = Reader(job.storage)
         self._store = open_store(job.output.uri, job.storage)
         self._spool = Spool()
-        self._tell = tell
+        self._tell, self._watch = tell, watch
         self._stopped = threading.Event()
         self._takes = count()
         self._plan: _Plan | None = None
+        self._quarantine = Quarantine()
         self._assembly: Assembly | None = None
         self._loader: Loader | None = None
         self._threads_before: int | None = None
+        self._pace = 0.0  # seconds an image takes, run as plainly as can be; 0 where nobody will ask
         self._engine: Engine
         self._predictor: Predictor
 
@@ -106,15 +119,20 @@ class Worker:
         )
 
     def _warm_up(self) -> None:
-        """Run as the job names it, on whole batches; learn how many fit, and how long they take."""
+        """Run as plainly as can be; learn how many images fit at once, and how long one takes."""
         engine, example = self._engine, self._engine.example
         self._predictor = engine.predictor(engine.forward(Recipe()))
-        if self._job.runtime.batch_size == "auto" and engine.model.batch_size is None:
-            self._resize(self._predictor.largest_batch(example.shape, self._batch_size, self._most(), example.dtype))
-        self._predictor.warm_up(example.shape, self._batch_size, example.dtype)
-        began = time.perf_counter()
-        self._predictor.warm_up(example.shape, self._batch_size, example.dtype)
-        self._pace = (time.perf_counter() - began) / self._batch_size
+        rows = min(self._batch_size, _WARM_UP_ROWS)
+        if engine.device.type != "cpu":  # where memory is virtual, what does not fit is not refused but killed
+            if self._job.runtime.batch_size == "auto" and engine.model.batch_size is None:
+                first, dtype = self._batch_size, example.dtype
+                self._resize(self._predictor.largest_batch(example.shape, first, _BATCH_SIZE_MOST, dtype))
+            rows = self._batch_size
+        self._predictor.warm_up(example.shape, rows, example.dtype)
+        if not self._setup.few:
+            began = time.perf_counter()
+            self._predictor.warm_up(example.shape, rows, example.dtype)
+            self._pace = (time.perf_counter() - began) / rows
 
     def begin(self, number: int) -> None:
         """Join the plan of this number: agree with all other workers on schema, model and image size.
@@ -134,6 +152,7 @@ class Worker:
         agreed = plan.agree(self._store, head, ours)
         if agreed.size is not None and agreed.size != self._size:
             self._start_loader(agreed.size)
+        self._quarantine = Quarantine(self._store, head.folder)
         self._accelerate(head, reader)
         self._plan = _Plan(head, reader)
         self._assembly = Assembly(
@@ -145,6 +164,7 @@ class Worker:
             lost=self._predictor.lost_fault(),
             wanted=self._still_wanted,
             tell=self._tell,
+            watch=self._watch,
         )
 
     def _accelerate(self, head: Head, reader: PlanReader) -> None:
@@ -175,8 +195,11 @@ class Worker:
         return workers if isinstance(workers, int) else 1 if workers == "auto" else workers.max
 
     def shard(self, key: ShardKey) -> Shard:
-        """The shard's members, read from the plan."""
-        return self._begun.reader.shard(key)
+        """The shard's members, read from the plan, and what has become known of deadly ones among them."""
+        shard = self._begun.reader.shard(key)
+        if shard.refs:
+            self._quarantine.learn(range(shard.refs[0].position, shard.refs[-1].position + 1))
+        return shard
 
     def close(self) -> None:
         """End loader processes and threads, remove the spool, give torch its threads back."""
@@ -196,9 +219,10 @@ class Worker:
         """Take shards from the feed until it has none now. What becomes of each is told, some of it later."""
         assert self._loader is not None, "load comes before run"
         assert self._assembly is not None, "begin comes before run"
+        self._loader.quarantine = self._quarantine
         taken = _Taken(feed, self._assembly.failed, self._takes)
         try:
-            for batch in self._loader.batches(taken):
+            for batch in self._awaited(self._loader.batches(taken)):
                 if self._stopped.is_set():
                     return
                 self._advance(taken, batch)
@@ -224,10 +248,29 @@ class Worker:
             del taken.shards[batch.take]
             self._assembly.fail(shard, as_ours(error))
             return
-        last = batch.start + self._batch_size >= shard.key.rows
-        self._assembly.add(shard, batch, predicted, seconds=time.perf_counter() - began, last=last)
+        last = batch.start + len(batch.facts) >= shard.key.rows
+        seconds = self._spent("forward", began, len(batch.facts))
+        self._assembly.add(shard, batch, predicted, seconds=seconds, last=last)
         if last:
             del taken.shards[batch.take]
+
+    def _awaited(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same; the watch is told how long each was waited for, and how it was made."""
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self._spent("wait", began, 0 if batch is None else len(batch.facts))
+            if batch is None:
+                return
+            for span in batch.spans:
+                self._watch(span)
+            yield batch
+
+    def _spent(self, stage: str, began: float, images: int) -> float:
+        """Seconds since `began`, which the watch is told of."""
+        ended = time.perf_counter()
+        self._watch(Span(stage, began, ended, os.getpid(), images))
+        return ended - began
 
     def _predicted(self, batch: Batch) -> Predicted | None:
         if batch.trouble is not None:
@@ -237,6 +280,13 @@ class Worker:
     def _still_wanted(self) -> None:
         if plan.is_discarded(self._store, self._begun.head):
             raise Temporary(f"{self._store.uri}: the plan was discarded while this run was at work; run again")
+
+    @property
+    def parts(self) -> Parts:
+        """What it works with, once begun, for a look at each alone."""
+        assert self._loader is not None, "load comes before parts"
+        assert self._assembly is not None, "begin comes before parts"
+        return Parts(self._reader, self._engine, self._loader, self._predictor, self._assembly)
 
     # -- parts of loading --------------------------------------------------------------------------------------
 
@@ -259,10 +309,6 @@ class Worker:
             return asked
         own = self._engine.model.batch_size
         return own or _BATCH_SIZES.get(self._engine.device.type, _BATCH_SIZE_ELSEWHERE)
-
-    def _most(self) -> int:
-        """The largest batch that is tried."""
-        return _BATCH_SIZE_MOST if self._engine.device.type == "cuda" else self._batch_size
 
     def _resize(self, batch_size: int) -> None:
         self._batch_size = batch_size
@@ -296,7 +342,14 @@ class Worker:
         self._size = size
         few = FEW_IMAGES if self._setup.few else None
         cuda = self._engine.device.type == "cuda"
-        chosen = settle(self._job.runtime.loader, cores=self._cores, images=few, cuda=cuda)
+        chosen = settle(
+            self._job.runtime.loader,
+            cores=self._cores,
+            images=few,
+            cuda=cuda,
+            memory=memory_given(),
+            max_pixels=self._job.decode.max_pixels,
+        )
         self._ahead = chosen.processes * chosen.prefetch * self._batch_size
         self._loader = Loader(
             reader=self._reader,
@@ -308,6 +361,17 @@ class Worker:
             max_bytes=self._job.decode.max_bytes,
         )
         self._loader.start()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a worker puts together."""
+
+    reader: Reader
+    engine: Engine
+    loader: Loader
+    predictor: Predictor
+    assembly: Assembly
 
 
 @dataclass(frozen=True)

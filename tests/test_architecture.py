@@ -16,12 +16,12 @@ PACKAGE = ROOT / "batchjob"
 # are strangers to each other.
 FLOORS = [
     "errors settings records",
-    "targets forkserver devices forward likeness machine disk parallel storage fetch schedule placement spool",
+    "targets forkserver devices forward likeness machine disk parallel storage fetch schedule placement spool jpeg resample",
     "sources models tasks plan ledger lease decode transform loader tuning recipes predict sink",
     "jobtext parameters jobfile complaints portable job",
     (
-        "pool report progress environment drain prepare turns accounting feeder planning survey dispatch assembly engine "
-        "trial agreement convert worker driver"
+        "pool report progress environment drain prepare turns accounting feeder planning survey dispatch assembly "
+        "engine trial agreement convert worker bench driver"
     ),
     "local cluster launch",
     "cli",
@@ -41,7 +41,7 @@ HEAVY = {"torch", "torchvision", "ray"}
 WORDS = {"utils", "util", "helpers", "helper", "common", "base", "core", "manager", "handler", "factory", "processor"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-NAMED = sorted(path for tree in ("batchjob", "jobs", "tests") for path in (ROOT / tree).rglob("*.py"))
+NAMED = sorted(path for tree in ("batchjob", "benchmarks", "jobs", "tests") for path in (ROOT / tree).rglob("*.py"))
 
 
 def room_of(path: Path) -> str:

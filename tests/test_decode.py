@@ -8,15 +8,16 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from batchjob.decode import DecodeSettings, decode
 from batchjob.errors import ImageFault
 
+MODES: tuple[Literal["exact", "fast"], ...] = ("exact", "fast")
 TYPES = {"empty", "not_an_image", "unsupported", "truncated", "corrupt", "too_large", "memory"}
 
 
@@ -187,6 +188,95 @@ def test_every_hostile_file_is_an_image_or_a_fault_and_nothing_is_printed(test_d
     assert counts.total() == sum(path.is_file() for path in folder.rglob("*"))
     assert set(counts) <= TYPES | {"ok"}
     assert counts["ok"] > 1500
+
+
+@pytest.mark.parametrize("size", [(37, 23), (16, 16), (1, 1), (3, 250), (129, 65)])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize(("mode", "subsampling"), [("RGB", 0), ("RGB", 1), ("RGB", 2), ("L", 0), ("CMYK", 0)])
+def test_jpeg_files_of_all_kinds_are_what_pillow_reads(
+    size: tuple[int, int], progressive: bool, mode: str, subsampling: int
+) -> None:
+    data = encoded(noise(mode, size), "JPEG", progressive=progressive, subsampling=subsampling, quality=80)
+    with Image.open(io.BytesIO(data)) as image:
+        converted = image.convert("RGB")
+        np.testing.assert_array_equal(pixels_of(data), np.array(converted))
+        gray = image if image.mode == "L" else converted.convert("L")
+        np.testing.assert_array_equal(pixels_of(data, "gray")[:, :, 0], np.array(gray))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_jpeg_files_are_turned_as_pillow_turns_them(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(noise("RGB"), "JPEG", exif=exif)
+    with Image.open(io.BytesIO(data)) as image:
+        upright = np.array(ImageOps.exif_transpose(image))
+    for mode in MODES:
+        decoded = decode(data, DecodeSettings(mode=mode), "rgb", True)
+        np.testing.assert_array_equal(decoded.pixels, upright)
+        assert (decoded.width, decoded.height) == (37, 23)
+        assert decoded.turned == (5 <= orientation <= 8)
+
+
+def test_damage_is_named_as_if_pillow_alone_had_read(test_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = sorted(path for path in (test_data / "hostile").rglob("*") if path.is_file())
+    jpegs = [data for path in files if (data := path.read_bytes()).startswith(b"\xff\xd8")][::5]
+    assert len(jpegs) > 500
+    ours = [outcome(data) for data in jpegs]
+    monkeypatch.setattr("batchjob.decode.jpeg_size", lambda _: None)
+    assert ours == [outcome(data) for data in jpegs]
+
+
+def outcome(data: bytes) -> tuple[str, str] | bytes:
+    try:
+        return decode(data, DecodeSettings(max_pixels=30_000_000), "rgb", True).pixels.tobytes()
+    except ImageFault as fault:
+        return fault.type, fault.message
+
+
+@pytest.mark.parametrize(
+    ("least", "shape"),
+    [
+        (256, (300, 400)),
+        (150, (150, 200)),
+        (300, (300, 400)),
+        (301, (600, 800)),
+        (75, (75, 100)),
+        (1, (75, 100)),
+        ((300, 300), (300, 400)),
+        ((100, 300), (300, 400)),
+        ((100, 200), (150, 200)),
+        (None, (600, 800)),
+    ],
+)
+def test_fast_decodes_large_jpegs_to_what_is_needed(
+    least: int | tuple[int, int] | None, shape: tuple[int, int]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = noise("RGB", (8, 6)).resize((800, 600))
+    jpeg, png, turned = encoded(image, "JPEG"), encoded(image, "PNG"), encoded(image, "JPEG", exif=exif)
+    fast, exact = DecodeSettings(mode="fast"), DecodeSettings()
+    small = decode(jpeg, fast, "rgb", False, least)
+    assert small.pixels.shape == (*shape, 3)
+    assert (small.width, small.height) == (800, 600)
+    assert decode(jpeg, fast, "gray", False, least).pixels.shape == (*shape, 1)
+    upright = least[::-1] if isinstance(least, tuple) else least
+    sideways = decode(turned, fast, "rgb", True, upright)
+    assert (sideways.pixels.shape, sideways.turned) == ((*shape[::-1], 3), True)
+    assert decode(jpeg, exact, "rgb", False, least).pixels.shape == (600, 800, 3)
+    assert decode(png, fast, "rgb", False, least).pixels.shape == (600, 800, 3)
+    area = np.asarray(image.resize(shape[::-1], Image.Resampling.BOX)).astype(int)
+    assert np.abs(small.pixels - area).mean() < 2
+
+
+@pytest.mark.parametrize("least", [None, 20])
+def test_fast_keeps_the_limits_and_the_faults(least: int | None) -> None:
+    jpeg = encoded(noise("RGB", (200, 200)), "JPEG")
+    with pytest.raises(ImageFault, match="ends too early"):
+        decode(jpeg[: len(jpeg) // 2], DecodeSettings(mode="fast"), "rgb", False, least)
+    with pytest.raises(ImageFault, match="over decode"):
+        decode(jpeg, DecodeSettings(mode="fast", max_pixels=39_999), "rgb", False, least)
 
 
 def test_photographs_are_what_pillow_reads(test_data: Path) -> None:

@@ -1,38 +1,110 @@
-"""An image that kills the process which decodes it costs its own shard, and no shard beside it."""
+"""Images that kill, stop or bloat the process which decodes them: one error row each, every other row right, exit 0."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from pathlib import Path
 
-from commands import run, table, write_slow_job
+import pytest
+from commands import Ended, run, table, write_slow_job
 
-IMAGES, SHARD, POISON = 48, 4, 21
+IMAGES, HANG_SECONDS = 1000, 2
 
+# What is done at a picture of one colour; the pictures that do no harm are of another.
 DEADLY_TRANSFORM = """\
 import os
+import signal
 
 
 def deadly(image):
-    if int(image.max()) == 0:
-        os._exit(9)
+    match int(image[0, 0, 0]):
+        case 0:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case 1:
+            os._exit(9)
+        case 2:
+            while True:
+                pass
+        case 3:
+            bytearray(8 << 30)[::4096] = b"x" * (2 << 20)
     return image.float() / 255
 """
+PILLS = {
+    "segv": (0, ("decode", "crash")),
+    "exit": (1, ("decode", "crash")),
+    "hang": (2, ("decode", "hang")),
+    "eat": (3, ("transform", "memory")),  # its process lives on, and knows where memory ended
+}
 
 
-def test_only_the_shard_of_an_image_that_kills_loader_processes_is_given_up(tmp_path: Path) -> None:
+def write_job(folder: Path, pills: dict[int, str]) -> None:
+    """A job over so many pictures, of which those at these positions are pills."""
     from PIL import Image
 
-    write_slow_job(tmp_path, IMAGES)
-    (tmp_path / "poison.py").write_text(DEADLY_TRANSFORM)
-    names = ["black.png" if position == POISON else "tiny.png" for position in range(IMAGES)]
-    (tmp_path / "manifest.csv").write_text("\n".join(["file", *names, ""]))
-    Image.new("RGB", (8, 8), (0, 0, 0)).save(tmp_path / "black.png")
-    ended = run(
-        *("run", str(tmp_path / "job.yaml"), "--json", "preprocess={transform: poison:deadly}"),
-        "runtime.loader.processes=2",
+    write_slow_job(folder, IMAGES)
+    (folder / "poison.py").write_text(DEADLY_TRANSFORM)
+    for name, (shade, _) in PILLS.items():
+        Image.new("RGB", (8, 8), (shade, 0, 51)).save(folder / f"{name}.png")
+    names = [f"{pills[position]}.png" if position in pills else "tiny.png" for position in range(IMAGES)]
+    (folder / "manifest.csv").write_text("\n".join(["file", *names, ""]))
+
+
+def predict(folder: Path, *more: str) -> Ended:
+    return run(
+        *("run", str(folder / "job.yaml"), "--json", "preprocess={transform: poison:deadly}", "errors.max_rate=1"),
+        *("runtime.loader.processes=2", f"runtime.loader.image_seconds={HANG_SECONDS}", "errors.attempts=1"),
+        *("runtime.batch_size=25", "runtime.shard_size=100", *more),
     )
-    print(ended.err[-2000:])
-    assert (ended.code, ended.answer["status"]) == (4, "incomplete"), ended.err
-    shard = range(POISON // SHARD * SHARD, POISON // SHARD * SHARD + SHARD)
-    found = table(tmp_path / "out")["position"].to_pylist()
-    assert sorted(found) == [position for position in range(IMAGES) if position not in shard]
+
+
+@pytest.fixture(scope="module")
+def clean_seconds(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """What the same job takes without a pill."""
+    folder = tmp_path_factory.mktemp("clean")
+    write_job(folder, {})
+    ended = predict(folder)
+    assert (ended.code, ended.answer["failed"]) == (0, 0), ended.err
+    return ended.seconds
+
+
+@pytest.mark.parametrize("count", [1, 3, 10])
+@pytest.mark.parametrize("kind", list(PILLS))
+def test_pills_are_one_error_row_each(kind: str, count: int, tmp_path: Path, clean_seconds: float) -> None:
+    pills = {17 + number * 97: kind for number in range(count)}
+    write_job(tmp_path, pills)
+    ended = predict(tmp_path)
+    assert (ended.code, ended.answer["status"]) == (0, "complete"), ended.err
+    deaths = ended.err.count("loader process ") + ended.err.count("is an error row")
+    each = 2 * HANG_SECONDS if kind == "hang" else 0
+    allowed = 1.5 * clean_seconds + count * (5 + each)
+    print(f"{count} x {kind}: {deaths} processes lost, {ended.seconds:.1f} s, {clean_seconds:.1f} s without")
+    check_rows(tmp_path, dict.fromkeys(pills, PILLS[kind][1]))
+    assert deaths <= 2 * count
+    assert ended.seconds <= allowed
+    assert "failed:" not in ended.err, "an attempt was used up"
+
+
+def check_rows(folder: Path, faults: dict[int, tuple[str, str]]) -> None:
+    rows = table(folder / "out").to_pylist()
+    assert [row["position"] for row in rows] == list(range(IMAGES))
+    found = {row["position"]: (row["error_stage"], row["error_type"]) for row in rows if row["error_stage"]}
+    assert found == faults
+    right = [1.0, 0.0, 0.2]
+    assert all(row["embedding"] == pytest.approx(right) for row in rows if row["error_stage"] is None)
+
+
+def test_what_is_known_of_a_pill_outlives_the_run(tmp_path: Path) -> None:
+    """A second run of the same plan, from its first shard on, meets none of them."""
+    pills = {5: "segv", 333: "exit", 777: "segv"}
+    write_job(tmp_path, pills)
+    assert predict(tmp_path).code == 0
+    kept = sorted((tmp_path / "out/_batchjob/plans/0000/quarantine").iterdir())
+    assert [json.loads(path.read_text())["position"] for path in kept] == sorted(pills)
+    for part in (tmp_path / "out/predictions").iterdir():
+        part.unlink()
+    (tmp_path / "out/_SUCCESS").unlink()
+    again = predict(tmp_path)
+    assert again.code == 0, again.err
+    assert Counter(again.err.split())["SIGSEGV"] == again.err.count("loader process") == 0
+    check_rows(tmp_path, dict.fromkeys(pills, ("decode", "crash")))

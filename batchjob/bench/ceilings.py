@@ -1,0 +1,153 @@
+"""What the hardware would allow, from each stage alone: pure arithmetic, and the sentence that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["Ceiling", "ceilings", "verdict"]
+
+_NEAR = 0.9  # of the tightest ceiling: there only that ceiling can be moved
+_STARVED = 0.1
+_IDLE = 0.7  # of the cores in use, though the model runs on them and has work: others are in the way
+_NEEDED = ("fetch", "decode", "transform", "collate", "forward", "write")  # the copies may have nothing to do
+
+
+class Measured(Protocol):
+    """What is needed of a stage."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def cpu_ms(self) -> float | None: ...
+    @property
+    def gpu_ms(self) -> float | None: ...
+    @property
+    def bytes(self) -> float | None: ...
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Images a second that one part of the hardware allows, all else being free.
+
+    Attributes:
+        name: cpu, gpu, link, store or disk.
+        images_per_second: at most.
+        words: how that comes about.
+    """
+
+    name: str
+    images_per_second: float
+    words: str
+
+
+def ceilings(
+    stages: Sequence[Measured], cores: int, *, store: float | None = None, disk: float | None = None
+) -> tuple[Ceiling, ...]:
+    """The joint ceilings, the tightest first; one whose figures were not all measured is left out.
+
+    Args:
+        stages: each alone.
+        cores: that share the CPU work.
+        store: images/s that all loader processes together fetch.
+        disk: bytes/s that the disk of the parts takes.
+    """
+    by_name = {stage.name: stage for stage in stages}
+    found = [_cpu(stages, cores), _gpu(by_name), _link(by_name)]
+    if store:
+        found.append(Ceiling("store", store, "fetching alone, all loader processes at once"))
+    written = by_name["write"].bytes if "write" in by_name else None
+    if disk and written:
+        words = f"{disk / 1e6:,.0f} MB/s ÷ {written / 1e3:,.2f} kB an image"
+        found.append(Ceiling("disk", disk / written, words))
+    return tuple(sorted((one for one in found if one is not None), key=lambda one: one.images_per_second))
+
+
+def _cpu(stages: Sequence[Measured], cores: int) -> Ceiling | None:
+    spent = {stage.name: stage.cpu_ms for stage in stages}
+    total = sum(ms for ms in spent.values() if ms is not None)
+    if total <= 0 or any(spent.get(name) is None for name in _NEEDED):
+        return None
+    return Ceiling("cpu", cores / total * 1e3, f"{cores} cores ÷ {total:,.2f} ms of CPU an image")
+
+
+def _gpu(stages: Mapping[str, Measured]) -> Ceiling | None:
+    spent = [stages[name].gpu_ms for name in ("forward", "D2H") if name in stages]
+    total = sum(ms for ms in spent if ms is not None)
+    return Ceiling("gpu", 1e3 / total, f"{total:,.3f} ms of the GPU an image") if total > 0 else None
+
+
+def _link(stages: Mapping[str, Measured]) -> Ceiling | None:
+    spent = stages["H2D"].gpu_ms if "H2D" in stages else None
+    return Ceiling("link", 1e3 / spent, f"{spent:,.3f} ms to the device an image") if spent else None
+
+
+def verdict(
+    rate: float,
+    found: Sequence[Ceiling],
+    stages: Sequence[Measured],
+    *,
+    starvation: float | None,
+    processes: int,
+    on_cpu: bool,
+    cores: int = 0,
+    busy: float | None = None,
+) -> str:
+    """One sentence: what holds the run back, and the setting that would move it.
+
+    Args:
+        rate: images/s of the run.
+        found: from `ceilings`.
+        stages: each alone.
+        starvation: share of its time that the forward loop waited for pixels.
+        processes: of the loader.
+        on_cpu: whether the model runs on the CPU.
+        cores: that the worker may use.
+        busy: that it did use, on average.
+    """
+    if not found:
+        return "bottleneck: not measured, for no ceiling could be"
+    tightest = found[0]
+    share = rate / tightest.images_per_second
+    held = f"the run reaches {share:.0%} of the tightest ceiling ({tightest.name})"
+    if share >= _NEAR:
+        return f"bottleneck: {_bound(tightest.name, stages, on_cpu)}; {held}"
+    if starvation is not None and starvation > _STARVED:
+        more = "runtime.loader.processes" if processes else "runtime.loader.processes (none are in use)"
+        return (
+            f"bottleneck: loading; the forward loop waited {starvation:.0%} of its time for pixels and {held}: raise "
+            f"{more} or runtime.loader.prefetch"
+        )
+    if on_cpu and busy is not None and busy < _IDLE * cores:
+        return (
+            f"bottleneck: cores; the run had {busy:.1f} of {cores} on average though it rarely waited for pixels, and "
+            f"{held}: run again when no other program takes them, or raise runtime.batch_size"
+        )
+    return (
+        f"bottleneck: the forward loop itself, which rarely waits for pixels; {held}: "
+        "try runtime.batch_size, runtime.compile=on or runtime.tuning=on"
+    )
+
+
+_MOVES = {
+    "gpu": "the GPU: runtime.precision=bf16, runtime.compile=on or runtime.tuning=on would move it",
+    "link": "the link to the device: runtime.loader.pin_memory=true or a smaller preprocess.crop would move it",
+    "store": "fetching: more runtime.loader.processes, or workers nearer to the store, would move it",
+    "disk": "the disk of the parts: TMPDIR on a faster one, or fewer columns in task, would move it",
+}
+_DECODING = {"fetch", "decode", "transform", "collate"}
+
+
+def _bound(name: str, stages: Sequence[Measured], on_cpu: bool) -> str:
+    if name != "cpu":
+        return _MOVES[name]
+    spent = {stage.name: stage.cpu_ms or 0.0 for stage in stages}
+    most = max(spent, key=lambda stage: spent[stage])
+    share = spent[most] / sum(spent.values())
+    said = f"the CPU, of which {most} takes {share:.0%}"
+    if most == "forward" and on_cpu:
+        return f"{said}: runtime.device=cuda, runtime.tuning=on, a smaller model or more cores would move it"
+    if most in _DECODING:
+        return f"{said}: smaller source images, or more cores (runtime.cpus_per_worker, workers), would move it"
+    return f"{said}: more cores (runtime.cpus_per_worker, workers) would move it"

@@ -1,0 +1,91 @@
+"""A batch's pixels in one tensor, in shared memory where they travel from a loader process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from batchjob.records import Fault
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Pixels", "Ragged"]
+
+
+class Pixels:
+    """The batch's tensor, made for the first good image and filled in place.
+
+    Args:
+        rows: that it may come to have.
+        size: the last dimensions every image must have; None takes those of the first.
+        shared: whether it must travel to another process.
+    """
+
+    def __init__(self, rows: int, size: tuple[int, ...] | None, shared: bool) -> None:
+        self._rows, self._size, self._shared = rows, size, shared
+        self._tensor: torch.Tensor | None = None
+        self._used = 0
+
+    def add(self, image: torch.Tensor) -> Fault | None:
+        """Put one image behind the others, or say why it does not go with them."""
+        shape = tuple(image.shape)
+        size = self._size or (shape if self._tensor is None else tuple(self._tensor.shape[1:]))
+        if shape[-len(size) :] != size or (self._tensor is not None and shape != self._tensor.shape[1:]):
+            message = f"comes out as {_shape(shape)}, the others as {_shape(size)}: give resize and crop in preprocess"
+            return Fault("transform", "size", message)
+        if self._tensor is None:
+            self._tensor = _room((self._rows, *shape), image.dtype, self._shared)
+        if image.dtype != self._tensor.dtype:
+            return Fault("transform", "type", f"comes out as {image.dtype}, the others as {self._tensor.dtype}")
+        self._tensor[self._used] = image
+        self._used += 1
+        return None
+
+    def filled(self) -> torch.Tensor | None:
+        """`[n, c, h, w]` of the images that were added; None of none."""
+        return None if self._tensor is None else self._tensor[: self._used]
+
+    def shapes(self) -> None:
+        """All alike."""
+
+
+class Ragged:
+    """Images of different sizes, one behind the other in one flat tensor."""
+
+    def __init__(self, shared: bool) -> None:
+        self._images: list[torch.Tensor] = []
+        self._shared = shared
+
+    def add(self, image: torch.Tensor) -> Fault | None:
+        """Put one image behind the others, or say why it does not go with them."""
+        if self._images and image.dtype != self._images[0].dtype:
+            return Fault("transform", "type", f"comes out as {image.dtype}, the others as {self._images[0].dtype}")
+        if image.ndim != 3:
+            return Fault("transform", "size", f"comes out as {_shape(image.shape)}, not as channels x height x width")
+        self._images.append(image)
+        return None
+
+    def filled(self) -> torch.Tensor | None:
+        """All values, image after image; None of none."""
+        import torch
+
+        if not self._images:
+            return None
+        room = _room((sum(image.numel() for image in self._images),), self._images[0].dtype, self._shared)
+        return torch.cat([image.reshape(-1) for image in self._images], out=room)
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """`[c, h, w]` of each."""
+        return tuple(tuple(image.shape) for image in self._images)
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, shared: bool) -> torch.Tensor:
+    import torch
+
+    room = torch.empty(shape, dtype=dtype)
+    return room.share_memory_() if shared else room
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))

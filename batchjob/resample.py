@@ -1,0 +1,122 @@
+"""Resize and cut in one: torchvision's antialiased resize of uint8 images, of the pixels used alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Box", "Filter", "resample", "resample_in_integers"]
+
+Box = tuple[int, int, int, int]
+"""Top, left, height and width."""
+
+Filter = Literal["bilinear", "bicubic"]
+
+_SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}  # half the filter's width, in pixels of the smaller image
+_STRIP = 1 << 16  # pixels that are float at once: so few stay in the processor's cache
+
+
+def resample(image: torch.Tensor, size: tuple[int, int], box: Box, by: Filter) -> torch.Tensor:
+    """The part `box` of the image resized to `size`: bit for bit `torchvision.transforms.functional.resize`.
+
+    Torch goes along the rows, then along the columns, and each output sample is by itself. So rows below and columns
+    right of the pixels used are left out, and all columns beside the box once the rows are done. What lies above and
+    to the left stays: positions count from there, and counted otherwise they would be rounded otherwise.
+
+    Args:
+        image: uint8 `[c, h, w]`.
+        size: height and width that all of the image would have.
+        box: within `size`.
+        by: the filter.
+
+    Returns:
+        uint8 `[c, height, width]`.
+    """
+    import torch
+
+    top, left, high, wide = box
+    down, across = (image.shape[1], size[0]), (image.shape[2], size[1])
+    rows = _used(down[0], *down, top + high, by)
+    columns = _used(across[0], *across, left + wide, by)
+    used = image[None, :, :rows, :columns]
+    early, late = slice(left, left + wide), slice(None)
+    if wide == 1:  # torch resizes a single column otherwise than the same one among others
+        early, late = late, early
+    strips = [_along(strip.float(), 3, across, by)[..., early] for strip in _strips(used)]
+    narrow = strips[0] if len(strips) == 1 else torch.cat(strips, 2)
+    values = _along(narrow, 2, down, by)[0, :, top : top + high, late]
+    return values.clamp(0, 255).round_().to(torch.uint8)
+
+
+def resample_in_integers(
+    image: torch.Tensor,
+    size: tuple[int, int],
+    box: Box,
+    by: Filter,
+    shrunk: int = 1,
+    whole: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """`resample` in 16-bit integers, as torchvision's `v2`: several times as fast, `bilinear` at most a level away.
+
+    Args:
+        image: uint8 `[c, h, w]`.
+        size: height and width that all of the image would have.
+        box: within `size`.
+        by: the filter.
+        shrunk: how many times smaller it was decoded.
+        whole: its height and width before that; the last pixels of one that cannot be divided so reach beyond it.
+
+    Returns:
+        uint8 `[c, height, width]`.
+    """
+    top, left, high, wide = box
+    sides = image.shape[1:] if whole is None else (whole[0] / shrunk, whole[1] / shrunk)
+    down, across = size[0] / sides[0], size[1] / sides[1]
+    rows = _used(image.shape[1], sides[0], size[0], top + high, by)
+    columns = _used(image.shape[2], sides[1], size[1], left + wide, by)
+    reached = int(rows * down) >= top + high and int(columns * across) >= left + wide
+    used = image[None, :, :rows, :columns]
+    made = _scaled(used, down, across, by) if reached else _resized(image[None], size, by)
+    return made[0, :, top : top + high, left : left + wide]
+
+
+def _used(pixels: int, side: float, resized: int, end: int, by: Filter) -> int:
+    """How many of a side's pixels decide the first `end` of the resized ones; a few more do no harm."""
+    scale = side / resized
+    used = int(scale * end + _SUPPORT[by] * max(scale, 1.0)) + 3
+    # Torch passes over a side whose length stays: the cut must not make it look so.
+    return pixels if used >= pixels or int(used * (resized / side)) == used else used
+
+
+def _strips(image: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Views of a few whole rows each."""
+    rows = max(1, _STRIP // image.shape[3])
+    return iter(image.split(rows, 2))
+
+
+def _along(image: torch.Tensor, dim: int, sides: tuple[int, int], by: Filter) -> torch.Tensor:
+    """Resized along one dimension from one length to another, where the end of the image may be missing."""
+    whole, resized = sides
+    if whole == resized:
+        return image
+    if image.shape[dim] < whole:
+        scale = resized / whole
+        return _scaled(image, *((scale, 1.0) if dim == 2 else (1.0, scale)), by)
+    size = list(image.shape[2:])
+    size[dim - 2] = resized
+    return _resized(image, (size[0], size[1]), by)
+
+
+def _resized(image: torch.Tensor, size: tuple[int, int], by: Filter) -> torch.Tensor:
+    from torch.nn.functional import interpolate
+
+    return interpolate(image, size=size, mode=by, align_corners=False, antialias=True)
+
+
+def _scaled(image: torch.Tensor, down: float, across: float, by: Filter) -> torch.Tensor:
+    from torch.nn.functional import interpolate
+
+    return interpolate(image, scale_factor=(down, across), mode=by, align_corners=False, antialias=True)

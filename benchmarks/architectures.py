@@ -1,0 +1,35 @@
+"""The models of the benchmarks. A job file beside this one names them too: `architectures:mobilenet`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+__all__ = ["few_layers", "mobilenet", "resnet50"]
+
+
+def mobilenet() -> nn.Module:
+    """MobileNetV3-small: float `[n, 3, h, w]` in, logits `[n, 1000]` out."""
+    from torchvision.models import mobilenet_v3_small
+
+    module: nn.Module = mobilenet_v3_small()
+    return module
+
+
+def resnet50() -> nn.Module:
+    """ResNet-50: so much arithmetic that decoding hardly counts on a CPU."""
+    from torchvision.models import resnet50
+
+    module: nn.Module = resnet50()
+    return module
+
+
+def few_layers() -> nn.Module:
+    """Three layers: so little arithmetic that only decoding counts."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, kernel_size=7, stride=8),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(16 * 16, 1000),
+    )

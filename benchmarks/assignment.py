@@ -1,0 +1,121 @@
+"""What every system is asked to do, as its command line says it; and the marks by which its pace is measured."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["MEAN", "STD", "Assignment", "first_images", "mark", "normalise"]
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One run of one system. It crosses into the systems' own processes, so it is plain data.
+
+    Attributes:
+        images: folder of the images, a path or an `s3://` URI.
+        output: folder for the Parquet files, likewise.
+        limit: images, the first by name.
+        batch: images in a batch.
+        model: a function of `architectures.py`.
+        weights: its state dict.
+        crop: side of the square that the model sees, out of a picture whose shorter side is 8/7 of it, as ImageNet's
+            256 and 224; 0 takes pictures as they are.
+        marks: file in which a system notes when how many images were done.
+    """
+
+    images: str
+    output: str
+    limit: int
+    batch: int
+    model: str
+    weights: str
+    crop: int
+    marks: str
+
+    @classmethod
+    def parse(cls) -> Assignment:
+        """From the command line."""
+        asked = argparse.ArgumentParser()
+        for name, kind, default in (
+            ("images", str, None),
+            ("output", str, None),
+            ("limit", int, None),
+            ("batch", int, 32),
+            ("model", str, "mobilenet"),
+            ("weights", str, None),
+            ("crop", int, 224),
+            ("marks", str, os.devnull),
+        ):
+            asked.add_argument(f"--{name}", type=kind, default=default, required=default is None)
+        return cls(**vars(asked.parse_args()))
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command line that `parse` reads."""
+        return [word for name, value in vars(self).items() for word in (f"--{name}", str(value))]
+
+    @property
+    def resize(self) -> int:
+        """Length of the shorter side before the crop; 0 leaves pictures as they are."""
+        return self.crop * 8 // 7
+
+    def uris(self) -> list[str]:
+        """The images, by name."""
+        return first_images(self.images, self.limit)
+
+    def load(self) -> nn.Module:
+        """The model, ready to predict."""
+        import torch
+
+        from benchmarks import architectures
+
+        module: nn.Module = getattr(architectures, self.model)()
+        module.load_state_dict(torch.load(self.weights, weights_only=True))
+        return module.eval()
+
+    def geometry(self) -> Any:
+        """uint8 or float `[3, H, W]` → `[3, crop, crop]`, as torchvision's published weights do it."""
+        from torchvision.transforms import v2
+
+        if not self.crop:
+            return v2.Identity()
+        return v2.Compose([v2.Resize(self.resize, antialias=True), v2.CenterCrop(self.crop)])
+
+    def done(self, images: int) -> None:
+        """Note that so many more images are predicted."""
+        mark(self.marks, images)
+
+
+def first_images(folder: str, limit: int) -> list[str]:
+    """URIs of a folder's first files by name."""
+    if "://" not in folder:
+        return sorted(str(path) for path in Path(folder).iterdir())[:limit]
+    import fsspec
+
+    filesystem, path = fsspec.url_to_fs(folder)
+    return [filesystem.unstrip_protocol(name) for name in sorted(filesystem.ls(path, detail=False))[:limit]]
+
+
+def mark(path: str, images: int) -> None:
+    """Append a line, from any process of the machine: seconds of the monotonic clock, images."""
+    with Path(path).open("ab", buffering=0) as file:  # one write of a few bytes: lines never mix
+        file.write(f"{time.monotonic():.6f} {images}\n".encode())
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 `[..., 3, h, w]` → float, by ImageNet's mean and deviation."""
+    import torch
+
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (pixels.float() / 255 - mean) / std

@@ -1,0 +1,35 @@
+"""batchjob on an assignment, through its Python door: rows count once they are committed, and not before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import batchjob
+from batchjob import Job
+from batchjob.progress import Quiet
+from benchmarks.assignment import Assignment
+
+__all__ = ["run"]
+
+_JOB = Path(__file__).with_name("job.yaml")
+_SHARDS = 24  # so many points in time has the pace of a run; left to itself batchjob commits less often
+
+
+class Marks(Quiet):
+    """Notes each commit. See `Progress`."""
+
+    def __init__(self, given: Assignment) -> None:
+        self.given = given
+
+    def advance(self, images: int, failed: int) -> None:
+        self.given.done(images - failed)
+
+
+def run(given: Assignment, pool: str) -> None:
+    """Run the job to its end. The folder holds as many images as are asked for: a prefix is listed whole."""
+    shard = max(64, -(-given.limit // _SHARDS))
+    more = [f"runtime.pool={pool}", f"runtime.batch_size={given.batch}", f"runtime.shard_size={shard}"]
+    if given.crop:
+        more += [f"preprocess.resize={given.resize}", f"preprocess.crop={given.crop}"]
+    params = {"images": given.images, "output": given.output, "weights": given.weights, "model": given.model}
+    batchjob.run(Job.from_file(_JOB, params, more), progress=Marks(given))

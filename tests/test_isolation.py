@@ -1,0 +1,262 @@
+"""Images that kill the process which decodes them: one fault each in its place, all others right, nothing met twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from batchjob.errors import AttemptFailed, StorageError, Unavailable
+from batchjob.loader import Loader, LoaderPlan, LoaderSettings, Quarantine, samples, settle
+from batchjob.records import Batch, Blob, Fault, ImageFacts, ImageRef, Prepared, Shard, ShardKey
+from batchjob.storage import Reader, open_store
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Pictures by their shade; words do harm to the process that reads them. Leaves a note of each word it meets."""
+
+    folder: Path
+
+    def __call__(self, data: bytes) -> Prepared:
+        word = data.decode("latin1").partition(" ")[0]
+        if word != "picture":
+            with (self.folder / "met").open("a") as notes:
+                notes.write(f"{word}\n")
+        match word:
+            case "segv":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            case "exit":
+                os._exit(9)
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hang":
+                while True:
+                    pass
+            case "eat":
+                return Prepared(torch.full((8 * GIB,), 7, dtype=torch.uint8), 1, 1)
+            case "once" if (self.folder / "met").read_text().split().count("once") == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "slow":
+                time.sleep(0.3)
+        return Prepared(torch.full((3, 2, 2), data[-1], dtype=torch.uint8), 2, 2)
+
+
+@dataclass(frozen=True)
+class DeadOnArrival(Prepare):
+    """Ends the process that it is brought to."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (3,)
+
+
+class SlowReader(Reader):
+    """A store that needs its time."""
+
+    def read_many(self, uris: Sequence[str], stubborn: bool = False) -> list[Blob | StorageError | Unavailable]:
+        time.sleep(1.5)
+        return super().read_many(uris, stubborn)
+
+
+class DeadlyReader(Reader):
+    """A storage client that crashes over one object, the first time or always."""
+
+    def read_many(self, uris: Sequence[str], stubborn: bool = False) -> list[Blob | StorageError | Unavailable]:
+        for uri in uris:
+            content = Path(uri).read_bytes()
+            seen = Path(uri + ".seen")
+            if content.startswith(b"unreadable") or (content.startswith(b"shaky") and not seen.exists()):
+                seen.touch()
+                os.kill(os.getpid(), signal.SIGSEGV)
+        return super().read_many(uris, stubborn)
+
+
+class Feed:
+    def __init__(self, *shards: Shard) -> None:
+        self._shards = list(shards)
+
+    def take(self) -> Shard | None:
+        return self._shards.pop(0) if self._shards else None
+
+    def wants(self, shard: Shard) -> bool:  # noqa: ARG002 - the face of a feed
+        return True
+
+
+def shard(folder: Path, count: int, **others: Sequence[int]) -> Shard:
+    """A shard of so many pictures, but for words at these positions."""
+    words = {position: word for word, positions in others.items() for position in positions}
+    refs = []
+    for position in range(count):
+        path = folder / f"{position:04d}"
+        path.write_bytes(words.get(position, "picture").encode() + b" " + bytes([position % 256]))
+        refs.append(ImageRef(position, path.name, str(path)))
+    return Shard(ShardKey(0, "0" * 16, len(refs), 0, 0), tuple(refs), pa.table({}))
+
+
+def make(folder: Path, *, seconds: float = 60.0, memory: int | None = None, processes: int = 2, **given: Any) -> Loader:
+    settings: dict[str, Any] = {
+        "reader": Reader(),
+        "prepare": Prepare(folder),
+        "batch_size": 16,
+        "plan": LoaderPlan(processes, 2, False, seconds, memory),
+        "size": (2, 2),
+    }
+    return Loader(**settings | given)
+
+
+def loaded(loader: Loader, *shards: Shard) -> list[ImageFacts]:
+    """Facts of all rows of a shard, once each row is seen to follow the last, and each picture to be the right one."""
+    found: list[ImageFacts] = []
+    for batch in loader.batches(Feed(*shards)):
+        assert batch.trouble is None
+        assert batch.start == len(found)
+        good = [batch.start + row for row, fact in enumerate(batch.facts) if fact.fault is None]
+        assert shades(batch) == [position % 256 for position in good]
+        found += batch.facts
+    return found
+
+
+def shades(batch: Batch) -> list[int]:
+    return [] if batch.pixels is None else batch.pixels[:, 0, 0, 0].tolist()
+
+
+def kinds(facts: Sequence[ImageFacts]) -> dict[int, str]:
+    """Position → stage/type, of the faults."""
+    return {row: f"{fact.fault.stage}/{fact.fault.type}" for row, fact in enumerate(facts) if fact.fault is not None}
+
+
+def met(folder: Path) -> Counter[str]:
+    """How often each word was met by a process."""
+    return Counter((folder / "met").read_text().split())
+
+
+def test_a_deadly_image_is_one_fault_and_costs_two_processes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loader = make(tmp_path)
+    found = loaded(loader, shard(tmp_path, 200, segv=[22, 23], exit=[90], kill=[95, 199]))
+    loader.close()
+    print(f"5 deadly images among 200: {loader.deaths} loader processes lost")
+    crash, memory = "decode/crash", "decode/memory"
+    assert kinds(found) == {22: crash, 23: crash, 90: crash, 95: memory, 199: memory}
+    assert len(found) == 200
+    assert found[23].etag == Reader().stat(str(tmp_path / "0023")).etag, "the version that was read is known"
+    assert met(tmp_path) == {"segv": 4, "exit": 2, "kill": 4}
+    assert loader.deaths == 10
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("tried alone" in line for line in said) == sum("is an error row" in line for line in said) == 5
+
+
+def test_an_image_that_takes_for_ever_is_a_fault_and_a_slow_store_or_batch_is_none(tmp_path: Path) -> None:
+    loader = make(tmp_path, seconds=1.0, reader=SlowReader())
+    found = loaded(loader, shard(tmp_path, 32, hang=[7], slow=range(20, 26)))
+    loader.close()
+    assert kinds(found) == {7: "decode/hang"}
+    assert found[7].fault is not None
+    assert "within 1 s" in found[7].fault.message
+    assert loader.deaths == met(tmp_path)["hang"] == 2
+
+
+def test_an_image_that_wants_more_memory_than_there_is_costs_no_process(tmp_path: Path) -> None:
+    loader = make(tmp_path, memory=3 * GIB)
+    found = loaded(loader, shard(tmp_path, 40, eat=[3, 30]))
+    loader.close()
+    assert kinds(found) == {3: "decode/memory", 30: "decode/memory"}
+    assert loader.deaths == 0
+
+
+def test_a_process_that_was_killed_over_an_innocent_image_costs_no_row(tmp_path: Path) -> None:
+    loader = make(tmp_path)
+    found = loaded(loader, shard(tmp_path, 64, once=[37]))
+    loader.close()
+    assert kinds(found) == {}
+    assert len(found) == 64
+    assert loader.deaths == 1
+
+
+def test_a_batch_that_kills_where_no_image_is_in_work_is_halved(tmp_path: Path) -> None:
+    loader = make(tmp_path, reader=DeadlyReader(), batch_size=8)
+    assert kinds(loaded(loader, shard(tmp_path, 24, shaky=[12]))) == {}
+    assert loader.deaths == 1
+    with pytest.raises(AttemptFailed, match=r"SIGSEGV .*no image is to blame"):
+        loaded(loader, shard(tmp_path, 24, unreadable=[12]))
+    assert len(loaded(loader, shard(tmp_path, 24))) == 24, "the next epoch starts anew"
+    loader.close()
+
+
+def test_what_is_in_quarantine_is_met_by_nobody_again(tmp_path: Path) -> None:
+    store, images = open_store(str(tmp_path / "out")), tmp_path / "images"
+    images.mkdir()
+    deadly = shard(images, 48, segv=[11], exit=[40])
+    facts = []
+    for learns in (True, True, False):
+        loader = make(images)
+        loader.quarantine = Quarantine(store, "_batchjob/plans/0000/")
+        if learns:
+            loader.quarantine.learn(range(48))
+        facts.append(loaded(loader, deadly))
+        loader.close()
+        print(f"{loader.deaths} loader processes lost")
+    assert kinds(facts[0]) == {11: "decode/crash", 40: "decode/crash"}
+    assert facts[0] == facts[1] == facts[2]
+    assert met(images) == {"segv": 3, "exit": 3}, "who did not know beforehand asks before it tries again"
+    kept = sorted(stat.uri for stat in store.list("_batchjob/"))
+    assert kept == [f"_batchjob/plans/0000/quarantine/{position:012d}.json" for position in (11, 40)]
+
+
+def test_the_first_verdict_stands_and_damaged_records_count_for_nothing(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    verdicts = [ImageFacts("tag", fault=Fault("decode", kind, "words")) for kind in ("crash", "hang")]
+    one, other = Quarantine(store, "plan/"), Quarantine(store, "plan/")
+    assert one.remember(5, verdicts[0]) == verdicts[0] == other.remember(5, verdicts[1])
+    store.put_if_absent("plan/quarantine/000000000006.json", b"{")
+    store.put_if_absent("plan/quarantine/notes.txt", b"")
+    late = Quarantine(store, "plan/")
+    late.learn(range(6, 9))
+    assert late.among(range(9)) == {}
+    late.learn(range(4, 9))
+    assert late.among([4, 5, 6]) == {1: verdicts[0]}
+    assert late.find(6) is None
+    assert Quarantine().find(5) is None
+
+
+def test_processes_that_die_as_they_start_are_no_image_s_fault(tmp_path: Path) -> None:
+    loader = make(tmp_path, prepare=DeadOnArrival(tmp_path))
+    with pytest.raises(AttemptFailed, match=r"loader process \d+ ended with exit code 3 as it started"):
+        loaded(loader, shard(tmp_path, 4))
+    loader.close()
+
+
+def test_an_epoch_that_is_left_and_a_loader_that_is_closed_wait_for_no_image(tmp_path: Path) -> None:
+    loader = make(tmp_path, batch_size=1)
+    batches = loader.batches(Feed(shard(tmp_path, 8, hang=[2])))
+    assert shades(next(batches)) == [0]
+    del batches
+    began = time.monotonic()
+    loader.close()
+    assert time.monotonic() - began < 30
+    assert loader.deaths == 0
+
+
+def test_the_memory_of_a_process_is_its_share_but_enough_for_the_largest_image() -> None:
+    auto = LoaderSettings()
+    assert settle(auto, cores=4).memory is None
+    assert settle(auto, cores=3, memory=16 * GIB).memory == 4 * GIB
+    assert settle(auto, cores=3, memory=64 * GIB).memory == 6 * GIB
+    assert settle(auto, cores=7, memory=8 * GIB, max_pixels=1 << 26).memory == 3 * GIB
+    assert settle(LoaderSettings(memory_mib=3000), cores=1, memory=GIB).memory == 3000 << 20
+
+
+def test_images_that_are_looked_at_beforehand_end_nobody_either(tmp_path: Path) -> None:
+    refs = shard(tmp_path, 4, segv=[0], exit=[2]).refs
+    found = samples(Reader(), Prepare(tmp_path), [ref.location for ref in refs], LoaderPlan(2, 2, False))
+    assert [int(pixels[0, 0, 0]) for pixels in found] == [1, 3]

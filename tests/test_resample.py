@@ -1,0 +1,72 @@
+"""Resize and cut in one: to the bit what torchvision makes by resizing all and cutting then, or a level beside it."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import InterpolationMode, functional
+
+from batchjob.resample import Box, Filter, resample, resample_in_integers
+
+FILTERS: tuple[Filter, ...] = ("bilinear", "bicubic")
+
+
+def picture(channels: int, height: int, width: int) -> torch.Tensor:
+    values = np.random.default_rng(height * width).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return torch.from_numpy(values).permute(2, 0, 1)
+
+
+def reference(image: torch.Tensor, size: tuple[int, int], box: Box, by: Filter) -> torch.Tensor:
+    resized: torch.Tensor = functional.resize(image, list(size), InterpolationMode(by), antialias=True)
+    top, left, height, width = box
+    return resized[:, top : top + height, left : left + width]
+
+
+@pytest.mark.parametrize("by", FILTERS)
+@pytest.mark.parametrize("seed", range(40))
+def test_any_part_of_any_size_is_torchvisions(seed: int, by: Filter) -> None:
+    draw = random.Random(seed)
+    image = picture(draw.choice([1, 3]), draw.randint(1, 500), draw.randint(1, 500))
+    size = draw.randint(1, 300), draw.randint(1, 300)
+    height, width = draw.randint(1, size[0]), draw.randint(1, size[1])
+    box = draw.randint(0, size[0] - height), draw.randint(0, size[1] - width), height, width
+    assert torch.equal(resample(image, size, box, by), reference(image, size, box, by)), (image.shape, size, box)
+
+
+@pytest.mark.parametrize("by", FILTERS)
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [
+        (1201, 1800, (256, 383)),  # several strips, the last one a single row
+        (3, 70_000, (3, 300)),  # a strip of a single row
+        (400, 300, (400, 200)),
+        (300, 400, (200, 400)),
+        (257, 255, (258, 256)),
+        (255, 257, (256, 256)),
+        (64, 64, (64, 64)),
+        (1, 1, (256, 256)),
+    ],
+)
+def test_the_centre_is_torchvisions(height: int, width: int, size: tuple[int, int], by: Filter) -> None:
+    image = picture(3, height, width)
+    for part in (1.0, 0.875, 0.5):
+        high, wide = max(1, int(size[0] * part)), max(1, int(size[1] * part))
+        box = (size[0] - high) // 2, (size[1] - wide) // 2, high, wide
+        assert torch.equal(resample(image, size, box, by), reference(image, size, box, by)), box
+
+
+def test_a_single_column_is_the_one_among_others() -> None:
+    image, box = picture(3, 454, 459), (14, 14, 1, 1)
+    assert torch.equal(resample(image, (29, 29), box, "bilinear"), reference(image, (29, 29), box, "bilinear"))
+
+
+@pytest.mark.parametrize("box", [(16, 58, 224, 224), (0, 0, 256, 341), (0, 58, 256, 224)])
+def test_in_integers_it_is_at_most_a_level_beside_it(box: Box) -> None:
+    for image in (picture(3, 375, 500), picture(1, 375, 500), picture(3, 100, 133)):
+        size = 256, 341
+        made = resample_in_integers(image, size, box, "bilinear")
+        assert made.dtype == torch.uint8
+        assert (made.int() - reference(image, size, box, "bilinear").int()).abs().max() <= 1
