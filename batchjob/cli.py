@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from batchjob import __version__
-from batchjob.errors import BatchjobError
+from batchjob.errors import BatchjobError, InvalidJob
 from batchjob.report import Outcome, counted
 
 if TYPE_CHECKING:
@@ -254,6 +254,7 @@ def convert(  # noqa: PLR0913, PLR0917 - typer makes a parameter of each flag
     tolerance: Annotated[float | None, typer.Option(min=0, help="Largest deviation, of the largest output.")] = None,
     amount: Annotated[float, typer.Option(min=0, max=1, help="For pruned: share of the weights.")] = 0.5,
     structured: Annotated[bool, typer.Option("--structured", help="For pruned: whole channels.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     as_json: AsJson = False,
 ) -> int:
     """Write a job's model as another format, held against the original on the job's own images."""
@@ -262,7 +263,7 @@ def convert(  # noqa: PLR0913, PLR0917 - typer makes a parameter of each flag
         loaded = _read(job, param, overrides)
         from batchjob.convert import Conversion, convert
 
-        wanted = Conversion(to.value, file.absolute(), images, tolerance, amount, structured)
+        wanted = Conversion(to.value, file.absolute(), images, tolerance, amount, structured, force)
         done = convert(loaded, wanted)
         return {"status": "converted", **done.facts()}, done.lines()
 
@@ -353,6 +354,8 @@ def _output(
     where: str, params: Sequence[str] | None, overrides: Sequence[str] | None, endpoint: str | None, region: str | None
 ) -> tuple[str, Options]:
     """The output's URI and storage options, from a job file or as typed."""
+    if where.endswith((".yaml", ".yml")) and not Path(where).exists() and "://" not in where:
+        raise InvalidJob(f"{where}: no such file; name a job file, or an output's folder or URI")
     if where.endswith((".yaml", ".yml")) and Path(where).is_file():
         job = _read(where, params, overrides)
         return job.output.uri, job.storage

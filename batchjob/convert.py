@@ -53,6 +53,7 @@ class Conversion:
         tolerance: largest deviation, as a share of the largest output; a fitting one where not given.
         amount: for `pruned`: share of the weights of each layer that become zero.
         structured: for `pruned`: whole channels in place of single weights.
+        force: a file that is there may be replaced.
     """
 
     to: Format
@@ -61,6 +62,7 @@ class Conversion:
     tolerance: float | None = None
     amount: float = 0.5
     structured: bool = False
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ def convert(job: Job, wanted: Conversion) -> Converted:
     """
     if not wanted.file.parent.is_dir():
         raise InvalidJob(f"-o {wanted.file}: there is no folder {wanted.file.parent}; create it")
+    if wanted.file.exists() and not wanted.force:
+        raise InvalidJob(f"-o {wanted.file}: there is such a file already; take another name, or add --force")
     reader = Reader(job.storage)
     engine = Engine(job, reader, _locations(job, reader, wanted.images))
     engine.try_out()

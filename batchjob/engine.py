@@ -60,6 +60,11 @@ class Engine:
         pick_device(runtime.device)  # before the weights are read
         self.model: LoadedModel = job.model.load(reader, job.base)
         self.device = pick_device(runtime.device, self.model.devices)
+        if self.device.type == "cpu" and runtime.device == "auto" and runtime.gpus_per_worker not in {"auto", 0}:
+            raise InvalidJob(
+                f"runtime.gpus_per_worker is {runtime.gpus_per_worker}, but no GPU is visible here; leave it out to "
+                "compute on the CPU"
+            )
         self.traits: Traits = traits(self.device)
         self.preprocess = preprocess = merge(job.preprocess, self.model.preprocess)
         self.prepare = Prepare(

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import pyarrow as pa
 
@@ -43,7 +44,12 @@ class Input:
     def __init__(self, job: Job, reader: Reader) -> None:
         self._source, self._reader, self._output = job.input, reader, job.output.uri
         self._closed = threading.Event()
-        self.fields = self._source.fields(reader, self._output)
+
+    @cached_property
+    def fields(self) -> list[pa.Field]:
+        """The passthrough columns. Raises InvalidJob where there is nothing to read them from."""
+        found: list[pa.Field] = self._source.fields(self._reader, self._output)
+        return found
 
     def refs(self, after: Cursor) -> Iterator[pa.RecordBatch]:
         """The images after a cursor, in batches; one empty batch when there is none. Raises Temporary once closed."""

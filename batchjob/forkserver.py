@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -27,8 +28,18 @@ def preload(*modules: str) -> None:
     from multiprocessing import forkserver
 
     multiprocessing.get_context("forkserver").set_forkserver_preload([*_MODULES, *modules])
-    with starting():
+    with starting(), _unmoved_by_ctrl_c():
         forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _unmoved_by_ctrl_c() -> Iterator[None]:
+    """What is started meanwhile never hears a SIGINT: a terminal sends it to all, but only the driver knows what to do."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _StandIn(ModuleType):

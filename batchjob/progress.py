@@ -174,7 +174,7 @@ class Lines:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        with self._lock:
+        if self._meter.done or self._meter.total:  # of a run that found fault with its job, the fault says it all
             self._write(self._meter.conclude())
 
     def _run(self) -> None:

@@ -16,7 +16,10 @@ PACKAGE = ROOT / "batchjob"
 # are strangers to each other.
 FLOORS = [
     "errors settings records",
-    "targets forkserver devices forward likeness machine disk parallel storage fetch schedule placement spool jpeg resample",
+    (
+        "targets forkserver devices forward likeness machine disk parallel storage fetch schedule placement spool "
+        "jpeg resample"
+    ),
     "sources models tasks plan ledger lease decode transform loader tuning recipes predict sink",
     "jobtext parameters jobfile complaints portable job",
     (

@@ -140,3 +140,13 @@ def test_what_cannot_be_converted_is_said(
     assert (done["exit_code"], done["status"]) == (2, "invalid")
     assert said in done["message"]
     assert not list(Path().glob("x.*"))
+
+
+def test_a_file_that_is_there_is_replaced_only_when_told_to(capsys: pytest.CaptureFixture[str]) -> None:
+    before = Path("net.pth").read_bytes()
+    done = converted(capsys, "--to", "exported", "-o", "net.pth")
+    assert (done["exit_code"], Path("net.pth").read_bytes()) == (2, before)
+    assert "--force" in done["message"]
+    Path("old.pt2").write_bytes(b"old")
+    assert converted(capsys, "--to", "exported", "-o", "old.pt2", "--force")["exit_code"] == 0
+    assert Path("old.pt2").stat().st_size > 1000

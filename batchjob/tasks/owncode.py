@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["Code", "Layout", "OwnCode", "layout_of"]
+
+_log = logging.getLogger(__name__)
 
 _WANTED = "your own task wants a tensor with a row for each image, or a dict or a tuple of such"
 _ADVICE = "pick one of several with model.output, or give the target an on_device(output) that returns tensors"
@@ -187,6 +190,8 @@ class OwnCode:
             if rows == 1:
                 kind = "misfit" if isinstance(error, _Misfit) else type(error).__name__
                 return self._nulls(1), [Fault("task", kind, f"{self._code.where} {_told(error)}")]
+            if isinstance(error, _Misfit):
+                _log.warning("%s %s; each image of that batch is asked alone, which is slow", self._code.where, error)
         singly = [self._made([part[row : row + 1] for part in parts], frames[row : row + 1]) for row in range(rows)]
         columns = [pa.concat_arrays(same) for same in zip(*(made for made, _ in singly), strict=True)]
         return columns, [fault for _, failed in singly for fault in failed]

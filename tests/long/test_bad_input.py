@@ -167,6 +167,24 @@ def test_an_output_of_another_job_is_refused_with_the_difference(
         assert main(["plan", "job.yaml", "--quiet", harmless]) == 0
 
 
+def test_an_input_that_is_required_and_not_there_at_all_yet_is_temporary(bad: Path) -> None:
+    for source in ("{type: manifest, uri: none.csv, uri_column: file}", "{type: prefix, uri: none/}"):
+        whole = f"input={source[:-1]}, require: {{min_images: 3}}}}"
+        ended = run("run", "job.yaml", whole, "--json", cwd=bad)
+        assert (ended.code, ended.answer["status"]) == (75, "temporary"), ended.err
+        assert "not there yet" in ended.err or "nothing there yet" in ended.err
+
+
+def test_a_gpu_that_is_asked_for_by_number_is_not_replaced_by_the_cpu(bad: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    ended = run("run", "job.yaml", "--json", "runtime.device=auto", "runtime.gpus_per_worker=1", cwd=bad)
+    assert (ended.code, ended.answer["status"]) == (2, "invalid"), ended.err
+    assert "runtime.gpus_per_worker is 1" in ended.err
+
+
 def test_nothing_to_do_may_be_allowed(bad: Path) -> None:
     empty = ["job.yaml", "input={type: prefix, uri: images/, include: ['*.tif']}"]
     ended = run("run", *empty, "--allow-empty", "--json", cwd=bad)
