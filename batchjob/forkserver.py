@@ -34,7 +34,7 @@ def preload(*modules: str) -> None:
 
 @contextlib.contextmanager
 def _unmoved_by_ctrl_c() -> Iterator[None]:
-    """What is started meanwhile never hears a SIGINT: a terminal sends it to all, but only the driver knows what to do."""
+    """What is started meanwhile never hears SIGINT: a terminal sends it to all, but it is the driver that ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
