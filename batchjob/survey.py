@@ -48,7 +48,22 @@ class Status:
             f"{self.output}: {self.status}",
             f"plan      {self.plan} of {self.created}: {planned}",
             f"committed {counted(self.rows, 'row')} in {counted(self.parts, 'part')}{failed}",
+            *([self._next_step] if self._without_success else []),
         ]
+
+    @property
+    def _without_success(self) -> bool:
+        """Whether all is done and yet not complete."""
+        return self.status == "incomplete" and self.plan_finished and self.parts == self.shards
+
+    @property
+    def _next_step(self) -> str:
+        if not self.failed:
+            return "all of it is done; the run that writes _SUCCESS is at work, or run again"
+        return (
+            f"all of it is done, but for _SUCCESS too many may have failed: see `batchjob errors {self.output}`; "
+            "with a higher errors.max_rate a run ends at once, and nothing is done again"
+        )
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ def test_over_budget_is_not_complete(tmp_path: Path, store: Store) -> None:
     run(job(tmp_path, IMAGES, errors={"abort_early": False}))
     seen = status(store)
     assert (seen.status, seen.rows, seen.failed) == ("incomplete", 10, 3)
+    assert "errors.max_rate" in seen.lines()[-1]
     assert error_counts(store).total == 3
 
 
