@@ -10,11 +10,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from batchjob import plan, trial
 from batchjob.agreement import Agreement
@@ -32,6 +32,7 @@ from batchjob.records import Batch, Recipe, Shard, ShardKey, Span, Watch
 from batchjob.sink import row_schema
 from batchjob.spool import Spool
 from batchjob.storage import Reader, open_store
+from batchjob.takes import PoolFeed, Taken
 from batchjob.transform import frame
 from batchjob.trial import Bench
 
@@ -46,13 +47,6 @@ _BATCH_SIZE_ELSEWHERE = 32
 _BATCH_SIZE_MOST = 1024
 _WARM_UP_ROWS = 8
 _SAMPLE = 128  # images that a trial may look at
-
-
-class PoolFeed(Protocol):
-    """Where a worker gets its next shard from."""
-
-    def take(self) -> Shard | None:
-        """The next shard if one is there now, else None. Never blocks, never raises."""
 
 
 class Worker:
@@ -220,7 +214,7 @@ class Worker:
         assert self._loader is not None, "load comes before run"
         assert self._assembly is not None, "begin comes before run"
         self._loader.quarantine = self._quarantine
-        taken = _Taken(feed, self._assembly.failed, self._takes)
+        taken = Taken(feed, self._assembly.failed, self._takes)
         try:
             for batch in self._awaited(self._loader.batches(taken)):
                 if self._stopped.is_set():
@@ -236,7 +230,7 @@ class Worker:
         """Begin no further batch."""
         self._stopped.set()
 
-    def _advance(self, taken: _Taken, batch: Batch) -> None:
+    def _advance(self, taken: Taken, batch: Batch) -> None:
         assert self._assembly is not None
         shard = taken.shards.get(batch.take)
         if shard is None or not taken.wants(shard):
@@ -380,39 +374,6 @@ class _Plan:
 
     head: Head
     reader: PlanReader
-
-
-class _Taken:
-    """The pool's feed as the loader sees it: what it gave is numbered, and remembered until it is through.
-
-    Args:
-        pool: gives the next shard.
-        failed: whether the attempt of that number has ended without a part.
-        numbers: never the same twice in a worker.
-    """
-
-    def __init__(self, pool: PoolFeed, failed: Callable[[int], bool], numbers: Iterator[int]) -> None:
-        self._pool, self._failed, self._numbers = pool, failed, numbers
-        self.shards: dict[int, Shard] = {}
-        self.empty: list[Shard] = []
-
-    def take(self) -> Shard | None:
-        given = self._pool.take()
-        if given is None:
-            return None
-        shard = replace(given, take=next(self._numbers))
-        if shard.key.rows:
-            self.shards[shard.take] = shard
-        else:
-            self.empty.append(shard)
-        return shard
-
-    def wants(self, shard: Shard) -> bool:
-        return shard.take in self.shards and not self._failed(shard.take)
-
-    def running(self) -> list[Shard]:
-        """Those of which more batches were to come, in the order they were taken."""
-        return [shard for shard in self.shards.values() if self.wants(shard)]
 
 
 def _beside(error: BatchjobError) -> BatchjobError:

@@ -49,6 +49,7 @@ def test_two_systems_are_compared_over_eight_images(tmp_path: Path) -> None:
     runs = [json.loads(line) for line in (work / "runs.jsonl").read_text().splitlines()]
     assert [(run["when"], run["system"]) for run in runs] == [
         ("cold", "batchjob_local"),
+        ("learning", "batchjob_local"),
         ("round 1", "plain_loop"),
         ("round 1", "batchjob_local"),
     ]
