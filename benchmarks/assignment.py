@@ -85,12 +85,19 @@ class Assignment:
         return module.eval()
 
     def geometry(self) -> Any:
-        """uint8 or float `[3, H, W]` → `[3, crop, crop]`, as torchvision's published weights do it."""
+        """uint8 or float `[3, H, W]` → `[3, crop, crop]`, as `weights.transforms()` of torchvision does it."""
+        from torchvision import transforms
+
+        steps = [transforms.Resize(self.resize, antialias=True), transforms.CenterCrop(self.crop)] if self.crop else []
+        return transforms.Compose(steps)
+
+    def fast_geometry(self) -> Any:
+        """The same by torchvision's v2, which stays in uint8: three times as fast on a CPU, off by 1 here and there."""
         from torchvision.transforms import v2
 
-        if not self.crop:
-            return v2.Identity()
-        return v2.Compose([v2.Resize(self.resize, antialias=True), v2.CenterCrop(self.crop)])
+        return v2.Compose(
+            [v2.Resize(self.resize, antialias=True), v2.CenterCrop(self.crop)] if self.crop else [v2.Identity()]
+        )
 
     def done(self, images: int) -> None:
         """Note that so many more images are predicted."""

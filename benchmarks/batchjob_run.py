@@ -29,6 +29,7 @@ def run(given: Assignment, pool: str) -> None:
     """Run the job to its end. The folder holds as many images as are asked for: a prefix is listed whole."""
     shard = max(64, -(-given.limit // _SHARDS))
     more = [f"runtime.pool={pool}", f"runtime.batch_size={given.batch}", f"runtime.shard_size={shard}"]
+    more += ["runtime.precision=fp32"]  # as all others compute; left to itself it takes bf16 where that is faster
     if given.crop:
         more += [f"preprocess.resize={given.resize}", f"preprocess.crop={given.crop}"]
     params = {"images": given.images, "output": given.output, "weights": given.weights, "model": given.model}

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 from torchvision.io import decode_image
-from torchvision.transforms import v2
 
 from benchmarks.assignment import MEAN, STD, Assignment
 
@@ -25,7 +25,9 @@ class Images(Dataset[Any]):
 
     def __init__(self, given: Assignment) -> None:
         self.uris = given.uris()
-        self.transform = v2.Compose([given.geometry(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+        self.transform = transforms.Compose(
+            [given.geometry(), transforms.ConvertImageDtype(torch.float), transforms.Normalize(MEAN, STD)]
+        )
 
     def __len__(self) -> int:
         return len(self.uris)

@@ -1,6 +1,6 @@
 """Ray Data as its documentation shows it: `read_images`, `map` with transforms, `map_batches` with a class.
 
-After https://docs.ray.io/en/releases-2.60.0/data/working-with-images.html, "Performing inference on images", and with
+After https://docs.ray.io/en/latest/data/working-with-images.html, "Performing inference on images", and with
 its `write_parquet`. Its two actors would take both cores of a small machine and leave none to read: one core is left.
 """
 

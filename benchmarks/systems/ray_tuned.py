@@ -22,7 +22,7 @@ class Predict:
 
     def __init__(self, given: Assignment) -> None:
         torch.set_num_threads(1)
-        self.given, self.geometry = given, given.geometry()
+        self.given, self.geometry = given, given.fast_geometry()
         self.model = torch.compile(given.load(), dynamic=False, options={"freezing": True})
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
