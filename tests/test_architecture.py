@@ -23,8 +23,8 @@ FLOORS = [
     "sources models tasks plan ledger lease decode transform loader tuning recipes predict sink",
     "jobtext parameters jobfile complaints portable job",
     (
-        "pool report progress environment drain prepare turns accounting feeder planning survey dispatch takes assembly "
-        "engine trial agreement convert worker bench driver"
+        "pool report progress environment drain prepare turns accounting feeder planning survey dispatch takes "
+        "assembly engine trial agreement convert worker bench driver"
     ),
     "local cluster launch",
     "cli",

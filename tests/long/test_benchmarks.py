@@ -21,7 +21,7 @@ from benchmarks.latency import delayed
 from benchmarks.measure import Measured, pace
 from benchmarks.table import table
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_two_systems_are_compared_over_eight_images(tmp_path: Path) -> None:
