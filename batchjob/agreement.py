@@ -18,7 +18,7 @@ from batchjob.plan import Head
 from batchjob.records import Recipe
 from batchjob.storage import Store, settle
 from batchjob.trial import Bench, Images, table
-from batchjob.tuning import Decision, Trial, candidates, choose, wished
+from batchjob.tuning import Decision, Trial, candidates, choose, pinned, wished
 
 __all__ = ["Agreement"]
 
@@ -52,8 +52,7 @@ class Agreement:
     def reach(self) -> Decision:
         """The decision that stands for this device and this torch; the first one put does.
 
-        Raises:
-            InvalidJob: another version of batchjob wrote the one that stands.
+        What the job names by now is stronger.
         """
         import torch
 
@@ -61,21 +60,24 @@ class Agreement:
         unknown = Decision(self.engine.traits.name, str(torch.__version__), Recipe(), "")
         key = f"{self.head.folder}{unknown.key}"
         try:
-            return self._parsed(self.store.read(key).data, key)
+            return self._standing(self.store.read(key).data, unknown)
         except NotFound:
             ours = self._decided(unknown)
         if self.stopped():
             return ours
-        return self._parsed(settle(self.store, key, ours.dump()), key)
+        return self._standing(settle(self.store, key, ours.dump()), unknown)
 
-    def _parsed(self, data: bytes, key: str) -> Decision:
+    def _standing(self, data: bytes, unknown: Decision) -> Decision:
+        """The decision that was put there, as far as this version, and what the job names by now, allow."""
+        named, asked = self.engine.recipe, self.engine.asked
         try:
-            return Decision.parse(data)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InvalidJob(
-                f"{self.store.uri}/{key} was written by another version of batchjob; go on with that version, or "
-                f"`batchjob discard {self.store.uri} --yes` and run again"
-            ) from error
+            found = Decision.parse(data)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            _log.warning("the decision beside the plan is another version's; going on with %s", named.words)
+            return replace(unknown, recipe=named, reason="another version of batchjob decided")
+        if found.recipe == named or (asked.tuning != "off" and pinned(found.recipe, asked) == found.recipe):
+            return found
+        return replace(found, recipe=named, reason="as the job says by now")
 
     def _decided(self, unknown: Decision) -> Decision:
         asked, began = self.engine.asked, time.monotonic()
@@ -84,13 +86,15 @@ class Agreement:
         if asked.tuning == "off" or len(recipes) < 2:
             return named
         memory = Memory(self._facts(unknown))
-        with memory.alone():
+        with memory.alone(self.stopped):
             known = _remembered(memory)
             if known is None and not self._worth_a_trial():
                 return replace(named, reason="the job is too short to try anything")
             trials = known or table(self.bench, recipes, self._budget(), self.stopped)
             if known is None and trials and not self.stopped():
                 memory.write(replace(unknown, trials=tuple(trials)).dump())
+        if not trials:
+            return replace(named, reason="eager fp32 could not be run in a trial")
         recipe, reason = choose(asked, trials, self.images)
         reason += ", as this machine found before" if known else ""
         return replace(
@@ -166,7 +170,7 @@ def _remembered(memory: Memory) -> list[Trial] | None:
         return None
     try:
         return list(Decision.parse(data).trials)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["check_precision", "pick_device", "traits"]
 
+_TELLING = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "bf16", "sve")  # CPUs of one name may differ
+
 
 def pick_device(name: str, among: Sequence[str] | None = None) -> torch.device:
     """The device a job asks for. `auto` takes the first that is there of CUDA, XPU, MPS and the CPU.
@@ -88,5 +90,6 @@ def traits(device: torch.device) -> Traits:
     if device.type == "cpu":
         able = getattr(torch.cpu, "get_capabilities", dict[str, Any])()  # torch 2.11 may not have it
         bf16 = bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16"))
-        return Traits(f"cpu {able.get('cpu_name') or able.get('architecture') or platform.machine()}", "cpu", bf16)
+        name = able.get("cpu_name") or able.get("architecture") or platform.machine()
+        return Traits(" ".join(["cpu", name, *(flag for flag in _TELLING if able.get(flag))]), "cpu", bf16)
     return Traits(device.type, device.type)

@@ -134,8 +134,8 @@ class Engine:
         return plain.with_module(applied(self._module, recipe, inputs))
 
     def predictor(self, forward: Forward, batch_size: int | None = None) -> Predictor:
-        """A predictor around one of `forward`; `batch_size` where every call must have so many images."""
-        return Predictor(forward, self.post, self.model.batch_size or batch_size)
+        """A predictor around one of `forward`; `batch_size` where every call had better have so many images."""
+        return Predictor(forward, self.post, self.model.batch_size, batch_size)
 
     def _repeated(self, rows: int) -> torch.Tensor:
         return self.example.expand(rows, *self.example.shape).contiguous()

@@ -19,6 +19,7 @@ _EIGHT_BITS = 0.2, 0.97
 _AGREEMENT = 0.99
 _NOTHING = 1e-6
 _UNDECIDED = 0.01  # of the largest value
+_LIKELIEST = 5  # boxes of an image
 _SAME_BOX = 0.9  # intersection over union
 _SEEN_BOX = 0.3  # score from which a box must be found again
 
@@ -30,8 +31,8 @@ class Likeness:
     Attributes:
         deviation: largest difference, over the largest magnitude of the reference.
         cosine: of the images' outputs, the smallest.
-        agreement: share of the images with the same class (of those where the reference is decided), or of the
-            reference's boxes that were found again.
+        agreement: share of the images with the same class (of those where the reference is decided), of the values
+            that are no floats, or of the boxes of either that the other has too.
     """
 
     deviation: float
@@ -61,9 +62,11 @@ def compare(reference: Any, output: Any) -> Likeness:
     if _is_boxes(reference):
         return _boxes(reference, output)
     ours, theirs = list(_leaves(reference)), list(_leaves(output))
+    if not ours:
+        raise ValueError("gives no tensor that could be compared")
     if [leaf.shape for leaf in ours] != [leaf.shape for leaf in theirs]:
         raise ValueError(f"gives {[list(leaf.shape) for leaf in theirs]} for {[list(leaf.shape) for leaf in ours]}")
-    each = [_tensors(a.detach().float().cpu(), b.detach().float().cpu()) for a, b in zip(ours, theirs, strict=True)]
+    each = [_leaf(a.detach().cpu(), b.detach().cpu()) for a, b in zip(ours, theirs, strict=True)]
     return Likeness(
         max((one.deviation for one in each), default=0.0),
         min((one.cosine for one in each), default=1.0),
@@ -75,14 +78,20 @@ def _leaves(output: Any) -> Iterator[torch.Tensor]:
     import torch
 
     if isinstance(output, torch.Tensor):
-        if output.is_floating_point():
-            yield output
+        yield output if output.ndim else output[None]
     elif isinstance(output, Mapping):
         for value in output.values():
             yield from _leaves(value)
     elif isinstance(output, tuple | list):
         for value in output:
             yield from _leaves(value)
+
+
+def _leaf(reference: torch.Tensor, output: torch.Tensor) -> Likeness:
+    """Numbers by their size; classes, masks and counts by how many are the same."""
+    if reference.is_floating_point() or reference.numel() == 0:
+        return _tensors(reference.float(), output.float())
+    return Likeness(0.0, 1.0, float((reference == output).float().mean()))
 
 
 def _tensors(reference: torch.Tensor, output: torch.Tensor) -> Likeness:
@@ -96,7 +105,7 @@ def _tensors(reference: torch.Tensor, output: torch.Tensor) -> Likeness:
     a, b = ((made / scale).nan_to_num(0, 0, 0).reshape(len(made), -1) for made in (reference, output))
     alike = torch.nn.functional.cosine_similarity(a, b, dim=1)
     nothing = (a.norm(dim=1) < _NOTHING) & (b.norm(dim=1) < _NOTHING)  # two that are nothing point nowhere
-    deviation = float((same / scale).abs().max())
+    deviation = float((same / scale).abs().nan_to_num(torch.inf, torch.inf, torch.inf).max())
     agreement = _same_class(reference / scale, output / scale, deviation) if reference.ndim == 2 else 1.0
     return Likeness(deviation, float(torch.where(nothing, torch.ones(()), alike).min()), agreement)
 
@@ -118,7 +127,8 @@ def _is_boxes(output: Any) -> bool:
 
 
 def _boxes(reference: Sequence[Mapping[str, Any]], output: Sequence[Mapping[str, Any]]) -> Likeness:
-    found = [_found(theirs, ours) for theirs, ours in zip(reference, output, strict=True)]
+    pairs = list(zip(reference, output, strict=True))
+    found = [_found(*pair) for pair in pairs] + [_found(*pair[::-1]) for pair in pairs]
     seen, again, worst = (sum(n for n, _, _ in found), sum(n for _, n, _ in found), max(w for _, _, w in found))
     return Likeness(worst, 1.0, again / seen if seen else 1.0)
 
@@ -127,9 +137,11 @@ def _found(reference: Mapping[str, Any], output: Mapping[str, Any]) -> tuple[int
     """Clear boxes of the reference, how many of them were found again, the largest difference of their scores."""
     from torchvision.ops import box_iou
 
-    clear = reference["scores"] >= _SEEN_BOX
-    if not bool(clear.any()):
+    if len(reference["scores"]) == 0:
         return 0, 0, 0.0
+    # A detector that is sure of nothing is still to find its likeliest boxes again.
+    likeliest = reference["scores"].topk(min(_LIKELIEST, len(reference["scores"]))).values
+    clear = reference["scores"] >= min(_SEEN_BOX, float(likeliest[-1]))
     if len(output["boxes"]) == 0:
         return int(clear.sum()), 0, 0.0
     overlap = box_iou(reference["boxes"][clear].float(), output["boxes"].float())

@@ -7,12 +7,16 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 __all__ = ["Memory", "use_compile_cache"]
+
+
+_LOOK_SECONDS = 0.5
 
 
 def use_compile_cache() -> None:
@@ -32,16 +36,16 @@ class Memory:
         self._name = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Wait until no other process of this machine is at it."""
+    def alone(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Wait until no other process of this machine is at it, or until `stopped` says so."""
         try:
             lock = (_folder("tuning") / f"{self._name}.lock").open("w")
         except OSError:
             yield
             return
         with lock:
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            while not stopped() and not _locked(lock):
+                time.sleep(_LOOK_SECONDS)
             yield
 
     def read(self) -> bytes | None:
@@ -63,8 +67,22 @@ class Memory:
         return _folder("tuning") / f"{self._name}.json"
 
 
+def _locked(file: IO[str]) -> bool:
+    """Whether it is ours now; on a disk that knows no locks it always is."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def _folder(name: str) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchjob"
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchjob"
+    except RuntimeError as error:  # a container's user without a name
+        raise OSError(str(error)) from error
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     root.chmod(0o700)

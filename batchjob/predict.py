@@ -72,10 +72,13 @@ class Predictor:
         forward: the module.
         post: the task's half.
         batch_size: images that each call of the module must have; shorter ones are padded. None for any number.
+        rather: images that each call had better have, as a compiled module does, as long as they fit into memory.
     """
 
-    def __init__(self, forward: Forward, post: Outputs, batch_size: int | None = None) -> None:
-        self._forward, self._post, self._fixed = forward, post, batch_size
+    def __init__(
+        self, forward: Forward, post: Outputs, batch_size: int | None = None, rather: int | None = None
+    ) -> None:
+        self._forward, self._post, self._fixed, self._rather = forward, post, batch_size, rather
         self._limit: int | None = None  # images that fit at once, once more have not
         self._calm = 0
         self._link = Link(forward.device)
@@ -146,6 +149,11 @@ class Predictor:
         while start < count:
             size = min(self._limit or count, count - start)
             made = self._tried(pixels, shapes, start, size)
+            if made is None and self._fixed is not None:
+                raise AttemptFailed(
+                    f"a batch of {self._fixed}, which is what the model takes, does not fit into the memory of "
+                    f"{self._forward.device}: is something else using it?"
+                )
             if made is None and size > 1:
                 self._limit, self._calm = size // 2, 0
                 continue
@@ -203,12 +211,20 @@ class Predictor:
 
     def _piece(self, inputs: torch.Tensor | list[torch.Tensor], rows: tuple[int, ...]) -> Piece:
         with self._named("forward"):
-            if self._fixed is None or isinstance(inputs, list) or len(inputs) == self._fixed:
+            wanted = self._call_size
+            if wanted is None or isinstance(inputs, list) or len(inputs) == wanted:
                 found = self._called(inputs)
             else:
-                found = self._padded(inputs, self._fixed)
+                found = self._padded(inputs, wanted)
         with self._named("D2H"):
             return Piece(rows, self._link.back(found))
+
+    @property
+    def _call_size(self) -> int | None:
+        """Images that the next call is to have; None for as many as there are."""
+        if self._fixed is not None or self._rather is None or self._limit is None:
+            return self._fixed or self._rather
+        return min(self._rather, self._limit)
 
     def _called(self, inputs: torch.Tensor | list[torch.Tensor]) -> dict[str, torch.Tensor]:
         return self._post.on_device(self._forward(inputs))

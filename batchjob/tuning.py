@@ -22,6 +22,7 @@ __all__ = [
     "Trial",
     "candidates",
     "choose",
+    "pinned",
     "tried",
     "wished",
 ]
@@ -144,12 +145,12 @@ def _trial(facts: dict[str, Any]) -> Trial:
 
 def wished(asked: Acceleration) -> Recipe:
     """The recipe with nothing but what the job names: eager fp32 where it leaves everything open."""
-    return _pinned(Recipe(), asked)
+    return pinned(Recipe(), asked)
 
 
 def candidates(asked: Acceleration, device: Traits) -> list[Recipe]:
     """What to try, the quickest to try first; each holds to what the job names. The first is `wished`."""
-    curated = [wished(asked), *(_pinned(recipe, asked) for recipe in _curated(device))]
+    curated = [wished(asked), *(pinned(recipe, asked) for recipe in _curated(device))]
     return [recipe for recipe in dict.fromkeys(curated) if _sound(recipe)]
 
 
@@ -170,8 +171,8 @@ def _curated(device: Traits) -> Iterator[Recipe]:
     yield from (replace(plain, precision=precision, compile="default", freeze=True) for precision in (*fast, "fp32"))
 
 
-def _pinned(recipe: Recipe, asked: Acceleration) -> Recipe:
-    """The recipe, changed where the job names something."""
+def pinned(recipe: Recipe, asked: Acceleration) -> Recipe:
+    """The recipe, changed where the job names something else."""
     named: dict[str, Any] = {
         name: getattr(asked, name) == "on"
         for name in ("channels_last", "fold", "freeze", "cudnn_benchmark")

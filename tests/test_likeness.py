@@ -79,9 +79,30 @@ def boxes(*rows: tuple[float, float, float, float], score: float = 0.9) -> dict[
 def test_boxes_are_found_again_by_overlap_and_class() -> None:
     one, two = (0.0, 0.0, 10.0, 10.0), (20.0, 20.0, 40.0, 40.0)
     assert compare([boxes(one, two)], [boxes(two, one)]) == Likeness(0.0, 1.0, 1.0)
-    assert compare([boxes(one, two)], [boxes(one)]).agreement == 0.5
+    assert compare([boxes(one, two)], [boxes(one)]).agreement == pytest.approx(2 / 3)
     assert compare([boxes(one)], [boxes()]).agreement == 0
-    assert compare([boxes(one, score=0.1)], [boxes()]).agreement == 1, "nobody misses a faint one"
+    assert compare([boxes(one)], [boxes(one, two)]).agreement == pytest.approx(2 / 3), "one too many"
+    assert compare([boxes(one, score=0.1)], [boxes()]).agreement == 0, "the likeliest count where none is sure"
     other = boxes(one)
     other["labels"] += 1
     assert compare([boxes(one)], [other]).agreement == 0
+
+
+def test_classes_and_masks_are_compared_by_how_many_are_the_same() -> None:
+    classes = torch.arange(10)
+    assert compare(classes, classes.clone()).agreement == 1
+    other = classes.clone()
+    other[:3] = 99
+    found = compare((logits(), classes), (logits(), other))
+    assert found.agreement == pytest.approx(0.7)
+    assert found.fault(BF16) is not None
+    with pytest.raises(ValueError, match="no tensor"):
+        compare(["a"], ["a"])
+
+
+def test_a_nan_in_any_place_counts() -> None:
+    broken = logits()
+    broken[0, 0] = torch.nan
+    for reference, output in (((logits(), logits()), (logits(), broken)), ((logits(), logits()), (broken, logits()))):
+        assert compare(reference, output).fault(BF16) is not None
+    assert compare(torch.tensor(1.0), torch.tensor(1.0)).deviation == 0

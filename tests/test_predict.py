@@ -312,6 +312,22 @@ def test_a_warm_up_that_does_not_fit_is_halved_like_any_batch() -> None:
     assert {seen[0] for seen in module.seen[before:]} == {4}, "it has learned what fits"
 
 
+def test_a_compiled_module_that_gets_no_more_memory_is_halved_too() -> None:
+    module, pixels = Limited(8), images(16)
+    predictor = Predictor(forward(module), Embedded(), rather=16)
+    found = predictor(pixels)
+    assert found.lost == ()
+    assert len(embedded(found)) == 16
+    assert {seen[0] for seen in module.seen} == {8}
+    assert embedded(predictor(pixels[:3])).shape[0] == 3
+    assert module.seen[-1][0] == 8, "short ones are padded to what fits"
+
+
+def test_a_model_of_one_batch_size_that_does_not_fit_loses_no_image() -> None:
+    with pytest.raises(AttemptFailed, match="a batch of 16, which is what the model takes"):
+        Predictor(forward(Limited(8)), Embedded(), batch_size=16)(images(3))
+
+
 def test_not_even_one_image_is_said_before_work() -> None:
     with pytest.raises(InvalidJob, match="not even one image of 8x8 fits into the memory of cpu"):
         make(Limited(0)).warm_up((8, 8), rows=8)

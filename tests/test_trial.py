@@ -157,6 +157,27 @@ def test_a_resumed_run_reads_the_decision_that_stands() -> None:
     assert np.allclose(embeddings("out"), before, atol=1e-5)
 
 
+def test_what_the_job_names_by_now_is_stronger_than_the_decision_that_stands(caplog: pytest.LogCaptureFixture) -> None:
+    for output, runtime in (("a", {"fold": "off"}), ("b", {"tuning": "off"})):
+        batchjob.run(job(output, shard_size=4))
+        sorted(Path(f"{output}/predictions").iterdir())[1].unlink()
+        Path(f"{output}/_SUCCESS").unlink()
+        standing(output, {"recipe": decision(output)["recipe"] | {"fold": True, "channels_last": True}})
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert batchjob.run(job(output, shard_size=4, **runtime)).status == "complete"
+        assert "as the job says by now" in caplog.text
+
+
+def test_another_versions_decision_is_not_read(caplog: pytest.LogCaptureFixture) -> None:
+    batchjob.run(job("out", shard_size=4))
+    sorted(Path("out/predictions").iterdir())[1].unlink()
+    Path("out/_SUCCESS").unlink()
+    standing("out", {"of a later version": 1})
+    assert batchjob.run(job("out", shard_size=4)).status == "complete"
+    assert "another version's" in caplog.text
+
+
 def test_a_decision_that_fails_here_falls_back_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     batchjob.run(job("out", "raise", shard_size=4))
     before = embeddings("out")

@@ -86,7 +86,7 @@ class OnnxModel(WeightsFile, SelectedOutput):
         for content in external.values():
             digest.update(content)
         found = digest.hexdigest()
-        if self.sha256 not in {None, found}:
+        if self.sha256 is not None and self.sha256.lower() != found:
             files = " ".join([self.title, *external])
             raise InvalidJob(
                 f"{where} with its data has the sha256 {found} (of {files}, one after the other), but model.sha256 is "
