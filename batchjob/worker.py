@@ -125,8 +125,8 @@ class Worker:
         self._predictor.warm_up(example.shape, rows, example.dtype)
         if not self._setup.few:
             began = time.perf_counter()
-            self._predictor.warm_up(example.shape, rows, example.dtype)
-            self._pace = (time.perf_counter() - began) / rows
+            self._predictor.warm_up(example.shape, self._batch_size, example.dtype)
+            self._pace = (time.perf_counter() - began) / self._batch_size
 
     def begin(self, number: int) -> None:
         """Join the plan of this number: agree with all other workers on schema, model and image size.

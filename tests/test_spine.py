@@ -30,7 +30,7 @@ input: {type: prefix, uri: %s}
 model: {type: python, target: slow:build}
 preprocess: {resize: null, crop: null, mean: null, std: null}
 task: {type: classification}
-runtime: {pool: local, shard_size: 50, batch_size: 25}
+runtime: {pool: local, shard_size: 50, batch_size: 25, tuning: "off"}
 output: {uri: %s}
 """
 
