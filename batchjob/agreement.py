@@ -18,7 +18,7 @@ from batchjob.plan import Head
 from batchjob.records import Recipe
 from batchjob.storage import Store, settle
 from batchjob.trial import Bench, Images, table
-from batchjob.tuning import Decision, Trial, candidates, choose, pinned, wished
+from batchjob.tuning import Acceleration, Decision, Trial, candidates, choose, pinned, wished
 
 __all__ = ["Agreement"]
 
@@ -128,7 +128,7 @@ class Agreement:
             "batch_size": self.bench.batch_size,
             "cores": self.bench.cores,
             "asked": asdict(wished(engine.asked)),
-            "open": [name for name, value in engine.asked if value == "auto"],
+            "open": [name for name in Acceleration.model_fields if getattr(engine.asked, name) == "auto"],
         }
 
     def applied(self, decision: Decision) -> tuple[Decision, Forward]:
