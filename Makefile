@@ -15,7 +15,7 @@ REQUIREMENTS := --extra dev --requirements pyproject.toml
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format test test-long demo bench lock wheel clean
+.PHONY: help install lint audit format test test-long test-faults demo bench lock wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -36,12 +36,18 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(UV) pip install --offline --no-deps --no-build-isolation --editable .
 	@touch $@
 
-lint: $(INSTALLED)  ## ruff and mypy, both strict
+lint: $(INSTALLED) audit  ## ruff and mypy, both strict
 	$(BIN)/ruff check $(TREES)
 	$(BIN)/ruff format --check $(TREES)
 	$(BIN)/mypy batchjob benchmarks tests
 	@set -e; for folder in $(sort $(dir $(wildcard jobs/*/*.py))); do \
 	  echo "$(BIN)/mypy $$folder"; $(BIN)/mypy $$folder; done
+
+audit: $(INSTALLED)  ## known vulnerabilities of what the lock names, as far as osv.dev can be asked
+	@$(BIN)/python -c 'import urllib.request as u; u.urlopen("https://api.osv.dev/v1/vulns/PYSEC-2018-66", timeout=5)' \
+	  2>/dev/null || { echo "audit: osv.dev cannot be asked from here; requirements.lock was not audited" >&2; exit 0; }; \
+	  $(BIN)/pip-audit --requirement requirements.lock --require-hashes --disable-pip --vulnerability-service osv \
+	  --progress-spinner off
 
 format: $(INSTALLED)  ## ruff, writing
 	$(BIN)/ruff check --fix $(TREES)
@@ -52,6 +58,9 @@ test: $(INSTALLED)  ## all tests
 
 test-long: $(INSTALLED)  ## end-to-end tests that take minutes each
 	$(BIN)/python -m pytest tests/long
+
+test-faults: $(INSTALLED)  ## every promise as a figure: kills, faults, races; BATCHJOB_SEED=1, about 25 minutes
+	$(BIN)/python -m pytest tests/faults --timeout 900
 
 demo: $(INSTALLED)  ## handwritten digits, from pictures to Parquet, on a Ray started for it
 	$(BIN)/python jobs/digits/make_data.py

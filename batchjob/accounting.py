@@ -9,7 +9,7 @@ from typing import Any
 
 import batchjob
 from batchjob import ledger, plan
-from batchjob.errors import CheckFailed, Incomplete, NotFound
+from batchjob.errors import CheckFailed, Incomplete, NotFound, Temporary
 from batchjob.job import ErrorBudget
 from batchjob.ledger import Part, Totals
 from batchjob.parallel import aside, side_by_side
@@ -20,7 +20,7 @@ from batchjob.report import Outcome, counted
 from batchjob.schedule import GivenUp
 from batchjob.storage import Store
 
-__all__ = ["Books", "Run", "clear_foreign", "conclude", "exceeded"]
+__all__ = ["Books", "Run", "are_leftovers", "clear_foreign", "conclude", "exceeded"]
 
 Beat = Callable[[], object]
 Summary = Callable[[Mapping[str, float]], dict[str, Any]]
@@ -85,7 +85,7 @@ class Books:
         """
         for key, made in _footers(self._store, self._there, beat):
             if made is not None and made.plan == head.plan:
-                self.older[key] = made, self._there[key].etag
+                self.older[key] = made.compact(), self._there[key].etag
                 self._count(made)
 
     def add(self, chunk: Chunk) -> tuple[int, list[ShardKey]]:
@@ -97,8 +97,9 @@ class Books:
 
     def commit(self, result: ShardResult) -> None:
         """Count a shard that a worker of this run has seen committed."""
-        self.fresh[result.key.part] = result
-        self._count(result.made)
+        made = result.made.compact()
+        self.fresh[result.key.part] = replace(result, made=made)
+        self._count(made)
 
     def clear_foreign(self, beat: Beat) -> None:
         """Look at parts that the plan, as far as it is known, does not name. See `clear_foreign`."""
@@ -148,9 +149,17 @@ def conclude(store: Store, head: Head, run: Run, *, budget: ErrorBudget, summary
     parts, totals = _add_up(store, head, run, there, beat)
     outcome = replace(_outcome(store, run, totals, budget), truth=summary(totals.truth))
     facts = _facts(head, run, totals, outcome)
-    ledger.write_report(store, facts | {"tuning": _decisions(store, head)})
-    if outcome.exit_code == 0:
-        ledger.write_success(store, facts, parts)
+
+    def wanted() -> None:
+        if plan.is_discarded(store, head):
+            raise Temporary(f"{store.uri}: the plan was discarded while this run was ending; run again")
+
+    def write() -> None:
+        ledger.write_report(store, facts | {"tuning": _decisions(store, head)})
+        if outcome.exit_code == 0:
+            ledger.write_success(store, facts, parts, wanted)
+
+    aside(write, beat)
     return outcome
 
 
@@ -159,15 +168,26 @@ def clear_foreign(store: Store, names: Iterable[str], beat: Beat = lambda: None)
 
     Raises:
         CheckFailed: one is of no such plan; nothing is deleted then.
+        Temporary: likewise, but it is of the plan that is in force by now.
     """
     found = {key: made.plan for key, made in _footers(store, names, beat) if made is not None}
-    buried = {name: plan.is_buried(store, name) for name in sorted(set(found.values()))}
+    plans = sorted(set(found.values()))
+    buried = dict(zip(plans, side_by_side(lambda name: plan.is_buried(store, name), plans, beat), strict=True))
     for key, name in found.items():
         if not buried[name]:
+            _, head = aside(lambda: plan.current(store), beat)
+            if head is not None and head.plan == name:
+                raise Temporary(f"{store.uri}: another driver has begun plan {name} meanwhile; run again")
             raise CheckFailed(
                 f"{store.uri}/{key} is a part of plan {name}, not of this output's; remove it and run again"
             )
     ledger.delete_all(store, found, beat)
+
+
+def are_leftovers(store: Store, names: Iterable[str]) -> bool:
+    """Whether all of these are parts of discarded plans. Raises CheckFailed where one was not written by batchjob."""
+    found = [made.plan for _, made in _footers(store, names, lambda: None) if made is not None]
+    return all(plan.is_buried(store, name) for name in sorted(set(found)))
 
 
 def _footers(store: Store, names: Iterable[str], beat: Beat) -> Iterator[tuple[str, Provenance | None]]:
@@ -277,6 +297,7 @@ def _facts(head: Head, run: Run, totals: Totals, outcome: Outcome) -> dict[str, 
         },
         "images_per_second": outcome.images_per_second,
         "truth": outcome.truth,
+        "recipes": dict(totals.recipes.most_common()),
         "workers": [asdict(worker) for worker in run.workers],
         "batchjob": batchjob.__version__,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,16 +15,21 @@ from batchjob.forward import Forward
 from batchjob.likeness import compare
 from batchjob.machine import Memory, use_compile_cache
 from batchjob.plan import Head
+from batchjob.predict import Predictor
 from batchjob.records import Recipe
 from batchjob.storage import Store, settle
-from batchjob.trial import Bench, Images, table
+from batchjob.trial import TIME_WAS_UP, Bench, Images, table
 from batchjob.tuning import Acceleration, Decision, Trial, candidates, choose, pinned, wished
 
 __all__ = ["Agreement"]
 
 _log = logging.getLogger(__name__)
-_WORTH_SECONDS = 60.0  # of eager work; below that a trial costs more than it brings
+_WORTH_SECONDS = 60.0  # of eager work; below that compiling costs more than it brings
+_WORTH_QUICK_SECONDS = 25.0  # likewise, of recipes that are not compiled
+_QUICK_BUDGET = 12.0  # seconds for those alone, most of them for a process to start and load the model
 _SHARE = 0.25  # of the estimated run that a trial may take
+_MUCH_MORE = 1.5
+_WHETHER = {"tuning", "tuning_budget_s"}  # say whether a table is made, not what is in it
 
 
 @dataclass(frozen=True)
@@ -87,14 +92,14 @@ class Agreement:
             return named
         memory = Memory(self._facts(unknown))
         with memory.alone(self.stopped):
-            known = _remembered(memory)
+            known = _remembered(memory, self._budget())
             if known is None and not self._worth_a_trial():
                 return replace(named, reason="the job is too short to try anything")
-            trials = known or table(self.bench, recipes, self._budget(), self.stopped)
-            if known is None and trials and not self.stopped():
-                memory.write(replace(unknown, trials=tuple(trials)).dump())
-        if not trials:
-            return replace(named, reason="eager fp32 could not be run in a trial")
+            trials = known or self._tried(recipes)
+            if known is None and trials[0].passed and not self.stopped():
+                memory.write(replace(unknown, trials=tuple(trials), seconds=self._budget()).dump())
+        if not trials[0].passed:
+            return replace(named, reason=f"eager fp32 could not be run in a trial: {trials[0].verdict}")
         recipe, reason = choose(asked, trials, self.images)
         reason += ", as this machine found before" if known else ""
         return replace(
@@ -102,13 +107,18 @@ class Agreement:
         )
 
     def _worth_a_trial(self) -> bool:
-        return self.engine.asked.tuning == "on" or self._eager_seconds > _WORTH_SECONDS
+        return self.engine.asked.tuning == "on" or self._eager_seconds > _WORTH_QUICK_SECONDS
 
     def _budget(self) -> float:
         asked = self.engine.asked
         if asked.tuning == "on":
             return asked.tuning_budget_s
-        return min(asked.tuning_budget_s, _SHARE * self._eager_seconds)
+        return min(asked.tuning_budget_s, _QUICK_BUDGET if self._short else _SHARE * self._eager_seconds)
+
+    @property
+    def _short(self) -> bool:
+        """Whether the job is too short for anything to be compiled."""
+        return self.engine.asked.tuning != "on" and self._eager_seconds <= _WORTH_SECONDS
 
     @property
     def _eager_seconds(self) -> float:
@@ -126,13 +136,27 @@ class Agreement:
             "preprocess": engine.preprocess.model_dump(mode="json"),
             "input": [list(engine.example.shape), str(engine.example.dtype)],
             "batch_size": self.bench.batch_size,
-            "cores": self.bench.cores,
+            "threads": self.bench.threads,
             "asked": asdict(wished(engine.asked)),
-            "open": [name for name in Acceleration.model_fields if getattr(engine.asked, name) == "auto"],
+            "open": [
+                name
+                for name in Acceleration.model_fields
+                if name not in _WHETHER and getattr(engine.asked, name) == "auto"
+            ],
         }
 
-    def applied(self, decision: Decision) -> tuple[Decision, Forward]:
-        """The module by that recipe, once it has run here on the job's images near enough to eager fp32.
+    def _tried(self, recipes: Sequence[Recipe]) -> list[Trial]:
+        """The table, made with as much of the device's memory free as there can be."""
+        import torch
+
+        if self.engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        tried = [recipe for recipe in recipes if not (self._short and recipe.compile != "off")]
+        made = table(self.bench, tried, self._budget(), self.stopped)
+        return made + [Trial(recipe, f"not tried, {TIME_WAS_UP}") for recipe in recipes if recipe not in tried]
+
+    def applied(self, decision: Decision) -> tuple[Decision, Predictor]:
+        """A predictor by that recipe, warmed up, once it has run here on the job's images near enough to eager fp32.
 
         Falls back to what the job names, and says so, where the recipe fails here.
 
@@ -141,7 +165,7 @@ class Agreement:
         """
         named = self.engine.recipe
         try:
-            return decision, self._checked(decision.recipe)
+            return decision, self._warm(decision.recipe)
         except InvalidJob:
             raise
         except Exception as error:
@@ -149,14 +173,23 @@ class Agreement:
                 raise InvalidJob(f"runtime: {named.words} fails with this model: {_brief(error)}") from error
             reason = f"{decision.recipe.words} fails here ({_brief(error)})"
             _log.warning("%s; going on with %s", reason, named.words)
-            return replace(decision, recipe=named, reason=reason), self._checked(named)
+            return replace(decision, recipe=named, reason=reason), self._warm(named)
+
+    def _warm(self, recipe: Recipe) -> Predictor:
+        engine, batch_size = self.engine, self.bench.batch_size
+        fixed = batch_size if recipe.fixed_batch and not engine.varying else None
+        predictor = engine.predictor(self._checked(recipe), fixed)
+        if recipe != Recipe():
+            predictor.warm_up(engine.example.shape, batch_size, engine.example.dtype)
+        return predictor
 
     def _checked(self, recipe: Recipe) -> Forward:
         if recipe == Recipe():
             return self.engine.forward(recipe)
         subject = Images(self.engine, self.bench.sample, self.bench.batch_size)
         forward = subject.forward(recipe)
-        fault = compare(subject.run(subject.forward(Recipe())), subject.run(forward)).fault(recipe)
+        found = compare(subject.run(subject.forward(Recipe())), subject.run(forward), classes=subject.classes)
+        fault = found.fault(recipe)
         if fault is not None and recipe != self.engine.recipe:
             raise ValueError(fault)
         if fault is not None:
@@ -164,14 +197,17 @@ class Agreement:
         return forward
 
 
-def _remembered(memory: Memory) -> list[Trial] | None:
+def _remembered(memory: Memory, budget: float) -> list[Trial] | None:
+    """The table that this machine has made; not one that was cut short by much less time than there is now."""
     data = memory.read()
     if data is None:
         return None
     try:
-        return list(Decision.parse(data).trials)
+        found = Decision.parse(data)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
+    cut_short = any(trial.verdict.endswith(TIME_WAS_UP) for trial in found.trials)
+    return None if cut_short and budget > _MUCH_MORE * found.seconds else list(found.trials)
 
 
 def _brief(error: Exception) -> str:

@@ -9,9 +9,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,10 +21,13 @@ import pyarrow.compute as pc
 
 from batchjob import ledger
 from batchjob.errors import AttemptFailed, BatchjobError
+from batchjob.parallel import Threads
 from batchjob.pool import Done, Event, Failed
 from batchjob.predict import Predicted
 from batchjob.records import Batch, Fault, Frame, ImageFacts, Provenance, Shard, ShardResult, Span, Watch
 from batchjob.sink import PartWriter, rows
+from batchjob.spool import no_room
+from batchjob.stopwatch import Stopwatch
 from batchjob.storage import Store
 from batchjob.tasks import Postprocess
 
@@ -44,6 +48,7 @@ class Imprint:
         plan: id of the plan.
         fingerprint: digest of the job's.
         model: digest of weights and model code; `model_id` is its name in the rows.
+        recipe: in words, by which the model ran here.
         schema: of every part.
     """
 
@@ -51,6 +56,7 @@ class Imprint:
     fingerprint: str
     model: str
     model_id: str
+    recipe: str
     schema: pa.Schema
 
 
@@ -74,10 +80,10 @@ class Assembly:
         imprint: see `Imprint`.
         post: the task's half after the model.
         frames: where the model's input lies in an image.
-        lost: what is said of images that do not fit into memory.
         wanted: raises when the plan was discarded meanwhile; asked before each commit.
         tell: called, from any thread, with what became of a shard.
         watch: told how long each batch and each commit took.
+        stopwatch: shows for how long a batch has been under way here.
     """
 
     def __init__(  # noqa: PLR0913 - all by keyword, from the one place that puts a worker together
@@ -88,18 +94,19 @@ class Assembly:
         imprint: Imprint,
         post: Postprocess,
         frames: Frames,
-        lost: Fault,
         wanted: Callable[[], None],
         tell: Callable[[Event], None],
         watch: Watch = lambda span: None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
+        self._stopwatch = stopwatch or Stopwatch()
         self._store, self._spool, self._imprint, self._post = store, spool, imprint, post
-        self._frames, self._lost, self._wanted, self._tell, self._watch = frames, lost, wanted, tell, watch
+        self._frames, self._wanted, self._tell, self._watch = frames, wanted, tell, watch
         self._drafts: dict[int, _Draft] = {}
         self._failed: set[int] = set()
         self._waiting: queue.Queue[_Item | Callable[[], None] | None] = queue.Queue(_BATCHES_WAITING)
         self._room = threading.Semaphore(_COMMITS_PENDING)
-        self._committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._committer = Threads(1, "commit")
         self._thread = threading.Thread(target=self._work, name="assembly", daemon=True)
         self._thread.start()
 
@@ -131,7 +138,9 @@ class Assembly:
         """Finish what was added, commits included."""
         self._waiting.put(None)
         self._thread.join()
-        self._committer.shutdown(wait=True)
+        for _ in range(_COMMITS_PENDING):
+            self._room.acquire()
+        self._committer.leave()
 
     # -- in the thread -----------------------------------------------------------------------------------------
 
@@ -150,9 +159,10 @@ class Assembly:
         if take in self._failed:
             return
         try:
-            self._enter(self._draft(item.shard), item)
+            with self._stopwatch.step("results"):
+                self._enter(self._draft(item.shard), item)
         except Exception as error:  # noqa: BLE001 - ends this attempt; the driver decides how far it reaches
-            self._drop(item.shard, as_ours(error))
+            self._drop(item.shard, self._fault(error))
             return
         if item.last:
             self._seal(self._drafts.pop(take))
@@ -210,7 +220,7 @@ class Assembly:
         if predicted.lost:
             order += predicted.lost
             parts.append([pa.nulls(len(predicted.lost), field.type) for field in self._post.fields])
-            found += [self._lost] * len(predicted.lost)
+            found += predicted.lost.values()
         columns = parts[0] if len(parts) == 1 else [pa.concat_arrays(same) for same in zip(*parts, strict=True)]
         if order == sorted(order):
             return columns, found
@@ -221,16 +231,16 @@ class Assembly:
         try:
             self._seal(_Draft(self._spool, shard, self._imprint.schema))
         except Exception as error:  # noqa: BLE001 - likewise
-            self._tell(Failed(shard.key, as_ours(error)))
+            self._tell(Failed(shard.key, self._fault(error)))
 
     def _seal(self, draft: _Draft) -> None:
         """Finish the part and commit it, beside the next one."""
         self._room.acquire()
-        self._committer.submit(self._commit, draft).add_done_callback(self._committed)
+        self._committer.submit(partial(self._commit, draft)).add_done_callback(self._committed)
 
     def _committed(self, future: Future[Event]) -> None:
-        self._room.release()
         self._tell(future.result())
+        self._room.release()
 
     def _commit(self, draft: _Draft) -> Event:
         key, began = draft.shard.key, time.perf_counter()
@@ -240,10 +250,13 @@ class Assembly:
             examples = draft.writer.examples if done.ours else {}
             return Done(ShardResult(key, done.provenance, examples, done.ours, done.stat.etag))
         except Exception as error:  # noqa: BLE001 - ends this attempt
-            return Failed(key, as_ours(error))
+            return Failed(key, self._fault(error))
         finally:
             draft.writer.path.unlink(missing_ok=True)
             self._spent("commit", began, key.rows)
+
+    def _fault(self, error: Exception) -> BatchjobError:
+        return no_room(error, self._spool) or as_ours(error)
 
     def _spent(self, stage: str, began: float, images: int) -> float:
         """Seconds since `began`, which the watch is told of."""
@@ -287,6 +300,7 @@ class _Draft:
             revision=0,
             fingerprint=imprint.fingerprint,
             model=imprint.model,
+            recipe=imprint.recipe,
             rows=self.writer.rows,
             failed=self.writer.failed,
             errors=self.writer.errors,

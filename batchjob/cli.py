@@ -17,6 +17,8 @@ import typer
 
 from batchjob import __version__
 from batchjob.errors import BatchjobError, InvalidJob
+from batchjob.parallel import leave_threads
+from batchjob.redaction import presentable
 from batchjob.report import Outcome, counted
 
 if TYPE_CHECKING:
@@ -71,7 +73,15 @@ Region = Annotated[str | None, typer.Option(help="Region of the store, where OUT
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command line (`sys.argv` by default) and returns its exit code."""
-    given = list(sys.argv[1:] if args is None else args)
+    if args is not None:
+        return _obeyed(list(args))
+    code = _obeyed(sys.argv[1:])
+    if code:  # after success all threads have ended in order
+        leave_threads(code)
+    return code
+
+
+def _obeyed(given: list[str]) -> int:
     try:
         code = app(given, prog_name="batchjob", standalone_mode=False)
     except _UsageError as error:
@@ -210,7 +220,8 @@ def errors(
             if as_json:
                 print(json.dumps(row, default=str))
             else:
-                _say(f"{row['uri']}: {row['error_stage']}/{row['error_type']}: {row['error_message']}")
+                said = f"{row['uri']}: {row['error_stage']}/{row['error_type']}: {row['error_message']}"
+                _say(said.replace("\n", "\\n"))
         counts = survey.error_counts(store)
         sums = ", ".join(f"{kind} {count:,}" for kind, count in counts.by_type.items())
         said = counted(counts.total, "error row")
@@ -371,7 +382,7 @@ def _output(
 
 def _say(text: str) -> None:
     if text:
-        print(text, file=sys.stderr, flush=True)
+        print(presentable(text), file=sys.stderr, flush=True)
 
 
 def _explain(error: BaseException) -> None:
@@ -379,7 +390,7 @@ def _explain(error: BaseException) -> None:
         _say(Outcome.of_error(error).message)
         _say("\n".join(getattr(error, "__notes__", ())))  # a crashed worker's traceback
     else:
-        traceback.print_exception(error)
+        _say("".join(traceback.format_exception(error)).rstrip())
 
 
 if __name__ == "__main__":

@@ -7,21 +7,36 @@ driver as failed attempts, of which only the one at work counts.
 from __future__ import annotations
 
 import os
+import platform
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from batchjob.errors import AttemptFailed, BatchjobError, Interrupted, InvalidJob, Temporary
-from batchjob.job import Job, Workers
+from batchjob.errors import (
+    AttemptFailed,
+    BatchjobError,
+    DeviceFault,
+    Interrupted,
+    InvalidJob,
+    Stalled,
+    Temporary,
+    WorkerLost,
+)
+from batchjob.job import Job
+from batchjob.layout import Layout, Node, plan_layout
 from batchjob.local import LocalPool, account, as_crash
 from batchjob.placement import Placement
 from batchjob.pool import Done, Event, Failed, Ready, Setup, WorkerFailed
+from batchjob.pulse import Pulse
 from batchjob.records import ShardKey
+from batchjob.strikes import Strikes
 
 __all__ = ["RayPool"]
 
@@ -29,32 +44,22 @@ _POLL_SECONDS = 5.0
 _DEATHS_IN_A_ROW = 3
 _START_SECONDS = 60.0
 _SCHEDULE_SECONDS = 900.0
-_PULSE_SECONDS = 5.0
-_SILENT_SECONDS = 30.0  # without a head, Ray ends the driver's process after 60, with an exit code of its own
 _CLOSE_SECONDS = 15.0
 _FAREWELL_SECONDS = 5.0  # for the actors to clear away what is theirs, before they are killed
 _OBJECT_STORE_BYTES = 128 << 20  # events only; what plasma takes of /dev/shm, the loaders lack
+_NODE_DIGITS = 12  # of a node's id: enough to tell nodes apart
 _UNSHIPPED = (".git", ".venv", "__pycache__", "*.pyc")
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What the actors ask for."""
-
-    workers: int
-    least: int
-    cpus: float
-    gpus: float
 
 
 @dataclass
 class _Slot:
-    """One actor, and the open question what happened there."""
+    """One actor, the open question what happened there, and when it was last answered."""
 
     name: str
     actor: Any
     poll: Any
     ready: bool = False
+    heard: float | None = None
 
 
 class _Worker:
@@ -67,8 +72,9 @@ class _Worker:
     def submit(self, key: ShardKey, plan: int) -> None:
         self._pool.submit(key, plan)
 
-    def wait(self, timeout: float) -> list[Event]:
-        return self._pool.wait(timeout)
+    def wait(self, timeout: float) -> tuple[str, list[Event]]:
+        """Where it is, and what happened."""
+        return _here(), self._pool.wait(timeout)
 
     def close(self) -> None:
         self._pool.close()
@@ -89,13 +95,15 @@ class RayPool:
             )
         self._job, self._address = job, address
         self._slots: list[_Slot] = []
+        self._retired: dict[str, list[Any]] = defaultdict(list)  # actors that do nothing but keep a device occupied
+        self._strikes = Strikes()
         self._events: list[Event] = []
-        self._layout: _Layout | None = None
+        self._layout: Layout | None = None
         self._setup: Setup | None = None
         self._placement = Placement()
         self._enough_at = time.monotonic()
         self._deaths = 0
-        self._pulse: _Pulse | None = None
+        self._pulse: Pulse | None = None
         self._started = threading.Event()
         self._closed = threading.Event()
 
@@ -112,6 +120,13 @@ class RayPool:
 
     def submit(self, key: ShardKey, plan: int) -> None:
         self._placement.submit(key, plan)
+        self._hand_over()
+
+    def idle(self) -> int:
+        return self._placement.idle()
+
+    def back_up(self, key: ShardKey, plan: int) -> None:
+        self._placement.back_up(key, plan)
         self._hand_over()
 
     def wait(self, timeout: float) -> list[Event]:
@@ -140,8 +155,8 @@ class RayPool:
         farewells = [slot.actor.close.remote() for slot in self._slots if slot.ready]
         if farewells:
             ray.wait(farewells, num_returns=len(farewells), timeout=_FAREWELL_SECONDS)
-        for slot in self._slots:
-            ray.kill(slot.actor)
+        for actor in [slot.actor for slot in self._slots] + list(chain(*self._retired.values())):
+            ray.kill(actor)
         self._slots.clear()
         ray.shutdown()
 
@@ -155,9 +170,9 @@ class RayPool:
         try:
             with self._usable():
                 self._connect()
-                self._pulse = _Pulse()
+                self._pulse = Pulse(lambda: len(_nodes()))
                 nodes = _nodes()
-            self._layout = _plan_layout(self._job, nodes)
+            self._layout = plan_layout(self._job, nodes)
             self._placement = Placement(self._layout.least)
             with self._usable():
                 for number in range(self._layout.workers):
@@ -223,16 +238,22 @@ class RayPool:
     def _poll(self, timeout: float) -> list[Event]:
         import ray
 
-        answered, _ = ray.wait([slot.poll for slot in self._slots], timeout=timeout)
+        polls = [slot.poll for slot in self._slots]
+        ray.wait(polls, timeout=timeout)
+        answered, _ = ray.wait(polls, num_returns=len(polls), timeout=0)
         events: list[Event] = []
-        for slot in [slot for slot in self._slots if slot.poll in answered]:
-            try:
-                told = ray.get(slot.poll)
-            except ray.exceptions.RayError as error:
-                events += [_crashed(slot, error)] if _is_bug(error) else self._replace(slot, error)
-                continue
-            slot.poll = slot.actor.wait.remote(_POLL_SECONDS)
-            events += [self._account(slot, event) for event in told]
+        for slot in list(self._slots):
+            if slot.poll in answered:
+                try:
+                    where, told = ray.get(slot.poll)
+                except ray.exceptions.RayError as error:
+                    events += [_crashed(slot, error)] if _is_bug(error) else self._lost(slot, error)
+                    continue
+                slot.poll, slot.heard = slot.actor.wait.remote(_POLL_SECONDS), time.monotonic()
+                events += self._take_in(slot, where, told)
+            elif slot.heard is not None and time.monotonic() - slot.heard > self._job.runtime.stall_seconds:
+                silent = f"it has not answered for {self._job.runtime.stall_seconds:g} s (runtime.stall_seconds)"
+                events += self._replace(slot, f"worker {slot.name} was lost: {silent}", blamed=1)
         return events
 
     def _hand_over(self) -> None:
@@ -240,34 +261,88 @@ class RayPool:
         for due in self._placement.due():
             actors[due.worker].submit.remote(due.key, due.plan)
 
-    def _account(self, slot: _Slot, event: Event) -> Event:
-        account(self._placement, slot.name, event)
-        match event:
-            case Ready(_, loaded):
-                slot.ready = True
-                return Ready(slot.name, loaded)
-            case Done():
-                self._deaths = 0
-        return event
+    def _take_in(self, slot: _Slot, where: str, told: list[Event]) -> list[Event]:
+        """What an actor on that node has told; if it can do no more, that takes the place of what befell its shards."""
+        events: list[Event] = []
+        for event in told:
+            match event:
+                case Failed(_, WorkerLost() as lost) | WorkerFailed(WorkerLost() as lost):
+                    return events + self._give_up(slot, where, lost)
+                case Ready(_, loaded):
+                    if f"{loaded.device} on {where}" in self._strikes.banned:
+                        return events + self._retire(slot, f"{loaded.device} on {where}")
+                    slot.ready = True
+                    events.append(Ready(slot.name, loaded))
+                case Done():
+                    self._deaths = 0
+                    events.append(event)
+                case _:
+                    events.append(event)
+            account(self._placement, slot.name, event)
+        return events
 
-    def _replace(self, slot: _Slot, error: Exception) -> list[Event]:
-        """A lost actor: its shards fail this attempt, a new one takes its place; too many in a row end the run.
+    # -- replacing ---------------------------------------------------------------------------------------------
 
-        Only the attempt at the oldest counts, which was at work. That may be a mistake: then it shows, as from now on
-        each of them is alone with its worker.
-        """
-        self._slots.remove(slot)  # one that is only out of reach ends with its last handle
-        reason = f"worker {slot.name} was lost: {_first_line(error)}"
+    def _lost(self, slot: _Slot, error: Exception) -> list[Event]:
+        """An actor that died, or cannot be reached."""
         blamed = 0 if getattr(error, "preempted", False) else 1
-        lost = self._placement.leave(slot.name)
-        events: list[Event] = [Failed(key, AttemptFailed(reason)) for key in lost[:blamed]]
-        events += [Failed(key, Interrupted(reason)) for key in lost[blamed:]]
+        return self._replace(slot, f"worker {slot.name} was lost: {_first_line(error)}", blamed)
+
+    def _give_up(self, slot: _Slot, where: str, lost: WorkerLost) -> list[Event]:
+        """An actor that can do no more, as it says itself."""
+        device, reason = f"{lost.device} on {where}", f"worker {slot.name} on {where}: {lost.message}"
+        if lost.found:
+            self._strikes.acquit(lost.images)
+            for freed in self._retired.keys() - self._strikes.banned:
+                self._dismiss(*self._retired.pop(freed))
+        elif isinstance(lost, DeviceFault) and self._strikes.blame(device, lost.images):
+            reason += "; after two such faults this device is used no more in this run"
+        blamed = isinstance(lost, Stalled) and not lost.found
+        return self._replace(slot, reason, int(blamed)) + self._none_left()
+
+    def _replace(self, slot: _Slot, reason: str, blamed: int) -> list[Event]:
+        """Its shards fail this attempt, a new actor takes its place; too many lost in a row end the run.
+
+        Only the attempt at the oldest counts, which was at work, where any does. That may be a mistake: then it shows,
+        as from now on each of them is alone with its worker.
+        """
+        self._slots.remove(slot)
+        self._dismiss(slot.actor)
+        shards = self._placement.leave(slot.name)
+        events: list[Event] = [Failed(key, Interrupted(reason)) for key in reversed(shards[blamed:])]
+        events += [Failed(key, AttemptFailed(reason)) for key in shards[:blamed]]
         self._deaths += 1
-        if self._deaths > _DEATHS_IN_A_ROW * max(1, self.size) and not lost:
+        if self._deaths > _DEATHS_IN_A_ROW * max(1, self.size) and not shards:
             return [*events, WorkerFailed(AttemptFailed(f"{reason}; {self._deaths} deaths in a row, no shard done"))]
         if not self._closed.is_set():
             self._slots.append(self._hire(slot.name))
         return events
+
+    def _retire(self, slot: _Slot, device: str) -> list[Event]:
+        """An actor on a device that is used no more: it is put to rest there, so that the next one lands elsewhere."""
+        self._slots.remove(slot)
+        self._retired[device].append(slot.actor)
+        slot.actor.close.remote()
+        self._slots.append(self._hire(slot.name))
+        return self._none_left()
+
+    def _none_left(self) -> list[Event]:
+        """The end of the run, when every device there is is used no more: another day they may be well."""
+        assert self._layout is not None
+        nodes = _nodes()
+        banned = [device for device in sorted(self._strikes.banned) if any(node.name in device for node in nodes)]
+        if not banned or len(banned) < self._layout.devices(nodes):
+            return []
+        those = f"{banned[0]}{f' and {len(banned) - 1} more' if banned[1:] else ''}"
+        said = f"{self._where}: no device is left that works, {those} failed twice; look at device and model"
+        return [WorkerFailed(Temporary(f"{said}, the same command resumes"))]
+
+    def _dismiss(self, *actors: Any) -> None:
+        import ray
+
+        for actor in actors:
+            with suppress(Exception):  # one that is out of reach ends with its last handle
+                ray.kill(actor)
 
     def _too_few(self) -> list[Event]:
         """The end of the run, when too few workers have been there for too long."""
@@ -276,87 +351,28 @@ class RayPool:
             self._enough_at = now
         if now - self._enough_at <= _SCHEDULE_SECONDS:
             return []
+        asked = self._layout.asked(_nodes()) if self._layout else "Ray did not answer; run again when it does"
         found = f"{ready} of {wanted}" if ready else "no"
         workers = f"{found} worker{'s' if wanted > 1 else ''} came up in {_SCHEDULE_SECONDS:.0f} s"
-        return [WorkerFailed(Temporary(f"{self._where}: {workers}; {self._asked()}"))]
-
-    def _asked(self) -> str:
-        if self._layout is None:
-            return "Ray did not answer; run again when it does"
-        nodes = _nodes()
-        there = ", ".join(f"{sum(node[kind] for node in nodes):g} {kind}s" for kind in ("CPU", "GPU"))
-        return (
-            f"each asks for {self._layout.cpus:g} CPUs and {self._layout.gpus:g} GPUs, the cluster has {there} on "
-            f"{len(nodes)} node{'' if len(nodes) == 1 else 's'}; run again when it is larger, or ask for less "
-            "(runtime.workers, cpus_per_worker, gpus_per_worker)"
-        )
+        return [WorkerFailed(Temporary(f"{self._where}: {workers}; {asked}"))]
 
 
-class _Pulse:
-    """Asks in a thread of its own whether Ray still lives: its calls may hang for ever without saying so."""
-
-    def __init__(self) -> None:
-        self._answered, self._nodes = time.monotonic(), 1
-        self._stopped = threading.Event()
-        threading.Thread(target=self._ask, name="ray-pulse", daemon=True).start()
-
-    def lost(self) -> str | None:
-        """What befell Ray, if something did."""
-        if not self._nodes:
-            return "has lost all its nodes"
-        silent = time.monotonic() - self._answered
-        return f"has not answered for {silent:.0f} s" if silent > _SILENT_SECONDS else None
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def _ask(self) -> None:
-        while not self._stopped.wait(_PULSE_SECONDS):
-            with suppress(Exception):  # no answer, whatever it raises
-                self._nodes = len(_nodes())
-                self._answered = time.monotonic()
-
-
-def _nodes() -> list[Mapping[str, float]]:
-    """CPUs and GPUs of each live node."""
+def _nodes() -> list[Node]:
+    """Those that live."""
     import ray
 
     return [
-        {"CPU": node["Resources"].get("CPU", 0.0), "GPU": node["Resources"].get("GPU", 0.0)}
+        Node(node["NodeID"][:_NODE_DIGITS], node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
         for node in ray.nodes()
         if node["Alive"]
     ]
 
 
-def _plan_layout(job: Job, nodes: list[Mapping[str, float]]) -> _Layout:
-    """How many workers of what size: one a GPU where there are any, else one a node with all its cores."""
-    runtime = job.runtime
-    gpus = _gpus_each(job, nodes)
-    hosts = [node for node in nodes if (node["GPU"] >= gpus if gpus else node["CPU"] >= 1)]
-    if runtime.cpus_per_worker == "auto":
-        shares = [node["CPU"] * gpus / node["GPU"] if gpus else node["CPU"] for node in hosts]
-        cpus = max(1.0, float(int(min(shares, default=1.0))))
-    else:
-        cpus = runtime.cpus_per_worker
-    fit = sum(int(node["GPU"] // gpus if gpus else node["CPU"] // cpus) for node in hosts)
-    match runtime.workers:
-        case "auto":
-            return _Layout(max(1, fit), 1, cpus, gpus)
-        case Workers(min=least, max=most):
-            return _Layout(most, least, cpus, gpus)
-        case count:
-            return _Layout(count, 1, cpus, gpus)
+def _here() -> str:
+    """The node that this process is on, as people and Ray know it."""
+    import ray
 
-
-def _gpus_each(job: Job, nodes: list[Mapping[str, float]]) -> float:
-    """GPUs a worker asks for: one where the device is, or by `auto` may be, a GPU."""
-    runtime = job.runtime
-    if runtime.gpus_per_worker == "auto":
-        has_gpu = any(node["GPU"] for node in nodes)
-        return 1.0 if runtime.device.startswith("cuda") or (runtime.device == "auto" and has_gpu) else 0.0
-    if runtime.device.startswith("cuda") and not runtime.gpus_per_worker:
-        raise InvalidJob("runtime.gpus_per_worker is 0 but runtime.device asks for cuda; give gpus_per_worker: 1")
-    return runtime.gpus_per_worker
+    return f"{platform.node()} (node {ray.get_runtime_context().get_node_id()[:_NODE_DIGITS]})"
 
 
 def _submitted() -> bool:

@@ -284,7 +284,7 @@ def _tensorrt(module: nn.Module, inputs: torch.Tensor, path: Path) -> str:
 def _checked(job: Job, engine: Engine, wanted: Conversion, path: Path, pixels: torch.Tensor, note: str) -> Converted:
     """The file as a job loads it, against the original. Raises CheckFailed."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    settings = _settings(job, wanted, digest)
+    settings = _settings(job, wanted, digest, len(pixels))
     if settings is None:
         raise InvalidJob(
             "--to pruned keeps the architecture: the job's model must be of type torchvision or checkpoint"
@@ -294,7 +294,7 @@ def _checked(job: Job, engine: Engine, wanted: Conversion, path: Path, pixels: t
     doc = {**job.portable(), "model": {**settings, "weights": str(path)}, "preprocess": preprocess}
     other = Engine(Job.from_portable(doc, job.base, job.base), Reader(job.storage), ())
     before, after = (_runner(each, pixels) for each in (engine, other))
-    likeness = compare(before(), after())
+    likeness = compare(before(), after(), classes=engine.classes)
     tolerance = wanted.tolerance if wanted.tolerance is not None else _TOLERANCES.get(wanted.to)
     if tolerance is not None and not (likeness.deviation <= tolerance and likeness.agreement >= _AGREEMENT):
         raise CheckFailed(
@@ -316,11 +316,12 @@ def _checked(job: Job, engine: Engine, wanted: Conversion, path: Path, pixels: t
     )
 
 
-def _settings(job: Job, wanted: Conversion, digest: str) -> dict[str, Any] | None:
-    """The `model` of a job that runs the file, `weights` left out."""
+def _settings(job: Job, wanted: Conversion, digest: str, images: int) -> dict[str, Any] | None:
+    """The `model` of a job that runs the file, `weights` left out. TensorRT was built for so many images a batch."""
     if wanted.to != "pruned":
         trust = {"trust": True, "sha256": digest} if wanted.to in _CODE else {}
-        return {"type": _TYPES.get(wanted.to, wanted.to), **trust}
+        size = {"batch_size": images} if wanted.to == "tensorrt" else {}
+        return {"type": _TYPES.get(wanted.to, wanted.to), **trust, **size}
     own = job.portable()["model"]
     if own["type"] not in {"torchvision", "checkpoint"}:
         return None
@@ -328,18 +329,19 @@ def _settings(job: Job, wanted: Conversion, digest: str) -> dict[str, Any] | Non
 
 
 def _runner(engine: Engine, pixels: torch.Tensor) -> Callable[[], Any]:
-    forward = engine.forward(Recipe())
-    predictor_batch = engine.model.batch_size
+    """The engine's output for these images, in batches of the only size it takes, the last one padded."""
+    import torch
+    from torch.utils._pytree import tree_map
+
+    forward, size = engine.forward(Recipe()), engine.model.batch_size or len(pixels)
+    padded = torch.cat([pixels, pixels[:1].expand(-len(pixels) % size, *pixels.shape[1:])])
+
+    def joined(*parts: torch.Tensor) -> torch.Tensor:
+        return torch.cat(parts)[: len(pixels)]
 
     def run() -> Any:
-        import torch
-
         with forward.modes():
-            moved = pixels.to(forward.device)
-            if predictor_batch is None:
-                return forward(moved)
-            parts = [forward(part) for part in moved.split(predictor_batch) if len(part) == predictor_batch]
-            return torch.cat(parts)
+            return tree_map(joined, *(forward(part) for part in padded.to(forward.device).split(size)))
 
     return run
 

@@ -9,14 +9,16 @@ import contextlib
 import io
 import os
 import re
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from batchjob.errors import ImageFault
+from batchjob.formats import FORMATS, ORDINARY, Format, listed, make_ready, pillow_names, told, unavailable
 from batchjob.jpeg import Least, jpeg_pixels, jpeg_size, shrinking
 from batchjob.settings import Settings
 
@@ -27,37 +29,18 @@ if TYPE_CHECKING:
 
 __all__ = ["DecodeSettings", "Decoded", "decode"]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-_READ = "JPEG, PNG, WebP, GIF, BMP and TIFF"
 _ORIENTATION = 0x0112
 _LAST_UNTURNED = 4  # orientations above it swap width and height
 _SAMPLE_BITS = 258  # TIFF tag BitsPerSample
+_TORN = ("truncated", "unexpected end", "premature", "not enough")  # Pillow's words for a file that ends too early
 
-# First bytes by which a file is told apart: those that are read, then those that are known and not read.
-_TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+", b"II\x00*", b"MM*\x00")
-_OURS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", *_TIFF)
-_OTHERS = (
-    (0, b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
-    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
-    (0, b"\xff\x0a", "JPEG XL"),
-    (0, b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
-    (4, b"ftypavi", "AVIF"),
-    (4, b"ftyphe", "HEIF"),
-    (4, b"ftypmif1", "HEIF"),
-    (0, b"8BPS", "Photoshop"),
-    (0, b"\x00\x00\x01\x00", "an icon"),
-    (0, b"\x00\x00\x02\x00", "a cursor or TGA"),
-    (0, b"icns", "an icon"),
-    (0, b"DDS ", "DDS"),
-    (0, b"%PDF", "PDF"),
-    (0, b"%!PS", "PostScript"),
-    (0, b"\xc5\xd0\xd3\xc6", "PostScript"),
-    (0, b"SIMPLE  =", "FITS"),
-    (0, b"qoif", "QOI"),
-    (0, b"\x01\xda", "SGI"),
-    (0, b"<svg", "SVG"),
-    *((0, b"P" + digit, "Netpbm") for digit in (b"1\n", b"2\n", b"3\n", b"4\n", b"5\n", b"6\n")),
-)
+
+def _choose(formats: tuple[Format, ...]) -> tuple[Format, ...]:
+    """The same formats, each once and in one order. Raises ValueError for one that is not installed."""
+    for name in formats:
+        if why := unavailable(name):
+            raise ValueError(f"names {name}, which {why}")
+    return tuple(name for name in FORMATS if name in formats)
 
 
 class DecodeSettings(Settings):
@@ -66,12 +49,18 @@ class DecodeSettings(Settings):
     Attributes:
         max_pixels: width times height.
         max_bytes: of the encoded file.
+        formats: those that are read, of jpeg, png, webp, gif (its first frame), bmp, tiff, avif and heif; avif and heif
+            only where they are named. A file is told by its first bytes, never by its name.
+        truncated: `accept` takes a file that ends too early, or is damaged further on, as far as it goes, where its
+            format allows (JPEG, PNG, GIF, BMP); what is missing is black or grey. `error` makes it an error row.
         mode: `exact` is Pillow's decoding and torchvision's resize, bit for bit. `fast` decodes a JPEG of at least
             twice the size that the resize needs to a half, quarter or eighth, and resizes in integers.
     """
 
     max_pixels: Annotated[int, Field(ge=1)] = 178_956_970
     max_bytes: Annotated[int, Field(ge=1)] = 256 * 1024 * 1024
+    formats: Annotated[tuple[Format, ...], Field(min_length=1), AfterValidator(_choose)] = ORDINARY
+    truncated: Literal["error", "accept"] = "error"
     mode: Literal["exact", "fast"] = "exact"
 
 
@@ -123,10 +112,11 @@ def decode(
         raise _fault("empty", "the file is empty")
     if len(data) > settings.max_bytes:
         raise _fault("too_large", f"the file has {len(data):,} bytes, over decode.max_bytes {settings.max_bytes:,}")
-    quick = _jpeg(data, settings, channels, exif, least if settings.mode == "fast" else None)
-    if quick is not None:
-        return quick
-    with _quiet(settings.max_pixels), _deaf() if data.startswith(_TIFF) else contextlib.nullcontext():
+    if "jpeg" in settings.formats:
+        quick = _jpeg(data, settings, channels, exif, least if settings.mode == "fast" else None)
+        if quick is not None:
+            return quick
+    with _ruled(settings), _deaf() if told(data[:64])[0] == "tiff" else contextlib.nullcontext():
         try:
             return _decode(data, settings, channels, exif)
         except ImageFault:
@@ -166,7 +156,8 @@ def _decode(data: bytes, settings: DecodeSettings, channels: str, exif: bool) ->
     import numpy as np
     from PIL import Image
 
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    make_ready(settings.formats)
+    with Image.open(io.BytesIO(data), formats=pillow_names(settings.formats)) as image:
         width, height = image.size
         if width * height > settings.max_pixels:
             raise _fault("too_large", f"{width}x{height} pixels, over decode.max_pixels {settings.max_pixels:,}")
@@ -252,40 +243,71 @@ def _orientation(image: ImageFile) -> int:
 def _jpeg_orientation(data: bytes, settings: DecodeSettings) -> int:
     from PIL import Image
 
-    with _quiet(settings.max_pixels), Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+    with _ruled(settings), Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
         return _orientation(image)
 
 
-@contextlib.contextmanager
-def _quiet(max_pixels: int) -> Iterator[None]:
-    """Pillow under our limits and without a word, whatever the process around has set; put back afterwards."""
-    from PIL import Image, ImageFile
+class _Rules:
+    """Pillow's switches belong to the whole process. The first thread that decodes sets them, the last puts them back.
 
-    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = max_pixels, False
+    Threads of one job decode side by side; one that goes by other rules waits for them to end.
+    """
+
+    def __init__(self) -> None:
+        self._turn = threading.Condition()
+        self._users, self._values = 0, (0, False)
+        self._before: tuple[int | None, bool] = (None, False)
+        self._silence = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def __call__(self, max_pixels: int, accept: bool) -> Iterator[None]:
+        from PIL import Image, ImageFile
+
+        values = max_pixels, accept
+        with self._turn:
+            self._turn.wait_for(lambda: not self._users or self._values == values)
+            if not self._users:
+                self._values, self._before = values, (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
+                Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = values
+                self._silence.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+            self._users += 1
         try:
             yield
         finally:
-            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
+            with self._turn:
+                self._users -= 1
+                if not self._users:
+                    self._silence.close()
+                    Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = self._before
+                    self._turn.notify_all()
+
+
+_rules = _Rules()
+_deafness = threading.Lock()
+
+
+def _ruled(settings: DecodeSettings) -> contextlib.AbstractContextManager[None]:
+    """Pillow under our limits and without a word, whatever the process around has set."""
+    return _rules(settings.max_pixels, settings.truncated == "accept")
 
 
 @contextlib.contextmanager
 def _deaf() -> Iterator[None]:
     """libtiff writes its complaints straight to file descriptor 2; what they mean comes back as an exception too."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # a process without a standard error
-        yield
-        return
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    with _deafness:
         try:
+            kept = os.dup(2)
+        except OSError:  # a process without a standard error
             yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            return
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            try:
+                yield
+            finally:
+                os.dup2(kept, 2)
+                os.close(kept)
 
 
 def _classify(error: Exception, data: bytes, settings: DecodeSettings) -> ImageFault:
@@ -294,12 +316,12 @@ def _classify(error: Exception, data: bytes, settings: DecodeSettings) -> ImageF
 
     text = " ".join(str(error).split())[:200]
     if isinstance(error, UnidentifiedImageError):
-        return _unidentified(data)
+        return _unidentified(data, settings.formats)
     if isinstance(error, Image.DecompressionBombError):
         size = re.search(r"\d+", text)
         pixels = f"{int(size[0]):,} pixels" if size else "an image"
         return _fault("too_large", f"{pixels}, over decode.max_pixels {settings.max_pixels:,}")
-    if any(word in text.lower() for word in ("truncated", "unexpected end", "premature", "not enough")):
+    if any(word in text.lower() for word in _TORN):
         return _fault("truncated", f"the file ends too early: {text}")
     if isinstance(error, EOFError):
         return _fault("truncated", "the file ends too early")
@@ -308,14 +330,17 @@ def _classify(error: Exception, data: bytes, settings: DecodeSettings) -> ImageF
     return _fault("corrupt", f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
 
-def _unidentified(data: bytes) -> ImageFault:
-    head = data[:64]
-    if head.startswith(_OURS) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
+def _unidentified(data: bytes, formats: Sequence[Format]) -> ImageFault:
+    kind, other = told(data[:64])
+    if kind in formats:
         return _fault("corrupt", "the header of the file is damaged")
-    for offset, magic, name in _OTHERS:
-        if head[offset:].startswith(magic):
-            return _fault("unsupported", f"the file is {name}; {_READ} are read")
-    return _fault("not_an_image", f"no image in any of the formats that are read: {_READ}")
+    if kind is not None:
+        return _fault(
+            "unsupported", f"the file is {listed([kind])}, which is not among decode.formats: {listed(formats)}"
+        )
+    if other is not None:
+        return _fault("unsupported", f"the file is {other}; {listed(formats)} are read")
+    return _fault("not_an_image", f"no image in any of the formats that are read: {listed(formats)}")
 
 
 def _fault(type: str, message: str) -> ImageFault:

@@ -17,7 +17,7 @@ __all__ = ["DRAIN_SECONDS", "Dispatch", "MakePool"]
 
 MakePool = Callable[[], Pool]
 
-DRAIN_SECONDS = 12.0
+DRAIN_SECONDS = 10.0
 _UNAVAILABLE_IN_A_ROW = 3
 
 
@@ -75,6 +75,13 @@ class Dispatch:
         while self._pool.free() > 0 and (key := self.schedule.take()) is not None:
             self._pool.submit(key, plan)
 
+    def back_up(self, plan: int) -> None:
+        """Where a worker has nothing to do and a shard is late with another one, have both try it: the first counts."""
+        assert self._pool is not None, "start comes before back_up"
+        while self._pool.idle() > 0 and (key := self.schedule.take_late()) is not None:
+            self._progress.note(f"shard {key.index} is late: a second worker begins it too")
+            self._pool.back_up(key, plan)
+
     def drain(self, beat: Callable[[], object]) -> None:
         """Hand out no more, and give what runs a moment to commit."""
         running = self.schedule.running
@@ -110,11 +117,15 @@ class Dispatch:
 
     def _attempt_failed(self, key: ShardKey, error: BatchjobError) -> None:
         """Network and credentials use up no attempt, but end the run when they persist; other job errors end it now."""
+        if not self.schedule.is_running(key) and (isinstance(error, Unavailable) or not isinstance(error, JobError)):
+            return  # another attempt at it was quicker
         if isinstance(error, Unavailable):
             self._unavailable += 1
             if self._unavailable >= _UNAVAILABLE_IN_A_ROW:
                 raise error
         elif isinstance(error, JobError):
             raise error
-        gave_up = self.schedule.fail(key, error.message, counts=not isinstance(error, Unavailable | Interrupted))
+        interrupted = isinstance(error, Interrupted)
+        counts = not interrupted and not isinstance(error, Unavailable)
+        gave_up = self.schedule.fail(key, error.message, counts=counts, first=interrupted)
         self._progress.note(f"shard {key.index} failed{', given up' if gave_up else ''}: {error.message}")

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from batchjob import ledger, plan
-from batchjob.accounting import Books, Run, conclude
+from batchjob.accounting import Books, Run, are_leftovers, conclude
 from batchjob.dispatch import Dispatch, MakePool
 from batchjob.drain import Drain
-from batchjob.errors import BatchjobError, CheckFailed, InvalidJob
+from batchjob.errors import BatchjobError, CheckFailed, InvalidJob, Temporary
 from batchjob.feeder import Feeder, Peek
 from batchjob.job import Job
 from batchjob.lease import Lease
@@ -45,8 +45,8 @@ def run(job: Job, make_pool: MakePool, *, allow_empty: bool, progress: Progress,
     store = open_store(job.output.uri, job.storage)
     if (outcome := _already_complete(store, job, repair)) is not None:
         return outcome
-    with _in_control(store, progress) as turns:
-        session = _Session(job, store, turns, make_pool, progress)
+    with _in_control(store, progress, job.errors.outage_seconds) as turns:
+        session = _Session(job, _patient(job), turns, make_pool, progress)
         try:
             head = session.work(allow_empty, repair)
             return session.finish(head, began)
@@ -63,8 +63,9 @@ def plan_only(job: Job, *, allow_empty: bool, progress: Progress) -> PlanSummary
     """
     began = time.monotonic()
     store = open_store(job.output.uri, job.storage)
-    with _in_control(store, progress) as turns:
-        number, head = plan.current(store)
+    with _in_control(store, progress, job.errors.outage_seconds) as turns:
+        store = _patient(job)
+        number, head = turns.during(lambda: plan.current(store))
         planning = Planning(_as_planned(job, store, head), store, turns, progress.note)
         progress.start(None)
         try:
@@ -89,25 +90,50 @@ def discard(uri: str, options: Options | None = None, progress: Progress | None 
     store = open_store(uri, options)
     _something_to_discard(store)  # before the lease leaves a trace in a folder that is not ours
     with _in_control(store, progress) as turns:
-        _, head = _something_to_discard(store)
-        if head is not None:
-            plan.bury(store, head)
-        store.delete(ledger.SUCCESS)
-        leftovers = turns.during(lambda: ledger.parts(store))
+        _, head = turns.during(lambda: _something_to_discard(store))
+        turns.during(lambda: _bury(store, head))
+        leftovers = turns.during(lambda: _leftovers(store))
         deleted = ledger.delete_all(store, leftovers, turns.beat)
     name = f"plan {head.plan} (number {head.number})" if head else "an earlier plan's leftovers"
     return f"{store.uri}: discarded {name}, deleted {counted(deleted, 'part')}"
 
 
 @contextmanager
-def _in_control(store: Store, progress: Progress | None) -> Iterator[Turns]:
+def _in_control(store: Store, progress: Progress | None, outage: float = 0.0) -> Iterator[Turns]:
     """The lease on an output, and signals as requests to stop. Raises Temporary where another driver is at work."""
     lease = Lease.acquire(store, note=progress.note) if progress else Lease.acquire(store)
+    drain = Drain()
+    turns = Turns(lease, drain, store.uri, outage)
     try:
-        with Drain() as drain:
-            yield Turns(lease, drain, store.uri)
+        with drain:
+            yield turns
     finally:
-        lease.release()
+        turns.leave()
+
+
+def _patient(job: Job) -> Store:
+    """The output once it is known to be there: an outage is waited for."""
+    return open_store(job.output.uri, job.storage, outage=job.errors.outage_seconds)
+
+
+def _bury(store: Store, head: Head | None) -> None:
+    if head is not None:
+        plan.bury(store, head)
+    if plan.current(store)[1] is None:  # else it is the next plan's by now
+        store.delete(ledger.SUCCESS)
+
+
+def _leftovers(store: Store) -> list[str]:
+    """Parts of discarded plans only: what lay there before a look showed that no plan is in force.
+
+    Raises:
+        Temporary: another driver has taken over and planned anew.
+    """
+    found = ledger.parts(store)
+    _, head = plan.current(store)
+    if head is not None:
+        raise Temporary(f"{store.uri}: another driver has begun plan {head.plan} meanwhile; nothing of it was deleted")
+    return list(found)
 
 
 def _something_to_discard(store: Store) -> tuple[int, Head | None]:
@@ -134,7 +160,8 @@ def _already_complete(store: Store, job: Job, repair: bool) -> Outcome | None:
         return None
     facts, _ = success
     if odd := ledger.missing_from_success(facts, ledger.parts(store)):
-        if repair:
+        added = set(odd) - {part["name"] for part in facts["parts"]}
+        if repair or (len(added) == len(odd) and are_leftovers(store, added)):  # then the run clears them away
             return None
         raise CheckFailed(
             f"{store.uri}/_SUCCESS stands, but what it lists does not: {counted(len(odd), 'part')} gone, changed or "
@@ -173,10 +200,10 @@ class _Session:
     """One driver's work on one job, under the lease."""
 
     def __init__(self, job: Job, store: Store, turns: Turns, make_pool: MakePool, progress: Progress) -> None:
-        self._number, self._resumed = plan.current(store)
+        self._books = Books(store, turns.beat)  # before the look at the plan: what it finds is of no later one
+        self._number, self._resumed = turns.during(lambda: plan.current(store))
         self._job = _as_planned(job, store, self._resumed)
         self._store, self._turns, self._progress = store, turns, progress
-        self._books = Books(store, turns.beat)
         self._planning = Planning(self._job, store, turns, progress.note)
         self._dispatch = Dispatch(job.errors.attempts, make_pool, progress, self._books.commit)
         self._dispatch.ready = turns.listen_to_signals
@@ -238,7 +265,7 @@ class _Session:
     def _look_back(self, head: Head, repair: bool) -> None:
         self._progress.note(f"resuming plan {head.plan}: {counted(self._books.parts, 'part')} committed")
         if repair:
-            self._store.delete(ledger.SUCCESS)
+            self._turns.during(lambda: self._store.delete(ledger.SUCCESS))
         self._books.look_back(head, self._turns.beat)
 
     def _loop(self, feeder: Feeder, head: Head) -> None:
@@ -252,6 +279,8 @@ class _Session:
                 return
             if schedule.waiting:
                 self._hand_out(head)
+            elif feeder.finished and self._dispatch.started:
+                self._dispatch.back_up(head.number)
             self._turns.turn() if self._dispatch.started else self._turns.beat()
 
     def _absorb(self, feeder: Feeder) -> None:

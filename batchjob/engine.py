@@ -11,6 +11,7 @@ from batchjob.environment import memory_given
 from batchjob.errors import InvalidJob
 from batchjob.forward import Forward, Modes
 from batchjob.job import Job
+from batchjob.lanes import keeps_state
 from batchjob.loader import samples, settle
 from batchjob.models import LoadedModel
 from batchjob.predict import Predictor
@@ -89,6 +90,16 @@ class Engine:
     def varying(self) -> bool:
         """Whether images of different sizes go to the model."""
         return self.model.takes == "list" or self.preprocess.sizes == "group"
+
+    def keeps_state(self) -> bool:
+        """Whether the module writes to itself as it computes, so that it takes one batch at a time."""
+        example = self._repeated(self.model.batch_size or EXAMPLE_ROWS)
+        return keeps_state(self._module, lambda: self.forward(Recipe()).tried(example))
+
+    @property
+    def classes(self) -> bool:
+        """Whether the largest number of an image's output names its class."""
+        return self._job.task.classes
 
     @property
     def asked(self) -> Acceleration:

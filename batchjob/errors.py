@@ -4,6 +4,7 @@
 BatchjobError                 exit 1   ours, but nobody classified it
 ├── ImageFault                   –     one image: becomes an error row, the job goes on
 ├── StorageError                       what a store answered; who asked decides how far it reaches
+│   ├── Refused                        an address that this job may not read from
 │   ├── NotFound                       the object is not there
 │   ├── AlreadyExists                  create-if-absent lost (or its first answer did)
 │   ├── Changed                        replace-if-match lost
@@ -15,14 +16,20 @@ BatchjobError                 exit 1   ours, but nobody classified it
     ├── CheckFailed           exit 3   error budget, foreign or missing parts: look at it
     ├── Incomplete            exit 4   shards gave up: run again, it resumes
     └── Temporary             exit 75  not there yet, another driver, store or cluster lost: retry
-        └── Unavailable                credentials, network, throttling: also what storage raises
+        ├── Unavailable                network, throttling: also what storage raises, when retries did not help
+        │   └── Denied                 credentials: waiting does not help
+        └── WorkerLost                 a worker's process is of no more use; where the pool can, it is replaced
+            ├── DeviceFault            a device failed, or what this process has of it is broken
+            └── Stalled                nothing moves in it any more
 ```
 
 Every message is one sentence that says what is wrong, where, and what to type next.
-All of them survive pickling: they cross process and machine borders.
+All of them survive pickling: they cross process and machine borders. None of them holds a secret (`redaction.py`).
 """
 
 from __future__ import annotations
+
+from batchjob.redaction import presentable
 
 __all__ = [
     "AlreadyExists",
@@ -30,16 +37,21 @@ __all__ = [
     "BatchjobError",
     "Changed",
     "CheckFailed",
+    "Denied",
+    "DeviceFault",
     "ImageFault",
     "Incomplete",
     "Interrupted",
     "InvalidJob",
     "JobError",
     "NotFound",
+    "Refused",
+    "Stalled",
     "StorageError",
     "Temporary",
     "Unaddressable",
     "Unavailable",
+    "WorkerLost",
 ]
 
 
@@ -53,6 +65,9 @@ class BatchjobError(Exception):
     exit_code = 1
     status = "crashed"
     counts: tuple[int, int, int] = (0, 0, 0)
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(presentable(part) if isinstance(part, str) else part for part in args))
 
     @property
     def message(self) -> str:
@@ -79,6 +94,10 @@ class ImageFault(BatchjobError):
 
 class StorageError(BatchjobError):
     """A store's definite answer about one object."""
+
+
+class Refused(StorageError):
+    """An address on the web that this job may not read from, or an answer beyond its limits."""
 
 
 class NotFound(StorageError):
@@ -142,3 +161,30 @@ class Temporary(JobError):
 
 class Unavailable(Temporary):
     """A store, network or credential fault that outlasted the retries."""
+
+
+class Denied(Unavailable):
+    """A store that answers, and refuses these credentials: asking again with the same ones is of no use."""
+
+
+class WorkerLost(Temporary):
+    """A worker's process can do no more: it is replaced, or the run ends where it is the driver's own.
+
+    Args:
+        message: one sentence.
+        device: on which it ran.
+        images: positions of those that were with the device, if any.
+        found: the image that did it is known by now, and will not be met again.
+    """
+
+    def __init__(self, message: str, device: str, images: tuple[range, ...] = (), found: bool = False) -> None:
+        super().__init__(message, device, images, found)
+        self.device, self.images, self.found = device, images, found
+
+
+class DeviceFault(WorkerLost):
+    """A device has failed, or its context in this process is broken: whatever is tried on it there fails too."""
+
+
+class Stalled(WorkerLost):
+    """One step of a worker's has taken longer than `runtime.stall_seconds`."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from batchjob.errors import Changed, NotFound, StorageError, Unaddressable, Unavailable
+from batchjob.errors import Changed, NotFound, Refused, StorageError, Unaddressable, Unavailable
 from batchjob.records import Blob, Fault, ImageRef
 from batchjob.settings import is_local
 
 if TYPE_CHECKING:
     from batchjob.storage import Reader
+
+_Answer = Blob | StorageError | Unavailable
 
 __all__ = ["Fetcher", "oversized", "together"]
 
@@ -23,15 +26,18 @@ class Fetcher:
     """Reads images, many at once.
 
     An object that cannot be read is the image's fault only if a canary, an object of the same store that this process
-    has read before, can be read at the same time; else the store or its credentials are to blame.
+    has read before, can be read at the same time; else the store or its credentials are to blame. A store that does
+    not answer is waited for as long as the reader waits out an outage.
 
     Attributes:
         reader: of any URI.
         max_bytes: images known to be larger are not fetched.
+        retries: how often an object that cannot be read is asked for again while its store answers.
     """
 
     reader: Reader
     max_bytes: int | None = None
+    retries: int = 2
     _canaries: dict[str, str] = field(default_factory=dict)
 
     def fetch(self, refs: Sequence[ImageRef]) -> list[Blob | Fault]:
@@ -42,35 +48,50 @@ class Fetcher:
         answers = iter([_as_planned(ref, answer) for ref, answer in zip(wanted, found, strict=True)])
         return [fault or next(answers) for fault in faults]
 
-    def _read(self, locations: Sequence[str]) -> list[Blob | Fault]:
-        answers = self.reader.read_many(locations)
+    def _read(self, locations: Sequence[str]) -> list[_Answer]:
+        asked, waits, retries, waited = time.monotonic(), 0, 0, False
+        answers = self._asked(locations, stubborn=False)
+        while refused := {at: answer for at, answer in enumerate(answers) if isinstance(answer, Unavailable)}:
+            if self._in_reach({locations[at]: error for at, error in refused.items()}, asked):
+                if not waited and retries == self.retries:
+                    break
+                retries += not waited  # what an outage refused says nothing of an image
+                wanted, waited = list(refused), False
+            else:
+                waits, waited = waits + 1, True
+                wanted = [list(refused)[waits % len(refused)]]  # one is enough to see that it is over
+                self.reader.outage(locations[wanted[0]]).pause(waits)
+            again = self._asked([locations[at] for at in wanted], stubborn=not waited)
+            for at, answer in zip(wanted, again, strict=True):
+                answers[at] = answer
+        return answers
+
+    def _asked(self, locations: Sequence[str], stubborn: bool) -> list[_Answer]:
+        answers = self.reader.read_many(locations, stubborn)
         for location, answer in zip(locations, answers, strict=True):
             if isinstance(answer, Blob):
                 self._canaries[_store(location)] = location
-        refused = [index for index, answer in enumerate(answers) if isinstance(answer, Unavailable)]
-        for index, answer in zip(refused, self._again([locations[index] for index in refused], answers), strict=True):
-            answers[index] = answer
-        return [_fault(answer) if isinstance(answer, StorageError | Unavailable) else answer for answer in answers]
-
-    def _again(
-        self, locations: Sequence[str], first: Sequence[Blob | StorageError | Unavailable]
-    ) -> list[Blob | StorageError | Unavailable]:
-        """The last try, for each as long as it takes. Raises Unavailable when it fails and no canary can be read."""
-        if not locations:
-            return []
-        trouble = next(answer for answer in first if isinstance(answer, Unavailable))
-        self._see_canaries(locations, trouble)
-        answers = self.reader.read_many(locations, stubborn=True)
-        refused = [location for location, answer in zip(locations, answers, strict=True) if _is_refused(answer)]
-        self._see_canaries(refused, trouble)
         return answers
 
-    def _see_canaries(self, locations: Sequence[str], trouble: Unavailable) -> None:
-        for store in dict.fromkeys(_store(location) for location in locations):
+    def _in_reach(self, refused: Mapping[str, Unavailable], asked: float) -> bool:
+        """Whether all stores of these objects answer now.
+
+        Raises:
+            Unavailable: it has not answered for too long.
+        """
+        for store in dict.fromkeys(map(_store, refused)):
+            location, trouble = next((at, error) for at, error in refused.items() if _store(at) == store)
             canary = self._canaries.get(store)
-            if canary is None or canary in locations:
+            if canary is not None and canary not in refused:
+                (seen,) = self.reader.read_many([canary])
+                if not isinstance(seen, Unavailable):
+                    continue
+                trouble = seen
+            if is_local(location):
                 raise trouble
-            self.reader.read(canary)
+            self.reader.outage(location).endured(trouble, asked)
+            return False
+        return True
 
 
 def oversized(size: int | None, limit: int | None) -> Fault | None:
@@ -92,22 +113,22 @@ def together(refs: Sequence[ImageRef]) -> Iterator[Sequence[ImageRef]]:
         yield refs[start:]
 
 
-def _as_planned(ref: ImageRef, answer: Blob | Fault) -> Blob | Fault:
+def _as_planned(ref: ImageRef, answer: _Answer) -> Blob | Fault:
     """The answer; a fault where the object is no longer the one that was planned, as far as its tags tell."""
-    if isinstance(answer, Fault) or ref.etag is None or answer.etag is None or ref.etag == answer.etag:
+    if isinstance(answer, NotFound) and ref.etag is not None:
+        return Fault("fetch", "deleted", f"{ref.location}: deleted since the plan was made ({ref.etag}, now absent)")
+    if not isinstance(answer, Blob):
+        return _fault(answer)
+    if ref.etag is None or answer.etag is None or ref.etag == answer.etag:
         return answer
     return Fault("fetch", "changed", f"{ref.location}: changed since the plan was made ({ref.etag}, now {answer.etag})")
-
-
-def _is_refused(answer: object) -> bool:
-    return isinstance(answer, Unavailable)
 
 
 def _fault(error: StorageError | Unavailable) -> Fault:
     if isinstance(error, Unavailable):
         said = error.message.partition("; ")[0]
         return Fault("fetch", "unreadable", f"{said}; other objects of the same store can be read")
-    words = ((NotFound, "not_found"), (Unaddressable, "unaddressable"), (Changed, "changed"))
+    words = ((NotFound, "not_found"), (Refused, "refused"), (Unaddressable, "unaddressable"), (Changed, "changed"))
     return Fault("fetch", next((word for kind, word in words if isinstance(error, kind)), "storage"), error.message)
 
 

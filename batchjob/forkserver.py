@@ -15,7 +15,7 @@ from typing import Any, cast
 __all__ = ["end_with_parent", "preload", "starting"]
 
 # Imported once, before the first fork. No storage clients: their threads and connections do not survive one.
-_MODULES = ["torch", "torch.utils.data", "torchvision.transforms.functional", "PIL.ImageFile"]
+_MODULES = ["torch", "PIL.ImageFile"]
 
 _ONE_AT_A_TIME = threading.RLock()
 

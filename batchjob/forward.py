@@ -129,8 +129,9 @@ class Forward:
         dtype = self._dtype if self._recipe.half and self._dtype else torch.float32
         if isinstance(pixels, list):
             return [self._normalize(image[None], dtype)[0] for image in pixels]
-        values = self._normalize(pixels, dtype)
-        return values.contiguous(memory_format=torch.channels_last) if self._recipe.channels_last else values
+        if self._recipe.channels_last:  # before the normalisation, which makes four bytes of one
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return self._normalize(pixels, dtype)
 
     @property
     def _dtype(self) -> torch.dtype | None:

@@ -133,6 +133,8 @@ class Runtime(Acceleration):
         grad_mode: `no_grad` for models that fail under inference mode.
         shard_size: images in a shard, the unit that is committed.
         loader: how images reach the model.
+        stall_seconds: that one batch may take in the model; then its worker is replaced, and on the local pool the run
+            ends. Loading, tuning and compiling do not count.
     """
 
     pool: Literal["ray", "local"] = "ray"
@@ -144,6 +146,7 @@ class Runtime(Acceleration):
     grad_mode: Literal["inference", "no_grad"] = "inference"
     shard_size: AtLeastOne | Auto = "auto"
     loader: LoaderSettings = LoaderSettings()
+    stall_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
 
 
 class ErrorBudget(Settings):
@@ -154,12 +157,18 @@ class ErrorBudget(Settings):
         max_count: error rows that there may be in all; null counts none.
         abort_early: stop as soon as it is certain that the run will be over one of the two.
         attempts: how often a shard is tried before it is given up.
+        retries: how often an image that cannot be read, for a reason that may pass, is asked for again while other
+            images of its store can be read, before it is an error row; each time it is retried for up to 30 seconds.
+        outage_seconds: how long a store that does not answer at all is waited for, once work has begun, before the run
+            ends with exit 75. Faults of network and credentials use up no attempts and leave no rows.
     """
 
     max_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
     max_count: Annotated[int, Field(ge=0)] | None = None
     abort_early: bool = True
     attempts: AtLeastOne = 3
+    retries: Annotated[int, Field(ge=0)] = 2
+    outage_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 360.0
 
 
 class Output(Settings):
@@ -186,6 +195,7 @@ class Job(Settings):
         errors: how much may go wrong.
         output: where the rows go.
         storage: options by URI prefix, such as `s3://` or `s3://bucket`; the longest that fits counts. No credentials.
+            Web hosts are read only where they stand here, such as `https://images.example.com`.
         decode: limits on the images that are decoded.
     """
 

@@ -6,6 +6,7 @@ at once.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 import yaml
 
 from batchjob.errors import InvalidJob
-from batchjob.jobtext import JobText, KeyPath, Place, Problem, without_secrets
+from batchjob.jobtext import JobText, KeyPath, Place, Problem
 from batchjob.parameters import fill_in
+from batchjob.redaction import held_secret, typed, without_queries
 from batchjob.settings import CommandLineText
 
 __all__ = ["read"]
@@ -34,7 +36,7 @@ def read(path: Path, params: Mapping[str, str], overrides: Sequence[str], file: 
     text = JobText(file or str(path))
     root = _compose(_content(path, text.file), text.file)
     if root is not None:
-        tree = _Reading(text).value(root, ())
+        tree = _Reading(text).read(root)
         if isinstance(tree, dict):
             text.tree = tree
         else:
@@ -42,6 +44,7 @@ def read(path: Path, params: Mapping[str, str], overrides: Sequence[str], file: 
     for number, override in enumerate(overrides):
         _override(text, override, number)
     fill_in(text, params)
+    _refuse_held(text, text.tree, ())
     return text
 
 
@@ -101,14 +104,31 @@ class _Reading:
     """Nodes → plain values. Aliases are followed; number and depth are bounded, for a few lines can mean billions."""
 
     def __init__(self, text: JobText) -> None:
-        self.text, self.count = text, 0
+        self.text = text
+        self.sizes: dict[yaml.Node, float] = {}
+
+    def read(self, root: yaml.Node) -> Any:
+        """All of it. Raises InvalidJob where it is beyond the bounds, before any alias is followed."""
+        self.size(root)
+        return self.value(root, ())
+
+    def size(self, node: yaml.Node) -> float:
+        """How many values there are once all aliases are followed; each node is looked at once."""
+        if node not in self.sizes:
+            self.sizes[node] = math.inf  # where it holds itself
+            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+            inside = (part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,)))
+            self.sizes[node] = 1 + sum(map(self.size, inside))
+            if self.sizes[node] > VALUE_LIMIT:
+                raise self.beyond(node)
+        return self.sizes[node]
+
+    def beyond(self, node: yaml.Node) -> InvalidJob:
+        return InvalidJob(f"{self.label(node)}: is too large or too deep once its aliases are followed; write it out")
 
     def value(self, node: yaml.Node, path: KeyPath) -> Any:
-        self.count += 1
-        if self.count > VALUE_LIMIT or len(path) > DEPTH_LIMIT:
-            raise InvalidJob(
-                f"{self.label(node)}: is too large or too deep once its aliases are followed; write it out"
-            )
+        if len(path) > DEPTH_LIMIT:
+            raise self.beyond(node)
         self.text.values[path] = self.place(node)
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, path)
@@ -166,6 +186,16 @@ class _Reading:
         return f"{self.text.file}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
 
 
+def _refuse_held(text: JobText, value: Any, path: KeyPath) -> None:
+    """What stands in a job goes into its plan; a secret of the environment must not."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_held(text, item, (*path, key))
+    elif isinstance(value, str) and (name := held_secret(value)):
+        sentence = f"holds the value of the environment variable {name}; a job never holds credentials: leave it there"
+        text.report(path, sentence)
+
+
 # ----------------------------------------------------------------------------------------------------------- overrides
 
 
@@ -173,7 +203,7 @@ def _override(text: JobText, override: str, number: int) -> None:
     """Lays one `section.key=value` over the tree; sections that are not there are made."""
     key, equals, raw = override.partition("=")
     path: KeyPath = tuple(key.strip().split("."))
-    place = Place(without_secrets(override), (1, number, 0), path)
+    place = Place(typed(key, raw) if equals else without_queries(override), (1, number, 0), path)
     if not equals or not all(path):
         sentence = "is no override; write section.key=value, for instance runtime.batch_size=64"
         text.problems.append(Problem(place, (), sentence))
@@ -204,7 +234,7 @@ def _typed(raw: str) -> Any:
         node = _compose(raw, "")
         if node is None:
             return None
-        value = _Reading(scratch).value(node, ())
+        value = _Reading(scratch).read(node)
     except InvalidJob:
         return CommandLineText(raw)
     block = isinstance(node, yaml.CollectionNode) and not node.flow_style

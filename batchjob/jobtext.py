@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from batchjob.errors import InvalidJob
 
-__all__ = ["JobText", "KeyPath", "Place", "Problem", "did_you_mean", "nearest", "without_secrets"]
+__all__ = ["JobText", "KeyPath", "Place", "Problem", "did_you_mean", "nearest"]
 
 KeyPath = tuple[str | int, ...]
-
-_USERINFO = re.compile(r"(?<=://)[^/@\s]*@")
-_QUERY = re.compile(r"(://[^?\s]*\?)\S+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +86,3 @@ def did_you_mean(word: str, names: Sequence[str]) -> str:
     """`; did you mean 'name'?`, or nothing where no name is near."""
     near = nearest(word, names)
     return f"; did you mean {near!r}?" if near else ""
-
-
-def without_secrets(text: str) -> str:
-    """An override as it may be printed: what could be a password or a signature is not."""
-    return _QUERY.sub(r"\1…", _USERINFO.sub("…@", text))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from batchjob.errors import AlreadyExists, BatchjobError, Changed, NotFound, Temporary, Unavailable
+from batchjob.errors import AlreadyExists, BatchjobError, Changed, CheckFailed, NotFound, Temporary, Unavailable
 from batchjob.storage import Store
 
 __all__ = ["BEAT_SECONDS", "SILENCE_SECONDS", "Lease"]
@@ -77,16 +77,20 @@ class Lease:
         """Key of the epoch object and a word in it: who can read it sees the same output as this driver."""
         return _key(self.epoch), self._owner
 
+    @property
+    def due(self) -> bool:
+        """Whether the last beat is two seconds old."""
+        return self._clock() - self._last >= BEAT_SECONDS
+
     def beat(self) -> None:
         """Show life, at most every two seconds.
 
         Raises:
             Temporary: another driver has taken over.
         """
-        now = self._clock()
-        if now - self._last < BEAT_SECONDS:
+        if not self.due:
             return
-        self._last = now
+        self._last = self._clock()
         self._beats += 1
         newest = _newest(self._store)
         if newest is None or newest.epoch != self.epoch or newest.owner != self._owner:
@@ -178,8 +182,11 @@ def _look(store: Store, epoch: int) -> _Seen | None:
         blob = store.read(_key(epoch))
     except NotFound:
         return None
-    facts = json.loads(blob.data)
-    return _Seen(epoch, blob.version or "", facts["owner"], facts["where"], facts["released"], blob.data)
+    try:
+        facts = json.loads(blob.data)
+        return _Seen(epoch, blob.version or "", facts["owner"], facts["where"], facts["released"], blob.data)
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckFailed(f"{store.uri}/{_key(epoch)} is no lease of batchjob's; remove it and run again") from error
 
 
 def _key(epoch: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchjob.errors import AlreadyExists, AttemptFailed, Changed, CheckFailed, NotFound, Unavailable
+from batchjob.errors import AlreadyExists, AttemptFailed, BatchjobError, Changed, CheckFailed, NotFound, Unavailable
 from batchjob.parallel import side_by_side
 from batchjob.records import Provenance, ShardKey, Stat
 from batchjob.storage import Store
@@ -71,12 +71,14 @@ class Totals:
     examples: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     truth: dict[str, float] = field(default_factory=dict)
+    recipes: Counter[str] = field(default_factory=Counter)
 
     def add(self, made: Provenance) -> None:
         """Count one part."""
         self.rows += made.rows
         self.failed += made.failed
         self.errors.update(made.errors)
+        self.recipes[made.recipe or "not recorded"] += made.rows
         for sums, more in ((self.seconds, made.seconds), (self.truth, made.truth)):
             for name, amount in more.items():
                 sums[name] = sums.get(name, 0) + amount
@@ -86,7 +88,8 @@ def commit(store: Store, key: ShardKey, path: Path, provenance: Provenance, want
     """Make the part at `path` the shard's: one create-if-absent PUT, and a look whenever the answer is in doubt.
 
     Args:
-        wanted: raises when the plan has been discarded; asked before each PUT.
+        wanted: raises when the plan has been discarded; asked before each PUT, and once the part stands: a process may
+            have been stopped in between for as long as a discard takes. Then the part is taken back.
 
     Raises:
         CheckFailed: something else lies under the part's name.
@@ -97,9 +100,11 @@ def commit(store: Store, key: ShardKey, path: Path, provenance: Provenance, want
     for _ in range(_LOOKS):
         wanted()
         try:
-            return Commit(store.put_if_absent(key.part, path), provenance, ours=True)
+            stat = store.put_if_absent(key.part, path)
         except (AlreadyExists, Unavailable) as error:
             doubt = error
+        else:
+            return _kept(store, key, Commit(stat, provenance, ours=True), wanted)
         try:
             found, stat = inspect(store, key.part), store.stat(key.part)
         except NotFound:
@@ -109,12 +114,24 @@ def commit(store: Store, key: ShardKey, path: Path, provenance: Provenance, want
                 f"{store.uri}/{key.part} holds shard {found.shard} of plan {found.plan}, not {provenance.shard} of "
                 f"{provenance.plan}: someone else writes here; find out who before running again"
             )
-        return Commit(stat, found, ours=found.attempt == provenance.attempt)
+        return _kept(store, key, Commit(stat, found, ours=found.attempt == provenance.attempt), wanted)
     if isinstance(doubt, Unavailable):
         raise doubt
     raise AttemptFailed(
         f"{store.uri}/{key.part}: the store answers 'exists' to each of {_LOOKS} PUTs and shows nothing"
     )
+
+
+def _kept(store: Store, key: ShardKey, made: Commit, wanted: Callable[[], None]) -> Commit:
+    """The same; the part of a plan that is discarded by now is deleted, and what `wanted` raises is raised."""
+    try:
+        wanted()
+    except Unavailable:
+        pass  # whoever meets such a part deletes it
+    except BatchjobError:
+        store.delete(key.part)
+        raise
+    return made
 
 
 def inspect(store: Store, key: str) -> Provenance:
@@ -162,17 +179,35 @@ def read_success(store: Store) -> tuple[dict[str, Any], Stat] | None:
         return None
     try:
         facts = json.loads(blob.data)
-        if not isinstance(facts, dict):
-            raise ValueError("no JSON object")
-    except ValueError as error:
+        if not isinstance(facts, dict) or not isinstance(facts.get("counts", {}), dict):
+            raise ValueError("no JSON object with counts")
+        for part in facts.get("parts", []):
+            part["name"], part["etag"]
+    except (ValueError, LookupError, TypeError) as error:
         raise CheckFailed(f"{store.uri}/{SUCCESS} is not batchjob's: {error}; remove it and run again") from error
     return facts, Stat(SUCCESS, len(blob.data), blob.etag, blob.version)
 
 
-def write_success(store: Store, facts: Mapping[str, Any], found: Iterable[Part]) -> None:
-    """Put `_SUCCESS`; one that is there and says something else is replaced under its version."""
+def write_success(
+    store: Store, facts: Mapping[str, Any], found: Iterable[Part], wanted: Callable[[], None] = lambda: None
+) -> None:
+    """Put `_SUCCESS`; one that is there and says something else is replaced under its version.
+
+    Args:
+        facts: what it says, `plan` among it.
+        found: the parts that it lists.
+        wanted: raises when the plan has been discarded; asked before each PUT, and afterwards: then it is taken back.
+    """
     body = json.dumps({**facts, "parts": [asdict(part) for part in found]}, indent=1).encode()
-    _put_or_replace(store, SUCCESS, body)
+    _put_or_replace(store, SUCCESS, body, wanted)
+    try:
+        wanted()
+    except Unavailable:
+        pass  # the next plan's driver deletes it
+    except BatchjobError:
+        if (stands := read_success(store)) is not None and stands[0].get("plan") == facts["plan"]:
+            store.delete(SUCCESS)
+        raise
 
 
 def write_report(store: Store, facts: Mapping[str, Any]) -> None:
@@ -200,8 +235,9 @@ def error_rows(store: Store) -> Iterator[dict[str, Any]]:
         yield from table.to_pylist()
 
 
-def _put_or_replace(store: Store, key: str, body: bytes) -> None:
+def _put_or_replace(store: Store, key: str, body: bytes, wanted: Callable[[], None] = lambda: None) -> None:
     for _ in range(_LOOKS):
+        wanted()
         try:
             store.put_if_absent(key, body)
             return
@@ -211,6 +247,7 @@ def _put_or_replace(store: Store, key: str, body: bytes) -> None:
             there = store.read(key)
             if there.data == body:
                 return
+            wanted()
             store.replace_if_match(key, body, there.version or "")
             return
         except (NotFound, Changed):

@@ -53,8 +53,11 @@ class Likeness:
         return None
 
 
-def compare(reference: Any, output: Any) -> Likeness:
+def compare(reference: Any, output: Any, *, classes: bool = True) -> Likeness:
     """Hold one output of a model against another: tensors, tuples, dicts, or lists of boxes with labels and scores.
+
+    Args:
+        classes: a table of numbers `[images, classes]` names a class by its largest; else only the numbers count.
 
     Raises:
         ValueError: they are not of the same form.
@@ -66,7 +69,7 @@ def compare(reference: Any, output: Any) -> Likeness:
         raise ValueError("gives no tensor that could be compared")
     if [leaf.shape for leaf in ours] != [leaf.shape for leaf in theirs]:
         raise ValueError(f"gives {[list(leaf.shape) for leaf in theirs]} for {[list(leaf.shape) for leaf in ours]}")
-    each = [_leaf(a.detach().cpu(), b.detach().cpu()) for a, b in zip(ours, theirs, strict=True)]
+    each = [_leaf(a.detach().cpu(), b.detach().cpu(), classes) for a, b in zip(ours, theirs, strict=True)]
     return Likeness(
         max((one.deviation for one in each), default=0.0),
         min((one.cosine for one in each), default=1.0),
@@ -87,14 +90,14 @@ def _leaves(output: Any) -> Iterator[torch.Tensor]:
             yield from _leaves(value)
 
 
-def _leaf(reference: torch.Tensor, output: torch.Tensor) -> Likeness:
+def _leaf(reference: torch.Tensor, output: torch.Tensor, classes: bool) -> Likeness:
     """Numbers by their size; classes, masks and counts by how many are the same."""
     if reference.is_floating_point() or reference.numel() == 0:
-        return _tensors(reference.float(), output.float())
+        return _tensors(reference.float(), output.float(), classes)
     return Likeness(0.0, 1.0, float((reference == output).float().mean()))
 
 
-def _tensors(reference: torch.Tensor, output: torch.Tensor) -> Likeness:
+def _tensors(reference: torch.Tensor, output: torch.Tensor, classes: bool) -> Likeness:
     import torch
 
     if reference.numel() == 0:
@@ -106,7 +109,8 @@ def _tensors(reference: torch.Tensor, output: torch.Tensor) -> Likeness:
     alike = torch.nn.functional.cosine_similarity(a, b, dim=1)
     nothing = (a.norm(dim=1) < _NOTHING) & (b.norm(dim=1) < _NOTHING)  # two that are nothing point nowhere
     deviation = float((same / scale).abs().nan_to_num(torch.inf, torch.inf, torch.inf).max())
-    agreement = _same_class(reference / scale, output / scale, deviation) if reference.ndim == 2 else 1.0
+    named = classes and reference.ndim == 2
+    agreement = _same_class(reference / scale, output / scale, deviation) if named else 1.0
     return Likeness(deviation, float(torch.where(nothing, torch.ones(()), alike).min()), agreement)
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from batchjob.assembly import as_ours
-from batchjob.errors import BatchjobError, Unavailable
+from batchjob.breakage import breakage
+from batchjob.errors import BatchjobError, DeviceFault, Unavailable
 from batchjob.job import Job
 from batchjob.placement import Placement
 from batchjob.pool import Done, Event, Failed, Ready, Setup, WorkerFailed
@@ -19,11 +20,12 @@ from batchjob.worker import Worker
 __all__ = ["LocalPool", "account", "as_crash"]
 
 _NAME = "local"
-_CLOSE_SECONDS = 10.0
+_CLOSE_SECONDS = 5.0
+_LOOK_SECONDS = 0.5
 
 
 class LocalPool:
-    """One worker in this process. See `Pool`.
+    """One worker in this process. See `Pool`. Where that worker is lost, so is the run, but for another process.
 
     Args:
         cores: how many the worker may use.
@@ -48,6 +50,12 @@ class LocalPool:
     def submit(self, key: ShardKey, plan: int) -> None:
         self._placement.submit(key, plan)
         self._hand_over()
+
+    def idle(self) -> int:
+        return 0  # nobody is beside the one
+
+    def back_up(self, key: ShardKey, plan: int) -> None:
+        raise AssertionError(f"shard {key.index} of plan {plan} has nowhere else to go")
 
     def wait(self, timeout: float) -> list[Event]:
         events: list[Event] = []
@@ -78,9 +86,9 @@ def account(placement: Placement, worker: str, event: Event) -> None:
         case Ready(_, loaded):
             placement.enter(worker, loaded.ahead)
         case Done(result):
-            placement.finish(result.key)
+            placement.finish(worker, result.key)
         case Failed(key, error):
-            placement.fail(key, suspect=not isinstance(error, Unavailable))
+            placement.fail(worker, key, suspect=not isinstance(error, Unavailable))
 
 
 def as_crash(error: BaseException) -> BatchjobError:
@@ -106,6 +114,7 @@ class _Loop:
         self._worker: Worker | None = None
         self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._look_out, name="watchdog", daemon=True).start()
 
     def submit(self, key: ShardKey, plan: int) -> None:
         self._keys.put((key, plan))
@@ -144,7 +153,21 @@ class _Loop:
             finally:
                 worker.close()
         except BaseException as error:  # noqa: BLE001 - the driver is told: nobody else hears what ends this thread
-            self._tell(WorkerFailed(as_crash(error)))
+            self._tell(WorkerFailed(as_crash(self._device_fault(error) or error)))
+
+    def _device_fault(self, error: BaseException) -> DeviceFault | None:
+        """What is said of an error that a broken device has caused while the worker loaded or began."""
+        if isinstance(error, DeviceFault) or self._worker is None or breakage(error) is None:
+            return None
+        device = self._worker.device
+        return DeviceFault(f"{device} failed: {_named(error)}; the same command resumes", device)
+
+    def _look_out(self) -> None:
+        """In a thread of its own: the worker's cannot tell that it hangs, nor be ended."""
+        while not self._closed.wait(_LOOK_SECONDS):
+            if self._worker is not None and (stalled := self._worker.stalled()) is not None:
+                self._tell(WorkerFailed(stalled))
+                return
 
     def _go_round(self, worker: Worker) -> None:
         """Wait for a shard, then work until none is there; again until closed."""

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import os
 import queue
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import suppress
+from functools import partial
 from typing import Generic, TypeVar
 
-__all__ = ["aside", "side_by_side"]
+__all__ = ["Threads", "aside", "leave_threads", "side_by_side"]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 _LOOK_SECONDS = 0.2
+_EXIT_SECONDS = 3.0
 _AHEAD = 4  # calls begun or waiting for each thread: enough to keep all busy, few enough for any number of items
 
 
@@ -25,7 +32,12 @@ def aside(work: Callable[[], R], meanwhile: Callable[[], object] = lambda: None)
 
 
 def side_by_side(
-    work: Callable[[T], R], items: Iterable[T], meanwhile: Callable[[], object] = lambda: None, *, threads: int = 16
+    work: Callable[[T], R],
+    items: Iterable[T],
+    meanwhile: Callable[[], object] = lambda: None,
+    *,
+    threads: int = 16,
+    ahead: int | None = None,
 ) -> Iterator[R]:
     """What `work` makes of each item, in their order; raises what the first failed call raised.
 
@@ -35,8 +47,9 @@ def side_by_side(
         meanwhile: called here, before each result and every 0.2 s while one is awaited. What it raises ends the
             iteration: no further call is begun, those that run are left to themselves.
         threads: at most.
+        ahead: items that are taken before the first result is; four for each thread where not given.
     """
-    crew = _Crew(work, threads)
+    crew = _Crew(work, threads, threads * _AHEAD if ahead is None else ahead)
     try:
         for item in items:
             crew.put(item)
@@ -48,29 +61,91 @@ def side_by_side(
         crew.leave()
 
 
+def leave_threads(code: int) -> None:
+    """End this process soon, with this exit code, where daemon threads are still there; else do nothing.
+
+    An interpreter that is torn down beside a thread in native code, be it a model's or a storage client's, ends in an
+    abort instead of the exit code. What libraries do at the exit is done as usual, if it does not take long.
+    """
+    if not any(thread.daemon for thread in threading.enumerate()):
+        return
+    for child in multiprocessing.active_children():
+        child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    wait([Threads(1).submit(atexit._run_exitfuncs)], _EXIT_SECONDS)
+    os._exit(code)
+
+
+class Threads:
+    """Daemon threads for calls that may block; begun as they are needed.
+
+    Unlike those of an executor, which are waited for at the end of the process, they are left to themselves there.
+
+    Args:
+        most: of them.
+        name: for whoever looks at the process.
+    """
+
+    def __init__(self, most: int, name: str = "aside") -> None:
+        self._most, self._name, self._begun = most, name, 0
+        self._lock = threading.Lock()
+        self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+
+    def submit(self, call: Callable[[], R]) -> Future[R]:
+        """Have it called as soon as a thread is free."""
+        future: Future[R] = Future()
+
+        def answer() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(call())
+            except BaseException as error:  # noqa: BLE001 - raised where the result is taken
+                future.set_exception(error)
+
+        with self._lock:
+            if self._begun < self._most:
+                self._begun += 1
+                threading.Thread(target=_serve, args=(self._todo,), name=self._name, daemon=True).start()
+        self._todo.put(answer)
+        return future
+
+    def leave(self) -> None:
+        """Let the threads end after what they were given."""
+        with self._lock:
+            for _ in range(self._begun):
+                self._todo.put(None)
+            self._begun = 0
+
+    def __del__(self) -> None:
+        self.leave()
+
+
+def _serve(todo: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (call := todo.get()) is not None:
+        call()
+        del call  # and what it holds
+
+
 class _Crew(Generic[T, R]):
     """Threads that serve one queue, and the calls whose results are still due."""
 
-    def __init__(self, work: Callable[[T], R], most: int) -> None:
-        self._work, self._most, self._threads = work, most, 0
-        self._todo: queue.SimpleQueue[tuple[Future[R], T] | None] = queue.SimpleQueue()
+    def __init__(self, work: Callable[[T], R], threads: int, ahead: int) -> None:
+        self._work, self._ahead, self._threads = work, ahead, Threads(threads)
         self.pending: deque[Future[R]] = deque()
 
     @property
     def full(self) -> bool:
-        return len(self.pending) >= self._most * _AHEAD
+        return len(self.pending) >= self._ahead
 
     @property
     def first_done(self) -> bool:
         return bool(self.pending) and self.pending[0].done()
 
     def put(self, item: T) -> None:
-        if self._threads < self._most:
-            self._threads += 1
-            threading.Thread(target=self._serve, name="aside", daemon=True).start()
-        future: Future[R] = Future()
-        self.pending.append(future)
-        self._todo.put((future, item))
+        self.pending.append(self._threads.submit(partial(self._work, item)))
 
     def next(self, meanwhile: Callable[[], object]) -> R:
         meanwhile()
@@ -81,15 +156,4 @@ class _Crew(Generic[T, R]):
     def leave(self) -> None:
         for future in self.pending:
             future.cancel()
-        for _ in range(self._threads):
-            self._todo.put(None)
-
-    def _serve(self) -> None:
-        while (call := self._todo.get()) is not None:
-            future, item = call
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(self._work(item))
-            except BaseException as error:  # noqa: BLE001 - raised where the result is taken
-                future.set_exception(error)
+        self._threads.leave()

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from batchjob.jobtext import JobText, KeyPath, Place, Problem, did_you_mean, without_secrets
+from batchjob.jobtext import JobText, KeyPath, Place, Problem, did_you_mean
+from batchjob.redaction import typed
 from batchjob.settings import Settings
 
 __all__ = ["Param", "fill_in"]
@@ -34,7 +35,7 @@ def fill_in(text: JobText, given: Mapping[str, str]) -> None:
     declared = _declared(text)
     values: dict[str, str] = {}
     for number, (name, raw) in enumerate(given.items()):
-        place = Place(f"-p {name}={without_secrets(raw)}", (2, number, 0), ())
+        place = Place(f"-p {typed(name, raw)}", (2, number, 0), ())
         if name not in declared:
             known = f"it has {', '.join(declared)}" if declared else "it declares none; add it under params"
             sentence = f"is no parameter of this job{did_you_mean(name, list(declared)) or '; ' + known}"

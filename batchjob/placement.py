@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 
 from batchjob.records import ShardKey
@@ -23,26 +23,76 @@ class Assignment:
     plan: int
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class _Desk:
     """What one worker has in hand, oldest first.
 
     Attributes:
+        worker: whose it is.
         ahead: images that its loader keeps under way, 0 where that is not known.
+        rows: images of its shards.
         alone: it has a suspect, and gets nothing beside it.
+        cleared: it gets nothing more, so that it comes to have nothing else when a suspect waits.
     """
 
+    worker: str
     ahead: int
     shards: dict[int, ShardKey] = field(default_factory=dict)
+    rows: int = 0
     alone: bool = False
+    cleared: bool = False
 
     @property
     def room(self) -> int:
         """How many more it takes: four in all, of small shards as many as keep its loader busy."""
-        if self.alone:
+        if self.alone or self.cleared:
             return 0
-        short = sum(key.rows for key in self.shards.values()) < 2 * self.ahead
-        return max(_SHARDS - len(self.shards), int(short))
+        return max(_SHARDS - len(self.shards), int(self.rows < 2 * self.ahead))
+
+    def take(self, key: ShardKey) -> None:
+        self.shards[key.index] = key
+        self.rows += key.rows
+
+    def put_down(self, key: ShardKey) -> None:
+        if self.shards.pop(key.index, None) is not None:
+            self.rows -= key.rows
+            self.alone = False
+
+
+class _Openings:
+    """Desks with room, by the shards they have in hand; found, entered and left without a look at the others."""
+
+    def __init__(self) -> None:
+        self._by_load: defaultdict[int, dict[str, _Desk]] = defaultdict(dict)
+        self._where: dict[str, tuple[int, int]] = {}
+        self._least = 0
+        self.room = 0
+
+    def enter(self, desk: _Desk) -> None:
+        """As it is now; it stays unchanged until it leaves."""
+        if not (room := desk.room):
+            return
+        load = len(desk.shards)
+        self._by_load[load][desk.worker] = desk
+        self._where[desk.worker] = load, room
+        self._least = min(self._least, load)
+        self.room += room
+
+    def leave(self, desk: _Desk) -> None:
+        load, room = self._where.pop(desk.worker, (0, 0))
+        self._by_load[load].pop(desk.worker, None)
+        self.room -= room
+
+    def least_busy(self) -> _Desk:
+        """The one with the fewest shards. There must be one."""
+        assert self._where, "room is asked for first"
+        while not self._by_load[self._least]:
+            self._least += 1
+        return next(iter(self._by_load[self._least].values()))
+
+    def idle(self) -> int:
+        """How many have nothing in hand."""
+        return len(self._by_load[0])
 
 
 class Placement:
@@ -51,6 +101,8 @@ class Placement:
     A shard whose attempt failed is a suspect: it goes to a worker that has nothing else, which gets nothing beside it,
     so that what takes its worker down again takes no neighbour with it and is known for certain.
 
+    What it costs to place a shard does not grow with the number of workers, but for suspects.
+
     Args:
         least: workers that must be there before work begins. Once they were, a lost one holds up nobody.
     """
@@ -58,8 +110,10 @@ class Placement:
     def __init__(self, least: int = 1) -> None:
         self._least = least
         self._desks: dict[str, _Desk] = {}
+        self._openings = _Openings()
         self._suspects: set[int] = set()
         self._held: deque[tuple[ShardKey, int]] = deque()
+        self._clearing = False
         self._due: list[Assignment] = []
 
     # -- workers -----------------------------------------------------------------------------------------------
@@ -76,7 +130,9 @@ class Placement:
 
     def enter(self, worker: str, ahead: int = 0) -> None:
         """A worker is ready, whose loader keeps so many images under way."""
-        self._desks[worker] = _Desk(ahead)
+        desk = self._desks[worker] = _Desk(worker, ahead)
+        self._openings.enter(desk)
+        self._clear_for_suspects()
         if len(self._desks) >= self._least:
             self._least = 1
 
@@ -84,56 +140,80 @@ class Placement:
         """A worker is gone; returns what it had in hand, the one at work first. All of them are suspects now."""
         desk = self._desks.pop(worker, None)
         self._due = [due for due in self._due if due.worker != worker]
-        lost = list(desk.shards.values()) if desk else []
-        self._suspects.update(key.index for key in lost)
-        return lost
+        if desk is None:
+            return []
+        self._openings.leave(desk)
+        self._clear_for_suspects()
+        self._suspects.update(desk.shards)
+        return list(desk.shards.values())
 
     # -- shards ------------------------------------------------------------------------------------------------
 
     def free(self) -> int:
         """Shards that would be taken on now."""
-        return sum(desk.room for _, desk in self._open()) if self.ready >= self._least else 0
+        return self._openings.room if self.ready >= self._least else 0
+
+    def idle(self) -> int:
+        """Workers that have nothing in hand, and could make a second attempt at what another one is late with."""
+        return self._openings.idle() if self.ready >= self._least else 0
 
     def submit(self, key: ShardKey, plan: int) -> None:
         """Find a worker for a shard, at once or, for a suspect, when one has nothing else."""
         if key.index in self._suspects:
             self._held.append((key, plan))
+            self._clear_for_suspects()
         else:
-            worker, _ = max(self._open(), key=lambda at: at[1].room)
-            self._assign(worker, key, plan)
+            self._assign(self._openings.least_busy(), key, plan)
+
+    def back_up(self, key: ShardKey, plan: int) -> None:
+        """Give a shard that another worker has in hand to one that has nothing; see `idle`."""
+        self._assign(self._openings.least_busy(), key, plan, alone=key.index in self._suspects)
 
     def due(self) -> list[Assignment]:
         """What is to be handed over now, told once."""
-        idle = (worker for worker, desk in self._desks.items() if not desk.shards)
-        for worker, (key, plan) in zip(list(idle), list(self._held), strict=False):
-            self._held.popleft()
-            self._assign(worker, key, plan)
-            self._desks[worker].alone = True
+        while self._held and (desk := self._idle_desk()) is not None:
+            self._assign(desk, *self._held.popleft(), alone=True)
+        self._clear_for_suspects()
         due, self._due = self._due, []
         return due
 
-    def finish(self, key: ShardKey) -> None:
-        """The shard is committed."""
+    def finish(self, worker: str, key: ShardKey) -> None:
+        """The shard is committed, says this worker."""
         self._suspects.discard(key.index)
-        self._put_down(key)
+        self._put_down(worker, key)
 
-    def fail(self, key: ShardKey, suspect: bool = True) -> None:
-        """The attempt ended without a commit; `suspect` unless that was the fault of network or credentials."""
+    def fail(self, worker: str, key: ShardKey, suspect: bool = True) -> None:
+        """The attempt there ended without a commit; `suspect` unless that was the fault of network or credentials."""
         if suspect:
             self._suspects.add(key.index)
-        self._put_down(key)
+        self._put_down(worker, key)
 
-    def _open(self) -> list[tuple[str, _Desk]]:
-        """Workers that may get more. As many as suspects are held get none, so that they come to have nothing else."""
-        found = [(worker, desk) for worker, desk in self._desks.items() if not desk.alone]
-        found.sort(key=lambda at: len(at[1].shards))
-        return found[len(self._held) :]
+    def _assign(self, desk: _Desk, key: ShardKey, plan: int, alone: bool = False) -> None:
+        self._openings.leave(desk)
+        desk.take(key)
+        desk.alone, desk.cleared = alone, False
+        self._openings.enter(desk)
+        self._due.append(Assignment(desk.worker, key, plan))
 
-    def _assign(self, worker: str, key: ShardKey, plan: int) -> None:
-        self._desks[worker].shards[key.index] = key
-        self._due.append(Assignment(worker, key, plan))
+    def _put_down(self, worker: str, key: ShardKey) -> None:
+        desk = self._desks.get(worker)
+        if desk is not None:
+            self._openings.leave(desk)
+            desk.put_down(key)
+            self._openings.enter(desk)
 
-    def _put_down(self, key: ShardKey) -> None:
-        for desk in self._desks.values():
-            if desk.shards.pop(key.index, None) is not None:
-                desk.alone = False
+    # -- suspects: few, so that a look at all workers costs little ----------------------------------------------
+
+    def _idle_desk(self) -> _Desk | None:
+        return next((desk for desk in self._desks.values() if not desk.shards), None)
+
+    def _clear_for_suspects(self) -> None:
+        """As many desks as suspects are held get nothing more, those with the fewest shards."""
+        if not self._held and not self._clearing:
+            return
+        able = sorted((desk for desk in self._desks.values() if not desk.alone), key=lambda desk: len(desk.shards))
+        for place, desk in enumerate(able):
+            self._openings.leave(desk)
+            desk.cleared = place < len(self._held)
+            self._openings.enter(desk)
+        self._clearing = bool(self._held)

@@ -44,6 +44,11 @@ class Planning:
     def _input(self) -> Input:
         return Input(self._job, Reader(self._job.storage))
 
+    @cached_property
+    def _patient_input(self) -> Input:
+        """The same, once it is known to be there: an outage is waited for."""
+        return Input(self._job, Reader(self._job.storage, outage=self._job.errors.outage_seconds))
+
     def look(self, allow_empty: bool) -> Peek:
         """Everything that can be said of job, input and store without a model. Nothing is frozen by it.
 
@@ -52,6 +57,7 @@ class Planning:
         """
         for step in (lambda: probe(self._store), self._check_files, lambda: self._input.require(self._note)):
             self._turns.during(step)
+        self._turns.during(lambda: self._input.fields)
         self.check_columns()
         few = self._turns.during(lambda: peek(self._input, FEW_IMAGES))
         if few.rows == 0 and not allow_empty:
@@ -99,7 +105,7 @@ class Planning:
             defaults=self._job.resolved(),
         )
         if number:  # a discard that was cut short may have left it
-            self._store.delete(ledger.SUCCESS)
+            self._turns.during(lambda: self._store.delete(ledger.SUCCESS))
         stands = self._turns.during(lambda: plan.freeze(self._store, head))
         compare(self._store, self._job, stands)
         return stands
@@ -110,14 +116,14 @@ class Planning:
 
     def close(self) -> None:
         """End what may still be listing aside."""
-        if "_input" in self.__dict__:
-            self._input.close()
+        for name in {"_input", "_patient_input"} & self.__dict__.keys():
+            getattr(self, name).close()
 
     def _refs(self, after: Cursor) -> Iterator[pa.RecordBatch]:
-        return self._input.refs(after)
+        return self._patient_input.refs(after)
 
     def _unchanged(self, head: Head) -> None:
-        self._input.check_unchanged(head)
+        self._patient_input.check_unchanged(head)
 
     def _check_files(self) -> None:
         """Weights, code and labels are there, as far as that shows without torch."""

@@ -102,6 +102,12 @@ class Pool(Protocol):
     def submit(self, key: ShardKey, plan: int) -> None:
         """Hand a shard of plan number `plan` to some worker."""
 
+    def idle(self) -> int:
+        """Workers that have nothing in hand."""
+
+    def back_up(self, key: ShardKey, plan: int) -> None:
+        """Hand a shard that a worker has in hand to one that has nothing; see `idle`. Both say what became of it."""
+
     def wait(self, timeout: float) -> list[Event]:
         """What happened, at the latest after `timeout` seconds."""
 

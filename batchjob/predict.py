@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
@@ -52,17 +53,21 @@ class Predicted:
 
     Attributes:
         pieces: each image of the batch is in one of them, or lost.
-        lost: images that alone do not fit into memory.
+        lost: images that cannot be predicted, and why; such as alone do not fit into memory.
     """
 
     pieces: tuple[Piece, ...]
-    lost: tuple[int, ...] = ()
+    lost: Mapping[int, Fault] = field(default_factory=dict)
     _arrival: Callable[[], None] = lambda: None
 
     def wait(self) -> Predicted:
         """The same, once all of it has arrived on the host. Raises what went wrong on the device."""
         self._arrival()
         return self
+
+    def landing(self, around: Callable[[Callable[[], None]], None]) -> Predicted:
+        """The same, its wait inside that function."""
+        return replace(self, _arrival=partial(around, self._arrival))
 
 
 class Predictor:
@@ -101,12 +106,12 @@ class Predictor:
         """
         pixels = random_pixels(size, max(rows, self._fixed or 0), dtype)
         try:
-            lost = self(pixels).wait().lost
+            fits = not self(pixels).wait().lost
         except AttemptFailed:
-            lost = (0,)
+            fits = False
         except Exception as error:
             raise self._forward.complaint(pixels, error) from error
-        if lost:
+        if not fits:
             raise InvalidJob(
                 f"model: not even one image of {'x'.join(map(str, size))} fits into the memory of "
                 f"{self._forward.device} beside it; make them smaller (preprocess.resize), or take a smaller model"
@@ -144,7 +149,7 @@ class Predictor:
         """
         count = len(shapes) if shapes is not None else len(pixels)
         pieces: list[Piece] = []
-        lost: list[int] = []
+        lost: dict[int, Fault] = {}
         start, before = 0, self._limit
         while start < count:
             size = min(self._limit or count, count - start)
@@ -158,7 +163,8 @@ class Predictor:
                 self._limit, self._calm = size // 2, 0
                 continue
             pieces += made or []
-            lost += [] if made is not None else [start]
+            if made is None:
+                lost[start] = self._too_large()
             start += size
             self._relax()
         if lost:
@@ -167,10 +173,19 @@ class Predictor:
             raise AttemptFailed(
                 f"not even one image fits into the memory of {self._forward.device}: is something else using it?"
             )
-        return Predicted(tuple(pieces), tuple(lost), self._link.arrival())
+        return Predicted(tuple(pieces), lost, self._link.arrival())
 
-    def lost_fault(self) -> Fault:
-        """What is said of an image that alone does not fit."""
+    def alone(self, pixels: torch.Tensor, shapes: Shapes | None, row: int) -> Predicted:
+        """One image of such a batch, by itself, and waited for; it keeps its row."""
+        made = self(*_part(pixels, shapes, row, 1)).wait()
+        pieces = tuple(Piece((row,), piece.tensors) for piece in made.pieces)
+        return Predicted(pieces, {row: made.lost[0]} if made.lost else {})
+
+    def wait(self) -> None:
+        """Until all that was begun has ended. Raises what went wrong on the device."""
+        self._link.arrival()()
+
+    def _too_large(self) -> Fault:
         return Fault("predict", "memory", f"it alone does not fit into the memory of {self._forward.device}")
 
     def _tried(self, pixels: torch.Tensor, shapes: Shapes | None, start: int, size: int) -> list[Piece] | None:

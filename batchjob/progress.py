@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from batchjob.redaction import presentable
 from batchjob.report import counted
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ class Lines:
             self._meter.add(images, failed)
 
     def note(self, text: str) -> None:
-        self._write(text)
+        self._write(presentable(text))
 
     def beat(self) -> None:
         """Writes the line that is due."""
@@ -230,7 +231,7 @@ class Bar:
             self._show()
 
     def note(self, text: str) -> None:
-        self._rich.console.print(text, markup=False, highlight=False)
+        self._rich.console.print(presentable(text), markup=False, highlight=False)
 
     def stop(self) -> None:
         with self._lock:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
+from sys import intern
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from batchjob.redaction import presentable
 from batchjob.settings import Settings, Target
 
 if TYPE_CHECKING:
@@ -134,11 +137,14 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What an error row says: `stage` and `type` to group by, `message` to read."""
+    """What an error row says: `stage` and `type` to group by, `message` to read, without any secret."""
 
     stage: str
     type: str
     message: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", presentable(self.message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +309,7 @@ class Batch:
         return replace(self, pixels=self.pixels.pin_memory())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Provenance:
     """What a part's footer says of its making, under one key, as JSON. No hosts, no secrets.
 
@@ -318,6 +324,7 @@ class Provenance:
         seconds: stage → seconds; `wall` is start to commit.
         versions: package → version.
         truth: sums by name, from which the task tells how right it was; they add up over parts.
+        recipe: in words, by which the model ran.
     """
 
     plan: str
@@ -333,6 +340,7 @@ class Provenance:
     seconds: Mapping[str, float]
     versions: Mapping[str, str]
     truth: Mapping[str, float] = field(default_factory=dict)
+    recipe: str = ""
 
     KEY = "batchjob"
 
@@ -350,8 +358,31 @@ class Provenance:
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in found.items() if name in known})
 
+    def compact(self) -> Provenance:
+        """The same, holding but once what the parts of a run say alike: a driver keeps one of these a part."""
+        return replace(
+            self,
+            plan=intern(self.plan),
+            fingerprint=intern(self.fingerprint),
+            model=intern(self.model),
+            recipe=intern(self.recipe),
+            errors=_compact(self.errors),
+            seconds=_compact(self.seconds),
+            versions=_shared(tuple(self.versions.items())),
+            truth=_compact(self.truth),
+        )
 
-@dataclass(frozen=True)
+
+def _compact(figures: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {intern(name): figure for name, figure in figures.items()}
+
+
+@lru_cache(maxsize=64)
+def _shared(versions: tuple[tuple[str, str], ...]) -> Mapping[str, str]:
+    return dict(versions)
+
+
+@dataclass(frozen=True, slots=True)
 class ShardResult:
     """Summary of a committed shard: small, for it crosses the cluster.
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from batchjob.errors import BatchjobError
+from batchjob.redaction import presentable
 
 __all__ = ["Outcome", "PlanSummary", "counted"]
 
@@ -48,7 +49,7 @@ class Outcome:
         elif isinstance(error, KeyboardInterrupt):
             status, code, message = "temporary", 75, "interrupted; the same command resumes"
         else:
-            status, code, message = "crashed", 1, f"{type(error).__name__}: {error}"
+            status, code, message = "crashed", 1, presentable(f"{type(error).__name__}: {error}")
         return cls(status, *counts, seconds=seconds, output=output, exit_code=code, message=message)
 
     def dump(self) -> str:

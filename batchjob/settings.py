@@ -6,15 +6,15 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo
+
+from batchjob.redaction import secret_in
 
 __all__ = ["CommandLineText", "Settings", "Target", "Uri", "is_local", "local_path"]
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
-_SIGNED = {"x-amz-signature", "x-amz-credential", "x-goog-signature", "sig", "signature", "awsaccesskeyid"}
-_TARGET = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
+_TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 class Settings(BaseModel):
@@ -43,7 +43,8 @@ def _resolve(value: Any, info: ValidationInfo) -> Any:
     if not value:
         raise ValueError("is empty")
     if not is_local(value):
-        _refuse_secrets(value)
+        if why := secret_in(value):
+            raise ValueError(why)
         return str(value)
     given = None if isinstance(value, CommandLineText) else info.context
     base = Path(given["base"]) if given else Path.cwd()
@@ -51,16 +52,8 @@ def _resolve(value: Any, info: ValidationInfo) -> Any:
     return os.path.normpath(base / local_path(value).expanduser()) + folder
 
 
-def _refuse_secrets(uri: str) -> None:
-    parts = urlsplit(uri)
-    if "@" in parts.netloc and parts.scheme not in {"abfs", "abfss"}:
-        raise ValueError("holds credentials before '@'; a job never does: give them through the environment")
-    if {key.lower() for key, _ in parse_qsl(parts.query)} & _SIGNED:
-        raise ValueError("is a presigned URL; a job never holds a signature: give credentials through the environment")
-
-
 def _check_target(value: str) -> str:
-    if not _TARGET.match(value):
+    if not _TARGET.fullmatch(value):
         raise ValueError("must read 'module:attribute', a module beside the job file and a name in it")
     return value
 

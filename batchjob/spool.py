@@ -11,14 +11,14 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from batchjob.errors import InvalidJob, Temporary
+from batchjob.errors import AttemptFailed, InvalidJob, Temporary
 
-__all__ = ["Spool"]
+__all__ = ["Spool", "no_room"]
 
 _PREFIX = "batchjob-"
 _MARK = "held"
 _YOUNG_SECONDS = 60.0  # between making a folder and locking its mark lies a moment in which it looks abandoned
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Spool:
@@ -50,6 +50,16 @@ class Spool:
         mark, self._mark = self._mark, None
         if mark is not None:
             os.close(mark)
+
+
+def no_room(error: Exception, folder: Path) -> AttemptFailed | None:
+    """What a part in the making failed of where that is for want of room in this folder, else None."""
+    if not isinstance(error, OSError) or error.errno not in _FULL:
+        return None
+    return AttemptFailed(
+        f"{folder}: the disk is full ({os.strerror(error.errno)}), so no part can be made there; make room, set TMPDIR "
+        "to a folder on another disk, or lower runtime.shard_size, then run again"
+    )
 
 
 def _sweep(folder: Path) -> None:

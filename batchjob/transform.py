@@ -119,21 +119,30 @@ def _fixed_size(preprocess: Preprocess) -> tuple[int, int] | None:
 
 
 def _placed(image: torch.Tensor, upright: tuple[int, int], preprocess: Preprocess, resize: Resample) -> torch.Tensor:
-    """Resized and cropped."""
-    from torchvision.transforms import InterpolationMode, functional
-
+    """Resized and cropped. Torchvision takes seconds to import: what most jobs do is done without it."""
     height, width = upright
     _refuse_sliver(preprocess.resize, width, height)
     wide, high = _resized_size(preprocess.resize, width, height)
     crop = (preprocess.crop,) * 2 if isinstance(preprocess.crop, int) else preprocess.crop
     box = _box((high, wide), crop)
     if preprocess.interpolation == "nearest":
-        image = functional.resize(image, [high, wide], interpolation=InterpolationMode.NEAREST)
-        image = image[:, box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+        image = _nearest(image, high, wide)[:, box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
     else:
         image = resize(image, (high, wide), box, preprocess.interpolation)
-    pads = crop is not None and tuple(image.shape[1:]) != crop
-    return functional.center_crop(image, list(crop)) if crop is not None and pads else image
+    return image if crop is None or tuple(image.shape[1:]) == crop else _centred(image, crop)
+
+
+def _nearest(image: torch.Tensor, high: int, wide: int) -> torch.Tensor:
+    from torchvision.transforms import InterpolationMode, functional
+
+    return functional.resize(image, [high, wide], interpolation=InterpolationMode.NEAREST)  # type: ignore[no-any-return]
+
+
+def _centred(image: torch.Tensor, crop: tuple[int, int]) -> torch.Tensor:
+    """A smaller image in the middle of black."""
+    from torchvision.transforms import functional
+
+    return functional.center_crop(image, list(crop))  # type: ignore[no-any-return]
 
 
 def _refuse_sliver(resize: int | tuple[int, int] | None, width: int, height: int) -> None:

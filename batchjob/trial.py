@@ -31,10 +31,11 @@ from batchjob.tuning import Subject, Trial, tried
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Bench", "Images", "table"]
+__all__ = ["TIME_WAS_UP", "Bench", "Images", "table"]
+
+TIME_WAS_UP = "the time was up"
 
 _POLL_SECONDS = 0.5
-_REFERENCE_SECONDS = 300.0  # for the process to start, the model to load, and eager fp32 to run
 _FAREWELL_SECONDS = 3.0
 _SHARE = 0.6  # of the time left
 _LEAST_SECONDS = 30.0
@@ -51,7 +52,7 @@ class Bench:
         data_base: the folder that its input and output paths mean.
         sample: locations of the job's own images.
         batch_size: images a call.
-        cores: for the model.
+        threads: of torch, for the model.
     """
 
     job: Mapping[str, Any]
@@ -59,21 +60,22 @@ class Bench:
     data_base: Path
     sample: tuple[str, ...]
     batch_size: int
-    cores: int
+    threads: int
 
 
 def table(bench: Bench, recipes: Sequence[Recipe], budget: float, stopped: Callable[[], bool]) -> list[Trial]:
-    """Eager fp32 and each recipe, a line each; nothing where eager fp32 itself does not run.
+    """Eager fp32 and each recipe, a line each; one failed line of eager fp32 where that does not run.
 
     Args:
         bench: see there.
         recipes: in the order they are tried.
-        budget: seconds for all of them; one that takes more than its share of what is left is given up.
+        budget: seconds for all of them, the start of their process included; one that takes more than its share of
+            what is left is given up.
         stopped: asked now and then; True ends it.
     """
     made: list[Trial] = []
     left = deque(recipe for recipe in recipes if recipe != Recipe())
-    until = time.monotonic() + _REFERENCE_SECONDS
+    until = time.monotonic() + budget
     while True:
         with _Process(bench, tuple(left)) as process:
             while isinstance(said := process.next(_share(until) if made else until, stopped), Trial):
@@ -82,12 +84,13 @@ def table(bench: Bench, recipes: Sequence[Recipe], budget: float, stopped: Calla
                     left.popleft()
                 elif not made:
                     made.append(said)
-                    until = time.monotonic() + budget
-        if not made or not left:
+        if not made:
+            return [Trial(Recipe(), said or "ended early")]
+        if not left:
             return made
         made.append(Trial(left.popleft(), said or "ended early"))
         if time.monotonic() >= until or stopped():
-            return made + [Trial(recipe, "not tried, the time was up") for recipe in left]
+            return made + [Trial(recipe, f"not tried, {TIME_WAS_UP}") for recipe in left]
 
 
 def _share(until: float) -> float:
@@ -123,7 +126,7 @@ class _Process:
             except (EOFError, OSError):
                 self._process.join()
                 return _fate(self._process.exitcode)
-        return "stopped" if stopped() else "given up, the time was up"
+        return "stopped" if stopped() else f"given up, {TIME_WAS_UP}"
 
     def __exit__(self, *_: object) -> None:
         if not self._finished:
@@ -156,7 +159,7 @@ def _try_all(bench: Bench, recipes: tuple[Recipe, ...], lines: Connection) -> No
     use_compile_cache()
     import torch
 
-    torch.set_num_threads(bench.cores)
+    torch.set_num_threads(bench.threads)
     job = Job.from_portable(bench.job, bench.base, bench.data_base)
     subject = Images(Engine(job, Reader(job.storage), bench.sample), bench.sample, bench.batch_size)
     for trial in tried(subject, recipes):
@@ -175,7 +178,7 @@ class Images(Subject):
 
     def __init__(self, engine: Engine, sample: Sequence[str], batch_size: int) -> None:
         self._engine = engine
-        self.images = engine.model.batch_size or batch_size
+        self.images, self.classes = engine.model.batch_size or batch_size, engine.classes
         self._pixels = self._batch(sample)
 
     def build(self, recipe: Recipe) -> Callable[[], Any]:

@@ -59,7 +59,8 @@ class Acceleration(Settings):
         quantize: eight bits by torchao: `int8-dynamic` and `fp8` for linear layers, `int8-static` for convolutions too.
         cudnn_benchmark: let cuDNN try its algorithms.
         tuning: `off` tries nothing; `on` also where a job seems too short to gain by it.
-        tuning_budget_s: seconds after which no further candidate is begun, and one at work is given up.
+        tuning_budget_s: seconds, from the start of the process that tries them, after which no further candidate is
+            begun, and one at work is given up.
     """
 
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
@@ -202,9 +203,11 @@ class Subject:
 
     Attributes:
         images: in the batch that `run` sees.
+        classes: see `compare`.
     """
 
     images: int
+    classes: bool = True
 
     def build(self, recipe: Recipe) -> Callable[[], Any]:
         """The model so prepared: each call runs it on the batch, and returns its output once that is there."""
@@ -228,7 +231,7 @@ def _tried(subject: Subject, recipe: Recipe, eager: Callable[[], Any], reference
     began = time.perf_counter()
     try:
         fast = subject.build(recipe)
-        likeness = compare(reference, fast())
+        likeness = compare(reference, fast(), classes=subject.classes)
         warm_up = time.perf_counter() - began
         if (fault := likeness.fault(recipe)) is not None:
             return Trial(recipe, fault, likeness=likeness, warm_up_s=warm_up)

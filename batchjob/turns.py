@@ -4,34 +4,46 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 from batchjob.drain import Drain
-from batchjob.errors import Temporary
+from batchjob.errors import Temporary, Unavailable
 from batchjob.lease import Lease
-from batchjob.parallel import aside
+from batchjob.parallel import Threads, aside
+from batchjob.storage import Outage
 
 __all__ = ["TURN_SECONDS", "Turns"]
 
 T = TypeVar("T")
 TURN_SECONDS = 0.2
+_BEAT_SECONDS = 1.0  # that a beat is waited for, so that nothing is done that it would have prevented
+_FAREWELL_SECONDS = 3.0
 
 
 class Turns:
     """What every wait of the control thread goes through.
 
+    The lease is beaten beside it, for a store that does not answer must not keep it from hearing signals. Nobody beats
+    unless the turns go on.
+
     Args:
         lease: beaten in each turn.
         drain: whether a signal has asked to stop.
         output: URI of the output, for the sentence of the end.
+        outage: seconds that the lease may go unwritten because the store does not answer.
 
     Attributes:
         listen: takes in what was reported, waiting so many seconds at most.
-        before_stop: called once when a signal has asked to stop, before that ends the run.
+        before_stop: called once when a signal has asked to stop, before that ends the run; not in an outage.
     """
 
-    def __init__(self, lease: Lease, drain: Drain, output: str) -> None:
+    def __init__(self, lease: Lease, drain: Drain, output: str, outage: float = 0.0) -> None:
         self._lease, self._drain, self._output = lease, drain, output
+        self._outage = Outage(outage)
+        self._beside = Threads(1, "lease")
+        self._beating: Future[None] | None = None
+        self._begun = 0.0
         self._stopping = False
         self.listen: Callable[[float], object] = time.sleep
         self.before_stop: Callable[[], object] = lambda: None
@@ -49,12 +61,14 @@ class Turns:
         """Show life and hear signals, without waiting.
 
         Raises:
-            Temporary: another driver has taken over, or a signal has asked to stop.
+            Temporary: another driver has taken over, a signal has asked to stop, or the store has not answered for too
+                long.
         """
-        self._lease.beat()
+        self._show_life()
         if self._drain.asked.is_set() and not self._stopping:
             self._stopping = True
-            self.before_stop()
+            if not self._outage.lasting:  # or else nothing could be committed
+                self.before_stop()
             raise Temporary(f"{self._output}: stopped by a signal; the same command resumes")
 
     def turn(self, seconds: float = TURN_SECONDS) -> None:
@@ -65,3 +79,27 @@ class Turns:
     def during(self, work: Callable[[], T]) -> T:
         """Do something that may block while the turns go on. What ends them leaves it to itself."""
         return aside(work, lambda: self.turn(0.0))
+
+    def leave(self) -> None:
+        """Give the lease back, unless that takes long: then it falls silent by itself."""
+        until = time.monotonic() + _FAREWELL_SECONDS
+        if self._beating is None or wait([self._beating], _FAREWELL_SECONDS).done:
+            wait([self._beside.submit(self._lease.release)], max(0.0, until - time.monotonic()))
+        self._beside.leave()
+
+    def _show_life(self) -> None:
+        if self._beating is None and self._lease.due:
+            self._begun = time.monotonic()
+            self._beating = self._beside.submit(self._lease.beat)
+            wait([self._beating], _BEAT_SECONDS)
+        if self._beating is not None and self._beating.done():
+            beating, self._beating = self._beating, None
+            self._hear(beating)
+
+    def _hear(self, beating: Future[None]) -> None:
+        """What became of a beat. Raises what ends the run."""
+        try:
+            beating.result()
+            self._outage.ended()
+        except Unavailable as error:  # safety does not rest on the lease
+            self._outage.endured(error, self._begun)

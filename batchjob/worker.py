@@ -5,39 +5,38 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from batchjob import plan, trial
 from batchjob.agreement import Agreement
-from batchjob.assembly import Assembly, Imprint, as_ours
+from batchjob.assembly import Assembly, Imprint
+from batchjob.breakage import identity
 from batchjob.engine import Engine
 from batchjob.environment import memory_given
-from batchjob.errors import AttemptFailed, BatchjobError, Interrupted, InvalidJob, StorageError, Temporary, Unavailable
+from batchjob.errors import Stalled, Temporary
+from batchjob.guard import Guard
 from batchjob.job import Job
+from batchjob.lanes import Lanes, lanes
 from batchjob.loader import FEW_IMAGES, Loader, Quarantine, preload, settle
+from batchjob.passage import Passage
 from batchjob.plan import Contract, Head, PlanReader
 from batchjob.pool import Event, Loaded, Setup
-from batchjob.predict import Predicted, Predictor
+from batchjob.predict import Predictor
 from batchjob.prepare import Prepare
-from batchjob.records import Batch, Recipe, Shard, ShardKey, Span, Watch
+from batchjob.records import Recipe, Shard, ShardKey, Watch
 from batchjob.sink import row_schema
 from batchjob.spool import Spool
+from batchjob.stopwatch import Stopwatch
 from batchjob.storage import Reader, open_store
-from batchjob.takes import PoolFeed, Taken
+from batchjob.takes import PoolFeed
 from batchjob.transform import frame
 from batchjob.trial import Bench
-
-if TYPE_CHECKING:
-    import torch
+from batchjob.witness import see_witness
 
 __all__ = ["Parts", "Worker"]
 
@@ -46,6 +45,7 @@ _BATCH_SIZES = {"cuda": 128}
 _BATCH_SIZE_ELSEWHERE = 32
 _BATCH_SIZE_MOST = 1024
 _WARM_UP_ROWS = 8
+_BRING_TRANSFORMS = {"timm", "huggingface", "python"}
 _SAMPLE = 128  # images that a trial may look at
 
 
@@ -58,6 +58,9 @@ class Worker:
         cores: that may be used here, loader processes included.
         tell: called, from any thread, with what became of a shard.
         watch: told, from any thread, how long each stage of each batch took.
+
+    Attributes:
+        device: on which it runs, by its `identity` once that is known.
     """
 
     def __init__(
@@ -69,12 +72,13 @@ class Worker:
         watch: Watch = lambda span: None,
     ) -> None:
         self._job, self._setup, self._cores = job, setup, cores
-        self._reader = Reader(job.storage)
-        self._store = open_store(job.output.uri, job.storage)
+        outage = job.errors.outage_seconds
+        self._reader = Reader(job.storage, outage=outage)
+        self._store = open_store(job.output.uri, job.storage, outage=outage)
         self._spool = Spool()
         self._tell, self._watch = tell, watch
+        self._stopwatch = Stopwatch()
         self._stopped = threading.Event()
-        self._takes = count()
         self._plan: _Plan | None = None
         self._quarantine = Quarantine()
         self._assembly: Assembly | None = None
@@ -83,6 +87,11 @@ class Worker:
         self._pace = 0.0  # seconds an image takes, run as plainly as can be; 0 where nobody will ask
         self._engine: Engine
         self._predictor: Predictor
+        self._guard: Guard | None = None
+        self._passage: Passage | None = None
+        self.device = job.runtime.device
+        self._recipe = Recipe()
+        self._lanes = Lanes(1, cores)
 
     # -- once --------------------------------------------------------------------------------------------------
 
@@ -93,16 +102,17 @@ class Worker:
             InvalidJob: model, labels, preprocessing, precision or device do not fit.
         """
         began = time.monotonic()
-        self._see_witness()
-        preload(Loader.__module__, Prepare.__module__, trial.__name__)
-        self._use_cores()
+        see_witness(self._store, self._setup.witness)
+        preload(Loader.__module__, Prepare.__module__, trial.__name__, *self._needed_by_transforms())
+        self._use_threads(lanes("cpu", self._cores).threads)
         self._engine = engine = Engine(self._job, self._reader, self._setup.sample)
+        self.device = identity(engine.device)
         self._batch_size = self._first_batch_size()
         self._start_loader(tuple(engine.example.shape))
         engine.try_out()
         self._warm_up()
         return Loaded(
-            device=_device_name(engine.device),
+            device=self.device,
             precision=engine.recipe.precision,
             model=self._model_id,
             columns=tuple(column.name for column in engine.post.fields),
@@ -123,10 +133,13 @@ class Worker:
                 self._resize(self._predictor.largest_batch(example.shape, first, _BATCH_SIZE_MOST, dtype))
             rows = self._batch_size
         self._predictor.warm_up(example.shape, rows, example.dtype)
+        kind = engine.device.type
+        self._lanes = lanes(kind, self._cores, alone=kind == "cpu" and engine.keeps_state())
+        self._use_threads(self._lanes.threads)
         if not self._setup.few:
             began = time.perf_counter()
             self._predictor.warm_up(example.shape, self._batch_size, example.dtype)
-            self._pace = (time.perf_counter() - began) / self._batch_size
+            self._pace = (time.perf_counter() - began) / self._batch_size / self._lanes.count
 
     def begin(self, number: int) -> None:
         """Join the plan of this number: agree with all other workers on schema, model and image size.
@@ -152,13 +165,26 @@ class Worker:
         self._assembly = Assembly(
             store=self._store,
             spool=self._spool.path,
-            imprint=Imprint(head.plan, _digest_of(self._job.fingerprint()), self._digest, self._model_id, schema),
+            imprint=Imprint(
+                plan=head.plan,
+                fingerprint=_digest_of(self._job.fingerprint()),
+                model=self._digest,
+                model_id=self._model_id,
+                recipe=self._recipe.words,
+                schema=schema,
+            ),
             post=engine.post,
             frames=partial(frame, engine.preprocess),
-            lost=self._predictor.lost_fault(),
             wanted=self._still_wanted,
             tell=self._tell,
             watch=self._watch,
+            stopwatch=self._stopwatch,
+        )
+        assert self._loader is not None, "load comes before begin"
+        self._loader.quarantine = self._quarantine
+        self._guard = Guard(self._predictor, self._quarantine, self.device, self._stopwatch)
+        self._passage = Passage(
+            self._loader, self._guard, self._assembly, self._lanes.count, self._stopped.is_set, self._watch
         )
 
     def _accelerate(self, head: Head, reader: PlanReader) -> None:
@@ -170,18 +196,14 @@ class Worker:
             data_base=Path(self._setup.folder),
             sample=tuple(ref.location for ref in seen[:_SAMPLE]),
             batch_size=self._batch_size,
-            cores=self._cores,
+            threads=self._lanes.threads,
         )
         agreement = Agreement(
             self._store, head, engine, bench, len(seen) / self._sharers(), self._pace, self._stopped.is_set
         )
-        decision, forward = agreement.applied(agreement.reach())
-        recipe = decision.recipe
-        _log.info("%s on %s: %s", recipe.words, decision.device, decision.reason)
-        if recipe != Recipe():
-            fixed = self._batch_size if recipe.fixed_batch and not engine.varying else None
-            self._predictor = engine.predictor(forward, fixed)
-            self._predictor.warm_up(engine.example.shape, self._batch_size, engine.example.dtype)
+        decision, self._predictor = agreement.applied(agreement.reach())
+        self._recipe = decision.recipe
+        _log.info("%s on %s: %s", self._recipe.words, decision.device, decision.reason)
 
     def _sharers(self) -> int:
         """Workers that the images are shared among, as far as the job says."""
@@ -211,65 +233,16 @@ class Worker:
 
     def run(self, feed: PoolFeed) -> None:
         """Take shards from the feed until it has none now. What becomes of each is told, some of it later."""
-        assert self._loader is not None, "load comes before run"
-        assert self._assembly is not None, "begin comes before run"
-        self._loader.quarantine = self._quarantine
-        taken = Taken(feed, self._assembly.failed, self._takes)
-        try:
-            for batch in self._awaited(self._loader.batches(taken)):
-                if self._stopped.is_set():
-                    return
-                self._advance(taken, batch)
-        except BatchjobError as error:  # the loader itself: what it held is lost
-            for place, shard in enumerate(taken.running()):
-                self._assembly.fail(shard, _beside(error) if place else error)
-        for shard in taken.empty:
-            self._assembly.add_empty(shard)
+        assert self._passage is not None, "begin comes before run"
+        self._passage.run(feed)
 
     def stop(self) -> None:
         """Begin no further batch."""
         self._stopped.set()
 
-    def _advance(self, taken: Taken, batch: Batch) -> None:
-        assert self._assembly is not None
-        shard = taken.shards.get(batch.take)
-        if shard is None or not taken.wants(shard):
-            return
-        began = time.perf_counter()
-        try:
-            predicted = self._predicted(batch)
-        except Exception as error:  # noqa: BLE001 - ends this attempt; the driver decides how far it reaches
-            del taken.shards[batch.take]
-            self._assembly.fail(shard, as_ours(error))
-            return
-        last = batch.start + len(batch.facts) >= shard.key.rows
-        seconds = self._spent("forward", began, len(batch.facts))
-        self._assembly.add(shard, batch, predicted, seconds=seconds, last=last)
-        if last:
-            del taken.shards[batch.take]
-
-    def _awaited(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same; the watch is told how long each was waited for, and how it was made."""
-        while True:
-            began = time.perf_counter()
-            batch = next(batches, None)
-            self._spent("wait", began, 0 if batch is None else len(batch.facts))
-            if batch is None:
-                return
-            for span in batch.spans:
-                self._watch(span)
-            yield batch
-
-    def _spent(self, stage: str, began: float, images: int) -> float:
-        """Seconds since `began`, which the watch is told of."""
-        ended = time.perf_counter()
-        self._watch(Span(stage, began, ended, os.getpid(), images))
-        return ended - began
-
-    def _predicted(self, batch: Batch) -> Predicted | None:
-        if batch.trouble is not None:
-            raise Unavailable(batch.trouble)
-        return None if batch.pixels is None else self._predictor(batch.pixels, batch.shapes)
+    def stalled(self) -> Stalled | None:
+        """What to tell when a batch has been under way for too long, else None; asked from another thread."""
+        return self._guard.stalled(self._job.runtime.stall_seconds) if self._guard else None
 
     def _still_wanted(self) -> None:
         if plan.is_discarded(self._store, self._begun.head):
@@ -280,7 +253,7 @@ class Worker:
         """What it works with, once begun, for a look at each alone."""
         assert self._loader is not None, "load comes before parts"
         assert self._assembly is not None, "begin comes before parts"
-        return Parts(self._reader, self._engine, self._loader, self._predictor, self._assembly)
+        return Parts(self._reader, self._engine, self._loader, self._predictor, self._assembly, self._lanes)
 
     # -- parts of loading --------------------------------------------------------------------------------------
 
@@ -309,25 +282,17 @@ class Worker:
         if self._loader is not None:
             self._loader.batch_size = batch_size
 
-    def _see_witness(self) -> None:
-        """Read back what the driver wrote. Raises InvalidJob when this machine sees another output."""
-        if self._setup.witness is None:
-            return
-        key, word = self._setup.witness
-        with suppress(StorageError):
-            if word.encode() in self._store.read(key).data:
-                return
-        raise InvalidJob(
-            f"output.uri {self._store.uri}: a worker cannot see there what the driver wrote; give a place that all "
-            "machines share, such as s3://bucket/folder/"
-        )
+    def _needed_by_transforms(self) -> tuple[str, ...]:
+        """What a transform that is not our own is likely to import: once, and not in each loader process."""
+        own = self._job.preprocess is not None and self._job.preprocess.transform is not None
+        return ("torchvision.transforms",) if own or self._job.model.type in _BRING_TRANSFORMS else ()
 
-    def _use_cores(self) -> None:
+    def _use_threads(self, threads: int) -> None:
         import torch
 
-        if torch.get_num_threads() != self._cores:
+        if self._threads_before is None:
             self._threads_before = torch.get_num_threads()
-            torch.set_num_threads(self._cores)
+        torch.set_num_threads(threads)
 
     def _start_loader(self, size: tuple[int, ...]) -> None:
         """Start a loader for images of this size, in place of one for another."""
@@ -353,6 +318,7 @@ class Worker:
             size=size,
             varying=self._engine.varying,
             max_bytes=self._job.decode.max_bytes,
+            retries=self._job.errors.retries,
         )
         self._loader.start()
 
@@ -366,6 +332,7 @@ class Parts:
     loader: Loader
     predictor: Predictor
     assembly: Assembly
+    lanes: Lanes
 
 
 @dataclass(frozen=True)
@@ -374,17 +341,6 @@ class _Plan:
 
     head: Head
     reader: PlanReader
-
-
-def _beside(error: BatchjobError) -> BatchjobError:
-    """What is said of shards that were queued behind the one that a loader process died at."""
-    return Interrupted(error.message) if isinstance(error, AttemptFailed) else error
-
-
-def _device_name(device: torch.device) -> str:
-    import torch
-
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def _digest_of(fingerprint: Mapping[str, object]) -> str:

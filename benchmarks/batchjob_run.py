@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import batchjob
@@ -9,7 +10,10 @@ from batchjob import Job
 from batchjob.progress import Quiet
 from benchmarks.assignment import Assignment
 
-__all__ = ["run"]
+__all__ = ["LEARNING", "run"]
+
+LEARNING = "BATCHJOB_BENCH_LEARNING"
+"""Environment variable: set, even a job of a few images tries what may be faster, and this machine remembers it."""
 
 _JOB = Path(__file__).with_name("job.yaml")
 _SHARDS = 24  # so many points in time has the pace of a run; left to itself batchjob commits less often
@@ -25,12 +29,14 @@ class Marks(Quiet):
         self.given.done(images - failed)
 
 
-def run(given: Assignment, pool: str) -> None:
+def run(given: Assignment, pool: str, *settings: str) -> None:
     """Run the job to its end. The folder holds as many images as are asked for: a prefix is listed whole."""
     shard = max(64, -(-given.limit // _SHARDS))
     more = [f"runtime.pool={pool}", f"runtime.batch_size={given.batch}", f"runtime.shard_size={shard}"]
     more += ["runtime.precision=fp32"]  # as all others compute; left to itself it takes bf16 where that is faster
+    if os.environ.get(LEARNING):
+        more += ["runtime.tuning=on"]
     if given.crop:
         more += [f"preprocess.resize={given.resize}", f"preprocess.crop={given.crop}"]
     params = {"images": given.images, "output": given.output, "weights": given.weights, "model": given.model}
-    batchjob.run(Job.from_file(_JOB, params, more), progress=Marks(given))
+    batchjob.run(Job.from_file(_JOB, params, [*more, *settings]), progress=Marks(given))

@@ -87,13 +87,19 @@ class SimulatedPool:
     def submit(self, key: ShardKey, plan: int) -> None:
         self._placement.submit(key, plan)
 
+    def idle(self) -> int:
+        return self._placement.idle()
+
+    def back_up(self, key: ShardKey, plan: int) -> None:
+        self._placement.back_up(key, plan)
+
     def wait(self, timeout: float) -> list[Event]:  # noqa: ARG002
         events, self._events = self._events, []
         for due in self._placement.due():
             stat = self._store.commit(due.key)
             result = ShardResult(due.key, made(due.key), {}, True, stat.etag)
             events.append(Done(pickle.loads(pickle.dumps(result))))
-            self._placement.finish(due.key)
+            self._placement.finish(due.worker, due.key)
         return events
 
     def close(self) -> None: ...

@@ -18,7 +18,15 @@ from benchmarks.assignment import Assignment
 __all__ = ["ROOT", "SYSTEMS", "Measured", "absent", "measure", "pace"]
 
 ROOT = Path(__file__).parents[1]
-SYSTEMS = ("ray_documented", "ray_tuned", "daft_udf", "plain_loop", "batchjob_local", "batchjob_ray")
+SYSTEMS = (
+    "ray_documented",
+    "ray_tuned",
+    "daft_udf",
+    "plain_loop",
+    "batchjob_local",
+    "batchjob_fast",
+    "batchjob_ray",
+)
 _TIMEOUT = 3600.0
 
 

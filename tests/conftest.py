@@ -11,7 +11,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from nursery import Nursery
 from seaweed import Seaweed, environment, running, weed_binary
+
+pytest_plugins = ("figures",)  # fixtures `figure`, `seed` and `full_clocks`
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +28,16 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
         for name, value in environment(server.endpoint).items():
             patch.setenv(name, value)
         yield server
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory, full_clocks: bool) -> Iterator[Nursery]:
+    """What starts drivers in no time; all that are left end with the session."""
+    found = Nursery(tmp_path_factory.mktemp("nursery"), full_clocks)
+    try:
+        yield found
+    finally:
+        found.close()
 
 
 @pytest.fixture(scope="session")

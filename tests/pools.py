@@ -113,7 +113,8 @@ class ScriptedPool:
         newest_first: the shard that came last is the first to make progress.
 
     Attributes:
-        submitted: indexes of the shards handed out, in order.
+        submitted: indexes of the shards handed out, in order; second attempts beside a first one among them.
+        backed_up: those of second attempts beside a first one.
         setup: what `start` was given.
         closed: whether `close` was called.
     """
@@ -135,6 +136,7 @@ class ScriptedPool:
         self._store: Store
         self.size = size
         self.submitted: list[int] = []
+        self.backed_up: list[int] = []
         self.setup: Setup | None = None
         self.closed = False
 
@@ -154,6 +156,19 @@ class ScriptedPool:
 
     def submit(self, key: ShardKey, plan: int) -> None:
         assert self.free() > 0, "more than was asked for"
+        self._begin(key, plan)
+
+    def idle(self) -> int:
+        """As if each attempt had a worker of its own, as long as there are so many."""
+        return max(0, self.size - len(self._attempts)) if self._ready else 0
+
+    def back_up(self, key: ShardKey, plan: int) -> None:
+        assert self.idle() > 0, "nobody is idle"
+        assert any(attempt.key == key for attempt in self._attempts), "nobody has it in hand"
+        self.backed_up.append(key.index)
+        self._begin(key, plan)
+
+    def _begin(self, key: ShardKey, plan: int) -> None:
         assert not self.closed
         self._plan = plan
         acts = self._script.get(key.index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -34,8 +35,10 @@ class Fault(Enum):
     CONFLICT = auto()  # nothing happens; the answer is that of a lost race
     KILLED_BEFORE = auto()
     KILLED_AFTER = auto()
+    STALE = auto()  # a listing shows what lay there some writes ago; all other calls are right
 
 
+_STALE_WRITES = 3
 _HAPPENS = {Fault.LOST, Fault.REPEATED, Fault.KILLED_AFTER}
 
 
@@ -62,6 +65,7 @@ class _Disk:
 
     objects: dict[str, Blob] = field(default_factory=dict)
     writes: int = 0
+    before: deque[dict[str, Blob]] = field(default_factory=lambda: deque([{}], maxlen=_STALE_WRITES))
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -122,7 +126,9 @@ class MemoryStore:
 
     def list(self, prefix: str) -> Iterator[Stat]:
         """Objects whose key starts with `prefix`, in key order."""
-        found = self._asked("list", prefix, lambda: dict(self._disk.objects))
+        fault = self._fault("list", prefix)
+        lying = self._disk.before[0] if fault is Fault.STALE else self._disk.objects
+        found = self._answered("list", prefix, fault, lambda: dict(lying))
         return (_stat(key, found[key]) for key in sorted(found) if key.startswith(prefix))
 
     def put_if_absent(self, key: str, body: bytes | Path) -> Stat:
@@ -135,17 +141,31 @@ class MemoryStore:
 
     def delete(self, key: str) -> None:
         """Absent is fine."""
-        self._asked("delete", key, lambda: self._disk.objects.pop(key, None))
+        self._asked("delete", key, lambda: self._remove(key))
 
     # -- how -----------------------------------------------------------------------------------------------------------
 
     def _asked(self, verb: str, key: str, happen: Callable[[], T], lost_race: type[BatchjobError] = AlreadyExists) -> T:
+        return self._answered(verb, key, self._fault(verb, key), happen, lost_race)
+
+    def _fault(self, verb: str, key: str) -> Fault | None:
         fault = self._next_fault(verb, key)
-        if callable(fault):
-            fault()
+        if not callable(fault):
+            return fault
+        fault()
+        return None
+
+    def _answered(
+        self,
+        verb: str,
+        key: str,
+        fault: Fault | None,
+        happen: Callable[[], T],
+        lost_race: type[BatchjobError] = AlreadyExists,
+    ) -> T:
         with self._disk.lock:
             self.calls.append(Call(verb, key))
-            if not isinstance(fault, Fault):
+            if fault is None or fault is Fault.STALE:
                 return happen()
             if fault in _HAPPENS:
                 happen()
@@ -180,8 +200,13 @@ class MemoryStore:
             raise Changed(f"{self.uri}/{key}: replaced by another writer")
         return self._write(key, body)
 
+    def _remove(self, key: str) -> None:
+        self._disk.before.append(dict(self._disk.objects))
+        self._disk.objects.pop(key, None)
+
     def _write(self, key: str, body: bytes | Path) -> Stat:
         data = body.read_bytes() if isinstance(body, Path) else body
+        self._disk.before.append(dict(self._disk.objects))
         self._disk.writes += 1
         self._disk.objects[key] = Blob(data, hashlib.sha256(data).hexdigest()[:32], str(self._disk.writes))
         return _stat(key, self._disk.objects[key])

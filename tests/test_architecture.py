@@ -15,16 +15,16 @@ PACKAGE = ROOT / "batchjob"
 # From the ground up. A room imports from lower floors, and on its own floor from those named before it; on floor 2 they
 # are strangers to each other.
 FLOORS = [
-    "errors settings records",
+    "redaction errors settings records",
     (
-        "targets forkserver devices forward likeness machine disk parallel storage fetch schedule placement spool "
-        "jpeg resample"
+        "targets forkserver devices forward lanes likeness machine disk parallel storage fetch schedule placement "
+        "spool jpeg formats resample breakage stopwatch strikes pulse"
     ),
     "sources models tasks plan ledger lease decode transform loader tuning recipes predict sink",
     "jobtext parameters jobfile complaints portable job",
     (
         "pool report progress environment drain prepare turns accounting feeder planning survey dispatch takes "
-        "assembly engine trial agreement convert worker bench driver"
+        "assembly engine trial agreement convert guard passage witness worker layout bench driver"
     ),
     "local cluster launch",
     "cli",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,10 +36,9 @@ def assembly(tmp_path: Path, spool: Path, told: list[Event]) -> Assembly:
     return Assembly(
         store=open_store(str(tmp_path / "out")),
         spool=spool,
-        imprint=Imprint("plan", "fingerprint", "model", "net@1", row_schema([], post().fields)),
+        imprint=Imprint("plan", "fingerprint", "model", "net@1", "eager", row_schema([], post().fields)),
         post=post(),
         frames=lambda facts: Frame(1, 1, 1, 1),
-        lost=Fault("predict", "memory", "too large"),
         wanted=lambda: None,
         tell=told.append,
     )
@@ -57,6 +57,27 @@ def test_a_spool_that_cannot_be_written_fails_each_shard_once(tmp_path: Path) ->
         (Failed, 1),
         (Failed, 2),
     ]
+
+
+def test_a_spool_without_room_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    """The limit on the size of a file stands for the disk's end: the kernel refuses both in the same place."""
+    told: list[Event] = []
+    making = assembly(tmp_path, tmp_path, told)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, before[1]))
+    try:
+        making.add(shard(0, rows=2), GONE, None, seconds=0.0, last=True)
+        making.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (event,) = told
+    assert isinstance(event, Failed)
+    assert isinstance(event.error, AttemptFailed)
+    assert event.error.message == (
+        f"{tmp_path}: the disk is full (File too large), so no part can be made there; make room, set TMPDIR to a "
+        "folder on another disk, or lower runtime.shard_size, then run again"
+    )
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_what_failed_before_is_not_told_twice_when_the_loader_dies(tmp_path: Path) -> None:

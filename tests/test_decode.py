@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import os
+import re
+import struct
 import subprocess
 import sys
 import warnings
+import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, features
 
 from batchjob.decode import DecodeSettings, decode
 from batchjob.errors import ImageFault
+from batchjob.formats import make_ready
 
 MODES: tuple[Literal["exact", "fast"], ...] = ("exact", "fast")
 TYPES = {"empty", "not_an_image", "unsupported", "truncated", "corrupt", "too_large", "memory"}
@@ -33,7 +40,7 @@ def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
     return out.getvalue()
 
 
-def fault_of(data: bytes, **settings: int) -> ImageFault:
+def fault_of(data: bytes, **settings: Any) -> ImageFault:
     with pytest.raises(ImageFault) as caught:
         decode(data, DecodeSettings(**settings), "rgb", False)
     assert caught.value.stage == "decode"
@@ -283,3 +290,141 @@ def test_photographs_are_what_pillow_reads(test_data: Path) -> None:
     for path in sorted((test_data / "imagenet-sample").glob("*.JPEG"))[:40]:
         with Image.open(path) as image:
             np.testing.assert_array_equal(pixels_of(path.read_bytes()), np.array(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("GIF", {}), ("BMP", {})],
+    ids=str,
+)
+def test_a_truncated_file_is_accepted_where_the_job_says_so(
+    mode: Literal["exact", "fast"], format: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = encoded(noise("RGB", (200, 200)), format, **options)
+    torn = whole[: len(whole) // 2]
+    assert fault_of(torn, mode=mode).type == "truncated"
+    accepting = DecodeSettings(mode=mode, truncated="accept")
+    decoded = decode(torn, accepting, "rgb", True, least=20)
+    assert (decoded.width, decoded.height, decoded.pixels.shape) == (200, 200, (200, 200, 3))
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with Image.open(io.BytesIO(torn)) as image:
+        np.testing.assert_array_equal(decoded.pixels, np.array(image.convert("RGB")))
+    monkeypatch.undo()
+    exact = DecodeSettings(truncated="accept")
+    np.testing.assert_array_equal(decode(whole, exact, "rgb", False).pixels, pixels_of(whole))
+
+
+def test_what_has_no_size_is_a_fault_also_where_truncated_files_are_accepted() -> None:
+    for data in (b"", b"\xff\xd8\xff", encoded(noise("RGB"), "PNG")[:12], b"hello, this is text"):
+        assert fault_of(data, truncated="accept").type in TYPES
+
+
+def test_threads_with_different_settings_do_not_meet() -> None:
+    whole = encoded(noise("RGB", (400, 400)), "PNG")
+    torn, tiff = whole[: len(whole) // 2], encoded(noise("RGB", (64, 64)), "TIFF")
+    ways: list[tuple[bytes, dict[str, Any], str]] = [
+        (torn, {"truncated": "accept"}, "ok"),
+        (torn, {"truncated": "error"}, "truncated"),
+        (torn, {"truncated": "accept", "max_pixels": 100_000}, "too_large"),
+        (tiff, {}, "ok"),
+    ]
+
+    def attempt(number: int) -> str:
+        data, settings, _ = ways[number % len(ways)]
+        try:
+            decode(data, DecodeSettings(**settings), "rgb", False)
+        except ImageFault as fault:
+            return fault.type
+        return "ok"
+
+    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(attempt, range(400))) == [ways[number % len(ways)][2] for number in range(400)]
+    assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters)) == before
+    assert os.fstat(2).st_ino != Path(os.devnull).stat().st_ino, "standard error is back where it was"
+
+
+def test_only_the_formats_of_the_job_are_read() -> None:
+    jpeg, png = encoded(noise("RGB"), "JPEG"), encoded(noise("RGB"), "PNG")
+    fault = fault_of(png, formats=("jpeg",))
+    assert (fault.type, fault.message) == ("unsupported", "the file is PNG, which is not among decode.formats: JPEG")
+    assert decode(jpeg, DecodeSettings(formats=("jpeg",)), "rgb", False).pixels.shape == (23, 37, 3)
+    fault = fault_of(jpeg, formats=("png", "webp"))
+    assert fault.type == "unsupported"
+    assert fault.message == "the file is JPEG, which is not among decode.formats: PNG and WebP"
+    assert DecodeSettings(formats=("webp", "png", "webp")).formats == ("png", "webp"), "one order, one fingerprint"
+    for other in ("GIF", "BMP", "TIFF", "WEBP"):
+        assert fault_of(encoded(noise("RGB"), other), formats=("png", "jpeg")).type == "unsupported"
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="a Pillow without AVIF")
+def test_avif_is_read_where_it_is_named() -> None:
+    data = encoded(noise("RGB"), "AVIF")
+    assert fault_of(data).message.startswith("the file is AVIF, which is not among decode.formats: JPEG, PNG")
+    both = DecodeSettings(formats=("jpeg", "avif"))
+    with Image.open(io.BytesIO(data)) as image:
+        np.testing.assert_array_equal(decode(data, both, "rgb", False).pixels, np.array(image.convert("RGB")))
+    fault = fault_of(data, formats=("avif",), max_pixels=37 * 23 - 1)
+    assert fault.type == "too_large"
+    assert fault_of(data[: len(data) // 2], formats=("avif",)).type in TYPES
+
+
+def test_heif_is_read_where_it_is_named_and_installed() -> None:
+    if importlib.util.find_spec("pillow_heif") is None:
+        with pytest.raises(
+            ValueError, match=re.escape("names heif, which needs an extra: pip install 'batchjob[heif]'")
+        ):
+            DecodeSettings(formats=("jpeg", "heif"))
+        pytest.skip("no pillow-heif here")
+    heif = DecodeSettings(formats=("jpeg", "heif"))
+    decode(encoded(noise("RGB"), "JPEG"), heif, "rgb", False)
+    smooth = noise("RGB", (4, 4)).resize((64, 48))
+    make_ready(("heif",))
+    data = encoded(smooth, "HEIF", quality=-1)
+    assert fault_of(data).message.startswith("the file is HEIF, ")
+    decoded = decode(data, heif, "rgb", False)
+    assert (decoded.width, decoded.height) == (64, 48)
+    assert np.abs(decoded.pixels.astype(int) - np.asarray(smooth)).mean() < 8
+    assert fault_of(data, formats=("heif",), max_pixels=64 * 48 - 1).type == "too_large"
+    assert fault_of(data[: len(data) // 2], formats=("heif",)).type in TYPES
+
+
+def test_a_pillow_without_avif_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "check", lambda _: False)
+    with pytest.raises(ValueError, match="names avif, which this Pillow was built without; install a wheel of"):
+        DecodeSettings(formats=("avif",))
+
+
+def bombs() -> dict[str, bytes]:
+    """Small files that say they are huge."""
+    side = 60_000
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b""))):
+        png += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    jpeg = bytearray(encoded(noise("RGB"), "JPEG"))
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", side, side)
+    gif = bytearray(encoded(noise("RGB"), "GIF"))
+    gif[6:10] = struct.pack("<HH", side, side)
+    bmp = bytearray(encoded(noise("RGB"), "BMP"))
+    bmp[18:26] = struct.pack("<ii", side, side)
+    tags = ((256, side), (257, side), (258, 8), (259, 1), (262, 1), (273, 8), (278, side), (279, 1))
+    tiff = b"II*\x00\x08\x00\x00\x00" + struct.pack("<H", len(tags))
+    tiff += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags) + bytes(4)
+    webp = encoded(noise("RGB"), "WEBP", lossless=True)[12:]
+    webp = b"VP8X" + struct.pack("<I", 10) + bytes(4) + (side - 1).to_bytes(3, "little") * 2 + webp
+    webp = b"RIFF" + struct.pack("<I", 4 + len(webp)) + b"WEBP" + webp
+    return {"png": png, "jpeg": bytes(jpeg), "gif": bytes(gif), "bmp": bytes(bmp), "tiff": tiff, "webp": webp}
+
+
+def test_small_files_that_unpack_to_gigabytes_are_refused_by_their_headers() -> None:
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for truncated in ("error", "accept"):
+        for name, data in bombs().items():
+            fault = fault_of(data, truncated=truncated)
+            assert (name, fault.type) == (name, "too_large"), fault.message
+            assert "over decode.max_pixels" in fault.message
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10, "KiB beyond what was held before"

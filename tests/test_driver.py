@@ -390,7 +390,7 @@ def test_a_signal_lets_running_shards_commit_and_hands_out_no_more(
     assert caught.value.exit_code == 75
     assert pool.submitted == [0, 1]
     assert pool.closed
-    assert any("stopping: up to 12 s for 2 running shards" in note for note in heard.notes)
+    assert any("stopping: up to 10 s for 2 running shards" in note for note in heard.notes)
     assert positions(out) == [0, 1, 2, 3]
     before = parts(out)
 

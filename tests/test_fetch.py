@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from faulty import Faulty, Reply, between
+from faulty import RESET, Faulty, Reply, between
 from seaweed import Seaweed
 
-from batchjob.errors import Unavailable
+from batchjob.errors import Denied, Unavailable
 from batchjob.fetch import Fetcher, together
 from batchjob.records import Blob, Fault, ImageRef
 from batchjob.storage import Reader, StorageOptions
@@ -111,6 +111,97 @@ def test_a_fault_that_has_passed_by_the_second_try_is_no_fault(s3: Seaweed, faul
     denials = [DENIED]
     faulty.decide = lambda method, path: denials.pop() if path.endswith("b.jpg") and denials else None
     assert told(fetcher.fetch(refs[1:])) == ["b.jpg"]
+
+
+def in_order(*actions: Reply | str | None) -> Callable[[str, str], Reply | str | None]:
+    left = list(actions)
+    return lambda method, path: left.pop(0) if left else None
+
+
+@pytest.fixture
+def patient(faulty: Faulty) -> Fetcher:
+    """Asks once within its window, and waits out an outage."""
+    return Fetcher(Reader({"s3://": StorageOptions(endpoint=faulty.endpoint)}, patience=0.05, outage=30), retries=2)
+
+
+def test_a_store_that_falls_silent_is_waited_for(s3: Seaweed, faulty: Faulty, patient: Fetcher) -> None:
+    refs = photos(s3, "a.jpg", "b.jpg", "c.jpg")
+    faulty.decide = in_order(*[RESET] * 20)
+    assert told(patient.fetch(refs)) == ["a.jpg", "b.jpg", "c.jpg"], "before anything could be read"
+    faulty.decide = in_order(*[RESET] * 20)
+    assert told(patient.fetch(refs)) == ["a.jpg", "b.jpg", "c.jpg"], "in between"
+    assert not patient.reader.outage(refs[0].location).lasting
+
+
+def test_a_silence_that_lasts_is_raised_and_costs_the_next_batch_no_second_one(
+    s3: Seaweed, faulty: Faulty, patient: Fetcher
+) -> None:
+    refs = photos(s3, "a.jpg", "b.jpg")
+    patient.fetch(refs)
+    brief = replace(patient, reader=Reader({"s3://": StorageOptions(endpoint=faulty.endpoint)}, 0.05, outage=1.0))
+    faulty.decide = lambda method, path: RESET
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="does not answer"):
+            brief.fetch(refs)
+        faulty.seen.clear()
+    faulty.decide = lambda method, path: None
+    assert told(brief.fetch(refs)) == ["a.jpg", "b.jpg"]
+
+
+def test_an_object_that_is_refused_is_asked_for_as_often_as_the_job_says(
+    s3: Seaweed, faulty: Faulty, patient: Fetcher
+) -> None:
+    refs = photos(s3, "a.jpg", "b.jpg")
+    patient.fetch(refs[:1])
+    deny(faulty, DENIED, "b.jpg")
+    for retries in (0, 1, 5):
+        faulty.seen.clear()
+        assert told(replace(patient, retries=retries).fetch(refs[1:])) == ["unreadable"]
+        assert sum(path.endswith("b.jpg") for _, path in faulty.seen) == 1 + retries
+
+
+def test_refused_credentials_are_not_waited_for(s3: Seaweed, faulty: Faulty, patient: Fetcher) -> None:
+    refs = photos(s3, "a.jpg", "b.jpg")
+    patient.fetch(refs)
+    deny(faulty, DENIED, ".jpg")
+    faulty.seen.clear()
+    with pytest.raises(Denied):
+        patient.fetch(refs)
+    assert len(faulty.seen) == 2, "each image once; of the canary more would not be known"
+
+
+def test_a_canary_that_is_gone_still_shows_that_the_store_answers(
+    s3: Seaweed, faulty: Faulty, fetcher: Fetcher
+) -> None:
+    refs = photos(s3, "a.jpg", "b.jpg")
+    fetcher.fetch(refs[:1])
+    s3.delete(refs[0].location)
+    deny(faulty, DENIED, "b.jpg")
+    assert told(fetcher.fetch(refs[1:])) == ["unreadable"]
+
+
+def test_local_files_that_cannot_be_read_are_not_waited_for(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(Unavailable, match="cannot be read"):
+        Fetcher(Reader(outage=300)).fetch([ImageRef(0, "loop", str(loop))])
+
+
+def test_an_object_that_was_deleted_after_the_plan_is_a_fault_that_says_so(
+    s3: Seaweed, fetcher: Fetcher, tmp_path: Path
+) -> None:
+    (ref,) = photos(s3, "a.jpg")
+    local = tmp_path / "b.jpg"
+    local.write_bytes(b"b")
+    planned = [ref, ImageRef(1, "b", str(local))]
+    planned = [replace(one, etag=fetcher.reader.stat(one.location).etag) for one in planned]
+    s3.delete(ref.location)
+    local.unlink()
+    for fault in fetcher.fetch(planned):
+        assert isinstance(fault, Fault)
+        assert (fault.stage, fault.type) == ("fetch", "deleted")
+        assert "deleted since the plan was made" in fault.message
+    assert told(fetcher.fetch([replace(one, etag=None) for one in planned])) == ["not_found"] * 2, "no tag was planned"
 
 
 def test_a_run_of_large_images_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,3 +106,9 @@ def test_a_nan_in_any_place_counts() -> None:
     for reference, output in (((logits(), logits()), (logits(), broken)), ((logits(), logits()), (broken, logits()))):
         assert compare(reference, output).fault(BF16) is not None
     assert compare(torch.tensor(1.0), torch.tensor(1.0)).deviation == 0
+
+
+def test_numbers_that_are_no_classes_need_not_be_largest_at_the_same_place() -> None:
+    reference, output = torch.tensor([[1.0, 0.97, -1.0]]), torch.tensor([[0.97, 1.0, -1.0]])
+    assert compare(reference, output).agreement == 0
+    assert compare(reference, output, classes=False).agreement == 1

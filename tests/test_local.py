@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import table
+from lost import ASSERT, ECC, write_harmful_job
 from pools import job
 
-from batchjob.errors import AttemptFailed, BatchjobError, InvalidJob, Unavailable
+from batchjob import Job, run
+from batchjob.errors import AttemptFailed, BatchjobError, DeviceFault, InvalidJob, Unavailable
 from batchjob.local import LocalPool, as_crash
 from batchjob.pool import Setup, WorkerFailed
 
@@ -66,3 +69,49 @@ def test_the_traceback_crosses_machines() -> None:
         crash = as_crash(error)
     assert notes(pickle.loads(pickle.dumps(crash))) == notes(crash)
     assert "KeyError" in notes(crash)
+
+
+def ended_with(path: str) -> BatchjobError:
+    """The fault that ends a run of this job."""
+    with pytest.raises(BatchjobError) as ending:
+        run(Job.from_file(Path(path)))
+    return ending.value
+
+
+def test_a_broken_context_ends_the_run_and_the_same_command_goes_on_past_the_image_that_did_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_harmful_job(tmp_path, 24, black=[13])
+    monkeypatch.setenv("BATCHJOB_TEST_HARM", ASSERT)
+    for _ in range(2):
+        error = ended_with(path)
+        assert (type(error), error.exit_code, error.status) == (DeviceFault, 75, "temporary")
+        assert error.message == f"cpu failed: RuntimeError: {ASSERT}; the same command resumes"
+    outcome = run(Job.from_file(Path(path)))
+    assert (outcome.status, outcome.predicted, outcome.failed) == ("complete", 23, 1)
+    rows = table(tmp_path / "out").to_pylist()
+    assert [row["position"] for row in rows] == list(range(24))
+    assert {row["position"]: (row["error_stage"], row["error_type"]) for row in rows if row["error_stage"]} == {
+        13: ("predict", "device")
+    }
+
+
+def test_hardware_that_fails_while_the_worker_loads_is_no_fault_of_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_harmful_job(tmp_path, 8, black=[])
+    (tmp_path / "net.py").write_text(f"def make():\n    raise RuntimeError({ECC!r})\n")
+    error = ended_with(path)
+    assert (type(error), error.exit_code) == (DeviceFault, 75)
+    assert ECC in error.message
+
+
+def test_an_image_that_the_model_raises_at_is_an_error_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_harmful_job(tmp_path, 24, black=[0, 13, 14])
+    monkeypatch.setenv("BATCHJOB_TEST_HARM", "not this one")
+    outcome = run(Job.from_file(Path(path)))
+    assert (outcome.status, outcome.predicted, outcome.failed) == ("complete", 21, 3)
+    rows = table(tmp_path / "out").to_pylist()
+    assert {row["position"]: row["error_message"] for row in rows if row["error_stage"] == "predict"} == dict.fromkeys(
+        [0, 13, 14], "RuntimeError: not this one"
+    )

@@ -6,10 +6,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
-from batchjob.parallel import aside, side_by_side
+from batchjob.parallel import Threads, aside, side_by_side
 
 PATIENCE = 60.0  # seconds, for what another thread does at once
 
@@ -71,6 +72,42 @@ def test_whoever_stops_does_not_wait_for_what_blocks() -> None:
     with pytest.raises(InterruptedError):
         aside(lambda: go_on.wait(PATIENCE), stop)
     go_on.set()
+
+
+def test_a_process_that_ends_beside_busy_threads_has_its_exit_code() -> None:
+    """As one ends in the middle of an outage, with calls that nobody waits for."""
+    code = """
+import atexit, sys
+from batchjob.parallel import Threads, leave_threads
+print("said", end=" and ")
+atexit.register(lambda: print("done", end="", flush=True))
+def work():
+    while True:
+        bytearray(1 << 20).find(1)
+Threads(1).submit(work)
+leave_threads(75)
+sys.exit(1)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], check=False, timeout=60, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (75, "said and done")
+
+
+def test_kept_threads_answer_each_call_and_are_no_more_than_told() -> None:
+    threads, gate = Threads(3), threading.Barrier(3)
+
+    def work(number: int) -> tuple[int, int]:
+        if number < 3:
+            gate.wait(PATIENCE)
+        return number, threading.get_ident()
+
+    found = [threads.submit(partial(work, number)) for number in range(50)]
+    assert [future.result(PATIENCE)[0] for future in found] == list(range(50))
+    assert len({future.result()[1] for future in found}) == 3
+    broken = threads.submit(lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        broken.result(PATIENCE)
+    threads.leave()
+    assert threads.submit(lambda: 7).result(PATIENCE) == 7, "it begins anew"
 
 
 def test_a_call_that_blocks_does_not_hold_up_the_end_of_the_process() -> None:

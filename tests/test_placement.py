@@ -41,7 +41,7 @@ def test_two_are_queued_beside_the_one_at_work_and_the_one_being_committed() -> 
     assert placement.free() == 4
     assert fill(placement, plan) == [("a", 0), ("a", 1), ("a", 2), ("a", 3)]
     assert placement.free() == 0
-    placement.finish(keys(1)[0])
+    placement.finish("a", keys(1)[0])
     assert fill(placement, plan) == [("a", 4)]
 
 
@@ -72,7 +72,7 @@ def test_a_lost_worker_does_not_idle_the_others() -> None:
 def test_what_a_lost_worker_held_is_told_oldest_first() -> None:
     placement = with_workers("a")
     fill(placement, keys(4))
-    placement.finish(keys(1)[0])
+    placement.finish("a", keys(1)[0])
     assert [key.index for key in placement.leave("a")] == [1, 2, 3]
     assert placement.leave("a") == []
 
@@ -83,12 +83,12 @@ def test_suspects_travel_alone() -> None:
     plan = placement.leave("a")[:2] + plan
     placement.enter("a")
     assert fill(placement, plan) == [("a", 0)]
-    placement.finish(keys(1)[0])
+    placement.finish("a", keys(1)[0])
     assert fill(placement, plan) == [("a", 1)]
-    placement.fail(keys(2)[1], suspect=False)  # the network: it stays a suspect all the same
+    placement.fail("a", keys(2)[1], suspect=False)  # the network: it stays a suspect all the same
     plan.insert(0, keys(2)[1])
     assert fill(placement, plan) == [("a", 1)]
-    placement.finish(keys(2)[1])
+    placement.finish("a", keys(2)[1])
     assert fill(placement, plan) == [("a", index) for index in range(4, 8)]
 
 
@@ -96,18 +96,48 @@ def test_a_suspect_waits_until_a_worker_has_nothing_else_and_the_others_go_on() 
     placement, plan = with_workers("a", "b"), keys(99)
     held = fill(placement, plan)
     suspect, *with_a = [keys(99)[index] for worker, index in held if worker == "a"]
-    placement.fail(suspect)
+    placement.fail("a", suspect)
     placement.submit(suspect, 0)
     assert handed(placement) == []
     for key in [keys(99)[index] for worker, index in held if worker == "b"]:
-        placement.finish(key)
+        placement.finish("b", key)
         assert [worker for worker, _ in fill(placement, plan)] == ["b"]
     for key in with_a:
         assert handed(placement) == []
-        placement.finish(key)
+        placement.finish("a", key)
     assert handed(placement) == [("a", suspect.index)]
-    placement.finish(suspect)
+    placement.finish("a", suspect)
     assert placement.free() == 4
+
+
+def test_a_second_attempt_goes_to_a_worker_that_has_nothing() -> None:
+    placement = with_workers("a", "b")
+    (late, *_), plan = keys(9), keys(2)
+    assert placement.idle() == 2
+    assert fill(placement, plan) == [("a", 0), ("b", 1)]
+    assert placement.idle() == 0
+    placement.finish("b", keys(2)[1])
+    assert placement.idle() == 1
+    placement.back_up(late, 0)
+    assert handed(placement) == [("b", 0)]
+    assert placement.idle() == 0
+    placement.finish("b", late)
+    assert (placement.idle(), placement.free()) == (1, 7)  # the other one is still at it
+    placement.finish("a", late)
+    assert (placement.idle(), placement.free()) == (2, 8)
+
+
+def test_a_second_attempt_at_a_suspect_is_alone_with_its_worker() -> None:
+    placement = with_workers("a")
+    fill(placement, keys(1))
+    placement.leave("a")
+    placement.enter("a")
+    placement.enter("b")
+    placement.submit(keys(1)[0], 0)
+    assert handed(placement) == [("a", 0)]
+    placement.back_up(keys(1)[0], 0)
+    assert handed(placement) == [("b", 0)]
+    assert placement.free() == 0
 
 
 def test_an_assignment_to_a_worker_that_is_gone_is_not_told() -> None:
@@ -115,6 +145,38 @@ def test_an_assignment_to_a_worker_that_is_gone_is_not_told() -> None:
     placement.submit(keys(1)[0], 0)
     assert [key.index for key in placement.leave("a")] == [0]
     assert handed(placement) == []
+
+
+@settings(max_examples=300, deadline=None)
+@given(workers=st.integers(1, 6), ahead=st.sampled_from([0, 64, 512]), seed=st.integers(0, 2**32))
+def test_rooms_and_shares_are_as_if_all_workers_were_looked_at(workers: int, ahead: int, seed: int) -> None:
+    """Against the plain rule: a shard goes to the worker with the most room, of these to the one with the fewest."""
+    dice = random.Random(seed)
+    placement = with_workers(*map(str, range(workers)), ahead=ahead)
+    hands: dict[str, list[ShardKey]] = {f"{n}": [] for n in range(workers)}
+    plan = iter(keys(10_000, rows=dice.choice([10, 100, 1000])))
+
+    def room(name: str) -> int:
+        return max(4 - len(hands[name]), int(sum(key.rows for key in hands[name]) < 2 * ahead))
+
+    for _ in range(200):
+        assert placement.free() == sum(map(room, hands))
+        assert placement.idle() == sum(not held for held in hands.values())
+        if placement.free() and dice.random() < 0.7:
+            placement.submit(key := next(plan), 0)
+            (due,) = placement.due()
+            assert due.key == key
+            assert room(due.worker) == max(map(room, hands))
+            assert len(hands[due.worker]) == min(len(hands[name]) for name in hands if room(name))
+            hands[due.worker].append(key)
+        elif held := [name for name, held in hands.items() if held]:
+            name = dice.choice(held)
+            placement.finish(name, hands[name].pop(dice.randrange(len(hands[name]))))
+        if dice.random() < 0.05:
+            name = dice.choice(list(hands))
+            assert placement.leave(name) == hands.pop(name)
+            placement.enter(name, ahead)
+            hands[name] = []
 
 
 @settings(max_examples=200, deadline=None)
@@ -153,7 +215,7 @@ def test_poison_is_given_up_and_no_innocent_with_it(
             held.clear()
             placement.enter(name)
         else:
-            placement.finish(held[0])
+            placement.finish(name, held[0])
             schedule.finish(held.pop(0))
     assert {gone.key.index for gone in schedule.given_up} == {index for index in poisoned if index < shards}
     assert schedule.done + len(schedule.given_up) == shards

@@ -121,7 +121,7 @@ def test_the_numbers_are_those_of_a_plain_loop(grad_mode: Any) -> None:
     predictor.warm_up((3, 8, 8), rows=3)
     made = predictor(pixels)
     torch.testing.assert_close(embedded(made), plain(module, pixels), rtol=0, atol=0)
-    assert made.lost == ()
+    assert not made.lost
     assert [seen[0] for seen in module.seen] == [2, 3, 7]
     assert {seen[2] for seen in module.seen} == {grad_mode == "inference"}
     assert {seen[3] for seen in module.seen} == {False}
@@ -160,7 +160,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_size_that_fits_is_kept(erro
     predictor = make(module)
     made = predictor(pixels)
     torch.testing.assert_close(embedded(made), plain(module, pixels))
-    assert made.lost == ()
+    assert not made.lost
     assert [seen[0] for seen in module.seen] == [10, 5, 2, 2, 2, 2, 2]
     module.seen.clear()
     predictor(pixels[:4])
@@ -178,14 +178,24 @@ def test_an_image_that_alone_does_not_fit_is_a_fault_and_the_others_are_predicte
     pixels[4, 0, 0, 0] = 255
     predictor = make(module)
     made = predictor(pixels)
-    assert made.lost == (4,)
-    assert predictor.lost_fault().type == "memory"
+    assert {row: fault.type for row, fault in made.lost.items()} == {4: "memory"}
     good = [0, 1, 2, 3, 5, 6, 7, 8]
     torch.testing.assert_close(embedded(made), plain(module, pixels)[good])
     module.seen.clear()
     predictor(images(9))
     assert [seen[0] for seen in module.seen] == [9], "that was the image's fault, not the batch size's"
-    assert predictor(pixels[4:5]).lost == (0,)
+    assert predictor(pixels[4:5]).lost.keys() == {0}
+
+
+def test_one_image_of_a_batch_is_predicted_by_itself() -> None:
+    module, pixels = Cramped(100, OUT_OF_MEMORY[0]), images(4)
+    pixels[2, 0, 0, 0] = 255
+    predictor = make(module)
+    alone = [predictor.alone(pixels, None, row) for row in range(4)]
+    assert [piece.rows for made in alone for piece in made.pieces] == [(0,), (1,), (3,)]
+    assert [list(made.lost) for made in alone] == [[], [], [2], []]
+    found = torch.cat([made.pieces[0].tensors["embedding"] for made in alone if made.pieces])
+    torch.testing.assert_close(found, plain(module, pixels)[[0, 1, 3]])
 
 
 def test_memory_that_is_gone_is_no_fault_of_the_images() -> None:
@@ -316,7 +326,7 @@ def test_a_compiled_module_that_gets_no_more_memory_is_halved_too() -> None:
     module, pixels = Limited(8), images(16)
     predictor = Predictor(forward(module), Embedded(), rather=16)
     found = predictor(pixels)
-    assert found.lost == ()
+    assert not found.lost
     assert len(embedded(found)) == 16
     assert {seen[0] for seen in module.seen} == {8}
     assert embedded(predictor(pixels[:3])).shape[0] == 3
@@ -390,5 +400,5 @@ def test_a_gpu_that_is_really_full_is_met_with_smaller_batches() -> None:
 
     module, pixels = Hungry().eval(), images(8)
     made = Predictor(forward(module, device=torch.device("cuda")), Embedded())(pixels)
-    assert made.lost == ()
+    assert not made.lost
     assert max(seen[0] for seen in module.seen) == 2

@@ -387,7 +387,7 @@ class TestLocations:
             ("/data/a.jpg", "/data/a.jpg"),
             ("/data/../a.jpg", "/data/../a.jpg"),
             ("s3://bucket/a/../b.jpg", "s3://bucket/a/../b.jpg"),
-            ("https://host/a.jpg?x=1", "https://host/a.jpg?x=1"),
+            ("S3://bucket/a.jpg?x=1", "S3://bucket/a.jpg?x=1"),
             ("file:///data/a.jpg", "file:///data/a.jpg"),
             ("C:x.jpg", "{}/C:x.jpg"),
         ],

@@ -23,7 +23,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from faulty import LOSE_ANSWER, RESET, Faulty, Reply, between
+from faulty import LOSE_ANSWER, RESET, TRUNCATE, Faulty, Reply, Weather, between
 from seaweed import Seaweed
 
 from batchjob import disk
@@ -31,13 +31,14 @@ from batchjob.errors import (
     AlreadyExists,
     BatchjobError,
     Changed,
+    Denied,
     InvalidJob,
     NotFound,
     Unaddressable,
     Unavailable,
 )
 from batchjob.records import Blob, Stat
-from batchjob.storage import Reader, StorageOptions, Store, open_store, probe
+from batchjob.storage import Outage, Reader, StorageOptions, Store, open_store, probe, settle
 
 # Keys that people have, in the order of their UTF-8 bytes. No two are the same file to a local disk either.
 ODD_NAMES = sorted(
@@ -716,6 +717,117 @@ def test_a_dead_server_costs_many_reads_one_window(s3: Seaweed) -> None:
         answers = Reader(options, patience=0.5).read_many([f"s3://tests/{number}" for number in range(300)])
     assert {type(answer) for answer in answers} == {Unavailable}
     assert time.monotonic() - start < 30  # 300 windows in 32 threads, with back-off, would be far over
+
+
+class Clock:
+    """Seconds that pass only where somebody waits."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def silent(clock: Clock, times: int, seconds: float) -> Callable[[], str]:
+    """A question that is not answered so many times, each after so many seconds."""
+    left = [times]
+
+    def ask() -> str:
+        if left[0]:
+            left[0] -= 1
+            clock.now += seconds
+            raise Unavailable("s3://b/a: the store does not answer (reset); check the network, then run again")
+        return "answer"
+
+    return ask
+
+
+def test_an_outage_is_ridden_out_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    outage = Outage(300, clock, clock.sleep)
+    assert outage.ridden_out(silent(clock, 9, 30)) == "answer"
+    assert 270 <= clock.now - 100 < 300
+    assert not outage.lasting
+    (said,) = caplog.messages
+    assert said == "s3://b/a: the store does not answer (reset); it is asked again for up to 300 s"
+
+
+def test_a_longer_one_is_raised_and_whoever_asks_next_asks_once() -> None:
+    clock = Clock()
+    outage = Outage(300, clock, clock.sleep)
+    with pytest.raises(Unavailable, match=r"the store does not answer \(reset\), for 3\d\d s now; check the network"):
+        outage.ridden_out(silent(clock, 99, 30))
+    assert 300 <= clock.now - 100 <= 335
+    assert outage.spent
+    before = clock.now
+    with pytest.raises(Unavailable):
+        outage.ridden_out(silent(clock, 99, 30))
+    assert clock.now == before + 30
+    assert outage.ridden_out(silent(clock, 0, 0)) == "answer"
+    assert not outage.spent
+
+
+def test_one_question_ends_though_the_store_answers_others() -> None:
+    clock = Clock()
+    outage = Outage(60, clock, clock.sleep)
+    unanswered = silent(clock, 99, 5)
+
+    def ask() -> str:
+        outage.ended()  # somebody else has an answer
+        return unanswered()
+
+    with pytest.raises(Unavailable):
+        outage.ridden_out(ask)
+    assert clock.now - 100 <= 70
+
+
+def test_refused_credentials_and_answers_are_not_waited_for() -> None:
+    clock = Clock()
+    outage = Outage(300, clock, clock.sleep)
+
+    def answer(error: BatchjobError) -> None:
+        raise error
+
+    for error in (Denied("s3://b/a: access denied"), NotFound("s3://b/a: not there")):
+        with pytest.raises(type(error)):
+            outage.ridden_out(lambda error=error: answer(error))  # type: ignore[misc]
+    assert clock.now == 100
+
+
+@pytest.mark.parametrize("action", [RESET, LOSE_ANSWER, TRUNCATE, Reply(503)], ids=["reset", "lost", "cut", "503"])
+def test_a_store_that_falls_silent_is_asked_until_it_answers(s3: Seaweed, faulty: Faulty, action: Reply | str) -> None:
+    """Every verb, with a window for each request that is far too short."""
+    root = s3.bucket()
+    s3.put(root + "in/a", b"12")
+    reader = Reader(through(faulty), patience=0.01, outage=30)
+    store = open_store(root, through(faulty), patience=0.01, outage=30)
+    asks: list[Callable[[], object]] = [
+        lambda: reader.read(root + "in/a").data == b"12",
+        lambda: reader.stat(root + "in/a").size == 2,
+        lambda: keys(reader.list(root + "in")) == [root + "in/a"],
+        lambda: keys(reader.list(root + "in", recursive=False)) == [root + "in/a"],
+        lambda: store.read_tail("in/a", 1) == b"2",
+        lambda: settle(store, "settled", b"1") == b"1",
+    ]
+    for ask in asks:
+        faulty.decide = first_times(2, action)
+        assert ask()
+    faulty.decide = first_times(2, action)
+    store.delete("settled")
+    assert s3.keys(root) == ["in/a"]
+
+
+def test_a_listing_that_breaks_off_goes_on_where_it_was(odd: tuple[Faulty, dict[str, bytes]]) -> None:
+    faulty, held = odd
+    held.update({f"in/{number:04}": b"1" for number in range(3000)})
+    serve, breaks = faulty.decide, Weather(7, throttled=0.3, reset=0.3)
+    faulty.decide = lambda method, path: breaks(method, path) or serve(method, path)
+    found = keys(Reader(through(faulty), patience=0.1, outage=60).list("s3://odd/in"))
+    assert found == [f"s3://odd/in/{number:04}" for number in range(3000)]
 
 
 def test_the_window_can_be_set_from_outside(s3: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:

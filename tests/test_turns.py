@@ -14,14 +14,19 @@ from typing import Any
 
 import pytest
 from pools import ScriptedPool, job
+from stores import MemoryStore
 
 from batchjob import driver, ledger
 from batchjob.disk import DiskStore
-from batchjob.errors import Temporary
+from batchjob.drain import Drain
+from batchjob.errors import Temporary, Unavailable
 from batchjob.feeder import Input
 from batchjob.job import Job
+from batchjob.lease import Lease
 from batchjob.progress import Quiet
+from batchjob.records import Stat
 from batchjob.report import Outcome
+from batchjob.turns import Turns
 
 PATIENCE = 60.0  # seconds, for what another thread does at once
 TWELVE = [f"{number:03}.png" for number in range(12)]
@@ -178,6 +183,88 @@ def test_adding_up_hears_signals(tmp_path: Path, out: Path, monkeypatch: pytest.
             run(job(tmp_path, TWELVE))
     go_on.set()
     assert run(job(tmp_path, TWELVE)).status == "complete"
+
+
+class Silent(MemoryStore):
+    """A store that keeps whoever asks waiting, and then says that it does not answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.silent, self.asked, self.answer = False, threading.Event(), threading.Event()
+
+    def list(self, prefix: str) -> Iterator[Stat]:
+        if self.silent:
+            self.asked.set()
+            self.answer.wait(PATIENCE)
+            raise Unavailable("memory://out: the store does not answer; run again")
+        return super().list(prefix)
+
+
+@pytest.fixture
+def silent() -> Silent:
+    return Silent()
+
+
+def turns(store: Silent, drain: Drain, outage: float) -> Turns:
+    return Turns(Lease.acquire(store), drain, store.uri, outage)
+
+
+def go_round(going: Turns) -> None:
+    for _ in range(100):
+        going.turn(0.01)
+
+
+def test_a_store_that_falls_silent_keeps_no_turn_waiting(silent: Silent) -> None:
+    drain = Drain()
+    going = turns(silent, drain, 300.0)
+    going.beat()
+    silent.silent = True
+    for _ in range(3):
+        going.turn(0.0)
+    assert silent.asked.wait(PATIENCE)
+    drain.asked.set()
+    with pytest.raises(Temporary, match="stopped by a signal"):
+        going.beat()
+    going.leave()  # though it cannot be given back
+    silent.answer.set()
+
+
+def test_a_lease_that_cannot_be_written_is_forgiven_until_it_lasts(silent: Silent) -> None:
+    forgiving = turns(silent, Drain(), 300.0)
+    forgiving.beat()
+    silent.silent = True
+    silent.answer.set()
+    for _ in range(10):
+        forgiving.turn(0.0)
+    silent.silent = False
+    before = len(silent.written())
+    while len(silent.written()) == before:
+        forgiving.turn(0.01)
+    forgiving.leave()
+    assert json.loads(silent.read(silent.held()[-1]).data)["released"]
+
+
+def test_a_signal_in_an_outage_waits_for_no_commit(silent: Silent) -> None:
+    drain = Drain()
+    going = turns(silent, drain, 300.0)
+    going.before_stop = lambda: pytest.fail("nothing can be committed")
+    going.beat()
+    silent.silent = True
+    silent.answer.set()
+    go_round(going)
+    drain.asked.set()
+    with pytest.raises(Temporary, match="stopped by a signal"):
+        going.beat()
+    going.leave()
+
+
+def test_a_lease_that_is_unwritten_for_too_long_ends_the_run(silent: Silent) -> None:
+    going = turns(silent, Drain(), 0.0)
+    silent.silent = True
+    silent.answer.set()
+    with pytest.raises(Unavailable, match="does not answer"):
+        go_round(going)
+    going.leave()
 
 
 COUNTING = """

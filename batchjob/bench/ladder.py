@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,10 +12,11 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
 from batchjob.bench.findings import Rung, Running, Service
+from batchjob.bench.pace import paced
 from batchjob.bench.rig import Ran, Rig
 from batchjob.bench.stages import on_device, whole
 from batchjob.fetch import Fetcher, together
-from batchjob.predict import Predicted, random_pixels
+from batchjob.predict import random_pixels
 from batchjob.records import Batch, Blob, ImageRef, Shard, Span
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ladder", "running", "steady"]
 
-_SECONDS = 4.0
-_ROUNDS = 3
 _MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory, where there is one
 _MEMORY_SPARE = 512 << 20  # that loader processes may need of it
 _HELD_BYTES = 256 << 20
@@ -46,7 +44,7 @@ def ladder(rig: Rig, batches: Sequence[Batch], full: Running) -> tuple[Rung, ...
     known = whole(rig, batches)
     return (
         Rung("synthetic batch on the device", _synthetic(rig), "forward pass and copy back"),
-        Rung("decoded pixels in memory", _paced(rig, [(_pixels(one), one.shapes) for one in known]), "and copy there"),
+        Rung("decoded pixels in memory", paced(rig, [(_pixels(one), one.shapes) for one in known]), "and copy there"),
         _encoded(rig),
         Rung("full, from storage", full.images_per_second, "and fetching"),
     )
@@ -56,30 +54,9 @@ def _synthetic(rig: Rig) -> float | None:
     engine = rig.parts.engine
     if engine.varying:
         pixels, batch = on_device(rig, whole(rig, rig.batches(rig.sample)))[0]
-        return _paced(rig, [(pixels, batch.shapes)])
+        return paced(rig, [(pixels, batch.shapes)])
     pixels = random_pixels(tuple(engine.example.shape), rig.batch_size, engine.example.dtype)
-    return _paced(rig, [(pixels.to(engine.device), None)])
-
-
-Pixels = tuple["torch.Tensor", tuple[tuple[int, ...], ...] | None]
-
-
-def _paced(rig: Rig, items: Sequence[Pixels]) -> float:
-    """Images/s through the predictor, one batch under way while the next is begun."""
-    predictor = rig.parts.predictor
-    predictor(*items[0]).wait()
-    before: Predicted | None = None
-    images, began = 0, time.perf_counter()
-    for rounds, (pixels, shapes) in enumerate(cycle(items)):
-        if rounds >= _ROUNDS and (images >= rig.images or time.perf_counter() - began > _SECONDS):
-            break
-        made = predictor(pixels, shapes)
-        if before is not None:
-            before.wait()
-        before, images = made, images + len(pixels if shapes is None else shapes)
-    if before is not None:
-        before.wait()
-    return images / (time.perf_counter() - began)
+    return paced(rig, [(pixels.to(engine.device), None)])
 
 
 def _encoded(rig: Rig) -> Rung:
@@ -156,11 +133,18 @@ def running(rig: Rig, ran: Ran) -> Running:
         load_s=rig.load_s,
         first_batch_s=rig.load_s + first - ran.began,
         total_s=rig.load_s + ran.ended - ran.began,
-        starvation=min(1.0, waited / between) if between > 0 else None,
+        starvation=_idle(forward[1:], rig.parts.lanes.count, between, waited) if between > 0 else None,
         ready=sum(ready) / len(ready) if ready else None,
         cores_busy=None if ran.cpu_s is None else ran.cpu_s / (ran.ended - ran.began),
-        services=_services(ran),
+        services=_services(ran, rig.parts.lanes.count),
     )
+
+
+def _idle(forward: Sequence[Span], lanes: int, between: float, waited: float) -> float:
+    """Share of the time that there were no pixels. Lanes may be at work while the next batch is waited for."""
+    if lanes > 1:
+        waited = between - sum(span.ended - span.began for span in forward) / lanes
+    return max(0.0, min(1.0, waited / between))
 
 
 def steady(ran: Ran, ahead: int) -> tuple[float, bool]:
@@ -187,13 +171,13 @@ def _summed(spans: Iterable[Span]) -> Iterator[tuple[float, int]]:
         yield span.ended, images
 
 
-def _services(ran: Ran) -> dict[str, Service]:
+def _services(ran: Ran, lanes: int) -> dict[str, Service]:
     found = {}
     for stage in ("fetch", "decode", "forward", "write"):
         spans = ran.of(stage)
         seconds = sum(span.ended - span.began for span in spans)
         if seconds > 0:
-            hands = len({span.process for span in spans})
+            hands = lanes if stage == "forward" else len({span.process for span in spans})
             took = ran.ended - ran.began
             found[stage] = Service(sum(span.images for span in spans) / seconds, min(1.0, seconds / hands / took))
     return found

@@ -11,6 +11,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from batchjob.bench.findings import Stage
+from batchjob.bench.pace import paced
 from batchjob.bench.rig import Feed, Rig
 from batchjob.errors import ImageFault, InvalidJob
 from batchjob.fetch import Fetcher, together
@@ -153,15 +154,14 @@ def _through_the_model(rig: Rig, batches: Sequence[Batch]) -> list[Stage]:
     moved = on_device(rig, batches)
     size = sum(pixels.nbytes for pixels, _ in moved) / sum(_count(batch) for batch in batches)
     forward = _repeated(rig, moved, lambda item: predictor(item[0], item[1].shapes).wait(), lambda item: item[1])
-    stages = [
-        _copied_there(rig, batches, size),
-        forward.stage("forward", None, f"batches of {rig.batch_size}, post-processing on the device included"),
-        _copied_back(rig, moved),
-    ]
-    if (least := _least_cpu(rig, moved)) is not None and least < (stages[1].cpu_ms or 0.0):
-        note = f"CPU ms are those of one thread: {stages[1].cpu_ms:,.1f} in {rig.cores}, which wait for each other"
-        stages[1] = replace(stages[1], cpu_ms=least, note=note)
-    return stages
+    stage = forward.stage("forward", None, f"batches of {rig.batch_size}, post-processing on the device included")
+    if (lanes := rig.parts.lanes.count) > 1:
+        rate = paced(rig, [(pixels, batch.shapes) for pixels, batch in moved])
+        stage = replace(stage, images_per_second=rate, note=f"{lanes} batches of {rig.batch_size} at once")
+    elif (least := _least_cpu(rig, moved)) is not None and least < (stage.cpu_ms or 0.0):
+        note = f"CPU ms are those of one thread: {stage.cpu_ms:,.1f} in {rig.cores}, which wait for each other"
+        stage = replace(stage, cpu_ms=least, note=note)
+    return [_copied_there(rig, batches, size), stage, _copied_back(rig, moved)]
 
 
 def _copied_there(rig: Rig, batches: Sequence[Batch], size: float) -> Stage:

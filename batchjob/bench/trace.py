@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ __all__ = ["TRACKS", "profile", "profiled"]
 TRACKS = ("fetch", "decode", "wait", "H2D", "forward", "D2H", "write", "commit")
 
 _TRACK_IDS = 900_000_001  # far from the numbers of threads
+_LANES = 64  # at most
 _STEPS = ("H2D", "forward", "D2H")  # which torch's own trace times
 _ANCHOR = f"{MARK}anchor"  # a moment that both clocks know
 _ANCHORS = 5
@@ -39,11 +41,13 @@ def profile(rig: Rig, folder: Path) -> tuple[str, ...]:
         InvalidJob: it cannot be written there.
     """
     import torch
+    from torch._C._profiler import _ExperimentalConfig
 
     table, trace = folder / "table.txt", folder / "trace.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with profiled(record_shapes=True) as made:
+        every = _ExperimentalConfig(profile_all_threads=True)  # lanes are threads of their own
+        with profiled(record_shapes=True, experimental_config=every) as made:
             for _ in range(_ANCHORS):  # the first takes longer
                 with torch.profiler.record_function(_ANCHOR):
                     anchor = time.perf_counter()
@@ -77,43 +81,58 @@ def _tracks(events: Iterable[dict[str, Any]], ran: Ran, anchor: float) -> Iterat
     marked = [event for event in events if str(event.get("name", "")).startswith(MARK) and "dur" in event]
     last = max((event for event in marked if event["name"] == _ANCHOR), key=lambda event: float(event["ts"]))
     zero = float(last["ts"]) + float(last["dur"]) / 2
-    used: set[tuple[int, str]] = set()
+    used: set[_Track] = set()
     for span in ran.spans:
         if span.stage not in _STEPS:
-            used.add((span.process, span.stage))
+            used.add(track := _Track(span.process, span.stage))
             start = zero + (span.began - anchor) * 1e6
-            yield _event(span.process, span.stage, start, (span.ended - span.began) * 1e6, span.images)
+            yield _event(track, start, (span.ended - span.began) * 1e6, span.images)
+    lanes: dict[int, int] = {}  # by thread
     for event in marked:
         step = event["name"].removeprefix(MARK)
         if step in _STEPS and event.get("cat") == "user_annotation":
-            used.add((os.getpid(), step))
-            yield _event(os.getpid(), step, float(event["ts"]), float(event["dur"]))
+            lane = lanes.setdefault(event["tid"], len(lanes))
+            used.add(track := _Track(os.getpid(), step, lane))
+            yield _event(track, float(event["ts"]), float(event["dur"]))
     yield from _names(used)
 
 
-def _event(process: int, stage: str, start: float, took: float, images: int | None = None) -> dict[str, Any]:
+@dataclass(frozen=True, order=True)
+class _Track:
+    """A line of the picture: what a process does of a stage, in one of its lanes."""
+
+    process: int
+    stage: str
+    lane: int = 0
+
+    @property
+    def place(self) -> int:
+        return TRACKS.index(self.stage) * _LANES + self.lane
+
+    @property
+    def title(self) -> str:
+        return f"{self.stage} {self.lane + 1}" if self.lane else self.stage
+
+
+def _event(track: _Track, start: float, took: float, images: int | None = None) -> dict[str, Any]:
     """A complete event; times in microseconds."""
     return {
         "ph": "X",
         "cat": "batchjob",
-        "name": stage,
-        "pid": process,
-        "tid": _track(stage),
+        "name": track.stage,
+        "pid": track.process,
+        "tid": _TRACK_IDS + track.place,
         "ts": start,
         "dur": took,
         "args": {} if images is None else {"images": images},
     }
 
 
-def _names(used: Iterable[tuple[int, str]]) -> Iterator[dict[str, Any]]:
-    for process, stage in sorted(used):
-        tid = _track(stage)
-        title = "batchjob" if process == os.getpid() else f"batchjob loader {process}"
-        yield {"ph": "M", "name": "process_name", "pid": process, "args": {"name": title}}
-        yield {"ph": "M", "name": "thread_name", "pid": process, "tid": tid, "args": {"name": stage}}
-        order = TRACKS.index(stage) - len(TRACKS)
-        yield {"ph": "M", "name": "thread_sort_index", "pid": process, "tid": tid, "args": {"sort_index": order}}
-
-
-def _track(stage: str) -> int:
-    return _TRACK_IDS + TRACKS.index(stage)
+def _names(used: Iterable[_Track]) -> Iterator[dict[str, Any]]:
+    for track in sorted(used):
+        at = {"pid": track.process, "tid": _TRACK_IDS + track.place}
+        title = "batchjob" if track.process == os.getpid() else f"batchjob loader {track.process}"
+        yield {"ph": "M", "name": "process_name", "pid": track.process, "args": {"name": title}}
+        yield {"ph": "M", "name": "thread_name", **at, "args": {"name": track.title}}
+        order = track.place - len(TRACKS) * _LANES
+        yield {"ph": "M", "name": "thread_sort_index", **at, "args": {"sort_index": order}}

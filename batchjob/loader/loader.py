@@ -47,6 +47,7 @@ class Loader:
         size: the last dimensions every prepared image must have; None takes the first good image of each batch.
         varying: images may differ in size; `size` says nothing then.
         max_bytes: images known to be larger are not fetched.
+        retries: how often an image that cannot be read is asked for again while its store answers.
 
     Attributes:
         batch_size: images in a batch; another one counts from the next shard on.
@@ -63,8 +64,9 @@ class Loader:
         size: tuple[int, ...] | None,
         varying: bool = False,
         max_bytes: int | None = None,
+        retries: int = 2,
     ) -> None:
-        self._images = Images(Fetcher(reader, max_bytes), prepare, size, varying)
+        self._images = Images(Fetcher(reader, max_bytes, retries), prepare, size, varying)
         self._plan = plan
         self._running: Future[Crew] | None = None
         self._lost = 0

@@ -1,4 +1,4 @@
-"""Images that kill the process which decodes them, remembered beside the plan so that nobody meets them again."""
+"""Images that kill the process which decodes or predicts them, remembered beside the plan: nobody meets them again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Quarantine"]
 
 
 class Quarantine:
-    """What is known of deadly images, by their position in the plan.
+    """What is known of deadly images, by their position in the plan, and of runs of images among which one may be.
 
     Args:
         store: of the output; without one, it lasts as long as this object.
@@ -26,13 +26,16 @@ class Quarantine:
     def __init__(self, store: Store | None = None, folder: str = "") -> None:
         self._store, self._folder = store, f"{folder}quarantine/"
         self._known: dict[int, ImageFacts] = {}
+        self._runs: set[range] = set()
 
     def learn(self, positions: range) -> None:
         """Read what others have found among these images. Raises Unavailable."""
         if self._store is None:
             return
-        listed = (_position(stat.uri) for stat in self._store.list(self._folder))
-        unknown = [position for position in listed if position in positions and position not in self._known]
+        listed = [stat.uri for stat in self._store.list(self._folder)]
+        self._runs.update(run for run in map(_run, listed) if _meet(run, positions))
+        found = map(_position, listed)
+        unknown = [position for position in found if position in positions and position not in self._known]
         for position, facts in zip(unknown, side_by_side(self._read, unknown), strict=True):
             if facts is not None:
                 self._known[position] = facts
@@ -58,6 +61,22 @@ class Quarantine:
         self._known[position] = facts
         return facts
 
+    def suspect(self, run: range, why: str) -> None:
+        """One of these images may be deadly to who predicts it, for all workers and all later runs. Raises Unavailable.
+
+        Args:
+            run: their positions.
+            why: one sentence.
+        """
+        self._runs.add(run)
+        if self._store is not None:
+            body = json.dumps({"first": run.start, "after": run.stop, "message": why}, indent=1).encode()
+            settle(self._store, f"{self._folder}{run.start:012d}-{run.stop:012d}.json", body)
+
+    def suspects(self, run: range) -> bool:
+        """Whether one of these may be deadly, so that they are to be predicted one by one. Asks nobody."""
+        return any(_meet(run, suspect) for suspect in self._runs)
+
     def _read(self, position: int) -> ImageFacts | None:
         with suppress(NotFound):
             return _facts(self._store.read(self._key(position)).data) if self._store is not None else None
@@ -68,9 +87,19 @@ class Quarantine:
 
 
 def _position(key: str) -> int:
-    """That of a record, -1 of what is none."""
+    """That of a record of one image, -1 of what is none."""
     name = key.rpartition("/")[2].removesuffix(".json")
     return int(name) if name.isdecimal() else -1
+
+
+def _run(key: str) -> range:
+    """That of a record of several, empty of what is none."""
+    first, _, after = key.rpartition("/")[2].removesuffix(".json").partition("-")
+    return range(int(first), int(after)) if first.isdecimal() and after.isdecimal() else range(0)
+
+
+def _meet(one: range, other: range) -> bool:
+    return max(one.start, other.start) < min(one.stop, other.stop)
 
 
 def _record(position: int, facts: ImageFacts) -> dict[str, Any]:

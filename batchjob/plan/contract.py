@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from batchjob.errors import InvalidJob
-from batchjob.plan.head import Head
+from batchjob.plan.head import Head, sound
 from batchjob.storage import Store, settle
 
 __all__ = ["Contract", "agree"]
@@ -34,7 +34,9 @@ def agree(store: Store, head: Head, ours: Contract) -> Contract:
     key = f"{head.folder}schema.arrow"
     facts = json.dumps({"model": ours.model, "size": ours.size})
     body = ours.schema.with_metadata({_CONTRACT_META: facts}).serialize().to_pybytes()
-    theirs = _parse_contract(settle(store, key, body))
+    stands = settle(store, key, body)
+    with sound(store, key):
+        theirs = _parse_contract(stands)
     if theirs.model != ours.model:
         raise InvalidJob(
             f"the model loaded here has digest {ours.model[:12]}, the plan at {store.uri} was begun with "

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from batchjob.errors import InvalidJob, NotFound
-from batchjob.plan.head import Head
+from batchjob.plan.head import Head, sound
 from batchjob.records import Cursor, ImageRef, Shard, ShardKey
 from batchjob.storage import Store, settle
 
@@ -104,6 +104,8 @@ class PlanReader:
     def shard(self, key: ShardKey) -> Shard:
         """The shard's refs and passthrough columns. Raises NotFound when its chunk is gone."""
         rows = self._rows(key.chunk).slice(key.offset, key.rows)
+        if rows.num_rows != key.rows:
+            raise _broken(self._store, self._head, key.chunk)
         return Shard(key, _refs(rows, key.index * self._head.shard_size), rows.drop_columns(list(_REF_COLUMNS)))
 
     def first(self, count: int) -> tuple[ImageRef, ...]:
@@ -118,8 +120,13 @@ class PlanReader:
 
     def _rows(self, number: int) -> pa.Table:
         if self._chunk is None or self._chunk[0] != number:
-            data = self._store.read(_chunk_key(self._head, number)).data
-            self._chunk = number, pa.ipc.open_stream(data).read_all().replace_schema_metadata(None)
+            key = _chunk_key(self._head, number)
+            data = self._store.read(key).data
+            with sound(self._store, key):
+                table = pa.ipc.open_stream(data).read_all().replace_schema_metadata(None)
+                table.validate(full=True)
+                table.select(_REF_COLUMNS)
+            self._chunk = number, table
         return self._chunk[1]
 
 
@@ -207,11 +214,17 @@ def _peek(store: Store, head: Head, number: int) -> Chunk:
     try:
         schema = pa.ipc.open_stream(store.read_head(key, _HEAD_BYTES)).schema
     except (pa.ArrowInvalid, OSError):  # more shards than fit in the first bytes
-        schema = pa.ipc.open_stream(store.read(key).data).schema
-    facts = json.loads(schema.metadata[_CHUNK_META])
-    if facts["plan"] != head.plan:
-        raise InvalidJob(f"{store.uri}: {key} belongs to plan {facts['plan']}, head.json says {head.plan}")
-    return _chunk(head, facts)
+        data = store.read(key).data
+        with sound(store, key):
+            schema = pa.ipc.open_stream(data).schema
+    with sound(store, key):
+        facts = json.loads(schema.metadata[_CHUNK_META])
+        owner, chunk = facts["plan"], _chunk(head, facts)
+    if owner != head.plan:
+        raise InvalidJob(f"{store.uri}: {key} belongs to plan {owner}, head.json says {head.plan}")
+    if chunk.number != number:
+        raise _broken(store, head, number)
+    return chunk
 
 
 def _chunk(head: Head, facts: dict[str, Any]) -> Chunk:

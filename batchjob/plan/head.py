@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+import pyarrow as pa
+
 from batchjob.errors import InvalidJob, NotFound
 from batchjob.storage import Store, settle
 
-__all__ = ["FORMAT", "Head", "bury", "current", "freeze", "is_buried", "is_discarded", "new_head"]
+__all__ = ["FORMAT", "Head", "bury", "current", "freeze", "is_buried", "is_discarded", "new_head", "sound"]
 
 FORMAT = 1
 
@@ -113,6 +117,19 @@ def _parse_head(data: bytes, store: Store, number: int) -> Head:
         return Head(**facts)
     except TypeError as error:
         raise _damaged(store, number, error) from error
+
+
+@contextmanager
+def sound(store: Store, key: str) -> Iterator[None]:
+    """Around the reading of a plan's bytes: whatever is wrong with them is an InvalidJob that names them."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError, OverflowError) as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InvalidJob(
+            f"{store.uri}/{key} is damaged ({said}); put it back as it was, or `batchjob discard {store.uri} --yes` "
+            "and run again"
+        ) from error
 
 
 def _facts(data: bytes, store: Store, number: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from batchjob.errors import InvalidJob
 from batchjob.records import Cursor, Stat
+from batchjob.redaction import secret_in, without_queries
 from batchjob.settings import Settings, Uri, is_local
 from batchjob.sources.columns import arrow_type, cast, castable, find_column, is_text, plain, require_type
 from batchjob.sources.places import Place, as_folder, folder_of, locate, plain_uri, walk
@@ -28,6 +29,8 @@ __all__ = ["ManifestSource"]
 
 _ABSOLUTE = r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)"
 _DOTS = r"(^|/)\.\.?(/|$)"
+_LOCAL_OR_CLOUD = r"^(/|(file|s3|s3a|s3n|gs|gcs|az|abfs|abfss)://)"
+_WITH_MORE = r"^[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*@|(?s:.)*\?)"
 _EMPTY = pa.scalar("")  # given bare, pyarrow would import pandas to look at it
 _OURS = {"uri", "location", "size", "etag", "id"}
 
@@ -55,7 +58,8 @@ class ManifestSource(Settings):
         uri: a file, or a folder or glob of part files, read in the order of their names. Names that begin with `_` or
             `.` are no parts; neither is what lies in folders below a folder (a glob with `**` reaches it).
         format: by the name of each file where `auto`. CSV and JSON Lines may be gzipped (`.gz`).
-        uri_column: where each image lies: a URI, an absolute path, or a path relative to the manifest's own folder.
+        uri_column: where each image lies: a URI, an absolute path, or a path relative to the manifest's own folder. Web
+            hosts, and protocols but those of buckets and of the manifest itself, only where `storage` names them.
         passthrough: columns to copy to the output: names, or names with types. Without types, Parquet keeps its own
             and CSV and JSON Lines are text.
         size_column: bytes of each image; null where unknown.
@@ -213,7 +217,9 @@ class ManifestSource(Settings):
                     start, batch = next(batches)
                 except StopIteration as end:
                     return int(end.value)
-                yield self._refs(batch, schema, stat.uri, start, outside)
+                refs = self._refs(batch, schema, stat.uri, start, outside)
+                self._check_locations(reader, refs, stat.uri, start)
+                yield refs
 
     def _refs(
         self, batch: pa.RecordBatch, schema: pa.Schema, file: str, start: int, outside: str | None
@@ -246,6 +252,21 @@ class ManifestSource(Settings):
             if (row := _first(bad)) >= 0:
                 raise InvalidJob(f"{file}, row {start + row + 1}: {said}")
 
+    def _check_locations(self, reader: Reader, refs: pa.RecordBatch, file: str, start: int) -> None:
+        """Raises InvalidJob for a row that carries a secret, or that leads where data may not lead."""
+        locations = refs.column("location")
+        asked: dict[str, str | None] = {}
+        for row in _rows(pc.match_substring_regex(locations, _WITH_MORE)):
+            if not is_local(uri := locations[row].as_py()) and (why := secret_in(uri)):
+                raise InvalidJob(f"{file}, row {start + row + 1}: {without_queries(uri)} {why}")
+        for row in _rows(pc.invert(pc.match_substring_regex(locations, _LOCAL_OR_CLOUD))):
+            uri = locations[row].as_py()
+            site = uri if "::" in uri else "/".join(uri.split("/", 3)[:3])
+            if site not in asked:
+                asked[site] = reader.refusal(uri, self.uri)
+            if why := asked[site]:
+                raise InvalidJob(f"{file}, row {start + row + 1}: {uri} {why}")
+
 
 def locations(uris: pa.StringArray, folder: str) -> pa.StringArray:
     """Where each image is read: what is absolute as it stands, the rest below `folder` (ends with `/`)."""
@@ -256,6 +277,12 @@ def locations(uris: pa.StringArray, folder: str) -> pa.StringArray:
         return joined
     straight = [_straight(uri.as_py()) for uri in joined.filter(dotted)]
     return pc.replace_with_mask(joined, dotted, pa.array(straight, pa.string()))
+
+
+def _rows(flags: pa.BooleanArray) -> list[int]:
+    """Those that are true."""
+    found: list[int] = pc.indices_nonzero(flags).to_pylist()
+    return found
 
 
 def _first(flags: pa.BooleanArray) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchjob.errors import InvalidJob, NotFound, Unaddressable
+from batchjob.errors import InvalidJob, NotFound, Refused, Unaddressable
 from batchjob.records import Stat
 from batchjob.settings import is_local, local_path
 from batchjob.sources import globs
@@ -157,6 +157,8 @@ def _file(reader: Reader, uri: str) -> Stat | None:
         return None
     except Unaddressable as error:
         raise InvalidJob(f"input.uri {uri}: no client can address this ({error.message}); correct it") from error
+    except Refused as error:
+        raise InvalidJob(f"input.uri {error.message}") from error
     # Stores with real folders answer for one as for an object of no bytes.
     return stat if stat.size or not _anything(reader, as_folder(uri)) else None
 

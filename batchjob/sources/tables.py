@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from batchjob.errors import InvalidJob, NotFound, Unavailable
+from batchjob.errors import InvalidJob, NotFound, Refused, Unavailable
 from batchjob.sources.refs import BATCH_ROWS
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ def open_rows(reader: Reader, uri: str, kind: Format) -> Iterator[RowsFile]:
                 yield _JsonLines(stream, uri, zipped=uri.lower().endswith(".gz"))
     except NotFound as error:
         raise InvalidJob(f"input.uri: {uri} is gone since it was listed; run again when it is written") from error
+    except Refused as error:
+        raise InvalidJob(f"input.uri {error.message}") from error
     except (pa.ArrowException, EOFError, zlib.error, csv.Error) as error:
         raise _unreadable(uri, kind, error) from error
     except OSError as error:

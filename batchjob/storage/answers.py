@@ -11,6 +11,7 @@ from batchjob.errors import (
     AlreadyExists,
     BatchjobError,
     Changed,
+    Denied,
     InvalidJob,
     NotFound,
     StorageError,
@@ -80,7 +81,7 @@ def _fault(error: Exception, uri: str, writing: bool, odd_key: bool) -> Batchjob
     # An answer to HEAD has no body: expired credentials are a bare 400 there.
     bare = status == 400 and (code == "400" or not (code or odd_key))
     if bare or status in (401, 403) or _CREDENTIALS.search(f"{code} {' '.join(kinds)}") or "PermissionError" in kinds:
-        return Unavailable(f"{uri}: access denied ({reason}); renew or correct the credentials, then run again")
+        return Denied(f"{uri}: access denied ({reason}); renew or correct the credentials, then run again")
     if kinds & {"InvalidPathError", "ValueError", "ParamValidationError"} or (odd_key and status == 400):
         return Unaddressable(f"{uri}: no client can name this key ({reason})")
     if code == "KeyTooLongError" or "NotImplementedError" in kinds:

@@ -9,6 +9,7 @@ from typing import TypeVar
 from batchjob.records import Blob, Stat
 from batchjob.storage.answers import expect, faults, or_empty, retrying, stall
 from batchjob.storage.options import StorageOptions
+from batchjob.storage.outage import Outage
 from batchjob.storage.place import PAGE, THREADS, tag
 
 __all__ = ["Boto"]
@@ -19,12 +20,12 @@ T = TypeVar("T")
 class Boto:
     """An S3 bucket through boto3: slower, but it can name every key, and lists them one level at a time."""
 
-    def __init__(self, bucket: str, base: str, options: StorageOptions, patience: float) -> None:
+    def __init__(self, bucket: str, base: str, options: StorageOptions, patience: float, outage: Outage) -> None:
         import boto3
         from botocore import UNSIGNED
         from botocore.config import Config
 
-        self._bucket, self._base, self._patience = bucket, base, patience
+        self._bucket, self._base, self._patience, self._outage = bucket, base, patience, outage
         self._payer = {"RequestPayer": "requester"} if options.requester_pays else {}
         with faults(base):
             self.session = boto3.Session()
@@ -66,5 +67,8 @@ class Boto:
             where["ContinuationToken"] = page["NextContinuationToken"]
 
     def _ask(self, key: str, question: Callable[[], T]) -> T:
-        with faults(self._base + key, odd_key=True):
-            return retrying(self._patience, question)
+        def once() -> T:
+            with faults(self._base + key, odd_key=True):
+                return retrying(self._patience, question)
+
+        return self._outage.ridden_out(once)

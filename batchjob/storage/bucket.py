@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from batchjob.errors import InvalidJob, NotFound, Unavailable
 from batchjob.records import Blob, Stat
@@ -17,6 +18,7 @@ from batchjob.storage.answers import expect, faults, or_empty, stall
 from batchjob.storage.boto import Boto
 from batchjob.storage.filesystem import Filesystem
 from batchjob.storage.options import StorageOptions
+from batchjob.storage.outage import Outage
 from batchjob.storage.place import CLOUDS, PAGE, Place, is_plain, tag
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     CloudClient = S3Store | GCSStore | AzureStore
 
 __all__ = ["Bucket", "bucket_of"]
+
+T = TypeVar("T")
 
 _EXTRAS = {"s3": "s3", "gs": "gcs", "az": "azure"}
 _ACCOUNT = ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "AZURE_STORAGE_USE_EMULATOR")
@@ -37,38 +41,47 @@ class Bucket:
     """A bucket through obstore; keys that it cannot name, and listings that hold one, through `other`."""
 
     def __init__(
-        self, kind: str, base: str, connect: Callable[..., CloudClient], other: Place, patience: float
+        self,
+        kind: str,
+        base: str,
+        connect: Callable[..., CloudClient],
+        other: Place,
+        patience: float,
+        outage: Outage,
     ) -> None:
-        self._kind, self._base, self._connect, self._other, self._patience = kind, base, connect, other, patience
+        self._kind, self._base, self._connect, self._other = kind, base, connect, other
+        self._patience, self._outage = patience, outage
         self._clients: dict[int, CloudClient] = {}
         self._lock = Lock()
 
     def get(self, key: str, etag: str | None = None) -> Blob:
         if not is_plain(key):
             return self._other.get(key, etag)
-        with faults(self._base + key):
+
+        def question() -> Blob:
             answer = self._client().get(key)
             expect(etag, tag(answer.meta["e_tag"]), self._base + key)
             return Blob(answer.bytes().to_bytes(), tag(answer.meta["e_tag"]), self._version(answer.meta))
 
+        return self._ask(key, question)
+
     def get_range(self, key: str, start: int, end: int) -> bytes:
         if not is_plain(key):
             return self._other.get_range(key, start, end)
-        with faults(self._base + key):
-            return or_empty(lambda: self._client().get_range(key, start=start, end=end).to_bytes())
+        ask = partial(self._client().get_range, key, start=start, end=end)
+        return self._ask(key, lambda: or_empty(lambda: ask().to_bytes()))
 
     def get_tail(self, key: str, size: int) -> bytes:
         if self._kind == "az":  # knows no suffix ranges
             end = self.head(key).size
             return self.get_range(key, max(0, end - size), end) if end else b""
-        with faults(self._base + key):
-            return or_empty(lambda: self._client().get(key, options={"range": {"suffix": size}}).bytes().to_bytes())
+        ask = partial(self._client().get, key, options={"range": {"suffix": size}})
+        return self._ask(key, lambda: or_empty(lambda: ask().bytes().to_bytes()))
 
     def head(self, key: str) -> Stat:
         if not is_plain(key):
             return self._other.head(key)
-        with faults(self._base + key):
-            return self._stat(self._client().head(key))
+        return self._ask(key, lambda: self._stat(self._client().head(key)))
 
     def list(self, prefix: str, after: str | None, recursive: bool) -> Iterator[Stat]:
         # One level at a time obstore does not stream; at the root of a bucket it would drop a leading slash (which
@@ -79,28 +92,52 @@ class Bucket:
             return
         from obstore.exceptions import InvalidPathError
 
+        pages: Iterator[Any] | None = None
+
+        def next_page() -> Any:
+            nonlocal pages
+            try:
+                pages = pages or iter(self._client().list(prefix, offset=after, chunk_size=PAGE))
+                return next(pages, None)
+            except Exception:
+                pages = None  # a listing that broke off is begun anew, after what it has brought
+                raise
+
         try:
-            with faults(self._base + prefix, let=InvalidPathError):
-                for page in self._client().list(prefix, offset=after, chunk_size=PAGE):
-                    for meta in page:
-                        after = meta["path"]
-                        if meta["size"] or self._is_object(after):
-                            yield self._stat(meta)
+            while (page := self._ask(prefix, next_page, let=InvalidPathError)) is not None:
+                for meta in page:
+                    after = meta["path"]
+                    if meta["size"] or self._is_object(after):
+                        yield self._stat(meta)
         except InvalidPathError:
             yield from self._other.list(prefix, after, recursive)
 
     def put(self, key: str, body: bytes | Path, mode: PutMode) -> Stat:
         data = body.read_bytes() if isinstance(body, Path) else body
-        with faults(self._base + key, writing=True):
+
+        def question() -> Stat:
             done = self._client(len(data)).put(key, data, mode=mode, use_multipart=False)
             return Stat(key, len(data), tag(done["e_tag"]), self._version(done))
+
+        return self._ask(key, question, writing=True)
 
     def condition(self, version: str) -> PutMode:
         return {"version": version} if self._kind == "gs" else {"e_tag": version}
 
     def delete(self, key: str) -> None:
-        with faults(self._base + key), suppress(FileNotFoundError):
-            self._client().delete(key)
+        with suppress(NotFound):
+            self._ask(key, lambda: self._client().delete(key))
+
+    def _ask(
+        self, key: str, question: Callable[[], T], *, writing: bool = False, let: type[Exception] | None = None
+    ) -> T:
+        """What the client answers, in our words, once the store is there again."""
+
+        def once() -> T:
+            with faults(self._base + key, writing=writing, let=let):
+                return question()
+
+        return self._outage.ridden_out(once)
 
     def _is_object(self, key: str) -> bool:
         """False for the `a/` that stands for a folder: obstore lists it as `a`, empty."""
@@ -127,7 +164,7 @@ class Bucket:
             return self._clients[timeout]
 
 
-def bucket_of(scheme: str, bucket: str, options: StorageOptions, patience: float) -> Bucket:
+def bucket_of(scheme: str, bucket: str, options: StorageOptions, patience: float, outage: Outage) -> Bucket:
     """Raises InvalidJob without a bucket or where the extra is missing, Unavailable without credentials."""
     kind, base = CLOUDS[scheme.lower()], f"{scheme}://{bucket}/"
     if not bucket:
@@ -137,19 +174,19 @@ def bucket_of(scheme: str, bucket: str, options: StorageOptions, patience: float
     connect = {"s3": _connect_s3, "gs": _connect_gs, "az": _connect_az}[kind]
     try:
         with faults(base):
-            client, other = connect(bucket, base, options, patience)
+            client, other = connect(bucket, base, options, patience, outage)
     except ImportError as error:
         raise InvalidJob(f"{scheme}:// needs the extra: pip install 'batchjob[{_EXTRAS[kind]}]'") from error
-    return Bucket(kind, base, client, other, patience)
+    return Bucket(kind, base, client, other, patience, outage)
 
 
 Connected = tuple["Callable[..., CloudClient]", Place]
 
 
-def _connect_s3(bucket: str, base: str, options: StorageOptions, patience: float) -> Connected:
+def _connect_s3(bucket: str, base: str, options: StorageOptions, patience: float, outage: Outage) -> Connected:
     from obstore.store import S3Store
 
-    boto = Boto(bucket, base, options, patience)
+    boto = Boto(bucket, base, options, patience, outage)
     endpoint = boto.client.meta.endpoint_url
     provider = None if options.anonymous else _aws_credentials(boto, base)
 
@@ -182,7 +219,7 @@ def _aws_credentials(boto: Boto, base: str) -> Any:
         ) from error
 
 
-def _connect_gs(bucket: str, base: str, options: StorageOptions, patience: float) -> Connected:
+def _connect_gs(bucket: str, base: str, options: StorageOptions, patience: float, outage: Outage) -> Connected:
     from obstore.auth.google import GoogleCredentialProvider
     from obstore.store import GCSStore
 
@@ -201,10 +238,10 @@ def _connect_gs(bucket: str, base: str, options: StorageOptions, patience: float
             **place,  # type: ignore[arg-type]
         )
 
-    return connect, Filesystem(base, {"token": "anon"} if options.anonymous else {}, patience)
+    return connect, Filesystem(base, {"token": "anon"} if options.anonymous else {}, patience, outage)
 
 
-def _connect_az(bucket: str, base: str, options: StorageOptions, patience: float) -> Connected:
+def _connect_az(bucket: str, base: str, options: StorageOptions, patience: float, outage: Outage) -> Connected:
     from obstore.store import AzureStore
 
     container, _, host = bucket.partition("@")
@@ -231,7 +268,7 @@ def _connect_az(bucket: str, base: str, options: StorageOptions, patience: float
             **place,  # type: ignore[arg-type]
         )
 
-    return connect, Filesystem(base, {"anon": options.anonymous}, patience)
+    return connect, Filesystem(base, {"anon": options.anonymous}, patience, outage)
 
 
 def _client_config(timeout: int, patience: float) -> ClientConfig:

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, TypeVar
 from batchjob.errors import InvalidJob, NotFound
 from batchjob.records import Blob, Stat
 from batchjob.storage.answers import expect, faults, retrying
+from batchjob.storage.outage import Outage
 from batchjob.storage.place import tag
 
 __all__ = ["Filesystem"]
@@ -20,8 +21,8 @@ T = TypeVar("T")
 class Filesystem:
     """Any protocol of fsspec, for reading. `base` + key is the URI."""
 
-    def __init__(self, base: str, arguments: Mapping[str, Any], patience: float) -> None:
-        self._base, self._arguments, self._patience = base, arguments, patience
+    def __init__(self, base: str, arguments: Mapping[str, Any], patience: float, outage: Outage) -> None:
+        self._base, self._arguments, self._patience, self._outage = base, arguments, patience, outage
 
     def get(self, key: str, etag: str | None = None) -> Blob:
         if etag is not None:  # a read brings no tag
@@ -78,8 +79,11 @@ class Filesystem:
         return system, path
 
     def _ask(self, key: str, question: Callable[[], T]) -> T:
-        with faults(self._base + key, odd_key=True):
-            return retrying(self._patience, question)
+        def once() -> T:
+            with faults(self._base + key, odd_key=True):
+                return retrying(self._patience, question)
+
+        return self._outage.ridden_out(once)
 
 
 def _utf8(text: str) -> bytes:

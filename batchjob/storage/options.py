@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Annotated
 
+from pydantic import AfterValidator, Field
+
+from batchjob.redaction import secret_in
 from batchjob.settings import Settings
 
-__all__ = ["Options", "StorageOptions", "options_for", "patience_or_default"]
+__all__ = ["Options", "StorageOptions", "options_for", "window"]
+
+
+def _without_secrets(uri: str) -> str:
+    if why := secret_in(uri):
+        raise ValueError(why)
+    return uri
 
 
 class StorageOptions(Settings):
@@ -18,16 +28,26 @@ class StorageOptions(Settings):
         region: of the bucket; default AWS_REGION or the profile's, else us-east-1.
         anonymous: send no credentials (public buckets).
         requester_pays: agree to pay for the requests (S3).
+        private: a web host may lie in a private network, or be this machine. Where clouds hand out credentials is never
+            read.
+        max_bytes: of one object on the web.
+        seconds: that one answer of a web host may take, its redirects included.
     """
 
-    endpoint: str | None = None
+    endpoint: Annotated[str, AfterValidator(_without_secrets)] | None = None
     region: str | None = None
     anonymous: bool = False
     requester_pays: bool = False
+    private: bool = False
+    max_bytes: Annotated[int, Field(ge=1)] = 256 * 1024 * 1024
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
 
 
 Options = Mapping[str, StorageOptions]
-"""URI prefix, such as `s3://` or `s3://bucket`, → options; the longest that fits wins."""
+"""URI prefix, such as `s3://` or `s3://bucket`, → options; the longest that fits wins.
+
+The web is read only where a host stands here, such as `https://images.example.com` (`https://` is every public one).
+"""
 
 
 def options_for(uri: str, options: Options) -> StorageOptions:
@@ -40,5 +60,7 @@ def _whole(uri: str, prefix: str) -> bool:
     return prefix.endswith("/") or uri[len(prefix) : len(prefix) + 1] in ("", "/")
 
 
-def patience_or_default(given: float | None) -> float:
-    return float(os.environ.get("BATCHJOB_PATIENCE", "30")) if given is None else given
+def window(patience: float | None, outage: float) -> float:
+    """Seconds that one request is retried by the client itself; no longer than an outage is waited for, where it is."""
+    seconds = float(os.environ.get("BATCHJOB_PATIENCE", "30")) if patience is None else patience
+    return min(seconds, outage) if outage else seconds

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from threading import Lock
 from typing import Any, BinaryIO
 
 from batchjob import disk
-from batchjob.errors import StorageError, Unavailable
+from batchjob.errors import Refused, StorageError, Unavailable
+from batchjob.parallel import Threads
 from batchjob.records import Blob, Stat
 from batchjob.settings import is_local
 from batchjob.storage.bucket import bucket_of
 from batchjob.storage.filesystem import Filesystem
-from batchjob.storage.options import Options, StorageOptions, options_for, patience_or_default
+from batchjob.storage.options import Options, StorageOptions, options_for, window
+from batchjob.storage.outage import Outage
 from batchjob.storage.place import CLOUDS, THREADS, Place
+from batchjob.storage.web import Web, is_web, refusal
 
 __all__ = ["Reader", "ranged"]
 
@@ -27,24 +31,27 @@ class Reader:
 
     Args:
         options: see `Options`.
-        patience: seconds that transient faults are retried.
+        patience: seconds that the transient faults of one request are retried.
+        outage: seconds that a store which does not answer at all is waited for, all requests together. `read_many`
+            leaves the waiting to who asks.
     """
 
-    def __init__(self, options: Options | None = None, patience: float | None = None) -> None:
+    def __init__(self, options: Options | None = None, patience: float | None = None, outage: float = 0.0) -> None:
         self._options = dict(options or {})
-        self._patience = patience_or_default(patience)
+        self._patience, self._seconds = window(patience, outage), outage
         self._reset()
 
     def _reset(self) -> None:
-        self._places: dict[tuple[str, float], Place] = {}
-        self._pool: ThreadPoolExecutor | None = None
+        self._places: dict[tuple[str, float, bool], Place] = {}
+        self._outages: dict[str, Outage] = {}
+        self._pool: Threads | None = None
         self._lock = Lock()
 
-    def __getstate__(self) -> tuple[dict[str, StorageOptions], float]:
-        return self._options, self._patience
+    def __getstate__(self) -> tuple[dict[str, StorageOptions], float, float]:
+        return self._options, self._patience, self._seconds
 
-    def __setstate__(self, state: tuple[dict[str, StorageOptions], float]) -> None:
-        self._options, self._patience = state
+    def __setstate__(self, state: tuple[dict[str, StorageOptions], float, float]) -> None:
+        self._options, self._patience, self._seconds = state
         self._reset()
 
     def read(self, uri: str, etag: str | None = None) -> Blob:
@@ -53,36 +60,61 @@ class Reader:
         Raises:
             NotFound, Unaddressable, Unavailable; Changed where `etag` is given and the object has another.
         """
-        return self._read(uri, etag, self._patience)
+        if is_local(uri):
+            return disk.read_file(_path(uri), etag)
+        place, _, key = self._find(uri)
+        return place.get(key, etag)
 
     def read_many(self, uris: Sequence[str], stubborn: bool = False) -> list[Blob | StorageError | Unavailable]:
         """As many answers as URIs, in order: bytes, or what went wrong with this one. Concurrent where remote.
 
         Args:
             stubborn: ask for each as long as patience lasts. Otherwise, once one has waited in vain, the others are
-                asked once: a dead network costs one window, not one per image.
+                asked once: a dead network costs one window, not one per image; and none where that has lasted for as
+                long as an outage may.
         """
-        answers: list[Blob | StorageError | Unavailable | None] = [
-            self._try(uri, self._patience) if is_local(uri) else None for uri in uris
-        ]
-        remote = [index for index, answer in enumerate(answers) if answer is None]
-        trouble = False
+        in_vain = {self._store(uri) for uri in uris if not is_local(uri) and self.outage(uri).spent}
 
-        def fetch(index: int) -> Blob | StorageError | Unavailable:
-            nonlocal trouble
-            answer = self._try(uris[index], 0.0 if trouble and not stubborn else self._patience)
-            trouble = trouble or isinstance(answer, Unavailable)
+        def fetch(uri: str) -> Blob | StorageError | Unavailable:
+            answer = self._try(uri, 0.0 if not stubborn and self._store(uri) in in_vain else self._patience)
+            if isinstance(answer, Unavailable):
+                in_vain.add(self._store(uri))
             return answer
 
-        for index, answer in zip(remote, self._threads().map(fetch, remote) if remote else (), strict=True):
-            answers[index] = answer
-        return [answer for answer in answers if answer is not None]
+        remote = {index: uri for index, uri in enumerate(uris) if not is_local(uri)}
+        begun = {index: self._threads().submit(partial(fetch, uri)) for index, uri in remote.items()}
+        return [begun[index].result() if index in begun else self._try(uri, 0.0) for index, uri in enumerate(uris)]
+
+    def refusal(self, uri: str, beside: str) -> str | None:
+        """Why an image that data names is not read, as far as its URI tells; None where it may be.
+
+        Local paths and buckets may be, what is of the protocol of the manifest `beside` it, and what the job's storage
+        options name: other protocols and the web lead to hosts.
+        """
+        if is_web(uri):
+            with suppress(ValueError):  # no URL at all: whoever reads it says so
+                return refusal(uri, self._options)
+            return None
+        chain = [uri] if _scheme(uri) in CLOUDS else uri.split("::")
+        if any(map(is_web, chain)):
+            return "reaches the web through another protocol, which is never read"
+        known = {"", "file", _scheme(beside), *CLOUDS, *map(_scheme, self._options)}
+        if strange := [scheme for scheme in map(_scheme, chain) if scheme not in known]:
+            place = f"{strange[0]}://"
+            return f"is of a protocol that data may name only where the job does, storage: {{'{place}': {{}}}}"
+        return None
+
+    def outage(self, uri: str) -> Outage:
+        """What is known, in this process, of the silence of the store that holds this object."""
+        store = self._store(uri)
+        with self._lock:
+            return self._outages.setdefault(store, Outage(max(self._seconds, self._patience)))
 
     def stat(self, uri: str) -> Stat:
         """Size and tag, without the bytes. Raises NotFound, Unaddressable, Unavailable."""
         if is_local(uri):
             return disk.stat_file(_path(uri), uri)
-        place, base, key = self._find(uri, self._patience)
+        place, base, key = self._find(uri)
         return _named(place.head(key), base)
 
     def list(self, uri: str, after: str | None = None, recursive: bool = True) -> Iterator[Stat]:
@@ -100,7 +132,7 @@ class Reader:
             folder = _folder(uri)
             found = disk.walk(_path(folder), _within(after, folder), recursive)
             return (_named(one, folder) for one in found)
-        place, base, prefix = self._find(uri, self._patience)
+        place, base, prefix = self._find(uri)
         if base:
             prefix = _folder(prefix) if prefix else ""
         listed = place.list(prefix, _within(after, base), recursive)
@@ -110,41 +142,55 @@ class Reader:
         """The object as a seekable file; reads what is asked for. Raises NotFound, Unaddressable, Unavailable."""
         if is_local(uri):
             return disk.open_file(_path(uri))
-        place, _, key = self._find(uri, self._patience)
-        if isinstance(place, Filesystem):
+        place, _, key = self._find(uri)
+        if isinstance(place, Filesystem | Web):
             return place.open(key)
         return ranged(place, key)
 
-    def _read(self, uri: str, etag: str | None, patience: float) -> Blob:
-        if is_local(uri):
-            return disk.read_file(_path(uri), etag)
-        place, _, key = self._find(uri, patience)
-        return place.get(key, etag)
-
     def _try(self, uri: str, patience: float) -> Blob | StorageError | Unavailable:
+        """Asked for so many seconds, without waiting for the end of an outage."""
+        answer: Blob | StorageError | Unavailable
         try:
-            return self._read(uri, None, patience)
+            if is_local(uri):
+                return disk.read_file(_path(uri))
+            place, _, key = self._find(uri, patience)
+            answer = place.get(key)
         except (StorageError, Unavailable) as error:
-            return error
+            answer = error
+        if not isinstance(answer, Unavailable):
+            self.outage(uri).ended()
+        return answer
 
-    def _find(self, uri: str, patience: float) -> tuple[Place, str, str]:
-        """The place of a URI, its base, and the key: base + key is the URI."""
+    def _find(self, uri: str, patience: float | None = None) -> tuple[Place, str, str]:
+        """The place of a URI, its base, and the key: base + key is the URI. With a patience, it waits for no outage."""
         scheme, _, rest = uri.partition("://")
         cloud = scheme.lower() in CLOUDS
+        if not cloud and any(map(is_web, uri.split("::")[1:])):
+            raise Refused(f"{uri}: reaches the web through another protocol, which is never read")
         bucket, _, key = rest.partition("/")
         base = f"{scheme}://{bucket}/" if cloud else ""
         options = options_for(uri, self._options)
-        name = (f"{base or scheme} {options!r}", patience)
+        outage = self.outage(uri) if patience is None else Outage(patience)
+        seconds = self._patience if patience is None else patience
+        name = (f"{self._store(uri)} {options!r}", seconds, patience is None)
         with self._lock:
             if name not in self._places:
-                place = bucket_of(scheme, bucket, options, patience) if cloud else Filesystem("", {}, patience)
-                self._places[name] = place
+                if cloud:
+                    self._places[name] = bucket_of(scheme, bucket, options, seconds, outage)
+                elif is_web(uri):
+                    self._places[name] = Web(self._options, seconds, outage)
+                else:
+                    self._places[name] = Filesystem("", {}, seconds, outage)
             return self._places[name], base, key if cloud else uri
 
-    def _threads(self) -> ThreadPoolExecutor:
+    def _store(self, uri: str) -> str:
+        """What falls silent together: a bucket or host."""
+        return "/".join(uri.split("/", 3)[:3])
+
+    def _threads(self) -> Threads:
         with self._lock:
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(THREADS, "batchjob-read")
+                self._pool = Threads(THREADS, "batchjob-read")
             return self._pool
 
 
@@ -181,6 +227,11 @@ class _Ranges(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
+
+
+def _scheme(uri: str) -> str:
+    """In lower case; empty for a plain path."""
+    return uri.partition("://")[0].lower() if "://" in uri and not uri.startswith("/") else ""
 
 
 def _named(found: Stat, base: str) -> Stat:

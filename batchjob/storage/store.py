@@ -15,7 +15,8 @@ from batchjob.parallel import side_by_side
 from batchjob.records import Blob, Stat
 from batchjob.settings import is_local, local_path
 from batchjob.storage.bucket import bucket_of
-from batchjob.storage.options import Options, options_for, patience_or_default
+from batchjob.storage.options import Options, options_for, window
+from batchjob.storage.outage import Outage
 from batchjob.storage.place import CLOUDS, is_plain
 from batchjob.storage.reader import ranged
 
@@ -60,8 +61,14 @@ class Store(Protocol):
         """Absent is fine. Raises Unavailable."""
 
 
-def open_store(uri: str, options: Options | None = None, patience: float | None = None) -> Store:
+def open_store(uri: str, options: Options | None = None, patience: float | None = None, outage: float = 0.0) -> Store:
     """The output at `uri`: a local path, or s3://, gs://, az://. Makes no request.
+
+    Args:
+        uri: of its folder.
+        options: see `Options`.
+        patience: seconds that the transient faults of one request are retried.
+        outage: seconds that a store which does not answer at all is waited for, all requests together.
 
     Raises:
         InvalidJob: a protocol without conditional create, a prefix that cannot be named, a missing extra.
@@ -77,7 +84,7 @@ def open_store(uri: str, options: Options | None = None, patience: float | None 
         )
     if rest.strip("/") and not is_plain(rest.rstrip("/")):
         raise InvalidJob(f"output.uri {uri}: has an empty, '.' or '..' part; choose a plain prefix")
-    return CloudStore(uri, dict(options or {}), patience_or_default(patience))
+    return CloudStore(uri, dict(options or {}), window(patience, outage), outage)
 
 
 def probe(store: Store) -> None:
@@ -140,15 +147,15 @@ def _two_winners(store: Store) -> InvalidJob:
 class CloudStore:
     """An output in a bucket: conditional PUTs, nothing else."""
 
-    def __init__(self, uri: str, options: Options, patience: float) -> None:
+    def __init__(self, uri: str, options: Options, patience: float, outage: float = 0.0) -> None:
         self.uri = uri.rstrip("/")
-        self._made_of = (uri, options, patience)
+        self._made_of = (uri, options, patience, outage)
         scheme, _, rest = uri.partition("://")
         bucket, _, prefix = rest.rstrip("/").partition("/")
         self._prefix = prefix + "/" if prefix else ""
-        self._bucket = bucket_of(scheme, bucket, options_for(uri, options), patience)
+        self._bucket = bucket_of(scheme, bucket, options_for(uri, options), patience, Outage(max(outage, patience)))
 
-    def __reduce__(self) -> tuple[type[CloudStore], tuple[str, Options, float]]:
+    def __reduce__(self) -> tuple[type[CloudStore], tuple[str, Options, float, float]]:
         return CloudStore, self._made_of
 
     def read(self, key: str) -> Blob:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -49,6 +49,8 @@ class ClassificationTask(TaskSettings):
             Rows where it is null, or names no class of the model, do not count.
         allow_nan: True lets rows pass whose scores are NaN; their `score` is NaN and they name no class.
     """
+
+    classes: ClassVar[bool] = True
 
     type: Literal["classification"] = "classification"
     top_k: int = Field(default=1, ge=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
 
@@ -21,7 +21,14 @@ __all__ = ["TaskSettings"]
 
 
 class TaskSettings(Settings):
-    """Settings of a task. Beside these methods each has a `type`, `row_bytes` and `prepare`."""
+    """Settings of a task. Beside these methods each has a `type`, `row_bytes` and `prepare`.
+
+    Attributes:
+        classes: whether the largest number of an image's output names its class, so that a faster recipe must name the
+            same one.
+    """
+
+    classes: ClassVar[bool] = False
 
     @property
     def truths(self) -> tuple[str, ...]:

@@ -202,7 +202,7 @@ def test_images_out_of_reach_are_no_error_rows(
     else:
         with between(s3.endpoint) as cut:
             cut.decide = lambda method, path: RESET
-            ended = run(*command, env={"AWS_ENDPOINT_URL": cut.endpoint, "BATCHJOB_PATIENCE": "2"})
+            ended = run(*command, "errors.outage_seconds=2", env={"AWS_ENDPOINT_URL": cut.endpoint})
     print(f"{fault}: {ended.answer['message']} ({ended.seconds:.1f} s)")
     assert (ended.code, ended.answer["status"]) == (75, "temporary"), ended.err
     assert "Traceback" not in ended.err

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from commands import Ended, run, table, write_slow_job
+from commands import Ended, table, write_slow_job
+from figures import Figure
+from nursery import Nursery
 
 IMAGES, HANG_SECONDS = 1000, 2
 
@@ -50,39 +53,48 @@ def write_job(folder: Path, pills: dict[int, str]) -> None:
     (folder / "manifest.csv").write_text("\n".join(["file", *names, ""]))
 
 
-def predict(folder: Path, *more: str) -> Ended:
-    return run(
-        *("run", str(folder / "job.yaml"), "--json", "preprocess={transform: poison:deadly}", "errors.max_rate=1"),
-        *("runtime.loader.processes=2", f"runtime.loader.image_seconds={HANG_SECONDS}", "errors.attempts=1"),
-        *("runtime.batch_size=25", "runtime.shard_size=100", *more),
-    )
+def predict(nursery: Nursery, folder: Path) -> Ended:
+    """Loader processes come from a fork server that runs: it takes longer to start than the rest takes."""
+    command = ["run", str(folder / "job.yaml"), "--json", "preprocess={transform: poison:deadly}", "errors.max_rate=1"]
+    command += ["runtime.loader.processes=2", f"runtime.loader.image_seconds={HANG_SECONDS}", "errors.attempts=1"]
+    command += ["runtime.batch_size=25", "runtime.shard_size=100"]
+    return nursery.start(*command, loaders="shared").end()
 
 
 @pytest.fixture(scope="module")
-def clean_seconds(tmp_path_factory: pytest.TempPathFactory) -> float:
-    """What the same job takes without a pill."""
-    folder = tmp_path_factory.mktemp("clean")
-    write_job(folder, {})
-    ended = predict(folder)
-    assert (ended.code, ended.answer["failed"]) == (0, 0), ended.err
-    return ended.seconds
+def clean_seconds(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """What the same job takes without a pill, by the second time."""
+    seconds = 0.0
+    for _ in range(2):
+        folder = tmp_path_factory.mktemp("clean")
+        write_job(folder, {})
+        ended = predict(nursery, folder)
+        assert (ended.code, ended.answer["failed"]) == (0, 0), ended.err
+        seconds = ended.seconds
+    return seconds
 
 
-@pytest.mark.parametrize("count", [1, 3, 10])
 @pytest.mark.parametrize("kind", list(PILLS))
-def test_pills_are_one_error_row_each(kind: str, count: int, tmp_path: Path, clean_seconds: float) -> None:
-    pills = {17 + number * 97: kind for number in range(count)}
-    write_job(tmp_path, pills)
-    ended = predict(tmp_path)
-    assert (ended.code, ended.answer["status"]) == (0, "complete"), ended.err
-    deaths = ended.err.count("loader process ") + ended.err.count("is an error row")
-    each = 2 * HANG_SECONDS if kind == "hang" else 0
-    allowed = 1.5 * clean_seconds + count * (5 + each)
-    print(f"{count} x {kind}: {deaths} processes lost, {ended.seconds:.1f} s, {clean_seconds:.1f} s without")
-    check_rows(tmp_path, dict.fromkeys(pills, PILLS[kind][1]))
-    assert deaths <= 2 * count
-    assert ended.seconds <= allowed
-    assert "failed:" not in ended.err, "an attempt was used up"
+def test_pills_are_one_error_row_each(
+    kind: str, nursery: Nursery, tmp_path: Path, clean_seconds: float, seed: int, figure: Figure
+) -> None:
+    chance, told = random.Random(f"poison {seed} {kind}"), []
+    for count in (1, 3, 10):
+        folder = tmp_path / str(count)
+        pills = dict.fromkeys(chance.sample(range(IMAGES), count), kind)
+        write_job(folder, pills)
+        ended = predict(nursery, folder)
+        assert (ended.code, ended.answer["status"]) == (0, "complete"), ended.err
+        deaths = ended.err.count("loader process ") + ended.err.count("is an error row")
+        each = 5 + (2 * HANG_SECONDS if kind == "hang" else 0)
+        told.append(f"{count}: {deaths} processes lost, {ended.seconds:.1f} s")
+        check_rows(folder, dict.fromkeys(pills, PILLS[kind][1]))
+        assert deaths <= 2 * count
+        assert ended.seconds <= 1.5 * clean_seconds + count * each
+        assert "failed:" not in ended.err, "an attempt was used up"
+    figure(
+        "poison", f"{kind} in {IMAGES:,} images ({clean_seconds:.1f} s without): {'; '.join(told)}; all others right"
+    )
 
 
 def check_rows(folder: Path, faults: dict[int, tuple[str, str]]) -> None:
@@ -94,17 +106,17 @@ def check_rows(folder: Path, faults: dict[int, tuple[str, str]]) -> None:
     assert all(row["embedding"] == pytest.approx(right) for row in rows if row["error_stage"] is None)
 
 
-def test_what_is_known_of_a_pill_outlives_the_run(tmp_path: Path) -> None:
+def test_what_is_known_of_a_pill_outlives_the_run(nursery: Nursery, tmp_path: Path) -> None:
     """A second run of the same plan, from its first shard on, meets none of them."""
     pills = {5: "segv", 333: "exit", 777: "segv"}
     write_job(tmp_path, pills)
-    assert predict(tmp_path).code == 0
+    assert predict(nursery, tmp_path).code == 0
     kept = sorted((tmp_path / "out/_batchjob/plans/0000/quarantine").iterdir())
     assert [json.loads(path.read_text())["position"] for path in kept] == sorted(pills)
     for part in (tmp_path / "out/predictions").iterdir():
         part.unlink()
     (tmp_path / "out/_SUCCESS").unlink()
-    again = predict(tmp_path)
+    again = predict(nursery, tmp_path)
     assert again.code == 0, again.err
     assert Counter(again.err.split())["SIGSEGV"] == again.err.count("loader process") == 0
     check_rows(tmp_path, dict.fromkeys(pills, ("decode", "crash")))

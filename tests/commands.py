@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 
 from batchjob import ledger
 from batchjob.records import Provenance
-from batchjob.storage import open_store
+from batchjob.storage import Store, open_store
 
 __all__ = [
     "ROOT",
@@ -36,17 +37,19 @@ __all__ = [
     "footers",
     "forget_lease",
     "kill",
+    "opened",
     "own_ray",
     "plans",
     "right",
     "run",
     "start",
     "table",
+    "title",
     "until",
     "write_slow_job",
 ]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 # A model that takes its time: as many seconds a batch as BATCHJOB_TEST_NAP says.
 SLOW_NET = """\
@@ -109,10 +112,15 @@ class Command:
     def pid(self) -> int:
         return self.process.pid
 
+    @property
+    def seconds(self) -> float:
+        """Since its start."""
+        return time.monotonic() - self.began
+
     def end(self, timeout: float = 240) -> Ended:
         """Wait for its end."""
         out, err = self.process.communicate(timeout=timeout)
-        return Ended(self.process.returncode, out, err, time.monotonic() - self.began)
+        return Ended(self.process.returncode, out, err, self.seconds)
 
 
 def start(*arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> Command:
@@ -204,27 +212,33 @@ def write_slow_job(folder: Path, images: int) -> None:
     Image.new("RGB", (8, 8), (255, 0, 51)).save(folder / "tiny.png")
 
 
+@lru_cache(maxsize=100)
+def opened(output: str) -> Store:
+    """The store of an output; making one takes a tenth of a second."""
+    return open_store(output)
+
+
 def table(output: str | Path) -> pa.Table:
     """All committed rows, in the order of the parts' names."""
-    store = open_store(str(output))
+    store = opened(str(output))
     return pa.concat_tables(pq.read_table(pa.BufferReader(store.read(key).data)) for key in sorted(ledger.parts(store)))
 
 
 def footers(output: str | Path) -> dict[str, Provenance]:
     """Provenance of each committed part, by name."""
-    store = open_store(str(output))
+    store = opened(str(output))
     return dict(ledger.inspect_all(store, sorted(ledger.parts(store))))
 
 
 def plans(output: str | Path) -> list[str]:
     """Keys of the plan heads that were frozen there."""
-    store = open_store(str(output))
+    store = opened(str(output))
     return [stat.uri for stat in store.list("_batchjob/plans/") if stat.uri.endswith("head.json")]
 
 
 def forget_lease(output: str | Path) -> None:
     """Remove what a killed driver held, so that a test need not wait until its silence counts."""
-    store = open_store(str(output))
+    store = opened(str(output))
     for stat in list(store.list("_batchjob/lease/")):
         store.delete(stat.uri)
 
@@ -261,10 +275,11 @@ def alive(processes: set[tuple[int, int]]) -> set[tuple[int, int]]:
 
 def actors(command: Command) -> set[tuple[int, int]]:
     """The command's Ray workers."""
-    return {(pid, born) for pid, born in descendants(command.pid) if "ray::_Worker" in _title(pid)}
+    return {(pid, born) for pid, born in descendants(command.pid) if "ray::_Worker" in title(pid)}
 
 
-def _title(pid: int) -> str:
+def title(pid: int) -> str:
+    """Its command line, or what it calls itself; nothing where it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:

@@ -1,0 +1,79 @@
+"""How many batches a device computes side by side, and with how many threads each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Lanes", "keeps_state", "lanes"]
+
+_MOST = 16  # each holds a batch and what the model makes of it
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """What runs at once.
+
+    Attributes:
+        count: batches.
+        threads: of torch, for each of them.
+    """
+
+    count: int
+    threads: int
+
+
+def lanes(device: str, cores: int, *, alone: bool = False) -> Lanes:
+    """A batch for each core of a CPU: threads that share one batch wait for each other after each layer.
+
+    They do so the longer the more the loader's processes take of the same cores.
+
+    Args:
+        device: type of the device where the model runs. Others than CPUs get one batch at a time.
+        cores: that may be used.
+        alone: the module can compute but one batch at a time, see `keeps_state`.
+    """
+    if device != "cpu" or alone:
+        return Lanes(1, cores)
+    count = max(1, min(cores, _MOST))
+    return Lanes(count, max(1, cores // count))
+
+
+def keeps_state(module: nn.Module, run: Callable[[], object]) -> bool:
+    """Whether a module writes to itself, or to whoever hooked into it, while it computes.
+
+    Two batches at once in such a module might meet each other's notes.
+
+    Args:
+        module: looked at, with all modules in it.
+        run: runs it once.
+    """
+    if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
+        return True
+    before = list(_state(module))
+    run()
+    return before != list(_state(module))
+
+
+def _state(module: nn.Module) -> Iterator[object]:
+    """What tells a module that was written to from one that was not: which objects it holds, and how often changed."""
+    for part in module.modules():
+        for name, value in vars(part).items():
+            yield name
+            yield _trace(value, depth=2)
+
+
+def _trace(value: Any, depth: int) -> object:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return id(value), None if value.is_inference() else value._version
+    if isinstance(value, dict) and depth:
+        return [(key, _trace(held, depth - 1)) for key, held in value.items()]
+    if isinstance(value, list | tuple) and depth:
+        return [_trace(held, depth - 1) for held in value]
+    return value if isinstance(value, bool | int | float | str | None) else id(value)

@@ -1,0 +1,127 @@
+"""Batches on their way from the loader through the model into their parts, shard after shard."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+
+from batchjob.assembly import Assembly, as_ours
+from batchjob.errors import AttemptFailed, BatchjobError, Interrupted
+from batchjob.guard import Guard
+from batchjob.loader import Loader
+from batchjob.parallel import side_by_side
+from batchjob.predict import Predicted
+from batchjob.records import Batch, Span, Watch
+from batchjob.takes import PoolFeed, Taken
+
+__all__ = ["Passage"]
+
+
+class Passage:
+    """Takes shards as long as there are any.
+
+    Args:
+        loader: makes the batches.
+        guard: predicts them.
+        assembly: makes the parts, and tells what became of each shard.
+        lanes: batches that the model computes at once.
+        stopped: whether no further batch is to be begun.
+        watch: told how long each stage of each batch took.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        guard: Guard,
+        assembly: Assembly,
+        lanes: int,
+        stopped: Callable[[], bool],
+        watch: Watch,
+    ) -> None:
+        self._loader, self._guard, self._assembly = loader, guard, assembly
+        self._lanes, self._stopped, self._watch = lanes, stopped, watch
+        self._takes = count()
+
+    def run(self, feed: PoolFeed) -> None:
+        """Take shards from the feed until it has none now. What becomes of each is told, some of it later."""
+        taken = Taken(feed, self._assembly.failed, self._takes)
+        try:
+            for attempt in self._attempts(taken, self._awaited(self._loader.batches(taken))):
+                if self._stopped():
+                    return
+                self._advance(taken, attempt)
+        except BatchjobError as error:  # the loader itself: what it held is lost
+            for place, shard in enumerate(taken.running()):
+                self._assembly.fail(shard, _beside(error) if place else self._guard.seen(error))
+        for shard in taken.empty:
+            self._assembly.add_empty(shard)
+
+    def _attempts(self, taken: Taken, batches: Iterator[Batch]) -> Iterator[_Attempt]:
+        """Batches through the model, as many at once as there are lanes, in their order."""
+        attempted, most = partial(self._attempted, taken), self._lanes
+        if most == 1:
+            return map(attempted, batches)
+        return side_by_side(attempted, batches, threads=most, ahead=most + 1)
+
+    def _attempted(self, taken: Taken, batch: Batch) -> _Attempt:
+        shard = taken.shards.get(batch.take)
+        if shard is None or not taken.wants(shard):
+            return _Attempt(batch)
+        began = time.perf_counter()
+        try:
+            rows = slice(batch.start, batch.start + len(batch.facts))
+            predicted = self._guard.predicted(batch, [ref.position for ref in shard.refs[rows]])
+        except Exception as error:  # noqa: BLE001 - ends this attempt; the driver decides how far it reaches
+            return _Attempt(batch, error=as_ours(error))
+        return _Attempt(batch, predicted, self._spent("forward", began, len(batch.facts)))
+
+    def _advance(self, taken: Taken, attempt: _Attempt) -> None:
+        batch = attempt.batch
+        shard = taken.shards.get(batch.take)
+        if shard is None or not taken.wants(shard):
+            return
+        if attempt.error is not None:
+            del taken.shards[batch.take]
+            self._assembly.fail(shard, attempt.error)
+            return
+        last = batch.start + len(batch.facts) >= shard.key.rows
+        self._assembly.add(shard, batch, attempt.predicted, seconds=attempt.seconds, last=last)
+        if last:
+            del taken.shards[batch.take]
+
+    def _awaited(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same; the watch is told how long each was waited for, and how it was made."""
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self._spent("wait", began, 0 if batch is None else len(batch.facts))
+            if batch is None:
+                return
+            for span in batch.spans:
+                self._watch(span)
+            yield batch
+
+    def _spent(self, stage: str, began: float, images: int) -> float:
+        """Seconds since `began`, which the watch is told of."""
+        ended = time.perf_counter()
+        self._watch(Span(stage, began, ended, os.getpid(), images))
+        return ended - began
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """What became of a batch: a prediction (none where no image was good) that took so many seconds, or an error."""
+
+    batch: Batch
+    predicted: Predicted | None = None
+    seconds: float = 0.0
+    error: BatchjobError | None = None
+
+
+def _beside(error: BatchjobError) -> BatchjobError:
+    """What is said of shards that were queued behind the one that a loader process died at."""
+    return Interrupted(error.message) if isinstance(error, AttemptFailed) else error

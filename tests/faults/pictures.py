@@ -1,0 +1,125 @@
+"""A job over pictures that each have a colour of their own, and a look at whether each has its right row, once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from commands import SLOW_NET, footers, opened, plans, table
+from PIL import Image
+from seaweed import Seaweed
+
+from batchjob import ledger
+
+__all__ = ["JOB", "Tally", "committed", "numbers", "overrides", "publish", "side_by_side", "tally", "write_job"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+# Local, tiny, and of one process, unless a test says otherwise.
+JOB = """\
+input: {type: manifest, uri: manifest.csv, uri_column: file}
+model: {type: python, target: "slow:make"}
+preprocess: {resize: null, crop: [8, 8], mean: null, std: null}
+task: {type: embedding}
+runtime: {pool: local, device: cpu, batch_size: 5, shard_size: 20, tuning: "off", loader: {processes: 0}}
+output: {uri: out}
+"""
+
+
+def write_job(folder: Path, images: int) -> str:
+    """Write `job.yaml`, its model, a manifest and the pictures there; the job file's path."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "slow.py").write_text(SLOW_NET)
+    (folder / "job.yaml").write_text(JOB)
+    names = [f"images/{number:06d}.png" for number in range(images)]
+    (folder / "manifest.csv").write_text("\n".join(["file", *names, ""]))
+    for number, name in enumerate(names):
+        Image.new("RGB", (8, 8), _colour(number)).save(folder / name)
+    return str(folder / "job.yaml")
+
+
+def publish(folder: Path, images: int, server: Seaweed) -> str:
+    """The same with manifest and pictures on SeaweedFS; only the job file and its model stay here."""
+    path, where = Path(write_job(folder, images)), server.bucket()
+    server.put_tree(folder, where)
+    path.write_text(JOB.replace("uri: manifest.csv", f"uri: {where}manifest.csv"))
+    return str(path)
+
+
+def overrides(**settings: object) -> list[str]:
+    """Command line of settings: `runtime__batch_size=5` is `runtime.batch_size=5`."""
+    return [f"{name.replace('__', '.')}={value}" for name, value in settings.items()]
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What lies in an output, against what should.
+
+    Attributes:
+        missing: images without a row.
+        twice: rows beyond the first of an image.
+        wrong: rows that are not what the model gives for that image.
+        foreign: files that are not as `_SUCCESS` lists them.
+        plans: that were frozen there.
+    """
+
+    missing: int
+    twice: int
+    wrong: int
+    foreign: int
+    plans: int
+
+    @property
+    def right(self) -> bool:
+        return self == Tally(0, 0, 0, 0, 1)
+
+
+def tally(output: str, images: int) -> Tally:
+    """Look at every row of a finished output, and at the files beside them."""
+    rows: list[dict[str, Any]] = table(output).to_pylist()
+    seen = Counter(row["position"] for row in rows)
+    store = opened(output)
+    found = ledger.read_success(store)
+    assert found is not None, f"{output} has no _SUCCESS"
+    return Tally(
+        missing=len(set(range(images)) - seen.keys()),
+        twice=seen.total() - len(seen),
+        wrong=sum(not _is_right(row) for row in rows),
+        foreign=len(ledger.missing_from_success(found[0], ledger.parts(store))),
+        plans=len(plans(output)),
+    )
+
+
+def committed(output: str) -> dict[str, tuple[str, str | None]]:
+    """Attempt and ETag of each committed part, by name."""
+    tags = {stat.uri: stat.etag for stat in opened(output).list("predictions/")}
+    return {key: (made.attempt, tags[key]) for key, made in footers(output).items()}
+
+
+def side_by_side(work: Callable[[T], R], items: Iterable[T], at_once: int) -> list[R]:
+    """So many at a time: they mostly wait for clocks. What fails is raised once all have ended."""
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(work, items))
+
+
+def numbers(values: Iterable[float]) -> str:
+    """The range of some figures: `1.5–3.2`."""
+    found = sorted(values)
+    return f"{found[0]:.1f}–{found[-1]:.1f}" if found else "none"
+
+
+def _colour(number: int) -> tuple[int, int, int]:
+    return number % 256, number // 256, 51
+
+
+def _is_right(row: dict[str, Any]) -> bool:
+    number = row["position"]
+    if row["error_stage"] is not None or not row["uri"].endswith(f"images/{number:06d}.png"):
+        return False
+    pairs = zip(row["embedding"], _colour(number), strict=True)
+    return all(abs(value - shade / 255) < 1e-3 for value, shade in pairs)

@@ -1,0 +1,304 @@
+"""Whatever bytes a job file, a manifest or a control object holds: one sentence of ours, or what it says."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from figures import Figure
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from pools import LOADED, job, make_part
+from stores import MemoryStore
+
+from batchjob import ledger, plan, survey
+from batchjob.errors import BatchjobError
+from batchjob.job import Job
+from batchjob.lease import Lease
+from batchjob.plan import Contract, Head, PlanReader
+from batchjob.records import Cursor
+from batchjob.sources import REF_FIELDS, ManifestSource
+from batchjob.storage import Reader
+
+EXAMPLES = int(os.environ.get("BATCHJOB_EXAMPLES") or 2_000)
+SEED = int(os.environ.get("BATCHJOB_SEED") or 1)
+LONGEST = 4_000  # characters of a sentence
+
+MANIFEST = [{"image": f"s3://lake/{n}.jpg", "size": n, "sku": f"née \u2028 {n}"} for n in range(20)]
+JOB_TEXT = """\
+name: digits
+params: {dt: {type: date}, n: {type: int, default: 3}}
+input: {type: manifest, uri: "in/dt=${dt}/", uri_column: image, passthrough: {sku: string}}
+model: {type: torchvision, name: resnet50, weights: IMAGENET1K_V2}
+preprocess: &p {resize: [32, 32], mean: [0.5, .5, 5e-1], std: [1, 1, 1]}
+task: {type: classification, top_k: 5}
+runtime: {workers: {min: 1, max: 8}, batch_size: auto}
+errors: {max_rate: 0.01, max_count: null}
+output: {uri: "out/dt=${dt}/"}
+"""
+DONE: list[str] = []  # tests that passed
+
+edits = st.lists(
+    st.tuples(
+        st.sampled_from(("flip", "cut", "insert", "repeat", "drop")), st.integers(0, 1 << 16), st.binary(max_size=6)
+    ),
+    max_size=6,
+)
+
+
+def fuzzed(test: Callable[..., None]) -> Callable[..., None]:
+    """So many examples, the same ones for the same seed."""
+    chosen = settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    return seed(SEED)(chosen(test))
+
+
+@pytest.fixture
+def done(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Counts the test once it has passed."""
+    failed = request.session.testsfailed
+    yield
+    if request.session.testsfailed == failed:
+        DONE.append(request.node.name)
+
+
+def damaged(data: bytes, changes: list[tuple[str, int, bytes]]) -> bytes:
+    """The same bytes after some edits."""
+    for how, where, more in changes:
+        at = where % (len(data) + 1)
+        match how:
+            case "flip":
+                data = data[:at] + bytes(b ^ m for b, m in zip(data[at:], more, strict=False)) + data[at + len(more) :]
+            case "cut":
+                data = data[:at]
+            case "insert":
+                data = data[:at] + more + data[at:]
+            case "repeat":
+                data = data[:at] + data[max(0, at - 40) :]
+            case _:
+                data = data[:at] + data[at + len(more) :]
+    return data
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """An error of ours that a person can read, or none."""
+    said = "nothing"
+    try:
+        yield
+    except BatchjobError as error:
+        said = error.message
+    assert said.strip()
+    assert len(said) < LONGEST
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzzed")
+
+
+@pytest.mark.usefixtures("done")
+@fuzzed
+@given(text=st.one_of(st.binary(max_size=300), edits.map(lambda changes: damaged(JOB_TEXT.encode(), changes))))
+def test_a_job_file_of_any_bytes(folder: Path, text: bytes) -> None:
+    path = folder / "job.yaml"
+    path.write_bytes(text)
+    with one_sentence():
+        Job.from_file(path, params={"dt": "2026-11-20"})
+
+
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12), st.just("${dt}"))
+TREES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+KEYS = st.sampled_from(
+    ("name", "params", "input", "model", "preprocess", "task", "runtime", "errors", "output", "storage", "decode")
+)
+
+
+@pytest.mark.usefixtures("done")
+@fuzzed
+@given(
+    key=KEYS, inner=st.sampled_from(("type", "uri", "name", "uri_column", "batch_size", "workers", None)), value=TREES
+)
+def test_a_job_with_any_value_anywhere(folder: Path, key: str, inner: str | None, value: object) -> None:
+    doc: dict[str, Any] = {
+        "input": {"type": "prefix", "uri": "in/"},
+        "model": {"type": "torchvision", "name": "resnet50", "weights": "DEFAULT"},
+        "task": {"type": "embedding"},
+        "output": {"uri": "out/"},
+    }
+    doc[key] = value if inner is None else {**doc.get(key, {}), inner: value}
+    path = folder / "any.json"
+    path.write_text(json.dumps(doc))  # JSON is YAML
+    with one_sentence():
+        Job.from_file(path, params={"dt": "2026-11-20"})
+
+
+def _csv() -> bytes:
+    rows = [",".join(MANIFEST[0]), *(f'{row["image"]},{row["size"]},"{row["sku"]}"' for row in MANIFEST)]
+    return "\r\n".join(rows).encode()
+
+
+def _jsonl() -> bytes:
+    return "\n".join(json.dumps(row) for row in MANIFEST).encode()
+
+
+def _parquet(**options: object) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(MANIFEST), sink, row_group_size=7, **options)
+    return sink.getvalue()
+
+
+KINDS = {
+    "m.csv": _csv(),
+    "m.csv.gz": gzip.compress(_csv(), mtime=0),
+    "m.jsonl": _jsonl(),
+    "m.jsonl.gz": gzip.compress(_jsonl(), mtime=0),
+    "m.parquet": _parquet(compression="none", use_dictionary=False),
+    "m.pq": _parquet(compression="zstd"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_manifest_of_any_bytes(folder: Path, name: str) -> None:
+    path = folder / name
+    source = ManifestSource(uri=str(path), uri_column="image", size_column="size", passthrough=("sku",))
+
+    @fuzzed
+    @given(
+        text=st.one_of(st.binary(max_size=200), edits.map(lambda changes: damaged(KINDS[name], changes))),
+        after=st.sampled_from((0, 3, 19, 100)),
+    )
+    def read(text: bytes, after: int) -> None:
+        path.write_bytes(text)
+        with one_sentence():
+            for batch in source.refs(Reader({}), Cursor(rows=after)):
+                batch.validate(full=True)
+                batch.to_pylist()
+
+    read()
+    DONE.append(name)
+
+
+@pytest.fixture(scope="module")
+def output(folder: Path) -> tuple[MemoryStore, Head, Job]:
+    """A plan of three shards in an output that holds one of everything."""
+    (folder / "finished").mkdir()
+    the = job(folder / "finished", ["0.png", "1.png", "bad.png", "3.png", "4.png"])
+    store = MemoryStore()
+    head = plan.freeze(
+        store,
+        plan.new_head(
+            0,
+            job=the.portable(),
+            fingerprint=the.fingerprint(),
+            shard_size=2,
+            source_version=None,
+            batchjob="1",
+            defaults=the.resolved(),
+        ),
+    )
+    names = ["0.png", "1.png", "bad.png", "3.png", "4.png"]
+    columns = [names, names, [1] * 5, ["tag"] * 5]
+    refs = pa.record_batch(
+        [pa.array(c, f.type) for c, f in zip(columns, REF_FIELDS, strict=True)], pa.schema(REF_FIELDS)
+    )
+    (chunk,) = plan.extend(store, head, lambda after: iter([refs]), lambda: None)
+    parts = []
+    for key in chunk.shards:
+        writer, made = make_part(folder / "part", store, the, key)
+        stands = ledger.commit(store, key, writer.path, made, lambda: None)
+        parts.append(ledger.Part(key.part, made.rows, made.failed, stands.stat.etag, stands.stat.size))
+    plan.agree(store, head, Contract(pa.schema([pa.field("score", pa.float64())]), LOADED.model, None))
+    Lease.acquire(store).release()
+    counts = {"planned": 5, "predicted": 4, "failed": 1}
+    ledger.write_success(store, {"plan": head.plan, "status": "complete", "counts": counts}, parts)
+    return store, head, the
+
+
+def _looks(store: MemoryStore, head: Head) -> list[Callable[[], object]]:
+    """Everything that reads an output."""
+    ours = Contract(pa.schema([pa.field("score", pa.float64())]), LOADED.model, None)
+
+    def members() -> None:
+        reader = PlanReader(store, head)
+        for chunk in plan.chunks(store, head):
+            for key in chunk.shards:
+                assert len(reader.shard(key).refs) == key.rows
+
+    def success() -> None:
+        if (found := ledger.read_success(store)) is not None:
+            ledger.missing_from_success(found[0], ledger.parts(store))
+
+    def lease() -> None:
+        clock = iter(range(0, 10_000, 5))
+        Lease.acquire(store, clock=lambda: float(next(clock)), sleep=lambda seconds: None).release()
+
+    return [
+        lambda: plan.current(store),
+        lambda: plan.is_buried(store, "0" * 16),
+        members,
+        success,
+        lambda: plan.agree(store, head, ours),
+        lambda: list(ledger.inspect_all(store, sorted(ledger.parts(store)))),
+        lambda: survey.status(store),
+        lambda: survey.error_counts(store),
+        lambda: list(survey.error_rows(store)),
+        lease,
+    ]
+
+
+@pytest.mark.parametrize(
+    "which", ["head.json", "chunk-", "schema.arrow", "_batchjob/lease/", "_SUCCESS", "part-0000001"]
+)
+def test_an_output_with_any_damage(output: tuple[MemoryStore, Head, Job], which: str) -> None:
+    store, head, _ = output
+    (key,) = [key for key in store.held() if which in key]
+    sound, objects = store._disk.objects[key], dict(store._disk.objects)
+
+    @fuzzed
+    @given(
+        st.one_of(st.binary(max_size=80), edits.map(lambda changes: damaged(sound.data, changes))), st.integers(0, 9)
+    )
+    def look(data: bytes, which_look: int) -> None:
+        store._disk.objects.clear()
+        store._disk.objects.update(objects)
+        store.delete(key)
+        store.put_if_absent(key, data)
+        with one_sentence():
+            _looks(store, head)[which_look]()
+
+    try:
+        look()
+        DONE.append(which)
+    finally:
+        store._disk.objects.clear()
+        store._disk.objects.update(objects)
+
+
+def test_a_sound_output_passes(output: tuple[MemoryStore, Head, Job]) -> None:
+    store, head, _ = output
+    for look in _looks(store, head):
+        look()
+
+
+def test_the_figure(figure: Figure) -> None:
+    figure("parsers", f"{len(DONE)} kinds of files × {EXAMPLES:,} damaged ones: 0 odd exceptions")
+    assert len(DONE) == 2 + len(KINDS) + 6

@@ -1,0 +1,108 @@
+"""Readers that poll an output while drivers write it and are killed: they see whole parts, and nothing else."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from figures import Figure
+from nursery import Nursery
+from pictures import overrides, tally, write_job
+
+IMAGES, SHARD = 240, 10
+READS = 1000
+NAP = {"BATCHJOB_TEST_NAP": "0.2"}  # a batch; 48 of them
+KILLS = 3
+
+Read = Callable[[], int]
+
+
+def readers(output: Path) -> dict[str, Read]:
+    """How many rows each of the common readers sees, by one plain call."""
+    import duckdb
+    import pandas as pd
+    import polars as pl
+    import pyarrow.parquet as pq
+
+    predictions = f"{output}/predictions/"
+
+    def by_duckdb(glob: str) -> int:
+        with duckdb.connect() as connection:
+            return len(connection.execute("select position, embedding from read_parquet(?)", [glob]).fetchall())
+
+    return {
+        "pyarrow": lambda: pq.read_table(predictions).num_rows,
+        "DuckDB": lambda: by_duckdb(f"{predictions}*.parquet"),
+        "DuckDB **": lambda: by_duckdb(f"{output}/**/*.parquet"),
+        "Polars": lambda: pl.read_parquet(predictions).height,
+        "pandas": lambda: len(pd.read_parquet(predictions)),
+    }
+
+
+class Poll:
+    """One reader that looks, again and again; rows must only grow, by whole parts."""
+
+    def __init__(self, read: Read, stop: threading.Event) -> None:
+        self._read, self._stop = read, stop
+        self.seen: list[int] = []
+        self.wrong: list[str] = []
+        self._thread = threading.Thread(target=self._work)
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            try:
+                count = self._read()
+            except Exception as error:  # noqa: BLE001 - whatever a reader raises is a failed read
+                self.wrong.append(f"{type(error).__name__}: {error}")
+                continue
+            if count % SHARD or count < max(self.seen, default=0):
+                self.wrong.append(f"{count} rows after {self.seen[-1:]}")
+            self.seen.append(count)
+
+
+def test_no_reader_sees_a_partial_or_foreign_file(tmp_path: Path, nursery: Nursery, seed: int, figure: Figure) -> None:
+    """Every reader looks from the first committed part on, through kills and resumes, until all is done."""
+    chance = random.Random(f"readers {seed}")
+    job, output, stop = write_job(tmp_path, IMAGES), tmp_path / "out", threading.Event()
+
+    def go() -> list[Poll]:
+        settings = overrides(output__uri=output, runtime__shard_size=SHARD)
+        driver = nursery.start("run", job, *settings, env=NAP, short_lease=True)
+        driver.until(lambda: any(output.glob("predictions/*")))
+        polls = [Poll(read, stop) for read in readers(output).values()]
+        for _ in range(KILLS):
+            assert driver.work(chance.uniform(0.5, 2.0))
+            driver.kill()
+            driver = nursery.start("run", job, *settings, env=NAP, short_lease=True)
+        ended = driver.end()
+        assert ended.code == 0, ended.err
+        while sum(len(poll.seen) for poll in polls) < READS and not any(poll.wrong for poll in polls):
+            stop.wait(0.1)
+        return polls
+
+    polls: list[Poll] = []
+    try:
+        polls = go()
+    finally:
+        stop.set()
+    for poll in polls:
+        poll.join()
+    reads = {name: len(poll.seen) for name, poll in zip(readers(output), polls, strict=True)}
+    wrong = Counter(said for poll in polls for said in poll.wrong)
+    partly = sum(0 < count < IMAGES for poll in polls for count in poll.seen)
+    figure(
+        "no reader sees a partial or foreign file",
+        f"{wrong.total()} failed of {sum(reads.values()):,} reads, {partly:,} of them while rows were missing: "
+        + ", ".join(f"{name} {count:,}" for name, count in reads.items()),
+    )
+    assert not wrong
+    assert sum(reads.values()) >= READS
+    assert {poll.seen[-1] for poll in polls} == {IMAGES}
+    assert tally(str(output), IMAGES).right

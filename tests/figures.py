@@ -1,0 +1,95 @@
+"""The table of the fault suite: every promise with the figure that a test has shown for it, the seed and the time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+__all__ = ["Figure"]
+
+Figure = Callable[[str, str], None]
+_Row = tuple[str, str, str]  # promise, node id of the test, figure
+
+_rows = pytest.StashKey[list[_Row]]()
+_seconds = pytest.StashKey[defaultdict[str, float]]()
+_failed = pytest.StashKey[set[str]]()
+_began = pytest.StashKey[float]()
+_SEED = "BATCHJOB_SEED"
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Figure:
+    """Put a row into the table: `figure(promise, text)`, such as `figure("resume", "20 kills, 0 shards redone")`."""
+    rows, test = request.config.stash[_rows], request.node.nodeid
+
+    def put(promise: str, text: str) -> None:
+        rows.append((promise, test, text))
+
+    return put
+
+
+@pytest.fixture(scope="session")
+def seed() -> int:
+    """What every random choice of the suite follows from: BATCHJOB_SEED, or 1."""
+    return _seed()
+
+
+@pytest.fixture(scope="session")
+def full_clocks() -> bool:
+    """Whether leases and outages last as long as in production: BATCHJOB_FULL_CLOCKS=1."""
+    return os.environ.get("BATCHJOB_FULL_CLOCKS") == "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin an empty table."""
+    config.stash[_rows], config.stash[_seconds], config.stash[_failed] = [], defaultdict(float), set()
+    config.stash[_began] = time.monotonic()
+    config.pluginmanager.register(_Clock(config))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the table, also when tests failed, and write it to the file that BATCHJOB_FIGURES names."""
+    if not config.stash[_rows]:
+        return
+    lines = _table(config)
+    terminalreporter.section("figures")
+    terminalreporter.write_line("\n".join(lines))
+    if name := os.environ.get("BATCHJOB_FIGURES"):
+        Path(name).write_text("\n".join(lines) + "\n")
+
+
+class _Clock:
+    """Listens to how long each test takes, and which fail."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._stash = config.stash
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._stash[_seconds][report.nodeid] += report.duration
+        if report.failed:
+            self._stash[_failed].add(report.nodeid)
+
+
+def _seed() -> int:
+    return int(os.environ.get(_SEED) or 1)
+
+
+def _table(config: pytest.Config) -> list[str]:
+    stash = config.stash
+    lines = [("promise", "test", "figure", "seconds")]
+    for promise, test, text in sorted([*stash[_rows]]):
+        shown = f"FAILED: {text}" if test in stash[_failed] else text
+        lines.append((promise, test.rpartition("/")[2], shown, f"{stash[_seconds][test]:.0f}"))
+    minutes = (time.monotonic() - stash[_began]) / 60
+    return [*_aligned(lines), f"seed {_seed()} ({_SEED}), {minutes:.1f} minutes in all"]
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    cells = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return [" | ".join(row).rstrip() for row in [cells[0], ["-" * width for width in widths], *cells[1:]]]

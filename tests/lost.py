@@ -1,0 +1,59 @@
+"""A job whose model does harm when it sees a black picture, in the words that BATCHJOB_TEST_HARM holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+
+__all__ = ["ASSERT", "ECC", "write_harmful_job"]
+
+ASSERT = "CUDA error: device-side assert triggered"
+ECC = "CUDA error: uncorrectable ECC error encountered"
+
+# `hang` and `exit` are done, all else is raised.
+NET = """\
+import os
+import threading
+
+from torch import nn
+
+
+class Net(nn.Module):
+    def forward(self, x):
+        harm = os.environ.get("BATCHJOB_TEST_HARM", "")
+        if harm and (x.flatten(1).amax(1) == 0).any():
+            if harm == "hang":
+                threading.Event().wait()
+            if harm == "exit":
+                os._exit(9)
+            raise RuntimeError(harm)
+        return x.mean(dim=(2, 3))
+
+
+def make():
+    return Net()
+"""
+
+JOB = """\
+input: {type: manifest, uri: manifest.csv, uri_column: file}
+model: {type: python, target: "net:make"}
+preprocess: {resize: null, crop: [8, 8], mean: null, std: null}
+task: {type: embedding}
+runtime: {pool: local, device: cpu, batch_size: 4, shard_size: 8, tuning: "off", loader: {processes: 0}}
+errors: {max_rate: 1}
+output: {uri: out}
+"""
+
+
+def write_harmful_job(folder: Path, images: int, black: Iterable[int]) -> str:
+    """Write it there over so many pictures, those of these positions black; the job file's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "net.py").write_text(NET)
+    (folder / "job.yaml").write_text(JOB)
+    names = ["black.png" if position in set(black) else "white.png" for position in range(images)]
+    (folder / "manifest.csv").write_text("\n".join(["file", *names, ""]))
+    for name, shade in (("black", 0), ("white", 255)):
+        Image.new("RGB", (8, 8), (shade, shade, shade)).save(folder / f"{name}.png")
+    return str(folder / "job.yaml")

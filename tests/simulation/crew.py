@@ -1,0 +1,251 @@
+"""Workers that take turns: what they are handed through a real placement, and the parts that they commit."""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow as pa
+from stores import Call, MemoryStore
+
+from batchjob import ledger, plan
+from batchjob.errors import AttemptFailed, BatchjobError, Interrupted, Temporary
+from batchjob.lease import BEAT_SECONDS
+from batchjob.local import account
+from batchjob.placement import Placement
+from batchjob.plan import Contract, Head, PlanReader
+from batchjob.pool import Done, Event, Failed, Loaded, Ready, Setup, WorkerFailed
+from batchjob.records import Fault as ImageError
+from batchjob.records import ImageFacts, ImageRef, Provenance, Shard, ShardKey, ShardResult
+from batchjob.sink import PartWriter, row_schema, rows
+from simulation.actor import REST, Actor, Client
+
+__all__ = ["Crew", "Worker"]
+
+SCHEMA = row_schema([], [pa.field("score", pa.float64())])
+MODEL = "fake@000000000000"
+LOADED = Loaded("cpu", "fp32", MODEL, ("score",), batch_size=2, seconds=0.0)
+# Ids of one length each, so that a part that was once made can be had again under other ones.
+_PLAN, _SHARD, _ATTEMPT = "p" * 16, "s" * 16, "a" * 16
+_HEARD_TURNS = 2
+
+
+class Crew:
+    """The pool of one driver.
+
+    Args:
+        driver: whose it is.
+        shared: the objects that all see.
+        size: workers.
+
+    Attributes:
+        epoch: of the driver's lease; `seen` the highest it has seen since.
+        looked: when it last looked, by its own clock.
+        handed_out: shards, in order.
+    """
+
+    def __init__(self, driver: Actor, shared: MemoryStore, size: int) -> None:
+        self._driver, self._shared, self.size = driver, shared, size
+        self._placement = Placement()
+        self._events: list[tuple[str, Event]] = []
+        self._named = 0
+        self.workers: list[Worker] = []
+        self.closed = False
+        self.epoch = self.seen = 0
+        self.looked = 0.0
+        self.handed_out: list[int] = []
+        self._turns_since_seen = 0
+
+    # -- Pool ----------------------------------------------------------------------------------------------------------
+
+    def start(self, setup: Setup) -> None:  # noqa: ARG002 - the seam's face
+        for _ in range(self.size):
+            self._hire()
+
+    def free(self) -> int:
+        return self._placement.free()
+
+    def idle(self) -> int:
+        return self._placement.idle()
+
+    def submit(self, key: ShardKey, number: int) -> None:
+        assert self._turns_since_seen < _HEARD_TURNS, f"{self._driver.name} hands out under a lease it knows to be lost"
+        self.handed_out.append(key.index)
+        self._placement.submit(key, number)
+        self._hand_over()
+
+    def back_up(self, key: ShardKey, number: int) -> None:
+        assert self._turns_since_seen < _HEARD_TURNS, f"{self._driver.name} backs up under a lease it knows to be lost"
+        self._placement.back_up(key, number)
+        self._hand_over()
+
+    def wait(self, timeout: float) -> list[Event]:
+        age = self._driver.clock - self.looked
+        assert age <= BEAT_SECONDS, f"{self._driver.name} has not looked at the lease for {age} s"
+        self._turns_since_seen += self.seen > self.epoch
+        self._driver.wait("wait")
+        if not self._events:
+            self._driver.clock += timeout
+        told, self._events = self._events, []
+        for worker, event in told:
+            account(self._placement, worker, event)
+        self._hand_over()
+        return [event for _, event in told]
+
+    def close(self) -> None:
+        """Workers that are at work may be slow to hear of it."""
+        self.closed = True
+
+    # -- for workers and tests -----------------------------------------------------------------------------------------
+
+    def tell(self, worker: str, event: Event) -> None:
+        self._events.append((worker, event))
+
+    def lose(self, worker: Worker) -> None:
+        """A worker's process died; another takes its place, as on a cluster."""
+        self.workers.remove(worker)
+        if self.closed:
+            return
+        lost = self._placement.leave(worker.name)
+        self._events = [(name, event) for name, event in self._events if name != worker.name]
+        reason = f"worker {worker.name} was lost"
+        self._events += [("", Failed(key, AttemptFailed(reason))) for key in lost[:1]]
+        self._events += [("", Failed(key, Interrupted(reason))) for key in lost[1:]]
+        self._hire()
+
+    def _hire(self) -> None:
+        self._named += 1
+        self.workers.append(Worker(f"{self._driver.name} worker {self._named}", self, self._shared))
+
+    def _hand_over(self) -> None:
+        by_name = {worker.name: worker for worker in self.workers}
+        for due in self._placement.due():
+            by_name[due.worker].todo.append((due.key, due.plan))
+
+
+class Worker(Actor):
+    """Takes shards and commits their parts, as `worker.Worker` does, but for torch.
+
+    Attributes:
+        todo: what it was handed.
+        crew: that it belongs to.
+    """
+
+    def __init__(self, name: str, crew: Crew, shared: MemoryStore) -> None:
+        self.todo: list[tuple[ShardKey, int]] = []
+        self.crew = crew
+        self._plan: tuple[Head, PlanReader] | None = None
+        self.store = Client(shared, self)
+        super().__init__(name, self._work_on)
+
+    @property
+    def resting(self) -> bool:
+        """Whether there is nothing for it to do."""
+        return self.stop == Call(REST, "") and not self.todo
+
+    def _work_on(self) -> None:
+        self.crew.tell(self.name, Ready(self.name, LOADED))
+        while True:
+            while not self.todo:
+                if self.crew.closed:
+                    return
+                self.wait(REST)
+            key, number = self.todo.pop(0)
+            try:
+                self._begin(number)
+            except BatchjobError as error:
+                self.crew.tell(self.name, WorkerFailed(error))
+                return
+            try:
+                event: Event = Done(self._done(key))
+            except BatchjobError as error:
+                event = Failed(key, error)
+            self.crew.tell(self.name, event)
+
+    def _begin(self, number: int) -> None:
+        if self._plan is not None:
+            return
+        found, head = plan.current(self.store)
+        if head is None or found != number:
+            raise Temporary("the plan was discarded while this run was starting")
+        plan.agree(self.store, head, Contract(SCHEMA, MODEL, None))
+        self._plan = head, PlanReader(self.store, head)
+
+    def _done(self, key: ShardKey) -> ShardResult:
+        assert self._plan is not None
+        head, reader = self._plan
+        shard = reader.shard(key)
+        self.store.calls.append(Call("predict", ""))
+        if self.wait("predict") is not None:
+            raise AttemptFailed("a fault while predicting")
+
+        def wanted() -> None:
+            if plan.is_discarded(self.store, head):
+                raise Temporary("the plan was discarded while this run was at work")
+
+        body, made = make_part(head.plan, shard)
+        with tempfile.NamedTemporaryFile(prefix="part-", suffix=".parquet") as spooled:
+            spooled.write(body)
+            spooled.flush()
+            stands = ledger.commit(self.store, key, Path(spooled.name), made, wanted)
+        return ShardResult(key, stands.provenance, {}, stands.ours, stands.stat.etag)
+
+
+def make_part(name: str, shard: Shard) -> tuple[bytes, Provenance]:
+    """A shard's part, and what its footer says."""
+    template = _template(shard.key.index, shard.refs)
+    made = _provenance(name, shard.key.id, secrets.token_hex(8), shard.key.index, shard.refs)
+    for old, new in ((_PLAN, name), (_SHARD, shard.key.id), (_ATTEMPT, made.attempt)):
+        assert len(old) == len(new)
+        template = template.replace(old.encode(), new.encode())
+    return template, made
+
+
+@lru_cache(maxsize=256)
+def _template(index: int, refs: Sequence[ImageRef]) -> bytes:
+    shard = Shard(
+        ShardKey(index, _SHARD, len(refs), 0, 0), tuple(refs), pa.table({"none": [None] * len(refs)}).select([])
+    )
+    facts = [ImageFacts(fault=_BAD if "bad" in ref.uri else None) for ref in refs]
+    scores = pa.array([float(ref.position) for ref, fact in zip(refs, facts, strict=True) if fact.fault is None])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "part"
+        with PartWriter(path, SCHEMA) as writer:
+            writer.add(
+                rows(
+                    SCHEMA,
+                    shard=shard,
+                    start=0,
+                    facts=facts,
+                    columns=[scores.cast(pa.float64())],
+                    faults=[None] * len(scores),
+                    run_id="run",
+                    model_id=MODEL,
+                )
+            )
+            writer.close(_provenance(_PLAN, _SHARD, _ATTEMPT, index, refs))
+        return path.read_bytes()
+
+
+_BAD = ImageError("decode", "truncated", "ends too early")
+
+
+def _provenance(name: str, shard: str, attempt: str, index: int, refs: Sequence[ImageRef]) -> Provenance:
+    bad = sum("bad" in ref.uri for ref in refs)
+    return Provenance(
+        plan=name,
+        shard=shard,
+        index=index,
+        attempt=attempt,
+        revision=0,
+        fingerprint="f",
+        model="m",
+        rows=len(refs),
+        failed=bad,
+        errors={"decode/truncated": bad} if bad else {},
+        seconds={"wall": 0.5},
+        versions={},
+    )

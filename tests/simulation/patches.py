@@ -1,0 +1,189 @@
+"""What stands in for threads, clocks, signals and the input while drivers take turns; nothing that decides anything."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Self, TypeVar, cast
+from unittest import mock
+
+import pyarrow as pa
+from stores import Killed
+
+from batchjob import dispatch, driver, lease, parallel, planning, redaction, turns
+from batchjob.job import Job
+from batchjob.lease import Lease
+from batchjob.plan import Chunk, Head, cutting
+from batchjob.records import Cursor
+from batchjob.schedule import Schedule
+from batchjob.sources import REF_FIELDS
+from batchjob.storage import Outage, Store
+from simulation.actor import Actor
+from simulation.process import Driver
+
+__all__ = ["CHUNK_ROWS", "simulated"]
+
+R = TypeVar("R")
+
+CHUNK_ROWS = 4
+_SILENCE_SECONDS = 4.0
+_POLL_SECONDS = 1.0
+
+
+@contextmanager
+def simulated() -> Iterator[None]:
+    """As long as this lasts, `driver.run` and `driver.discard` are to be called by a `Driver` that takes turns."""
+    patched: list[tuple[Any, str, Any]] = [
+        (cutting, "CHUNK_ROWS", CHUNK_ROWS),
+        (lease, "_POLL_SECONDS", _POLL_SECONDS),
+        (parallel, "Threads", AtOnce),
+        (turns, "Threads", AtOnce),
+        (turns, "Outage", partial(Outage, clock=_now, sleep=_sleep)),
+        (turns, "time", Time),
+        (dispatch, "time", Time),
+        (dispatch, "Schedule", partial(Schedule, clock=_now)),
+        (driver, "time", Time),
+        (driver, "open_store", lambda *_, **__: _driver().store),
+        (driver, "Feeder", Fed),
+        (driver, "Lease", Taken),
+        (driver, "Drain", Asked),
+        (planning, "Input", Given),
+        (redaction, "os", SimpleNamespace(environ={})),  # looked through for each message
+        (planning, "probe", lambda store: None),
+        (planning.Planning, "_check_files", lambda self: None),
+    ]
+    patched += [(Job, name, _once(getattr(Job, name))) for name in ("portable", "resolved", "fingerprint")]
+    with ExitStack() as stack:
+        for owner, name, stand_in in patched:
+            stack.enter_context(mock.patch.object(owner, name, stand_in))
+        yield
+
+
+def _once(method: Callable[[Job], R]) -> Callable[[Job], R]:
+    """What takes long, and comes out the same each time for the one job there is."""
+    found: list[R] = []
+
+    def remembered(self: Job) -> R:
+        if not found:
+            found.append(method(self))
+        return found[0]
+
+    return remembered
+
+
+class AtOnce:
+    """`Threads` whose calls are done when they are submitted, by the one who submits them."""
+
+    def __init__(self, most: int, name: str = "aside") -> None:
+        pass
+
+    def submit(self, call: Callable[[], R]) -> Future[R]:
+        future: Future[R] = Future()
+        try:
+            future.set_result(call())
+        except Killed:
+            raise
+        except BaseException as error:  # noqa: BLE001 - raised where the result is taken
+            future.set_exception(error)
+        return future
+
+    def leave(self) -> None:
+        pass
+
+
+class Fed:
+    """A `Feeder` that is asked in vain every other time, so that shards are handed out while the plan is written."""
+
+    def __init__(self, chunks: Iterable[Chunk]) -> None:
+        self._chunks, self._asked = iter(chunks), 0
+        self.finished = False
+
+    def take(self, seconds: float = 0.0) -> Chunk | None:
+        self._asked += 1
+        if self.finished or (self._asked % 2 == 0 and not seconds):
+            return None
+        chunk = next(self._chunks, None)
+        self.finished = chunk is None
+        return chunk
+
+    def close(self) -> None:
+        pass
+
+
+class Given:
+    """An `Input` of the images that the driver is given."""
+
+    fields: tuple[pa.Field, ...] = ()
+    version = None
+
+    def __init__(self, job: Any, reader: Any) -> None:  # noqa: ARG002 - what it stands in for takes them
+        self._images = _driver().images
+
+    def require(self, note: Callable[[str], None]) -> None:
+        pass
+
+    def refs(self, after: Cursor) -> Iterator[pa.RecordBatch]:
+        names = self._images[after.rows :]
+        columns = [names, names, [1] * len(names), ["tag"] * len(names)]
+        yield pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, REF_FIELDS, strict=True)], _REFS)
+
+    def check_unchanged(self, head: Head) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+_REFS = pa.schema(REF_FIELDS)
+
+
+class Taken(Lease):
+    """A `Lease` on the clock of the driver that takes it."""
+
+    @classmethod
+    def acquire(cls, store: Store, **_: Any) -> Lease:
+        began, holders = _now(), _driver().holders()
+        taken = super().acquire(store, silence=_SILENCE_SECONDS, clock=_now, sleep=_sleep)
+        patient = _now() - began >= _SILENCE_SECONDS or _driver().stale > 0
+        assert patient or not holders & _driver().holders(taken.epoch), f"{_driver().name} did not wait for {holders}"
+        _driver().holds(taken)
+        return taken
+
+
+class Asked:
+    """A `Drain` that the test asks."""
+
+    def __init__(self) -> None:
+        self.asked = _driver().signal = threading.Event()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def listen(self) -> None:
+        pass
+
+
+def _driver() -> Driver:
+    return cast(Driver, Actor.running)
+
+
+def _now() -> float:
+    return Actor.running.clock
+
+
+def _sleep(seconds: float) -> None:
+    Actor.running.sleep(seconds)
+
+
+class Time:
+    """The part of `time` that drivers use."""
+
+    monotonic = staticmethod(_now)
+    sleep = staticmethod(_sleep)

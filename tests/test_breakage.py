@@ -1,0 +1,82 @@
+"""Which errors say that a device is broken, or what this process has of it, in the words of torch and CUDA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from batchjob.breakage import breakage, identity
+
+# As torch 2.11 to 2.15, its libraries and ONNX Runtime say it; of CUDA's own lines the first.
+CONTEXT = [
+    "CUDA error: device-side assert triggered",
+    "CUDA error: an illegal memory access was encountered",
+    "CUDA error: an illegal instruction was encountered",
+    "CUDA error: misaligned address",
+    "CUDA error: invalid program counter",
+    "CUDA error: operation not supported on global/shared address space",
+    "CUDA error: unspecified launch failure",
+    "CUDA error: the launch timed out and was terminated",
+    "HIP error: an illegal memory access was encountered",
+    "CUDA failure 700: an illegal memory access was encountered ; GPU=0 ; hostname=gpu-1",
+    "Triton Error [CUDA]: an illegal memory access was encountered",
+    "CUDA driver error: unspecified launch failure",
+]
+HARDWARE = [
+    "CUDA error: uncorrectable ECC error encountered",
+    "CUDA error: uncorrectable NVLink error detected during the execution",
+    "CUDA error: hardware stack error",
+    "CUDA error: Invalid access of peer GPU memory over nvlink or a hardware error",
+    "CUDA error: CUDA-capable device(s) is/are busy or unavailable",
+    "CUDA error: unknown error",
+]
+HARMLESS = [
+    "CUDA out of memory. Tried to allocate 20.00 GiB",
+    "CUDA error: out of memory",
+    "CUDA error: invalid argument",
+    "CUDA error: no kernel image is available for execution on the device",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",
+    "mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)",
+]
+REST = """
+CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+"""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.AcceleratorError])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *((text, "context") for text in CONTEXT),
+        *((text, "hardware") for text in HARDWARE),
+        *((text, None) for text in HARMLESS),
+    ],
+)
+def test_words_tell_what_is_broken(text: str, expected: str | None, kind: type[Exception]) -> None:
+    assert breakage(kind(text)) == expected
+
+
+def test_what_an_error_was_raised_from_counts_too() -> None:
+    error = ValueError("the model fails on an example batch")
+    error.__cause__ = RuntimeError(CONTEXT[0])
+    assert breakage(error) == "context"
+
+
+@pytest.mark.parametrize("text", ["CUDA error: invalid argument", "mat1 and mat2 shapes cannot be multiplied"])
+def test_advice_that_follows_every_error_is_not_taken_for_an_assert(text: str) -> None:
+    assert breakage(torch.AcceleratorError(f"{text}{REST}")) is None
+
+
+def test_a_cpu_is_not_asked() -> None:
+    assert breakage(RuntimeError("nothing known"), torch.device("cpu")) is None
+    assert identity(torch.device("cpu")) == "cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_gpu_has_a_name_of_its_own_and_is_asked_in_doubt() -> None:
+    device = torch.device("cuda:0")
+    assert "GPU-" in identity(device)
+    assert breakage(RuntimeError("nothing known"), device) is None

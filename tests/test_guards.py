@@ -1,0 +1,490 @@
+"""What strangers can write (keys, rows, names, a job's text) is data: it leads nowhere, runs nothing, shows nothing."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from botocore.exceptions import ClientError
+from PIL import Image
+from seaweed import Seaweed
+
+from batchjob.decode import DecodeSettings
+from batchjob.errors import ImageFault, InvalidJob, NotFound
+from batchjob.fetch import Fetcher
+from batchjob.job import Job
+from batchjob.progress import Bar, Lines
+from batchjob.records import Blob, Cursor, Fault, ImageRef
+from batchjob.redaction import harmless, held_secret, redacted, secret_in, typed, without_queries
+from batchjob.report import Outcome
+from batchjob.sources import ManifestSource, PrefixSource
+from batchjob.storage import Reader
+from batchjob.targets import load_target
+
+ROOT = Path(__file__).parents[1]
+AWAY = "../../../../../../../../tmp/away.png"
+
+# --- keys are data --------------------------------------------------------------------------------------------------
+
+# Names that a disk takes as well; all end in .png.
+ON_DISK = [
+    "p%2Fq.png",
+    "%2e%2e%2fup.png",
+    "..up.png",
+    "back\\slash.png",
+    "C:\\windows.png",
+    "new\nline.png",
+    "\x1b]0;title\x07\x1b[31mred.png",
+    "caf\u00e9.png",
+    "cafe\u0301.png",
+    "\u202egnp.evil.png",
+    " space .png",
+    "~root.png",
+    "$(touch away).png",
+    "`id`;|&.png",
+    "'quoted\".png",
+    "a?X=1&b=%00.png",
+    "#hash.png",
+    "*[a-z]?.png",
+    "=1+1.png",
+    "-rf.png",
+    "_SUCCESS.png",
+    "part-0000000-0000000000000000.parquet.png",
+    "\u0130\u00df\U0001f600.png",
+]
+# And such as only a bucket has.
+IN_BUCKETS = [
+    "a//b.png",
+    "/absolute.png",
+    "a/../up.png",
+    "a/./b.png",
+    "../out.png",
+]
+NET = """\
+from torch import nn
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean(dim=(2, 3))
+
+
+def mean():
+    return Mean()
+"""
+
+
+def picture(number: int) -> bytes:
+    """A picture whose colour tells its number."""
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8), colour(number)).save(out, "PNG")
+    return out.getvalue()
+
+
+def colour(number: int) -> tuple[int, int, int]:
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(number / 64, 0.7, 0.9))
+    return red, green, blue
+
+
+def on_disk(folder: Path) -> dict[str, int]:
+    """Every name with the number of its picture; where none can be, as on some file systems, it is left out."""
+    there = {}
+    for number, name in enumerate(ON_DISK):
+        (folder / name).write_bytes(picture(number))
+        there[name] = number
+    return there
+
+
+def in_bucket(s3: Seaweed, root: str) -> dict[str, int]:
+    """Likewise; a key that the server does not take is named all the same, and leads to nothing."""
+    there = {}
+    for number, name in enumerate([*ON_DISK, *IN_BUCKETS]):
+        with suppress(ClientError):
+            s3.put(root + name, picture(number))
+        there[name] = number
+    return there
+
+
+def table(source: ManifestSource | PrefixSource) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pa.Table.from_batches(list(source.refs(Reader(), Cursor()))).to_pylist()
+    return rows
+
+
+def manifest(folder: Path, uris: list[str]) -> ManifestSource:
+    file = folder / "manifest.parquet"
+    pq.write_table(pa.table({"image": uris}), file)
+    return ManifestSource.model_validate({"uri": str(file), "uri_column": "image"})
+
+
+def fetched(rows: list[dict[str, Any]]) -> list[Blob | Fault]:
+    refs = [ImageRef(number, row["uri"], row["location"]) for number, row in enumerate(rows)]
+    return Fetcher(Reader(patience=0.0)).fetch(refs)
+
+
+def test_names_on_a_disk_are_read_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    there = on_disk(tmp_path / "in")
+    listed = table(PrefixSource.model_validate({"uri": str(tmp_path / "in")}))
+    assert {row["uri"].removeprefix(f"{tmp_path}/in/") for row in listed} == set(there)
+    named = table(manifest(tmp_path / "in", list(there)))
+    absolute = table(manifest(tmp_path / "in", [f"{tmp_path}/in/{name}" for name in there]))
+    for rows in (listed, named, absolute):
+        answers = fetched(rows)
+        for row, answer in zip(rows, answers, strict=True):
+            name = row["location"].removeprefix(f"{tmp_path}/in/")
+            assert isinstance(answer, Blob), name
+            assert answer.data == picture(there[name]), name
+
+
+def test_keys_of_a_bucket_are_read_as_they_are(s3: Seaweed, tmp_path: Path) -> None:
+    root = s3.bucket("guards")
+    there = in_bucket(s3, f"{root}in/")
+    stored = {key.removeprefix("in/"): key for key in s3.keys(root)}
+    listed = table(PrefixSource.model_validate({"uri": f"{root}in/"}))
+    assert {row["uri"].removeprefix(root) for row in listed} == {
+        key for key in stored.values() if key.startswith("in/")
+    }
+    named = table(manifest(tmp_path, [f"{root}in/{name}" for name in there]))
+    for rows in (listed, named):
+        for row, answer in zip(rows, fetched(rows), strict=True):
+            name = row["uri"].removeprefix(f"{root}in/")
+            if isinstance(answer, Blob):  # SeaweedFS makes slashes of backslashes
+                assert answer.data == (picture(there[name]) if name in there else s3.get(row["uri"])), name
+            else:  # what the server itself has put elsewhere
+                assert name not in stored, (name, answer)
+                assert (answer.stage, answer.type) in {("fetch", "not_found"), ("fetch", "unaddressable")}
+
+
+@pytest.mark.parametrize(
+    ("uri", "type"),
+    [
+        ("nul\0byte.png", {"unaddressable", "not_found"}),
+        ("/nul\0byte.png", {"unaddressable", "not_found"}),
+        ("x" * 5000 + ".png", {"unaddressable", "not_found"}),
+        (AWAY, {"not_found"}),
+        ("/etc", {"not_found"}),
+        ("/dev/zero", {"not_found"}),
+        ("file:///dev/stdin", {"not_found"}),
+        ("", {"not_found"}),
+    ],
+)
+def test_a_name_that_leads_to_nothing_is_an_error_row(tmp_path: Path, uri: str, type: set[str]) -> None:
+    if not uri:
+        with pytest.raises(InvalidJob, match="row 1: no image in column 'image'"):
+            table(manifest(tmp_path, [uri]))
+        return
+    (answer,) = fetched(table(manifest(tmp_path, [uri])))
+    assert isinstance(answer, Fault)
+    assert answer.stage == "fetch"
+    assert answer.type in type
+
+
+@pytest.mark.parametrize("key", ["nul\0byte.png", "x" * 5000, "../../../up.png", "..", "a/../../b"])
+def test_a_key_that_no_bucket_has_is_an_error_row(s3: Seaweed, tmp_path: Path, key: str) -> None:
+    root = s3.bucket("guards")
+    s3.put(f"{root}fine.png", picture(0))
+    fine, bad = fetched(table(manifest(tmp_path, [f"{root}fine.png", root + key])))
+    assert isinstance(fine, Blob)
+    assert isinstance(bad, Fault)
+    assert bad.type in {"unaddressable", "not_found", "unreadable"}
+
+
+@pytest.fixture(scope="module")
+def ran(s3: Seaweed, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int], str]:
+    """A run over all these keys and one bad file, its output on the server; folder, names and output."""
+    folder = tmp_path_factory.mktemp("guards")
+    root = s3.bucket("guards")
+    there = in_bucket(s3, f"{root}in/")
+    s3.put(f"{root}in/\x1b]0;owned\x07\nbatchjob: all is well.png", b"no image at all")
+    (folder / "net.py").write_text(NET)
+    (folder / "job.yaml").write_text(
+        f'input: {{type: prefix, uri: "{root}in/"}}\n'
+        'model: {type: python, target: "net:mean"}\n'
+        "preprocess: {resize: null, crop: null, mean: null, std: null}\n"
+        "task: {type: embedding}\n"
+        "runtime: {pool: local, device: cpu, tuning: off, shard_size: 7, loader: {processes: 1}}\n"
+        "errors: {max_rate: 1}\n"
+        f'output: {{uri: "{root}out/"}}\n'
+    )
+    done = command("run", "job.yaml", cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, there, f"{root}out/"
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    call = [sys.executable, "-m", "batchjob", *arguments]
+    return subprocess.run(call, capture_output=True, text=True, check=False, timeout=200, cwd=cwd)
+
+
+def test_a_run_over_odd_keys_has_the_right_row_for_each(ran: tuple[Path, dict[str, int], str], s3: Seaweed) -> None:
+    folder, there, output = ran
+    keys = s3.keys(output)
+    parts = [key for key in keys if key.startswith("predictions/")]
+    assert all(re.fullmatch(r"predictions/part-\d{7}-[0-9a-f]+\.parquet", key) for key in parts)
+    assert all(key == "_SUCCESS" or key.startswith(("_batchjob/", "predictions/")) for key in keys)
+    rows = [row for key in parts for row in pq.read_table(pa.BufferReader(s3.get(output + key))).to_pylist()]
+    home = output.replace("/out/", "/in/")
+    right = [row for row in rows if row["uri"].removeprefix(home) in there and row["error_type"] is None]
+    assert len(right) > 20, sorted(row["uri"].removeprefix(home) for row in rows)
+    assert [row["error_type"] for row in rows if row["error_type"]] == ["not_an_image"]
+    for row in right:
+        wanted = [part / 255 for part in colour(there[row["uri"].removeprefix(home)])]
+        assert row["embedding"] == pytest.approx(wanted, abs=1e-4)
+    assert len({row["uri"] for row in rows}) == len(rows) == len(s3.keys(home))
+    assert not (folder / "away").exists()
+
+
+def test_nothing_that_a_name_holds_reaches_the_terminal(ran: tuple[Path, dict[str, int], str]) -> None:
+    folder, _, output = ran
+    looked: list[tuple[str, str]] = [("errors", output), ("status", output), ("run", "job.yaml")]
+    for words in looked:
+        endpoint = ("--endpoint", os.environ["AWS_ENDPOINT_URL"]) if words[0] != "run" else ()
+        done = command(*words, *endpoint, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        assert "\x1b" not in done.stderr + done.stdout
+        assert "\x07" not in done.stderr + done.stdout
+        assert not re.search(r"^batchjob: all is well", done.stderr, re.MULTILINE)
+        if words[0] == "errors":
+            assert r"\x1b]0;owned\x07\nbatchjob: all is well.png: decode/not_an_image:" in done.stderr
+
+
+# --- code comes from beside the job file only -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os:system",
+        "subprocess:run",
+        "batchjob.cli:main",
+        "..net:mean",
+        ".net:mean",
+        "net..mean:x",
+        "net:.mean",
+        "../net:mean",
+        "/tmp/net:mean",
+        "net/../net:mean",
+        "net\n:mean",
+        "net:mean\n",
+        "https://host/net:mean",
+        "s3://bucket/net:mean",
+        "__import__('os'):system",
+        "net:mean()",
+        "net",
+        "net:",
+        ":mean",
+        "",
+    ],
+)
+def test_code_is_taken_from_beside_the_job_file_only(tmp_path: Path, target: str) -> None:
+    (tmp_path / "jobs").mkdir()
+    for folder in (tmp_path, tmp_path / "jobs"):
+        (folder / "net.py").write_text("def mean(): ...\n")
+    text = {
+        "input": {"type": "prefix", "uri": "images/"},
+        "model": {"type": "python", "target": target},
+        "task": {"type": "embedding"},
+        "output": {"uri": "out/"},
+    }
+    (tmp_path / "jobs" / "job.yaml").write_text(json.dumps(text))
+    with pytest.raises(InvalidJob):
+        load_target(Job.from_file(tmp_path / "jobs" / "job.yaml").model.target, tmp_path / "jobs")  # type: ignore[union-attr]
+
+
+def test_a_row_names_no_code(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("import pathlib\npathlib.Path('ran').touch()\ndef mean(): ...\n")
+    for uri in ("net:mean", "!!python/object:os.system", "net.py", "python://net:mean"):
+        with suppress(InvalidJob):  # its protocol is none that data may name
+            fetched(table(manifest(tmp_path, [uri])))
+    assert not (tmp_path / "ran").exists()
+    assert not Path("ran").exists()
+
+
+# --- the text of a job has limits -----------------------------------------------------------------------------------
+
+
+def laughs(levels: int) -> str:
+    lines = ["a0: &a0 [" + ", ".join(["lol"] * 10) + "]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, levels)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        laughs(9),
+        laughs(400),
+        "a: &a {b: *a}",
+        "x: &x [[[[1]]]]\ny: [" + ", ".join(["*x"] * 60_000) + "]",
+        "a: " + "{a: " * 3000,
+        "- " * 3000 + "x",
+        "&a " * 100 + "x",
+        "? " * 2000,
+    ],
+    ids=["laughs", "more", "itself", "wide", "braces", "dashes", "anchors", "keys"],
+)
+def test_a_few_lines_that_mean_billions_are_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "job.yaml").write_text(text)
+    began = time.process_time()
+    with pytest.raises(InvalidJob) as caught:
+        Job.from_file(tmp_path / "job.yaml")
+    assert time.process_time() - began < 10, "generous: reading the text takes most of it"
+    assert len(caught.value.message.splitlines()[0]) < 300
+
+
+def test_tags_make_no_objects(tmp_path: Path) -> None:
+    text = "name: !!python/object/apply:os.system ['touch ran']\ninput: !!python/name:os.system\n"
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(InvalidJob, match=r"has (?:the|a) tag|which a job does not know"):
+        Job.from_file(tmp_path / "job.yaml")
+    assert not Path("ran").exists()
+
+
+# --- decode in a job ------------------------------------------------------------------------------------------------
+
+
+def small(tmp_path: Path, *overrides: str) -> Job:
+    text = {
+        "input": {"type": "prefix", "uri": "images/"},
+        "model": {"type": "python", "target": "net:mean"},
+        "task": {"type": "embedding"},
+        "output": {"uri": "out/"},
+    }
+    (tmp_path / "job.yaml").write_text(json.dumps(text))
+    return Job.from_file(tmp_path / "job.yaml", overrides=overrides)
+
+
+def test_what_decoding_accepts_belongs_to_the_fingerprint(tmp_path: Path) -> None:
+    plain = small(tmp_path)
+    accepting, fewer = small(tmp_path, "decode.truncated=accept"), small(tmp_path, "decode.formats=[png, jpeg]")
+    assert len({json.dumps(job.fingerprint(), sort_keys=True) for job in (plain, accepting, fewer)}) == 3
+    assert fewer.fingerprint() == small(tmp_path, "decode.formats=[jpeg, png, jpeg]").fingerprint()
+    assert fewer.fingerprint()["decode"] == {"formats": ["jpeg", "png"]}
+    assert plain.decode == DecodeSettings()
+
+
+def test_formats_that_nobody_knows_are_said(tmp_path: Path) -> None:
+    with pytest.raises(InvalidJob, match=r"decode\.formats\.1: must be 'jpeg', 'png', .* or 'heif', not 'psd'"):
+        small(tmp_path, "decode.formats=[png, psd]")
+    with pytest.raises(InvalidJob, match=r"decode\.formats=\[\]: has 0 values; 1 is the least"):
+        small(tmp_path, "decode.formats=[]")
+    with pytest.raises(InvalidJob, match=r"decode\.truncated=maybe: must be 'error' or 'accept'"):
+        small(tmp_path, "decode.truncated=maybe")
+
+
+# --- what is said holds no secret and no control --------------------------------------------------------------------
+
+SECRET = "9f8e7d6c5b4a39281706"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"s3://me:{SECRET}@lake/a.jpg: gone", "s3://…@lake/a.jpg: gone"),
+        (f"https://me:p@{SECRET}@host/a: gone", "https://…@host/a: gone"),
+        (f"at https://h/a?X-Amz-Signature={SECRET}&w=1 now", "at https://h/a?X-Amz-Signature=…&w=1 now"),
+        (f"https://h/a?w=1&sig={SECRET}", "https://h/a?w=1&sig=…"),
+        (f"https://h/a?token={SECRET}:{SECRET}: not there", "https://h/a?token=…: not there"),
+        (f"https://h/a?w=1&amp;access_token={SECRET}", "https://h/a?w=1&amp;access_token=…"),
+        (f"GET with Authorization: Bearer {SECRET}", "GET with Authorization: …"),
+        (f"Bearer {SECRET}", "Bearer …"),
+        ("key AKIAIOSFODNN7EXAMPLE is no more", "key … is no more"),
+        (f"-----BEGIN RSA PRIVATE KEY-----\n{SECRET}\n-----END RSA PRIVATE KEY-----", "…"),
+        ("abfss://container@account.dfs.core.windows.net/a", "abfss://container@account.dfs.core.windows.net/a"),
+        ("s3://lake/a@2x.jpg?v=1 a basic thing = fine", "s3://lake/a@2x.jpg?v=1 a basic thing = fine"),
+        ("/data/glob?.jpg: nothing there", "/data/glob?.jpg: nothing there"),
+    ],
+)
+def test_secrets_are_taken_out_of_a_text(text: str, shown: str) -> None:
+    assert redacted(text) == shown
+    assert redacted(shown) == shown
+    assert SECRET not in str(InvalidJob(text))
+    assert SECRET not in ImageFault("fetch", "storage", text).message
+    assert SECRET not in Fault("fetch", "storage", text).message
+    assert SECRET not in Outcome.of_error(RuntimeError(text)).dump()
+    assert isinstance(NotFound(text), NotFound)
+
+
+def test_secret_values_of_the_environment_are_taken_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"/{SECRET}+x=")
+    monkeypatch.setenv("MY_API_TOKEN", "short")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/token-of-this-machine")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    said = f"the key /{SECRET}+x= and {quote(f'/{SECRET}+x=', safe='')} of /var/run/token-of-this-machine, token, short"
+    assert redacted(said) == "the key … and … of /var/run/token-of-this-machine, token, short"
+    assert held_secret(said) == "AWS_SECRET_ACCESS_KEY"
+    with pytest.raises(InvalidJob) as caught:
+        small(tmp_path, f"name=x{SECRET}", f"model.target=net:/{SECRET}+x=")
+    assert "holds the value of the environment variable AWS_SECRET_ACCESS_KEY; a job never holds" in str(caught.value)
+    assert f"/{SECRET}" not in str(caught.value)
+
+
+def test_what_is_typed_is_shown_without_its_query() -> None:
+    assert without_queries(f"https://b/x?anything={SECRET}") == "https://b/x?…"
+    assert typed("input.uri", f"https://me:{SECRET}@b/x?anything={SECRET}") == "input.uri=https://…@b/x?…"
+    assert typed("api_token", SECRET) == "api_token=…"
+    assert typed("storage.s3://.secret_access_key", SECRET) == "storage.s3://.secret_access_key=…"
+
+
+@pytest.mark.parametrize("uri", ["s3://lake/k@2x?v=1", "abfs://c@a/x", "https://[bad", "az://c/a?v=1&w=2"])
+def test_uris_without_secrets_may_stand_in_a_plan(uri: str) -> None:
+    assert secret_in(uri) is None
+
+
+def test_controls_are_made_visible() -> None:
+    assert harmless("plain text, \u00fc, \U0001f600\tand a\nline") == "plain text, \u00fc, \U0001f600\tand a\nline"
+    assert "\x1b" not in InvalidJob("s3://b/\x1b[2J: gone").message + Fault("fetch", "gone", "\x1b[2J").message
+    assert harmless("\x1b[2J\x9b31m\u202e\x00\r\x07\u2028") == r"\x1b[2J\x9b31m\u202e\x00\r\x07\u2028"
+
+
+@pytest.mark.parametrize("made", [Lines, "bar"])
+def test_notes_of_a_run_are_harmless(made: Callable[..., Any] | str) -> None:
+    from rich.console import Console
+
+    stream = io.StringIO()
+    view = Bar(Console(file=stream)) if made == "bar" else Lines(stream, every=0)
+    view.note(f"image s3://me:{SECRET}@b/\x1b[31mred.png was lost")
+    assert SECRET not in stream.getvalue()
+    assert r"@b/\x1b[31mred.png" in stream.getvalue()
+    assert "\x1b" not in stream.getvalue()
+
+
+# --- every example starts a Ray that asks for its token, its dashboard on loopback ---------------------------------
+
+
+def examples() -> Iterator[tuple[str, str]]:
+    """Every text that a user may copy from: where it stands, and its lines with continuations joined."""
+    files = [ROOT / name for name in ("README.md", "SECURITY.md", "cluster.yaml", "Makefile")]
+    files += [path for folder in ("jobs", ".ci", "benchmarks") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    for path in files:
+        if path.suffix not in {".pyc", ".lock", ".th", ".png", ".jpg", ".pt"}:
+            yield str(path.relative_to(ROOT)), re.sub(r"\\?\n {4,}", " ", path.read_text(errors="replace"))
+
+
+@pytest.mark.parametrize(("name", "text"), list(examples()), ids=lambda value: value if len(value) < 80 else "")
+def test_every_example_of_ray_is_closed(name: str, text: str) -> None:
+    assert not re.search(r"dashboard[-_]host[= ]+['\"]?(?!127\.0\.0\.1|localhost|=)\S", text), name
+    assert not re.search(r"0\.0\.0\.0|RAY_AUTH_MODE=(?!token)\S|RAY_AUTH_TOKEN=", text), name
+    for start in re.finditer(r"ray start --(?:head|address)", text):
+        said = text[max(0, start.start() - 600) : start.start()]
+        assert "RAY_AUTH_MODE=token" in said, f"{name}: {text[start.start() : start.end() + 60]}"
+    for start in re.finditer(r"ray start --head", text):
+        assert "--dashboard-host=127.0.0.1" in text[start.start() : start.start() + 300], name
+
+
+def test_the_examples_are_found() -> None:
+    assert sum("ray start --head" in text for _, text in examples()) >= 2

@@ -1,0 +1,148 @@
+"""Several batches at once on a CPU: how many, for which modules, and that rows come out as they would one by one."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import batchjob
+from batchjob.lanes import Lanes, keeps_state, lanes
+
+NET = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self, keeps):
+        super().__init__()
+        self.keeps = keeps
+        self.layer = torch.nn.Linear(3 * 8 * 8, 4)
+
+    def forward(self, pixels):
+        if self.keeps:
+            self.last = pixels
+            pixels = self.last
+        return self.layer(pixels.flatten(1))
+
+def net(keeps):
+    torch.manual_seed(0)
+    return Net(keeps).eval()
+"""
+
+
+class Remembers(nn.Module):
+    """Keeps its last input, as models with a cache of positions do."""
+
+    last: torch.Tensor | None = None
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.last = pixels
+        return self.last * 2
+
+
+class Counts(nn.Module):
+    calls: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return pixels
+
+
+class Caches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, torch.Tensor] = {}
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.sizes[len(pixels)] = pixels
+        return pixels
+
+
+def hooked() -> nn.Module:
+    module = nn.Sequential(nn.Linear(3, 3))
+    module[0].register_forward_hook(lambda *_: None)
+    return module
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(inplace=True), nn.Dropout()).eval()
+
+
+@pytest.mark.parametrize(
+    ("module", "keeps"), [(plain(), False), (Remembers(), True), (Counts(), True), (Caches(), True), (hooked(), True)]
+)
+def test_a_module_that_writes_to_itself_is_found_out(module: nn.Module, keeps: bool) -> None:
+    with torch.inference_mode():
+        assert keeps_state(module, lambda: module(torch.rand(2, 3))) is keeps
+
+
+def test_a_cpu_computes_a_batch_a_core_and_a_gpu_one_at_a_time() -> None:
+    assert lanes("cpu", 2) == Lanes(2, 1)
+    assert lanes("cpu", 1) == Lanes(1, 1)
+    assert lanes("cpu", 64) == Lanes(16, 4), "each holds a batch in memory"
+    assert lanes("cpu", 8, alone=True) == Lanes(1, 8)
+    assert lanes("cuda", 8) == Lanes(1, 8)
+
+
+def job(output: str, cores: int, *, keeps: bool = False) -> batchjob.Job:
+    return batchjob.Job.model_validate(
+        {
+            "input": {"type": "prefix", "uri": "images/"},
+            "model": {"type": "python", "target": "net:net", "arguments": {"keeps": keeps}},
+            "preprocess": {"resize": [8, 8], "crop": None, "mean": None, "std": None},
+            "task": {"type": "embedding"},
+            "runtime": {
+                "pool": "local",
+                "device": "cpu",
+                "cpus_per_worker": cores,
+                "loader": {"processes": 0},
+                "batch_size": 3,
+                "shard_size": 10,
+                "tuning": "off",
+            },
+            "errors": {"max_rate": 1},
+            "output": {"uri": output},
+        }
+    )
+
+
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(NET)
+    Path("images").mkdir()
+    noise = np.random.default_rng(0)
+    for number in range(41):
+        if number % 9 == 4:
+            Path(f"images/{number:02}.png").write_bytes(b"no image")
+        else:
+            pixels = noise.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(f"images/{number:02}.png")
+
+
+def rows(output: str) -> list[dict[str, Any]]:
+    table = pq.read_table(f"{output}/predictions").sort_by("position")
+    found: list[dict[str, Any]] = table.drop_columns(["run_id"]).to_pylist()
+    return found
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.usefixtures("images")
+def test_rows_are_those_of_one_batch_after_the_other(keeps: bool) -> None:
+    threads = torch.get_num_threads()
+    for output, cores in (("one", 1), ("four", 4)):
+        assert batchjob.run(job(output, cores, keeps=keeps)).failed == 5
+    assert rows("one") == rows("four")
+    assert torch.get_num_threads() == threads
+    assert not [thread for thread in threading.enumerate() if thread.name == "worker"]

@@ -1,0 +1,31 @@
+"""Which devices are used no more: two faults of their own, and none for what an image did."""
+
+from __future__ import annotations
+
+from batchjob.strikes import Strikes
+
+
+def test_a_device_is_banned_with_its_second_fault() -> None:
+    strikes = Strikes()
+    assert not strikes.blame("a", [range(8)])
+    assert not strikes.blame("b")
+    assert strikes.blame("a", [range(80, 88)])
+    assert strikes.banned == {"a"}
+
+
+def test_a_fault_that_follows_its_images_is_no_strike() -> None:
+    strikes = Strikes()
+    strikes.blame("a", [range(8), range(8, 16)])
+    strikes.acquit([range(9, 10)])
+    assert not strikes.blame("a", [range(80, 88)])
+    strikes.acquit([range(9, 10)])
+    assert strikes.blame("a"), "that other one stands"
+
+
+def test_a_ban_is_lifted_where_images_were_to_blame() -> None:
+    strikes = Strikes()
+    strikes.blame("a", [range(8)])
+    strikes.blame("a", [range(16, 24)])
+    assert strikes.banned == {"a"}
+    strikes.acquit([range(17, 18)])
+    assert not strikes.banned

@@ -1,0 +1,342 @@
+"""Images on the web: only from hosts that the job names, and never by way of a name to where workers alone may go."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from websites import Page, Website, website
+
+from batchjob.errors import Changed, InvalidJob, NotFound, Refused, StorageError, Unaddressable, Unavailable
+from batchjob.fetch import Fetcher
+from batchjob.records import Blob, Cursor, Fault, ImageRef
+from batchjob.sources import ManifestSource, PrefixSource
+from batchjob.storage import Reader, StorageOptions
+from batchjob.storage.addresses import why_not
+from batchjob.storage.outage import Outage
+from batchjob.storage.web import Web, refusal
+
+OPEN = StorageOptions(private=True)
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Website]:
+    with website() as running:
+        yield running
+
+
+def reader(site: Website, **options: Any) -> Reader:
+    return Reader({site.url: StorageOptions(private=True, **options)}, patience=0.0)
+
+
+def test_the_web_is_off_unless_the_job_names_the_host(site: Website) -> None:
+    site.pages["/a.jpg"] = Page(b"bytes", headers={"ETag": '"v1"'})
+    for options in (
+        {},
+        {"https://127.0.0.1": OPEN},
+        {"http://127.0.0.1": OPEN},
+        {"http://other": OPEN},
+        {"s3://": OPEN},
+    ):
+        with pytest.raises(
+            Refused, match=r"on the web, which is read only where the job names the host, storage: \{'http"
+        ):
+            Reader(options, patience=0.0).read(f"{site.url}/a.jpg")
+    asked = len(site.asked)
+    assert reader(site).read(f"{site.url}/a.jpg") == Blob(b"bytes", "v1")
+    assert len(site.asked) == asked + 1
+    headers = site.asked[-1][1]
+    assert headers["Host"] == site.url.removeprefix("http://")
+    assert not {"Authorization", "Cookie"} & set(headers)
+
+
+def test_a_name_that_only_looks_like_the_host_is_another(site: Website) -> None:
+    options = {"https://good.example": OPEN}
+    for url in (
+        "https://good.example.evil.example/a.jpg",
+        "https://good.example:8443/a.jpg",
+        "https://good.example@evil.example/a.jpg",
+        "https://evil.example/https://good.example/a.jpg",
+        "https://evil.example\u2044good.example/a.jpg",
+        "http://good.example/a.jpg",
+    ):
+        with pytest.raises((Refused, Unaddressable)):
+            Reader(options, patience=0.0).read(url)
+    assert refusal("HTTPS://Good.Example./a.jpg", options) is None
+    assert refusal("https://good.example:443/a b.jpg", options) is None
+    for url in ("https://good.example\\@evil.example/a", "https://good.example/a\r\nX: y", "https:///a", "https://[/a"):
+        with pytest.raises(Unaddressable, match="no URL that can be read"):
+            Reader(options, patience=0.0).read(url)
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1", "private network"),
+        ("10.1.2.3", "private network"),
+        ("192.168.0.1", "private network"),
+        ("100.64.0.1", "private network"),
+        ("::1", "private network"),
+        ("fd12::1", "private network"),
+        ("::ffff:10.0.0.1", "private network"),
+        ("64:ff9b::7f00:1", "private network"),
+        ("2002:7f00:1::", "private network"),
+        ("169.254.169.254", "credentials"),
+        ("169.254.1.1", "credentials"),
+        ("::ffff:169.254.169.254", "credentials"),
+        ("64:ff9b::a9fe:a9fe", "credentials"),
+        ("fe80::1%eth0", "credentials"),
+        ("fd00:ec2::254", "credentials"),
+        ("100.100.100.200", "credentials"),
+        ("168.63.129.16", "credentials"),
+        ("0.0.0.0", "no address of a server"),
+        ("::", "no address of a server"),
+        ("224.0.0.1", "no address of a server"),
+        ("255.255.255.255", "no address of a server"),
+    ],
+)
+def test_addresses_that_no_name_may_lead_to(address: str, said: str) -> None:
+    assert said in str(why_not(address, private=False))
+    allowed = why_not(address, private=True)
+    assert (allowed is None) == (said == "private network")
+    assert why_not("93.184.215.14", private=False) is None
+    assert why_not("2606:2800:21f:cb07:6820:80da:af6b:8b2c", private=False) is None
+
+
+def test_every_address_of_a_name_is_looked_at_and_the_one_that_was_is_used(site: Website) -> None:
+    site.pages["/a.jpg"] = Page(b"bytes")
+    answers = [["127.0.0.1"], ["169.254.169.254"]]
+
+    def rebinding(host: str, port: int) -> list[str]:
+        assert (host, port) == ("images.example", site.port)
+        return answers.pop(0)
+
+    options = {f"http://images.example:{site.port}": OPEN}
+    url = f"http://images.example:{site.port}/a.jpg"
+    web = Web(options, 0.0, Outage(0.0), rebinding)
+    asked = len(site.asked)
+    assert web.get(url).data == b"bytes"
+    assert web.get(url).data == b"bytes", "no second question to the name server in between"
+    assert site.asked[asked][1]["Host"] == f"images.example:{site.port}"
+    for addresses in (["127.0.0.1", "169.254.169.254"], ["93.184.215.14", "fe80::1"]):
+        with pytest.raises(Refused, match="where a cloud hands credentials"):
+            Web(options, 0.0, Outage(0.0), lambda *_, found=addresses: found).get(url)
+    with pytest.raises(Refused, match="private: true for this host in storage"):
+        Web({key: StorageOptions() for key in options}, 0.0, Outage(0.0), lambda *_: ["127.0.0.1"]).get(url)
+    assert len(site.asked) == asked + 2
+
+
+@pytest.mark.parametrize(
+    "spelled", ["2130706433", "0x7f000001", "127.1", "0177.0.0.1", "[::ffff:127.0.0.1]", "localhost"]
+)
+def test_odd_spellings_of_this_machine_are_seen_through(spelled: str) -> None:
+    with pytest.raises((Refused, Unavailable)) as caught:
+        Reader({"http://": StorageOptions()}, patience=0.0).read(f"http://{spelled}/latest/meta-data/")
+    assert "private network" in caught.value.message or isinstance(caught.value, Unavailable)
+
+
+def test_each_redirect_is_looked_at_as_the_first_step(site: Website) -> None:
+    with website() as other:
+        other.pages["/secret"] = Page(b"inside")
+        site.pages["/moved"] = Page(status=302, headers={"Location": "/here.jpg"})
+        site.pages["/here.jpg"] = Page(b"bytes")
+        site.pages["/out"] = Page(status=301, headers={"Location": f"{other.url}/secret"})
+        site.pages["/inside"] = Page(status=307, headers={"Location": "http://169.254.169.254/latest/meta-data/"})
+        site.pages["/file"] = Page(status=302, headers={"Location": "file:///etc/passwd"})
+        site.pages["/user"] = Page(
+            status=302, headers={"Location": f"http://me:hunter2hunter2@127.0.0.1:{site.port}/x"}
+        )
+        site.pages["/round"] = Page(status=302, headers={"Location": "/round"})
+        assert reader(site).read(f"{site.url}/moved").data == b"bytes"
+        for path, said in (
+            ("/out", "the web, which is read only where"),
+            ("/inside", "the web, which is read only where"),
+            ("/file", "is neither http nor https"),
+            ("/user", "holds user information"),
+            ("/round", "redirects more than 5 times"),
+        ):
+            with pytest.raises(Refused, match=said) as caught:
+                reader(site).read(f"{site.url}{path}")
+            assert "hunter2" not in str(caught.value)
+        assert other.asked == []
+        every = Reader({site.url: OPEN, "http://": StorageOptions()}, patience=0.0)
+        for path, said in (("/out", "in a private network"), ("/inside", "where a cloud hands credentials")):
+            with pytest.raises(Refused, match=said):
+                every.read(f"{site.url}{path}")
+        assert other.asked == []
+
+
+def test_bytes_and_seconds_have_limits(site: Website) -> None:
+    site.pages["/large"] = Page(b"x" * 5001)
+    site.pages["/slow"] = Page(pieces=tuple(b"x" for _ in range(100)), pause=0.1)
+    assert len(reader(site, max_bytes=5001).read(f"{site.url}/large").data) == 5001
+    with pytest.raises(Refused, match="has more than 5,000 bytes"):
+        reader(site, max_bytes=5000).read(f"{site.url}/large")
+    with pytest.raises(Unavailable, match=r"longer than 0\.5 s"):
+        reader(site, seconds=0.5).read(f"{site.url}/slow")
+
+
+def test_answers_are_told_apart(site: Website) -> None:
+    site.pages |= {
+        "/gone": Page(status=410),
+        "/denied": Page(status=403),
+        "/broken": Page(status=500),
+        "/short": Page(b"abc", length=10),
+        "/weak": Page(b"abc", headers={"ETag": 'W/"x"'}),
+        "/tagged": Page(b"abc", headers={"ETag": '"x"'}),
+    }
+    kinds = [("/absent", NotFound), ("/gone", NotFound), ("/denied", Unavailable), ("/broken", Unavailable)]
+    for path, kind in (*kinds, ("/short", Unavailable)):
+        with pytest.raises(kind):
+            reader(site).read(f"{site.url}{path}")
+    assert reader(site).read(f"{site.url}/weak").etag is None
+    with pytest.raises(Changed):
+        reader(site).read(f"{site.url}/tagged", etag="y")
+    assert reader(site).stat(f"{site.url}/tagged").size == 3
+    with reader(site).open(f"{site.url}/tagged") as file:
+        assert file.read() == b"abc"
+    with pytest.raises(InvalidJob, match="the web has no listing"):
+        list(reader(site).list(f"{site.url}/"))
+
+
+def test_a_fault_that_passes_is_asked_again(site: Website) -> None:
+    answers = iter([Page(status=503), Page(status=429), Page(b"bytes")])
+    site.pages["/flaky"] = lambda _: next(answers)
+    assert Reader({site.url: OPEN}, patience=20.0).read(f"{site.url}/flaky").data == b"bytes"
+
+
+def certified(folder: Path, name: str) -> ssl.SSLContext:
+    """A server's certificate for a name, which nobody has signed but itself; the file is `name.pem`."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    whose = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    made = x509.CertificateBuilder(whose, whose, key.public_key(), x509.random_serial_number())
+    made = made.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+    pem = made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    forms = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    (folder / f"{name}.pem").write_bytes(pem)
+    (folder / f"{name}.key").write_bytes(key.private_bytes(serialization.Encoding.PEM, *forms))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / f"{name}.pem", folder / f"{name}.key")
+    return context
+
+
+def test_a_certificate_is_that_of_the_name_though_an_address_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def secure(host: str) -> Web:
+        place = f"https://{host}:{secured.port}"
+        return Web({place: OPEN}, 0.0, Outage(0.0), lambda *_: ["127.0.0.1"])
+
+    with website(certified(tmp_path, "images.example")) as secured:
+        secured.pages["/a.jpg"] = Page(b"bytes")
+        with pytest.raises(Unavailable, match="certificate verify failed"):
+            secure("images.example").get(f"https://images.example:{secured.port}/a.jpg")
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "images.example.pem"))
+        assert secure("images.example").get(f"https://images.example:{secured.port}/a.jpg").data == b"bytes"
+        with pytest.raises(Unavailable, match=r"certificate verify failed|doesn't match|not valid for"):
+            secure("other.example").get(f"https://other.example:{secured.port}/a.jpg")
+
+
+def test_many_reads_answer_each_for_itself(site: Website) -> None:
+    site.pages |= {f"/{number}.jpg": Page(f"{number}".encode()) for number in range(50)}
+    uris = [f"{site.url}/{number}.jpg" for number in range(50)]
+    found = reader(site).read_many([*uris, f"{site.url}/absent", "http://elsewhere.example/a.jpg"])
+    assert [answer.data for answer in found[:50] if isinstance(answer, Blob)] == [f"{n}".encode() for n in range(50)]
+    assert [type(answer) for answer in found[50:]] == [NotFound, Refused]
+
+
+def test_what_is_refused_while_reading_is_an_error_row(site: Website) -> None:
+    site.pages["/inside.jpg"] = Page(status=302, headers={"Location": "http://10.0.0.1/x.jpg"})
+    site.pages["/fine.jpg"] = Page(b"bytes")
+    locations = [f"{site.url}/{name}.jpg" for name in ("fine", "inside")]
+    fine, inside = Fetcher(reader(site)).fetch([ImageRef(n, uri, uri) for n, uri in enumerate(locations)])
+    assert isinstance(fine, Blob)
+    assert isinstance(inside, Fault)
+    assert (inside.stage, inside.type) == ("fetch", "refused")
+
+
+def planned(folder: Path, uris: list[str], options: dict[str, StorageOptions] | None = None) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    (folder / "m.csv").write_text("image\n" + "\n".join(uris) + "\n")
+    source = ManifestSource.model_validate({"uri": str(folder / "m.csv"), "uri_column": "image"})
+    batches = pa.Table.from_batches(list(source.refs(Reader(options), Cursor())))
+    return [str(uri) for uri in batches.column("location").to_pylist()]
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("https://images.example/a.jpg", "row 2: https://images.example/a.jpg is on the web, which is read only where"),
+        ("https://me:hunter2hunter2@named.example/a.jpg", r"row 2: https://…@named.example/a.jpg holds credentials"),
+        (
+            "https://named.example/a.jpg?X-Amz-Signature=abcdef0123",
+            r"row 2: https://named.example/a.jpg\?… is a presigned",
+        ),
+        ("s3://bucket/a.jpg?x=1&X-Amz-Signature=abcdef0123", r"row 2: s3://bucket/a.jpg\?… is a presigned URL"),
+        ("az://container/a.jpg?sv=2024&sig=abcdef0123", r"row 2: az://container/a.jpg\?… is a presigned URL"),
+        ("http://169.254.169.254/latest", "row 2: http://169.254.169.254/latest is on the web"),
+        ("zip://a.jpg::https://named.example/a.zip", "reaches the web through another protocol"),
+        (
+            "zip://a.jpg::s3://bucket/a.zip",
+            r"is of a protocol that data may name only where the job does, storage: \{'zip://",
+        ),
+        ("webhdfs://10.0.0.1/a.jpg", "is of a protocol that data may name only where the job does"),
+        ("ftp://10.0.0.1/a.jpg", "is of a protocol that data may name only where the job does"),
+    ],
+)
+def test_a_plan_refuses_rows_that_carry_secrets_or_lead_elsewhere(tmp_path: Path, uri: str, said: str) -> None:
+    options = {"https://named.example": StorageOptions()}
+    with pytest.raises(InvalidJob, match=said) as caught:
+        planned(tmp_path, ["a.jpg", uri], options)
+    assert "hunter2" not in str(caught.value)
+    assert "abcdef0123" not in str(caught.value)
+
+
+def test_a_plan_takes_rows_of_hosts_and_protocols_that_the_job_names(tmp_path: Path) -> None:
+    uris = [
+        "https://named.example/a.jpg?width=100",
+        "zip://a.jpg::s3://bucket/a.zip",
+        "s3://bucket/k@2x.jpg",
+        "/a?sig=1.jpg",
+    ]
+    options = {"https://named.example": StorageOptions(), "zip://": StorageOptions()}
+    assert planned(tmp_path, uris, options) == uris
+    assert planned(tmp_path, ["https://any.example/a.jpg"], {"https://": StorageOptions()})
+    with pytest.raises(InvalidJob, match=r"row 1: http://10\.0\.0\.1/a\.jpg leads to 10\.0\.0\.1 in a private network"):
+        planned(tmp_path, ["http://10.0.0.1/a.jpg"], {"http://": StorageOptions()})
+
+
+def test_other_protocols_do_not_lead_to_the_web_either() -> None:
+    for uri in ("simplecache://::https://named.example/a.jpg", "zip://a::http://named.example/a.zip"):
+        with pytest.raises(StorageError, match="reaches the web through another protocol"):
+            Reader({"https://": OPEN}, patience=0.0).read(uri)
+
+
+def test_a_manifest_on_the_web_is_read_where_its_host_is_named(site: Website) -> None:
+    site.pages["/index/m.csv"] = Page(b"image\na.jpg\n../b.jpg\n")
+    site.pages["/index/moved.csv"] = Page(status=302, headers={"Location": "http://10.0.0.1/m.csv"})
+    source = ManifestSource.model_validate({"uri": f"{site.url}/index/m.csv", "uri_column": "image"})
+    rows = pa.Table.from_batches(list(source.refs(reader(site), Cursor())))
+    assert rows.column("location").to_pylist() == [f"{site.url}/index/a.jpg", f"{site.url}/b.jpg"]
+    with pytest.raises(
+        InvalidJob, match=r"input\.uri http://127.*: is on the web, which is read only where the job names"
+    ):
+        source.check(Reader(patience=0.0))
+    moved = ManifestSource.model_validate({"uri": f"{site.url}/index/moved.csv", "uri_column": "image"})
+    with pytest.raises(InvalidJob, match=r"redirects to http://10\.0\.0\.1/m\.csv"):
+        moved.check(reader(site))
+
+
+def test_a_folder_on_the_web_cannot_be_listed(site: Website) -> None:
+    with pytest.raises(InvalidJob, match="the web has no listing; name its images in a manifest"):
+        PrefixSource.model_validate({"uri": f"{site.url}/images/"}).check(reader(site))
