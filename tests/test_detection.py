@@ -75,12 +75,18 @@ def pixels(folder: Path) -> list[torch.Tensor]:
 
 
 def detected(images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """What torchvision itself makes of images in 0 to 1."""
+    """What torchvision itself makes of images in 0 to 1, in one thread, as a lane of ours: these weights are random, and
+    which of two boxes with almost the same score is kept hangs on the last bit."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = get_model(DETECTOR, weights=None, weights_backbone=None, **ARGUMENTS).eval()
-    with torch.inference_mode():
-        found: list[dict[str, torch.Tensor]] = model([image.float() / 255 for image in images])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            found: list[dict[str, torch.Tensor]] = model([image.float() / 255 for image in images])
+    finally:
+        torch.set_num_threads(threads)
     return found
 
 

@@ -276,5 +276,5 @@ def test_words_from_anywhere_become_one_line_of_valid_text() -> None:
         model_id="m",
     )
     message = found.column("error_message")[0].as_py()
-    assert message.startswith("bad ? byte x")
+    assert message.startswith(r"bad \udcff byte x")
     assert len(message) == 1000

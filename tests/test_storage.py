@@ -958,7 +958,8 @@ def test_a_web_server_is_read(faulty: Faulty) -> None:
         return Reply(200, page, found) if path in pages or path == "/throttled" else Reply(404)
 
     faulty.decide = decide
-    reader = Reader(patience=2)
+    named = {faulty.endpoint: StorageOptions(private=True)}
+    reader = Reader(named, patience=2)
     image = f"{faulty.endpoint}/images/a%20b.jpg?size=1"
     assert reader.read(image).data == b"image"
     assert (reader.stat(image).size, reader.stat(image).etag) == (5, "tag")
@@ -972,7 +973,7 @@ def test_a_web_server_is_read(faulty: Faulty) -> None:
     with pytest.raises(Unavailable, match="access denied"):
         reader.read(f"{faulty.endpoint}/denied")
     with pytest.raises(Unavailable, match="does not answer"):
-        Reader(patience=0.3).read(f"{faulty.endpoint}/broken")
+        Reader(named, patience=0.3).read(f"{faulty.endpoint}/broken")
     faulty.seen.clear()
     assert reader.read(f"{faulty.endpoint}/throttled").data == b""
 

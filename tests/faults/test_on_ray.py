@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import secrets
@@ -51,6 +52,11 @@ class Survived:
     seconds: float
 
 
+def end_with_parent() -> None:
+    """In the child: hear SIGTERM when the tests are gone, on which Ray ends all that it has started."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
 @pytest.fixture(scope="module")
 def head(s3: Seaweed) -> Iterator[Head]:
     """A Ray head on the loopback; its workers find SeaweedFS and nap as long as NAP says."""
@@ -71,6 +77,7 @@ def head(s3: Seaweed) -> Iterator[Head]:
             stdout=said,
             stderr=said,
             start_new_session=True,
+            preexec_fn=end_with_parent if sys.platform == "linux" else None,
         )
     try:
         until(lambda: "Ray runtime started" in (Path(folder) / "said").read_text(), timeout=90)
