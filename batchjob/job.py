@@ -35,7 +35,7 @@ from batchjob.models import (
 )
 from batchjob.parameters import Param
 from batchjob.portable import explicit, refilled, whole
-from batchjob.records import Preprocess
+from batchjob.preprocess import Preprocess
 from batchjob.settings import Settings, Uri
 from batchjob.sources import ManifestSource, PrefixSource
 from batchjob.storage import StorageOptions

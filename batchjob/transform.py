@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchjob.errors import ImageFault, InvalidJob
-from batchjob.records import Frame, ImageFacts, Preprocess
+from batchjob.preprocess import Preprocess
+from batchjob.records import Frame, ImageFacts
 from batchjob.resample import Box, Filter, resample, resample_in_integers
 from batchjob.targets import load_target
 

@@ -103,7 +103,8 @@ class Worker:
         """
         began = time.monotonic()
         see_witness(self._store, self._setup.witness)
-        preload(Loader.__module__, Prepare.__module__, trial.__name__, *self._needed_by_transforms())
+        if self._job.runtime.loader.processes != 0:  # else nothing may ever come from there, and torch takes seconds
+            preload(Loader.__module__, Prepare.__module__, trial.__name__, *self._needed_by_transforms())
         self._use_threads(lanes("cpu", self._cores).threads)
         self._engine = engine = Engine(self._job, self._reader, self._setup.sample)
         self.device = identity(engine.device)

@@ -17,8 +17,8 @@ PACKAGE = ROOT / "batchjob"
 FLOORS = [
     "redaction errors settings records",
     (
-        "targets forkserver devices forward lanes likeness machine disk parallel storage fetch schedule placement "
-        "spool jpeg formats resample breakage stopwatch strikes pulse"
+        "targets preprocess forkserver devices forward lanes likeness machine disk parallel storage fetch schedule "
+        "placement spool jpeg formats resample breakage stopwatch strikes pulse"
     ),
     "sources models tasks plan ledger lease decode transform loader tuning recipes predict sink",
     "jobtext parameters jobfile complaints portable job",

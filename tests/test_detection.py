@@ -19,7 +19,8 @@ from torchvision.transforms import functional
 import batchjob
 from batchjob.errors import InvalidJob
 from batchjob.models import CheckpointModel, TorchvisionModel
-from batchjob.records import Frame, Preprocess
+from batchjob.preprocess import Preprocess
+from batchjob.records import Frame
 from batchjob.storage import Reader
 from batchjob.tasks import DetectionTask, Postprocess
 
@@ -75,8 +76,10 @@ def pixels(folder: Path) -> list[torch.Tensor]:
 
 
 def detected(images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """What torchvision itself makes of images in 0 to 1, in one thread, as a lane of ours: these weights are random, and
-    which of two boxes with almost the same score is kept hangs on the last bit."""
+    """What torchvision itself makes of images in 0 to 1, in one thread, as a lane of ours.
+
+    These weights are random: which of two boxes with almost the same score is kept hangs on the last bit.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = get_model(DETECTOR, weights=None, weights_backbone=None, **ARGUMENTS).eval()

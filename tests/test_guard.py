@@ -16,7 +16,8 @@ from batchjob.forward import Forward, Modes
 from batchjob.guard import Guard
 from batchjob.loader import Quarantine
 from batchjob.predict import Predicted, Predictor
-from batchjob.records import Batch, Fault, ImageFacts, Preprocess
+from batchjob.preprocess import Preprocess
+from batchjob.records import Batch, Fault, ImageFacts
 from batchjob.stopwatch import Stopwatch
 from batchjob.storage import open_store
 from batchjob.transform import normalizer

@@ -27,7 +27,7 @@ from batchjob.models.hub import quiet
 from batchjob.models.huggingface import HuggingfaceModel
 from batchjob.models.huggingface_images import as_preprocess
 from batchjob.models.loaded import LoadedModel
-from batchjob.records import Preprocess
+from batchjob.preprocess import Preprocess
 from batchjob.storage import Reader
 from batchjob.transform import Geometry, normalizer
 

@@ -24,7 +24,8 @@ from PIL import Image
 from batchjob.decode import DecodeSettings, decode
 from batchjob.errors import ImageFault, InvalidJob, StorageError, Unavailable
 from batchjob.loader import Loader, LoaderPlan, LoaderSettings, settle
-from batchjob.records import Batch, Blob, ImageRef, Prepared, Preprocess, Shard, ShardKey
+from batchjob.preprocess import Preprocess
+from batchjob.records import Batch, Blob, ImageRef, Prepared, Shard, ShardKey
 from batchjob.storage import Reader
 from batchjob.transform import Geometry
 

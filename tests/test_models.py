@@ -25,7 +25,7 @@ from batchjob.job import Job
 from batchjob.models import CheckpointModel, LoadedModel, PythonModel, TorchvisionModel
 from batchjob.models.architecture import build_torchvision
 from batchjob.models.published import Published, by_file, by_name, fetch
-from batchjob.records import Preprocess
+from batchjob.preprocess import Preprocess
 from batchjob.storage import Reader
 
 JOBS = Path(__file__).parents[1] / "jobs"

@@ -13,7 +13,8 @@ from batchjob.devices import check_precision, pick_device, traits
 from batchjob.errors import AttemptFailed, InvalidJob
 from batchjob.forward import Forward, Modes
 from batchjob.predict import Predicted, Predictor
-from batchjob.records import Preprocess, Recipe
+from batchjob.preprocess import Preprocess
+from batchjob.records import Recipe
 from batchjob.transform import normalizer
 
 CPU = torch.device("cpu")

@@ -14,7 +14,8 @@ from PIL import Image
 
 from batchjob.decode import DecodeSettings
 from batchjob.prepare import Prepare
-from batchjob.records import ImageFacts, Prepared, Preprocess
+from batchjob.preprocess import Preprocess
+from batchjob.records import ImageFacts, Prepared
 from batchjob.transform import Geometry, frame
 
 CENTRE = Preprocess(resize=256, crop=224)

@@ -21,7 +21,7 @@ from timm.data.transforms_factory import create_transform
 from batchjob.errors import InvalidJob, Unavailable
 from batchjob.models.loaded import LoadedModel
 from batchjob.models.timm import TimmModel
-from batchjob.records import Preprocess
+from batchjob.preprocess import Preprocess
 from batchjob.storage import Reader
 from batchjob.transform import Geometry, normalizer
 

@@ -13,7 +13,8 @@ from torchvision.transforms import InterpolationMode, functional
 from torchvision.transforms._presets import ImageClassification
 
 from batchjob.errors import ImageFault, InvalidJob
-from batchjob.records import ImageFacts, Preprocess
+from batchjob.preprocess import Preprocess
+from batchjob.records import ImageFacts
 from batchjob.transform import Geometry, frame, merge, normalizer
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

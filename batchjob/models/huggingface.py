@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from batchjob.records import Preprocess
+    from batchjob.preprocess import Preprocess
     from batchjob.storage import Reader
 
 __all__ = ["HuggingfaceModel"]

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from batchjob.records import Preprocess
+from batchjob.preprocess import Preprocess
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import nn
 
-    from batchjob.records import Preprocess
+    from batchjob.preprocess import Preprocess
 
 __all__ = ["LoadedModel"]
 

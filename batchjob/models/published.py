@@ -16,7 +16,7 @@ from urllib.request import urlopen
 
 from batchjob.errors import InvalidJob, Unavailable
 from batchjob.models.weights import read_file
-from batchjob.records import Preprocess
+from batchjob.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from batchjob.storage import Reader

@@ -14,7 +14,7 @@ from batchjob.models.loaded import LoadedModel
 from batchjob.models.published import preset
 from batchjob.models.selected import SelectedOutput, select
 from batchjob.models.weights import state_digest
-from batchjob.records import Preprocess
+from batchjob.preprocess import Preprocess
 from batchjob.settings import Target
 from batchjob.targets import load_target, source_digest
 

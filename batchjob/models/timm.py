@@ -18,7 +18,7 @@ from batchjob.models.loaded import LoadedModel
 from batchjob.models.selected import SelectedOutput, select
 from batchjob.models.trust import WeightsFile, verified
 from batchjob.models.weights import fit, parse_state, read_file, stat_file, state_digest
-from batchjob.records import Preprocess
+from batchjob.preprocess import Preprocess
 from batchjob.settings import Uri
 
 if TYPE_CHECKING:
