@@ -100,7 +100,7 @@ def test_common_readers_open_it_with_one_plain_call(finished: str) -> None:
 
 
 @pytest.mark.parametrize("place", ["disk", "s3"])
-def test_killed_drivers_resume_and_redo_nothing(
+def test_a_killed_driver_resumes_and_redoes_nothing(
     place: str, test_data: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     output, images = str(tmp_path / "out"), None
@@ -110,16 +110,12 @@ def test_killed_drivers_resume_and_redo_nothing(
         server.put_tree(test_data / "cifar10" / "images", images)
     arguments = cifar(test_data, output, images=images)
     store = open_store(output)
-    committed: dict[str, str] = {}
-    for parts in (1, 2) if place == "disk" else (2,):  # each kill costs the time that a dead owner's lease holds
-        process = start(arguments)
-        while len(ledger.parts(store)) < parts and process.poll() is None:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        wait(process)
-        now = {key: made.attempt for key, made in footers(output).items()}
-        assert committed.items() <= now.items()
-        committed = now
+    process = start(arguments)  # killed once: tests/faults does so at every point
+    while len(ledger.parts(store)) < 2 and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    wait(process)
+    committed = {key: made.attempt for key, made in footers(output).items()}
     ended = run(arguments)
     assert (ended.code, ended.answer["planned"]) == (0, 1000), ended.said
     assert abs(labels_right(rows(output)) - 804) <= 1
