@@ -239,8 +239,10 @@ class Assembly:
         self._committer.submit(partial(self._commit, draft)).add_done_callback(self._committed)
 
     def _committed(self, future: Future[Event]) -> None:
-        self._tell(future.result())
-        self._room.release()
+        try:
+            self._tell(future.result())
+        finally:
+            self._room.release()
 
     def _commit(self, draft: _Draft) -> Event:
         key, began = draft.shard.key, time.perf_counter()
@@ -252,7 +254,8 @@ class Assembly:
         except Exception as error:  # noqa: BLE001 - ends this attempt
             return Failed(key, self._fault(error))
         finally:
-            draft.writer.path.unlink(missing_ok=True)
+            with suppress(OSError):  # the spool is swept at the end
+                draft.writer.path.unlink(missing_ok=True)
             self._spent("commit", began, key.rows)
 
     def _fault(self, error: Exception) -> BatchjobError:
@@ -284,7 +287,8 @@ class _Draft:
         """Remove what was written."""
         with suppress(OSError):
             self.writer.abandon()
-        self.writer.path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.writer.path.unlink(missing_ok=True)
 
     def close(self, imprint: Imprint) -> Provenance:
         """Write the footer; the file is the part."""

@@ -92,7 +92,9 @@ class Engine:
         return self.model.takes == "list" or self.preprocess.sizes == "group"
 
     def keeps_state(self) -> bool:
-        """Whether the module writes to itself as it computes, so that it takes one batch at a time."""
+        """Whether the module writes to itself as it computes, or the user's own task may: then batches go in turn."""
+        if self._job.task.type == "python":
+            return True
         example = self._repeated(self.model.batch_size or EXAMPLE_ROWS)
         return keeps_state(self._module, lambda: self.forward(Recipe()).tried(example))
 

@@ -24,9 +24,10 @@ _log = logging.getLogger(__name__)
 class Guard:
     """The predictor as a worker calls it.
 
-    Images that were with the model when it raised, when it hung, or when the device failed are suspects from then on,
-    for all workers and later runs of the plan: they are predicted one by one. So the second process that such a fault
-    meets knows which image it is; that one is an error row (`stage=predict`), and nobody meets it again.
+    A batch at which the model raises is predicted again image by image. Images that were with the model when it hung,
+    or when the device failed, are suspects from then on, for all workers and later runs of the plan: they are predicted
+    one by one, too. So the second process that such a fault meets knows which image it is; that one is an error row
+    (`stage=predict`), and nobody meets it again.
 
     Args:
         predictor: as it was tuned.
@@ -70,7 +71,11 @@ class Guard:
             with self._stopwatch.step("a batch in the model"):
                 predicted = self._predictor(batch.pixels, batch.shapes)
         except Exception as error:
-            raise self._judged(error, run) from error
+            if isinstance(error, BatchjobError) or breakage(error, self._predictor.forward.device):
+                raise self._judged(error, run) from error
+            with self._lock:
+                self._under_way.remove(run)
+            return self._one_by_one(batch, positions)
         return predicted.landing(partial(self._landing, run))
 
     def seen(self, error: BatchjobError) -> BatchjobError:
@@ -90,14 +95,17 @@ class Guard:
     # -- several at once ---------------------------------------------------------------------------------------
 
     def _landing(self, run: range, arrival: Callable[[], None]) -> None:
-        """Wait for results; what was sent before them has arrived by then too."""
+        """Wait for results; on a GPU, where all goes in turn, what was sent before them has arrived by then too."""
         try:
             arrival()
         except Exception as error:
             raise self._judged(error, run) from error
         with self._lock:
-            while run in self._under_way and self._under_way.popleft() != run:
-                continue
+            if self._predictor.forward.device.type == "cuda":
+                while run in self._under_way and self._under_way.popleft() != run:
+                    continue
+            elif run in self._under_way:
+                self._under_way.remove(run)
 
     def _judged(self, error: Exception, run: range) -> Exception:
         """What is raised in its place. Its images are suspects now, and those that are with a broken device too."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["Lanes", "keeps_state", "lanes"]
 
 _MOST = 16  # each holds a batch and what the model makes of it
+_BYTES = 3 << 29  # of memory for each, since what does not fit there ends the process
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Lanes:
     threads: int
 
 
-def lanes(device: str, cores: int, *, alone: bool = False) -> Lanes:
+def lanes(device: str, cores: int, *, alone: bool = False, memory: int | None = None) -> Lanes:
     """A batch for each core of a CPU: threads that share one batch wait for each other after each layer.
 
     They do so the longer the more the loader's processes take of the same cores.
@@ -36,10 +37,12 @@ def lanes(device: str, cores: int, *, alone: bool = False) -> Lanes:
         device: type of the device where the model runs. Others than CPUs get one batch at a time.
         cores: that may be used.
         alone: the module can compute but one batch at a time, see `keeps_state`.
+        memory: bytes that may be used, where that is known.
     """
     if device != "cpu" or alone:
         return Lanes(1, cores)
-    count = max(1, min(cores, _MOST))
+    room = _MOST if memory is None else memory // _BYTES
+    count = max(1, min(cores, _MOST, room))
     return Lanes(count, max(1, cores // count))
 
 
@@ -69,6 +72,7 @@ def _state(module: nn.Module) -> Iterator[object]:
 
 def _trace(value: Any, depth: int) -> object:
     import torch
+    from torch import nn
 
     if isinstance(value, torch.Tensor):
         return id(value), None if value.is_inference() else value._version
@@ -76,4 +80,7 @@ def _trace(value: Any, depth: int) -> object:
         return [(key, _trace(held, depth - 1)) for key, held in value.items()]
     if isinstance(value, list | tuple) and depth:
         return [_trace(held, depth - 1) for held in value]
-    return value if isinstance(value, bool | int | float | str | None) else id(value)
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    held = getattr(value, "__dict__", None) if depth and not isinstance(value, type | nn.Module) else None
+    return id(value), None if held is None else _trace(dict(held), depth - 1)

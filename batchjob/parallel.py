@@ -39,7 +39,7 @@ def side_by_side(
     threads: int = 16,
     ahead: int | None = None,
 ) -> Iterator[R]:
-    """What `work` makes of each item, in their order; raises what the first failed call raised.
+    """What `work` makes of each item, in their order; raises what the first failed call raised, or the items.
 
     Args:
         work: called in other threads.
@@ -50,13 +50,21 @@ def side_by_side(
         ahead: items that are taken before the first result is; four for each thread where not given.
     """
     crew = _Crew(work, threads, threads * _AHEAD if ahead is None else ahead)
+    left, failure = iter(items), None
     try:
-        for item in items:
-            crew.put(item)
+        while failure is None:
+            try:
+                crew.put(next(left))
+            except StopIteration:
+                break
+            except Exception as error:  # noqa: BLE001 - raised once all that came before it is through
+                failure = error
             while crew.full or crew.first_done:
                 yield crew.next(meanwhile)
         while crew.pending:
             yield crew.next(meanwhile)
+        if failure is not None:
+            raise failure
     finally:
         crew.leave()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 
@@ -77,6 +77,8 @@ class Passage:
             predicted = self._guard.predicted(batch, [ref.position for ref in shard.refs[rows]])
         except Exception as error:  # noqa: BLE001 - ends this attempt; the driver decides how far it reaches
             return _Attempt(batch, error=as_ours(error))
+        if self._lanes > 1:  # nothing copies from there any more, and what loader processes share is scarce
+            batch = replace(batch, pixels=None)
         return _Attempt(batch, predicted, self._spent("forward", began, len(batch.facts)))
 
     def _advance(self, taken: Taken, attempt: _Attempt) -> None:

@@ -89,7 +89,7 @@ def table(bench: Bench, recipes: Sequence[Recipe], budget: float, stopped: Calla
         if not left:
             return made
         made.append(Trial(left.popleft(), said or "ended early"))
-        if time.monotonic() >= until or stopped():
+        if not left or time.monotonic() >= until or stopped():
             return made + [Trial(recipe, f"not tried, {TIME_WAS_UP}") for recipe in left]
 
 

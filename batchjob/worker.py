@@ -135,7 +135,7 @@ class Worker:
             rows = self._batch_size
         self._predictor.warm_up(example.shape, rows, example.dtype)
         kind = engine.device.type
-        self._lanes = lanes(kind, self._cores, alone=kind == "cpu" and engine.keeps_state())
+        self._lanes = lanes(kind, self._cores, alone=kind == "cpu" and engine.keeps_state(), memory=memory_given())
         self._use_threads(self._lanes.threads)
         if not self._setup.few:
             began = time.perf_counter()
@@ -243,7 +243,8 @@ class Worker:
 
     def stalled(self) -> Stalled | None:
         """What to tell when a batch has been under way for too long, else None; asked from another thread."""
-        return self._guard.stalled(self._job.runtime.stall_seconds) if self._guard else None
+        # A batch that has one core of several takes as many times longer.
+        return self._guard.stalled(self._job.runtime.stall_seconds * self._lanes.count) if self._guard else None
 
     def _still_wanted(self) -> None:
         if plan.is_discarded(self._store, self._begun.head):

@@ -69,6 +69,20 @@ class Caches(nn.Module):
         return pixels
 
 
+class Notes:
+    last: torch.Tensor | None = None
+
+
+class Writes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes = Notes()
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.notes.last = pixels
+        return pixels
+
+
 def hooked() -> nn.Module:
     module = nn.Sequential(nn.Linear(3, 3))
     module[0].register_forward_hook(lambda *_: None)
@@ -80,7 +94,15 @@ def plain() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("module", "keeps"), [(plain(), False), (Remembers(), True), (Counts(), True), (Caches(), True), (hooked(), True)]
+    ("module", "keeps"),
+    [
+        (plain(), False),
+        (Remembers(), True),
+        (Counts(), True),
+        (Caches(), True),
+        (Writes(), True),
+        (hooked(), True),
+    ],
 )
 def test_a_module_that_writes_to_itself_is_found_out(module: nn.Module, keeps: bool) -> None:
     with torch.inference_mode():
@@ -91,6 +113,7 @@ def test_a_cpu_computes_a_batch_a_core_and_a_gpu_one_at_a_time() -> None:
     assert lanes("cpu", 2) == Lanes(2, 1)
     assert lanes("cpu", 1) == Lanes(1, 1)
     assert lanes("cpu", 64) == Lanes(16, 4), "each holds a batch in memory"
+    assert lanes("cpu", 8, memory=4 << 30) == Lanes(2, 4)
     assert lanes("cpu", 8, alone=True) == Lanes(1, 8)
     assert lanes("cuda", 8) == Lanes(1, 8)
 

@@ -119,3 +119,15 @@ def stop():
 aside(lambda: time.sleep(600), stop)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 75
+
+
+def test_what_came_before_a_failure_of_the_items_is_told_first() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise LookupError("no more")
+
+    found = side_by_side(lambda item: item * 10, items(), threads=2, ahead=3)
+    assert [next(found), next(found)] == [10, 20]
+    with pytest.raises(LookupError, match="no more"):
+        next(found)
