@@ -36,19 +36,21 @@ from batchjob.placement import Placement
 from batchjob.pool import Done, Event, Failed, Ready, Setup, WorkerFailed
 from batchjob.pulse import Pulse
 from batchjob.records import ShardKey
+from batchjob.shipping import landing, shipment
 from batchjob.strikes import Strikes
 
 __all__ = ["RayPool"]
 
 _POLL_SECONDS = 5.0
-_DEATHS_IN_A_ROW = 3
-_START_SECONDS = 60.0
+_POLLS_MISSED = 3  # before an actor that says nothing counts as lost, however short runtime.stall_seconds is
+_DEATHS_IN_A_ROW = 3  # for each worker
+_DEATHS_AT_WORK = 10  # at least: where they had shards, each may have found an image that is deadly
 _SCHEDULE_SECONDS = 900.0
-_CLOSE_SECONDS = 15.0
-_FAREWELL_SECONDS = 5.0  # for the actors to clear away what is theirs, before they are killed
+_START_SECONDS = 1.0  # that the end of a run waits for its beginning
+_CLOSE_SECONDS = 4.0  # with the drain, the lease's farewell and the exit, a run ends within 20 s
+_FAREWELL_SECONDS = 3.0  # for the actors to clear away what is theirs, before they are killed
 _OBJECT_STORE_BYTES = 128 << 20  # events only; what plasma takes of /dev/shm, the loaders lack
 _NODE_DIGITS = 12  # of a node's id: enough to tell nodes apart
-_UNSHIPPED = (".git", ".venv", "__pycache__", "*.pyc")
 
 
 @dataclass
@@ -103,9 +105,10 @@ class RayPool:
         self._placement = Placement()
         self._enough_at = time.monotonic()
         self._deaths = 0
-        self._pulse: Pulse | None = None
+        self._pulse: Pulse[Node] | None = None
         self._started = threading.Event()
         self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="ray", daemon=True)
 
     @property
     def size(self) -> int:
@@ -113,7 +116,7 @@ class RayPool:
 
     def start(self, setup: Setup) -> None:
         self._setup = setup
-        threading.Thread(target=self._start, name="ray-start", daemon=True).start()
+        self._thread.start()
 
     def free(self) -> int:
         return self._placement.free()
@@ -131,7 +134,7 @@ class RayPool:
 
     def wait(self, timeout: float) -> list[Event]:
         if not self._started.wait(timeout):
-            return []
+            return self._too_few()
         events, self._events = self._events, []
         if self._pulse is not None and (lost := self._pulse.lost()):
             return [*events, WorkerFailed(Temporary(f"{self._where} {lost}; the same command resumes"))]
@@ -141,17 +144,25 @@ class RayPool:
         return events + self._too_few()
 
     def close(self) -> None:
-        self._started.wait(_START_SECONDS)
-        if self._pulse is not None:
-            self._pulse.stop()
-        leaving = threading.Thread(target=self._leave, name="ray-stop", daemon=True)
-        leaving.start()
-        leaving.join(_CLOSE_SECONDS)  # a Ray that is gone may never answer
         self._closed.set()
+        if self._started.wait(_START_SECONDS):
+            self._thread.join(_CLOSE_SECONDS)  # a Ray that is gone may never answer
+
+    def _live(self) -> None:
+        """In a thread of its own: Linux ends a local Ray's processes with the thread that started them."""
+        try:
+            self._start()
+        except Exception as error:  # noqa: BLE001 - the driver is told, not this thread's stderr
+            self._events.append(WorkerFailed(as_crash(error)))
+        self._started.set()
+        self._closed.wait()
+        self._leave()
 
     def _leave(self) -> None:
         import ray
 
+        if self._pulse is not None:
+            self._pulse.stop()
         farewells = [slot.actor.close.remote() for slot in self._slots if slot.ready]
         if farewells:
             ray.wait(farewells, num_returns=len(farewells), timeout=_FAREWELL_SECONDS)
@@ -167,21 +178,13 @@ class RayPool:
     # -- starting ----------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        try:
-            with self._usable():
-                self._connect()
-                self._pulse = Pulse(lambda: len(_nodes()))
-                nodes = _nodes()
-            self._layout = plan_layout(self._job, nodes)
-            self._placement = Placement(self._layout.least)
-            with self._usable():
-                for number in range(self._layout.workers):
-                    self._slots.append(self._hire(f"{number}"))
-        except Exception as error:  # noqa: BLE001 - the driver is told, not this thread's stderr
-            self._events.append(WorkerFailed(as_crash(error)))
-        finally:
-            self._started.set()
-            self._closed.wait()  # Linux ends a local Ray's processes with the thread that started them
+        with self._usable():
+            self._connect()
+            self._pulse = Pulse(_nodes, _nodes())
+        self._layout = plan_layout(self._job, self._pulse.nodes)
+        self._placement = Placement(self._layout.least)
+        for number in range(self._layout.workers):
+            self._slots.append(self._hire(f"{number}"))
 
     @contextmanager
     def _usable(self) -> Iterator[None]:
@@ -197,26 +200,9 @@ class RayPool:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a worker without GPUs must see none
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
         if self._address:
-            ray.init(address=self._address, runtime_env=self._runtime_env(), **quiet)
+            ray.init(address=self._address, runtime_env=shipment(self._job), **quiet)
         else:
             ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
-
-    def _runtime_env(self) -> dict[str, Any] | None:
-        """Ship the job's folder, unless Ray has shipped it already (`ray job submit --working-dir`)."""
-        if _submitted():
-            return None
-        base = self._job.base
-        data = (Path(uri) for uri in (self._job.input.uri, self._job.output.uri))
-        inside = [f"/{path.relative_to(base)}" for path in data if path.is_relative_to(base)]
-        return {"working_dir": str(base), "excludes": [*_UNSHIPPED, *inside]}
-
-    def _folder(self) -> str | None:
-        """The job's folder relative to a worker's working directory; None where the driver's own path holds."""
-        if not self._address:
-            return None
-        if _submitted():
-            return os.path.relpath(self._job.base, Path.cwd())
-        return "."
 
     def _hire(self, name: str) -> _Slot:
         import ray
@@ -229,9 +215,10 @@ class RayPool:
             "max_restarts": 0,
             "runtime_env": {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}},
         }
-        cores = max(1, int(self._layout.cpus))
-        actor: Any = ray.remote(**options)(_Worker).remote(cores, self._folder(), self._setup)
-        return _Slot(name, actor, actor.wait.remote(_POLL_SECONDS))
+        cores, folder = max(1, int(self._layout.cpus)), landing(self._job) if self._address else None
+        with self._usable():
+            actor: Any = ray.remote(**options)(_Worker).remote(cores, folder, self._setup)
+            return _Slot(name, actor, actor.wait.remote(_POLL_SECONDS))
 
     # -- listening ---------------------------------------------------------------------------------------------
 
@@ -239,8 +226,10 @@ class RayPool:
         import ray
 
         polls = [slot.poll for slot in self._slots]
-        ray.wait(polls, timeout=timeout)
-        answered, _ = ray.wait(polls, num_returns=len(polls), timeout=0)
+        patience = max(self._job.runtime.stall_seconds, _POLLS_MISSED * _POLL_SECONDS)
+        with self._usable():
+            ray.wait(polls, timeout=timeout)
+            answered, _ = ray.wait(polls, num_returns=len(polls), timeout=0)
         events: list[Event] = []
         for slot in list(self._slots):
             if slot.poll in answered:
@@ -249,22 +238,24 @@ class RayPool:
                 except ray.exceptions.RayError as error:
                     events += [_crashed(slot, error)] if _is_bug(error) else self._lost(slot, error)
                     continue
-                slot.poll, slot.heard = slot.actor.wait.remote(_POLL_SECONDS), time.monotonic()
+                with self._usable():
+                    slot.poll, slot.heard = slot.actor.wait.remote(_POLL_SECONDS), time.monotonic()
                 events += self._take_in(slot, where, told)
-            elif slot.heard is not None and time.monotonic() - slot.heard > self._job.runtime.stall_seconds:
-                silent = f"it has not answered for {self._job.runtime.stall_seconds:g} s (runtime.stall_seconds)"
+            elif slot.heard is not None and time.monotonic() - slot.heard > patience:
+                silent = f"it has not answered for {patience:g} s (runtime.stall_seconds)"
                 events += self._replace(slot, f"worker {slot.name} was lost: {silent}", blamed=1)
         return events
 
     def _hand_over(self) -> None:
         actors = {slot.name: slot.actor for slot in self._slots}
         for due in self._placement.due():
-            actors[due.worker].submit.remote(due.key, due.plan)
+            with self._usable():
+                actors[due.worker].submit.remote(due.key, due.plan)
 
     def _take_in(self, slot: _Slot, where: str, told: list[Event]) -> list[Event]:
         """What an actor on that node has told; if it can do no more, that takes the place of what befell its shards."""
         events: list[Event] = []
-        for event in told:
+        for event in sorted(told, key=lambda event: not isinstance(event, Done)):  # what is committed comes first
             match event:
                 case Failed(_, WorkerLost() as lost) | WorkerFailed(WorkerLost() as lost):
                     return events + self._give_up(slot, where, lost)
@@ -301,7 +292,7 @@ class RayPool:
         return self._replace(slot, reason, int(blamed)) + self._none_left()
 
     def _replace(self, slot: _Slot, reason: str, blamed: int) -> list[Event]:
-        """Its shards fail this attempt, a new actor takes its place; too many lost in a row end the run.
+        """Its shards fail this attempt, a new actor takes its place; too many lost without a shard done end the run.
 
         Only the attempt at the oldest counts, which was at work, where any does. That may be a mistake: then it shows,
         as from now on each of them is alone with its worker.
@@ -312,8 +303,9 @@ class RayPool:
         events: list[Event] = [Failed(key, Interrupted(reason)) for key in reversed(shards[blamed:])]
         events += [Failed(key, AttemptFailed(reason)) for key in shards[:blamed]]
         self._deaths += 1
-        if self._deaths > _DEATHS_IN_A_ROW * max(1, self.size) and not shards:
-            return [*events, WorkerFailed(AttemptFailed(f"{reason}; {self._deaths} deaths in a row, no shard done"))]
+        if self._deaths > max(_DEATHS_IN_A_ROW * self.size, _DEATHS_AT_WORK if shards else 1):
+            often = f"{self._deaths} workers were lost and no shard was done meanwhile; look at device and model"
+            return [*events, WorkerFailed(AttemptFailed(f"{reason}; {often}"))]
         if not self._closed.is_set():
             self._slots.append(self._hire(slot.name))
         return events
@@ -322,14 +314,16 @@ class RayPool:
         """An actor on a device that is used no more: it is put to rest there, so that the next one lands elsewhere."""
         self._slots.remove(slot)
         self._retired[device].append(slot.actor)
-        slot.actor.close.remote()
+        with self._usable():
+            slot.actor.close.remote()
         self._slots.append(self._hire(slot.name))
         return self._none_left()
 
     def _none_left(self) -> list[Event]:
         """The end of the run, when every device there is is used no more: another day they may be well."""
         assert self._layout is not None
-        nodes = _nodes()
+        assert self._pulse is not None
+        nodes = self._pulse.nodes
         banned = [device for device in sorted(self._strikes.banned) if any(node.name in device for node in nodes)]
         if not banned or len(banned) < self._layout.devices(nodes):
             return []
@@ -351,7 +345,9 @@ class RayPool:
             self._enough_at = now
         if now - self._enough_at <= _SCHEDULE_SECONDS:
             return []
-        asked = self._layout.asked(_nodes()) if self._layout else "Ray did not answer; run again when it does"
+        asked = "Ray did not answer; run again when it does"
+        if self._layout is not None and self._pulse is not None:
+            asked = self._layout.asked(self._pulse.nodes)
         found = f"{ready} of {wanted}" if ready else "no"
         workers = f"{found} worker{'s' if wanted > 1 else ''} came up in {_SCHEDULE_SECONDS:.0f} s"
         return [WorkerFailed(Temporary(f"{self._where}: {workers}; {asked}"))]
@@ -373,11 +369,6 @@ def _here() -> str:
     import ray
 
     return f"{platform.node()} (node {ray.get_runtime_context().get_node_id()[:_NODE_DIGITS]})"
-
-
-def _submitted() -> bool:
-    """Whether this driver is the entrypoint of a submitted Ray job."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def _is_bug(error: Exception) -> bool:

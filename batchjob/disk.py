@@ -22,6 +22,7 @@ from batchjob.errors import (
     Changed,
     InvalidJob,
     NotFound,
+    TooLarge,
     Unaddressable,
     Unavailable,
 )
@@ -40,16 +41,20 @@ _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISD
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
 
 
-def read_file(path: str | os.PathLike[str], etag: str | None = None) -> Blob:
+def read_file(path: str | os.PathLike[str], etag: str | None = None, limit: int | None = None) -> Blob:
     """All bytes of a regular file.
 
     Raises:
-        NotFound, Unaddressable, Unavailable; Changed where `etag` is given and the file has another.
+        NotFound, Unaddressable, Unavailable; Changed where `etag` is given and the file has another; TooLarge where it
+        has more bytes than `limit`.
     """
     with open_file(path) as file:
         found = os.fstat(file.fileno())
         if etag is not None and etag != _etag(found):
-            raise Changed(f"{os.fspath(path)}: changed since it was planned; plan it anew on a new output")
+            said = f"{os.fspath(path)}: changed since the plan was made ({etag}, now {_etag(found)})"
+            raise Changed(f"{said}; run the job on a new output to plan it anew")
+        if limit is not None and found.st_size > limit:
+            raise TooLarge(os.fspath(path), found.st_size, limit)
         with _reading(path):
             return Blob(file.read(), _etag(found), _version(found))
 

@@ -33,7 +33,7 @@ class Dispatch:
     Attributes:
         schedule: shards waiting, running, done and given up.
         workers: those that have loaded.
-        ready: called when a worker has loaded.
+        starting: called again and again until a worker has loaded, and then once for each that has.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Dispatch:
         self._unavailable = 0
         self.schedule = Schedule(attempts)
         self.workers: list[Loaded] = []
-        self.ready: Callable[[], object] = lambda: None
+        self.starting: Callable[[], object] = lambda: None
 
     @property
     def started(self) -> bool:
@@ -68,6 +68,8 @@ class Dispatch:
             return
         for event in self._pool.wait(seconds):
             self._handle(event)
+        if not self.workers:
+            self.starting()
 
     def hand_out(self, plan: int) -> None:
         """Give workers of plan number `plan` as many shards as they take."""
@@ -100,7 +102,7 @@ class Dispatch:
         match event:
             case Ready(worker, loaded):
                 self.workers.append(loaded)
-                self.ready()
+                self.starting()
                 self._progress.note(
                     f"worker {worker}: {loaded.model} on {loaded.device}, {loaded.precision}, batches of "
                     f"{loaded.batch_size}, after {loaded.seconds:.1f} s"

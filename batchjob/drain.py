@@ -27,13 +27,14 @@ class Drain:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def listen(self) -> None:
-        """(Re)install the handlers: Ray takes SIGTERM for itself when it starts."""
+        """(Re)install the handlers: Ray takes SIGTERM for itself when it starts.
+
+        It does so below Python, which does not know; its handler calls ours, and aborts the process 3 s later.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) != self._ask:
-                self._before.setdefault(number, signal.getsignal(number))
-                signal.signal(number, self._ask)
+            self._before.setdefault(number, signal.signal(number, self._ask))
 
     def _ask(self, *_: object) -> None:
         if self.asked.is_set():

@@ -206,7 +206,7 @@ class _Session:
         self._store, self._turns, self._progress = store, turns, progress
         self._planning = Planning(self._job, store, turns, progress.note)
         self._dispatch = Dispatch(job.errors.attempts, make_pool, progress, self._books.commit)
-        self._dispatch.ready = turns.listen_to_signals
+        self._dispatch.starting = turns.listen_to_signals
         turns.listen, turns.before_stop = self._dispatch.listen, lambda: self._dispatch.drain(turns.beat)
         self._stopped_early = False
 

@@ -8,6 +8,7 @@ BatchjobError                 exit 1   ours, but nobody classified it
 │   ├── NotFound                       the object is not there
 │   ├── AlreadyExists                  create-if-absent lost (or its first answer did)
 │   ├── Changed                        replace-if-match lost
+│   ├── TooLarge                       more bytes than who asked takes
 │   └── Unaddressable                  no client can name this key
 ├── AttemptFailed             exit 4   one attempt at a shard: tried again, a bounded number of times
 │   └── Interrupted                    by what befell another shard there: uses up no attempt
@@ -49,6 +50,7 @@ __all__ = [
     "Stalled",
     "StorageError",
     "Temporary",
+    "TooLarge",
     "Unaddressable",
     "Unavailable",
     "WorkerLost",
@@ -110,6 +112,19 @@ class AlreadyExists(StorageError):
 
 class Changed(StorageError):
     """Replace-if-match met another version, or none."""
+
+
+class TooLarge(StorageError):
+    """An object of more bytes than who asked takes; none of them was read."""
+
+    def __init__(self, uri: str, size: int, limit: int) -> None:
+        super().__init__(uri, size, limit)
+        self.size, self.limit = size, limit
+
+    @property
+    def message(self) -> str:
+        uri, size, limit = self.args
+        return f"{uri}: has {size:,} bytes, over the limit of {limit:,}"
 
 
 class Unaddressable(StorageError):

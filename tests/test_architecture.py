@@ -24,7 +24,7 @@ FLOORS = [
     "jobtext parameters jobfile complaints portable job",
     (
         "pool report progress environment drain prepare turns accounting feeder planning survey dispatch takes "
-        "assembly engine trial agreement convert guard passage witness worker layout bench driver"
+        "assembly engine trial agreement convert guard passage witness worker layout shipping bench driver"
     ),
     "local cluster launch",
     "cli",

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
-from faulty import RESET, Faulty, Reply, between
+from faulty import RESET, TRUNCATE, Faulty, Reply, between
 from seaweed import Seaweed
 
 from batchjob.errors import Denied, Unavailable
@@ -229,3 +230,40 @@ def test_an_object_that_was_overwritten_after_the_plan_is_a_fault_that_says_so(
     assert isinstance(fault, Fault)
     assert (fault.stage, fault.type) == ("fetch", "changed")
     assert "changed since the plan was made" in fault.message
+
+
+def test_an_object_that_is_too_large_or_another_is_not_read(
+    s3: Seaweed, faulty: Faulty, fetcher: Fetcher, tmp_path: Path
+) -> None:
+    bucket, local = s3.bucket(), tmp_path / "large.jpg"
+    local.write_bytes(b"x" * 100_000)
+    clouds = [f"{bucket}large.jpg", f"{bucket}not\xa0printable.jpg"]  # the second is read by way of boto3
+    for uri in clouds:
+        s3.put(uri, local.read_bytes())
+    tags = [fetcher.reader.stat(uri).etag for uri in clouds]
+    faulty.decide = lambda method, path: TRUNCATE if method == "GET" else None  # who reads it all fails
+    for uri in (*clouds, str(local)):
+        (fault,) = replace(fetcher, max_bytes=1000).fetch([ImageRef(0, uri, uri)])
+        assert fault == Fault("fetch", "too_large", "the file has 100,000 bytes, over decode.max_bytes 1,000")
+    for uri, etag in zip(clouds, tags, strict=True):
+        (fault,) = fetcher.fetch([ImageRef(0, uri, uri, etag="planned")])
+        assert fault == Fault("fetch", "changed", f"{uri}: changed since the plan was made (planned, now {etag})")
+    assert len([1 for method, _ in faulty.seen if method == "GET"]) == 4, "each once"
+
+
+def test_a_file_of_any_protocol_that_is_too_large_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe({"/limits/fine": b"x" * 1000, "/limits/large": b"x" * 1001})
+    read: list[str] = []
+    cat = type(memory).cat_file
+
+    def watched(self: object, path: str, **more: object) -> bytes:
+        read.append(path)
+        return bytes(cat(self, path, **more))
+
+    monkeypatch.setattr(type(memory), "cat_file", watched)
+    uris = ["memory://limits/fine", "memory://limits/large"]
+    found = Fetcher(Reader(patience=0.0), max_bytes=1000).fetch([ImageRef(n, uri, uri) for n, uri in enumerate(uris)])
+    assert isinstance(found[0], Blob)
+    assert found[1] == Fault("fetch", "too_large", "the file has 1,001 bytes, over decode.max_bytes 1,000")
+    assert read == ["/limits/fine"]

@@ -64,22 +64,22 @@ class DeadOnArrival(Prepare):
 class SlowReader(Reader):
     """A store that needs its time."""
 
-    def read_many(self, uris: Sequence[str], stubborn: bool = False) -> list[Blob | StorageError | Unavailable]:
+    def read_many(self, uris: Sequence[str], *how: Any, **more: Any) -> list[Blob | StorageError | Unavailable]:
         time.sleep(1.5)
-        return super().read_many(uris, stubborn)
+        return super().read_many(uris, *how, **more)
 
 
 class DeadlyReader(Reader):
     """A storage client that crashes over one object, the first time or always."""
 
-    def read_many(self, uris: Sequence[str], stubborn: bool = False) -> list[Blob | StorageError | Unavailable]:
+    def read_many(self, uris: Sequence[str], *how: Any, **more: Any) -> list[Blob | StorageError | Unavailable]:
         for uri in uris:
             content = Path(uri).read_bytes()
             seen = Path(uri + ".seen")
             if content.startswith(b"unreadable") or (content.startswith(b"shaky") and not seen.exists()):
                 seen.touch()
                 os.kill(os.getpid(), signal.SIGSEGV)
-        return super().read_many(uris, stubborn)
+        return super().read_many(uris, *how, **more)
 
 
 class Feed:

@@ -59,7 +59,7 @@ class Unreachable:
 
     error: Exception
 
-    def read_many(self, uris: Sequence[str], stubborn: bool = False) -> list[Unavailable]:  # noqa: ARG002 - the face of Reader
+    def read_many(self, uris: Sequence[str], *_: Any, **__: Any) -> list[Unavailable]:
         if isinstance(self.error, Unavailable):
             return [self.error] * len(uris)
         raise self.error
@@ -227,9 +227,9 @@ def test_large_files_are_fetched_a_few_at_a_time(tmp_path: Path, monkeypatch: py
     asked: list[int] = []
 
     class Counting(Reader):
-        def read_many(self, uris: Sequence[str], stubborn: bool = False) -> list[Blob | StorageError | Unavailable]:
+        def read_many(self, uris: Sequence[str], *how: Any, **more: Any) -> list[Blob | StorageError | Unavailable]:
             asked.append(len(uris))
-            return super().read_many(uris, stubborn)
+            return super().read_many(uris, *how, **more)
 
     paths = images(tmp_path, *map(png, range(7)))
     loader = make(reader=Counting(), batch_size=7)

@@ -34,6 +34,7 @@ from batchjob.errors import (
     Denied,
     InvalidJob,
     NotFound,
+    Refused,
     Unaddressable,
     Unavailable,
 )
@@ -444,7 +445,7 @@ def test_an_object_that_changed_is_told_apart(root: str) -> None:
     first = store.put_if_absent("a", b"1")
     assert reader.read(f"{root}/a", first.etag).data == b"1"
     store.replace_if_match("a", b"2", str(first.version))
-    with pytest.raises(Changed, match="changed since it was planned"):
+    with pytest.raises(Changed, match="changed since the plan was made"):
         reader.read(f"{root}/a", first.etag)
 
 
@@ -970,7 +971,7 @@ def test_a_web_server_is_read(faulty: Faulty) -> None:
         assert gzip.decompress(file.read()) == b"uri\n1\n"
     with pytest.raises(NotFound):
         reader.read(f"{faulty.endpoint}/absent")
-    with pytest.raises(Unavailable, match="access denied"):
+    with pytest.raises(Refused, match="the host refuses it"):
         reader.read(f"{faulty.endpoint}/denied")
     with pytest.raises(Unavailable, match="does not answer"):
         Reader(named, patience=0.3).read(f"{faulty.endpoint}/broken")
@@ -994,3 +995,22 @@ def test_a_reader_asked_by_many_at_once_makes_each_client_once(s3: Seaweed) -> N
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(read, range(8))) == [b"1"] * 8
+
+
+def test_an_answer_that_another_thread_hears_amid_a_look_does_no_harm() -> None:
+    class Heard(Outage):
+        """Ends each time that somebody has looked."""
+
+        @property
+        def _since(self) -> float | None:
+            since, self._begun = self._begun, None
+            return since
+
+        @_since.setter
+        def _since(self, since: float | None) -> None:
+            self._begun = since
+
+    outage = Heard(60.0, clock=lambda: 5.0)
+    outage._since = 1.0
+    outage.endured(Unavailable("away"), 2.0)
+    assert outage._begun == 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -177,8 +178,12 @@ def test_bytes_and_seconds_have_limits(site: Website) -> None:
     assert len(reader(site, max_bytes=5001).read(f"{site.url}/large").data) == 5001
     with pytest.raises(Refused, match="has more than 5,000 bytes"):
         reader(site, max_bytes=5000).read(f"{site.url}/large")
-    with pytest.raises(Unavailable, match=r"longer than 0\.5 s"):
-        reader(site, seconds=0.5).read(f"{site.url}/slow")
+    for patience in (0.0, 30.0):
+        slow = Reader({site.url: StorageOptions(private=True, seconds=0.5)}, patience)
+        asked = len(site.asked)
+        with pytest.raises(Refused, match=r"longer than 0\.5 s"):
+            slow.read(f"{site.url}/slow")
+        assert len(site.asked) == asked + 1
 
 
 def test_answers_are_told_apart(site: Website) -> None:
@@ -190,8 +195,11 @@ def test_answers_are_told_apart(site: Website) -> None:
         "/weak": Page(b"abc", headers={"ETag": 'W/"x"'}),
         "/tagged": Page(b"abc", headers={"ETag": '"x"'}),
     }
-    kinds = [("/absent", NotFound), ("/gone", NotFound), ("/denied", Unavailable), ("/broken", Unavailable)]
-    for path, kind in (*kinds, ("/short", Unavailable)):
+    refused = (400, 401, 402, 403, 405, 451)
+    site.pages |= {f"/{status}": Page(status=status) for status in (*refused, 408, 429)}
+    kinds = [("/absent", NotFound), ("/gone", NotFound), ("/denied", Refused), ("/broken", Unavailable)]
+    kinds += [(f"/{status}", Refused) for status in refused]
+    for path, kind in (*kinds, ("/408", Unavailable), ("/429", Unavailable), ("/short", Unavailable)):
         with pytest.raises(kind):
             reader(site).read(f"{site.url}{path}")
     assert reader(site).read(f"{site.url}/weak").etag is None
@@ -263,6 +271,55 @@ def test_what_is_refused_while_reading_is_an_error_row(site: Website) -> None:
     assert isinstance(fine, Blob)
     assert isinstance(inside, Fault)
     assert (inside.stage, inside.type) == ("fetch", "refused")
+
+
+def refs(*locations: str) -> list[ImageRef]:
+    return [ImageRef(position, uri, uri) for position, uri in enumerate(locations)]
+
+
+def test_a_host_that_is_gone_is_the_fault_of_its_images_while_another_answers(site: Website) -> None:
+    site.pages |= {"/a.jpg": Page(b"a"), "/b.jpg": Page(b"b"), "/broken.jpg": Page(status=500)}
+    with website() as other, socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))  # and does not listen
+        dead = f"http://127.0.0.1:{unheard.getsockname()[1]}"
+        other.pages["/c.jpg"] = Page(b"c")
+        fetcher = Fetcher(Reader({site.url: OPEN, other.url: OPEN, dead: OPEN}, patience=0.05))
+        read = fetcher.fetch(refs(f"{site.url}/a.jpg", f"{other.url}/c.jpg"))
+        assert [type(answer) for answer in read] == [Blob, Blob]
+        found, *faults = fetcher.fetch(refs(f"{site.url}/b.jpg", f"{site.url}/broken.jpg", f"{dead}/d.jpg"))
+        assert isinstance(found, Blob)
+        other.pages["/c.jpg"] = Page(status=500)  # the last that was read
+        faults += fetcher.fetch(refs(f"{other.url}/c.jpg"))
+        for fault in faults:
+            assert isinstance(fault, Fault)
+            assert (fault.stage, fault.type) == ("fetch", "unreadable")
+            assert "others on the web can be read" in fault.message
+        with pytest.raises(Unavailable, match="does not answer"):
+            Fetcher(Reader({dead: OPEN}, patience=0.05)).fetch(refs(f"{dead}/d.jpg"))
+
+
+def test_an_image_that_is_too_large_is_not_read(site: Website) -> None:
+    site.pages["/huge.jpg"] = Page(b"", length=20_000_000_000)
+    (fault,) = Fetcher(reader(site), max_bytes=1000).fetch(refs(f"{site.url}/huge.jpg"))
+    assert fault == Fault("fetch", "too_large", "the file has 20,000,000,000 bytes, over decode.max_bytes 1,000")
+
+
+def test_all_hosts_share_one_set_of_trusted_certificates(site: Website, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[ssl.SSLContext] = []
+    create = ssl.create_default_context
+
+    def counted() -> ssl.SSLContext:
+        made.append(create())
+        return made[-1]
+
+    monkeypatch.setattr(ssl, "create_default_context", counted)
+    hosts = [f"https://{host}:{site.port}" for host in ("127.0.0.1", "localhost")]
+    one = Reader(dict.fromkeys(hosts, OPEN), patience=0.0)
+    for host in hosts:  # which speaks no TLS
+        with pytest.raises(Unavailable):
+            one.read(f"{host}/a.jpg")
+    assert {type(answer) for answer in one.read_many([f"{host}/a.jpg" for host in hosts])} == {Unavailable}
+    assert len(made) == 1
 
 
 def planned(folder: Path, uris: list[str], options: dict[str, StorageOptions] | None = None) -> list[str]:

@@ -75,7 +75,7 @@ class Quarantine:
 
     def suspects(self, run: range) -> bool:
         """Whether one of these may be deadly, so that they are to be predicted one by one. Asks nobody."""
-        return any(_meet(run, suspect) for suspect in self._runs)
+        return any(_meet(run, suspect) for suspect in tuple(self._runs))  # other threads add to them
 
     def _read(self, position: int) -> ImageFacts | None:
         with suppress(NotFound):

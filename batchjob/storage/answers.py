@@ -15,11 +15,12 @@ from batchjob.errors import (
     InvalidJob,
     NotFound,
     StorageError,
+    TooLarge,
     Unaddressable,
     Unavailable,
 )
 
-__all__ = ["expect", "faults", "or_empty", "retrying", "stall"]
+__all__ = ["expect", "faults", "or_empty", "retrying", "stall", "within"]
 
 T = TypeVar("T")
 
@@ -141,7 +142,13 @@ def or_empty(ask: Callable[[], bytes]) -> bytes:
 
 def expect(wanted: str | None, found: str | None, uri: str) -> None:
     if wanted is not None and found is not None and wanted != found:
-        raise Changed(f"{uri}: changed since it was planned; run the job on a new output to plan it anew")
+        said = f"{uri}: changed since the plan was made ({wanted}, now {found})"
+        raise Changed(f"{said}; run the job on a new output to plan it anew")
+
+
+def within(limit: int | None, size: int, uri: str) -> None:
+    if limit is not None and size > limit:
+        raise TooLarge(uri, size, limit)
 
 
 def stall(patience: float) -> float:

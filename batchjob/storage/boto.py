@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from typing import TypeVar
 
 from batchjob.records import Blob, Stat
-from batchjob.storage.answers import expect, faults, or_empty, retrying, stall
+from batchjob.storage.answers import expect, faults, or_empty, retrying, stall, within
 from batchjob.storage.options import StorageOptions
 from batchjob.storage.outage import Outage
 from batchjob.storage.place import PAGE, THREADS, tag
@@ -36,11 +37,13 @@ class Boto:
             config = Config(retries={"total_max_attempts": 1}, s3=style, **wait, **unsigned)
             self.client = self.session.client("s3", region_name=region, endpoint_url=options.endpoint, config=config)
 
-    def get(self, key: str, etag: str | None = None) -> Blob:
+    def get(self, key: str, etag: str | None = None, limit: int | None = None) -> Blob:
         def ask() -> Blob:
             answer = self.client.get_object(Bucket=self._bucket, Key=key, **self._payer)
-            expect(etag, tag(answer["ETag"]), self._base + key)
-            return Blob(answer["Body"].read(), tag(answer["ETag"]), answer["ETag"])
+            with closing(answer["Body"]) as body:
+                expect(etag, tag(answer["ETag"]), self._base + key)
+                within(limit, answer["ContentLength"], self._base + key)
+                return Blob(body.read(), tag(answer["ETag"]), answer["ETag"])
 
         return self._ask(key, ask)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from batchjob.errors import InvalidJob, NotFound, Unavailable
 from batchjob.records import Blob, Stat
-from batchjob.storage.answers import expect, faults, or_empty, stall
+from batchjob.storage.answers import expect, faults, or_empty, stall, within
 from batchjob.storage.boto import Boto
 from batchjob.storage.filesystem import Filesystem
 from batchjob.storage.options import StorageOptions
@@ -54,13 +54,14 @@ class Bucket:
         self._clients: dict[int, CloudClient] = {}
         self._lock = Lock()
 
-    def get(self, key: str, etag: str | None = None) -> Blob:
+    def get(self, key: str, etag: str | None = None, limit: int | None = None) -> Blob:
         if not is_plain(key):
-            return self._other.get(key, etag)
+            return self._other.get(key, etag, limit)
 
         def question() -> Blob:
             answer = self._client().get(key)
             expect(etag, tag(answer.meta["e_tag"]), self._base + key)
+            within(limit, answer.meta["size"], self._base + key)
             return Blob(answer.bytes().to_bytes(), tag(answer.meta["e_tag"]), self._version(answer.meta))
 
         return self._ask(key, question)

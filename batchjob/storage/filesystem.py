@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from batchjob.errors import InvalidJob, NotFound
 from batchjob.records import Blob, Stat
-from batchjob.storage.answers import expect, faults, retrying
+from batchjob.storage.answers import expect, faults, retrying, within
 from batchjob.storage.outage import Outage
 from batchjob.storage.place import tag
 
@@ -24,10 +24,12 @@ class Filesystem:
     def __init__(self, base: str, arguments: Mapping[str, Any], patience: float, outage: Outage) -> None:
         self._base, self._arguments, self._patience, self._outage = base, arguments, patience, outage
 
-    def get(self, key: str, etag: str | None = None) -> Blob:
-        if etag is not None:  # a read brings no tag
-            expect(etag, self.head(key).etag, self._base + key)
+    def get(self, key: str, etag: str | None = None, limit: int | None = None) -> Blob:
         system, path = self._find(key)
+        if etag is not None or limit is not None:  # a read brings neither tag nor size
+            found = self._ask(key, lambda: system.info(path))
+            expect(etag, self._stat(key, found, 0).etag, self._base + key)
+            within(limit, found.get("size") or 0, self._base + key)
         return Blob(self._ask(key, lambda: bytes(system.cat_file(path))), etag)
 
     def get_range(self, key: str, start: int, end: int) -> bytes:

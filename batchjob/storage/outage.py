@@ -61,7 +61,8 @@ class Outage:
         """
         if isinstance(error, Denied):
             raise error
-        since = self._since = asked if self._since is None else self._since
+        since = self._since  # once: another thread may hear an answer meanwhile
+        self._since = since = asked if since is None else since
         lasted = self.clock() - min(since, asked)
         if lasted >= self._seconds:
             raise _lasting(error, lasted) if lasted >= _SILENT_SECONDS else error

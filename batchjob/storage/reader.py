@@ -43,6 +43,7 @@ class Reader:
 
     def _reset(self) -> None:
         self._places: dict[tuple[str, float, bool], Place] = {}
+        self._web = Web(self._options, self._patience, Outage(self._patience))  # whose connections all share
         self._outages: dict[str, Outage] = {}
         self._pool: Threads | None = None
         self._lock = Lock()
@@ -65,25 +66,39 @@ class Reader:
         place, _, key = self._find(uri)
         return place.get(key, etag)
 
-    def read_many(self, uris: Sequence[str], stubborn: bool = False) -> list[Blob | StorageError | Unavailable]:
+    def read_many(
+        self,
+        uris: Sequence[str],
+        stubborn: bool = False,
+        etags: Sequence[str | None] | None = None,
+        limit: int | None = None,
+    ) -> list[Blob | StorageError | Unavailable]:
         """As many answers as URIs, in order: bytes, or what went wrong with this one. Concurrent where remote.
 
         Args:
             stubborn: ask for each as long as patience lasts. Otherwise, once one has waited in vain, the others are
                 asked once: a dead network costs one window, not one per image; and none where that has lasted for as
                 long as an outage may.
+            etags: that the objects must have, as far as theirs are known: else Changed is the answer.
+            limit: bytes that each may have: else TooLarge is the answer, and none of them is read where the store tells
+                the size first.
         """
-        in_vain = {self._store(uri) for uri in uris if not is_local(uri) and self.outage(uri).spent}
+        in_vain = {_host(uri) for uri in uris if not is_local(uri) and self.outage(uri).spent}
+        wanted = list(zip(uris, etags or [None] * len(uris), strict=True))
 
-        def fetch(uri: str) -> Blob | StorageError | Unavailable:
-            answer = self._try(uri, 0.0 if not stubborn and self._store(uri) in in_vain else self._patience)
+        def fetch(uri: str, etag: str | None) -> Blob | StorageError | Unavailable:
+            patience = 0.0 if not stubborn and _host(uri) in in_vain else self._patience
+            answer = self._try(uri, patience, etag, limit)
             if isinstance(answer, Unavailable):
-                in_vain.add(self._store(uri))
+                in_vain.add(_host(uri))
             return answer
 
-        remote = {index: uri for index, uri in enumerate(uris) if not is_local(uri)}
-        begun = {index: self._threads().submit(partial(fetch, uri)) for index, uri in remote.items()}
-        return [begun[index].result() if index in begun else self._try(uri, 0.0) for index, uri in enumerate(uris)]
+        remote = {index: one for index, one in enumerate(wanted) if not is_local(one[0])}
+        begun = {index: self._threads().submit(partial(fetch, *one)) for index, one in remote.items()}
+        return [
+            begun[index].result() if index in begun else self._try(uri, 0.0, etag, limit)
+            for index, (uri, etag) in enumerate(wanted)
+        ]
 
     def refusal(self, uri: str, beside: str) -> str | None:
         """Why an image that data names is not read, as far as its URI tells; None where it may be.
@@ -147,14 +162,14 @@ class Reader:
             return place.open(key)
         return ranged(place, key)
 
-    def _try(self, uri: str, patience: float) -> Blob | StorageError | Unavailable:
+    def _try(self, uri: str, patience: float, etag: str | None, limit: int | None) -> Blob | StorageError | Unavailable:
         """Asked for so many seconds, without waiting for the end of an outage."""
         answer: Blob | StorageError | Unavailable
         try:
             if is_local(uri):
-                return disk.read_file(_path(uri))
+                return disk.read_file(_path(uri), etag, limit)
             place, _, key = self._find(uri, patience)
-            answer = place.get(key)
+            answer = place.get(key, etag, limit)
         except (StorageError, Unavailable) as error:
             answer = error
         if not isinstance(answer, Unavailable):
@@ -172,20 +187,20 @@ class Reader:
         options = options_for(uri, self._options)
         outage = self.outage(uri) if patience is None else Outage(patience)
         seconds = self._patience if patience is None else patience
-        name = (f"{self._store(uri)} {options!r}", seconds, patience is None)
+        name = ("web" if is_web(uri) else f"{self._store(uri)} {options!r}", seconds, patience is None)
         with self._lock:
             if name not in self._places:
                 if cloud:
                     self._places[name] = bucket_of(scheme, bucket, options, seconds, outage)
                 elif is_web(uri):
-                    self._places[name] = Web(self._options, seconds, outage)
+                    self._places[name] = self._web.asked(seconds, outage)
                 else:
                     self._places[name] = Filesystem("", {}, seconds, outage)
             return self._places[name], base, key if cloud else uri
 
     def _store(self, uri: str) -> str:
-        """What falls silent together: a bucket or host."""
-        return "/".join(uri.split("/", 3)[:3])
+        """What falls silent together: a bucket, and all of the web: of its hosts, one says nothing of the others."""
+        return "web" if is_web(uri) else _host(uri)
 
     def _threads(self) -> Threads:
         with self._lock:
@@ -227,6 +242,11 @@ class _Ranges(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
+
+
+def _host(uri: str) -> str:
+    """A bucket or host."""
+    return "/".join(uri.split("/", 3)[:3])
 
 
 def _scheme(uri: str) -> str:

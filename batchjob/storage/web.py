@@ -6,6 +6,7 @@ the same holds for each redirect. Proxies are not used: behind one, nobody could
 
 from __future__ import annotations
 
+import copy
 import io
 import ssl
 import time
@@ -18,7 +19,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-from batchjob.errors import InvalidJob, Refused, Unaddressable
+from batchjob.errors import InvalidJob, Refused, TooLarge, Unaddressable
 from batchjob.records import Blob, Stat
 from batchjob.storage.addresses import resolve, why_not
 from batchjob.storage.answers import expect, faults, or_empty, retrying, stall
@@ -39,6 +40,7 @@ _HOPS = 5
 _NAME_SECONDS = 60.0  # that an address is remembered
 _NAMES, _POOLS = 10_000, 64
 _CHUNK = 1 << 16
+_NO_REFUSALS = {404, 408, 410, 429}  # of 4xx: not there, and not now
 _CONNECT_SECONDS = 5.0
 
 
@@ -55,13 +57,17 @@ class Web:
     def __init__(
         self, options: Options, patience: float, outage: Outage, names: Callable[[str, int], Sequence[str]] = resolve
     ) -> None:
-        self._options, self._patience, self._outage, self._names = options, patience, outage, names
-        self._known: dict[tuple[str, int], tuple[Sequence[str], float]] = {}
-        self._pools: OrderedDict[tuple[str, str, str, int], HTTPConnectionPool] = OrderedDict()
-        self._lock = Lock()
+        self._options, self._patience, self._outage = options, patience, outage
+        self._connections = _Connections(names)
 
-    def get(self, key: str, etag: str | None = None) -> Blob:
-        answer = self._ask(key, lambda: self._whole(key, {}))
+    def asked(self, patience: float, outage: Outage) -> Web:
+        """The same, over the same connections, for who has another patience."""
+        other = copy.copy(self)
+        other._patience, other._outage = patience, outage
+        return other
+
+    def get(self, key: str, etag: str | None = None, limit: int | None = None) -> Blob:
+        answer = self._ask(key, lambda: self._whole(key, {}, limit))
         expect(etag, answer.etag, key)
         return Blob(answer.data, answer.etag)
 
@@ -86,11 +92,16 @@ class Web:
     def _ask(self, key: str, question: Callable[[], T]) -> T:
         def once() -> T:
             with faults(key):
-                return retrying(self._patience, question)
+                try:
+                    return retrying(self._patience, question)
+                except HttpStatus as error:  # no credentials are sent that could be renewed: it is the image's fault
+                    if 400 <= error.status < 500 and error.status not in _NO_REFUSALS:
+                        raise Refused(f"{key}: the host refuses it ({error})") from error
+                    raise
 
         return self._outage.ridden_out(once)
 
-    def _whole(self, url: str, headers: Mapping[str, str]) -> Blob:
+    def _whole(self, url: str, headers: Mapping[str, str], limit: int | None = None) -> Blob:
         """The answer's body; its status in place of a version."""
         target = _target(url, self._options)
         deadline = time.monotonic() + target.options.seconds
@@ -100,7 +111,7 @@ class Web:
                 raise HttpStatus(response.status, response.reason)
             given = response.headers.get("ETag")
             strong = given if given and not given.startswith("W/") else None
-            return Blob(_body(response, target, deadline), tag(strong), str(response.status))
+            return Blob(_body(response, target, deadline, limit), tag(strong), str(response.status))
         finally:
             response.release_conn() if _is_good(response) else response.close()
 
@@ -125,12 +136,12 @@ class Web:
         from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
 
         trouble: Exception | None = None
-        for address in self._addresses(target):
+        for address in self._connections.addresses(target):
             left = deadline - time.monotonic()
             if left <= 0:
                 break
             try:
-                return self._pool(target, address).urlopen(
+                return self._connections.pool(target, address).urlopen(
                     "GET",
                     target.path,
                     headers={"Host": target.site, "User-Agent": "batchjob", "Accept-Encoding": "identity", **headers},
@@ -143,10 +154,20 @@ class Web:
             except (NewConnectionError, ConnectTimeoutError) as error:
                 trouble = error
             except HTTPError as error:
-                raise _lost(error) from error
-        raise _lost(trouble or TimeoutError(f"took longer than {target.options.seconds:g} s")) from trouble
+                raise _ended(error, target, deadline) from error
+        raise (_lost(trouble) if trouble else _too_slow(target)) from trouble
 
-    def _addresses(self, target: _Target) -> Sequence[str]:
+
+class _Connections:
+    """The addresses known and the connections held, of all who share them."""
+
+    def __init__(self, names: Callable[[str, int], Sequence[str]]) -> None:
+        self._names = names
+        self._known: dict[tuple[str, int], tuple[Sequence[str], float]] = {}
+        self._pools: OrderedDict[tuple[str, str, str, int], HTTPConnectionPool] = OrderedDict()
+        self._lock = Lock()
+
+    def addresses(self, target: _Target) -> Sequence[str]:
         """Where the host may be reached. Raises Refused where one of its addresses is forbidden."""
         place = target.host, target.port
         found, until = self._known.get(place, ([], 0.0))
@@ -165,7 +186,7 @@ class Web:
         """The certificates that this machine trusts; reading them takes a while."""
         return ssl.create_default_context()
 
-    def _pool(self, target: _Target, address: str) -> HTTPConnectionPool:
+    def pool(self, target: _Target, address: str) -> HTTPConnectionPool:
         from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 
         name = target.scheme, target.host, address, target.port
@@ -288,12 +309,16 @@ def _is_good(response: BaseHTTPResponse) -> bool:
     return 200 <= response.status < 300
 
 
-def _body(response: BaseHTTPResponse, target: _Target, deadline: float) -> bytes:
-    """All of it. Raises Refused beyond the limit of bytes, TimeoutError beyond that of time."""
+def _body(response: BaseHTTPResponse, target: _Target, deadline: float, most: int | None) -> bytes:
+    """All of it. Raises Refused beyond the host's limits of bytes and time, TooLarge beyond `most` bytes."""
     from urllib3.exceptions import HTTPError
 
     limit, found = target.options.max_bytes, io.BytesIO()
-    if int(response.headers.get("Content-Length") or 0) > limit:
+    size = int(response.headers.get("Content-Length") or 0)
+    if most is not None and size > most:
+        response.close()
+        raise TooLarge(target.url, size, most)
+    if size > limit:
         response.close()
         raise Refused(f"{target.url}: has more than {limit:,} bytes, the host's max_bytes in storage")
     try:
@@ -304,11 +329,20 @@ def _body(response: BaseHTTPResponse, target: _Target, deadline: float) -> bytes
                 raise Refused(f"{target.url}: has more than {limit:,} bytes, the host's max_bytes in storage")
             if time.monotonic() > deadline:
                 response.close()
-                raise TimeoutError(f"took longer than {target.options.seconds:g} s")
+                raise _too_slow(target)
     except HTTPError as error:
         response.close()
-        raise _lost(error) from error
+        raise _ended(error, target, deadline) from error
     return found.getvalue()
+
+
+def _ended(error: Exception, target: _Target, deadline: float) -> Exception:
+    """What an answer that broke off is to us: too slow, where its time was over."""
+    return _too_slow(target) if time.monotonic() >= deadline else _lost(error)
+
+
+def _too_slow(target: _Target) -> Refused:
+    return Refused(f"{target.url}: took longer than {target.options.seconds:g} s, the host's seconds in storage")
 
 
 def _lost(error: Exception) -> OSError:
