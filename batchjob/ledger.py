@@ -230,9 +230,14 @@ def error_rows(store: Store) -> Iterator[dict[str, Any]]:
     for key, provenance in inspect_all(store, sorted(parts(store))):
         if not provenance.failed:
             continue
-        with store.open(key) as file:
-            table = pq.read_table(file, columns=_ERROR_COLUMNS, filters=[("error_stage", "!=", "")])
-        yield from table.to_pylist()
+        try:
+            with store.open(key) as file:
+                table = pq.read_table(file, columns=_ERROR_COLUMNS, filters=[("error_stage", "!=", "")])
+            found = table.to_pylist()
+        except (pa.ArrowException, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckFailed(f"{store.uri}/{key} is damaged ({reason}); remove it and run with --repair") from error
+        yield from found
 
 
 def _put_or_replace(store: Store, key: str, body: bytes, wanted: Callable[[], None] = lambda: None) -> None:

@@ -1001,6 +1001,8 @@ def test_an_answer_that_another_thread_hears_amid_a_look_does_no_harm() -> None:
     class Heard(Outage):
         """Ends each time that somebody has looked."""
 
+        _begun: float | None
+
         @property
         def _since(self) -> float | None:
             since, self._begun = self._begun, None
