@@ -122,7 +122,12 @@ class Lease:
         raise Temporary(f"{self._store.uri}/{_key(self.epoch)}: the lease cannot be rewritten; run again")
 
     def _sweep(self) -> None:
-        for epoch in _epochs(self._store):
+        """Delete epochs of long ago. Raises Temporary where ours is one: whoever looked before, and slept, is late."""
+        epochs = _epochs(self._store)
+        if max(epochs, default=0) > self.epoch:
+            self._store.delete(_key(self.epoch))
+            raise _busy(self._store, _newest(self._store))
+        for epoch in epochs:
             if epoch < self.epoch - 1:
                 self._store.delete(_key(epoch))
 

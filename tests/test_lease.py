@@ -294,3 +294,17 @@ def test_a_driver_killed_while_it_took_over_holds_up_nobody_for_long(memory: Mem
     clock = Clock()
     assert acquire(memory, clock).epoch == (3 if fault is Fault.KILLED_AFTER else 2)
     assert clock.now - 1000 < 21
+
+
+def test_who_looked_long_ago_does_not_take_an_epoch_that_was_swept(memory: MemoryStore) -> None:
+    acquire(memory).release()
+    late = memory.client()
+
+    def others_come_and_go() -> None:
+        for _ in range(3):
+            acquire(memory).release()
+
+    late.inject("put_if_absent", key(2), others_come_and_go)
+    with pytest.raises(Temporary, match="another driver"):
+        acquire(late)
+    assert memory.held() == [key(3), key(4)]

@@ -98,7 +98,7 @@ def tally(output: str, images: int) -> Tally:
 def committed(output: str) -> dict[str, tuple[str, str | None]]:
     """Attempt and ETag of each committed part, by name."""
     tags = {stat.uri: stat.etag for stat in opened(output).list("predictions/")}
-    return {key: (made.attempt, tags[key]) for key, made in footers(output).items()}
+    return {key: (made.attempt, tags[key]) for key, made in footers(output).items() if key in tags}
 
 
 def side_by_side(work: Callable[[T], R], items: Iterable[T], at_once: int) -> list[R]:

@@ -93,6 +93,7 @@ class Laws:
         self._success(objects, before.get("_SUCCESS") is not objects.get("_SUCCESS"))
 
     def _deleted(self, key: str) -> None:
+        self._owners.pop(key, None)  # an epoch of long ago: who comes late and makes it anew must see that, and leave
         if key in self._parts:
             _must(self._parts[key][0].buried, f"{key} of a plan in force was deleted")
         else:
