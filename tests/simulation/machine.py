@@ -161,8 +161,9 @@ class Drivers(RuleBasedStateMachine):
                 self._all_to_the_end()
             self._completes()
             before = self._laws.strays
+            stopped = any(one.discards and not one.ended and one.signal.is_set() for one in self._drivers)
             self._all_to_the_end()
-            assert self._laws.strays <= before, "parts of a discarded plan were left by workers that nobody hindered"
+            assert stopped or self._laws.strays <= before, "a part of a discarded plan was left, nobody was stopped"
             self._completes()
             self._laws.complete()
             self.tally["schedules"] += 1
