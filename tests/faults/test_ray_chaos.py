@@ -172,13 +172,14 @@ def test_what_is_stopped_is_replaced_and_does_no_harm_when_it_wakes(
     write_slow_job(tmp_path, IMAGES)
     with machines() as them:
         run = Run(them, tmp_path)
-        with ends(run.start(nap="2")) as driver:
+        with ends(run.start(nap="4")) as driver:
             until(lambda: len(them.actors()) == 2, command=driver)
             run.goes_on(driver)
             sleeper = chance.choice(them.actors()) if victim == "actor" else them.raylet(chance.choice(them.nodes))
             os.kill(sleeper, signal.SIGSTOP)
             if victim == "actor":
-                until(lambda: sleeper not in them.actors(), command=driver)  # killed, stopped as it is
+                # Killed, stopped as it is; or others do its shards before that is due.
+                until(lambda: sleeper not in them.actors() or driver.process.poll() is not None)
             else:
                 run.goes_on(driver, 12)
             with suppress(ProcessLookupError):
@@ -186,7 +187,8 @@ def test_what_is_stopped_is_replaced_and_does_no_harm_when_it_wakes(
             ended = driver.end()
     print(ended.err[-1500:])
     assert (ended.code, ended.answer["status"]) == (0, "complete"), ended.err
-    assert victim == "raylet" or "has not answered for" in ended.err
+    known = "has not answered for" in ended.err or "a second worker begins it too" in ended.err
+    assert victim == "raylet" or known, ended.err
     run.check()
     figure("a worker that does not move is replaced", f"Ray: {victim} stopped and woken; 0 missing, 0 twice")
 
