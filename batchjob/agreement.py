@@ -29,6 +29,7 @@ _WORTH_QUICK_SECONDS = 25.0  # likewise, of recipes that are not compiled
 _QUICK_BUDGET = 12.0  # seconds for those alone, most of them for a process to start and load the model
 _SHARE = 0.25  # of the estimated run that a trial may take
 _MUCH_MORE = 1.5
+_TOO_SHORT = "not tried, the job is too short to compile for"
 _WHETHER = {"tuning", "tuning_budget_s"}  # say whether a table is made, not what is in it
 
 
@@ -153,7 +154,7 @@ class Agreement:
             torch.cuda.empty_cache()
         tried = [recipe for recipe in recipes if not (self._short and recipe.compile != "off")]
         made = table(self.bench, tried, self._budget(), self.stopped)
-        return made + [Trial(recipe, f"not tried, {TIME_WAS_UP}") for recipe in recipes if recipe not in tried]
+        return made + [Trial(recipe, _TOO_SHORT) for recipe in recipes if recipe not in tried]
 
     def applied(self, decision: Decision) -> tuple[Decision, Predictor]:
         """A predictor by that recipe, warmed up, once it has run here on the job's images near enough to eager fp32.
@@ -206,7 +207,7 @@ def _remembered(memory: Memory, budget: float) -> list[Trial] | None:
         found = Decision.parse(data)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    cut_short = any(trial.verdict.endswith(TIME_WAS_UP) for trial in found.trials)
+    cut_short = any(trial.verdict.endswith((TIME_WAS_UP, _TOO_SHORT)) for trial in found.trials)
     return None if cut_short and budget > _MUCH_MORE * found.seconds else list(found.trials)
 
 
