@@ -129,9 +129,9 @@ class Forward:
         dtype = self._dtype if self._recipe.half and self._dtype else torch.float32
         if isinstance(pixels, list):
             return [self._normalize(image[None], dtype)[0] for image in pixels]
-        if self._recipe.channels_last:  # before the normalisation, which makes four bytes of one
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return self._normalize(pixels, dtype)
+        layout = torch.channels_last if self._recipe.channels_last else torch.contiguous_format
+        # Before the normalisation, which makes four bytes of one.
+        return self._normalize(pixels.contiguous(memory_format=layout), dtype)
 
     @property
     def _dtype(self) -> torch.dtype | None:

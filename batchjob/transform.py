@@ -235,7 +235,7 @@ class Normalizer:
 
     def __init__(self, preprocess: Preprocess) -> None:
         self._preprocess = preprocess
-        self._moments: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._moments: dict[tuple[torch.device, torch.Size | None], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Normalise `[n, c, h, w]`; computed in float32, given in `dtype`. A user transform's output stays as it is."""
@@ -249,21 +249,35 @@ class Normalizer:
         if self._preprocess.scale == "unit":
             values = values.div_(255)
         if self._preprocess.mean is not None:
-            mean, std = self._on(values.device)
+            mean, std = self._beside(values)
             values = values.sub_(mean).div_(std)
         return values.to(dtype)
 
-    def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _beside(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation, one a channel; one a value where a CPU would take three values of a pixel at a time."""
         import torch
 
-        if device not in self._moments:
+        spread = values.device.type == "cpu" and not values.is_contiguous()
+        key = values.device, values.shape[1:] if spread else None
+        found = self._moments.get(key)
+        if found is None:
             with torch.inference_mode(mode=False):  # made under inference mode they would taint other modes
                 mean, std = (
-                    torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
-                    for values in (self._preprocess.mean, self._preprocess.std)
+                    torch.tensor(moment, dtype=torch.float32, device=values.device).view(-1, 1, 1)
+                    for moment in (self._preprocess.mean, self._preprocess.std)
                 )
-                self._moments[device] = mean, std
-        return self._moments[device]
+                if spread:
+                    mean, std = (_like(values, moment) for moment in (mean, std))
+            self._moments = {key: (mean, std)}  # of the last size alone: there may be any number
+            found = mean, std
+        return found
+
+
+def _like(values: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """A channel's number for each value of an image, `[1, c, h, w]`, in the layout of `values` (channels last)."""
+    import torch
+
+    return moment.expand(1, *values.shape[1:]).contiguous(memory_format=torch.channels_last)
 
 
 def normalizer(preprocess: Preprocess) -> Normalizer:

@@ -18,7 +18,7 @@ FLOORS = [
     "redaction errors settings records",
     (
         "targets preprocess forkserver devices forward lanes likeness machine disk parallel storage fetch schedule "
-        "placement spool jpeg formats resample breakage stopwatch strikes pulse"
+        "placement spool jpeg formats banded resample breakage stopwatch strikes pulse"
     ),
     "sources models tasks plan ledger lease decode transform loader tuning recipes predict sink",
     "jobtext parameters jobfile complaints portable job",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode, functional
 
-from batchjob.resample import Box, Filter, resample, resample_in_integers
+from batchjob.resample import Box, Filter, _alike, resample, resample_in_integers
 
 FILTERS: tuple[Filter, ...] = ("bilinear", "bicubic")
 
@@ -70,3 +70,33 @@ def test_in_integers_it_is_at_most_a_level_beside_it(box: Box) -> None:
         made = resample_in_integers(image, size, box, "bilinear")
         assert made.dtype == torch.uint8
         assert (made.int() - reference(image, size, box, "bilinear").int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_what_shrinks_little_or_grows_is_torchvisions(seed: int) -> None:
+    draw = random.Random(1000 + seed)
+    image = picture(draw.choice([1, 3]), draw.randint(1, 400), draw.randint(1, 400))
+    size = tuple(max(1, int(side / draw.uniform(0.4, 2.1))) for side in image.shape[1:])
+    box = (size[0] // 9, size[1] // 7, size[0] - size[0] // 9, size[1] - size[1] // 7)
+    made = resample(image, (size[0], size[1]), box, "bilinear")
+    assert torch.equal(made, reference(image, (size[0], size[1]), box, "bilinear")), (image.shape, size, box)
+
+
+@pytest.mark.parametrize(("size", "box"), [((290, 1), (162, 0, 90, 1)), ((1, 90), (0, 3, 1, 70))])
+def test_a_result_of_a_single_row_or_column_is_torchvisions(size: tuple[int, int], box: Box) -> None:
+    image = picture(3, 234, 169)
+    assert torch.equal(resample(image, size, box, "bilinear"), reference(image, size, box, "bilinear"))
+
+
+def test_a_torch_without_sparse_products_resizes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise RuntimeError("Calling addmm on a sparse CPU tensor requires compiling PyTorch with MKL")
+
+    box = (16, 58, 224, 224)
+    before = resample(picture(3, 375, 500), (256, 341), box, "bilinear")
+    monkeypatch.setattr("batchjob.resample.product", refused)
+    _alike.cache_clear()
+    try:
+        assert torch.equal(resample(picture(3, 375, 500), (256, 341), box, "bilinear"), before)
+    finally:
+        _alike.cache_clear()

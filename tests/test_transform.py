@@ -244,3 +244,13 @@ def test_a_frame_of_a_turned_image_is_the_upright_one() -> None:
 def test_padding_asks_for_groups() -> None:
     with pytest.raises(InvalidJob, match=r"preprocess\.sizes: group"):
         merge(Preprocess(pad=32), OWN)
+
+
+def test_images_with_their_channels_last_are_normalised_to_the_same_bits() -> None:
+    merged = Preprocess(resize=None, crop=None, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    normalize = normalizer(merged)
+    for side in (7, 32, 7):
+        planes = torch.randint(0, 256, (3, 3, side, side + 1), dtype=torch.uint8)
+        last = normalize(planes.contiguous(memory_format=torch.channels_last), torch.float32)
+        assert torch.equal(last, normalize(planes, torch.float32))
+        assert last.is_contiguous(memory_format=torch.channels_last)

@@ -35,7 +35,7 @@ class Pixels:
             message = f"comes out as {_shape(shape)}, the others as {_shape(size)}: give resize and crop in preprocess"
             return Fault("transform", "size", message)
         if self._tensor is None:
-            self._tensor = _room((self._rows, *shape), image.dtype, self._shared)
+            self._tensor = _room_for(self._rows, image, self._shared)
         if image.dtype != self._tensor.dtype:
             return Fault("transform", "type", f"comes out as {image.dtype}, the others as {self._tensor.dtype}")
         self._tensor[self._used] = image
@@ -78,6 +78,14 @@ class Ragged:
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """`[c, h, w]` of each."""
         return tuple(tuple(image.shape) for image in self._images)
+
+
+def _room_for(rows: int, image: torch.Tensor, shared: bool) -> torch.Tensor:
+    """Room for so many images in the layout of this one: no value is moved on the way that stands well."""
+    if image.ndim != 3 or image.shape[0] == 1 or image.stride(0) != 1:
+        return _room((rows, *image.shape), image.dtype, shared)
+    channels, height, width = image.shape
+    return _room((rows, height, width, channels), image.dtype, shared).permute(0, 3, 1, 2)
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype, shared: bool) -> torch.Tensor:
