@@ -9,15 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Job", "JobError", "Outcome", "__version__", "run", "validate"]
+__all__ = ["Job", "JobError", "Outcome", "__version__", "retry", "run", "validate"]
 
 if TYPE_CHECKING:
     from batchjob.errors import JobError
     from batchjob.job import Job
-    from batchjob.launch import run, validate
+    from batchjob.launch import retry, run, validate
     from batchjob.report import Outcome
 
-_HOMES = {"Job": "job", "JobError": "errors", "Outcome": "report", "run": "launch", "validate": "launch"}
+_HOMES = {
+    "Job": "job",
+    "JobError": "errors",
+    "Outcome": "report",
+    "retry": "launch",
+    "run": "launch",
+    "validate": "launch",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -56,12 +56,16 @@ class Books:
     Args:
         store: the output.
         beat: called while that takes time, to keep the lease.
+        retry: parts with error rows are to be replaced.
+
+    Attributes:
+        pending: error rows that are still to be retried.
     """
 
-    def __init__(self, store: Store, beat: Beat) -> None:
-        self._store = store
+    def __init__(self, store: Store, beat: Beat, retry: bool = False) -> None:
+        self._store, self._retry = store, retry
         self._there = aside(lambda: ledger.parts(store), beat)
-        self._rows = self._failed = 0
+        self._rows = self._failed = self.pending = 0
         self.expected: dict[str, int] = {}
         self.fresh: dict[str, ShardResult] = {}
         self.older: dict[str, tuple[Provenance, str | None]] = {}
@@ -87,19 +91,24 @@ class Books:
             if made is not None and made.plan == head.plan:
                 self.older[key] = made.compact(), self._there[key].etag
                 self._count(made)
+                self.pending += made.failed if self._retry else 0
 
     def add(self, chunk: Chunk) -> tuple[int, list[ShardKey]]:
         """Take in a chunk of the plan: images of it that are committed already, and the shards to do."""
         self.expected.update((key.part, key.rows) for key in chunk.shards)
         self.planned, self.whole = chunk.cursor.rows, chunk.last
-        done = sum(key.rows for key in chunk.shards if key.part in self._there)
-        return done, [key for key in chunk.shards if key.part not in self._there]
+        left = [key for key in map(self._to_do, chunk.shards) if key is not None]
+        return sum(key.rows for key in chunk.shards) - sum(key.images for key in left), left
 
     def commit(self, result: ShardResult) -> None:
         """Count a shard that a worker of this run has seen committed."""
-        made = result.made.compact()
-        self.fresh[result.key.part] = replace(result, made=made)
-        self._count(made)
+        key, made = result.key, result.made.compact()
+        self.fresh[key.part] = replace(result, made=made)
+        if key.revision:
+            self._failed += made.failed - key.failed
+            self.pending -= key.failed
+        else:
+            self._count(made)
 
     def clear_foreign(self, beat: Beat) -> None:
         """Look at parts that the plan, as far as it is known, does not name. See `clear_foreign`."""
@@ -109,7 +118,15 @@ class Books:
 
     def exceeded(self, budget: ErrorBudget) -> str:
         """What makes it certain that the run ends over its error budget; empty while nothing does."""
-        return exceeded(budget, self._failed, self.planned if self.whole else None)
+        return exceeded(budget, self._failed - self.pending, self.planned if self.whole else None)
+
+    def _to_do(self, key: ShardKey) -> ShardKey | None:
+        """As it is to be handed out; None where its part is there and good."""
+        if key.part not in self._there:
+            return key
+        if not self._retry or key.part not in self.older or not (made := self.older[key.part][0]).failed:
+            return None
+        return replace(key, revision=made.revision + 1, failed=made.failed)
 
     def _count(self, made: Provenance) -> None:
         self._rows += made.rows
@@ -144,7 +161,7 @@ def conclude(store: Store, head: Head, run: Run, *, budget: ErrorBudget, summary
     """
     there = aside(lambda: ledger.parts(store), beat)
     # A worker lost between its PUT and its answer has committed all the same.
-    run = replace(run, given_up=tuple(gone for gone in run.given_up if gone.key.part not in there))
+    run = replace(run, given_up=tuple(gone for gone in run.given_up if not _stands(gone.key, run, there)))
     there = _checked_names(store, run, there, beat)
     parts, totals = _add_up(store, head, run, there, beat)
     outcome = replace(_outcome(store, run, totals, budget), truth=summary(totals.truth))
@@ -202,6 +219,11 @@ def _footers(store: Store, names: Iterable[str], beat: Beat) -> Iterator[tuple[s
     return side_by_side(look, sorted(names), beat)
 
 
+def _stands(key: ShardKey, run: Run, there: Mapping[str, Stat]) -> bool:
+    """Whether the shard's part is there, at a retry the new one."""
+    return key.part in there and not (key.revision and run.older[key.part][1] == there[key.part].etag)
+
+
 def _checked_names(store: Store, run: Run, there: Mapping[str, Stat], beat: Beat) -> dict[str, Stat]:
     """The plan's own parts. Raises CheckFailed where one is missing, or a foreign one lies beside them."""
     given_up = {gone.key.part for gone in run.given_up}
@@ -249,7 +271,7 @@ def _outcome(store: Store, run: Run, totals: Totals, budget: ErrorBudget) -> Out
         message = f"{said}, {limit}; {_worst(totals)}; see `batchjob errors {store.uri}`"
         message += "; errors.abort_early=false does the rest all the same" if unfinished else ""
         status, code = CheckFailed.status, CheckFailed.exit_code
-    rate = sum(result.made.rows for result in run.fresh.values()) / max(run.seconds, 1e-9)
+    rate = sum(result.key.images for result in run.fresh.values()) / max(run.seconds, 1e-9)
     good = totals.rows - totals.failed
     return Outcome(status, planned, good, totals.failed, run.seconds, rate, store.uri, code, message)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -65,10 +66,21 @@ class Agreement:
         use_compile_cache()
         unknown = Decision(self.engine.traits.name, str(torch.__version__), Recipe(), "")
         key = f"{self.head.folder}{unknown.key}"
-        try:
+        with suppress(NotFound):
             return self._standing(self.store.read(key).data, unknown)
-        except NotFound:
-            ours = self._decided(unknown)
+        named = replace(unknown, recipe=self.engine.recipe, reason="as the job says")
+        asked = self.engine.asked
+        recipes = candidates(asked, self.engine.traits) if self.engine.model.eager else []
+        if asked.tuning == "off" or len(recipes) < 2:
+            return self._put(key, named, unknown)
+        memory = Memory(self._facts(unknown))
+        with memory.alone(self.stopped):
+            with suppress(NotFound):  # another worker of this machine may have been at it meanwhile
+                return self._standing(self.store.read(key).data, unknown)
+            return self._put(key, self._decided(named, recipes, memory), unknown)
+
+    def _put(self, key: str, ours: Decision, unknown: Decision) -> Decision:
+        """The one that stands then; ours alone where the trials were broken off."""
         if self.stopped():
             return ours
         return self._standing(settle(self.store, key, ours.dump()), unknown)
@@ -85,26 +97,22 @@ class Agreement:
             return found
         return replace(found, recipe=named, reason="as the job says by now")
 
-    def _decided(self, unknown: Decision) -> Decision:
-        asked, began = self.engine.asked, time.monotonic()
-        named = replace(unknown, recipe=self.engine.recipe, reason="as the job says")
-        recipes = candidates(asked, self.engine.traits) if self.engine.model.eager else []
-        if asked.tuning == "off" or len(recipes) < 2:
-            return named
-        memory = Memory(self._facts(unknown))
-        with memory.alone(self.stopped):
-            known = _remembered(memory, self._budget())
-            if known is None and not self._worth_a_trial():
-                return replace(named, reason="the job is too short to try anything")
-            trials = known or self._tried(recipes)
-            if known is None and trials[0].passed and not self.stopped():
-                memory.write(replace(unknown, trials=tuple(trials), seconds=self._budget()).dump())
+    def _decided(self, named: Decision, recipes: Sequence[Recipe], memory: Memory) -> Decision:
+        """By what this machine remembers, or by trials."""
+        began, known = time.monotonic(), _remembered(memory, self._budget())
+        if known is None and not self._worth_a_trial():
+            return replace(named, reason="the job is too short to try anything")
+        trials = known or self._tried(recipes)
+        if known is None and trials[0].passed and not self.stopped():
+            memory.write(
+                replace(named, recipe=Recipe(), reason="", trials=tuple(trials), seconds=self._budget()).dump()
+            )
         if not trials[0].passed:
             return replace(named, reason=f"eager fp32 could not be run in a trial: {trials[0].verdict}")
-        recipe, reason = choose(asked, trials, self.images)
+        recipe, reason = choose(self.engine.asked, trials, self.images)
         reason += ", as this machine found before" if known else ""
         return replace(
-            unknown, recipe=recipe, reason=reason, trials=tuple(trials), seconds=round(time.monotonic() - began, 2)
+            named, recipe=recipe, reason=reason, trials=tuple(trials), seconds=round(time.monotonic() - began, 2)
         )
 
     def _worth_a_trial(self) -> bool:

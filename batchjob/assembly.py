@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import secrets
 import threading
@@ -19,15 +18,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchjob import ledger
+from batchjob import ledger, revision
 from batchjob.errors import AttemptFailed, BatchjobError
 from batchjob.parallel import Threads
 from batchjob.pool import Done, Event, Failed
 from batchjob.predict import Predicted
-from batchjob.records import Batch, Fault, Frame, ImageFacts, Provenance, Shard, ShardResult, Span, Watch
+from batchjob.records import Batch, Fault, Frame, ImageFacts, Provenance, Shard, ShardResult, Watch
 from batchjob.sink import PartWriter, rows
 from batchjob.spool import no_room
-from batchjob.stopwatch import Stopwatch
+from batchjob.stopwatch import Stopwatch, spent
 from batchjob.storage import Store
 from batchjob.tasks import Postprocess
 
@@ -206,7 +205,7 @@ class Assembly:
         draft.writer.add(made)
         if self._post.truths:
             draft.truth.update(self._post.tally(made.filter(pc.is_null(made.column("error_stage")))))
-        draft.spend({"write": self._spent("write", began, made.num_rows)})
+        draft.spend({"write": spent(self._watch, "write", began, made.num_rows)})
 
     def _outcome(self, predicted: Predicted, frames: Sequence[Frame]) -> tuple[list[pa.Array], list[Fault | None]]:
         """The task's columns and faults, a row for each image, in the batch's order."""
@@ -247,25 +246,23 @@ class Assembly:
     def _commit(self, draft: _Draft) -> Event:
         key, began = draft.shard.key, time.perf_counter()
         try:
-            made = draft.close(self._imprint)
-            done = ledger.commit(self._store, key, draft.writer.path, made, self._wanted)
-            examples = draft.writer.examples if done.ours else {}
-            return Done(ShardResult(key, done.provenance, examples, done.ours, done.stat.etag))
+            with self._stopwatch.step("the end of a part"):
+                made = draft.close(self._imprint)
+            path, examples = draft.writer.path, draft.writer.examples
+            if key.revision:
+                done, examples = revision.replace_part(self._store, key, path, made, self._wanted)
+            else:
+                done = ledger.commit(self._store, key, path, made, self._wanted)
+            return Done(ShardResult(key, done.provenance, examples if done.ours else {}, done.ours, done.stat.etag))
         except Exception as error:  # noqa: BLE001 - ends this attempt
             return Failed(key, self._fault(error))
         finally:
             with suppress(OSError):  # the spool is swept at the end
                 draft.writer.path.unlink(missing_ok=True)
-            self._spent("commit", began, key.rows)
+            spent(self._watch, "commit", began, len(draft.shard.refs))
 
     def _fault(self, error: Exception) -> BatchjobError:
         return no_room(error, self._spool) or as_ours(error)
-
-    def _spent(self, stage: str, began: float, images: int) -> float:
-        """Seconds since `began`, which the watch is told of."""
-        ended = time.perf_counter()
-        self._watch(Span(stage, began, ended, os.getpid(), images))
-        return ended - began
 
 
 class _Draft:
@@ -291,17 +288,17 @@ class _Draft:
             self.writer.path.unlink(missing_ok=True)
 
     def close(self, imprint: Imprint) -> Provenance:
-        """Write the footer; the file is the part."""
-        key = self.shard.key
-        if self.writer.rows != key.rows:
-            raise BatchjobError(f"shard {key.index} has {key.rows} images, {self.writer.rows} rows")
+        """Write the footer; the file is the part, or at a retry the rows that were retried."""
+        key, images = self.shard.key, len(self.shard.refs)
+        if self.writer.rows != images:
+            raise BatchjobError(f"shard {key.index} has {images} images, {self.writer.rows} rows")
         self.spend({"wall": time.perf_counter() - self._began})
         made = Provenance(
             plan=imprint.plan,
             shard=key.id,
             index=key.index,
             attempt=self.attempt,
-            revision=0,
+            revision=key.revision,
             fingerprint=imprint.fingerprint,
             model=imprint.model,
             recipe=imprint.recipe,

@@ -8,7 +8,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,14 +15,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from batchjob import __version__
-from batchjob.errors import BatchjobError, InvalidJob
+from batchjob.arguments import (
+    AllowEmpty,
+    AsJson,
+    Endpoint,
+    FormatName,
+    JobFile,
+    Overrides,
+    Params,
+    PoolName,
+    QuietFlag,
+    RayAddress,
+    Region,
+    RunPool,
+    Where,
+    output_of,
+    read_job,
+)
+from batchjob.errors import BatchjobError
 from batchjob.parallel import leave_threads
 from batchjob.redaction import presentable
 from batchjob.report import Outcome, counted
 
 if TYPE_CHECKING:
     from batchjob.job import Job
-    from batchjob.storage import Options
+    from batchjob.progress import Progress
 
 __all__ = ["app", "main"]
 
@@ -39,36 +55,6 @@ app = typer.Typer(
 
 # What click raises for a wrong command line; newer typers carry their own click and do not export it.
 _UsageError: type[Any] = typer.BadParameter.__base__ or typer.BadParameter
-
-
-class FormatName(StrEnum):
-    onnx = "onnx"
-    exported = "exported"
-    aoti = "aoti"
-    torchscript = "torchscript"
-    int8 = "int8"
-    pruned = "pruned"
-    tensorrt = "tensorrt"
-
-
-class PoolName(StrEnum):
-    ray = "ray"
-    local = "local"
-
-
-JobFile = Annotated[str, typer.Argument(metavar="JOB.yaml", help="The job file.")]
-Where = Annotated[str, typer.Argument(metavar="OUT", help="An output's path or URI, or the job file that writes it.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="section.key=value", help="Settings that replace the job file's.")
-]
-Params = Annotated[
-    list[str] | None, typer.Option("--param", "-p", metavar="NAME=VALUE", help="A parameter of the job; repeatable.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")]
-QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-AllowEmpty = Annotated[bool, typer.Option("--allow-empty", help="An input without images is fine.")]
-Endpoint = Annotated[str | None, typer.Option(help="URL of an S3 server other than AWS, where OUT is a URI.")]
-Region = Annotated[str | None, typer.Option(help="Region of the store, where OUT is a URI.")]
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -112,8 +98,8 @@ def run(  # noqa: PLR0913, PLR0917 - typer makes a parameter of each flag
     job: JobFile,
     overrides: Overrides = None,
     param: Params = None,
-    pool: Annotated[PoolName | None, typer.Option(help="Where workers run; same as runtime.pool=….")] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster; else RAY_ADDRESS, else one started here.")] = None,
+    pool: RunPool = None,
+    address: RayAddress = None,
     allow_empty: AllowEmpty = False,
     repair: Annotated[
         bool, typer.Option("--repair", help="Make parts again that are gone from a finished output.")
@@ -122,25 +108,33 @@ def run(  # noqa: PLR0913, PLR0917 - typer makes a parameter of each flag
     quiet: QuietFlag = False,
 ) -> int:
     """Run a job, or resume it. Exit 0 complete, 2 invalid, 3 over budget, 4 incomplete, 75 try again later."""
-    from batchjob.progress import pick_progress
 
-    began, output = time.monotonic(), None
-    try:
-        loaded = _read(job, param, [*(overrides or ()), *([f"runtime.pool={pool.value}"] if pool else ())])
-        output = loaded.output.uri
+    def work(loaded: Job, progress: Progress) -> Outcome:
         from batchjob import launch
 
-        progress = pick_progress(quiet)
-        outcome = launch.run(loaded, address=address, allow_empty=allow_empty, repair=repair, progress=progress)
-        _say(outcome.sentence())
-    except _UsageError:
-        raise
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # explained, and turned into an exit code
-        _explain(error)
-        outcome = Outcome.of_error(error, output, time.monotonic() - began)
-    if as_json:
-        print(outcome.dump(), flush=True)
-    return outcome.exit_code
+        return launch.run(loaded, address=address, allow_empty=allow_empty, repair=repair, progress=progress)
+
+    return _carried_out(work, lambda: read_job(job, param, _pooled(overrides, pool)), as_json, quiet)
+
+
+@app.command()
+def retry(
+    job: JobFile,
+    overrides: Overrides = None,
+    param: Params = None,
+    pool: RunPool = None,
+    address: RayAddress = None,
+    as_json: AsJson = False,
+    quiet: QuietFlag = False,
+) -> int:
+    """Read the images again that failed, and replace their rows; do what a run has left undone. Exits as run does."""
+
+    def work(loaded: Job, progress: Progress) -> Outcome:
+        from batchjob import launch
+
+        return launch.retry(loaded, address=address, progress=progress)
+
+    return _carried_out(work, lambda: read_job(job, param, _pooled(overrides, pool)), as_json, quiet)
 
 
 @app.command()
@@ -150,7 +144,7 @@ def validate(job: JobFile, overrides: Overrides = None, param: Params = None, as
     def work() -> tuple[dict[str, Any], list[str]]:
         from batchjob import launch
 
-        lines = launch.validate(_read(job, param, overrides))
+        lines = launch.validate(read_job(job, param, overrides))
         return {"status": "valid", "lines": lines}, lines
 
     return _answer(work, as_json)
@@ -168,7 +162,7 @@ def plan(
     """List the input, cut it into shards and freeze that plan in the output; a run then starts from it."""
 
     def work() -> tuple[dict[str, Any], list[str]]:
-        loaded = _read(job, param, overrides)
+        loaded = read_job(job, param, overrides)
         from batchjob import launch
         from batchjob.progress import pick_progress
 
@@ -193,7 +187,7 @@ def status(
         from batchjob import survey
         from batchjob.storage import open_store
 
-        found = survey.status(open_store(*_output(where, param, overrides, endpoint, region)))
+        found = survey.status(open_store(*output_of(where, param, overrides, endpoint, region)))
         return asdict(found), found.lines()
 
     return _answer(work, as_json)
@@ -215,7 +209,7 @@ def errors(
         from batchjob import survey
         from batchjob.storage import open_store
 
-        store = open_store(*_output(where, param, overrides, endpoint, region))
+        store = open_store(*output_of(where, param, overrides, endpoint, region))
         for row in islice(survey.error_rows(store), limit or None):
             if as_json:
                 print(json.dumps(row, default=str))
@@ -245,7 +239,7 @@ def discard(
     def work() -> tuple[dict[str, Any], list[str]]:
         from batchjob import driver
 
-        uri, options = _output(where, param, overrides, endpoint, region)
+        uri, options = output_of(where, param, overrides, endpoint, region)
         if not yes:
             raise typer.BadParameter(f"this deletes every row in {uri}; add --yes to do so")
         said = driver.discard(uri, options)
@@ -271,7 +265,7 @@ def convert(  # noqa: PLR0913, PLR0917 - typer makes a parameter of each flag
     """Write a job's model as another format, held against the original on the job's own images."""
 
     def work() -> tuple[dict[str, Any], list[str]]:
-        loaded = _read(job, param, overrides)
+        loaded = read_job(job, param, overrides)
         from batchjob.convert import Conversion, convert
 
         wanted = Conversion(to.value, file.absolute(), images, tolerance, amount, structured, force)
@@ -295,7 +289,7 @@ def bench(
     """Measure each stage of a job alone, and the whole; say what holds it back. Its output is not touched."""
 
     def work() -> tuple[dict[str, Any], list[str]]:
-        loaded = _read(job, param, overrides)
+        loaded = read_job(job, param, overrides)
         from batchjob.bench import Wanted, bench, lines
 
         found = bench(loaded, Wanted(images, None if profile is None else profile.absolute()))
@@ -326,6 +320,30 @@ def env(as_json: AsJson = False) -> int:
     return _answer(work, as_json)
 
 
+def _pooled(overrides: Sequence[str] | None, pool: PoolName | None) -> list[str]:
+    return [*(overrides or ()), *([f"runtime.pool={pool.value}"] if pool else ())]
+
+
+def _carried_out(work: Callable[[Job, Progress], Outcome], read: Callable[[], Job], as_json: bool, quiet: bool) -> int:
+    """Reads the job, does `work` and says how it ended."""
+    from batchjob.progress import pick_progress
+
+    began, output = time.monotonic(), None
+    try:
+        loaded = read()
+        output = loaded.output.uri
+        outcome = work(loaded, pick_progress(quiet))
+        _say(outcome.sentence())
+    except _UsageError:
+        raise
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # explained, and turned into an exit code
+        _explain(error)
+        outcome = Outcome.of_error(error, output, time.monotonic() - began)
+    if as_json:
+        print(outcome.dump(), flush=True)
+    return outcome.exit_code
+
+
 def _answer(work: Callable[[], tuple[Mapping[str, Any], Iterable[str]]], as_json: bool) -> int:
     """Does `work` and says what it found: lines to a person, or the object to a machine."""
     try:
@@ -345,39 +363,6 @@ def _answer(work: Callable[[], tuple[Mapping[str, Any], Iterable[str]]], as_json
         for line in lines:
             _say(line)
     return 0
-
-
-def _read(job: str, params: Sequence[str] | None, overrides: Sequence[str] | None) -> Job:
-    from batchjob.job import Job
-
-    given: dict[str, str] = {}
-    for param in params or ():
-        name, equals, value = param.partition("=")
-        if not equals or not name:
-            raise typer.BadParameter(f"{param!r} is no parameter; write -p name=value")
-        if name in given:
-            raise typer.BadParameter(f"-p {name}=… is given twice; keep one")
-        given[name] = value
-    return Job.from_file(job, given, overrides or ())
-
-
-def _output(
-    where: str, params: Sequence[str] | None, overrides: Sequence[str] | None, endpoint: str | None, region: str | None
-) -> tuple[str, Options]:
-    """The output's URI and storage options, from a job file or as typed."""
-    if where.endswith((".yaml", ".yml")) and not Path(where).exists() and "://" not in where:
-        raise InvalidJob(f"{where}: no such file; name a job file, or an output's folder or URI")
-    if where.endswith((".yaml", ".yml")) and Path(where).is_file():
-        job = _read(where, params, overrides)
-        return job.output.uri, job.storage
-    if params or overrides:
-        raise typer.BadParameter(f"{where} is no job file, so it takes neither -p nor section.key=value")
-    from batchjob.storage import StorageOptions
-
-    scheme, separator, _ = where.partition("://")
-    if not separator:
-        return str(Path(where).absolute()), {}
-    return where, {scheme + separator: StorageOptions(endpoint=endpoint, region=region)}
 
 
 def _say(text: str) -> None:

@@ -31,13 +31,14 @@ from batchjob.errors import (
 )
 from batchjob.job import Job
 from batchjob.layout import Layout, Node, plan_layout
-from batchjob.local import LocalPool, account, as_crash
+from batchjob.local import LocalPool
 from batchjob.placement import Placement
 from batchjob.pool import Done, Event, Failed, Ready, Setup, WorkerFailed
 from batchjob.pulse import Pulse
 from batchjob.records import ShardKey
 from batchjob.shipping import landing, shipment
 from batchjob.strikes import Strikes
+from batchjob.told import account, as_crash, crash
 
 __all__ = ["RayPool"]
 
@@ -68,11 +69,11 @@ class _Worker:
     """The actor: a `LocalPool` at the other end of a wire."""
 
     def __init__(self, cores: int, folder: str | None, setup: Setup) -> None:
-        self._pool = LocalPool(cores, base=Path.cwd() / folder if folder is not None else None)
+        self._pool = LocalPool(cores, base=None if folder is None else _landed(folder))
         self._pool.start(setup)
 
-    def submit(self, key: ShardKey, plan: int) -> None:
-        self._pool.submit(key, plan)
+    def submit(self, key: ShardKey, plan: int, again: bool) -> None:
+        self._pool.submit(key, plan, again)
 
     def wait(self, timeout: float) -> tuple[str, list[Event]]:
         """Where it is, and what happened."""
@@ -250,7 +251,7 @@ class RayPool:
         actors = {slot.name: slot.actor for slot in self._slots}
         for due in self._placement.due():
             with self._usable():
-                actors[due.worker].submit.remote(due.key, due.plan)
+                actors[due.worker].submit.remote(due.key, due.plan, due.again)
 
     def _take_in(self, slot: _Slot, where: str, told: list[Event]) -> list[Event]:
         """What an actor on that node has told; if it can do no more, that takes the place of what befell its shards."""
@@ -288,7 +289,7 @@ class RayPool:
                 self._dismiss(*self._retired.pop(freed))
         elif isinstance(lost, DeviceFault) and self._strikes.blame(device, lost.images):
             reason += "; after two such faults this device is used no more in this run"
-        blamed = isinstance(lost, Stalled) and not lost.found
+        blamed = isinstance(lost, Stalled) and not lost.found and not lost.storage
         return self._replace(slot, reason, int(blamed)) + self._none_left()
 
     def _replace(self, slot: _Slot, reason: str, blamed: int) -> list[Event]:
@@ -305,7 +306,7 @@ class RayPool:
         self._deaths += 1
         if self._deaths > max(_DEATHS_IN_A_ROW * self.size, _DEATHS_AT_WORK if shards else 1):
             often = f"{self._deaths} workers were lost and no shard was done meanwhile; look at device and model"
-            return [*events, WorkerFailed(AttemptFailed(f"{reason}; {often}"))]
+            return [*events, WorkerFailed((AttemptFailed if blamed else Temporary)(f"{reason}; {often}"))]
         if not self._closed.is_set():
             self._slots.append(self._hire(slot.name))
         return events
@@ -371,6 +372,14 @@ def _here() -> str:
     return f"{platform.node()} (node {ray.get_runtime_context().get_node_id()[:_NODE_DIGITS]})"
 
 
+def _landed(folder: str) -> Path:
+    """Where Ray has laid the job's folder; a node that is about to go may have taken it away: lost, and not a bug."""
+    try:
+        return Path.cwd() / folder
+    except FileNotFoundError:
+        os._exit(1)
+
+
 def _is_bug(error: Exception) -> bool:
     """Whether the actor's own code raised, and did not die."""
     import ray
@@ -381,9 +390,8 @@ def _is_bug(error: Exception) -> bool:
 def _crashed(slot: _Slot, error: Exception) -> WorkerFailed:
     """A bug in an actor ends the run as one; Ray's text holds the traceback, its last line what it was."""
     text = str(error).strip()
-    ours = BatchjobError(f"worker {slot.name} crashed: {text.splitlines()[-1] if text else type(error).__name__}")
-    ours.add_note(text)
-    return WorkerFailed(ours)
+    last = text.splitlines()[-1] if text else type(error).__name__
+    return WorkerFailed(crash(BatchjobError(f"worker {slot.name} crashed: {last}"), text))
 
 
 def _first_line(error: Exception) -> str:

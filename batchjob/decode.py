@@ -13,9 +13,9 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from batchjob.errors import ImageFault
 from batchjob.formats import FORMATS, ORDINARY, Format, listed, make_ready, pillow_names, told, unavailable
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from PIL.ImageFile import ImageFile
 
-__all__ = ["DecodeSettings", "Decoded", "decode"]
+__all__ = ["DecodeSettings", "Decoded", "decode", "jpeg_orientation"]
 
 _ORIENTATION = 0x0112
 _LAST_UNTURNED = 4  # orientations above it swap width and height
@@ -55,6 +55,8 @@ class DecodeSettings(Settings):
             format allows (JPEG, PNG, GIF, BMP); what is missing is black or grey. `error` makes it an error row.
         mode: `exact` is Pillow's decoding and torchvision's resize, bit for bit. `fast` decodes a JPEG of at least
             twice the size that the resize needs to a half, quarter or eighth, and resizes in integers.
+        device: `cuda` leaves a share of the plain JPEG files to the GPU's own decoder, as large as keeps both busy; the
+            CPU decodes all others. Its pixels differ by a few levels of 255, so it needs `mode: fast`.
     """
 
     max_pixels: Annotated[int, Field(ge=1)] = 178_956_970
@@ -62,6 +64,15 @@ class DecodeSettings(Settings):
     formats: Annotated[tuple[Format, ...], Field(min_length=1), AfterValidator(_choose)] = ORDINARY
     truncated: Literal["error", "accept"] = "error"
     mode: Literal["exact", "fast"] = "exact"
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    @model_validator(mode="after")
+    def _device_fits(self) -> Self:
+        if self.device == "cuda" and self.mode == "exact":
+            raise ValueError("has device cuda, whose pixels are not exact; write mode: fast with it, or device: cpu")
+        if self.device == "cuda" and "jpeg" not in self.formats:
+            raise ValueError("has device cuda, which decodes JPEG, but formats without jpeg; add it, or device: cpu")
+        return self
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,7 @@ def _jpeg(data: bytes, settings: DecodeSettings, channels: str, exif: bool, leas
     if size is None or size[0] * size[1] > settings.max_pixels:
         return None
     try:
-        orientation = _jpeg_orientation(data, settings) if exif else 1
+        orientation = jpeg_orientation(data, settings) if exif else 1
     except Exception:  # noqa: BLE001 - Pillow, when its turn comes, says what it is
         return None
     turned = orientation > _LAST_UNTURNED
@@ -240,7 +251,8 @@ def _orientation(image: ImageFile) -> int:
     return orientation if 1 <= orientation <= 8 else 1
 
 
-def _jpeg_orientation(data: bytes, settings: DecodeSettings) -> int:
+def jpeg_orientation(data: bytes, settings: DecodeSettings) -> int:
+    """1 to 8 as EXIF counts; 1 is upright. Raises whatever Pillow meets in the file."""
     from PIL import Image
 
     with _ruled(settings), Image.open(io.BytesIO(data), formats=("JPEG",)) as image:

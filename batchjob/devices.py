@@ -5,17 +5,28 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchjob.errors import InvalidJob
-from batchjob.records import Precision, Traits
+from batchjob.records import Precision
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_precision", "pick_device", "traits"]
+__all__ = ["Traits", "check_precision", "pick_device", "traits"]
 
 _TELLING = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "bf16", "sve")  # CPUs of one name may differ
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a device can do, as far as candidates depend on it; `name` tells devices that differ apart."""
+
+    name: str
+    kind: str
+    bf16: bool = False
+    fp16: bool = False
 
 
 def pick_device(name: str, among: Sequence[str] | None = None) -> torch.device:

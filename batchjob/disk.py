@@ -196,6 +196,15 @@ class DiskStore:
             with self._writing(key), self._locked(), suppress(FileNotFoundError):
                 target.unlink()
 
+    def delete_if_match(self, key: str, version: str) -> None:
+        """Absent is fine. Raises Changed where the object is of another version."""
+        target = self._root / key
+        if os.path.lexists(target):
+            with self._writing(key), self._locked(), suppress(NotFound):
+                if stat_file(target, key).version != version:
+                    raise Changed(f"{target}: replaced by another writer")
+                target.unlink()
+
     @contextmanager
     def _temporary(self, body: bytes | Path) -> Iterator[Path]:
         """A synced file with these bytes, on the disk of the output; gone afterwards."""

@@ -111,7 +111,7 @@ class Dispatch:
                 self._unavailable = 0
                 if self.schedule.finish(result.key):
                     self._committed(result)
-                    self._progress.advance(result.made.rows, result.made.failed)
+                    self._progress.advance(result.key.images, result.made.failed)
             case Failed(key, error):
                 self._attempt_failed(key, error)
             case WorkerFailed(error):

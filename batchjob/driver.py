@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import NoReturn
 
 from batchjob import ledger, plan
-from batchjob.accounting import Books, Run, are_leftovers, conclude
+from batchjob.accounting import Books, Run, are_leftovers, clear_foreign, conclude
 from batchjob.dispatch import Dispatch, MakePool
 from batchjob.drain import Drain
-from batchjob.errors import BatchjobError, CheckFailed, InvalidJob, Temporary
+from batchjob.errors import BatchjobError, CheckFailed, InvalidJob, NotFound, Temporary
 from batchjob.feeder import Feeder, Peek
 from batchjob.job import Job
 from batchjob.lease import Lease
@@ -19,6 +21,7 @@ from batchjob.plan import Head
 from batchjob.planning import Planning, compare
 from batchjob.pool import Setup
 from batchjob.progress import Progress
+from batchjob.records import Stat
 from batchjob.report import Outcome, PlanSummary, counted
 from batchjob.storage import Options, Store, open_store
 from batchjob.turns import TURN_SECONDS, Turns
@@ -28,7 +31,15 @@ __all__ = ["discard", "plan_only", "run"]
 _WAITING_ENOUGH = 10_000
 
 
-def run(job: Job, make_pool: MakePool, *, allow_empty: bool, progress: Progress, repair: bool = False) -> Outcome:
+def run(
+    job: Job,
+    make_pool: MakePool,
+    *,
+    allow_empty: bool,
+    progress: Progress,
+    repair: bool = False,
+    retry: bool = False,
+) -> Outcome:
     """Run a job to its end, or up to where it can go; what is committed already is not done again.
 
     Args:
@@ -37,16 +48,17 @@ def run(job: Job, make_pool: MakePool, *, allow_empty: bool, progress: Progress,
         allow_empty: an input without images is no error.
         progress: who is told how it goes.
         repair: what is gone from a finished output is made again.
+        retry: images whose rows hold an error are read again, and their parts replaced.
 
     Raises:
         JobError: every planned ending but success; its class says which, and it carries the counts.
     """
     began = time.monotonic()
     store = open_store(job.output.uri, job.storage)
-    if (outcome := _already_complete(store, job, repair)) is not None:
+    if (outcome := _already_complete(store, job, repair, retry)) is not None:
         return outcome
     with _in_control(store, progress, job.errors.outage_seconds) as turns:
-        session = _Session(job, _patient(job), turns, make_pool, progress)
+        session = _Session(job, _patient(job), turns, make_pool, progress, retry)
         try:
             head = session.work(allow_empty, repair)
             return session.finish(head, began)
@@ -72,7 +84,7 @@ def plan_only(job: Job, *, allow_empty: bool, progress: Progress) -> PlanSummary
             if head is None:
                 seen = planning.look_further(planning.look(allow_empty), 0)
                 Books(store, turns.beat).clear_foreign(turns.beat)
-                head = planning.freeze(number, seen, workers=0, row_bytes=0)
+                head = planning.freeze(number, seen, 0, 0, partial(clear_foreign, store))
             images, shards = _write(planning, head, turns, progress)
         finally:
             progress.stop()
@@ -144,16 +156,16 @@ def _something_to_discard(store: Store) -> tuple[int, Head | None]:
     return number, head
 
 
-def _already_complete(store: Store, job: Job, repair: bool) -> Outcome | None:
-    """The outcome of a finished output of this very job, without lease, model or PUT.
+def _already_complete(store: Store, job: Job, repair: bool, retry: bool) -> Outcome | None:
+    """The outcome of a finished output of this very job, without lease, model or PUT. None where there is work to do.
 
     Raises:
-        InvalidJob: the output belongs to another job.
+        InvalidJob: the output belongs to another job, or `retry` finds nothing to begin with.
         CheckFailed: `_SUCCESS` stands, but parts that it lists are gone or others are there; not where `repair`.
     """
     _, head = plan.current(store)
     if head is None:
-        return None
+        return _nothing_planned(store) if retry else None
     compare(store, job, head)
     success = ledger.read_success(store)
     if success is None or success[0].get("plan") != head.plan:
@@ -161,16 +173,32 @@ def _already_complete(store: Store, job: Job, repair: bool) -> Outcome | None:
     facts, _ = success
     if odd := ledger.missing_from_success(facts, ledger.parts(store)):
         added = set(odd) - {part["name"] for part in facts["parts"]}
-        if repair or (len(added) == len(odd) and are_leftovers(store, added)):  # then the run clears them away
-            return None
+        if repair or (_are_retried(store, head, set(odd) - added) and are_leftovers(store, added)):
+            return None  # the run lists the former, and clears away the latter
         raise CheckFailed(
             f"{store.uri}/_SUCCESS stands, but what it lists does not: {counted(len(odd), 'part')} gone, changed or "
             f"added ({', '.join(odd[:3])}); restore what was there, or make again what is gone with "
             "`batchjob run --repair`"
         )
     counts = facts["counts"]
+    if retry and counts["failed"]:
+        return None
     sums = counts["planned"], counts["predicted"], counts["failed"]
-    return Outcome("already_complete", *sums, output=store.uri, truth=facts.get("truth", {}))
+    said = f"{store.uri}: no row holds an error, so there is nothing to retry" if retry else ""
+    return Outcome("already_complete", *sums, output=store.uri, message=said, truth=facts.get("truth", {}))
+
+
+def _nothing_planned(store: Store) -> NoReturn:
+    raise InvalidJob(f"{store.uri}: nothing has been run there yet, so there is nothing to retry; `batchjob run` first")
+
+
+def _are_retried(store: Store, head: Head, names: Iterable[str]) -> bool:
+    """Whether all of these were replaced by a retry, whose driver had lost its lease when somebody put `_SUCCESS`."""
+    try:
+        made = (ledger.inspect(store, name) for name in sorted(names))
+        return all(one.plan == head.plan and one.revision for one in made)
+    except (NotFound, CheckFailed):
+        return False
 
 
 def _as_planned(job: Job, store: Store, head: Head | None) -> Job:
@@ -199,8 +227,10 @@ def _write(planning: Planning, head: Head, turns: Turns, progress: Progress) -> 
 class _Session:
     """One driver's work on one job, under the lease."""
 
-    def __init__(self, job: Job, store: Store, turns: Turns, make_pool: MakePool, progress: Progress) -> None:
-        self._books = Books(store, turns.beat)  # before the look at the plan: what it finds is of no later one
+    def __init__(
+        self, job: Job, store: Store, turns: Turns, make_pool: MakePool, progress: Progress, retry: bool
+    ) -> None:
+        self._books = Books(store, turns.beat, retry)  # before the look at the plan: what it finds is of no later one
         self._number, self._resumed = turns.during(lambda: plan.current(store))
         self._job = _as_planned(job, store, self._resumed)
         self._store, self._turns, self._progress = store, turns, progress
@@ -209,6 +239,8 @@ class _Session:
         self._dispatch.starting = turns.listen_to_signals
         turns.listen, turns.before_stop = self._dispatch.listen, lambda: self._dispatch.drain(turns.beat)
         self._stopped_early = False
+        self._retry = retry
+        self._success: Stat | None = None  # as a retry has found it
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -219,7 +251,7 @@ class _Session:
         """Plan or resume, and do every shard that is left; the plan's head."""
         self._progress.start(None)
         try:
-            head = self._resumed or self._new_plan(allow_empty)
+            head = self._resumed or (_nothing_planned(self._store) if self._retry else self._new_plan(allow_empty))
             if self._resumed:
                 self._look_back(head, repair)
             feeder = Feeder(self._planning.chunks(head))
@@ -260,13 +292,18 @@ class _Session:
         self._planning.check_columns(name for loaded in workers for name in loaded.columns)
         self._books.clear_foreign(self._turns.beat)
         row_bytes = max(loaded.row_bytes for loaded in workers)
-        return self._planning.freeze(self._number, seen, self._dispatch.size, row_bytes)
+        clear = partial(clear_foreign, self._store)  # what a worker of a discarded plan has put there since
+        return self._planning.freeze(self._number, seen, self._dispatch.size, row_bytes, clear)
 
     def _look_back(self, head: Head, repair: bool) -> None:
         self._progress.note(f"resuming plan {head.plan}: {counted(self._books.parts, 'part')} committed")
         if repair:
             self._turns.during(lambda: self._store.delete(ledger.SUCCESS))
+        elif self._retry and (found := self._turns.during(lambda: ledger.read_success(self._store))) is not None:
+            _, self._success = found
         self._books.look_back(head, self._turns.beat)
+        if self._retry:
+            self._progress.note(f"to be retried: {counted(self._books.pending, 'error row')}")
 
     def _loop(self, feeder: Feeder, head: Head) -> None:
         """Hand out shards until all are done or given up, or too much has failed."""
@@ -301,7 +338,16 @@ class _Session:
             first = self._turns.during(lambda: plan.PlanReader(self._store, head).first(FEW_IMAGES + 1))
             sample = tuple(ref.location for ref in first[:FEW_IMAGES])
             self._start_workers(Peek(len(first), len(first) <= FEW_IMAGES, sample))
-        self._dispatch.hand_out(head.number)
+        if self._dispatch.workers:
+            self._withdraw_success()
+            self._dispatch.hand_out(head.number)
+
+    def _withdraw_success(self) -> None:
+        """Before the first part is replaced, and not before somebody stands ready to do it."""
+        if self._success is not None:
+            version, self._success = self._success.version or "", None
+            self._turns.confirm()  # so that what was read before is no later driver's
+            self._turns.during(lambda: ledger.withdraw_success(self._store, version))
 
     def _start_workers(self, seen: Peek) -> None:
         job = self._job

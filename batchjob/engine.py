@@ -6,10 +6,12 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from batchjob.devices import check_precision, pick_device, traits
+from batchjob.devicejpeg import check_fit
+from batchjob.devices import Traits, check_precision, pick_device, traits
 from batchjob.environment import memory_given
 from batchjob.errors import InvalidJob
 from batchjob.forward import Forward, Modes
+from batchjob.imports import import_torchvision
 from batchjob.job import Job
 from batchjob.lanes import keeps_state
 from batchjob.loader import samples, settle
@@ -17,7 +19,7 @@ from batchjob.models import LoadedModel
 from batchjob.predict import Predictor
 from batchjob.prepare import Prepare
 from batchjob.recipes import applied
-from batchjob.records import Recipe, Traits
+from batchjob.records import Recipe
 from batchjob.storage import Reader
 from batchjob.targets import source_digest
 from batchjob.tasks import EXAMPLE_ROWS, Postprocess
@@ -59,6 +61,7 @@ class Engine:
         self._job, self._reader = job, reader
         runtime = job.runtime
         pick_device(runtime.device)  # before the weights are read
+        import_torchvision()  # before a model, a transform or a task does it otherwise
         self.model: LoadedModel = job.model.load(reader, job.base)
         self.device = pick_device(runtime.device, self.model.devices)
         if self.device.type == "cpu" and runtime.device == "auto" and runtime.gpus_per_worker not in {"auto", 0}:
@@ -74,6 +77,8 @@ class Engine:
             gray=preprocess.channels == "gray",
             turn=preprocess.exif == "apply",
         )
+        if job.decode.device == "cuda":
+            check_fit(preprocess, self.prepare.geometry, self.model.takes)
         self._module = job.task.adapt(self.model.module)
         self._normalize = normalizer(preprocess)
         self.example = self._example(sample)

@@ -202,4 +202,20 @@ class DeviceFault(WorkerLost):
 
 
 class Stalled(WorkerLost):
-    """One step of a worker's has taken longer than `runtime.stall_seconds`."""
+    """One step of a worker's has taken longer than `runtime.stall_seconds`.
+
+    Args:
+        message, device, images, found: as of any worker that is lost.
+        storage: a store has kept it waiting, which is the fault of no shard.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        device: str,
+        images: tuple[range, ...] = (),
+        found: bool = False,
+        storage: bool = False,
+    ) -> None:
+        super().__init__(message, device, images, found)
+        self.storage = storage

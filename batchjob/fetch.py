@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -42,17 +42,21 @@ class Fetcher:
     retries: int = 2
     _canaries: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def fetch(self, refs: Sequence[ImageRef]) -> list[Blob | Fault]:
-        """As many answers as refs, in order. Raises Unavailable when the store cannot be reached."""
+    def fetch(self, refs: Sequence[ImageRef], came: Callable[[], None] = lambda: None) -> list[Blob | Fault]:
+        """As many answers as refs, in order; `came` is called, from any thread, as each of them arrives.
+
+        Raises:
+            Unavailable: the store cannot be reached.
+        """
         faults = [oversized(ref.size, self.max_bytes) for ref in refs]
         wanted = [ref for ref, fault in zip(refs, faults, strict=True) if fault is None]
-        found = self._read(wanted)
+        found = self._read(wanted, came)
         answers = iter([_as_planned(ref, answer) for ref, answer in zip(wanted, found, strict=True)])
         return [fault or next(answers) for fault in faults]
 
-    def _read(self, refs: Sequence[ImageRef]) -> list[_Answer]:
+    def _read(self, refs: Sequence[ImageRef], came: Callable[[], None]) -> list[_Answer]:
         asked, waits, retries, waited = time.monotonic(), 0, 0, False
-        answers = self._asked(refs, stubborn=False)
+        answers = self._asked(refs, False, came)
         while refused := {at: answer for at, answer in enumerate(answers) if isinstance(answer, Unavailable)}:
             if self._in_reach({refs[at].location: error for at, error in refused.items()}, asked):
                 if not waited and retries == self.retries:
@@ -63,14 +67,14 @@ class Fetcher:
                 waits, waited = waits + 1, True
                 wanted = [list(refused)[waits % len(refused)]]  # one is enough to see that it is over
                 self.reader.outage(refs[wanted[0]].location).pause(waits)
-            again = self._asked([refs[at] for at in wanted], stubborn=not waited)
+            again = self._asked([refs[at] for at in wanted], not waited, came)
             for at, answer in zip(wanted, again, strict=True):
                 answers[at] = answer
         return answers
 
-    def _asked(self, refs: Sequence[ImageRef], stubborn: bool) -> list[_Answer]:
+    def _asked(self, refs: Sequence[ImageRef], stubborn: bool, came: Callable[[], None]) -> list[_Answer]:
         locations = [ref.location for ref in refs]
-        answers = self.reader.read_many(locations, stubborn, [ref.etag for ref in refs], self.max_bytes)
+        answers = self.reader.read_many(locations, stubborn, [ref.etag for ref in refs], self.max_bytes, came)
         for location, answer in zip(locations, answers, strict=True):
             if isinstance(answer, Blob):
                 self._keep(location)

@@ -6,12 +6,14 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from threading import get_ident
 
 from batchjob.breakage import breakage
 from batchjob.errors import AttemptFailed, BatchjobError, DeviceFault, Stalled, Unavailable
 from batchjob.loader import Quarantine
+from batchjob.parallel import Threads
 from batchjob.predict import Piece, Predicted, Predictor
 from batchjob.records import Batch, Fault, ImageFacts
 from batchjob.stopwatch import Stopwatch
@@ -19,6 +21,7 @@ from batchjob.stopwatch import Stopwatch
 __all__ = ["Guard"]
 
 _log = logging.getLogger(__name__)
+_TRACE_SECONDS = 30.0  # that the news of a hang waits until its images are remembered
 
 
 class Guard:
@@ -78,19 +81,29 @@ class Guard:
             return self._one_by_one(batch, positions)
         return predicted.landing(partial(self._landing, run))
 
-    def seen(self, error: BatchjobError) -> BatchjobError:
+    def as_device_fault(self, error: BatchjobError) -> BatchjobError:
         """A fault that showed elsewhere (in page-locking memory, for one): a DeviceFault if that is what it is."""
         return self._lost(error) if breakage(error, self._predictor.forward.device) else error
 
-    def stalled(self, seconds: float) -> Stalled | None:
-        """What is to be told when a step has taken longer than that; None as long as none has."""
-        step = self._stopwatch.longest()
-        if step is None or step.seconds <= seconds:
+    def overdue(self, seconds: float, at_storage: float) -> Stalled | None:
+        """What is to be told when a step has taken longer than it may; None as long as none has.
+
+        Args:
+            seconds: that a step may take.
+            at_storage: that one at a store may take, whose silence is ridden out.
+        """
+        step = self._stopwatch.overdue(seconds, at_storage)
+        if step is None:
             return None
-        words = f"{self._device}: {step.name} has not ended for {step.seconds:.0f} s (runtime.stall_seconds)"
-        alone = f"alone in the model, it has not ended for {seconds:g} s"
-        found, images = self._traced(step.thread, "hang", alone, words)
-        return Stalled(f"{words}; the same command resumes", self._device, images, found)
+        limits = "runtime.stall_seconds" + (" and errors.outage_seconds" if step.storage else "")
+        words = f"{self._device}: {step.name} has not ended for {step.seconds:.0f} s ({limits})"
+        found, images = False, tuple[range, ...]()
+        if not step.storage:
+            alone = f"alone in the model, it has not ended for {seconds:g} s"
+            tracing = Threads(1, "trace").submit(partial(self._traced, step.thread, "hang", alone, words))
+            with suppress(TimeoutError):  # the store may be as stuck as the model
+                found, images = tracing.result(_TRACE_SECONDS)
+        return Stalled(f"{words}; the same command resumes", self._device, images, found, step.storage)
 
     # -- several at once ---------------------------------------------------------------------------------------
 

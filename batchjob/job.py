@@ -133,8 +133,9 @@ class Runtime(Acceleration):
         grad_mode: `no_grad` for models that fail under inference mode.
         shard_size: images in a shard, the unit that is committed.
         loader: how images reach the model.
-        stall_seconds: that one batch may take in the model; then its worker is replaced, and on the local pool the run
-            ends. Loading, tuning and compiling do not count.
+        stall_seconds: that one batch may take in the model, and its loader or, beyond `errors.outage_seconds`, its
+            store go without a sign of life; then a worker is replaced, and on the local pool the run ends. Loading,
+            tuning and compiling do not count.
     """
 
     pool: Literal["ray", "local"] = "ray"

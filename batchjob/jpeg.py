@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Least", "jpeg_pixels", "jpeg_size", "shrinking"]
+__all__ = ["Least", "jpeg_pixels", "jpeg_size", "plain_jpeg_size", "shrinking"]
 
 Least = int | tuple[int, int]
 """Pixels that are needed: of the shorter side, or height and width."""
 
 _COLOURS = {"Gray", "YCbCr"}  # of the others Pillow makes something else
 _FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}  # by cosines; a lossless one may have any number of bits
+_BASELINE = 0xC0
+_END = b"\xff\xd9"
 _NO_FRAMES = {0xC4, 0xC8, 0xCC}  # between the markers of frames
 _SHRUNK = (8, 4, 2)  # of what libjpeg can, that which it is fast at
 
@@ -29,6 +31,22 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     except Exception:  # noqa: BLE001 - whatever ails the file, the other decoder finds it too, and names it
         return None
     return (int(height), int(width)) if colours in _COLOURS else None
+
+
+def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width of a file that a GPU's decoder may be trusted with; None of all others.
+
+    That is a baseline file in YCbCr that ends as it should: such a decoder may fill up a torn one without a word.
+    """
+    from simplejpeg import decode_jpeg_header
+
+    if not data.endswith(_END) or _frame(data) != _BASELINE:
+        return None
+    try:
+        height, width, colours, _ = decode_jpeg_header(data)
+    except Exception:  # noqa: BLE001 - likewise
+        return None
+    return (int(height), int(width)) if colours == "YCbCr" else None
 
 
 def jpeg_pixels(data: bytes, size: tuple[int, int], shrunk: int = 1) -> np.ndarray | None:

@@ -7,6 +7,7 @@ import os
 from batchjob import driver, environment, ledger
 from batchjob import plan as frozen
 from batchjob.cluster import RayPool
+from batchjob.dispatch import MakePool
 from batchjob.feeder import Input, Peek, peek
 from batchjob.job import Job
 from batchjob.loader import FEW_IMAGES
@@ -19,7 +20,7 @@ from batchjob.report import Outcome, PlanSummary, counted
 from batchjob.storage import Reader, Store, open_store
 from batchjob.worker import Worker
 
-__all__ = ["make_pool", "plan", "run", "validate"]
+__all__ = ["make_pool", "plan", "retry", "run", "validate"]
 
 
 def run(
@@ -42,9 +43,26 @@ def run(
     Raises:
         JobError: whatever ends the job before its sums; its class says which, and carries the exit code.
     """
-    where = address or os.environ.get("RAY_ADDRESS") or None
     told = progress or Quiet()
-    return driver.run(job, lambda: make_pool(job, where), allow_empty=allow_empty, progress=told, repair=repair)
+    return driver.run(job, _pools(job, address), allow_empty=allow_empty, progress=told, repair=repair)
+
+
+def retry(job: Job, *, address: str | None = None, progress: Progress | None = None) -> Outcome:
+    """Read the images again whose rows hold an error, as they are by now, and replace their rows; do what is missing.
+
+    `_SUCCESS` is gone from the first replaced part on until the last one. Rows that worked stay as they are. A retry
+    that was stopped goes on when it is called again, or is brought to its end by `run`, which retries no further row.
+
+    Args:
+        job: as it was run.
+        address: see `run`.
+        progress: see `run`.
+
+    Raises:
+        InvalidJob: nothing has been run there yet.
+        JobError: see `run`.
+    """
+    return driver.run(job, _pools(job, address), allow_empty=True, progress=progress or Quiet(), retry=True)
 
 
 def plan(job: Job, *, allow_empty: bool = False, progress: Progress | None = None) -> PlanSummary:
@@ -97,6 +115,12 @@ def _stand(store: Store, head: Head | None) -> str:
     if head is not None:
         return f"plan {head.plan} of this job, {counted(parts, 'part')} committed"
     return "to be planned" if not parts else f"to be planned, {counted(parts, 'part')} of no plan in the way"
+
+
+def _pools(job: Job, address: str | None) -> MakePool:
+    """What makes the job's workers, on that cluster or where the environment says."""
+    where = address or os.environ.get("RAY_ADDRESS") or None
+    return lambda: make_pool(job, where)
 
 
 def make_pool(job: Job, address: str | None) -> Pool:

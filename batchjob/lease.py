@@ -92,10 +92,18 @@ class Lease:
             return
         self._last = self._clock()
         self._beats += 1
+        self.confirm()
+        self._rewrite(released=False)
+
+    def confirm(self) -> None:
+        """Look whether it is still ours.
+
+        Raises:
+            Temporary: another driver has taken over.
+        """
         newest = _newest(self._store)
         if newest is None or newest.epoch != self.epoch or newest.owner != self._owner:
             raise _busy(self._store, newest)
-        self._rewrite(released=False)
 
     def release(self) -> None:
         """Let the next driver start at once. A lease lost meanwhile is left as it is, and so is an unwritable one."""

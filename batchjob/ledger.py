@@ -1,4 +1,4 @@
-"""What is committed: the one PUT that commits a shard, the look after a doubtful answer, the sums, `_SUCCESS`."""
+"""What is committed: the one PUT that commits or replaces a part, the look after a doubtful answer, `_SUCCESS`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchjob.errors import AlreadyExists, AttemptFailed, BatchjobError, Changed, CheckFailed, NotFound, Unavailable
+from batchjob.errors import (
+    AlreadyExists,
+    AttemptFailed,
+    BatchjobError,
+    Changed,
+    CheckFailed,
+    NotFound,
+    Temporary,
+    Unavailable,
+)
 from batchjob.parallel import side_by_side
 from batchjob.records import Provenance, ShardKey, Stat
 from batchjob.storage import Store
@@ -22,14 +31,19 @@ __all__ = [
     "Commit",
     "Part",
     "Totals",
+    "check_owner",
     "commit",
+    "damaged",
     "delete_all",
+    "error_positions",
     "error_rows",
     "inspect",
     "inspect_all",
     "missing_from_success",
     "parts",
     "read_success",
+    "replace",
+    "withdraw_success",
     "write_report",
     "write_success",
 ]
@@ -109,11 +123,7 @@ def commit(store: Store, key: ShardKey, path: Path, provenance: Provenance, want
             found, stat = inspect(store, key.part), store.stat(key.part)
         except NotFound:
             continue  # a 409 with nothing stored, or a PUT that never arrived
-        if (found.plan, found.shard) != (provenance.plan, provenance.shard):
-            raise CheckFailed(
-                f"{store.uri}/{key.part} holds shard {found.shard} of plan {found.plan}, not {provenance.shard} of "
-                f"{provenance.plan}: someone else writes here; find out who before running again"
-            )
+        check_owner(store, key, found, provenance)
         return _kept(store, key, Commit(stat, found, ours=found.attempt == provenance.attempt), wanted)
     if isinstance(doubt, Unavailable):
         raise doubt
@@ -132,6 +142,65 @@ def _kept(store: Store, key: ShardKey, made: Commit, wanted: Callable[[], None])
         store.delete(key.part)
         raise
     return made
+
+
+def replace(
+    store: Store, key: ShardKey, path: Path, provenance: Provenance, version: str, wanted: Callable[[], None]
+) -> Commit:
+    """Put the part at `path` in place of an older revision: only that very version of it is replaced.
+
+    After a doubtful answer the part is there if its revision is, be it this attempt's or a rival's.
+
+    Args:
+        version: of the older revision, as it was read.
+        wanted: raises when the plan has been discarded; asked before each PUT. A part that a discard has deleted is not
+            put anew.
+
+    Raises:
+        CheckFailed: something else lies under the part's name.
+        AttemptFailed: the older revision is gone, or was changed meanwhile.
+        Temporary: `_SUCCESS` stands: whoever put it has not waited for this part.
+        Unavailable: the store cannot be reached.
+    """
+    doubt: Exception | None = None
+    for _ in range(_LOOKS):
+        _check_open(store)
+        wanted()
+        try:
+            return Commit(store.replace_if_match(key.part, path, version), provenance, ours=True)
+        except (Changed, Unavailable) as error:
+            doubt = error
+        try:
+            found, stat = inspect(store, key.part), store.stat(key.part)
+        except NotFound as error:
+            wanted()
+            raise AttemptFailed(f"{store.uri}/{key.part} is gone; run again to make it anew") from error
+        check_owner(store, key, found, provenance)
+        if found.revision >= provenance.revision:
+            return Commit(stat, found, ours=found.attempt == provenance.attempt)
+        if stat.version != version:
+            raise AttemptFailed(f"{store.uri}/{key.part} was changed while it was being retried; run again")
+    if isinstance(doubt, Unavailable):
+        raise doubt
+    raise AttemptFailed(f"{store.uri}/{key.part}: the store refuses each of {_LOOKS} PUTs and shows no other writer")
+
+
+def _check_open(store: Store) -> None:
+    """Raises Temporary where `_SUCCESS` stands, and with it the parts that it lists."""
+    try:
+        store.stat(SUCCESS)
+    except NotFound:
+        return
+    raise Temporary(f"{store.uri}: another driver has finished it meanwhile; retry again for what is still failed")
+
+
+def check_owner(store: Store, key: ShardKey, found: Provenance, wanted: Provenance) -> None:
+    """Raises CheckFailed where the part that was found is not of this plan and shard."""
+    if (found.plan, found.shard) != (wanted.plan, wanted.shard):
+        raise CheckFailed(
+            f"{store.uri}/{key.part} holds shard {found.shard} of plan {found.plan}, not {wanted.shard} of "
+            f"{wanted.plan}: someone else writes here; find out who before running again"
+        )
 
 
 def inspect(store: Store, key: str) -> Provenance:
@@ -188,6 +257,19 @@ def read_success(store: Store) -> tuple[dict[str, Any], Stat] | None:
     return facts, Stat(SUCCESS, len(blob.data), blob.etag, blob.version)
 
 
+def withdraw_success(store: Store, version: str) -> None:
+    """Delete `_SUCCESS` as it was read: from now on readers wait.
+
+    Raises:
+        Temporary: another driver has put another one meanwhile.
+    """
+    try:
+        store.delete_if_match(SUCCESS, version)
+    except Changed as error:
+        if read_success(store) is not None:  # else it was ours that deleted it, and the answer was lost
+            raise Temporary(f"{store.uri}: another driver has finished it meanwhile; retry again") from error
+
+
 def write_success(
     store: Store, facts: Mapping[str, Any], found: Iterable[Part], wanted: Callable[[], None] = lambda: None
 ) -> None:
@@ -230,14 +312,26 @@ def error_rows(store: Store) -> Iterator[dict[str, Any]]:
     for key, provenance in inspect_all(store, sorted(parts(store))):
         if not provenance.failed:
             continue
-        try:
-            with store.open(key) as file:
-                table = pq.read_table(file, columns=_ERROR_COLUMNS, filters=[("error_stage", "!=", "")])
-            found = table.to_pylist()
-        except (pa.ArrowException, OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckFailed(f"{store.uri}/{key} is damaged ({reason}); remove it and run with --repair") from error
-        yield from found
+        yield from _error_rows(store, key, _ERROR_COLUMNS).to_pylist()
+
+
+def error_positions(store: Store, key: str) -> frozenset[int]:
+    """Positions of a part's error rows. Raises NotFound, CheckFailed."""
+    return frozenset(_error_rows(store, key, ["position"]).column("position").to_pylist())
+
+
+def damaged(store: Store, key: str, error: Exception) -> CheckFailed:
+    """What is said of a part whose footer is ours and whose rows cannot be read."""
+    reason = " ".join(str(error).split())[:200]
+    return CheckFailed(f"{store.uri}/{key} is damaged ({reason}); remove it and run with --repair")
+
+
+def _error_rows(store: Store, key: str, columns: list[str]) -> pa.Table:
+    try:
+        with store.open(key) as file:
+            return pq.read_table(file, columns=columns, filters=[("error_stage", "!=", "")])
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(store, key, error) from error
 
 
 def _put_or_replace(store: Store, key: str, body: bytes, wanted: Callable[[], None] = lambda: None) -> None:

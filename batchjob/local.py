@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import queue
 import threading
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from batchjob.assembly import as_ours
 from batchjob.breakage import breakage
-from batchjob.errors import BatchjobError, DeviceFault, Unavailable
+from batchjob.errors import DeviceFault
 from batchjob.job import Job
-from batchjob.placement import Placement
-from batchjob.pool import Done, Event, Failed, Ready, Setup, WorkerFailed
+from batchjob.placement import Assignment, Placement
+from batchjob.pool import Event, Failed, Ready, Setup, WorkerFailed
 from batchjob.records import Shard, ShardKey
+from batchjob.told import account, as_crash, named
 from batchjob.worker import Worker
 
-__all__ = ["LocalPool", "account", "as_crash"]
+__all__ = ["LocalPool"]
 
 _NAME = "local"
 _CLOSE_SECONDS = 5.0
@@ -47,8 +47,8 @@ class LocalPool:
     def free(self) -> int:
         return self._placement.free()
 
-    def submit(self, key: ShardKey, plan: int) -> None:
-        self._placement.submit(key, plan)
+    def submit(self, key: ShardKey, plan: int, again: bool = False) -> None:
+        self._placement.submit(key, plan, again)
         self._hand_over()
 
     def idle(self) -> int:
@@ -77,30 +77,7 @@ class LocalPool:
     def _hand_over(self) -> None:
         assert self._loop is not None, "start comes before all else"
         for due in self._placement.due():
-            self._loop.submit(due.key, due.plan)
-
-
-def account(placement: Placement, worker: str, event: Event) -> None:
-    """Enter into the placement what a worker told."""
-    match event:
-        case Ready(_, loaded):
-            placement.enter(worker, loaded.ahead)
-        case Done(result):
-            placement.finish(worker, result.key)
-        case Failed(key, error):
-            placement.fail(worker, key, suspect=not isinstance(error, Unavailable))
-
-
-def as_crash(error: BaseException) -> BatchjobError:
-    """What ended a worker, and no attempt at a shard: a bug is exit 1, its traceback a note, which crosses machines."""
-    ours = error if isinstance(error, BatchjobError) else BatchjobError(f"a worker crashed: {_named(error)}")
-    if ours.exit_code == BatchjobError.exit_code:
-        ours.add_note("".join(traceback.format_exception(error)).rstrip())
-    return ours
-
-
-def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            self._loop.submit(due)
 
 
 class _Loop:
@@ -108,39 +85,39 @@ class _Loop:
 
     def __init__(self, setup: Setup, base: Path, cores: int, tell: Callable[[Event], None]) -> None:
         self._setup, self._base, self._cores, self._tell = setup, base, cores, tell
-        self._keys: queue.SimpleQueue[tuple[ShardKey, int] | None] = queue.SimpleQueue()
-        self._next: tuple[ShardKey, int] | None = None
+        self._due: queue.SimpleQueue[Assignment | None] = queue.SimpleQueue()
+        self._next: Assignment | None = None
         self._closed = threading.Event()
         self._worker: Worker | None = None
         self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
         self._thread.start()
         threading.Thread(target=self._look_out, name="watchdog", daemon=True).start()
 
-    def submit(self, key: ShardKey, plan: int) -> None:
-        self._keys.put((key, plan))
+    def submit(self, due: Assignment) -> None:
+        self._due.put(due)
 
     def close(self) -> None:
         self._closed.set()
         if self._worker is not None:
             self._worker.stop()
-        self._keys.put(None)
+        self._due.put(None)
         self._thread.join(_CLOSE_SECONDS)
 
     def take(self) -> Shard | None:
         """The feed's side: the next shard if one is there now."""
         while not self._closed.is_set():
-            item, self._next = self._next, None
+            due, self._next = self._next, None
             try:
-                item = item or self._keys.get_nowait()
+                due = due or self._due.get_nowait()
             except queue.Empty:
                 return None
-            if item is None:
+            if due is None:
                 return None
             assert self._worker is not None
             try:
-                return self._worker.shard(item[0])
+                return self._worker.shard(due.key, due.again)
             except Exception as error:  # noqa: BLE001 - this shard's attempt ends, the feed goes on
-                self._tell(Failed(item[0], as_ours(error)))
+                self._tell(Failed(due.key, as_ours(error)))
         return None
 
     def _work(self) -> None:
@@ -160,20 +137,20 @@ class _Loop:
         if isinstance(error, DeviceFault) or self._worker is None or breakage(error) is None:
             return None
         device = self._worker.device
-        return DeviceFault(f"{device} failed: {_named(error)}; the same command resumes", device)
+        return DeviceFault(f"{device} failed: {named(error)}; the same command resumes", device)
 
     def _look_out(self) -> None:
         """In a thread of its own: the worker's cannot tell that it hangs, nor be ended."""
         while not self._closed.wait(_LOOK_SECONDS):
-            if self._worker is not None and (stalled := self._worker.stalled()) is not None:
-                self._tell(WorkerFailed(stalled))
+            if self._worker is not None and (overdue := self._worker.overdue()) is not None:
+                self._tell(WorkerFailed(overdue))
                 return
 
     def _go_round(self, worker: Worker) -> None:
         """Wait for a shard, then work until none is there; again until closed."""
-        while (item := self._keys.get()) is not None:
-            self._next = item
-            worker.begin(item[1])
+        while (due := self._due.get()) is not None:
+            self._next = due
+            worker.begin(due.plan)
             worker.run(self)
             if self._closed.is_set():
                 return

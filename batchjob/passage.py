@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
+from typing import Protocol
 
 from batchjob.assembly import Assembly, as_ours
 from batchjob.errors import AttemptFailed, BatchjobError, Interrupted
 from batchjob.guard import Guard
-from batchjob.loader import Loader
+from batchjob.loader import ShardFeed
 from batchjob.parallel import side_by_side
 from batchjob.predict import Predicted
-from batchjob.records import Batch, Span, Watch
+from batchjob.records import Batch, Watch
+from batchjob.stopwatch import spent
 from batchjob.takes import PoolFeed, Taken
 
 __all__ = ["Passage"]
+
+
+class Batches(Protocol):
+    """What makes batches of shards; see `Loader`."""
+
+    def batches(self, feed: ShardFeed) -> Iterator[Batch]:
+        """In order, until the feed gives None."""
 
 
 class Passage:
@@ -31,19 +40,21 @@ class Passage:
         lanes: batches that the model computes at once.
         stopped: whether no further batch is to be begun.
         watch: told how long each stage of each batch took.
+        waiting: around the wait for each batch.
     """
 
     def __init__(
         self,
-        loader: Loader,
+        loader: Batches,
         guard: Guard,
         assembly: Assembly,
         lanes: int,
         stopped: Callable[[], bool],
         watch: Watch,
+        waiting: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._loader, self._guard, self._assembly = loader, guard, assembly
-        self._lanes, self._stopped, self._watch = lanes, stopped, watch
+        self._lanes, self._stopped, self._watch, self._waiting = lanes, stopped, watch, waiting
         self._takes = count()
 
     def run(self, feed: PoolFeed) -> None:
@@ -56,7 +67,7 @@ class Passage:
                 self._advance(taken, attempt)
         except BatchjobError as error:  # the loader itself: what it held is lost
             for place, shard in enumerate(taken.running()):
-                self._assembly.fail(shard, _beside(error) if place else self._guard.seen(error))
+                self._assembly.fail(shard, _beside(error) if place else self._guard.as_device_fault(error))
         for shard in taken.empty:
             self._assembly.add_empty(shard)
 
@@ -79,7 +90,7 @@ class Passage:
             return _Attempt(batch, error=as_ours(error))
         if self._lanes > 1:  # nothing copies from there any more, and what loader processes share is scarce
             batch = replace(batch, pixels=None)
-        return _Attempt(batch, predicted, self._spent("forward", began, len(batch.facts)))
+        return _Attempt(batch, predicted, spent(self._watch, "forward", began, len(batch.facts)))
 
     def _advance(self, taken: Taken, attempt: _Attempt) -> None:
         batch = attempt.batch
@@ -90,7 +101,7 @@ class Passage:
             del taken.shards[batch.take]
             self._assembly.fail(shard, attempt.error)
             return
-        last = batch.start + len(batch.facts) >= shard.key.rows
+        last = batch.start + len(batch.facts) >= len(shard.refs)
         self._assembly.add(shard, batch, attempt.predicted, seconds=attempt.seconds, last=last)
         if last:
             del taken.shards[batch.take]
@@ -99,19 +110,14 @@ class Passage:
         """The same; the watch is told how long each was waited for, and how it was made."""
         while True:
             began = time.perf_counter()
-            batch = next(batches, None)
-            self._spent("wait", began, 0 if batch is None else len(batch.facts))
+            with self._waiting():
+                batch = next(batches, None)
+            spent(self._watch, "wait", began, 0 if batch is None else len(batch.facts))
             if batch is None:
                 return
             for span in batch.spans:
                 self._watch(span)
             yield batch
-
-    def _spent(self, stage: str, began: float, images: int) -> float:
-        """Seconds since `began`, which the watch is told of."""
-        ended = time.perf_counter()
-        self._watch(Span(stage, began, ended, os.getpid(), images))
-        return ended - began
 
 
 @dataclass(frozen=True)

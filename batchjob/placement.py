@@ -16,11 +16,12 @@ _SHARDS = 4
 
 @dataclass(frozen=True)
 class Assignment:
-    """A shard of plan number `plan` for a worker."""
+    """A shard of plan number `plan` for a worker; `again` where it has been tried before, or is tried elsewhere."""
 
     worker: str
     key: ShardKey
     plan: int
+    again: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -30,7 +31,7 @@ class _Desk:
     Attributes:
         worker: whose it is.
         ahead: images that its loader keeps under way, 0 where that is not known.
-        rows: images of its shards.
+        rows: images that are to be read for its shards.
         alone: it has a suspect, and gets nothing beside it.
         cleared: it gets nothing more, so that it comes to have nothing else when a suspect waits.
     """
@@ -51,11 +52,11 @@ class _Desk:
 
     def take(self, key: ShardKey) -> None:
         self.shards[key.index] = key
-        self.rows += key.rows
+        self.rows += key.images
 
     def put_down(self, key: ShardKey) -> None:
         if self.shards.pop(key.index, None) is not None:
-            self.rows -= key.rows
+            self.rows -= key.images
             self.alone = False
 
 
@@ -157,22 +158,22 @@ class Placement:
         """Workers that have nothing in hand, and could make a second attempt at what another one is late with."""
         return self._openings.idle() if self.ready >= self._least else 0
 
-    def submit(self, key: ShardKey, plan: int) -> None:
-        """Find a worker for a shard, at once or, for a suspect, when one has nothing else."""
+    def submit(self, key: ShardKey, plan: int, again: bool = False) -> None:
+        """Find a worker for a shard, at once or, for a suspect, when one has nothing else; `again` as others know."""
         if key.index in self._suspects:
             self._held.append((key, plan))
             self._clear_for_suspects()
         else:
-            self._assign(self._openings.least_busy(), key, plan)
+            self._assign(self._openings.least_busy(), key, plan, again=again)
 
     def back_up(self, key: ShardKey, plan: int) -> None:
         """Give a shard that another worker has in hand to one that has nothing; see `idle`."""
-        self._assign(self._openings.least_busy(), key, plan, alone=key.index in self._suspects)
+        self._assign(self._openings.least_busy(), key, plan, alone=key.index in self._suspects, again=True)
 
     def due(self) -> list[Assignment]:
         """What is to be handed over now, told once."""
         while self._held and (desk := self._idle_desk()) is not None:
-            self._assign(desk, *self._held.popleft(), alone=True)
+            self._assign(desk, *self._held.popleft(), alone=True, again=True)
         self._clear_for_suspects()
         due, self._due = self._due, []
         return due
@@ -188,12 +189,12 @@ class Placement:
             self._suspects.add(key.index)
         self._put_down(worker, key)
 
-    def _assign(self, desk: _Desk, key: ShardKey, plan: int, alone: bool = False) -> None:
+    def _assign(self, desk: _Desk, key: ShardKey, plan: int, alone: bool = False, again: bool = False) -> None:
         self._openings.leave(desk)
         desk.take(key)
         desk.alone, desk.cleared = alone, False
         self._openings.enter(desk)
-        self._due.append(Assignment(desk.worker, key, plan))
+        self._due.append(Assignment(desk.worker, key, plan, again))
 
     def _put_down(self, worker: str, key: ShardKey) -> None:
         desk = self._desks.get(worker)

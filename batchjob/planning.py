@@ -82,7 +82,7 @@ class Planning:
         """
         check_columns(self._job, self._input, task)
 
-    def freeze(self, number: int, seen: Peek, workers: int, row_bytes: int) -> Head:
+    def freeze(self, number: int, seen: Peek, workers: int, row_bytes: int, clear: Callable[[list[str]], None]) -> Head:
         """Write the head of plan number `number`; or adopt the one that another driver wrote meanwhile.
 
         Args:
@@ -90,6 +90,7 @@ class Planning:
             seen: of the input.
             workers: that share it, 0 where that is not known.
             row_bytes: bound on the bytes of the task's columns in a row, 0 where only its settings tell.
+            clear: see `plan.freeze`.
 
         Raises:
             InvalidJob: shards would be too large, or the plan that stands is another job's.
@@ -106,7 +107,7 @@ class Planning:
         )
         if number:  # a discard that was cut short may have left it
             self._turns.during(lambda: self._store.delete(ledger.SUCCESS))
-        stands = self._turns.during(lambda: plan.freeze(self._store, head))
+        stands = self._turns.during(lambda: plan.freeze(self._store, head, clear))
         compare(self._store, self._job, stands)
         return stands
 

@@ -9,6 +9,7 @@ from functools import lru_cache
 from sys import intern
 from typing import TYPE_CHECKING, Any, Literal
 
+from batchjob.encoded import Encoded
 from batchjob.redaction import presentable
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ __all__ = [
     "ShardResult",
     "Span",
     "Stat",
-    "Traits",
     "Watch",
 ]
 
@@ -100,6 +100,8 @@ class ShardKey:
         rows: images in it.
         chunk: number of the plan chunk that holds it.
         offset: its first row within that chunk.
+        revision: of the part that is to be made: 0, or at a retry one more than that of the part which is there.
+        failed: at a retry, error rows of that part.
     """
 
     index: int
@@ -107,6 +109,13 @@ class ShardKey:
     rows: int
     chunk: int
     offset: int
+    revision: int = 0
+    failed: int = 0
+
+    @property
+    def images(self) -> int:
+        """To be read for it: all of its own, or at a retry those whose rows hold an error."""
+        return self.failed if self.revision else self.rows
 
     @property
     def part(self) -> str:
@@ -120,15 +129,17 @@ class Shard:
 
     Attributes:
         key: which shard.
-        refs: in plan order.
+        refs: in plan order; at a retry only those whose rows hold an error.
         passthrough: a table of as many rows, maybe without columns.
         take: number of this attempt within its worker: the same shard may be taken again after one that failed.
+        on_host: nothing of it is to be decoded on a device.
     """
 
     key: ShardKey
     refs: tuple[ImageRef, ...]
     passthrough: pa.Table
     take: int = 0
+    on_host: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,16 +250,6 @@ class Recipe:
         return self.compile != "off"
 
 
-@dataclass(frozen=True)
-class Traits:
-    """What a device can do, as far as candidates depend on it; `name` tells devices that differ apart."""
-
-    name: str
-    kind: str
-    bf16: bool = False
-    fp16: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class Span:
     """A stretch of work.
@@ -286,6 +287,7 @@ class Batch:
         shapes: `[c, h, w]` of each image where they may differ.
         take: number of the attempt that it belongs to, as its shard gave it.
         spans: what `seconds` adds up, stretch by stretch.
+        encoded: those of the `n` images that are not in `pixels`, for they are still to be decoded on a device.
     """
 
     shard: int
@@ -297,6 +299,7 @@ class Batch:
     shapes: tuple[tuple[int, ...], ...] | None = None
     take: int = 0
     spans: tuple[Span, ...] = ()
+    encoded: Encoded | None = None
 
     def pin_memory(self) -> Batch:
         """The same batch with page-locked pixels (in the thread that receives it)."""

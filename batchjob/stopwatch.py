@@ -1,27 +1,46 @@
-"""Which steps are under way, and since when: of one that never ends nothing else is heard."""
+"""Which steps are under way, and since when they have shown no life: of one that never ends nothing else is heard."""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-__all__ = ["Step", "Stopwatch"]
+from batchjob.records import Span, Watch
+
+__all__ = ["Step", "Stopwatch", "spent"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One that is under way: its name, the thread it is in, and for how many seconds."""
+    """One that is under way.
+
+    Attributes:
+        name: for people.
+        thread: that it is in.
+        seconds: since its begin, or its last sign of life.
+        storage: it is at a store or waits for one, whose silence is waited for longer.
+    """
 
     name: str
     thread: int
     seconds: float
+    storage: bool = False
+
+
+@dataclass(frozen=True)
+class _Running:
+    name: str
+    since: float
+    storage: bool
+    sign: Callable[[], float] | None
 
 
 class Stopwatch:
-    """Steps of all threads of a worker; a thread has one at a time.
+    """Steps of all threads of a worker; a thread is in one at a time, and goes on with it after one within.
 
     Args:
         clock: seconds, monotonic.
@@ -29,20 +48,47 @@ class Stopwatch:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._running: dict[int, tuple[str, float]] = {}
+        self._running: dict[int, _Running] = {}
 
     @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Around a step."""
+    def step(self, name: str, *, storage: bool = False, sign: Callable[[], float] | None = None) -> Iterator[None]:
+        """Around a step.
+
+        Args:
+            name: for people.
+            storage: see `Step`.
+            sign: when, by the clock, it last showed life; asked from another thread.
+        """
         thread = threading.get_ident()
-        self._running[thread] = name, self._clock()
+        outer = self._running.get(thread)
+        self._running[thread] = _Running(name, self._clock(), storage, sign)
         try:
             yield
         finally:
-            del self._running[thread]
+            if outer is None:
+                del self._running[thread]
+            else:  # that this one has ended is a sign of life
+                self._running[thread] = _Running(outer.name, self._clock(), outer.storage, outer.sign)
 
-    def longest(self) -> Step | None:
-        """The step that has been under way for longest, if there is one."""
+    def overdue(self, seconds: float, at_storage: float) -> Step | None:
+        """The step that has shown no life for longest beyond what it may; None as long as there is none.
+
+        Args:
+            seconds: that a step may take.
+            at_storage: that one at a store may take.
+        """
         running, now = self._running.copy(), self._clock()
-        steps = [Step(name, thread, now - since) for thread, (name, since) in running.items()]
-        return max(steps, key=lambda step: step.seconds, default=None)
+        late: list[tuple[float, Step]] = []
+        for thread, one in running.items():
+            since = one.since if one.sign is None else max(one.since, one.sign())
+            beyond = now - since - (at_storage if one.storage else seconds)
+            if beyond > 0:
+                late.append((beyond, Step(one.name, thread, now - since, one.storage)))
+        return max(late, key=lambda each: each[0])[1] if late else None
+
+
+def spent(watch: Watch, stage: str, began: float, images: int) -> float:
+    """Seconds since `began`, by `time.perf_counter`, which the watch is told of."""
+    ended = time.perf_counter()
+    watch(Span(stage, began, ended, os.getpid(), images))
+    return ended - began

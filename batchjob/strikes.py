@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from batchjob.runs import meet
+
 __all__ = ["Strikes"]
 
 _MOST = 2
@@ -33,8 +35,8 @@ class Strikes:
         """One of these images did it, and has done it before: faults of any device with them were not the device's."""
         known = tuple(images)
         for device, faults in self._faults.items():
-            self._faults[device] = [fault for fault in faults if not _meet(fault, known)]
+            self._faults[device] = [fault for fault in faults if not _any_meet(fault, known)]
 
 
-def _meet(some: Iterable[range], others: Iterable[range]) -> bool:
-    return any(max(one.start, other.start) < min(one.stop, other.stop) for one in some for other in others)
+def _any_meet(some: Iterable[range], others: Iterable[range]) -> bool:
+    return any(meet(one, other) for one in some for other in others)

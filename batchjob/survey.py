@@ -62,7 +62,7 @@ class Status:
             return "all of it is done; the run that writes _SUCCESS is at work, or run again"
         return (
             f"all of it is done, but for _SUCCESS too many may have failed: see `batchjob errors {self.output}`; "
-            "with a higher errors.max_rate a run ends at once, and nothing is done again"
+            "mend them and `batchjob retry`, or raise errors.max_rate: then a run ends at once, and does nothing again"
         )
 
 

@@ -37,7 +37,7 @@ class Taken:
         if given is None:
             return None
         shard = replace(given, take=next(self._numbers))
-        if shard.key.rows:
+        if shard.refs:
             self.shards[shard.take] = shard
         else:
             self.empty.append(shard)

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from batchjob import heap
 from batchjob.engine import Engine
 from batchjob.forkserver import end_with_parent, preload, starting
 from batchjob.forward import Forward
@@ -159,6 +160,7 @@ def _try_all(bench: Bench, recipes: tuple[Recipe, ...], lines: Connection) -> No
     use_compile_cache()
     import torch
 
+    heap.keep()  # as the worker does
     torch.set_num_threads(bench.threads)
     job = Job.from_portable(bench.job, bench.base, bench.data_base)
     subject = Images(Engine(job, Reader(job.storage), bench.sample), bench.sample, bench.batch_size)

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from batchjob.devices import Traits
 from batchjob.likeness import Likeness, compare
-from batchjob.records import Precision, Recipe, Traits
+from batchjob.records import Precision, Recipe
 from batchjob.settings import Settings
 
 __all__ = [

@@ -80,6 +80,10 @@ class Turns:
         """Do something that may block while the turns go on. What ends them leaves it to itself."""
         return aside(work, lambda: self.turn(0.0))
 
+    def confirm(self) -> None:
+        """Look now whether the lease is still ours. Raises Temporary where another driver has taken over."""
+        self.during(self._lease.confirm)
+
     def leave(self) -> None:
         """Give the lease back, unless that takes long: then it falls silent by itself."""
         until = time.monotonic() + _FAREWELL_SECONDS

@@ -8,27 +8,31 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from multiprocessing import get_context
 from pathlib import Path
 
-from batchjob import plan, trial
+from batchjob import heap, plan, revision, trial
 from batchjob.agreement import Agreement
 from batchjob.assembly import Assembly, Imprint
+from batchjob.attended import AttendedStore
 from batchjob.breakage import identity
+from batchjob.devicejpeg import Decode, DeviceDecoding, device_decoder, first_attempt
 from batchjob.engine import Engine
 from batchjob.environment import memory_given
 from batchjob.errors import Stalled, Temporary
 from batchjob.guard import Guard
 from batchjob.job import Job
 from batchjob.lanes import Lanes, lanes
-from batchjob.loader import FEW_IMAGES, Loader, Quarantine, preload, settle
+from batchjob.loader import FEW_IMAGES, Loader, LoaderPlan, Quarantine, preload, settle
 from batchjob.passage import Passage
 from batchjob.plan import Contract, Head, PlanReader
 from batchjob.pool import Event, Loaded, Setup
 from batchjob.predict import Predictor
-from batchjob.prepare import Prepare
+from batchjob.prepare import Divided, Prepare
 from batchjob.records import Recipe, Shard, ShardKey, Watch
+from batchjob.share import Balance, Share
 from batchjob.sink import row_schema
 from batchjob.spool import Spool
 from batchjob.stopwatch import Stopwatch
@@ -72,17 +76,19 @@ class Worker:
         watch: Watch = lambda span: None,
     ) -> None:
         self._job, self._setup, self._cores = job, setup, cores
-        outage = job.errors.outage_seconds
-        self._reader = Reader(job.storage, outage=outage)
-        self._store = open_store(job.output.uri, job.storage, outage=outage)
+        self._reader = Reader(job.storage, outage=job.errors.outage_seconds)
+        self._stopwatch = Stopwatch()
+        silence = self._reader.outage(job.output.uri)  # one clock, where images and output lie in one bucket
+        self._store = AttendedStore(open_store(job.output.uri, job.storage, outage=silence), self._stopwatch)
         self._spool = Spool()
         self._tell, self._watch = tell, watch
-        self._stopwatch = Stopwatch()
         self._stopped = threading.Event()
         self._plan: _Plan | None = None
         self._quarantine = Quarantine()
         self._assembly: Assembly | None = None
         self._loader: Loader | None = None
+        self._decode: Decode | None = None  # the device's decoder, where the job asks for it
+        self._on_device: DeviceDecoding | None = None
         self._threads_before: int | None = None
         self._pace = 0.0  # seconds an image takes, run as plainly as can be; 0 where nobody will ask
         self._engine: Engine
@@ -102,12 +108,14 @@ class Worker:
             InvalidJob: model, labels, preprocessing, precision or device do not fit.
         """
         began = time.monotonic()
+        heap.keep()
         see_witness(self._store, self._setup.witness)
         if self._job.runtime.loader.processes != 0:  # else nothing may ever come from there, and torch takes seconds
             preload(Loader.__module__, Prepare.__module__, trial.__name__, *self._needed_by_transforms())
         self._use_threads(lanes("cpu", self._cores).threads)
         self._engine = engine = Engine(self._job, self._reader, self._setup.sample)
         self.device = identity(engine.device)
+        self._decode = device_decoder(engine.device) if self._job.decode.device == "cuda" else None
         self._batch_size = self._first_batch_size()
         self._start_loader(tuple(engine.example.shape))
         engine.try_out()
@@ -185,7 +193,13 @@ class Worker:
         self._loader.quarantine = self._quarantine
         self._guard = Guard(self._predictor, self._quarantine, self.device, self._stopwatch)
         self._passage = Passage(
-            self._loader, self._guard, self._assembly, self._lanes.count, self._stopped.is_set, self._watch
+            self._on_device or self._loader,
+            self._guard,
+            self._assembly,
+            self._lanes.count,
+            self._stopped.is_set,
+            self._watch,
+            partial(self._stopwatch.step, "the wait for a batch", storage=True, sign=self._loader.last_sign),
         )
 
     def _accelerate(self, head: Head, reader: PlanReader) -> None:
@@ -211,20 +225,29 @@ class Worker:
         workers = self._job.runtime.workers
         return workers if isinstance(workers, int) else 1 if workers == "auto" else workers.max
 
-    def shard(self, key: ShardKey) -> Shard:
-        """The shard's members, read from the plan, and what has become known of deadly ones among them."""
+    def shard(self, key: ShardKey, again: bool = False) -> Shard:
+        """The shard's members, read from the plan, and what has become known of deadly ones among them.
+
+        At a retry these are the members whose rows hold an error. `again` where somebody has tried it before.
+        """
         shard = self._begun.reader.shard(key)
+        if key.revision:
+            shard = revision.outstanding(self._store, shard)
         if shard.refs:
-            self._quarantine.learn(range(shard.refs[0].position, shard.refs[-1].position + 1))
-        return shard
+            self._quarantine.learn([ref.position for ref in shard.refs], key.revision, again)
+        if self._decode is None:
+            return shard
+        return replace(
+            shard, on_host=again or bool(key.revision) or not first_attempt(self._store, self._begun.head, key)
+        )
 
     def close(self) -> None:
-        """End loader processes and threads, remove the spool, give torch its threads back."""
-        if self._loader is not None:
-            self._loader.close()
+        """End loader processes and threads, remove the spool, give memory back, and torch its threads."""
+        self._close_loader()
         if self._assembly is not None:
             self._assembly.close()
         self._spool.close()
+        heap.give_back()
         if self._threads_before is not None:
             import torch
 
@@ -241,10 +264,11 @@ class Worker:
         """Begin no further batch."""
         self._stopped.set()
 
-    def stalled(self) -> Stalled | None:
-        """What to tell when a batch has been under way for too long, else None; asked from another thread."""
-        # A batch that has one core of several takes as many times longer.
-        return self._guard.stalled(self._job.runtime.stall_seconds * self._lanes.count) if self._guard else None
+    def overdue(self) -> Stalled | None:
+        """What to tell when a step has shown no life for too long, else None; asked from another thread."""
+        each = self._job.runtime.stall_seconds  # a batch that has one core of several takes as many times longer
+        limits = each * self._lanes.count, each + self._job.errors.outage_seconds
+        return self._guard.overdue(*limits) if self._guard else None
 
     def _still_wanted(self) -> None:
         if plan.is_discarded(self._store, self._begun.head):
@@ -255,7 +279,9 @@ class Worker:
         """What it works with, once begun, for a look at each alone."""
         assert self._loader is not None, "load comes before parts"
         assert self._assembly is not None, "begin comes before parts"
-        return Parts(self._reader, self._engine, self._loader, self._predictor, self._assembly, self._lanes)
+        return Parts(
+            self._reader, self._engine, self._loader, self._predictor, self._assembly, self._lanes, self._on_device
+        )
 
     # -- parts of loading --------------------------------------------------------------------------------------
 
@@ -298,8 +324,7 @@ class Worker:
 
     def _start_loader(self, size: tuple[int, ...]) -> None:
         """Start a loader for images of this size, in place of one for another."""
-        if self._loader is not None:
-            self._loader.close()
+        self._close_loader()
         self._size = size
         few = FEW_IMAGES if self._setup.few else None
         cuda = self._engine.device.type == "cuda"
@@ -312,17 +337,42 @@ class Worker:
             max_pixels=self._job.decode.max_pixels,
         )
         self._ahead = chosen.processes * chosen.prefetch * self._batch_size
-        self._loader = Loader(
+        self._loader = self._loader_by(chosen) if self._decode is None else self._divided(chosen, self._decode)
+        self._loader.start()
+
+    def _divided(self, chosen: LoaderPlan, decode: Decode) -> Loader:
+        """A loader that leaves a share of the images to the device, and beside it what decodes them there."""
+        share = Share(get_context("forkserver"))
+        loader = self._loader_by(chosen, Divided(self._engine.prepare, share))
+        alone = replace(chosen, processes=min(chosen.processes, 1), prefetch=1, pin_memory=False)
+        self._on_device = DeviceDecoding(
+            loader=loader,
+            host=self._loader_by(alone),
+            decode=decode,
+            geometry=self._engine.prepare.geometry,
+            device=self._engine.device,
+            balance=Balance(share, max(1, chosen.processes) * chosen.prefetch),
+            stopwatch=self._stopwatch,
+        )
+        return loader
+
+    def _loader_by(self, chosen: LoaderPlan, divided: Divided | None = None) -> Loader:
+        return Loader(
             reader=self._reader,
             prepare=self._engine.prepare,
             batch_size=self._batch_size,
             plan=chosen,
-            size=size,
+            size=self._size,
             varying=self._engine.varying,
             max_bytes=self._job.decode.max_bytes,
             retries=self._job.errors.retries,
+            divided=divided,
         )
-        self._loader.start()
+
+    def _close_loader(self) -> None:
+        for one in (self._on_device, self._loader):
+            if one is not None:
+                one.close()
 
 
 @dataclass(frozen=True)
@@ -335,6 +385,7 @@ class Parts:
     predictor: Predictor
     assembly: Assembly
     lanes: Lanes
+    on_device: DeviceDecoding | None = None
 
 
 @dataclass(frozen=True)

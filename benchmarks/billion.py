@@ -182,6 +182,10 @@ class CountingStore:
         self.requests["DELETE"] += 1
         self._stats.pop(key, None)
 
+    def delete_if_match(self, key: str, version: str) -> None:
+        """As above: nobody else writes here."""
+        self.delete(key)
+
     def _stat(self, key: str) -> Stat:
         if key not in self._stats:
             raise NotFound(key)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import yaml
 
-from batchjob import ledger, plan
+from batchjob import ledger, plan, revision
 from batchjob.errors import AttemptFailed, BatchjobError, Temporary
 from batchjob.job import Job
 from batchjob.plan import PlanReader
@@ -202,22 +202,28 @@ class ScriptedPool:
         assert number == self._plan
         with tempfile.TemporaryDirectory() as spool:
             writer, made = make_part(Path(spool) / "part", self._store, self._job, key)
+            examples = writer.examples
 
             def wanted() -> None:
                 if plan.is_discarded(self._store, head):
                     raise Temporary("the plan was discarded")
 
-            stands = ledger.commit(self._store, key, writer.path, made, wanted)
-        return ShardResult(key, stands.provenance, writer.examples, stands.ours, stands.stat.etag)
+            if key.revision:
+                stands, examples = revision.replace_part(self._store, key, writer.path, made, wanted)
+            else:
+                stands = ledger.commit(self._store, key, writer.path, made, wanted)
+        return ShardResult(key, stands.provenance, examples, stands.ours, stands.stat.etag)
 
 
 def make_part(path: Path, store: Store, job: Job, key: ShardKey) -> tuple[PartWriter, Provenance]:
-    """The part of a shard of the plan in force, on the local spool."""
+    """The part of a shard of the plan in force, on the local spool; at a retry its error rows, all of them good now."""
     _, head = plan.current(store)
     assert head is not None
     reader = PlanReader(store, head)
     shard = reader.shard(key)
-    facts = [_facts(ref) for ref in shard.refs]
+    if key.revision:
+        shard = revision.outstanding(store, shard)
+    facts = [ImageFacts(ref.etag, 8, 8) if key.revision else _facts(ref) for ref in shard.refs]
     scores = pa.array([float(ref.position) for ref, fact in zip(shard.refs, facts, strict=True) if fact.fault is None])
     schema = row_schema(list(reader.passthrough), [pa.field("score", pa.float64())], job.input.has_id)
     with PartWriter(path, schema) as writer:
@@ -238,7 +244,7 @@ def make_part(path: Path, store: Store, job: Job, key: ShardKey) -> tuple[PartWr
             shard=key.id,
             index=key.index,
             attempt=secrets.token_hex(8),
-            revision=0,
+            revision=key.revision,
             fingerprint="f",
             model="m",
             rows=writer.rows,

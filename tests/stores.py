@@ -19,7 +19,7 @@ from batchjob.records import Blob, Stat
 __all__ = ["WRITES", "Call", "Fault", "Killed", "MemoryStore"]
 
 T = TypeVar("T")
-WRITES = ("put_if_absent", "replace_if_match", "delete")
+WRITES = ("put_if_absent", "replace_if_match", "delete", "delete_if_match")
 
 
 class Killed(BaseException):
@@ -143,6 +143,10 @@ class MemoryStore:
         """Absent is fine."""
         self._asked("delete", key, lambda: self._remove(key))
 
+    def delete_if_match(self, key: str, version: str) -> None:
+        """Absent is fine. Raises Changed, Unavailable."""
+        self._asked("delete_if_match", key, lambda: self._remove(key, version), Changed)
+
     # -- how -----------------------------------------------------------------------------------------------------------
 
     def _asked(self, verb: str, key: str, happen: Callable[[], T], lost_race: type[BatchjobError] = AlreadyExists) -> T:
@@ -200,7 +204,9 @@ class MemoryStore:
             raise Changed(f"{self.uri}/{key}: replaced by another writer")
         return self._write(key, body)
 
-    def _remove(self, key: str) -> None:
+    def _remove(self, key: str, version: str | None = None) -> None:
+        if version is not None and key in self._disk.objects and self._disk.objects[key].version != version:
+            raise Changed(f"{self.uri}/{key}: replaced by another writer")
         self._disk.before.append(dict(self._disk.objects))
         self._disk.objects.pop(key, None)
 

@@ -15,19 +15,20 @@ PACKAGE = ROOT / "batchjob"
 # From the ground up. A room imports from lower floors, and on its own floor from those named before it; on floor 2 they
 # are strangers to each other.
 FLOORS = [
-    "redaction errors settings records",
+    "redaction errors settings encoded runs records",
     (
-        "targets preprocess forkserver devices forward lanes likeness machine disk parallel storage fetch schedule "
-        "placement spool jpeg formats banded resample breakage stopwatch strikes pulse"
+        "targets imports heap preprocess forkserver devices forward lanes likeness machine disk parallel storage fetch "
+        "schedule placement spool jpeg share formats banded resample breakage stopwatch attended strikes pulse"
     ),
     "sources models tasks plan ledger lease decode transform loader tuning recipes predict sink",
     "jobtext parameters jobfile complaints portable job",
     (
-        "pool report progress environment drain prepare turns accounting feeder planning survey dispatch takes "
-        "assembly engine trial agreement convert guard passage witness worker layout shipping bench driver"
+        "pool told report progress environment drain prepare turns accounting feeder planning survey dispatch takes "
+        "revision assembly devicejpeg engine trial agreement convert guard passage witness worker layout shipping "
+        "bench driver"
     ),
     "local cluster launch",
-    "cli",
+    "arguments cli",
     "__init__ __main__",
 ]
 PLACE = {room: (floor, n) for floor, rooms in enumerate(FLOORS) for n, room in enumerate(rooms.split())}

@@ -209,14 +209,14 @@ def test_what_hangs_is_found_as_well(tmp_path: Path) -> None:
     threads = []
     for found in (False, True):
         process = Process(tmp_path)
-        assert process.guard.stalled(60) is None
+        assert process.guard.overdue(60, 90) is None
         thread, entered = hanging(process, released, poisonous=[5])
         threads.append(thread)
         assert entered.wait(30)
         process.clock.now += 59
-        assert process.guard.stalled(60) is None
+        assert process.guard.overdue(60, 90) is None
         process.clock.now += 2
-        stalled = process.guard.stalled(60)
+        stalled = process.guard.overdue(60, 90)
         assert stalled is not None
         assert stalled.found == found
         assert "has not ended for 61 s (runtime.stall_seconds)" in stalled.message

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from stores import MemoryStore
 
 from batchjob.errors import AttemptFailed, StorageError, Unavailable
 from batchjob.loader import Loader, LoaderPlan, LoaderSettings, Quarantine, samples, settle
@@ -166,6 +167,20 @@ def test_an_image_that_takes_for_ever_is_a_fault_and_a_slow_store_or_batch_is_no
     assert loader.deaths == met(tmp_path)["hang"] == 2
 
 
+def test_cpu_seconds_are_limited_where_the_clock_does_not_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker's clock is stopped: it is the kernel that ends the process. Who waits uses none of them."""
+    monkeypatch.setattr("batchjob.loader.mark.Mark.overdue", lambda self, seconds: False)
+    store, images = open_store(str(tmp_path / "out")), tmp_path / "images"
+    images.mkdir()
+    loader = make(images, seconds=0.2)
+    loader.quarantine = Quarantine(store, "plan/")
+    found = loaded(loader, shard(images, 32, hang=[7], slow=range(20, 24)))
+    loader.close()
+    assert kinds(found) == {7: "decode/hang"}
+    assert loader.deaths == met(images)["hang"] == 2
+    assert Quarantine(store, "plan/").find(7) == found[7], "remembered for all others"
+
+
 def test_an_image_that_wants_more_memory_than_there_is_costs_no_process(tmp_path: Path) -> None:
     loader = make(tmp_path, memory=3 * GIB)
     found = loaded(loader, shard(tmp_path, 40, eat=[3, 30]))
@@ -227,6 +242,25 @@ def test_the_first_verdict_stands_and_damaged_records_count_for_nothing(tmp_path
     assert late.among([4, 5, 6]) == {1: verdicts[0]}
     assert late.find(6) is None
     assert Quarantine().find(5) is None
+
+
+def test_the_quarantine_is_listed_once_and_anew_for_a_shard_that_was_tried_before() -> None:
+    """As nobody else meets the images of a shard, nothing is found out about them but by who has tried it."""
+    store = MemoryStore()
+    quarantine, other = Quarantine(store, "plan/"), Quarantine(store.client(), "plan/")
+    quarantine.learn(range(8))
+    verdict = other.remember(21, ImageFacts("tag", fault=Fault("decode", "crash", "words")))
+    other.suspect(range(24, 28), "why")
+    for first in range(8, 800, 8):
+        quarantine.learn(range(first, first + 8))
+    assert quarantine.among(range(800)) == {}
+    assert Counter(call.verb for call in store.calls) == {"list": 1}, "a request in all, for 100 shards"
+    assert quarantine.find(21) == verdict, "who meets it nevertheless loses one process, and asks"
+    for again in (True, False):
+        quarantine.learn(range(16, 32), again=again)
+        assert quarantine.among([20, 21]) == {1: verdict}
+        assert quarantine.suspects(range(24, 25))
+    assert Counter(call.verb for call in store.calls) == {"list": 2, "read": 1}
 
 
 def test_processes_that_die_as_they_start_are_no_image_s_fault(tmp_path: Path) -> None:

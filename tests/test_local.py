@@ -13,8 +13,9 @@ from pools import job
 
 from batchjob import Job, run
 from batchjob.errors import AttemptFailed, BatchjobError, DeviceFault, InvalidJob, Unavailable
-from batchjob.local import LocalPool, as_crash
+from batchjob.local import LocalPool
 from batchjob.pool import Setup, WorkerFailed
+from batchjob.told import as_crash
 
 NOTHING: dict[str, str] = {}
 

@@ -219,3 +219,17 @@ def test_poison_is_given_up_and_no_innocent_with_it(
             schedule.finish(held.pop(0))
     assert {gone.key.index for gone in schedule.given_up} == {index for index in poisoned if index < shards}
     assert schedule.done + len(schedule.given_up) == shards
+
+
+def test_who_gets_a_shard_that_was_tried_before_is_told() -> None:
+    placement, plan = with_workers("a", "b"), keys(2)
+    placement.submit(plan[0], 0)
+    placement.submit(plan[1], 0, again=True)
+    assert [(due.key.index, due.again) for due in placement.due()] == [(0, False), (1, True)]
+    placement.leave("b")
+    placement.finish("a", plan[0])
+    placement.submit(plan[1], 0)
+    assert [due.again for due in placement.due()] == [True], "it was in hand at a worker that is gone"
+    placement.enter("b")
+    placement.back_up(plan[1], 0)
+    assert [due.again for due in placement.due()] == [True], "it is tried elsewhere"

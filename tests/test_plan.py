@@ -233,6 +233,21 @@ def test_no_plan_is_frozen_over_what_lies_there(store: Store) -> None:
     assert plan.current(store) == (0, None)
 
 
+def test_what_a_discarded_plan_left_meanwhile_is_cleared_away_and_the_plan_stands(store: Store) -> None:
+    late = "predictions/part-0000000-late.parquet"
+    store.put_if_absent(late, b"rows")
+    cleared = list[str]()
+
+    def clear(names: list[str]) -> None:
+        cleared.extend(names)
+        store.delete(late)
+
+    head = new_head()
+    assert plan.freeze(store, head, clear) == head
+    assert cleared == [late]
+    assert list(store.list("predictions/")) == []
+
+
 def test_a_driver_overtaken_while_it_froze_adopts_and_does_not_complain(memory: MemoryStore) -> None:
     rival = new_head()
 

@@ -281,6 +281,15 @@ class TestJsonLines:
 
 
 class TestParquet:
+    @pytest.mark.parametrize("name", ["m.parquet", "m.pq"])
+    def test_a_damaged_name_of_a_column(self, tmp_path: Path, name: str) -> None:
+        pq.write_table(pa.table({"image": ["a.jpg"], "n\u00e9e": [1]}), tmp_path / name)
+        damaged = (tmp_path / name).read_bytes().replace("n\u00e9e".encode(), b"n\xc3\xf3e")
+        (tmp_path / name).write_bytes(damaged)
+        said = refused(manifest(str(tmp_path / name)))
+        assert "cannot be read as parquet" in said
+        assert str(tmp_path / name) in said
+
     def save(self, path: Path, **columns: pa.Array) -> str:
         count = len(next(iter(columns.values())))
         pq.write_table(pa.table({"image": [f"{number}.jpg" for number in range(count)], **columns}), path)

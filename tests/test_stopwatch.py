@@ -1,4 +1,4 @@
-"""Steps that are under way: the longest is told, with its thread."""
+"""Steps that are under way: the one that is latest is told, with its thread."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from batchjob.stopwatch import Step, Stopwatch
 
 
-def test_the_longest_of_all_threads_is_told_and_none_when_all_have_ended() -> None:
+def test_the_latest_of_all_threads_is_told_and_none_when_all_have_ended() -> None:
     now, begun, over = [0.0], threading.Event(), threading.Event()
     stopwatch = Stopwatch(lambda: now[0])
 
@@ -17,14 +17,41 @@ def test_the_longest_of_all_threads_is_told_and_none_when_all_have_ended() -> No
             over.wait()
 
     thread = threading.Thread(target=other)
-    assert stopwatch.longest() is None
+    assert stopwatch.overdue(0.0, 0.0) is None
     thread.start()
     begun.wait()
     now[0] = 5.0
     with stopwatch.step("second"):
         now[0] = 6.0
-        assert stopwatch.longest() == Step("first", thread.ident or 0, 6.0)
+        assert stopwatch.overdue(6.0, 0.0) is None
+        assert stopwatch.overdue(0.0, 0.0) == Step("first", thread.ident or 0, 6.0)
         over.set()
         thread.join()
-        assert stopwatch.longest() == Step("second", threading.get_ident(), 1.0)
-    assert stopwatch.longest() is None
+        assert stopwatch.overdue(0.0, 0.0) == Step("second", threading.get_ident(), 1.0)
+    assert stopwatch.overdue(0.0, 0.0) is None
+
+
+def test_a_store_is_given_more_time_than_a_model() -> None:
+    now = [0.0]
+    stopwatch = Stopwatch(lambda: now[0])
+    with stopwatch.step("a PUT", storage=True):
+        now[0] = 50.0
+        assert stopwatch.overdue(10.0, 60.0) is None
+        now[0] = 61.0
+        assert stopwatch.overdue(10.0, 60.0) == Step("a PUT", threading.get_ident(), 61.0, storage=True)
+
+
+def test_signs_of_life_and_steps_within_are_progress() -> None:
+    now, sign = [0.0], [0.0]
+    stopwatch = Stopwatch(lambda: now[0])
+    with stopwatch.step("outer", sign=lambda: sign[0]):
+        now[0], sign[0] = 9.0, 7.0
+        assert stopwatch.overdue(5.0, 5.0) is None
+        assert stopwatch.overdue(1.0, 1.0) == Step("outer", threading.get_ident(), 2.0)
+        with stopwatch.step("inner"):
+            now[0] = 20.0
+            assert stopwatch.overdue(5.0, 5.0) == Step("inner", threading.get_ident(), 11.0)
+        now[0] = 24.0
+        assert stopwatch.overdue(5.0, 5.0) is None
+        now[0] = 26.0
+        assert stopwatch.overdue(5.0, 5.0) == Step("outer", threading.get_ident(), 6.0)

@@ -1016,3 +1016,19 @@ def test_an_answer_that_another_thread_hears_amid_a_look_does_no_harm() -> None:
     outage._since = 1.0
     outage.endured(Unavailable("away"), 2.0)
     assert outage._begun == 1.0
+
+
+def test_readers_and_an_output_of_one_bucket_share_what_they_know_of_its_silence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    silence = Reader(outage=0.2).outage("s3://lake/in/a.png")
+    store = pickle.loads(pickle.dumps(open_store("s3://lake/out", outage=0.2)))
+    with pytest.raises(Unavailable):
+        store.read("a")
+    assert not silence.lasting
+    with pytest.raises(Unavailable):
+        open_store("s3://lake/out", outage=silence).read("a")
+    assert silence.lasting

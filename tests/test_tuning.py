@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from batchjob.records import Recipe, Traits
+from batchjob.devices import Traits
+from batchjob.records import Recipe
 from batchjob.tuning import Acceleration, Decision, Subject, Trial, candidates, choose, tried, wished
 
 CPU, CPU_BF16 = Traits("cpu", "cpu"), Traits("cpu", "cpu", bf16=True)

@@ -20,6 +20,8 @@ class Measured(Protocol):
     @property
     def name(self) -> str: ...
     @property
+    def images_per_second(self) -> float | None: ...
+    @property
     def cpu_ms(self) -> float | None: ...
     @property
     def gpu_ms(self) -> float | None: ...
@@ -69,7 +71,14 @@ def _cpu(stages: Sequence[Measured], cores: int) -> Ceiling | None:
     total = sum(ms for ms in spent.values() if ms is not None)
     if total <= 0 or any(spent.get(name) is None for name in _NEEDED):
         return None
-    return Ceiling("cpu", cores / total * 1e3, f"{cores} cores ÷ {total:,.2f} ms of CPU an image")
+    words = f"{cores} cores ÷ {total:,.2f} ms of CPU an image"
+    beside = next((stage.images_per_second for stage in stages if stage.name == "device decode"), None)
+    if beside is None:
+        return Ceiling("cpu", cores / total * 1e3, words)
+    spared = sum(spent[name] or 0.0 for name in ("decode", "transform"))  # by each image that the device decodes
+    shared = (cores * 1e3 + beside * spared) / total
+    none_left = cores * 1e3 / (total - spared)
+    return Ceiling("cpu", min(shared, none_left), f"{words}, up to {beside:,.0f} images/s decoded on the device")
 
 
 def _gpu(stages: Mapping[str, Measured]) -> Ceiling | None:

@@ -16,7 +16,7 @@ class Stage:
     """One stage alone, in one thread of one process unless `note` says otherwise.
 
     Attributes:
-        name: list, fetch, decode, transform, collate, H2D, forward, D2H or write.
+        name: list, fetch, decode, transform, collate, device decode, H2D, forward, D2H or write.
         images_per_second: by the clock on the wall.
         cpu_ms: milliseconds of all CPU cores together, an image.
         gpu_ms: of the GPU, an image.

@@ -173,7 +173,7 @@ def _summed(spans: Iterable[Span]) -> Iterator[tuple[float, int]]:
 
 def _services(ran: Ran, lanes: int) -> dict[str, Service]:
     found = {}
-    for stage in ("fetch", "decode", "forward", "write"):
+    for stage in ("fetch", "decode", "device decode", "forward", "write"):
         spans = ran.of(stage)
         seconds = sum(span.ended - span.began for span in spans)
         if seconds > 0:

@@ -197,8 +197,9 @@ class Rig:
                 return event.result
 
     def batches(self, shard: Shard) -> list[Batch]:
-        """A shard as the loader gives it, held in memory of this process."""
-        return [_kept(batch) for batch in self.parts.loader.batches(Feed([replace(shard, take=-1)]))]
+        """A shard as the loader gives it, all decoded there, held in memory of this process."""
+        feed = Feed([replace(shard, take=-1, on_host=True)])
+        return [_kept(batch) for batch in self.parts.loader.batches(feed)]
 
     def part_bytes(self, result: ShardResult) -> int:
         """Of a committed part."""

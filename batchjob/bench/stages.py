@@ -15,6 +15,7 @@ from batchjob.bench.pace import paced
 from batchjob.bench.rig import Feed, Rig
 from batchjob.errors import ImageFault, InvalidJob
 from batchjob.fetch import Fetcher, together
+from batchjob.jpeg import plain_jpeg_size
 from batchjob.loader import Loader
 from batchjob.predict import Link, Predicted
 from batchjob.records import Batch, Blob, ImageFacts, Prepared
@@ -92,7 +93,8 @@ def alone(rig: Rig, batches: Sequence[Batch]) -> list[Stage]:
     """
     facts = [fact for batch in batches for fact in batch.facts]
     fetch, blobs = _fetch(rig, facts)
-    return [fetch, *_prepare(rig, blobs), *_through_the_model(rig, whole(rig, batches)), _write(rig, batches)]
+    prepare = [*_prepare(rig, blobs), *_on_device(rig, blobs)]
+    return [fetch, *prepare, *_through_the_model(rig, whole(rig, batches)), _write(rig, batches)]
 
 
 def _fetch(rig: Rig, facts: Sequence[ImageFacts]) -> tuple[Stage, list[Blob]]:
@@ -141,6 +143,24 @@ def _prepare(rig: Rig, blobs: Sequence[Blob]) -> list[Stage]:
         transform.stage("transform", size),
         collate.stage("collate", size),
     ]
+
+
+def _on_device(rig: Rig, blobs: Sequence[Blob]) -> list[Stage]:
+    """Decode and transform there, where the job has the device take a share of the images."""
+    import torch
+
+    device = rig.parts.on_device
+    if device is None:
+        return []
+    plain = (blob.data for blob in blobs if plain_jpeg_size(blob.data) is not None)
+    files = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in plain][: rig.batch_size]
+    if not files or not device.tried(files):
+        return [Stage("device decode", note="not measured: the device takes none of these images")]
+    clock = Clock()
+    while clock.seconds < _SECONDS / 2:
+        with clock.of(len(files)):
+            device.tried(files)
+    return [replace(clock.stage("device decode", None, "and transform, for a share of the images"), cpu_ms=None)]
 
 
 def _collate(rig: Rig, clock: Clock, images: list[torch.Tensor]) -> None:

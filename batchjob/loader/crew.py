@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -57,11 +58,12 @@ class Crew:
 
     Attributes:
         deaths: processes lost so far, those of trials included.
+        last_sign: when one of its processes was last seen to have come a step further, on the monotonic clock.
     """
 
     def __init__(self, images: Images, plan: LoaderPlan, quarantine: Quarantine) -> None:
         self._images, self._plan, self.quarantine = images, plan, quarantine
-        self.deaths = 0
+        self.deaths, self.last_sign = 0, time.monotonic()
         self._changed = threading.Condition()
         self._tasks: deque[_Task] = deque()  # in the order of their batches, until those are handed out
         self._waiting: deque[_Task] = deque()
@@ -289,9 +291,13 @@ class Crew:
 
     def _watch(self) -> None:
         """Not in the thread that listens: that may have to wait for a process which is stuck."""
+        signs: list[tuple[float, ...]] = []
         while not self._closed.wait(_LOOK_SECONDS):
             with self._changed:
                 processes = [*(member.process for member in self._members), *self._suspects]
+            signs, before = [process.mark.sign for process in processes], signs
+            if signs != before:
+                self.last_sign = time.monotonic()
             for process in processes:
                 if process.mark.overdue(self._plan.image_seconds):
                     process.kill("hang")
@@ -302,7 +308,7 @@ class Crew:
             self._changed.notify_all()
 
     def _process(self) -> LoaderProcess:
-        return LoaderProcess(self._images, self._plan.memory)
+        return LoaderProcess(self._images, self._plan.memory, self._plan.image_seconds)
 
 
 def _over(task: _Task | None, death: Death) -> str:

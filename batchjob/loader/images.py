@@ -13,7 +13,7 @@ from typing import Protocol
 from batchjob.errors import BatchjobError, ImageFault, Unavailable
 from batchjob.fetch import Fetcher, oversized, together
 from batchjob.forward import out_of_memory
-from batchjob.loader.pixels import Pixels, Ragged
+from batchjob.loader.pixels import Mixed, Pixels, Ragged
 from batchjob.records import Batch, Blob, Fault, ImageFacts, ImageRef, Prepared, Span
 
 __all__ = ["Images", "Prepare", "Request"]
@@ -31,6 +31,7 @@ class Request:
         start: offset of its first row within the shard.
         refs: its images.
         known: rows that are not tried, and what is known of them.
+        on_host: nothing is left for a device to decode.
     """
 
     shard: int
@@ -38,6 +39,7 @@ class Request:
     start: int
     refs: tuple[ImageRef, ...]
     known: Mapping[int, ImageFacts] = field(default_factory=dict)
+    on_host: bool = False
 
     def knowing(self, row: int, facts: ImageFacts) -> Request:
         """The same, with that row not to be tried."""
@@ -58,7 +60,7 @@ class Progress(Protocol):
     """Told what is at work."""
 
     def fetch(self) -> None:
-        """No image is in work."""
+        """No image is in work; told again as each object arrives, from any thread."""
 
     def image(self, row: int, etag: str | None) -> None:
         """The image of this row of the request is in work."""
@@ -84,16 +86,20 @@ class Images:
         prepare: decode and geometry.
         size: the last dimensions every prepared image must have; None takes the first good image of each batch.
         varying: images may differ in size; `size` says nothing then.
+        divided: in place of `prepare`, where a device decodes a part of the images; those come flat, `[bytes]`.
     """
 
     fetcher: Fetcher
     prepare: Prepare
     size: tuple[int, ...] | None
     varying: bool
+    divided: Prepare | None = None
 
     def collation(self, rows: int, shared: bool = False) -> Pixels | Ragged:
         """Room for so many prepared images."""
-        return Ragged(shared) if self.varying else Pixels(rows, self.size, shared)
+        if self.varying:
+            return Ragged(shared)
+        return (Pixels if self.divided is None else Mixed)(rows, self.size, shared)
 
     def load(
         self,
@@ -105,6 +111,7 @@ class Images:
         progress = progress or _Unwatched()
         spans: list[Span] = []
         pixels = self.collation(len(request.refs), shared)
+        prepare = self.prepare if request.on_host else self.divided or self.prepare
         facts = dict(request.known)
         rows = [row for row in range(len(request.refs)) if row not in facts]
         left = iter(rows)
@@ -112,11 +119,11 @@ class Images:
             for refs in together([request.refs[row] for row in rows]):
                 progress.fetch()
                 with _timed(spans, "fetch", len(refs)):
-                    found = self.fetcher.fetch(refs)[::-1]  # so that each can be let go once it is decoded
+                    found = self.fetcher.fetch(refs, progress.fetch)[::-1]  # so that each can be let go once decoded
                 with _timed(spans, "decode", len(refs)):
                     while found:
                         row = next(left)
-                        facts[row] = self._prepared(row, found.pop(), pixels, progress)
+                        facts[row] = self._prepared(row, found.pop(), prepare, pixels, progress)
         except Unavailable as trouble:
             return Batch(request.shard, request.start, (), None, trouble.message, _summed(spans), take=request.take)
         except BatchjobError as error:
@@ -131,9 +138,12 @@ class Images:
             shapes=pixels.shapes(),
             take=request.take,
             spans=tuple(spans),
+            encoded=pixels.encoded(),
         )
 
-    def _prepared(self, row: int, found: Blob | Fault, pixels: Pixels | Ragged, progress: Progress) -> ImageFacts:
+    def _prepared(
+        self, row: int, found: Blob | Fault, prepare: Prepare, pixels: Pixels | Ragged, progress: Progress
+    ) -> ImageFacts:
         if isinstance(found, Fault):
             return ImageFacts(fault=found)
         etag = found.etag
@@ -142,7 +152,7 @@ class Images:
             return ImageFacts(etag, fault=fault)
         progress.image(row, etag)
         try:
-            made = self.prepare(found.data)
+            made = prepare(found.data)
             return ImageFacts(etag, made.width, made.height, pixels.add(made.pixels), made.turned)
         except ImageFault as error:
             fault = Fault(error.stage, error.type, error.message)

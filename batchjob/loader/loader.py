@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -48,13 +49,14 @@ class Loader:
         varying: images may differ in size; `size` says nothing then.
         max_bytes: images known to be larger are not fetched.
         retries: how often an image that cannot be read is asked for again while its store answers.
+        divided: in place of `prepare`, where a device decodes a part of the images; likewise picklable.
 
     Attributes:
         batch_size: images in a batch; another one counts from the next shard on.
         quarantine: of deadly images; until another one is given, it lasts as long as the loader.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all by keyword, from the few places that put a loader together
         self,
         *,
         reader: Reader,
@@ -65,11 +67,12 @@ class Loader:
         varying: bool = False,
         max_bytes: int | None = None,
         retries: int = 2,
+        divided: Prepare | None = None,
     ) -> None:
-        self._images = Images(Fetcher(reader, max_bytes, retries), prepare, size, varying)
+        self._images = Images(Fetcher(reader, max_bytes, retries), prepare, size, varying, divided)
         self._plan = plan
         self._running: Future[Crew] | None = None
-        self._lost = 0
+        self._lost, self._own = 0, _Own()
         self.batch_size = batch_size
         self.quarantine = Quarantine()
 
@@ -90,6 +93,11 @@ class Loader:
         """Processes that died so far, those in which suspects were tried alone included."""
         crew = self._crew_at_work()
         return self._lost + (crew.deaths if crew is not None else 0)
+
+    def last_sign(self) -> float:
+        """When loading was last seen to have come a step further, on the monotonic clock; 0 before it began."""
+        crew = self._crew_at_work()
+        return self._own.last_sign if crew is None else crew.last_sign
 
     def start(self) -> None:
         """Begin starting the processes in the background. Calling it again does nothing."""
@@ -130,7 +138,7 @@ class Loader:
 
     def _in_this_process(self, feed: ShardFeed) -> Generator[Batch | BatchjobError, None, None]:
         for request in self._requests(feed):
-            item = self._images.load(request)
+            item = self._images.load(request, self._own)
             yield item.pin_memory() if self._plan.pin_memory and isinstance(item, Batch) else item
 
     def _in_processes(self, feed: ShardFeed) -> Generator[Batch | BatchjobError, None, None]:
@@ -153,7 +161,7 @@ class Loader:
                     break
                 refs = shard.refs[start : start + size]
                 known = self.quarantine.among(ref.position for ref in refs)
-                yield Request(shard.key.index, shard.take, start, refs, known)
+                yield Request(shard.key.index, shard.take, start, refs, known, shard.on_host)
 
     def _started(self) -> Crew:
         try:
@@ -171,3 +179,18 @@ class Loader:
         """The one that has been started, if that is so by now."""
         running = self._running
         return running.result() if running is not None and running.done() and running.exception() is None else None
+
+
+class _Own:
+    """Told what is at work where this process loads."""
+
+    last_sign = 0.0
+
+    def fetch(self) -> None:
+        self.last_sign = time.monotonic()
+
+    def image(self, row: int, etag: str | None) -> None:  # noqa: ARG002 - the face of who is told
+        self.last_sign = time.monotonic()
+
+    def send(self) -> None:
+        self.last_sign = time.monotonic()

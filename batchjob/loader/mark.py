@@ -20,6 +20,7 @@ class _Cell(ctypes.Structure):
         ("task", ctypes.c_longlong),
         ("stage", ctypes.c_int),
         ("row", ctypes.c_int),
+        ("beats", ctypes.c_longlong),
         ("since", ctypes.c_double),
         ("etag", ctypes.c_char * 256),
     )
@@ -56,8 +57,9 @@ class Mark:
         self._cell.stage = _FETCHING
 
     def fetch(self) -> None:
-        """No image is in work: this may take as long as storage is given to answer."""
+        """No image is in work: this may take as long as storage is given to answer. Again as each object arrives."""
         self._cell.stage = _FETCHING
+        self._cell.beats += 1
 
     def image(self, row: int, etag: str | None) -> None:
         """The image of this row is in work from now on."""
@@ -77,6 +79,12 @@ class Mark:
     def started(self) -> bool:
         """Whether the process has come to wait for its first task."""
         return bool(self._cell.stage != _STARTING)
+
+    @property
+    def sign(self) -> tuple[float, ...]:
+        """Another one whenever the process has come a step further."""
+        cell = self._cell
+        return cell.task, cell.stage, cell.row, cell.since, cell.beats
 
     @property
     def place(self) -> Place | None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from batchjob.encoded import Encoded
 from batchjob.records import Fault
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Pixels", "Ragged"]
+__all__ = ["Mixed", "Pixels", "Ragged"]
 
 
 class Pixels:
@@ -49,6 +51,35 @@ class Pixels:
     def shapes(self) -> None:
         """All alike."""
 
+    def encoded(self) -> Encoded | None:
+        """The images that a device is to decode."""
+        return None
+
+
+class Mixed(Pixels):
+    """Prepared images and, flat among them, such as a device is still to decode."""
+
+    def __init__(self, rows: int, size: tuple[int, ...] | None, shared: bool) -> None:
+        super().__init__(rows, size, shared)
+        self._files: dict[int, torch.Tensor] = {}  # by place among the good images
+
+    def add(self, image: torch.Tensor) -> Fault | None:
+        """Put one image behind the others, or say why it does not go with them."""
+        if image.ndim != 1:
+            return super().add(image)
+        self._files[self._used + len(self._files)] = image
+        return None
+
+    def encoded(self) -> Encoded | None:
+        """The images that a device is to decode."""
+        import torch
+
+        if not self._files:
+            return None
+        ends = tuple(accumulate(file.numel() for file in self._files.values()))
+        room = _room((ends[-1],), torch.uint8, self._shared)
+        return Encoded(tuple(self._files), torch.cat(list(self._files.values()), out=room), ends)
+
 
 class Ragged:
     """Images of different sizes, one behind the other in one flat tensor."""
@@ -78,6 +109,9 @@ class Ragged:
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """`[c, h, w]` of each."""
         return tuple(tuple(image.shape) for image in self._images)
+
+    def encoded(self) -> None:
+        """None of them."""
 
 
 def _room_for(rows: int, image: torch.Tensor, shared: bool) -> torch.Tensor:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
-import resource
 import signal
-import sys
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any
 
 from batchjob.errors import AttemptFailed, BatchjobError
 from batchjob.forkserver import end_with_parent, starting
 from batchjob.loader.images import Images, Request
+from batchjob.loader.limits import Watched, confine
 from batchjob.loader.mark import Mark, Place
 from batchjob.records import Batch
 
@@ -50,18 +47,19 @@ class LoaderProcess:
     Args:
         images: what it loads with.
         memory: bytes that it may use; None without a limit.
+        seconds: of CPU that one image may take.
 
     Attributes:
         pipe: brings `(number of the task, Item)`; see `receive`.
         mark: what it is at.
     """
 
-    def __init__(self, images: Images, memory: int | None) -> None:
+    def __init__(self, images: Images, memory: int | None, seconds: float) -> None:
         context = multiprocessing.get_context("forkserver")
         self.mark = Mark(context)
         self.pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(images, self.mark, theirs, memory), name="batchjob-loader", daemon=True
+            target=_serve, args=(images, self.mark, theirs, memory, seconds), name="batchjob-loader", daemon=True
         )
         self._killed_for: str | None = None
         try:
@@ -107,7 +105,7 @@ class LoaderProcess:
         """What it has died of; waits for the last of it."""
         self._process.join()
         code = self._process.exitcode
-        if self._killed_for == "hang":
+        if self._killed_for == "hang" or code == -signal.SIGXCPU:
             return Death("hang", "took too long over one image or batch and was killed", self.mark.place)
         kind = "memory" if code in {-signal.SIGKILL, _OUT_OF_MEMORY} else "crash"
         return Death(kind, _cause(code), self.mark.place)
@@ -146,11 +144,12 @@ def _cause(code: int | None) -> str:
 # -- in the process --------------------------------------------------------------------------------------------
 
 
-def _serve(images: Images, mark: Mark, pipe: Connection, memory: int | None) -> None:
+def _serve(images: Images, mark: Mark, pipe: Connection, memory: int | None, seconds: float) -> None:
     """Requests in, batches out, until it is told to end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver; it ends us in order
     threading.Thread(target=end_with_parent, name="parent-watch", daemon=True).start()
-    _confine(memory)
+    confine(memory)
+    watched = Watched(mark, seconds)
     import torch
 
     torch.set_num_threads(1)
@@ -159,32 +158,16 @@ def _serve(images: Images, mark: Mark, pipe: Connection, memory: int | None) -> 
         while (sent := pipe.recv()) is not None:
             task, request = sent
             mark.begin(task)
-            answer = _loaded(images, request, mark)
+            answer = _loaded(images, request, watched)
             pipe.send((task, answer))
             mark.rest()
 
 
-def _loaded(images: Images, request: Request, mark: Mark) -> Item:
+def _loaded(images: Images, request: Request, watched: Watched) -> Item:
     try:
-        return images.load(request, mark, shared=True)
+        return images.load(request, watched, shared=True)
     except MemoryError:  # no image's own: a process anew, and smaller batches, get further than this one
         os._exit(_OUT_OF_MEMORY)
     except Exception as error:  # noqa: BLE001 - fails the attempt, where the batch would have been
         text = " ".join(str(error).split())[:500]
         return AttemptFailed(f"the loader failed: {type(error).__name__}: {text}")
-
-
-def _confine(memory: int | None) -> None:
-    """Limits of this process; where the system runs out of memory nevertheless, it is the first to go."""
-    _limit(resource.RLIMIT_CORE, 0)
-    if memory is not None and sys.platform == "linux":  # elsewhere it counts no mapped memory, or all address space
-        _limit(resource.RLIMIT_DATA, memory)
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("500")
-
-
-def _limit(what: Any, most: int) -> None:
-    _, hard = resource.getrlimit(what)
-    bound = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    with suppress(OSError, ValueError):
-        resource.setrlimit(what, (bound, bound))

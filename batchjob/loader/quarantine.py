@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
 from batchjob.errors import NotFound
 from batchjob.parallel import side_by_side
 from batchjob.records import Fault, ImageFacts
+from batchjob.runs import meet
 from batchjob.storage import Store, settle
 
 __all__ = ["Quarantine"]
@@ -18,6 +19,10 @@ __all__ = ["Quarantine"]
 class Quarantine:
     """What is known of deadly images, by their position in the plan, and of runs of images among which one may be.
 
+    It is listed once, and anew for a shard that somebody has tried before: no other could have found out anything about
+    its images since. A retry begins with a clean slate: what was found for one revision of a part says nothing for the
+    next.
+
     Args:
         store: of the output; without one, it lasts as long as this object.
         folder: of the plan, ends with `/`.
@@ -25,16 +30,29 @@ class Quarantine:
 
     def __init__(self, store: Store | None = None, folder: str = "") -> None:
         self._store, self._folder = store, f"{folder}quarantine/"
+        self._listed: list[str] | None = None
         self._known: dict[int, ImageFacts] = {}
         self._runs: set[range] = set()
+        self._revisions: dict[int, int] = {}  # of the parts that images are retried for, by position
 
-    def learn(self, positions: range) -> None:
-        """Read what others have found among these images. Raises Unavailable."""
-        if self._store is None:
+    def learn(self, images: Sequence[int], revision: int = 0, again: bool = False) -> None:
+        """Read what others have found among the images of a shard. Raises Unavailable.
+
+        Args:
+            images: their positions.
+            revision: of the part that is to be made of them.
+            again: it has been tried before, since this worker began or beside it.
+        """
+        if revision:
+            self._revisions.update(dict.fromkeys(images, revision))
+        if self._store is None or not images:
             return
-        listed = [stat.uri for stat in self._store.list(self._folder)]
-        self._runs.update(run for run in map(_run, listed) if _meet(run, positions))
-        found = map(_position, listed)
+        positions, ending = range(images[0], images[-1] + 1), _ending(revision)
+        if self._listed is None or again:
+            self._listed = [stat.uri for stat in self._store.list(self._folder)]
+        names = [name.removesuffix(ending) for name in self._listed if name.endswith(ending)]
+        self._runs.update(run for run in map(_run, names) if meet(run, positions))
+        found = map(_position, names)
         unknown = [position for position in found if position in positions and position not in self._known]
         for position, facts in zip(unknown, side_by_side(self._read, unknown), strict=True):
             if facts is not None:
@@ -71,11 +89,11 @@ class Quarantine:
         self._runs.add(run)
         if self._store is not None:
             body = json.dumps({"first": run.start, "after": run.stop, "message": why}, indent=1).encode()
-            settle(self._store, f"{self._folder}{run.start:012d}-{run.stop:012d}.json", body)
+            settle(self._store, f"{self._folder}{run.start:012d}-{run.stop:012d}{self._ending(run.start)}", body)
 
     def suspects(self, run: range) -> bool:
         """Whether one of these may be deadly, so that they are to be predicted one by one. Asks nobody."""
-        return any(_meet(run, suspect) for suspect in tuple(self._runs))  # other threads add to them
+        return any(meet(run, suspect) for suspect in tuple(self._runs))  # other threads add to them
 
     def _read(self, position: int) -> ImageFacts | None:
         with suppress(NotFound):
@@ -83,23 +101,27 @@ class Quarantine:
         return None
 
     def _key(self, position: int) -> str:
-        return f"{self._folder}{position:012d}.json"
+        return f"{self._folder}{position:012d}{self._ending(position)}"
+
+    def _ending(self, position: int) -> str:
+        return _ending(self._revisions.get(position, 0))
+
+
+def _ending(revision: int) -> str:
+    """Of the names of what was found for one revision of a part."""
+    return f".r{revision}.json" if revision else ".json"
 
 
 def _position(key: str) -> int:
     """That of a record of one image, -1 of what is none."""
-    name = key.rpartition("/")[2].removesuffix(".json")
+    name = key.rpartition("/")[2]
     return int(name) if name.isdecimal() else -1
 
 
 def _run(key: str) -> range:
     """That of a record of several, empty of what is none."""
-    first, _, after = key.rpartition("/")[2].removesuffix(".json").partition("-")
+    first, _, after = key.rpartition("/")[2].partition("-")
     return range(int(first), int(after)) if first.isdecimal() and after.isdecimal() else range(0)
-
-
-def _meet(one: range, other: range) -> bool:
-    return max(one.start, other.start) < min(one.stop, other.stop)
 
 
 def _record(position: int, facts: ImageFacts) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from batchjob.storage import Reader
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["samples"]
+__all__ = ["Once", "samples"]
 
 
 def samples(reader: Reader, prepare: Prepare, locations: Iterable[str], plan: LoaderPlan) -> Iterator[torch.Tensor]:
@@ -38,7 +38,7 @@ def samples(reader: Reader, prepare: Prepare, locations: Iterable[str], plan: Lo
     one = replace(plan, processes=min(plan.processes, 1), prefetch=1, pin_memory=False)
     loader = Loader(reader=reader, prepare=prepare, batch_size=1, plan=one, size=None)
     try:
-        for batch in loader.batches(_Once(Shard(ShardKey(0, "", len(refs), 0, 0), refs, pa.table({})))):
+        for batch in loader.batches(Once(Shard(ShardKey(0, "", len(refs), 0, 0), refs, pa.table({})))):
             if batch.trouble is not None:
                 raise Unavailable(batch.trouble)
             if batch.pixels is not None:
@@ -47,7 +47,7 @@ def samples(reader: Reader, prepare: Prepare, locations: Iterable[str], plan: Lo
         loader.close()
 
 
-class _Once:
+class Once:
     """The feed of one shard."""
 
     def __init__(self, shard: Shard) -> None:

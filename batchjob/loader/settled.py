@@ -28,7 +28,8 @@ class LoaderSettings(Settings):
         processes: that fetch and decode; 0 does it in the worker itself, which a crash of a decoder then ends.
         prefetch: batches each process keeps ready.
         pin_memory: page-locked batches, for faster copies to a GPU.
-        image_seconds: that one image may take to decode and transform; its download does not count.
+        image_seconds: that one image may take to decode and transform, by the clock and of CPU seconds of all its
+            threads together; its download does not count.
         memory_mib: that one process may use, shared batches left out; an image that needs more is an error row.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 
 from batchjob.errors import AttemptFailed
@@ -37,7 +37,7 @@ def tried(process: LoaderProcess, request: Request, seconds: float) -> Verdict:
     Raises:
         AttemptFailed: the process ended before it came to load anything.
     """
-    process.send(0, request)
+    process.send(0, replace(request, on_host=True))
     while True:
         ready = wait([process.pipe, process.sentinel])
         if (arrived := process.receive()) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -70,19 +70,26 @@ def current(store: Store) -> tuple[int, Head | None]:
     return number, None
 
 
-def freeze(store: Store, head: Head) -> Head:
+def freeze(store: Store, head: Head, clear: Callable[[list[str]], None] | None = None) -> Head:
     """Put the head if absent, while `predictions/` is empty; another driver's head is adopted instead.
 
+    Args:
+        store: of the output.
+        head: of the plan.
+        clear: takes away what lies there without a plan, or raises where no discarded plan left it.
+
     Raises:
-        InvalidJob: parts lie there without a plan.
+        InvalidJob: parts lie there without a plan, and there is no `clear`.
     """
     key = f"{head.folder}head.json"
-    foreign = next(iter(store.list("predictions/")), None)
-    if foreign is not None and _read(store, key) is None:  # with a head, another driver has begun meanwhile
-        raise InvalidJob(
-            f"{store.uri}: {foreign.uri} is there but no plan is; output.uri must be empty or hold this job's own "
-            "output: choose another folder, or remove it"
-        )
+    foreign = [stat.uri for stat in store.list("predictions/")]
+    if foreign and _read(store, key) is None:  # with a head, another driver has begun meanwhile
+        if clear is None:
+            raise InvalidJob(
+                f"{store.uri}: {foreign[0]} is there but no plan is; output.uri must be empty or hold this job's own "
+                "output: choose another folder, or remove it"
+            )
+        clear(foreign)
     return _parse_head(settle(store, key, json.dumps(asdict(head), indent=1).encode()), store, head.number)
 
 

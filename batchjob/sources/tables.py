@@ -85,7 +85,7 @@ def open_rows(reader: Reader, uri: str, kind: Format) -> Iterator[RowsFile]:
         raise InvalidJob(f"input.uri: {uri} is gone since it was listed; run again when it is written") from error
     except Refused as error:
         raise InvalidJob(f"input.uri {error.message}") from error
-    except (pa.ArrowException, EOFError, zlib.error, csv.Error) as error:
+    except (pa.ArrowException, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
         raise _unreadable(uri, kind, error) from error
     except OSError as error:
         if error.errno:  # the disk's own; what Arrow raises for damaged bytes has no number

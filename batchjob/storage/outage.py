@@ -39,6 +39,11 @@ class Outage:
         self._told = False
 
     @property
+    def seconds(self) -> float:
+        """That it may last."""
+        return self._seconds
+
+    @property
     def spent(self) -> bool:
         """Whether the store has been silent for as long as it may: one more question should not take long."""
         since = self._since

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from threading import Lock
@@ -72,6 +72,7 @@ class Reader:
         stubborn: bool = False,
         etags: Sequence[str | None] | None = None,
         limit: int | None = None,
+        came: Callable[[], None] = lambda: None,
     ) -> list[Blob | StorageError | Unavailable]:
         """As many answers as URIs, in order: bytes, or what went wrong with this one. Concurrent where remote.
 
@@ -82,22 +83,28 @@ class Reader:
             etags: that the objects must have, as far as theirs are known: else Changed is the answer.
             limit: bytes that each may have: else TooLarge is the answer, and none of them is read where the store tells
                 the size first.
+            came: called, from any thread, as each answer arrives.
         """
         in_vain = {_host(uri) for uri in uris if not is_local(uri) and self.outage(uri).spent}
         wanted = list(zip(uris, etags or [None] * len(uris), strict=True))
+
+        def near(uri: str, etag: str | None) -> Blob | StorageError | Unavailable:
+            answer = self._try(uri, 0.0, etag, limit)
+            came()
+            return answer
 
         def fetch(uri: str, etag: str | None) -> Blob | StorageError | Unavailable:
             patience = 0.0 if not stubborn and _host(uri) in in_vain else self._patience
             answer = self._try(uri, patience, etag, limit)
             if isinstance(answer, Unavailable):
                 in_vain.add(_host(uri))
+            came()
             return answer
 
         remote = {index: one for index, one in enumerate(wanted) if not is_local(one[0])}
         begun = {index: self._threads().submit(partial(fetch, *one)) for index, one in remote.items()}
         return [
-            begun[index].result() if index in begun else self._try(uri, 0.0, etag, limit)
-            for index, (uri, etag) in enumerate(wanted)
+            begun[index].result() if index in begun else near(uri, etag) for index, (uri, etag) in enumerate(wanted)
         ]
 
     def refusal(self, uri: str, beside: str) -> str | None:

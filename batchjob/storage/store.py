@@ -60,15 +60,21 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Absent is fine. Raises Unavailable."""
 
+    def delete_if_match(self, key: str, version: str) -> None:
+        """Absent is fine. Raises Changed where the object is of another version, Unavailable."""
 
-def open_store(uri: str, options: Options | None = None, patience: float | None = None, outage: float = 0.0) -> Store:
+
+def open_store(
+    uri: str, options: Options | None = None, patience: float | None = None, outage: float | Outage = 0.0
+) -> Store:
     """The output at `uri`: a local path, or s3://, gs://, az://. Makes no request.
 
     Args:
         uri: of its folder.
         options: see `Options`.
         patience: seconds that the transient faults of one request are retried.
-        outage: seconds that a store which does not answer at all is waited for, all requests together.
+        outage: seconds that a store which does not answer at all is waited for, all requests together; or what others
+            in this process know of its silence.
 
     Raises:
         InvalidJob: a protocol without conditional create, a prefix that cannot be named, a missing extra.
@@ -84,7 +90,8 @@ def open_store(uri: str, options: Options | None = None, patience: float | None 
         )
     if rest.strip("/") and not is_plain(rest.rstrip("/")):
         raise InvalidJob(f"output.uri {uri}: has an empty, '.' or '..' part; choose a plain prefix")
-    return CloudStore(uri, dict(options or {}), window(patience, outage), outage)
+    seconds = outage.seconds if isinstance(outage, Outage) else outage
+    return CloudStore(uri, dict(options or {}), window(patience, seconds), outage)
 
 
 def probe(store: Store) -> None:
@@ -147,15 +154,16 @@ def _two_winners(store: Store) -> InvalidJob:
 class CloudStore:
     """An output in a bucket: conditional PUTs, nothing else."""
 
-    def __init__(self, uri: str, options: Options, patience: float, outage: float = 0.0) -> None:
+    def __init__(self, uri: str, options: Options, patience: float, outage: float | Outage = 0.0) -> None:
         self.uri = uri.rstrip("/")
         self._made_of = (uri, options, patience, outage)
         scheme, _, rest = uri.partition("://")
         bucket, _, prefix = rest.rstrip("/").partition("/")
         self._prefix = prefix + "/" if prefix else ""
-        self._bucket = bucket_of(scheme, bucket, options_for(uri, options), patience, Outage(max(outage, patience)))
+        silence = outage if isinstance(outage, Outage) else Outage(max(outage, patience))
+        self._bucket = bucket_of(scheme, bucket, options_for(uri, options), patience, silence)
 
-    def __reduce__(self) -> tuple[type[CloudStore], tuple[str, Options, float, float]]:
+    def __reduce__(self) -> tuple[type[CloudStore], tuple[str, Options, float, float | Outage]]:
         return CloudStore, self._made_of
 
     def read(self, key: str) -> Blob:
@@ -187,6 +195,13 @@ class CloudStore:
 
     def delete(self, key: str) -> None:
         self._bucket.delete(self._prefix + key)
+
+    def delete_if_match(self, key: str, version: str) -> None:
+        # The clients know no conditional DELETE: between the look and the deletion lies one request.
+        with suppress(NotFound):
+            if self.stat(key).version != version:
+                raise Changed(f"{self.uri}/{key}: replaced by another writer")
+            self.delete(key)
 
     def _relative(self, found: Stat) -> Stat:
         return Stat(found.uri[len(self._prefix) :], found.size, found.etag, found.version)

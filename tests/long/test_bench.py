@@ -263,6 +263,7 @@ class Spent:
     cpu_ms: float | None = None
     gpu_ms: float | None = None
     bytes: float | None = None
+    images_per_second: float | None = None
 
 
 def spent(**cpu_ms: float | None) -> list[Spent]:

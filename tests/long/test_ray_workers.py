@@ -50,7 +50,7 @@ import sys
 
 from batchjob import cli, cluster
 
-cluster._SCHEDULE_SECONDS = 5.0
+cluster._SCHEDULE_SECONDS = 25.0  # which a Ray may take to start on a busy machine
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -11,7 +11,7 @@ from stores import Call, Fault, Killed, MemoryStore
 __all__ = ["KILLS", "REST", "Actor", "Client"]
 
 _LOST_RACES = (Fault.REPEATED, Fault.CONFLICT)
-_CONDITIONAL = ("put_if_absent", "replace_if_match")
+_CONDITIONAL = ("put_if_absent", "replace_if_match", "delete_if_match")
 REST = "rest"
 KILLS = (Fault.KILLED_BEFORE, Fault.KILLED_AFTER)
 

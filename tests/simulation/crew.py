@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import tempfile
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -11,16 +12,16 @@ from pathlib import Path
 import pyarrow as pa
 from stores import Call, MemoryStore
 
-from batchjob import ledger, plan
+from batchjob import ledger, plan, revision
 from batchjob.errors import AttemptFailed, BatchjobError, Interrupted, Temporary
 from batchjob.lease import BEAT_SECONDS
-from batchjob.local import account
 from batchjob.placement import Placement
 from batchjob.plan import Contract, Head, PlanReader
 from batchjob.pool import Done, Event, Failed, Loaded, Ready, Setup, WorkerFailed
 from batchjob.records import Fault as ImageError
 from batchjob.records import ImageFacts, ImageRef, Provenance, Shard, ShardKey, ShardResult
 from batchjob.sink import PartWriter, row_schema, rows
+from batchjob.told import account
 from simulation.actor import REST, Actor, Client
 
 __all__ = ["Crew", "Worker"]
@@ -40,6 +41,7 @@ class Crew:
         driver: whose it is.
         shared: the objects that all see.
         size: workers.
+        mended: set once the images that were bad are good.
 
     Attributes:
         epoch: of the driver's lease; `seen` the highest it has seen since.
@@ -47,8 +49,8 @@ class Crew:
         handed_out: shards, in order.
     """
 
-    def __init__(self, driver: Actor, shared: MemoryStore, size: int) -> None:
-        self._driver, self._shared, self.size = driver, shared, size
+    def __init__(self, driver: Actor, shared: MemoryStore, size: int, mended: threading.Event) -> None:
+        self._driver, self._shared, self.size, self.mended = driver, shared, size, mended
         self._placement = Placement()
         self._events: list[tuple[str, Event]] = []
         self._named = 0
@@ -178,6 +180,8 @@ class Worker(Actor):
         assert self._plan is not None
         head, reader = self._plan
         shard = reader.shard(key)
+        if key.revision:
+            shard = revision.outstanding(self.store, shard)
         self.store.calls.append(Call("predict", ""))
         if self.wait("predict") is not None:
             raise AttemptFailed("a fault while predicting")
@@ -186,18 +190,22 @@ class Worker(Actor):
             if plan.is_discarded(self.store, head):
                 raise Temporary("the plan was discarded while this run was at work")
 
-        body, made = make_part(head.plan, shard)
+        body, made = make_part(head.plan, shard, self.crew.mended.is_set())
         with tempfile.NamedTemporaryFile(prefix="part-", suffix=".parquet") as spooled:
-            spooled.write(body)
-            spooled.flush()
-            stands = ledger.commit(self.store, key, Path(spooled.name), made, wanted)
+            path = Path(spooled.name)
+            path.write_bytes(body)
+            if key.revision:
+                stands, _ = revision.replace_part(self.store, key, path, made, wanted)
+            else:
+                stands = ledger.commit(self.store, key, path, made, wanted)
         return ShardResult(key, stands.provenance, {}, stands.ours, stands.stat.etag)
 
 
-def make_part(name: str, shard: Shard) -> tuple[bytes, Provenance]:
-    """A shard's part, and what its footer says."""
-    template = _template(shard.key.index, shard.refs)
-    made = _provenance(name, shard.key.id, secrets.token_hex(8), shard.key.index, shard.refs)
+def make_part(name: str, shard: Shard, mended: bool = False) -> tuple[bytes, Provenance]:
+    """A shard's part, at a retry the rows that were retried, and what its footer says."""
+    bad = frozenset(ref.position for ref in shard.refs if "bad" in ref.uri and not mended)
+    template = _template(shard.key.index, shard.key.revision, shard.refs, bad)
+    made = _provenance(name, shard.key.id, secrets.token_hex(8), shard.key, len(shard.refs), len(bad))
     for old, new in ((_PLAN, name), (_SHARD, shard.key.id), (_ATTEMPT, made.attempt)):
         assert len(old) == len(new)
         template = template.replace(old.encode(), new.encode())
@@ -205,11 +213,10 @@ def make_part(name: str, shard: Shard) -> tuple[bytes, Provenance]:
 
 
 @lru_cache(maxsize=256)
-def _template(index: int, refs: Sequence[ImageRef]) -> bytes:
-    shard = Shard(
-        ShardKey(index, _SHARD, len(refs), 0, 0), tuple(refs), pa.table({"none": [None] * len(refs)}).select([])
-    )
-    facts = [ImageFacts(fault=_BAD if "bad" in ref.uri else None) for ref in refs]
+def _template(index: int, number: int, refs: Sequence[ImageRef], bad: frozenset[int]) -> bytes:
+    key = ShardKey(index, _SHARD, len(refs), 0, 0, number)
+    shard = Shard(key, tuple(refs), pa.table({"none": [None] * len(refs)}).select([]))
+    facts = [ImageFacts(fault=_BAD if ref.position in bad else None) for ref in refs]
     scores = pa.array([float(ref.position) for ref, fact in zip(refs, facts, strict=True) if fact.fault is None])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "part"
@@ -226,24 +233,23 @@ def _template(index: int, refs: Sequence[ImageRef]) -> bytes:
                     model_id=MODEL,
                 )
             )
-            writer.close(_provenance(_PLAN, _SHARD, _ATTEMPT, index, refs))
+            writer.close(_provenance(_PLAN, _SHARD, _ATTEMPT, key, len(refs), len(bad)))
         return path.read_bytes()
 
 
 _BAD = ImageError("decode", "truncated", "ends too early")
 
 
-def _provenance(name: str, shard: str, attempt: str, index: int, refs: Sequence[ImageRef]) -> Provenance:
-    bad = sum("bad" in ref.uri for ref in refs)
+def _provenance(name: str, shard: str, attempt: str, key: ShardKey, images: int, bad: int) -> Provenance:
     return Provenance(
         plan=name,
         shard=shard,
-        index=index,
+        index=key.index,
         attempt=attempt,
-        revision=0,
+        revision=key.revision,
         fingerprint="f",
         model="m",
-        rows=len(refs),
+        rows=images,
         failed=bad,
         errors={"decode/truncated": bad} if bad else {},
         seconds={"wall": 0.5},

@@ -53,7 +53,7 @@ class Laws:
         self._parts: dict[str, tuple[_Plan, str]] = {}  # every part ever, with its attempt
         self._owners: dict[str, str] = {}
         self._calls: Sequence[Call] = ()
-        self.commits = 0
+        self.commits = self.replacements = 0
 
     @property
     def in_force(self) -> _Plan | None:
@@ -104,7 +104,8 @@ class Laws:
             _must(before is None, f"{key} was written twice")
             self._planned(int(match[1]), match[2], blob)
         elif match := _PART.fullmatch(key):
-            _must(before is None or before.data == blob.data, f"{key} changed after its commit")
+            if before is not None:
+                self._replaced(key, before, blob)
             self._committed(key, match[2], blob)
         elif _LEASE.fullmatch(key):
             owner = json.loads(blob.data)["owner"]
@@ -160,10 +161,22 @@ class Laws:
         attempt = made["attempt"]
         if owner.buried:
             self._must_have_looked(key)
-        else:
+        elif made["revision"] == 0:
             _must(self._parts.get(key, (owner, attempt))[1] == attempt, f"{key} was committed twice")
             self.commits += 1
         self._parts[key] = owner, attempt
+
+    def _replaced(self, key: str, before: Blob, blob: Blob) -> None:
+        """By the next revision, which has the same rows, but for those that held an error."""
+        old, new = whole(before), whole(blob)
+        _must(new[0]["revision"] == old[0]["revision"] + 1, f"{key} was replaced by another than its next revision")
+        good = [row for row in old[1] if row["error_stage"] is None]
+        _must(all(row in new[1] for row in good), f"{key}: a row that worked was lost")
+        _must(len(good) < len(old[1]), f"{key} was replaced, though all of its rows worked")
+        if "_SUCCESS" in self._known:
+            looked = [call.key for call in self._calls[-3:-1]]
+            _must("_SUCCESS" in looked, f"{key} was replaced under _SUCCESS, without a look")
+        self.replacements += 1
 
     def _success(self, objects: Mapping[str, Blob], fresh: bool) -> None:
         """Where `_SUCCESS` stands, all it lists is there, and is the whole plan; when it is put, nothing else is."""
@@ -175,7 +188,8 @@ class Laws:
         listed = {part["name"]: part for part in facts["parts"]}
         _must(bool(known.chunks) and known.chunks[len(known.chunks) - 1]["last"], "_SUCCESS before the plan's end")
         _must(listed.keys() == known.shards.keys(), "_SUCCESS lists other parts than the plan")
-        bad = sum("bad" in name for name in self._images)
+        bad = sum(part["failed"] for part in listed.values())
+        _must(bad <= sum("bad" in name for name in self._images), "_SUCCESS says that a good image failed")
         counts = {"planned": len(self._images), "predicted": len(self._images) - bad, "failed": bad}
         _must(facts["counts"] == counts, f"_SUCCESS says {facts['counts']}")
         if known.buried:  # what was there when the tombstone came goes by and by
@@ -183,19 +197,29 @@ class Laws:
                 self._must_have_looked("_SUCCESS")
             return
         _must(listed.keys() <= there, "_SUCCESS lists parts that are not there")
-        _must(all(part["etag"] == objects[name].etag for name, part in listed.items()), "_SUCCESS has other tags")
+        other = {name for name, part in listed.items() if part["etag"] != objects[name].etag}
+        # A worker that was late with a retry may come after all, see `_replaced`; the next run sees to it.
+        _must(all(rows_of(objects[name])[0]["revision"] for name in other), "_SUCCESS has other tags")
 
     def _must_have_looked(self, key: str) -> None:
         """The last call before a write for a plan that is buried by now was the look at its tombstone."""
         looked = self._calls[-2] if len(self._calls) > 1 else None
         _must(looked is not None and looked.key.endswith("/discarded"), f"{key} of a discarded plan, without a look")
 
-    def complete(self) -> None:
-        """The whole plan is there, every position once, nothing else, and `_SUCCESS` says so. Raises Broken."""
+    def complete(self, mended: bool = False) -> None:
+        """The whole plan is there, every position once, nothing else, and `_SUCCESS` says so. Raises Broken.
+
+        Args:
+            mended: no row holds an error any more.
+        """
         known, objects = self.in_force, self._known
         _must(known is not None and "_SUCCESS" in objects, "no _SUCCESS at the end")
         assert known is not None
-        _must(json.loads(objects["_SUCCESS"].data)["plan"] == known.id, "_SUCCESS is another plan's")
+        facts = json.loads(objects["_SUCCESS"].data)
+        _must(facts["plan"] == known.id, "_SUCCESS is another plan's")
+        tags = {part["name"]: part["etag"] for part in facts["parts"]}
+        _must(all(objects[name].etag == tag for name, tag in tags.items()), "_SUCCESS has other tags at the end")
+        _must(not mended or not facts["counts"]["failed"], "an error row was not retried")
         there = sorted(key for key in objects if key.startswith("predictions/"))
         found = [position for key in there for position in rows_of(objects[key])[1]]
         missing, twice = set(range(len(self._images))) - set(found), len(found) - len(set(found))
@@ -209,6 +233,13 @@ def rows_of(blob: Blob) -> tuple[dict[str, Any], list[int], list[str]]:
         table = file.read(columns=["position", "uri"], use_threads=False)
         made = json.loads(file.metadata.metadata[b"batchjob"])
     return made, table.column("position").to_pylist(), table.column("uri").to_pylist()
+
+
+def whole(blob: Blob) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A part's footer and all its rows."""
+    with pq.ParquetFile(pa.BufferReader(blob.data)) as file:
+        found: list[dict[str, Any]] = file.read(use_threads=False).to_pylist()
+        return json.loads(file.metadata.metadata[b"batchjob"]), found
 
 
 def _must(holds: bool, what: str) -> None:

@@ -1,19 +1,20 @@
-"""The state machine: two drivers, their three workers and whoever discards, in any order, with any fault."""
+"""The state machine: two drivers that run or retry, their three workers, and whoever discards, in any order."""
 
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections import Counter
 from functools import cache, partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from pools import job
 from stores import WRITES, Call, Fault, MemoryStore
 
-from batchjob.errors import BatchjobError, CheckFailed, Temporary
+from batchjob.errors import BatchjobError, CheckFailed, InvalidJob, Temporary
 from batchjob.job import Job
 from simulation.actor import KILLS, Actor
 from simulation.crew import Worker
@@ -47,6 +48,7 @@ class Drivers(RuleBasedStateMachine):
         self._images: list[str] = []
         self._last = "take over"
         self._laws = Laws([])
+        self._mended = threading.Event()
 
     # -- rules ---------------------------------------------------------------------------------------------------------
 
@@ -60,7 +62,7 @@ class Drivers(RuleBasedStateMachine):
         self._last = last
         self._images = _IMAGES[:images]
         self._laws = Laws(self._images)
-        self._begin(discards=False)
+        self._begin("run")
         driver = self._drivers[0]
         if first == "plan":
             self._advance(driver, 25)
@@ -76,14 +78,26 @@ class Drivers(RuleBasedStateMachine):
     @precondition(lambda self: sum(not d.ended and not d.discards for d in self._drivers) < len(_CREWS))
     @rule(calls=st.integers(0, 60))
     def a_driver_begins(self, calls: int) -> None:
-        self._begin(discards=False)
+        self._begin("run")
         self._advance(self._drivers[-1], calls)
 
     @precondition(lambda self: not any(not d.ended and d.discards for d in self._drivers) and self._laws.in_force)
     @rule(calls=st.integers(0, 30))
     def a_discard_begins(self, calls: int) -> None:
-        self._begin(discards=True)
+        self._begin("discard")
         self._advance(self._drivers[-1], calls)
+
+    @precondition(lambda self: sum(not d.ended and not d.discards for d in self._drivers) < len(_CREWS))
+    @precondition(lambda self: self._laws.in_force)
+    @rule(calls=st.integers(0, 60))
+    def a_retry_begins(self, calls: int) -> None:
+        self._begin("retry")
+        self._advance(self._drivers[-1], calls)
+
+    @precondition(lambda self: not self._mended.is_set())
+    @rule()
+    def the_bad_image_is_mended(self) -> None:
+        self._mended.set()
 
     @precondition(lambda self: self._awake)
     @rule(who=who, calls=st.integers(1, 12), fault=st.sampled_from((None, *_FAULTS)))
@@ -154,7 +168,7 @@ class Drivers(RuleBasedStateMachine):
         """A driver that meets no fault completes whatever it finds, and nobody who wakes up later spoils it."""
         try:
             if self._last == "discard" and self._laws.in_force:
-                self._begin(discards=True)
+                self._begin("discard")
                 self._to_the_end(self._drivers[-1])
                 assert self._laws.nothing_stands, "a discard that nobody hindered left something"
             elif self._last == "let finish":
@@ -166,8 +180,11 @@ class Drivers(RuleBasedStateMachine):
             assert stopped or self._laws.strays <= before, "a part of a discarded plan was left, nobody was stopped"
             self._completes()
             self._laws.complete()
+            self._completes("retry")
+            self._laws.complete(mended=self._mended.is_set())
             self.tally["schedules"] += 1
             self.tally["commits"] += self._laws.commits
+            self.tally["replacements"] += self._laws.replacements
         finally:
             for driver in self._drivers:
                 for actor in (driver, *driver.crew.workers):
@@ -179,11 +196,12 @@ class Drivers(RuleBasedStateMachine):
         for driver in self._drivers:
             self._to_the_end(driver)
 
-    def _begin(self, discards: bool) -> None:
+    def _begin(self, what: Literal["run", "retry", "discard"]) -> None:
         self._named += 1
-        name = f"{'discard' if discards else 'driver'} {self._named}"
         size = _CREWS[any(not driver.ended for driver in self._drivers)]
-        self._drivers.append(Driver(name, self._shared, None if discards else _job(), self._images, size))
+        job = None if what == "discard" else _job()
+        name, retries = f"{what} {self._named}", what == "retry"
+        self._drivers.append(Driver(name, self._shared, job, self._images, size, self._mended, retries))
         self._drivers[-1].discards_before = self._laws.discards
 
     @property
@@ -228,7 +246,10 @@ class Drivers(RuleBasedStateMachine):
 
     def _excused(self, driver: Driver, fault: BatchjobError) -> bool:
         """Whether parts could seem to be gone: it was shown an old listing, or its plan was discarded meanwhile."""
-        return isinstance(fault, CheckFailed) and (driver.stale > 0 or self._laws.discards > driver.discards_before)
+        discarded = self._laws.discards > driver.discards_before
+        if isinstance(fault, InvalidJob):
+            return driver.retries and discarded
+        return isinstance(fault, CheckFailed) and (driver.stale > 0 or discarded)
 
     def _to_a_write(self, actor: Actor, fault: Fault | None, what: str = "") -> None:
         for _ in range(80):
@@ -264,8 +285,8 @@ class Drivers(RuleBasedStateMachine):
                 break
         return False
 
-    def _completes(self) -> None:
-        self._begin(discards=False)
+    def _completes(self, what: Literal["run", "retry"] = "run") -> None:
+        self._begin(what)
         driver = self._drivers[-1]
         self._to_the_end(driver)
         if driver.fault is not None:

@@ -1,4 +1,4 @@
-"""A driver's process: `driver.run` or `driver.discard` from its first call to its end."""
+"""A driver's process: `driver.run`, `driver.discard` or a retry from its first call to its end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LEASE = "_batchjob/lease/"
 
 
 class Driver(Actor):
-    """One run of a job, or one discard of its output.
+    """One run of a job, one retry of it, or one discard of its output.
 
     Args:
         name: for people.
@@ -32,6 +32,8 @@ class Driver(Actor):
         job: to run; None to discard what lies there.
         images: that it lists.
         workers: that it has.
+        mended: see `Crew`.
+        retries: it tries error rows again.
 
     Attributes:
         crew: its workers.
@@ -40,8 +42,18 @@ class Driver(Actor):
         signal: set to ask it to stop, once it listens.
     """
 
-    def __init__(self, name: str, shared: MemoryStore, job: Job | None, images: list[str], workers: int) -> None:
-        self.crew = Crew(self, shared, workers)
+    def __init__(
+        self,
+        name: str,
+        shared: MemoryStore,
+        job: Job | None,
+        images: list[str],
+        workers: int,
+        mended: threading.Event,
+        retries: bool = False,
+    ) -> None:
+        self.crew = Crew(self, shared, workers, mended)
+        self.retries = retries
         self.store = _Watched(shared, self)
         self.images, self._job = images, job
         self.outcome: Outcome | None = None
@@ -78,7 +90,9 @@ class Driver(Actor):
         if self._job is None:
             driver.discard("memory://out")
         else:
-            self.outcome = driver.run(self._job, lambda: self.crew, allow_empty=True, progress=Quiet())
+            self.outcome = driver.run(
+                self._job, lambda: self.crew, allow_empty=True, progress=Quiet(), retry=self.retries
+            )
 
 
 class _Watched(Client):

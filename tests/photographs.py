@@ -1,0 +1,70 @@
+"""Small photographs in many encodings, and torchvision's decoder for the CPU in the place of a device's."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision  # noqa: F401 - brings torch.ops.image
+from PIL import Image
+
+from batchjob.decode import DecodeSettings
+from batchjob.prepare import Divided, Prepare
+from batchjob.preprocess import Preprocess
+from batchjob.share import Share
+from batchjob.transform import Geometry
+
+__all__ = ["CENTRE", "OTHERS", "PLAIN", "decoded", "divided", "jpeg", "photograph", "share"]
+
+CENTRE = Preprocess(resize=40, crop=32)
+
+
+def photograph(seed: int, size: tuple[int, int] = (90, 70)) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+def jpeg(image: Image.Image, orientation: int = 1, **how: Any) -> bytes:
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    image.save(out, "JPEG", exif=exif, **how)
+    return out.getvalue()
+
+
+def png(image: Image.Image) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def decoded(files: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """In the device's place; like nvJPEG it takes all of them or none."""
+    return [torch.ops.image.decode_jpeg(file, 3, False) for file in files]
+
+
+def share(value: float) -> Share:
+    return Share(get_context("forkserver"), value)
+
+
+def divided(value: float, preprocess: Preprocess = CENTRE, **settings: Any) -> Divided:
+    given = DecodeSettings(mode="fast", device="cuda", **settings)
+    return Divided(Prepare(given, Geometry(preprocess), gray=False, turn=preprocess.exif == "apply"), share(value))
+
+
+PLAIN = jpeg(photograph(1))
+OTHERS = {
+    "progressive": jpeg(photograph(1), progressive=True),
+    "grey": jpeg(photograph(1).convert("L")),
+    "CMYK": jpeg(photograph(1).convert("CMYK")),
+    "RGB inside": jpeg(photograph(1), keep_rgb=True),
+    "cut off": PLAIN[:-40],
+    "something behind it": PLAIN + b"trailer",
+    "header only": PLAIN[:30] + b"\xff\xd9",
+    "PNG": png(photograph(1)),
+    "text": b"no image\xff\xd9",
+    "empty": b"",
+}

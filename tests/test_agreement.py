@@ -1,0 +1,52 @@
+"""Workers that come to tune at the same time: one does, the others read what it has put beside the plan."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lost import write_harmful_job
+from stores import MemoryStore
+
+from batchjob import Job, plan
+from batchjob.agreement import Agreement
+from batchjob.engine import Engine
+from batchjob.parallel import side_by_side
+from batchjob.records import Recipe
+from batchjob.storage import Reader
+from batchjob.trial import Bench
+from batchjob.tuning import Decision, Trial
+
+WORKERS = 3
+
+
+def test_one_worker_of_a_machine_tries_and_the_others_go_by_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a trial that failed the machine remembers nothing: it is the store that tells."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    job = Job.from_file(Path(write_harmful_job(tmp_path, 4, black=[])), overrides=["runtime.tuning=on"])
+    store, waiting, tried = MemoryStore(), threading.Barrier(WORKERS), []
+
+    def table(bench: Bench, recipes: Sequence[Recipe], *_: Any) -> list[Trial]:
+        tried.append(recipes)
+        return [Trial(Recipe(), "it ran out of patience")]
+
+    monkeypatch.setattr("batchjob.agreement.table", table)
+    head = plan.new_head(0, job={}, fingerprint={}, shard_size=4, source_version=None, batchjob="1")
+    engine = Engine(job, Reader(), (str(tmp_path / "white.png"),))
+    bench = Bench(job.portable(), tmp_path, tmp_path, (), batch_size=4, threads=1)
+
+    def reached(_: int) -> Decision:
+        ours = store.client()
+        ours.inject("read", "*/tuning/*", waiting.wait)  # all have looked before one has tried
+        return Agreement(ours, head, engine, bench, 1000.0, 1.0, lambda: False).reach()
+
+    found = list(side_by_side(reached, range(WORKERS), threads=WORKERS))
+    assert len(tried) == 1
+    assert len(set(found)) == 1
+    assert found[0].reason == "eager fp32 could not be run in a trial: it ran out of patience"
+    assert len([key for key in store.held() if "/tuning/" in key]) == 1
