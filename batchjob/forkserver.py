@@ -25,9 +25,10 @@ def preload(*modules: str) -> None:
 
     It imports torch and the named modules while this program goes on; this returns at once.
     """
-    from multiprocessing import forkserver
+    from multiprocessing import forkserver, resource_tracker
 
     multiprocessing.get_context("forkserver").set_forkserver_preload([*_MODULES, *modules])
+    resource_tracker.ensure_running()  # whose start, within the other's, would let SIGINT through again
     with starting(), _unmoved_by_ctrl_c():
         forkserver.ensure_running()
 
