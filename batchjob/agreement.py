@@ -30,6 +30,7 @@ _WORTH_QUICK_SECONDS = 25.0  # likewise, of recipes that are not compiled
 _QUICK_BUDGET = 12.0  # seconds for those alone, most of them for a process to start and load the model
 _SHARE = 0.25  # of the estimated run that a trial may take
 _MUCH_MORE = 1.5
+_WORTH_CHECKING = 8  # batches
 _TOO_SHORT = "not tried, the job is too short to compile for"
 _WHETHER = {"tuning", "tuning_budget_s"}  # say whether a table is made, not what is in it
 
@@ -46,6 +47,7 @@ class Agreement:
         images: that this worker will see, about.
         pace: seconds an image takes eagerly, as the job names it.
         stopped: asked during trials; True ends them.
+        lanes: batches at once, of which a trial has one.
     """
 
     store: Store
@@ -55,6 +57,7 @@ class Agreement:
     images: float
     pace: float
     stopped: Callable[[], bool]
+    lanes: int = 1
 
     def reach(self) -> Decision:
         """The decision that stands for this device and this torch; the first one put does.
@@ -102,6 +105,8 @@ class Agreement:
         began, known = time.monotonic(), _remembered(memory, self._budget())
         if known is None and not self._worth_a_trial():
             return replace(named, reason="the job is too short to try anything")
+        if known is not None and not self._worth_a_check():
+            return replace(named, reason="the job is too short to check what this machine found before")
         trials = known or self._tried(recipes)
         if known is None and trials[0].passed and not self.stopped():
             memory.write(
@@ -109,7 +114,7 @@ class Agreement:
             )
         if not trials[0].passed:
             return replace(named, reason=f"eager fp32 could not be run in a trial: {trials[0].verdict}")
-        recipe, reason = choose(self.engine.asked, trials, self.images)
+        recipe, reason = choose(self.engine.asked, trials, self.images / self.lanes, self.bench.batch_size)
         reason += ", as this machine found before" if known else ""
         return replace(
             named, recipe=recipe, reason=reason, trials=tuple(trials), seconds=round(time.monotonic() - began, 2)
@@ -117,6 +122,10 @@ class Agreement:
 
     def _worth_a_trial(self) -> bool:
         return self.engine.asked.tuning == "on" or self._eager_seconds > _WORTH_QUICK_SECONDS
+
+    def _worth_a_check(self) -> bool:
+        """A batch of images is decoded once more for it."""
+        return self.engine.asked.tuning == "on" or self.images >= _WORTH_CHECKING * self.bench.batch_size
 
     def _budget(self) -> float:
         asked = self.engine.asked

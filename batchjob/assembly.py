@@ -158,7 +158,7 @@ class Assembly:
         if take in self._failed:
             return
         try:
-            with self._stopwatch.step("results"):
+            with self._stopwatch.step("results", model=True):
                 self._enter(self._draft(item.shard), item)
         except Exception as error:  # noqa: BLE001 - ends this attempt; the driver decides how far it reaches
             self._drop(item.shard, self._fault(error))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from batchjob.records import Blob, Stat
 from batchjob.stopwatch import Stopwatch
-from batchjob.storage import Store
+from batchjob.storage import Store, upload_seconds
 
 __all__ = ["AttendedStore"]
+
+_TRIES = 2
 
 
 class AttendedStore:
@@ -57,11 +60,11 @@ class AttendedStore:
             yield found
 
     def put_if_absent(self, key: str, body: bytes | Path) -> Stat:
-        with self._stopwatch.step(f"the writing of {self.uri}/{key}", storage=True):
+        with self._writing(key, body):
             return self._store.put_if_absent(key, body)
 
     def replace_if_match(self, key: str, body: bytes | Path, version: str) -> Stat:
-        with self._stopwatch.step(f"the writing of {self.uri}/{key}", storage=True):
+        with self._writing(key, body):
             return self._store.replace_if_match(key, body, version)
 
     def delete(self, key: str) -> None:
@@ -71,3 +74,9 @@ class AttendedStore:
     def delete_if_match(self, key: str, version: str) -> None:
         with self._stopwatch.step(f"the deletion of {self.uri}/{key}", storage=True):
             self._store.delete_if_match(key, version)
+
+    def _writing(self, key: str, body: bytes | Path) -> AbstractContextManager[None]:
+        """An upload shows no life before it is through, and its client may have to try it again."""
+        size = body.stat().st_size if isinstance(body, Path) else len(body)
+        extra = _TRIES * (upload_seconds(size) - upload_seconds(0))
+        return self._stopwatch.step(f"the writing of {self.uri}/{key}", storage=True, extra=extra)

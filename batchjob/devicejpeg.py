@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import queue
 import secrets
 import threading
 import time
@@ -18,6 +19,7 @@ from batchjob.assembly import as_ours
 from batchjob.breakage import breakage
 from batchjob.encoded import Encoded
 from batchjob.errors import InvalidJob
+from batchjob.forward import out_of_memory
 from batchjob.loader import Loader, Once, ShardFeed
 from batchjob.parallel import side_by_side
 from batchjob.plan import Head
@@ -145,7 +147,7 @@ class DeviceDecoding:
         self._loader, self._host, self._decode, self._geometry = loader, host, decode, geometry
         self._device, self._balance, self._stopwatch = device, balance, stopwatch
         self._lock = threading.Lock()
-        self._streams = threading.local()
+        self._streams: queue.SimpleQueue[torch.cuda.Stream] = queue.SimpleQueue()  # that nobody is on
         self.decoded = self.refused = self._in_vain = 0
 
     def batches(self, feed: ShardFeed) -> Iterator[Batch]:
@@ -204,11 +206,16 @@ class DeviceDecoding:
         """What the device makes of them, as many at once as it has room for; those that it refuses are left out."""
         parts: list[_Part] = []
         for some in _together(files):
-            found = [self._tried(some)]
-            if found == [None] and len(some) > 1:
-                found = [self._tried([file]) for file in some]
-            parts += [part for part in found if part is not None]
+            parts += self._halved(some)
         return parts
+
+    def _halved(self, files: Sequence[_File]) -> list[_Part]:
+        """All at once; where that is refused in halves, until those alone are left out that are to blame."""
+        part = self._tried(files)
+        if part is not None or len(files) == 1:
+            return [] if part is None else [part]
+        middle = len(files) // 2
+        return [*self._halved(files[:middle]), *self._halved(files[middle:])]
 
     def _tried(self, files: Sequence[_File]) -> _Part | None:
         """None where the decoder, or the device's memory, does not take them. Raises AttemptFailed."""
@@ -217,40 +224,52 @@ class DeviceDecoding:
                 decoded = self._decode([file.data for file in files])
                 made = self._geometry.on_device(decoded)
         except Exception as error:
-            if breakage(error, self._device):
+            # Asked whether it still works, the device waits for the model too: done for one file, and not for many.
+            if breakage(error, self._device if len(files) == 1 else None):
                 raise
             _log.debug("%d JPEG files refused on %s: %s", len(files), self._device, error)
             return None
         return _Part(tuple(file.row for file in files), made)
 
     def _joined(self, parts: Sequence[_Part]) -> torch.Tensor | None:
-        """On the device, in the order of their rows."""
+        """In the order of their rows; on the device if it has room."""
         import torch
 
         if not parts:
             return None
         rows = [row for part in parts for row in part.rows]
         order = sorted(range(len(rows)), key=rows.__getitem__)
-        with self._settled():
-            pixels = torch.cat([part.pixels.to(self._device, non_blocking=True) for part in parts])
-            return pixels[torch.tensor(order, device=self._device)]
+        for device in (self._device, torch.device("cpu")):  # the predictor takes what comes, and halves it if need be
+            try:
+                with self._settled():
+                    pixels = torch.cat([part.pixels.to(device, non_blocking=device.type != "cpu") for part in parts])
+                    return pixels[torch.tensor(order, device=device)]
+            except Exception as error:
+                if not out_of_memory(error) or device.type == "cpu":
+                    raise
+        return None
 
     @contextmanager
     def _settled(self) -> Iterator[None]:
-        """On a stream of this thread's own, and all through at the end: what was decoded may be forgotten then."""
+        """On a stream that nobody else is on, and all through at the end: what was decoded may be forgotten then."""
         import torch
 
         if self._device.type != "cuda":
             with self._on_the_clock():
                 yield
             return
-        stream = getattr(self._streams, "own", None) or torch.cuda.Stream(self._device)
-        self._streams.own = stream
-        with self._on_the_clock(), torch.cuda.stream(stream):
-            try:
-                yield
-            finally:
-                stream.synchronize()
+        try:
+            stream = self._streams.get_nowait()  # torch keeps memory aside for each stream it has ever seen
+        except queue.Empty:
+            stream = torch.cuda.Stream(self._device)
+        try:
+            with self._on_the_clock(), torch.cuda.stream(stream):
+                try:
+                    yield
+                finally:
+                    stream.synchronize()
+        finally:
+            self._streams.put(stream)
 
     def _on_the_clock(self) -> AbstractContextManager[None]:
         return self._stopwatch.step("JPEG decoding on the device")

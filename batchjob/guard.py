@@ -71,7 +71,7 @@ class Guard:
         with self._lock:
             self._under_way.append(run)
         try:
-            with self._stopwatch.step("a batch in the model"):
+            with self._stopwatch.step("a batch in the model", model=True):
                 predicted = self._predictor(batch.pixels, batch.shapes)
         except Exception as error:
             if isinstance(error, BatchjobError) or breakage(error, self._predictor.forward.device):
@@ -98,7 +98,7 @@ class Guard:
         limits = "runtime.stall_seconds" + (" and errors.outage_seconds" if step.storage else "")
         words = f"{self._device}: {step.name} has not ended for {step.seconds:.0f} s ({limits})"
         found, images = False, tuple[range, ...]()
-        if not step.storage:
+        if step.model:
             alone = f"alone in the model, it has not ended for {seconds:g} s"
             tracing = Threads(1, "trace").submit(partial(self._traced, step.thread, "hang", alone, words))
             with suppress(TimeoutError):  # the store may be as stuck as the model
@@ -145,8 +145,8 @@ class Guard:
 
     def _traced(self, thread: int, kind: str, alone: str, why: str) -> tuple[bool, tuple[range, ...]]:
         """The image that this thread has alone in the model, remembered as having done it; else all under way."""
-        if thread in self._alone:
-            position, etag = self._alone[thread]
+        if (image := self._alone.get(thread)) is not None:
+            position, etag = image
             facts = ImageFacts(etag, fault=Fault("predict", kind, alone))
             if self._remember(lambda: self._quarantine.remember(position, facts)):
                 return True, (range(position, position + 1),)
@@ -175,7 +175,7 @@ class Guard:
         for number, row in enumerate(good):
             self._alone[get_ident()] = positions[row], batch.facts[row].etag
             try:
-                with self._stopwatch.step("an image alone in the model"):
+                with self._stopwatch.step("an image alone in the model", model=True):
                     made = self._predictor.alone(pixels, batch.shapes, number)
                 pieces += made.pieces
                 lost |= made.lost

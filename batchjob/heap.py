@@ -10,8 +10,10 @@ __all__ = ["give_back", "keep"]
 # Parameters of glibc's mallopt(3), by their numbers in malloc.h. Its arenas are left alone: how many there may be can
 # only be said before the first thread begins.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-_KEPT = {_TRIM_THRESHOLD: (1 << 31) - 1, _TOP_PAD: 64 << 20, _MMAP_THRESHOLD: 1 << 30}
-_USUAL = {_TRIM_THRESHOLD: 128 << 10, _TOP_PAD: 128 << 10, _MMAP_THRESHOLD: 32 << 20}
+# The first values taken count. Before glibc 2.35 none above 32 MiB was; without one, setting the others would leave the
+# threshold at 128 KiB for good.
+_KEPT = {_MMAP_THRESHOLD: (1 << 30, 32 << 20), _TRIM_THRESHOLD: ((1 << 31) - 1,), _TOP_PAD: (64 << 20,)}
+_USUAL = {_MMAP_THRESHOLD: (32 << 20,), _TRIM_THRESHOLD: (128 << 10,), _TOP_PAD: (128 << 10,)}
 
 
 def keep() -> None:
@@ -30,13 +32,11 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _set(parameters: dict[int, int]) -> bool:
+def _set(parameters: dict[int, tuple[int, ...]]) -> bool:
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    for parameter, value in parameters.items():
-        mallopt(parameter, value)
-    return True
+    return all(any(mallopt(parameter, value) for value in values) for parameter, values in parameters.items())

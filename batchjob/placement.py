@@ -113,6 +113,7 @@ class Placement:
         self._desks: dict[str, _Desk] = {}
         self._openings = _Openings()
         self._suspects: set[int] = set()
+        self._tried: set[int] = set()  # in vain, whatever the reason
         self._held: deque[tuple[ShardKey, int]] = deque()
         self._clearing = False
         self._due: list[Assignment] = []
@@ -146,6 +147,7 @@ class Placement:
         self._openings.leave(desk)
         self._clear_for_suspects()
         self._suspects.update(desk.shards)
+        self._tried.update(desk.shards)
         return list(desk.shards.values())
 
     # -- shards ------------------------------------------------------------------------------------------------
@@ -181,10 +183,12 @@ class Placement:
     def finish(self, worker: str, key: ShardKey) -> None:
         """The shard is committed, says this worker."""
         self._suspects.discard(key.index)
+        self._tried.discard(key.index)
         self._put_down(worker, key)
 
     def fail(self, worker: str, key: ShardKey, suspect: bool = True) -> None:
         """The attempt there ended without a commit; `suspect` unless that was the fault of network or credentials."""
+        self._tried.add(key.index)
         if suspect:
             self._suspects.add(key.index)
         self._put_down(worker, key)
@@ -194,7 +198,7 @@ class Placement:
         desk.take(key)
         desk.alone, desk.cleared = alone, False
         self._openings.enter(desk)
-        self._due.append(Assignment(desk.worker, key, plan, again))
+        self._due.append(Assignment(desk.worker, key, plan, again or key.index in self._tried))
 
     def _put_down(self, worker: str, key: ShardKey) -> None:
         desk = self._desks.get(worker)

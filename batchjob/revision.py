@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from batchjob import ledger
 from batchjob.errors import AttemptFailed, CheckFailed, NotFound
 from batchjob.ledger import Commit
-from batchjob.records import Provenance, Shard, ShardKey
+from batchjob.records import ImageRef, Provenance, Shard, ShardKey
 from batchjob.sink import PartWriter
 from batchjob.storage import Store
 
@@ -23,10 +23,15 @@ __all__ = ["outstanding", "replace_part"]
 _ROWS_AT_ONCE = 8192
 
 
-def outstanding(store: Store, shard: Shard) -> Shard:
+def outstanding(store: Store, shard: Shard, limit: int | None = None) -> Shard:
     """The shard cut down to the images whose rows hold an error, to be read as they are by now.
 
     There are none where the part has the revision already that is to be made: another attempt was quicker.
+
+    Args:
+        store: of the output.
+        shard: with the revision that is to be made.
+        limit: bytes that an image may have; a planned size over it says nothing of what lies there by now.
 
     Raises:
         AttemptFailed: the part is gone, or changed while it was looked at.
@@ -37,7 +42,7 @@ def outstanding(store: Store, shard: Shard) -> Shard:
         made = ledger.inspect(store, key.part)
         failed = ledger.error_positions(store, key.part) if made.revision < key.revision else frozenset[int]()
     kept = [row for row, ref in enumerate(shard.refs) if ref.position in failed]
-    refs = tuple(replace(shard.refs[row], size=None, etag=None) for row in kept)
+    refs = tuple(_untagged(shard.refs[row], limit) for row in kept)
     return replace(shard, refs=refs, passthrough=shard.passthrough.take(kept))
 
 
@@ -85,6 +90,12 @@ def replace_part(
         for path in (old, new):
             with suppress(OSError):  # the spool is swept at the end
                 path.unlink(missing_ok=True)
+
+
+def _untagged(ref: ImageRef, limit: int | None) -> ImageRef:
+    """Whatever lies there now; the planned size still tells how many are read at once."""
+    known = ref.size is not None and (limit is None or ref.size <= limit)
+    return replace(ref, size=ref.size if known else None, etag=None)
 
 
 def _fetched(store: Store, key: ShardKey, path: Path) -> tuple[str, Provenance]:

@@ -65,7 +65,7 @@ def _check_names(passthrough: Sequence[pa.Field], fields: Sequence[pa.Field], ou
     for field in fields:
         name = field.name
         folder = folders.get(name.casefold())
-        advice = f"give it another name: passthrough: {{{name}: source_{name}}}"
+        advice = "leave it out of passthrough, or give it another name in the manifest"
         if name in theirs and count[name.casefold()] > 1:
             raise InvalidJob(f"input.passthrough: there would be two columns {name!r} in the output; {advice}")
         if folder is not None:

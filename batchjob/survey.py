@@ -127,7 +127,7 @@ def _head(store: Store) -> Head:
         return head
     if number:
         raise InvalidJob(f"{store.uri}: its plan was discarded and nothing was planned since; run the job again")
-    raise InvalidJob(f"{store.uri}: no plan here; is this the folder that output.uri names?")
+    raise InvalidJob(f"{store.uri}: no plan here (yet); `batchjob run` makes one, in the folder that output.uri names")
 
 
 def _failed(store: Store, names: list[str]) -> int | None:

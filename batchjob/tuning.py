@@ -260,10 +260,16 @@ def _clocked(run: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def choose(asked: Acceleration, trials: Iterable[Trial], images: float) -> tuple[Recipe, str]:
-    """The recipe that is through first with so many images, its warm-up counted, and why.
+def choose(asked: Acceleration, trials: Iterable[Trial], images: float, checked: int = 0) -> tuple[Recipe, str]:
+    """The recipe that is through first with so many images, its warm-up and its check counted, and why.
 
     What a job names is kept even where it does not win: then the fastest is sought among those that keep to it.
+
+    Args:
+        asked: by the job.
+        trials: the table.
+        images: one batch after the other, as in the trials.
+        checked: images that a recipe and eager fp32 run beside these, before it is taken up.
     """
     table = list(trials)
     base = wished(asked)
@@ -273,8 +279,13 @@ def choose(asked: Acceleration, trials: Iterable[Trial], images: float) -> tuple
         best = max(passed, key=lambda trial: trial.speedup, default=None)
         return (base, "as the job says") if best is None else (best.recipe, f"{best.speedup:.2f} times eager fp32")
     gaining = [trial for trial in passed if trial.speedup > eager.speedup * _GAIN]
-    best = min(gaining, key=lambda trial: _through(trial, images), default=eager)
-    if best is eager or _through(best, images) >= _through(eager, images):
+    plain = next((trial for trial in table if trial.recipe == Recipe() and trial.passed), eager)
+
+    def through(trial: Trial) -> float:
+        return _through(trial, images + checked) + checked / max(plain.images_per_second, 1e-9)
+
+    best = min(gaining, key=through, default=eager)
+    if best is eager or through(best) >= (_through(eager, images) if eager is plain else through(eager)):
         return base, "nothing that passed is faster" if not gaining else "the job is too short to gain by it"
     return best.recipe, f"{best.speedup:.2f} times eager fp32"
 

@@ -213,9 +213,8 @@ class Worker:
             batch_size=self._batch_size,
             threads=self._lanes.threads,
         )
-        agreement = Agreement(
-            self._store, head, engine, bench, len(seen) / self._sharers(), self._pace, self._stopped.is_set
-        )
+        images, lanes = len(seen) / self._sharers(), self._lanes.count
+        agreement = Agreement(self._store, head, engine, bench, images, self._pace, self._stopped.is_set, lanes)
         decision, self._predictor = agreement.applied(agreement.reach())
         self._recipe = decision.recipe
         _log.info("%s on %s: %s", self._recipe.words, decision.device, decision.reason)
@@ -232,7 +231,7 @@ class Worker:
         """
         shard = self._begun.reader.shard(key)
         if key.revision:
-            shard = revision.outstanding(self._store, shard)
+            shard = revision.outstanding(self._store, shard, self._job.decode.max_bytes)
         if shard.refs:
             self._quarantine.learn([ref.position for ref in shard.refs], key.revision, again)
         if self._decode is None:

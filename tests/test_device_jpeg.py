@@ -49,14 +49,16 @@ def written(folder: Path, contents: Sequence[bytes]) -> Shard:
 class Decoding:
     """A loader and its decoding on the "device", by the decoder that is given."""
 
-    def __init__(self, decode: Decode, value: float, processes: int = 0, preprocess: Preprocess = CENTRE) -> None:
+    def __init__(
+        self, decode: Decode, value: float, processes: int = 0, preprocess: Preprocess = CENTRE, batch_size: int = 4
+    ) -> None:
         prepare = divided(value, preprocess)
         self.share = prepare.share
 
         def loader(processes: int, more: Divided | None = None) -> Loader:
             plan = LoaderPlan(processes, 2, False)
             return Loader(
-                reader=Reader(), prepare=prepare.host, batch_size=4, plan=plan, size=(3, 32, 32), divided=more
+                reader=Reader(), prepare=prepare.host, batch_size=batch_size, plan=plan, size=(3, 32, 32), divided=more
             )
 
         self.loader, self.host = loader(processes, prepare), loader(min(processes, 1))
@@ -153,6 +155,17 @@ def test_what_the_device_refuses_is_decoded_on_the_cpu(processes: int, tmp_path:
     decoding = Decoding(partial(choosy, odd.__contains__), 1.0, processes)
     check(decoding.batches(written(tmp_path, contents)), contents)
     assert (decoding.whole.decoded, decoding.whole.refused) == (7, 3)
+
+
+def test_one_that_is_refused_is_found_in_halves(tmp_path: Path) -> None:
+    contents, sizes = [jpeg(photograph(n)) for n in range(32)], list[int]()
+
+    def counted(files: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        sizes.append(len(files))
+        return choosy(contents[5].__eq__, files)
+
+    check(Decoding(counted, 1.0, batch_size=32).batches(written(tmp_path, contents)), contents)
+    assert len(sizes) == 11, "32, and two halves five times"
 
 
 def test_error_rows_are_as_ever(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ class Process:
         forward = Forward(self.module.eval(), normalizer(Preprocess(scale="none")), torch.device("cpu"), Modes())
         self.quarantine = Quarantine(open_store(str(folder)), "plan/")
         self.clock = Clock()
-        self.guard = Guard(Predictor(forward, AsItIs()), self.quarantine, "cuda:0", Stopwatch(self.clock))
+        self.stopwatch = Stopwatch(self.clock)
+        self.guard = Guard(Predictor(forward, AsItIs()), self.quarantine, "cuda:0", self.stopwatch)
 
     def predict(self, poisonous: Iterable[int] = (), bad: Iterable[int] = (), first: int = FIRST) -> Predicted:
         """A batch whose rows have the shades 0, 1, 2 …, but for poisonous ones; bad ones have no pixels."""
@@ -224,6 +225,21 @@ def test_what_hangs_is_found_as_well(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(shades(Process(tmp_path).predict([5]))) == ROWS - 1
+
+
+def test_what_hangs_elsewhere_is_blamed_on_no_image(tmp_path: Path) -> None:
+    released = threading.Event()
+    process = Process(tmp_path)
+    with process.stopwatch.step("the end of a part"):
+        process.clock.now += 5
+        thread, entered = hanging(process, released, poisonous=[5])
+        assert entered.wait(30)
+        process.clock.now += 57
+        stalled = process.guard.overdue(60, 90)
+    released.set()
+    thread.join()
+    assert stalled is not None
+    assert (stalled.found, stalled.images) == (False, ())
 
 
 class AwayQuarantine(Quarantine):

@@ -233,3 +233,12 @@ def test_who_gets_a_shard_that_was_tried_before_is_told() -> None:
     placement.enter("b")
     placement.back_up(plan[1], 0)
     assert [due.again for due in placement.due()] == [True], "it is tried elsewhere"
+
+
+def test_so_is_who_gets_one_that_failed_by_no_fault_of_its_own() -> None:
+    placement, plan = with_workers("a", "b"), keys(1)
+    placement.submit(plan[0], 0)
+    ((first, _),) = handed(placement)
+    placement.fail(first, plan[0], suspect=False)
+    placement.submit(plan[0], 0)
+    assert [due.again for due in placement.due()] == [True], "the first may have found a deadly image in it"

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
+import pytest
+from stores import Killed, MemoryStore
+
+from batchjob.attended import AttendedStore
 from batchjob.stopwatch import Step, Stopwatch
 
 
@@ -55,3 +60,22 @@ def test_signs_of_life_and_steps_within_are_progress() -> None:
         assert stopwatch.overdue(5.0, 5.0) is None
         now[0] = 26.0
         assert stopwatch.overdue(5.0, 5.0) == Step("outer", threading.get_ident(), 6.0)
+
+
+@pytest.mark.parametrize(("mib", "given"), [(1, 960.0), (512, 2760.0), (4096, 16_200.0)])
+def test_a_large_part_is_given_what_its_upload_may_take_twice(mib: int, given: float, tmp_path: Path) -> None:
+    now, late = [0.0], list[bool]()
+    stopwatch, store = Stopwatch(lambda: now[0]), MemoryStore()
+    with (tmp_path / "part").open("wb") as file:
+        file.truncate(mib << 20)
+
+    def slow() -> None:
+        for seconds in (given - 1, given + 1):
+            now[0] = seconds
+            late.append(stopwatch.overdue(600.0, 960.0) is not None)
+        raise Killed
+
+    store.inject("put_if_absent", "predictions/*", slow)
+    with pytest.raises(Killed):
+        AttendedStore(store, stopwatch).put_if_absent("predictions/part-0.parquet", tmp_path / "part")
+    assert late == [False, True]

@@ -43,7 +43,9 @@ def plan_only(the: Job) -> None:
 
 def test_where_nothing_was_planned(store: Store) -> None:
     for look in (status, error_counts, error_rows):
-        with pytest.raises(InvalidJob, match=r"no plan here; is this the folder that output\.uri names\?"):
+        with pytest.raises(
+            InvalidJob, match=r"no plan here \(yet\); `batchjob run` makes one, in the folder that output\.uri names"
+        ):
             look(store)
 
 

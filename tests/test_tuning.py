@@ -109,6 +109,8 @@ def test_the_fastest_that_passed_is_chosen() -> None:
     assert choose(asked(), table[:1], 1e6) == (EAGER, "nothing that passed is faster")
     assert choose(asked(), [line(EAGER, 1.0), line(FOLDED, 1.02)], 1e9)[0] == EAGER, "that is noise"
     assert choose(asked(), [], 1e9) == (EAGER, "as the job says")
+    assert choose(asked(), table, 300, checked=30)[0] == EAGER, "the check costs more than they gain"
+    assert choose(asked(), table, 600, checked=30)[0] == FOLDED
 
 
 def test_what_a_job_names_is_kept_where_it_loses() -> None:

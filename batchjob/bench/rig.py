@@ -211,7 +211,7 @@ class Rig:
 
     def _check_enough(self, images: int, listed: int) -> None:
         size = self.loaded.batch_size
-        for number, what in ((listed, f"{self.job.input.uri} lists {listed:,}"), (images, f"--images {images:,}")):
+        for number, what in ((images, f"--images {images:,}"), (listed, f"{self.job.input.uri} lists {listed:,}")):
             if number < 2 * size:
                 raise InvalidJob(
                     f"{what}: fewer than two batches of {size:,}, on which nothing can be measured; take more images, "

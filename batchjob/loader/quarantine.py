@@ -15,6 +15,8 @@ from batchjob.storage import Store, settle
 
 __all__ = ["Quarantine"]
 
+_IN_HAND = 64  # shards: more than a worker has at once
+
 
 class Quarantine:
     """What is known of deadly images, by their position in the plan, and of runs of images among which one may be.
@@ -33,7 +35,7 @@ class Quarantine:
         self._listed: list[str] | None = None
         self._known: dict[int, ImageFacts] = {}
         self._runs: set[range] = set()
-        self._revisions: dict[int, int] = {}  # of the parts that images are retried for, by position
+        self._revisions: dict[range, int] = {}  # of the parts that images are retried for, those of the last shards
 
     def learn(self, images: Sequence[int], revision: int = 0, again: bool = False) -> None:
         """Read what others have found among the images of a shard. Raises Unavailable.
@@ -43,11 +45,12 @@ class Quarantine:
             revision: of the part that is to be made of them.
             again: it has been tried before, since this worker began or beside it.
         """
-        if revision:
-            self._revisions.update(dict.fromkeys(images, revision))
         if self._store is None or not images:
             return
         positions, ending = range(images[0], images[-1] + 1), _ending(revision)
+        if revision:
+            latest = list(self._revisions.items())[-_IN_HAND:]
+            self._revisions = {**dict(latest), positions: revision}
         if self._listed is None or again:
             self._listed = [stat.uri for stat in self._store.list(self._folder)]
         names = [name.removesuffix(ending) for name in self._listed if name.endswith(ending)]
@@ -104,7 +107,7 @@ class Quarantine:
         return f"{self._folder}{position:012d}{self._ending(position)}"
 
     def _ending(self, position: int) -> str:
-        return _ending(self._revisions.get(position, 0))
+        return _ending(next((made for run, made in self._revisions.items() if position in run), 0))
 
 
 def _ending(revision: int) -> str:

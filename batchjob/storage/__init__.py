@@ -8,8 +8,8 @@ at all waited for so long, all requests together. Then they are raised as `Unava
 from __future__ import annotations
 
 from batchjob.storage.options import Options, StorageOptions
-from batchjob.storage.outage import Outage
+from batchjob.storage.outage import Outage, upload_seconds
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import Store, open_store, probe, settle
 
-__all__ = ["Options", "Outage", "Reader", "StorageOptions", "Store", "open_store", "probe", "settle"]
+__all__ = ["Options", "Outage", "Reader", "StorageOptions", "Store", "open_store", "probe", "settle", "upload_seconds"]

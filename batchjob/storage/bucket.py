@@ -18,7 +18,7 @@ from batchjob.storage.answers import expect, faults, or_empty, stall, within
 from batchjob.storage.boto import Boto
 from batchjob.storage.filesystem import Filesystem
 from batchjob.storage.options import StorageOptions
-from batchjob.storage.outage import Outage
+from batchjob.storage.outage import Outage, upload_seconds
 from batchjob.storage.place import CLOUDS, PAGE, Place, is_plain, tag
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ T = TypeVar("T")
 
 _EXTRAS = {"s3": "s3", "gs": "gcs", "az": "azure"}
 _ACCOUNT = ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "AZURE_STORAGE_USE_EMULATOR")
-_MIB = 1 << 20
 _NO_RETRY_AFTER = 1000  # the window in seconds decides, not the count
 
 
@@ -155,8 +154,8 @@ class Bucket:
         return found
 
     def _client(self, upload: int | None = None) -> CloudClient:
-        """For reading, or for an upload of so many bytes (given a minute, and a second for each MiB, in steps)."""
-        timeout = 0 if upload is None else 60 * (1 << (upload // (60 * _MIB)).bit_length())
+        """For reading, or for an upload of so many bytes."""
+        timeout = 0 if upload is None else upload_seconds(upload)
         with self._lock:
             if timeout not in self._clients:
                 self._clients[timeout] = self._connect(

@@ -11,13 +11,18 @@ from typing import TypeVar
 
 from batchjob.errors import Denied, StorageError, Unavailable
 
-__all__ = ["Outage"]
+__all__ = ["Outage", "upload_seconds"]
 
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _PAUSE_SECONDS = 5.0  # at most, between two questions, most of which the client itself retries for a while
 _SILENT_SECONDS = 10.0  # after which people are told
+
+
+def upload_seconds(size: int) -> int:
+    """What an upload of so many bytes is given: a minute, and a second for each MiB, in steps that double."""
+    return 60 * (1 << (size // (60 << 20)).bit_length())
 
 
 class Outage:
