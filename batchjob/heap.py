@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping
 
 __all__ = ["give_back", "keep"]
 
@@ -32,7 +33,7 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _set(parameters: dict[int, tuple[int, ...]]) -> bool:
+def _set(parameters: Mapping[int, tuple[int, ...]]) -> bool:
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return False
     try:
