@@ -21,7 +21,7 @@ def keep() -> None:
     """Keep what is freed for the next who asks.
 
     A batch's activations are tens of megabytes, taken and freed again for each layer. As fresh pages of the system,
-    each zeroed at its first touch, they cost a sixth of the speed (`benchmarks/LOG.md`). Does nothing where the C
+    each zeroed at its first touch, they cost a tenth of the speed (`benchmarks/LOG.md`). Does nothing where the C
     library is not glibc, or where the environment says how it is to be.
     """
     _set(_KEPT)
