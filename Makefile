@@ -26,13 +26,15 @@ install: $(INSTALLED)  ## .venv with everything in it; does nothing where that i
 # that is set for pip only is handed on.
 PIP_INDEX = $${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}
 HAND_ON = UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$(PIP_INDEX)}"
+# Where PYTHONDONTWRITEBYTECODE is set, as in many containers, each process would compile what it imports: seconds.
+COMPILED := --compile-bytecode
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python >= 3.11 is needed; name one: make PYTHON=python3.12" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(VENV)/uv.lock
-	@echo '$(UV) pip install $(REQUIREMENTS)'; $(HAND_ON) $(UV) pip install $(REQUIREMENTS)
+	@echo '$(UV) pip install $(COMPILED) $(REQUIREMENTS)'; $(HAND_ON) $(UV) pip install $(COMPILED) $(REQUIREMENTS)
 	$(UV) pip install --offline --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -72,7 +74,7 @@ demo: $(INSTALLED)  ## handwritten digits, from pictures to Parquet, on a Ray st
 # cannot be installed, the comparison says so and does without.
 SIZE ?= small
 $(VENV)/daft/.installed: $(INSTALLED) benchmarks/daft.lock
-	-$(HAND_ON) $(UV) pip install --quiet --require-hashes --target $(@D) --requirements benchmarks/daft.lock && touch $@
+	-$(HAND_ON) $(UV) pip install --quiet $(COMPILED) --require-hashes --target $(@D) --requirements benchmarks/daft.lock && touch $@
 
 bench: $(INSTALLED) $(VENV)/daft/.installed  ## beside Ray Data, Daft and a plain loop; SIZE=full takes hours
 	$(BIN)/python -m benchmarks.compare --size $(SIZE)

@@ -127,9 +127,9 @@ def patient(faulty: Faulty) -> Fetcher:
 
 def test_a_store_that_falls_silent_is_waited_for(s3: Seaweed, faulty: Faulty, patient: Fetcher) -> None:
     refs = photos(s3, "a.jpg", "b.jpg", "c.jpg")
-    faulty.decide = in_order(*[RESET] * 20)
+    faulty.decide = in_order(*[RESET] * 12)
     assert told(patient.fetch(refs)) == ["a.jpg", "b.jpg", "c.jpg"], "before anything could be read"
-    faulty.decide = in_order(*[RESET] * 20)
+    faulty.decide = in_order(*[RESET] * 12)
     assert told(patient.fetch(refs)) == ["a.jpg", "b.jpg", "c.jpg"], "in between"
     assert not patient.reader.outage(refs[0].location).lasting
 

@@ -125,9 +125,9 @@ def loader(reader: Reader) -> Loader:
     return Loader(reader=reader, prepare=prepare, batch_size=8, plan=plan, size=(2, 2))
 
 
-def shard(folder: Path) -> Shard:
+def shard(folder: Path, images: int = 8) -> Shard:
     refs = []
-    for position in range(8):
+    for position in range(images):
         path = folder / f"{position}"
         path.write_bytes(b"x")
         refs.append(ImageRef(position, path.name, str(path)))
@@ -156,7 +156,7 @@ def watched(loading: Loader, seconds: float) -> Iterator[threading.Event]:
 
 def test_objects_that_come_one_by_one_are_signs_of_life(tmp_path: Path) -> None:
     slow = loader(Slow())
-    list(slow.batches(OneShard(shard(tmp_path))))
+    list(slow.batches(OneShard(shard(tmp_path, 1))))
     with watched(slow, 4.0) as late:
         (batch,) = slow.batches(OneShard(shard(tmp_path)))
     slow.close()
