@@ -214,8 +214,9 @@ class RayPool:
             "num_gpus": self._layout.gpus,
             "max_concurrency": 4,
             "max_restarts": 0,
-            "runtime_env": {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}},
         }
+        if self._address:  # a local Ray has this from us; without a word on it, its workers begin with Ray itself
+            options["runtime_env"] = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}}
         cores, folder = max(1, int(self._layout.cpus)), landing(self._job) if self._address else None
         with self._usable():
             actor: Any = ray.remote(**options)(_Worker).remote(cores, folder, self._setup)

@@ -336,8 +336,8 @@ class _Session:
     def _hand_out(self, head: Head) -> None:
         if not self._dispatch.started:
             first = self._turns.during(lambda: plan.PlanReader(self._store, head).first(FEW_IMAGES + 1))
-            sample = tuple(ref.location for ref in first[:FEW_IMAGES])
-            self._start_workers(Peek(len(first), len(first) <= FEW_IMAGES, sample))
+            sample, size = tuple(ref.location for ref in first[:FEW_IMAGES]), sum(ref.size or 0 for ref in first)
+            self._start_workers(Peek(len(first), len(first) <= FEW_IMAGES, sample, image_bytes=size))
         if self._dispatch.workers:
             self._withdraw_success()
             self._dispatch.hand_out(head.number)
@@ -350,5 +350,5 @@ class _Session:
             self._turns.during(lambda: ledger.withdraw_success(self._store, version))
 
     def _start_workers(self, seen: Peek) -> None:
-        job = self._job
-        self._dispatch.start(Setup(job.portable(), str(job.base), self._turns.witness, seen.sample, seen.whole))
+        job, few_bytes = self._job, seen.image_bytes if seen.whole else None
+        self._dispatch.start(Setup(job.portable(), str(job.base), self._turns.witness, seen.sample, few_bytes))

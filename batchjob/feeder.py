@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from batchjob.errors import InvalidJob, Temporary
 from batchjob.job import Job
@@ -30,12 +31,14 @@ class Peek:
         rows: seen; all of them if `whole`.
         sample: the first locations.
         row_bytes: that a row's passthrough columns take on average.
+        image_bytes: of the images seen, as far as listing or manifest said.
     """
 
     rows: int
     whole: bool
     sample: tuple[str, ...]
     row_bytes: int = 0
+    image_bytes: int = 0
 
 
 class Input:
@@ -96,16 +99,17 @@ class Input:
 
 def peek(source: Input, enough: int) -> Peek:
     """Look at the source until more than `enough` rows have been seen, or all of it."""
-    rows = size = 0
+    rows = size = image_bytes = 0
     sample: list[str] = []
     for batch in source.refs(Cursor()):
         rows += batch.num_rows
         size += sum(batch.column(field.name).nbytes for field in source.fields)
+        image_bytes += pc.sum(batch.column("size")).as_py() or 0
         if len(sample) < _SAMPLE:
             sample += batch.column("location").slice(0, _SAMPLE - len(sample)).to_pylist()
         if rows > enough:
-            return Peek(rows, False, tuple(sample), size // rows)
-    return Peek(rows, True, tuple(sample), size // max(1, rows))
+            return Peek(rows, False, tuple(sample), size // rows, image_bytes)
+    return Peek(rows, True, tuple(sample), size // max(1, rows), image_bytes)
 
 
 class Feeder:

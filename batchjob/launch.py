@@ -102,7 +102,7 @@ def validate(job: Job) -> list[str]:
 
 
 def _load(job: Job, seen: Peek) -> Loaded:
-    worker = Worker(job, Setup(job.portable(), str(job.base), None, seen.sample, few=True), _cores(job))
+    worker = Worker(job, Setup(job.portable(), str(job.base), None, seen.sample, few_bytes=0), _cores(job))
     try:
         return worker.load()
     finally:

@@ -21,14 +21,15 @@ class Setup:
         folder: the job's folder as the driver sees it; input and output paths mean this one.
         witness: key of an object the driver wrote and a word in it, to see that the worker reaches the same output.
         sample: locations of the first images, to learn the image size where no setting fixes it.
-        few: True when the whole input is so short that loader processes would cost more than they bring.
+        few_bytes: of all images, encoded and as far as they are known, where the whole input is so short that a worker
+            can take longer to get ready for it than to do it; else None.
     """
 
     job: Mapping[str, Any]
     folder: str
     witness: tuple[str, str] | None = None
     sample: tuple[str, ...] = ()
-    few: bool = False
+    few_bytes: int | None = None
 
 
 @dataclass(frozen=True)

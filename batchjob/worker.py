@@ -25,7 +25,7 @@ from batchjob.errors import Stalled, Temporary
 from batchjob.guard import Guard
 from batchjob.job import Job
 from batchjob.lanes import Lanes, lanes
-from batchjob.loader import FEW_IMAGES, Loader, LoaderPlan, Quarantine, preload, settle
+from batchjob.loader import Loader, LoaderPlan, Quarantine, preload, settle
 from batchjob.passage import Passage
 from batchjob.plan import Contract, Head, PlanReader
 from batchjob.pool import Event, Loaded, Setup
@@ -50,6 +50,7 @@ _BATCH_SIZE_ELSEWHERE = 32
 _BATCH_SIZE_MOST = 1024
 _WARM_UP_ROWS = 8
 _BRING_TRANSFORMS = {"timm", "huggingface", "python"}
+_TRANSFORMS = "batchjob.preloaded"  # torchvision's, for the fork server alone
 _SAMPLE = 128  # images that a trial may look at
 
 
@@ -145,7 +146,7 @@ class Worker:
         kind = engine.device.type
         self._lanes = lanes(kind, self._cores, alone=kind == "cpu" and engine.keeps_state(), memory=memory_given())
         self._use_threads(self._lanes.threads)
-        if not self._setup.few:
+        if self._setup.few_bytes is None:
             began = time.perf_counter()
             self._predictor.warm_up(example.shape, self._batch_size, example.dtype)
             self._pace = (time.perf_counter() - began) / self._batch_size / self._lanes.count
@@ -312,7 +313,7 @@ class Worker:
     def _needed_by_transforms(self) -> tuple[str, ...]:
         """What a transform that is not our own is likely to import: once, and not in each loader process."""
         own = self._job.preprocess is not None and self._job.preprocess.transform is not None
-        return ("torchvision.transforms",) if own or self._job.model.type in _BRING_TRANSFORMS else ()
+        return (_TRANSFORMS,) if own or self._job.model.type in _BRING_TRANSFORMS else ()
 
     def _use_threads(self, threads: int) -> None:
         import torch
@@ -325,12 +326,11 @@ class Worker:
         """Start a loader for images of this size, in place of one for another."""
         self._close_loader()
         self._size = size
-        few = FEW_IMAGES if self._setup.few else None
         cuda = self._engine.device.type == "cuda"
         chosen = settle(
             self._job.runtime.loader,
             cores=self._cores,
-            images=few,
+            few_bytes=self._setup.few_bytes,
             cuda=cuda,
             memory=memory_given(),
             max_pixels=self._job.decode.max_pixels,

@@ -198,6 +198,15 @@ def test_a_peek_tells_how_wide_the_passthrough_is(tmp_path: Path) -> None:
     assert peek(source(tmp_path, 7), 1000).row_bytes == 0
 
 
+def test_a_peek_adds_up_the_images_that_it_sees(tmp_path: Path) -> None:
+    the = source(tmp_path, 7)
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*.png"))
+    assert peek(the, 1000).image_bytes == size > 0
+    (tmp_path / "images.csv").write_text("path\n0000.png\n")
+    manifest = {"type": "manifest", "uri": "images.csv", "uri_column": "path"}
+    assert peek(source(tmp_path, 0, input=manifest), 1000).image_bytes == 0, "the manifest does not say"
+
+
 def test_a_closed_input_is_listed_no_further(tmp_path: Path) -> None:
     the = source(tmp_path, 3)
     batches = the.refs(Cursor())

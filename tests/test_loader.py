@@ -335,12 +335,12 @@ def test_a_script_without_a_guard_runs_once_and_killed_leaves_no_process(tmp_pat
 def test_auto_follows_the_cores_and_the_images() -> None:
     auto = LoaderSettings()
     assert settle(auto, cores=4) == LoaderPlan(4, 2, False)
-    assert settle(auto, cores=8, images=1_000_000, cuda=True) == LoaderPlan(8, 2, True)
+    assert settle(auto, cores=8, cuda=True) == LoaderPlan(8, 2, True)
     assert settle(auto, cores=0).processes == 1
     assert settle(auto, cores=512).processes == 32
-    assert settle(auto, cores=4, images=10).processes == 1
+    assert [settle(auto, cores=4, few_bytes=size << 20).processes for size in (0, 15, 16, 40, 900)] == [1, 1, 2, 3, 4]
     given = LoaderSettings(processes=3, prefetch=5, pin_memory=True)
-    assert settle(given, cores=1, images=1, cuda=True) == LoaderPlan(3, 5, True)
+    assert settle(given, cores=1, few_bytes=1, cuda=True) == LoaderPlan(3, 5, True)
     assert settle(given, cores=1).pin_memory is False, "there is nothing to pin for"
     assert settle(LoaderSettings(pin_memory=False), cores=1, cuda=True).pin_memory is False
 

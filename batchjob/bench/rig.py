@@ -12,6 +12,7 @@ from itertools import count, cycle, islice
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 import batchjob
 from batchjob import plan
@@ -130,8 +131,10 @@ class Rig:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._indices = count(1_000_000)  # of shards that are no longer the plan's own
         rows = max(images, listed.rows)
-        locations = pa.Table.from_batches(listed.batches).column("location").slice(0, _SAMPLE).to_pylist()
-        setup = Setup(job.portable(), str(job.base), None, tuple(locations), few=rows <= FEW_IMAGES)
+        table = pa.Table.from_batches(listed.batches)
+        locations = tuple(table.column("location").slice(0, _SAMPLE).to_pylist())
+        size = (pc.sum(table.column("size")).as_py() or 0) * rows // listed.rows
+        setup = Setup(job.portable(), str(job.base), None, locations, size if rows <= FEW_IMAGES else None)
         self.began = time.perf_counter()
         self._worker = Worker(job, setup, cores, self._events.put, self.spans.append)
         try:

@@ -11,11 +11,12 @@ from batchjob.settings import Settings
 
 __all__ = ["FEW_IMAGES", "LoaderPlan", "LoaderSettings", "settle"]
 
-FEW_IMAGES = 256  # for so few, starting more than one process takes longer than decoding
+FEW_IMAGES = 256  # for so few, starting more processes than their bytes call for takes longer than decoding
 MOST_PROCESSES = 32
 IMAGE_SECONDS = 60.0
 
 _MIB = 1 << 20
+_WORTH_A_PROCESS = 16 * _MIB  # of encoded images: half a second of decoding
 _AT_REST_MIB = 2048  # interpreter, torch, storage clients, stacks of their threads, the encoded files of a batch
 _BYTES_PER_PIXEL = 16  # of the largest image: Pillow's four, its RGB, and copies of it while it is resized
 _ENOUGH_MIB = 6 * 1024  # where images need no more
@@ -55,23 +56,23 @@ def settle(
     settings: LoaderSettings,
     *,
     cores: int,
-    images: int | None = None,
+    few_bytes: int | None = None,
     cuda: bool = False,
     memory: int | None = None,
     max_pixels: int = 0,
 ) -> LoaderPlan:
-    """The rule behind `auto`: a process per core, one for a job of a few images; pinned where there is a CUDA device.
+    """The rule behind `auto`: a process per core, or fewer for a few images; pinned where there is a CUDA device.
 
     Args:
         settings: what the job says.
         cores: that this worker may use.
-        images: in the whole job, where it is known.
+        few_bytes: of all images, where the whole job has no more than `FEW_IMAGES`.
         cuda: whether batches go to a CUDA device.
         memory: bytes that this worker and its loader may use, where that is known.
         max_pixels: of the largest image that is decoded.
     """
-    few = images is not None and images <= FEW_IMAGES
-    wanted = 1 if few else max(1, min(cores, MOST_PROCESSES))
+    most = max(1, min(cores, MOST_PROCESSES))
+    wanted = most if few_bytes is None else min(most, 1 + few_bytes // _WORTH_A_PROCESS)
     processes = wanted if settings.processes == "auto" else settings.processes
     return LoaderPlan(
         processes=processes,
