@@ -18,7 +18,8 @@ FLOORS = [
     "redaction errors settings encoded runs records",
     (
         "targets imports preloaded heap preprocess forkserver devices forward lanes likeness machine disk parallel "
-        "storage fetch schedule placement spool jpeg share formats banded resample breakage stopwatch attended strikes pulse"
+        "storage fetch schedule placement spool jpeg share formats banded resample breakage stopwatch attended strikes "
+        "pulse"
     ),
     "sources models tasks plan ledger lease decode transform loader tuning recipes predict sink",
     "jobtext parameters jobfile complaints portable job",
