@@ -107,6 +107,8 @@ class Nursery:
         for line in self._process.stdout:
             told = json.loads(line)
             if "code" not in told:
+                with self._changed:
+                    self._ends.pop(told["pid"], None)  # of an earlier one, for the system gives ids again
                 self._born.put(told["pid"])
                 continue
             with self._changed:
