@@ -16,7 +16,7 @@ from batchjob.errors import BatchjobError, CheckFailed, InvalidJob, NotFound, Te
 from batchjob.feeder import Feeder, Peek
 from batchjob.job import Job
 from batchjob.lease import Lease
-from batchjob.loader import FEW_IMAGES
+from batchjob.loader import FEW_IMAGES, TYPICAL_BYTES
 from batchjob.plan import Head
 from batchjob.planning import Planning, compare
 from batchjob.pool import Setup
@@ -336,7 +336,8 @@ class _Session:
     def _hand_out(self, head: Head) -> None:
         if not self._dispatch.started:
             first = self._turns.during(lambda: plan.PlanReader(self._store, head).first(FEW_IMAGES + 1))
-            sample, size = tuple(ref.location for ref in first[:FEW_IMAGES]), sum(ref.size or 0 for ref in first)
+            sample = tuple(ref.location for ref in first[:FEW_IMAGES])
+            size = sum(TYPICAL_BYTES if ref.size is None else ref.size for ref in first)
             self._start_workers(Peek(len(first), len(first) <= FEW_IMAGES, sample, image_bytes=size))
         if self._dispatch.workers:
             self._withdraw_success()

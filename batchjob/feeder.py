@@ -13,11 +13,12 @@ import pyarrow.compute as pc
 
 from batchjob.errors import InvalidJob, Temporary
 from batchjob.job import Job
+from batchjob.loader import TYPICAL_BYTES
 from batchjob.plan import Chunk, Head
 from batchjob.records import Cursor
 from batchjob.storage import Reader
 
-__all__ = ["Feeder", "Input", "Peek", "peek"]
+__all__ = ["Feeder", "Input", "Peek", "encoded_bytes", "peek"]
 
 _CHUNKS_AHEAD = 4
 _SAMPLE = 256  # locations
@@ -31,7 +32,7 @@ class Peek:
         rows: seen; all of them if `whole`.
         sample: the first locations.
         row_bytes: that a row's passthrough columns take on average.
-        image_bytes: of the images seen, as far as listing or manifest said.
+        image_bytes: of the images seen, encoded, as listing or manifest said.
     """
 
     rows: int
@@ -104,12 +105,17 @@ def peek(source: Input, enough: int) -> Peek:
     for batch in source.refs(Cursor()):
         rows += batch.num_rows
         size += sum(batch.column(field.name).nbytes for field in source.fields)
-        image_bytes += pc.sum(batch.column("size")).as_py() or 0
+        image_bytes += encoded_bytes(batch.column("size"))
         if len(sample) < _SAMPLE:
             sample += batch.column("location").slice(0, _SAMPLE - len(sample)).to_pylist()
         if rows > enough:
             return Peek(rows, False, tuple(sample), size // rows, image_bytes)
     return Peek(rows, True, tuple(sample), size // max(1, rows), image_bytes)
+
+
+def encoded_bytes(sizes: pa.Array | pa.ChunkedArray) -> int:
+    """Of all images together; those of unknown size count as typical ones."""
+    return (pc.sum(sizes).as_py() or 0) + int(sizes.null_count) * TYPICAL_BYTES
 
 
 class Feeder:

@@ -76,10 +76,12 @@ class Guard:
         except Exception as error:
             if isinstance(error, BatchjobError) or breakage(error, self._predictor.forward.device):
                 raise self._judged(error, run) from error
-            with self._lock:
-                self._under_way.remove(run)
+            self._ended(run)
             return self._one_by_one(batch, positions)
-        return predicted.landing(partial(self._landing, run))
+        if predicted.pending:
+            return predicted.landing(partial(self._landing, run))
+        self._ended(run)  # now, for nobody may want its results any more
+        return predicted
 
     def as_device_fault(self, error: BatchjobError) -> BatchjobError:
         """A fault that showed elsewhere (in page-locking memory, for one): a DeviceFault if that is what it is."""
@@ -108,25 +110,25 @@ class Guard:
     # -- several at once ---------------------------------------------------------------------------------------
 
     def _landing(self, run: range, arrival: Callable[[], None]) -> None:
-        """Wait for results; on a GPU, where all goes in turn, what was sent before them has arrived by then too."""
+        """Wait for results; on a GPU all goes in turn, so what was sent before them has arrived by then too."""
         try:
             arrival()
         except Exception as error:
             raise self._judged(error, run) from error
         with self._lock:
-            if self._predictor.forward.device.type == "cuda":
-                while run in self._under_way and self._under_way.popleft() != run:
-                    continue
-            elif run in self._under_way:
+            while run in self._under_way and self._under_way.popleft() != run:
+                continue
+
+    def _ended(self, run: range) -> None:
+        with self._lock:
+            if run in self._under_way:
                 self._under_way.remove(run)
 
     def _judged(self, error: Exception, run: range) -> Exception:
         """What is raised in its place. Its images are suspects now, and those that are with a broken device too."""
         if breakage(error, self._predictor.forward.device):
             return self._lost(error)
-        with self._lock:
-            if run in self._under_way:
-                self._under_way.remove(run)
+        self._ended(run)
         if not isinstance(error, BatchjobError):
             self._remember(lambda: self._quarantine.suspect(run, _brief(error)))
         return error

@@ -58,16 +58,22 @@ class Predicted:
 
     pieces: tuple[Piece, ...]
     lost: Mapping[int, Fault] = field(default_factory=dict)
-    _arrival: Callable[[], None] = lambda: None
+    _arrival: Callable[[], None] | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether it has to be waited for."""
+        return self._arrival is not None
 
     def wait(self) -> Predicted:
         """The same, once all of it has arrived on the host. Raises what went wrong on the device."""
-        self._arrival()
+        if self._arrival is not None:
+            self._arrival()
         return self
 
     def landing(self, around: Callable[[Callable[[], None]], None]) -> Predicted:
         """The same, its wait inside that function."""
-        return replace(self, _arrival=partial(around, self._arrival))
+        return replace(self, _arrival=partial(around, self._arrival or _nothing))
 
 
 class Predictor:
@@ -183,7 +189,8 @@ class Predictor:
 
     def wait(self) -> None:
         """Until all that was begun has ended. Raises what went wrong on the device."""
-        self._link.arrival()()
+        if (arrival := self._link.arrival()) is not None:
+            arrival()
 
     def _too_large(self) -> Fault:
         return Fault("predict", "memory", f"it alone does not fit into the memory of {self._forward.device}")
@@ -274,7 +281,9 @@ class Predictor:
 
 
 class Link:
-    """Copies to the device and back. On CUDA they run on a stream of their own, beside the computation."""
+    """Copies to the device and back. On CUDA those there have a stream of their own, beside the computation; what goes
+    back is small, and goes in turn with it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -305,15 +314,19 @@ class Link:
         landed = {name: torch.empty(made.shape, dtype=made.dtype, pin_memory=True) for name, made in full.items()}
         return {name: landed[name].copy_(made, non_blocking=True) for name, made in full.items()}
 
-    def arrival(self) -> Callable[[], None]:
-        """A wait for all that was sent back so far."""
+    def arrival(self) -> Callable[[], None] | None:
+        """A wait for all that was sent back so far; None where copies are through when they return."""
         import torch
 
         if self._device.type != "cuda":
-            return lambda: None
+            return None
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event.synchronize
+
+
+def _nothing() -> None:
+    """What there is to wait for where all has arrived."""
 
 
 def random_pixels(size: Sequence[int], rows: int, dtype: torch.dtype | None = None) -> torch.Tensor:

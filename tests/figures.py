@@ -10,7 +10,29 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["Figure"]
+__all__ = ["PROMISES", "Figure"]
+
+# What the suite in tests/faults has to show, run whole. A table without one of them says so.
+PROMISES = (
+    "every image exactly once",
+    "no reader sees a partial or foreign file",
+    "double fire",
+    "resume",
+    "zombie",
+    "hostile files",
+    "systemic faults",
+    "poison",
+    "storage faults",
+    "outage",
+    "source changed",
+    "disk full",
+    "SIGTERM",
+    "memory",
+    "secrets",
+    "parsers",
+    "a worker that does not move is replaced",
+    "a device that fails is banned",
+)
 
 Figure = Callable[[str, str], None]
 _Row = tuple[str, str, str]  # promise, node id of the test, figure
@@ -18,6 +40,7 @@ _Row = tuple[str, str, str]  # promise, node id of the test, figure
 _rows = pytest.StashKey[list[_Row]]()
 _seconds = pytest.StashKey[defaultdict[str, float]]()
 _failed = pytest.StashKey[set[str]]()
+_skipped = pytest.StashKey[dict[str, str]]()  # and why
 _began = pytest.StashKey[float]()
 _SEED = "BATCHJOB_SEED"
 
@@ -48,7 +71,7 @@ def full_clocks() -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     """Begin an empty table."""
     config.stash[_rows], config.stash[_seconds], config.stash[_failed] = [], defaultdict(float), set()
-    config.stash[_began] = time.monotonic()
+    config.stash[_skipped], config.stash[_began] = {}, time.monotonic()
     config.pluginmanager.register(_Clock(config))
 
 
@@ -73,6 +96,8 @@ class _Clock:
         self._stash[_seconds][report.nodeid] += report.duration
         if report.failed:
             self._stash[_failed].add(report.nodeid)
+        if report.skipped and isinstance(report.longrepr, tuple):
+            self._stash[_skipped][report.nodeid] = str(report.longrepr[2]).removeprefix("Skipped: ")
 
 
 def _seed() -> int:
@@ -82,11 +107,20 @@ def _seed() -> int:
 def _table(config: pytest.Config) -> list[str]:
     stash = config.stash
     lines = [("promise", "test", "figure", "seconds")]
-    for promise, test, text in sorted([*stash[_rows]]):
+    for promise, test, text in [*sorted(stash[_rows]), *_without_figures(stash)]:
         shown = f"FAILED: {text}" if test in stash[_failed] else text
-        lines.append((promise, test.rpartition("/")[2], shown, f"{stash[_seconds][test]:.0f}"))
+        lines.append((promise, test.rpartition("/")[2], shown, f"{stash[_seconds][test]:.0f}" if test else ""))
     minutes = (time.monotonic() - stash[_began]) / 60
     return [*_aligned(lines), f"seed {_seed()} ({_SEED}), {minutes:.1f} minutes in all"]
+
+
+def _without_figures(stash: pytest.Stash) -> list[_Row]:
+    """Promises that no test has put a figure to; tests that failed before they did, or were left out."""
+    put, tested = {promise for promise, _, _ in stash[_rows]}, {test for _, test, _ in stash[_rows]}
+    missing = [(promise, "", "not measured in this run") for promise in PROMISES if promise not in put]
+    failed = [("", test, "no figure") for test in sorted(stash[_failed] - tested)]
+    skipped = [("", test, f"not run: {why}") for test, why in sorted(stash[_skipped].items()) if test not in tested]
+    return missing + failed + skipped
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

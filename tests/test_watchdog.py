@@ -120,8 +120,19 @@ class OneShard:
         return True
 
 
-def loader(reader: Reader) -> Loader:
-    plan = LoaderPlan(1, 2, False)
+class StoppedOnce(Stopped):
+    """The same, in the first process that reads."""
+
+    def read_many(self, uris: Sequence[str], *how: Any, **more: Any) -> list[Blob | StorageError | Unavailable]:
+        mark = Path(uris[0]).with_name("mark")
+        if mark.exists():
+            return Reader.read_many(self, uris, *how, **more)
+        mark.touch()
+        return super().read_many(uris, *how, **more)
+
+
+def loader(reader: Reader, image_seconds: float = 60.0) -> Loader:
+    plan = LoaderPlan(1, 2, False, image_seconds)
     return Loader(reader=reader, prepare=prepare, batch_size=8, plan=plan, size=(2, 2))
 
 
@@ -178,6 +189,14 @@ def test_a_process_that_was_stopped_gives_none(tmp_path: Path) -> None:
     assert stopped.deaths == 0
     stopped.close()
     thread.join()
+
+
+def test_a_process_that_was_stopped_for_too_long_is_replaced(tmp_path: Path) -> None:
+    stopped = loader(StoppedOnce(), image_seconds=1.0)
+    found = list(stopped.batches(OneShard(shard(tmp_path))))
+    assert [facts.fault for batch in found for facts in batch.facts] == [None] * 8
+    assert stopped.deaths == 1
+    stopped.close()
 
 
 def test_each_verb_of_a_store_is_a_step(tmp_path: Path) -> None:

@@ -12,14 +12,13 @@ from itertools import count, cycle, islice
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 import batchjob
 from batchjob import plan
 from batchjob.bench.findings import Stage
 from batchjob.bench.processes import cpu_seconds
 from batchjob.errors import AttemptFailed, InvalidJob
-from batchjob.feeder import Input, Peek
+from batchjob.feeder import Input, Peek, encoded_bytes
 from batchjob.job import Job
 from batchjob.loader import FEW_IMAGES
 from batchjob.planning import shard_size
@@ -133,7 +132,7 @@ class Rig:
         rows = max(images, listed.rows)
         table = pa.Table.from_batches(listed.batches)
         locations = tuple(table.column("location").slice(0, _SAMPLE).to_pylist())
-        size = (pc.sum(table.column("size")).as_py() or 0) * rows // listed.rows
+        size = encoded_bytes(table.column("size")) * rows // listed.rows
         setup = Setup(job.portable(), str(job.base), None, locations, size if rows <= FEW_IMAGES else None)
         self.began = time.perf_counter()
         self._worker = Worker(job, setup, cores, self._events.put, self.spans.append)

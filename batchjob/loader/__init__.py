@@ -13,10 +13,11 @@ from batchjob.loader.images import Prepare
 from batchjob.loader.loader import Loader, ShardFeed
 from batchjob.loader.quarantine import Quarantine
 from batchjob.loader.samples import Once, samples
-from batchjob.loader.settled import FEW_IMAGES, LoaderPlan, LoaderSettings, settle
+from batchjob.loader.settled import FEW_IMAGES, TYPICAL_BYTES, LoaderPlan, LoaderSettings, settle
 
 __all__ = [
     "FEW_IMAGES",
+    "TYPICAL_BYTES",
     "Loader",
     "LoaderPlan",
     "LoaderSettings",

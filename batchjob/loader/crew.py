@@ -301,6 +301,8 @@ class Crew:
             for process in processes:
                 if process.mark.overdue(self._plan.image_seconds):
                     process.kill("hang")
+                elif process.halted(self._plan.image_seconds):
+                    process.kill("halt")
 
     def _break(self, error: Exception) -> None:
         with self._changed:

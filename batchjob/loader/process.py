@@ -7,9 +7,12 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Literal
 
 from batchjob.errors import AttemptFailed, BatchjobError
 from batchjob.forkserver import end_with_parent, starting
@@ -62,6 +65,7 @@ class LoaderProcess:
             target=_serve, args=(images, self.mark, theirs, memory, seconds), name="batchjob-loader", daemon=True
         )
         self._killed_for: str | None = None
+        self._halted: float | None = None
         try:
             with starting():
                 self._process.start()
@@ -96,8 +100,16 @@ class LoaderProcess:
             self._process.kill()
         return None
 
-    def kill(self, why: str) -> None:
-        """End it at once; `hang` is remembered as what it died of."""
+    def halted(self, seconds: float) -> bool:
+        """Whether somebody stopped it (SIGSTOP) so long ago and it has not gone on since, as seen at each call."""
+        if not _is_halted(self.pid):
+            self._halted = None
+            return False
+        self._halted = time.monotonic() if self._halted is None else self._halted
+        return time.monotonic() - self._halted > seconds
+
+    def kill(self, why: Literal["hang", "halt", "done", "closing"]) -> None:
+        """End it at once; what for is remembered as what it died of."""
         self._killed_for = self._killed_for or why
         self._process.kill()
 
@@ -107,6 +119,8 @@ class LoaderProcess:
         code = self._process.exitcode
         if self._killed_for == "hang" or code == -signal.SIGXCPU:
             return Death("hang", "took too long over one image or batch and was killed", self.mark.place)
+        if self._killed_for == "halt":
+            return Death("crash", "was stopped by a signal, did not go on and was killed", self.mark.place)
         kind = "memory" if code in {-signal.SIGKILL, _OUT_OF_MEMORY} else "crash"
         return Death(kind, _cause(code), self.mark.place)
 
@@ -122,6 +136,14 @@ class LoaderProcess:
             self._process.kill()
             self._process.join()
         self.pipe.close()
+
+
+def _is_halted(pid: int | None) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:  # another system, or it is gone
+        return False
+    return status.rpartition(b") ")[2][:1] == b"T"
 
 
 def _cause(code: int | None) -> str:

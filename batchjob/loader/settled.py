@@ -9,9 +9,10 @@ from pydantic import Field
 
 from batchjob.settings import Settings
 
-__all__ = ["FEW_IMAGES", "LoaderPlan", "LoaderSettings", "settle"]
+__all__ = ["FEW_IMAGES", "TYPICAL_BYTES", "LoaderPlan", "LoaderSettings", "settle"]
 
 FEW_IMAGES = 256  # for so few, starting more processes than their bytes call for takes longer than decoding
+TYPICAL_BYTES = 1 << 18  # what an encoded image counts for whose size nobody has said
 MOST_PROCESSES = 32
 IMAGE_SECONDS = 60.0
 
