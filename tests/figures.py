@@ -107,7 +107,8 @@ def _seed() -> int:
 def _table(config: pytest.Config) -> list[str]:
     stash = config.stash
     lines = [("promise", "test", "figure", "seconds")]
-    for promise, test, text in [*sorted(stash[_rows]), *_without_figures(stash)]:
+    rows = sorted(stash[_rows])
+    for promise, test, text in rows + _without_figures(stash):
         shown = f"FAILED: {text}" if test in stash[_failed] else text
         lines.append((promise, test.rpartition("/")[2], shown, f"{stash[_seconds][test]:.0f}" if test else ""))
     minutes = (time.monotonic() - stash[_began]) / 60
@@ -116,7 +117,8 @@ def _table(config: pytest.Config) -> list[str]:
 
 def _without_figures(stash: pytest.Stash) -> list[_Row]:
     """Promises that no test has put a figure to; tests that failed before they did, or were left out."""
-    put, tested = {promise for promise, _, _ in stash[_rows]}, {test for _, test, _ in stash[_rows]}
+    rows = stash[_rows]
+    put, tested = {row[0] for row in rows}, {row[1] for row in rows}
     missing = [(promise, "", "not measured in this run") for promise in PROMISES if promise not in put]
     failed = [("", test, "no figure") for test in sorted(stash[_failed] - tested)]
     skipped = [("", test, f"not run: {why}") for test, why in sorted(stash[_skipped].items()) if test not in tested]

@@ -6,6 +6,6 @@ its own. What is replaced stands in `patches.py`; all else is the code that runs
 
 from __future__ import annotations
 
-from simulation.schedules import play
+from simulation.schedules import play, play_on_two_cores
 
-__all__ = ["play"]
+__all__ = ["play", "play_on_two_cores"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
@@ -10,20 +12,35 @@ from hypothesis.stateful import run_state_machine_as_test
 from simulation.machine import Drivers
 from simulation.patches import simulated
 
-__all__ = ["play"]
+__all__ = ["play", "play_on_two_cores"]
 
 _AT_ONCE = 250  # what hypothesis remembers of one lot slows the next schedule down
 
 
-def play(schedules: int, number: int, steps: int = 14) -> Counter[str]:
+_FAR = 100_000  # lots between the first of one process and that of the other
+
+
+def play_on_two_cores(schedules: int, number: int) -> Counter[str]:
+    """`play` in two processes: two on any machine, so that the seed decides all."""
+    half = -(-schedules // 2)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return sum(pool.map(play, [half] * 2, [number] * 2, [0, _FAR]), Counter())
+
+
+def play(schedules: int, number: int, lot: int = 0, steps: int = 14) -> Counter[str]:
     """Play at least so many schedules of up to so many steps; how they went, and how the processes in them ended.
+
+    Args:
+        schedules: how many.
+        number: the seed.
+        lot: from which on; others with the same seed are other schedules.
+        steps: in each, at most.
 
     Raises:
         AssertionError: a law does not hold, or somebody came to another end than it should; hypothesis has printed
             the shortest schedule that it found for it.
     """
     tally: Counter[str] = Counter()
-    lot = 0
     with simulated():
         while (left := schedules - tally["schedules"]) > 0:
             chosen = seed(number * 1_000_003 + lot)(type("Drivers", (Drivers,), {"tally": tally}))
