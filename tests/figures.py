@@ -107,8 +107,7 @@ def _seed() -> int:
 def _table(config: pytest.Config) -> list[str]:
     stash = config.stash
     lines = [("promise", "test", "figure", "seconds")]
-    rows = sorted(stash[_rows])
-    for promise, test, text in rows + _without_figures(stash):
+    for promise, test, text in [*sorted([*stash[_rows]]), *_without_figures(stash)]:
         shown = f"FAILED: {text}" if test in stash[_failed] else text
         lines.append((promise, test.rpartition("/")[2], shown, f"{stash[_seconds][test]:.0f}" if test else ""))
     minutes = (time.monotonic() - stash[_began]) / 60
