@@ -124,11 +124,12 @@ def test_a_killed_driver_resumes_and_redoes_nothing(
     assert committed.items() <= {key: made.attempt for key, made in footers(output).items()}.items()
 
 
-def test_a_dead_network_commits_nothing(test_data: Path) -> None:
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://no-such-host.invalid"])
+def test_a_dead_network_or_name_commits_nothing(endpoint: str, test_data: Path) -> None:
     ended = run(
         cifar(test_data, "s3://nowhere/out"),
         BATCHJOB_PATIENCE="2",
-        AWS_ENDPOINT_URL="http://127.0.0.1:9",
+        AWS_ENDPOINT_URL=endpoint,
         AWS_ACCESS_KEY_ID="a",
         AWS_SECRET_ACCESS_KEY="b",
     )
