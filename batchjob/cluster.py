@@ -69,7 +69,7 @@ class _Worker:
     """The actor: a `LocalPool` at the other end of a wire."""
 
     def __init__(self, cores: int, folder: str | None, setup: Setup) -> None:
-        self._pool = LocalPool(cores, base=None if folder is None else _landed(folder))
+        self._pool = LocalPool(cores, base=None if folder is None else _home() / folder)
         self._pool.start(setup)
 
     def submit(self, key: ShardKey, plan: int, again: bool) -> None:
@@ -77,7 +77,9 @@ class _Worker:
 
     def wait(self, timeout: float) -> tuple[str, list[Event]]:
         """Where it is, and what happened."""
-        return _here(), self._pool.wait(timeout)
+        told = self._pool.wait(timeout)
+        _home()
+        return _here(), told
 
     def close(self) -> None:
         self._pool.close()
@@ -209,12 +211,8 @@ class RayPool:
         import ray
 
         assert self._layout is not None
-        options: dict[str, Any] = {
-            "num_cpus": self._layout.cpus,
-            "num_gpus": self._layout.gpus,
-            "max_concurrency": 4,
-            "max_restarts": 0,
-        }
+        options: dict[str, Any] = {"num_cpus": self._layout.cpus, "num_gpus": self._layout.gpus}
+        options |= {"max_concurrency": 4, "max_restarts": 0}
         if self._address:  # a local Ray has this from us; without a word on it, its workers begin with Ray itself
             options["runtime_env"] = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}}
         cores, folder = max(1, int(self._layout.cpus)), landing(self._job) if self._address else None
@@ -373,10 +371,10 @@ def _here() -> str:
     return f"{platform.node()} (node {ray.get_runtime_context().get_node_id()[:_NODE_DIGITS]})"
 
 
-def _landed(folder: str) -> Path:
-    """Where Ray has laid the job's folder; a node that is about to go may have taken it away: lost, and not a bug."""
+def _home() -> Path:
+    """The working directory. A node about to go may have taken it away: what fails then is lost, and not a bug."""
     try:
-        return Path.cwd() / folder
+        return Path.cwd()
     except FileNotFoundError:
         os._exit(1)
 

@@ -135,10 +135,11 @@ def killed(run: Run, driver: Command, chance: random.Random, victim: str) -> Non
 
 
 def test_killed_actors_loaders_raylets_nodes_and_drivers_lose_nothing(
-    tmp_path: Path, seed: int, figure: Figure
+    tmp_path: Path, seed: int, figure: Figure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chance = random.Random(seed)
     write_slow_job(tmp_path, IMAGES)
+    monkeypatch.setenv("BATCHJOB_TEST_NAP", "0.6")  # of the nodes, whose actors have their environment
     victims = chance.sample(["actor", "loader", "raylet", "node"], 4)
     with machines() as them:
         run = Run(them, tmp_path)
