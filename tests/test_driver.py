@@ -207,7 +207,7 @@ def test_workers_are_told_what_they_need(tmp_path: Path, out: Path) -> None:
     run(job(tmp_path, TWELVE), pool)
     assert pool.setup is not None
     assert pool.setup.folder == str(tmp_path)
-    assert pool.setup.few
+    assert pool.setup.few_bytes == sum((tmp_path / "images" / name).stat().st_size for name in TWELVE)
     assert [Path(location).name for location in pool.setup.sample] == TWELVE
     assert pool.setup.witness is not None
     key, word = pool.setup.witness

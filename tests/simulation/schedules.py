@@ -15,8 +15,6 @@ from simulation.patches import simulated
 __all__ = ["play", "play_on_two_cores"]
 
 _AT_ONCE = 250  # what hypothesis remembers of one lot slows the next schedule down
-
-
 _FAR = 100_000  # lots between the first of one process and that of the other
 
 
