@@ -116,9 +116,14 @@ class Books:
         clear_foreign(self._store, foreign, beat)
         self._there = {key: stat for key, stat in self._there.items() if key not in foreign}
 
+    @property
+    def failed(self) -> int:
+        """Error rows so far, those left out that are to be retried."""
+        return self._failed - self.pending
+
     def exceeded(self, budget: ErrorBudget) -> str:
         """What makes it certain that the run ends over its error budget; empty while nothing does."""
-        return exceeded(budget, self._failed - self.pending, self.planned if self.whole else None)
+        return exceeded(budget, self.failed, self.planned if self.whole else None)
 
     def _to_do(self, key: ShardKey) -> ShardKey | None:
         """As it is to be handed out; None where its part is there and good."""

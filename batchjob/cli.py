@@ -32,7 +32,7 @@ from batchjob.arguments import (
     output_of,
     read_job,
 )
-from batchjob.errors import BatchjobError
+from batchjob.errors import BatchjobError, Temporary
 from batchjob.parallel import leave_threads
 from batchjob.redaction import presentable
 from batchjob.report import Outcome, counted
@@ -351,6 +351,8 @@ def _answer(work: Callable[[], tuple[Mapping[str, Any], Iterable[str]]], as_json
     except (_UsageError, BrokenPipeError):
         raise
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # explained, and turned into an exit code
+        if isinstance(error, KeyboardInterrupt):
+            error = Temporary("interrupted; nothing is lost, the same command begins again")
         _explain(error)
         outcome = Outcome.of_error(error)
         if as_json:

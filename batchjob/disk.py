@@ -248,8 +248,12 @@ class DiskStore:
         if folder.is_dir():
             return
         self._make_folder(folder.parent)
-        with suppress(FileExistsError):
+        try:
             folder.mkdir()
+        except FileExistsError:
+            return
+        except FileNotFoundError as error:  # below a folder that is there: a file system that has none of ours
+            raise InvalidJob(f"{folder}: no folder can be made there; choose another output") from error
         _sync_folder(folder.parent)
 
     def _sweep(self, folder: Path) -> None:
@@ -298,7 +302,7 @@ def _identity(folder: bytes, above: frozenset[tuple[int, int]]) -> frozenset[tup
     """`above` and this folder; `above` itself where the folder is one of them, or gone."""
     try:
         found = os.stat(folder)  # noqa: PTH116 - bytes: not every name is text
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return above
     here = (found.st_dev, found.st_ino)
     return above if here in above else above | {here}

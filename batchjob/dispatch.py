@@ -86,8 +86,8 @@ class Dispatch:
 
     def drain(self, beat: Callable[[], object]) -> None:
         """Hand out no more, and give what runs a moment to commit."""
-        running = self.schedule.running
-        self._progress.note(f"stopping: up to {DRAIN_SECONDS:.0f} s for {counted(running, 'running shard')}")
+        if running := self.schedule.running:
+            self._progress.note(f"stopping: up to {DRAIN_SECONDS:.0f} s for {counted(running, 'running shard')}")
         until = time.monotonic() + DRAIN_SECONDS
         while self._pool is not None and self.schedule.running and time.monotonic() < until:
             beat()

@@ -304,6 +304,7 @@ class _Session:
         self._books.look_back(head, self._turns.beat)
         if self._retry:
             self._progress.note(f"to be retried: {counted(self._books.pending, 'error row')}")
+        self._progress.resumed(0, self._books.failed)
 
     def _loop(self, feeder: Feeder, head: Head) -> None:
         """Hand out shards until all are done or given up, or too much has failed."""

@@ -77,6 +77,8 @@ def _content(path: Path, file: str) -> str:
             data = stream.read(SIZE_LIMIT + 1)
     except FileNotFoundError:
         raise InvalidJob(f"{file}: no such file; give the path of a job file") from None
+    except IsADirectoryError:
+        raise InvalidJob(f"{file}: is a folder; give the path of a job file") from None
     except OSError as error:
         raise InvalidJob(f"{file}: cannot be read: {error.strerror}") from None
     if len(data) > SIZE_LIMIT:

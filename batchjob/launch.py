@@ -13,7 +13,7 @@ from batchjob.job import Job
 from batchjob.loader import FEW_IMAGES
 from batchjob.local import LocalPool
 from batchjob.plan import Head
-from batchjob.planning import check_columns, compare, shard_size
+from batchjob.planning import check_columns, compare, no_images, shard_size
 from batchjob.pool import Loaded, Pool, Setup
 from batchjob.progress import Progress, Quiet
 from batchjob.report import Outcome, PlanSummary, counted
@@ -89,6 +89,8 @@ def validate(job: Job) -> list[str]:
     source.require()
     check_columns(job, source)
     seen = peek(source, FEW_IMAGES)
+    if head is None and not seen.rows:
+        raise no_images(job)
     loaded = _load(job, seen)
     check_columns(job, source, loaded.columns)
     if head is None:

@@ -19,12 +19,20 @@ from batchjob.sink import row_schema
 from batchjob.storage import Reader, Store, probe
 from batchjob.turns import Turns
 
-__all__ = ["Planning", "check_columns", "compare", "shard_size"]
+__all__ = ["Planning", "check_columns", "compare", "no_images", "shard_size"]
 
 _PART_BYTES = 512 << 20
 _PART_LIMIT = 4 << 30
 _SHARD_ROWS = (64, 8192)
 _SHARDS_A_WORKER = 4
+
+
+def no_images(job: Job) -> InvalidJob:
+    """What is said of an input that lists none."""
+    return InvalidJob(
+        f"{job.input.uri}: no images there (input.uri, its extensions, include and exclude); "
+        "put some there, or run with --allow-empty for an output of no rows"
+    )
 
 
 class Planning:
@@ -61,10 +69,7 @@ class Planning:
         self.check_columns()
         few = self._turns.during(lambda: peek(self._input, FEW_IMAGES))
         if few.rows == 0 and not allow_empty:
-            raise InvalidJob(
-                f"{self._job.input.uri}: no images there (input.uri, its extensions, include and exclude); "
-                "put some there, or run with --allow-empty for an output of no rows"
-            )
+            raise no_images(self._job)
         return few
 
     def look_further(self, seen: Peek, workers: int) -> Peek:

@@ -65,9 +65,16 @@ class Outcome:
         return f"{said}\n{_flat(self.truth)}" if _flat(self.truth) else said
 
     def _sums(self) -> str:
-        pace = f" in {self.seconds:,.1f} s, {self.images_per_second:,.1f} images/s" if self.seconds else ""
-        sums = f"{counted(self.planned, 'image')}, {self.predicted:,} predicted, {self.failed:,} failed{pace}"
+        sums = f"{counted(self.planned, 'image')}, {self.predicted:,} predicted, {self.failed:,} failed{self._pace()}"
         return f"{self.output}: {self.status.replace('_', ' ')}: {sums}"
+
+    def _pace(self) -> str:
+        """Of the images that this run has done."""
+        if not self.images_per_second:
+            return ""
+        done = round(self.seconds * self.images_per_second)
+        these = f"; {done:,} of them in this run," if done != self.planned else ""
+        return f"{these} in {self.seconds:,.1f} s, {self.images_per_second:,.1f} images/s"
 
 
 @dataclass(frozen=True, slots=True)

@@ -396,6 +396,10 @@ def test_an_outcome_is_one_line_of_json() -> None:
             Outcome("complete", 1200, 1199, 1, 4.0, 300.0, "out"),
             "out: complete: 1,200 images, 1,199 predicted, 1 failed in 4.0 s, 300.0 images/s",
         ),
+        (
+            Outcome("complete", 300, 299, 1, seconds=15.0, images_per_second=4.0, output="out"),
+            "out: complete: 300 images, 299 predicted, 1 failed; 60 of them in this run, in 15.0 s, 4.0 images/s",
+        ),
         (Outcome("already_complete", 3, 3, 0, output="out"), "out: already complete: 3 images, 3 predicted, 0 failed"),
     ],
 )

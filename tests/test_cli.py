@@ -164,6 +164,50 @@ def test_validate_goes_as_far_as_the_output(folder: Path, capfd: pytest.CaptureF
     assert "belongs to another job:\n  task.top_k: not set there, 2 here" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("where", "said"), [("file", "Not a directory"), ("file/x", "Not a directory")])
+def test_an_output_where_a_file_is_or_below_one_is_exit_2(
+    folder: Path, where: str, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "file").touch()
+    assert main(["run", "job.yaml", "--quiet", f"output.uri={where}"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert said in line
+    assert "choose an output folder" in line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
+def test_an_output_where_no_folder_can_be_is_exit_2(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert folder.is_dir()
+    assert main(["run", "job.yaml", "--quiet", "output.uri=/proc/x"]) == 2
+    assert "/proc/x: no folder can be made there" in capfd.readouterr().err
+
+
+def test_validate_refuses_the_empty_input_that_a_run_refuses(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "empty").mkdir()
+    said = []
+    for command in ("validate", "run"):
+        assert main([command, "job.yaml", "input.uri=empty/"]) == 2
+        said.append(capfd.readouterr().err.splitlines()[-1])
+    assert said[0] == said[1]
+    assert "no images there" in said[0]
+
+
+def test_a_resumed_run_counts_the_errors_that_it_finds(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "job.yaml", "--quiet", "errors.max_rate=0"]) == 3
+    capfd.readouterr()
+    assert main(["run", "job.yaml"]) == 0
+    err = capfd.readouterr().err
+    assert "10 images, 1 error" in err
+    assert "stopping" not in err
+    assert err.splitlines()[-1].endswith("complete: 10 images, 9 predicted, 1 failed")
+
+
+def test_a_folder_is_no_job_file(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert folder.is_dir()
+    assert main(["retry", "images"]) == 2
+    assert "images: is a folder; give the path of a job file" in capfd.readouterr().err
+
+
 def test_a_finished_output_is_repaired_when_asked(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "job.yaml", "--quiet"]) == 0
     min((folder / "out/predictions").iterdir()).unlink()

@@ -15,7 +15,7 @@ def lines(found: Findings) -> list[str]:
     """The report, section by section."""
     return [
         f"{found.model} on {found.device}, {found.recipe}, batches of {found.batch_size}",
-        f"{found.cores} cores, {found.loader_processes} loader processes",
+        f"{found.cores} cores, {found.loader_processes} loader process{'' if found.loader_processes == 1 else 'es'}",
         f"{found.images:,} images, {found.distinct:,} of them distinct",
         *_calibration(found),
         *_stages(found.stages),
@@ -30,7 +30,7 @@ def lines(found: Findings) -> list[str]:
         "a forward pass, eager fp32                  ms/image   MiB of tensors a batch",
         *map(_mode, found.modes),
         *(f"wrote {path}" for path in found.profile),
-        found.verdict,
+        f"{found.verdict}{' (NOISY: measure again)' if found.calibration.noisy else ''}",
     ]
 
 
