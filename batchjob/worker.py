@@ -49,7 +49,7 @@ _BATCH_SIZES = {"cuda": 128}
 _BATCH_SIZE_ELSEWHERE = 32
 _BATCH_SIZE_MOST = 1024
 _WARM_UP_ROWS = 8
-_SLOW_SECONDS = 1.0  # of the first call: so slow a model may gain by tuning over a few images, too
+_SLOW_SECONDS = 60.0  # for a few images, at the pace of the first call, which is the slowest: then tuning may pay, too
 _BRING_TRANSFORMS = {"timm", "huggingface", "python"}
 _TRANSFORMS = "batchjob.preloaded"  # torchvision's, for the fork server alone
 _SAMPLE = 128  # images that a trial may look at
@@ -145,10 +145,10 @@ class Worker:
             rows = self._batch_size
         began = time.perf_counter()
         self._predictor.warm_up(example.shape, rows, example.dtype)
-        slow, kind = time.perf_counter() - began > _SLOW_SECONDS, engine.device.type
+        first, kind = (time.perf_counter() - began) / rows, engine.device.type
         self._lanes = lanes(kind, self._cores, alone=kind == "cpu" and engine.keeps_state(), memory=memory_given())
         self._use_threads(self._lanes.threads)
-        if slow or self._setup.few_bytes is None:
+        if self._setup.few_bytes is None or first * len(self._setup.sample) > _SLOW_SECONDS:
             began = time.perf_counter()
             self._predictor.warm_up(example.shape, self._batch_size, example.dtype)
             self._pace = (time.perf_counter() - began) / self._batch_size / self._lanes.count
