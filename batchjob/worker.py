@@ -145,10 +145,10 @@ class Worker:
             rows = self._batch_size
         began = time.perf_counter()
         self._predictor.warm_up(example.shape, rows, example.dtype)
-        first, kind = (time.perf_counter() - began) / rows, engine.device.type
+        pace, kind = (time.perf_counter() - began) / rows, engine.device.type
         self._lanes = lanes(kind, self._cores, alone=kind == "cpu" and engine.keeps_state(), memory=memory_given())
         self._use_threads(self._lanes.threads)
-        if self._setup.few_bytes is None or first * len(self._setup.sample) > _SLOW_SECONDS:
+        if self._setup.few_bytes is None or pace * len(self._setup.sample) > _SLOW_SECONDS:
             began = time.perf_counter()
             self._predictor.warm_up(example.shape, self._batch_size, example.dtype)
             self._pace = (time.perf_counter() - began) / self._batch_size / self._lanes.count
