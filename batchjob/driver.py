@@ -304,7 +304,8 @@ class _Session:
         self._books.look_back(head, self._turns.beat)
         if self._retry:
             self._progress.note(f"to be retried: {counted(self._books.pending, 'error row')}")
-        self._progress.resumed(0, self._books.failed)
+        if self._books.failed:
+            self._progress.advance(0, self._books.failed)  # of images that are counted as the plan is read
 
     def _loop(self, feeder: Feeder, head: Head) -> None:
         """Hand out shards until all are done or given up, or too much has failed."""

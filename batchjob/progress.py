@@ -29,8 +29,8 @@ class Progress(Protocol):
     def planned(self, n: int, final: bool) -> None:
         """The plan holds `n` images by now; no more when `final`."""
 
-    def resumed(self, images: int, failed: int = 0) -> None:
-        """So many images and error rows were committed before this run: done, and no measure of its speed."""
+    def resumed(self, images: int) -> None:
+        """So many images were committed before this run: done, and no measure of its speed."""
 
     def advance(self, images: int, failed: int) -> None:
         """So many more images are committed, `failed` of them as error rows."""
@@ -49,7 +49,7 @@ class Quiet:
 
     def planned(self, n: int, final: bool) -> None: ...
 
-    def resumed(self, images: int, failed: int = 0) -> None: ...
+    def resumed(self, images: int) -> None: ...
 
     def advance(self, images: int, failed: int) -> None: ...
 
@@ -74,10 +74,9 @@ class Meter:
         self.total: int | None = None
         self.final = False
 
-    def skip(self, images: int, failed: int = 0) -> None:
+    def skip(self, images: int) -> None:
         """Counts images as done, as if they had been so from the start."""
         self.done += images
-        self.failed += failed
         self._marks = deque((then, done + images) for then, done in self._marks)
 
     def add(self, images: int, failed: int) -> None:
@@ -155,9 +154,9 @@ class Lines:
         with self._lock:
             self._meter.total, self._meter.final = n, final
 
-    def resumed(self, images: int, failed: int = 0) -> None:
+    def resumed(self, images: int) -> None:
         with self._lock:
-            self._meter.skip(images, failed)
+            self._meter.skip(images)
 
     def advance(self, images: int, failed: int) -> None:
         with self._lock:
@@ -221,9 +220,9 @@ class Bar:
             self._meter.total, self._meter.final = n, final
             self._show()
 
-    def resumed(self, images: int, failed: int = 0) -> None:
+    def resumed(self, images: int) -> None:
         with self._lock:
-            self._meter.skip(images, failed)
+            self._meter.skip(images)
             self._show()
 
     def advance(self, images: int, failed: int) -> None:
