@@ -249,9 +249,8 @@ class DiskStore:
             return
         self._make_folder(folder.parent)
         try:
-            folder.mkdir()
-        except FileExistsError:
-            return
+            with suppress(FileExistsError):
+                folder.mkdir()
         except FileNotFoundError as error:  # below a folder that is there: a file system that has none of ours
             raise InvalidJob(f"{folder}: no folder can be made there; choose another output") from error
         _sync_folder(folder.parent)
