@@ -36,7 +36,7 @@ class LocalPool:
 
     def __init__(self, cores: int, base: Path | None = None) -> None:
         self._cores, self._base = cores, base
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._events: queue.Queue[Event] = queue.Queue()  # a SimpleQueue's get may never end (test_local.py)
         self._loop: _Loop | None = None
         self._placement = Placement()
 

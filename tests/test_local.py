@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
+import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +59,32 @@ def test_user_code_that_exits_is_no_silence(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("batchjob.worker.Worker.load", leave)
     assert ending(tmp_path, document).message == "a worker crashed: SystemExit: 3"
+
+
+def test_a_signal_that_outlasts_a_wait_does_not_make_it_endless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Python 3.11 `SimpleQueue.get` waits for ever when a signal's handler ends past its deadline."""
+    document, heard = dict(job(tmp_path, ["a.png"]).portable()), threading.Event()
+    monkeypatch.setattr("batchjob.worker.Worker.load", lambda self: NOTHING["a bug"])
+    pool = LocalPool(1)
+    pool.start(Setup(document, str(tmp_path)))
+    assert len(pool.wait(30)) == 1
+
+    def handler(*_: object) -> None:
+        heard.wait(0.4)  # nobody sets it
+        heard.set()
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    alarm = threading.Timer(0.1, partial(os.kill, os.getpid(), signal.SIGUSR1))
+    alarm.start()
+    try:
+        assert pool.wait(0.3) == []
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        pool.close()
+    alarm.join()
+    assert heard.is_set()
 
 
 @pytest.mark.parametrize("error", [InvalidJob("no"), Unavailable("no"), AttemptFailed("no")])

@@ -127,7 +127,7 @@ class Rig:
     def __init__(self, job: Job, images: int, cores: int, listed: Listed, folder: Path) -> None:
         self.job, self.cores, self.folder = job, cores, folder
         self.spans: list[Span] = []
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._events: queue.Queue[Event] = queue.Queue()
         self._indices = count(1_000_000)  # of shards that are no longer the plan's own
         rows = max(images, listed.rows)
         table = pa.Table.from_batches(listed.batches)
