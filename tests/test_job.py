@@ -231,7 +231,7 @@ def test_a_file_that_is_not_there_or_not_text_is_named() -> None:
     Path("latin.yaml").write_bytes(b"name: \xe9")
     with pytest.raises(InvalidJob, match=r"^latin\.yaml: is not UTF-8 text \(byte 6\)"):
         Job.from_file("latin.yaml")
-    with pytest.raises(InvalidJob, match=r"cannot be read"):
+    with pytest.raises(InvalidJob, match=r"^\.: is a folder; give the path of a job file"):
         Job.from_file(".")
 
 
