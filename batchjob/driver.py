@@ -103,6 +103,7 @@ def discard(uri: str, options: Options | None = None, progress: Progress | None 
     _something_to_discard(store)  # before the lease leaves a trace in a folder that is not ours
     with _in_control(store, progress) as turns:
         _, head = turns.during(lambda: _something_to_discard(store))
+        turns.confirm()  # who was stopped for long would bury what another driver has finished since
         turns.during(lambda: _bury(store, head))
         leftovers = turns.during(lambda: _leftovers(store))
         deleted = ledger.delete_all(store, leftovers, turns.beat)

@@ -16,16 +16,18 @@ import pytest
 from pools import ScriptedPool, job
 from stores import MemoryStore
 
-from batchjob import driver, ledger
+from batchjob import driver, ledger, plan
 from batchjob.disk import DiskStore
 from batchjob.drain import Drain
 from batchjob.errors import Temporary, Unavailable
 from batchjob.feeder import Input
 from batchjob.job import Job
 from batchjob.lease import Lease
+from batchjob.plan import Head
 from batchjob.progress import Quiet
 from batchjob.records import Stat
 from batchjob.report import Outcome
+from batchjob.storage import Store
 from batchjob.turns import Turns
 
 PATIENCE = 60.0  # seconds, for what another thread does at once
@@ -115,6 +117,27 @@ def test_a_signal_ends_a_discard_that_can_be_finished(
     go_on.set()
     assert "an earlier plan's leftovers, deleted 6 parts" in driver.discard(str(out))
     assert not list((out / "predictions").iterdir())
+
+
+def test_a_discard_that_was_stopped_while_another_driver_took_over_buries_nothing(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(job(tmp_path, TWELVE))
+    real, looks = plan.current, list[int]()
+
+    def current(store: Store) -> tuple[int, Head | None]:
+        looks.append(len(looks))
+        if len(looks) == 2:  # the look under the lease
+            Lease.acquire(DiskStore(out), silence=0.0)
+        return real(store)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(plan, "current", current)
+        with pytest.raises(Temporary, match="another driver"):
+            driver.discard(str(out))
+    assert real(DiskStore(out))[1] is not None
+    assert len(ledger.parts(DiskStore(out))) == 6
+    assert (out / "_SUCCESS").exists()
 
 
 @pytest.mark.parametrize("call", ["refs", "require"])

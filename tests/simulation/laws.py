@@ -44,6 +44,9 @@ class Laws:
 
     Args:
         images: that a plan must hold, in their order.
+
+    Attributes:
+        late: parts that came when their plan was discarded already.
     """
 
     def __init__(self, images: list[str]) -> None:
@@ -51,6 +54,7 @@ class Laws:
         self._known: dict[str, Blob] = {}
         self._plans: dict[int, _Plan] = {}
         self._parts: dict[str, tuple[_Plan, str]] = {}  # every part ever, with its attempt
+        self.late: set[str] = set()
         self._owners: dict[str, str] = {}
         self._calls: Sequence[Call] = ()
         self.commits = self.replacements = 0
@@ -161,6 +165,7 @@ class Laws:
         attempt = made["attempt"]
         if owner.buried:
             self._must_have_looked(key)
+            self.late |= {key} - self._parts.keys()
         elif made["revision"] == 0:
             _must(self._parts.get(key, (owner, attempt))[1] == attempt, f"{key} was committed twice")
             self.commits += 1

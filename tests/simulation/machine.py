@@ -175,9 +175,11 @@ class Drivers(RuleBasedStateMachine):
                 self._all_to_the_end()
             self._completes()
             before = self._laws.strays
-            stopped = any(one.discards and not one.ended and one.signal.is_set() for one in self._drivers)
+            discards = [one for one in self._drivers if one.discards and not one.ended]
             self._all_to_the_end()
-            assert stopped or self._laws.strays <= before, "a part of a discarded plan was left, nobody was stopped"
+            left = self._laws.strays - before
+            assert not left & self._laws.late, "who was late left a part of a discarded plan"
+            assert not left or any(one.fault for one in discards), "a discard left a part, and said nothing of it"
             self._completes()
             self._laws.complete()
             self._completes("retry")
