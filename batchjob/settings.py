@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, model_validator
 
 from batchjob.redaction import secret_in
 
@@ -22,6 +24,15 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, data: Any) -> Any:
+        """True and false as words where a number is wanted, which refuses words: to Python they are 1 and 0."""
+        if not isinstance(data, Mapping):
+            return data
+        switches = {name for name, value in data.items() if isinstance(value, bool) and _wants_number(cls, name)}
+        return {name: str(value).lower() if name in switches else value for name, value in data.items()}
+
 
 class CommandLineText(str):
     """Text typed on the command line: relative paths in it mean the working directory, not the job's folder."""
@@ -35,6 +46,20 @@ def is_local(uri: str) -> bool:
 def local_path(uri: str) -> Path:
     """The path that a local URI names. Plain paths are taken literally: `%20` is not decoded."""
     return Path(uri.removeprefix("file://"))
+
+
+@cache
+def _wants_number(kind: type[Settings], name: str) -> bool:
+    wanted = set(_types_in(kind.model_fields[name].annotation)) if name in kind.model_fields else set()
+    return bool(wanted & {int, float}) and not wanted & {bool, str}
+
+
+def _types_in(annotation: Any) -> Iterator[type]:
+    """The types that a union is made of; words and limits that stand beside them are none."""
+    if isinstance(annotation, type):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _types_in(part)
 
 
 def _resolve(value: Any, info: ValidationInfo) -> Any:
