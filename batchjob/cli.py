@@ -32,6 +32,7 @@ from batchjob.arguments import (
     output_of,
     read_job,
 )
+from batchjob.drain import deaf
 from batchjob.errors import BatchjobError, Temporary
 from batchjob.parallel import leave_threads
 from batchjob.redaction import presentable
@@ -57,10 +58,15 @@ app = typer.Typer(
 _UsageError: type[Any] = typer.BadParameter.__base__ or typer.BadParameter
 
 
+# Called before the last words: in a process that is nobody else's, no signal is to gainsay them.
+_at_the_end: list[Callable[[], None]] = []
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command line (`sys.argv` by default) and returns its exit code."""
     if args is not None:
         return _obeyed(list(args))
+    _at_the_end.append(deaf)
     code = _obeyed(sys.argv[1:])
     if code:  # after success all threads have ended in order
         leave_threads(code)
@@ -333,15 +339,23 @@ def _carried_out(work: Callable[[Job, Progress], Outcome], read: Callable[[], Jo
         loaded = read()
         output = loaded.output.uri
         outcome = work(loaded, pick_progress(quiet))
-        _say(outcome.sentence())
     except _UsageError:
         raise
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # explained, and turned into an exit code
+        _last_words()
         _explain(error)
         outcome = Outcome.of_error(error, output, time.monotonic() - began)
+    else:
+        _last_words()
+        _say(outcome.sentence())
     if as_json:
         print(outcome.dump(), flush=True)
     return outcome.exit_code
+
+
+def _last_words() -> None:
+    for make_ready in _at_the_end:
+        make_ready()
 
 
 def _answer(work: Callable[[], tuple[Mapping[str, Any], Iterable[str]]], as_json: bool) -> int:

@@ -56,12 +56,12 @@ _NODE_DIGITS = 12  # of a node's id: enough to tell nodes apart
 
 @dataclass
 class _Slot:
-    """One actor, the open question what happened there, and when it was last answered."""
+    """One actor, the open question what happened there, the device it is ready on, and when it last answered."""
 
     name: str
     actor: Any
     poll: Any
-    ready: bool = False
+    device: str = ""
     heard: float | None = None
 
 
@@ -166,11 +166,10 @@ class RayPool:
 
         if self._pulse is not None:
             self._pulse.stop()
-        farewells = [slot.actor.close.remote() for slot in self._slots if slot.ready]
+        farewells = [slot.actor.close.remote() for slot in self._slots if slot.device]
         if farewells:
             ray.wait(farewells, num_returns=len(farewells), timeout=_FAREWELL_SECONDS)
-        for actor in [slot.actor for slot in self._slots] + list(chain(*self._retired.values())):
-            ray.kill(actor)
+        self._dismiss(*(slot.actor for slot in self._slots), *chain(*self._retired.values()))
         self._slots.clear()
         ray.shutdown()
 
@@ -244,7 +243,8 @@ class RayPool:
             elif slot.heard is not None and time.monotonic() - slot.heard > patience:
                 silent = f"it has not answered for {patience:g} s (runtime.stall_seconds)"
                 events += self._replace(slot, f"worker {slot.name} was lost: {silent}", blamed=1)
-        return events
+        beside = [slot for slot in self._slots if slot.device in self._strikes.banned]
+        return events + [event for slot in beside for event in self._retire(slot)]
 
     def _hand_over(self) -> None:
         actors = {slot.name: slot.actor for slot in self._slots}
@@ -260,9 +260,9 @@ class RayPool:
                 case Failed(_, WorkerLost() as lost) | WorkerFailed(WorkerLost() as lost):
                     return events + self._give_up(slot, where, lost)
                 case Ready(_, loaded):
-                    if f"{loaded.device} on {where}" in self._strikes.banned:
-                        return events + self._retire(slot, f"{loaded.device} on {where}")
-                    slot.ready = True
+                    slot.device = f"{loaded.device} on {where}"
+                    if slot.device in self._strikes.banned:
+                        return events + self._retire(slot)
                     events.append(Ready(slot.name, loaded))
                 case Done():
                     self._deaths = 0
@@ -310,14 +310,16 @@ class RayPool:
             self._slots.append(self._hire(slot.name))
         return events
 
-    def _retire(self, slot: _Slot, device: str) -> list[Event]:
-        """An actor on a device that is used no more: it is put to rest there, so that the next one lands elsewhere."""
+    def _retire(self, slot: _Slot) -> list[Event]:
+        """An actor on a device that is used no more rests there, so that the next lands elsewhere; nobody blames it."""
         self._slots.remove(slot)
-        self._retired[device].append(slot.actor)
+        self._retired[slot.device].append(slot.actor)
         with self._usable():
             slot.actor.close.remote()
+        reason = f"worker {slot.name} was put to rest: {slot.device} is used no more in this run"
+        events: list[Event] = [Failed(key, Interrupted(reason)) for key in reversed(self._placement.leave(slot.name))]
         self._slots.append(self._hire(slot.name))
-        return self._none_left()
+        return events + self._none_left()
 
     def _none_left(self) -> list[Event]:
         """The end of the run, when every device there is is used no more: another day they may be well."""

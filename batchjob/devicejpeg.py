@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from batchjob.assembly import as_ours
 from batchjob.breakage import breakage
 from batchjob.encoded import Encoded
-from batchjob.errors import InvalidJob
+from batchjob.errors import AttemptFailed, InvalidJob
 from batchjob.forward import out_of_memory
 from batchjob.loader import Loader, Once, ShardFeed
 from batchjob.parallel import side_by_side
@@ -146,7 +146,7 @@ class DeviceDecoding:
     ) -> None:
         self._loader, self._host, self._decode, self._geometry = loader, host, decode, geometry
         self._device, self._balance, self._stopwatch = device, balance, stopwatch
-        self._lock = threading.Lock()
+        self._lock, self._ending, self._closed = threading.Lock(), threading.Lock(), threading.Event()
         self._streams: queue.SimpleQueue[torch.cuda.Stream] = queue.SimpleQueue()  # that nobody is on
         self.decoded = self.refused = self._in_vain = 0
 
@@ -157,15 +157,22 @@ class DeviceDecoding:
         given = self._balance.over(self._loader.batches(noted))
         return side_by_side(partial(self._whole, noted), given, threads=_THREADS, ahead=_AHEAD)
 
-    def tried(self, files: Sequence[torch.Tensor]) -> bool:
-        """Whether the device decodes and prepares such files; for a look at how long that takes it."""
-        return self._tried([_File(number, file, 0) for number, file in enumerate(files)]) is not None
+    def tried(self, files: Sequence[torch.Tensor], pixels: Sequence[int]) -> bool:
+        """Whether the device decodes and prepares such files, as many at once as in a run; to see how long that takes.
+
+        Args:
+            files: uint8 `[bytes]` each.
+            pixels: of each image.
+        """
+        each = [_File(*file) for file in zip(range(len(files)), files, pixels, strict=True)]
+        return all(self._tried(some) is not None for some in _together(each))
 
     def close(self) -> None:
-        """End what belongs to it alone."""
+        """End what belongs to it alone; a thread that is still at a batch starts nothing any more."""
+        self._closed.set()
         if self.decoded or self.refused:
             _log.info("JPEG files decoded on %s: %d, refused there: %d", self._device, self.decoded, self.refused)
-        self._host.close()
+        self._end_host()
 
     def _whole(self, noted: _Noted, batch: Batch) -> Batch:
         """The batch with the pixels of all its good images. Raises AttemptFailed."""
@@ -238,12 +245,12 @@ class DeviceDecoding:
         if not parts:
             return None
         rows = [row for part in parts for row in part.rows]
-        order = sorted(range(len(rows)), key=rows.__getitem__)
+        order = torch.tensor(sorted(range(len(rows)), key=rows.__getitem__))
         for device in (self._device, torch.device("cpu")):  # the predictor takes what comes, and halves it if need be
             try:
                 with self._settled():
                     pixels = torch.cat([part.pixels.to(device, non_blocking=device.type != "cpu") for part in parts])
-                    return pixels[torch.tensor(order, device=device)]
+                    return pixels[order.to(device, non_blocking=True)]
             except Exception as error:
                 if not out_of_memory(error) or device.type == "cpu":
                     raise
@@ -267,7 +274,9 @@ class DeviceDecoding:
                 try:
                     yield
                 finally:
-                    stream.synchronize()
+                    through = torch.cuda.Event(blocking=True)  # who waits sleeps; the core is for decoding
+                    through.record(stream)
+                    through.synchronize()
         finally:
             self._streams.put(stream)
 
@@ -277,12 +286,23 @@ class DeviceDecoding:
     # -- on the CPU --------------------------------------------------------------------------------------------
 
     def _again(self, shard: Shard, batch: Batch, rows: Sequence[int]) -> list[Batch]:
-        """Rows of a batch read and decoded on the CPU, in one batch or several."""
+        """Rows of a batch read and decoded on the CPU, in one batch or several. Raises AttemptFailed once closed."""
         if not rows:
             return []
         refs = tuple(shard.refs[batch.start + row] for row in rows)
         with self._lock:
-            return list(self._host.batches(Once(replace(shard, refs=refs, on_host=True))))
+            if self._closed.is_set():
+                raise AttemptFailed("decoding on the device was closed")
+            try:
+                return list(self._host.batches(Once(replace(shard, refs=refs, on_host=True))))
+            finally:
+                if self._closed.is_set():  # meanwhile, and maybe before its processes were there
+                    self._end_host()
+
+    def _end_host(self) -> None:
+        """Not under the lock that loading holds: this is what ends a wait for a batch that never comes."""
+        with self._ending:
+            self._host.close()
 
     def _count(self, asked: int, refused: int) -> None:
         with self._lock:

@@ -17,7 +17,7 @@ __all__ = ["DRAIN_SECONDS", "Dispatch", "MakePool"]
 
 MakePool = Callable[[], Pool]
 
-DRAIN_SECONDS = 10.0
+DRAIN_SECONDS = 8.0  # of the 20 s in all: the pool's end, the lease's farewell and the exit take their share
 _UNAVAILABLE_IN_A_ROW = 3
 
 

@@ -8,7 +8,9 @@ from typing import Any, Self
 
 from batchjob.errors import Temporary
 
-__all__ = ["Drain"]
+__all__ = ["Drain", "deaf"]
+
+_SIGNALS = signal.SIGTERM, signal.SIGINT
 
 
 class Drain:
@@ -33,10 +35,21 @@ class Drain:
         """
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _SIGNALS:
             self._before.setdefault(number, signal.signal(number, self._ask))
+
+    def heed(self, output: str) -> None:
+        """Raises Temporary where a signal has asked to stop."""
+        if self.asked.is_set():
+            raise Temporary(f"{output}: stopped by a signal; the same command resumes")
 
     def _ask(self, *_: object) -> None:
         if self.asked.is_set():
             raise Temporary("stopped at once on the second signal; the same command resumes")
         self.asked.set()
+
+
+def deaf() -> None:
+    """Ignore the two signals from now on: all is done and said, and the exit code is to say the same."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

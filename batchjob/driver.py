@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import NoReturn
@@ -17,6 +17,7 @@ from batchjob.feeder import Feeder, Peek
 from batchjob.job import Job
 from batchjob.lease import Lease
 from batchjob.loader import FEW_IMAGES, TYPICAL_BYTES
+from batchjob.parallel import aside
 from batchjob.plan import Head
 from batchjob.planning import Planning, compare
 from batchjob.pool import Setup
@@ -114,14 +115,27 @@ def discard(uri: str, options: Options | None = None, progress: Progress | None 
 @contextmanager
 def _in_control(store: Store, progress: Progress | None, outage: float = 0.0) -> Iterator[Turns]:
     """The lease on an output, and signals as requests to stop. Raises Temporary where another driver is at work."""
-    lease = Lease.acquire(store, note=progress.note) if progress else Lease.acquire(store)
-    drain = Drain()
-    turns = Turns(lease, drain, store.uri, outage)
-    try:
-        with drain:
+    with Drain() as drain:  # around the lease, which nobody is to leave behind
+        note = progress.note if progress else lambda text: None
+        lease = aside(lambda: _taken(store, drain, note), lambda: drain.heed(store.uri))
+        turns = Turns(lease, drain, store.uri, outage)
+        try:
             yield turns
-    finally:
-        turns.leave()
+        finally:
+            turns.leave()
+
+
+def _taken(store: Store, drain: Drain, note: Callable[[str], None]) -> Lease:
+    """The lease; given back at once where a signal came meanwhile, since nobody may wait for it any more."""
+
+    def pause(seconds: float) -> None:
+        drain.heed(store.uri)
+        time.sleep(seconds)
+
+    lease = Lease.acquire(store, sleep=pause, note=note)
+    if drain.asked.is_set():
+        lease.release()
+    return lease
 
 
 def _patient(job: Job) -> Store:
@@ -132,8 +146,7 @@ def _patient(job: Job) -> Store:
 def _bury(store: Store, head: Head | None) -> None:
     if head is not None:
         plan.bury(store, head)
-    if plan.current(store)[1] is None:  # else it is the next plan's by now
-        store.delete(ledger.SUCCESS)
+    ledger.clear_success(store, lambda: plan.current(store)[1] is None)  # else it is the next plan's by now
 
 
 def _leftovers(store: Store) -> list[str]:
@@ -241,7 +254,7 @@ class _Session:
         turns.listen, turns.before_stop = self._dispatch.listen, lambda: self._dispatch.drain(turns.beat)
         self._stopped_early = False
         self._retry = retry
-        self._success: Stat | None = None  # as a retry has found it
+        self._success: Stat | None = None  # as a retry or a repair has found it
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -280,6 +293,7 @@ class _Session:
             self._stopped_early,
         )
         job, beat = self._job, self._turns.beat
+        self._turns.confirm()  # who has slept through another driver's work is not the one to say how it ended
         return conclude(self._store, head, ran, budget=job.errors, summary=job.task.summary, beat=beat)
 
     def _new_plan(self, allow_empty: bool) -> Head:
@@ -298,10 +312,10 @@ class _Session:
 
     def _look_back(self, head: Head, repair: bool) -> None:
         self._progress.note(f"resuming plan {head.plan}: {counted(self._books.parts, 'part')} committed")
-        if repair:
-            self._turns.during(lambda: self._store.delete(ledger.SUCCESS))
-        elif self._retry and (found := self._turns.during(lambda: ledger.read_success(self._store))) is not None:
+        if (repair or self._retry) and (found := self._turns.during(lambda: ledger.read_success(self._store))):
             _, self._success = found
+        if repair:
+            self._withdraw_success()
         self._books.look_back(head, self._turns.beat)
         if self._retry:
             self._progress.note(f"to be retried: {counted(self._books.pending, 'error row')}")
@@ -347,7 +361,7 @@ class _Session:
             self._dispatch.hand_out(head.number)
 
     def _withdraw_success(self) -> None:
-        """Before the first part is replaced, and not before somebody stands ready to do it."""
+        """Before the first part is replaced or made anew; at a retry not before somebody stands ready to do it."""
         if self._success is not None:
             version, self._success = self._success.version or "", None
             self._turns.confirm()  # so that what was read before is no later driver's

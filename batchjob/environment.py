@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cores", "cpu_quota", "describe", "facts", "memory_given", "memory_limit"]
+__all__ = ["cores", "cpu_quota", "describe", "facts", "memory_given", "memory_limit", "shared_memory_free"]
 
 PACKAGES = (
     "batchjob",
@@ -115,6 +115,11 @@ def memory_limit(root: Path = Path("/")) -> int | None:
 def memory_given() -> int | None:
     """Bytes that this process and its children may use: the machine's, or what the control group gives of them."""
     return min((size for size in (_memory(), memory_limit()) if size is not None), default=None)
+
+
+def shared_memory_free() -> int | None:
+    """Bytes of shared memory that nobody has taken; None where that is not known."""
+    return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ __all__ = [
     "Part",
     "Totals",
     "check_owner",
+    "clear_success",
     "commit",
     "damaged",
     "delete_all",
@@ -128,7 +130,7 @@ def commit(store: Store, key: ShardKey, path: Path, provenance: Provenance, want
     if isinstance(doubt, Unavailable):
         raise doubt
     raise AttemptFailed(
-        f"{store.uri}/{key.part}: the store answers 'exists' to each of {_LOOKS} PUTs and shows nothing"
+        f"{store.uri}/{key.part}: the store answers 'exists' to each of {_LOOKS} PUTs and shows nothing; run again"
     )
 
 
@@ -182,7 +184,9 @@ def replace(
             raise AttemptFailed(f"{store.uri}/{key.part} was changed while it was being retried; run again")
     if isinstance(doubt, Unavailable):
         raise doubt
-    raise AttemptFailed(f"{store.uri}/{key.part}: the store refuses each of {_LOOKS} PUTs and shows no other writer")
+    raise AttemptFailed(
+        f"{store.uri}/{key.part}: the store refuses each of {_LOOKS} PUTs and shows no other writer; run again"
+    )
 
 
 def _check_open(store: Store) -> None:
@@ -270,6 +274,21 @@ def withdraw_success(store: Store, version: str) -> None:
             raise Temporary(f"{store.uri}: another driver has finished it meanwhile; retry again") from error
 
 
+def clear_success(store: Store, orphaned: Callable[[], bool]) -> None:
+    """Delete `_SUCCESS` where it belongs to no plan in force.
+
+    Args:
+        orphaned: whether that is so; asked after the look at it, so that one which is put later stays.
+    """
+    try:
+        version = store.stat(SUCCESS).version or ""
+    except NotFound:
+        return
+    if orphaned():
+        with suppress(Changed):
+            store.delete_if_match(SUCCESS, version)
+
+
 def write_success(
     store: Store, facts: Mapping[str, Any], found: Iterable[Part], wanted: Callable[[], None] = lambda: None
 ) -> None:
@@ -288,7 +307,8 @@ def write_success(
         pass  # the next plan's driver deletes it
     except BatchjobError:
         if (stands := read_success(store)) is not None and stands[0].get("plan") == facts["plan"]:
-            store.delete(SUCCESS)
+            with suppress(Changed):
+                store.delete_if_match(SUCCESS, stands[1].version or "")
         raise
 
 
@@ -351,4 +371,4 @@ def _put_or_replace(store: Store, key: str, body: bytes, wanted: Callable[[], No
             return
         except (NotFound, Changed):
             continue
-    raise AttemptFailed(f"{store.uri}/{key} could not be written: it changes under every try")
+    raise AttemptFailed(f"{store.uri}/{key} could not be written: it changes under every try; run again")

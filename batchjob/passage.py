@@ -56,6 +56,7 @@ class Passage:
         self._loader, self._guard, self._assembly = loader, guard, assembly
         self._lanes, self._stopped, self._watch, self._waiting = lanes, stopped, watch, waiting
         self._takes = count()
+        self._arrived = 0.0  # the latest results, by `time.perf_counter`
 
     def run(self, feed: PoolFeed) -> None:
         """Take shards from the feed until it has none now. What becomes of each is told, some of it later."""
@@ -90,7 +91,17 @@ class Passage:
             return _Attempt(batch, error=as_ours(error))
         if self._lanes > 1:  # nothing copies from there any more, and what loader processes share is scarce
             batch = replace(batch, pixels=None)
-        return _Attempt(batch, predicted, spent(self._watch, "forward", began, len(batch.facts)))
+        images = len(batch.facts)
+        if predicted is None or not predicted.pending:
+            return _Attempt(batch, predicted, spent(self._watch, "forward", began, images))
+        landed = predicted.landing(partial(self._landing, began, images))
+        return _Attempt(batch, landed, time.perf_counter() - began)
+
+    def _landing(self, began: float, images: int, arrival: Callable[[], None]) -> None:
+        """A device's results have been computed once they are waited for, and not before those of the batch ahead."""
+        arrival()
+        spent(self._watch, "forward", max(began, self._arrived), images)
+        self._arrived = time.perf_counter()
 
     def _advance(self, taken: Taken, attempt: _Attempt) -> None:
         batch = attempt.batch

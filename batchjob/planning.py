@@ -111,7 +111,7 @@ class Planning:
             defaults=self._job.resolved(),
         )
         if number:  # a discard that was cut short may have left it
-            self._turns.during(lambda: self._store.delete(ledger.SUCCESS))
+            self._turns.during(lambda: ledger.clear_success(self._store, lambda: plan.current(self._store)[1] is None))
         stands = self._turns.during(lambda: plan.freeze(self._store, head, clear))
         compare(self._store, self._job, stands)
         return stands

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -99,8 +100,10 @@ class Predictor:
         """The module that it calls."""
         return self._forward
 
-    def warm_up(self, size: Sequence[int], rows: int = 2, dtype: torch.dtype | None = None) -> None:
+    def warm_up(self, size: Sequence[int], rows: int = 2, dtype: torch.dtype | None = None) -> float:
         """Run once on random pixels, in the modes of the real batches. What does not fit into memory is halved.
+
+        Gives the seconds that this took, without the time for drawing the pixels.
 
         Args:
             size: `(h, w)`, taken with three channels, or `(c, h, w)`.
@@ -111,17 +114,20 @@ class Predictor:
             InvalidJob: the model or the task fails on it, or not even one image fits.
         """
         pixels = random_pixels(size, max(rows, self._fixed or 0), dtype)
+        began = time.perf_counter()
         try:
             fits = not self(pixels).wait().lost
         except AttemptFailed:
             fits = False
         except Exception as error:
             raise self._forward.complaint(pixels, error) from error
+        took = time.perf_counter() - began
         if not fits:
             raise InvalidJob(
                 f"model: not even one image of {'x'.join(map(str, size))} fits into the memory of "
                 f"{self._forward.device} beside it; make them smaller (preprocess.resize), or take a smaller model"
             )
+        return took
 
     def largest_batch(self, size: Sequence[int], first: int, most: int, dtype: torch.dtype | None = None) -> int:
         """The largest batch that fits with a quarter to spare: `first` halved or doubled, `most` at the utmost.
@@ -320,7 +326,7 @@ class Link:
 
         if self._device.type != "cuda":
             return None
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)  # who waits sleeps; else it would hold a core that decoding needs
         event.record(torch.cuda.current_stream(self._device))
         return event.synchronize
 

@@ -14,8 +14,8 @@ __all__ = ["harmless", "held_secret", "presentable", "redacted", "secret_in", "t
 
 _GONE = "…"
 _SIGNING = (
-    "x-amz-signature|x-amz-credential|x-amz-security-token|x-goog-signature|x-goog-credential|googleaccessid"
-    "|awsaccesskeyid|signature|sig|(?:access_|refresh_|id_|auth_)?token|api_?key|subscription-key|password|passwd|pwd|secret"
+    "(?:x-[a-z0-9]+-|q-)?(?:signature|credential|security-token)|googleaccessid|awsaccesskeyid|ossaccesskeyid|q-ak|sig"
+    "|(?:access_|refresh_|id_|auth_)?token|(?:x-)?api[-_]?key|subscription-key|password|passwd|pwd|secret"
 )
 _CARRIES = re.compile(rf"(?:{_SIGNING})\Z", re.IGNORECASE)
 _CONTAINERS = {"abfs", "abfss"}  # what stands before their '@' is a container, not a person

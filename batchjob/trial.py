@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -182,9 +182,11 @@ class Images(Subject):
         self._engine = engine
         self.images, self.classes = engine.model.batch_size or batch_size, engine.classes
         self._pixels = self._batch(sample)
+        self._as_it_is = engine.preprocess.transform is not None
 
     def build(self, recipe: Recipe) -> Callable[[], Any]:
-        return partial(self.run, self.forward(recipe))
+        forward, _ = self.forward(recipe), self._inputs  # which are made before a clock runs
+        return partial(self.run, forward)
 
     def forward(self, recipe: Recipe) -> Forward:
         """The engine's module by that recipe, calibrated on these images where it has to be."""
@@ -194,15 +196,28 @@ class Images(Subject):
         return self._engine.forward(recipe, torch.stack(self._pixels) if stacks else None)
 
     def run(self, forward: Forward) -> Any:
-        """Its output for the batch, copies to the device included, once it is there."""
+        """Its output for the batch, which lies on the device already, once it is there."""
         import torch
 
-        with forward.modes():  # the tensors of real batches are inference tensors too
-            moved = [pixels.to(forward.device) for pixels in self._pixels]
-            output = forward(torch.stack(moved) if forward.takes == "batch" else moved)
+        with forward.modes():
+            inputs = self._inputs
+            if self._as_it_is:  # the module gets these very tensors, and may write into them
+                inputs = [one.clone() for one in inputs] if isinstance(inputs, list) else inputs.clone()
+            output = forward(inputs)
             if forward.device.type == "cuda":
                 torch.cuda.synchronize(forward.device)
         return output
+
+    @cached_property
+    def _inputs(self) -> torch.Tensor | list[torch.Tensor]:
+        """The batch as real ones reach the module: on the device, in one piece unless it takes a list."""
+        import torch
+
+        engine = self._engine
+        with engine.forward(Recipe()).modes():  # the tensors of real batches are inference tensors too
+            if engine.model.takes == "batch":
+                return torch.stack(self._pixels).to(engine.device)
+            return [pixels.to(engine.device, copy=True) for pixels in self._pixels]
 
     def _batch(self, sample: Sequence[str]) -> list[torch.Tensor]:
         engine, wanted = self._engine, min(self.images, _DISTINCT)

@@ -8,7 +8,7 @@ from concurrent.futures import Future, wait
 from typing import TypeVar
 
 from batchjob.drain import Drain
-from batchjob.errors import Temporary, Unavailable
+from batchjob.errors import Unavailable
 from batchjob.lease import Lease
 from batchjob.parallel import Threads, aside
 from batchjob.storage import Outage
@@ -69,7 +69,7 @@ class Turns:
             self._stopping = True
             if not self._outage.lasting:  # or else nothing could be committed
                 self.before_stop()
-            raise Temporary(f"{self._output}: stopped by a signal; the same command resumes")
+            self._drain.heed(self._output)
 
     def turn(self, seconds: float = TURN_SECONDS) -> None:
         """Beat, then listen for so long at most. Raises: see `beat`; and what was reported may end the run."""
@@ -82,7 +82,7 @@ class Turns:
 
     def confirm(self) -> None:
         """Look now whether the lease is still ours. Raises Temporary where another driver has taken over."""
-        self.during(self._lease.confirm)
+        aside(self._lease.confirm, self.beat)
 
     def leave(self) -> None:
         """Give the lease back, unless that takes long: then it falls silent by itself."""

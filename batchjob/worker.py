@@ -20,7 +20,7 @@ from batchjob.attended import AttendedStore
 from batchjob.breakage import identity
 from batchjob.devicejpeg import Decode, DeviceDecoding, device_decoder, first_attempt
 from batchjob.engine import Engine
-from batchjob.environment import memory_given
+from batchjob.environment import memory_given, shared_memory_free
 from batchjob.errors import Stalled, Temporary
 from batchjob.guard import Guard
 from batchjob.job import Job
@@ -141,17 +141,15 @@ class Worker:
         if engine.device.type != "cpu":  # where memory is virtual, what does not fit is not refused but killed
             if self._job.runtime.batch_size == "auto" and engine.model.batch_size is None:
                 first, dtype = self._batch_size, example.dtype
-                self._resize(self._predictor.largest_batch(example.shape, first, _BATCH_SIZE_MOST, dtype))
+                most = min(_BATCH_SIZE_MOST, self._room_for(example.nbytes))
+                self._resize(self._predictor.largest_batch(example.shape, first, most, dtype))
             rows = self._batch_size
-        began = time.perf_counter()
-        self._predictor.warm_up(example.shape, rows, example.dtype)
-        pace, kind = (time.perf_counter() - began) / rows, engine.device.type
+        pace, kind = self._predictor.warm_up(example.shape, rows, example.dtype) / rows, engine.device.type
         self._lanes = lanes(kind, self._cores, alone=kind == "cpu" and engine.keeps_state(), memory=memory_given())
         self._use_threads(self._lanes.threads)
         if self._setup.few_bytes is None or pace * len(self._setup.sample) > _SLOW_SECONDS:
-            began = time.perf_counter()
-            self._predictor.warm_up(example.shape, self._batch_size, example.dtype)
-            self._pace = (time.perf_counter() - began) / self._batch_size / self._lanes.count
+            took = self._predictor.warm_up(example.shape, self._batch_size, example.dtype)
+            self._pace = took / self._batch_size / self._lanes.count
 
     def begin(self, number: int) -> None:
         """Join the plan of this number: agree with all other workers on schema, model and image size.
@@ -307,6 +305,12 @@ class Worker:
         own = self._engine.model.batch_size
         return own or _BATCH_SIZES.get(self._engine.device.type, _BATCH_SIZE_ELSEWHERE)
 
+    def _room_for(self, image_bytes: int) -> int:
+        """Images that each batch under way may have, for all of them to find room in shared memory."""
+        assert self._loader is not None, "load comes before"
+        free, batches = shared_memory_free(), self._loader.plan.processes * self._loader.plan.prefetch
+        return _BATCH_SIZE_MOST if free is None or not batches else free // 2 // (batches * image_bytes)
+
     def _resize(self, batch_size: int) -> None:
         self._batch_size = batch_size
         if self._loader is not None:
@@ -336,6 +340,8 @@ class Worker:
             cuda=cuda,
             memory=memory_given(),
             max_pixels=self._job.decode.max_pixels,
+            batch_bytes=self._batch_size * self._engine.example.nbytes,
+            shared=shared_memory_free(),
         )
         self._ahead = chosen.processes * chosen.prefetch * self._batch_size
         self._loader = self._loader_by(chosen) if self._decode is None else self._divided(chosen, self._decode)

@@ -1,6 +1,6 @@
 """`make bench`: batchjob and what people use today, over the same images, in turn: A B C, A B C, A B C.
 
-    python -m benchmarks.compare                       # a few hundred images a case, 40 minutes on two cores
+    python -m benchmarks.compare                       # a few hundred images a case, 20 minutes on two cores
     python -m benchmarks.compare --size full           # 12,000 images, hours
     python -m benchmarks.compare --cases imagenet,s3 --images 1500 --rounds 3
 

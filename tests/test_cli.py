@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def last_object(said: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(said.splitlines()[-1])
     return found
+
+
+def test_a_signal_after_the_last_word_does_not_change_the_exit_code(folder: Path) -> None:
+    command = [sys.executable, "-m", "batchjob", "run", "job.yaml", "--json", "--quiet"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert last_object(running.stdout.readline())["status"] == "complete"
+        running.terminate()
+        running.send_signal(signal.SIGINT)
+        assert running.wait(60) == 0
 
 
 def test_a_job_runs_and_every_look_at_it_agrees(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

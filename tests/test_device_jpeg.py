@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import logging
+import multiprocessing
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -222,6 +224,48 @@ def test_large_images_are_not_all_decoded_at_once(tmp_path: Path, monkeypatch: p
     contents = [jpeg(photograph(n)) for n in range(3)] + [jpeg(photograph(3, (300, 200)))]
     check(Decoding(counted, 1.0).batches(written(tmp_path, contents)), contents)
     assert seen == [2, 1, 1]
+
+
+def test_a_look_at_the_device_holds_no_more_pixels_than_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchjob.devicejpeg._AT_ONCE", 2 * 90 * 70)
+    seen: list[int] = []
+
+    def counted(files: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        seen.append(len(files))
+        return decoded(files)
+
+    files = [torch.frombuffer(bytearray(jpeg(photograph(n))), dtype=torch.uint8) for n in range(5)]
+    assert Decoding(counted, 1.0).whole.tried(files, [90 * 70] * 5)
+    assert seen == [2, 2, 1]
+    assert not Decoding(partial(choosy, bool), 1.0).whole.tried(files, [90 * 70] * 5)
+
+
+def test_a_thread_that_outlives_it_starts_no_processes(tmp_path: Path) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def slow(files: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        asked.set()
+        assert go_on.wait(60)
+        raise RuntimeError("nvjpegDecodeBatched failed")
+
+    decoding, ended = Decoding(slow, 1.0, processes=1), list[BaseException]()
+
+    def ask() -> None:
+        try:
+            list(decoding.whole.batches(Once(written(tmp_path, [PLAIN] * 4))))
+        except BatchjobError as error:
+            ended.append(error)
+
+    before = {*multiprocessing.active_children()}
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert asked.wait(60)
+    decoding.whole.close()
+    decoding.loader.close()
+    go_on.set()
+    thread.join(60)
+    assert {*multiprocessing.active_children()} <= before
+    assert [type(error) for error in ended] == [AttemptFailed]
 
 
 def test_a_device_that_breaks_fails_the_attempt_in_its_own_words(tmp_path: Path) -> None:

@@ -186,6 +186,23 @@ def test_a_file_that_is_no_part_under_our_name_is_an_alarm(store: Store, mine: P
         commit(store, mine)
 
 
+def test_only_the_success_that_was_looked_at_is_cleared_away(memory: MemoryStore) -> None:
+    ledger.clear_success(memory, lambda: pytest.fail("there is none"))
+    memory.put_if_absent(ledger.SUCCESS, b"{}")
+    ledger.clear_success(memory, lambda: False)
+    assert memory.held() == [ledger.SUCCESS]
+
+    def another_plan_comes_to_its_end() -> bool:
+        memory.client().delete(ledger.SUCCESS)
+        memory.client().put_if_absent(ledger.SUCCESS, b"{ }")
+        return True
+
+    ledger.clear_success(memory, another_plan_comes_to_its_end)
+    assert memory.read(ledger.SUCCESS).data == b"{ }"
+    ledger.clear_success(memory, lambda: True)
+    assert memory.held() == []
+
+
 def test_a_discarded_plan_is_asked_after_before_each_put(memory: MemoryStore, mine: Path) -> None:
     def gone() -> None:
         raise InvalidJob("discarded")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,8 @@ class Prepare:
         if data == b"interrupt":
             os.kill(os.getpid(), signal.SIGINT)
             data = png(4)
+        if data == b"doze":
+            time.sleep(600)
         if data == b"odd":
             raise ZeroDivisionError("odd one")
         if data == b"memory":
@@ -254,6 +257,64 @@ def test_a_job_that_cannot_read_at_all_ends_also_from_a_process(tmp_path: Path) 
         loader.close()
 
 
+def test_batches_that_are_larger_than_a_pipe_hold_nobody_up(tmp_path: Path) -> None:
+    gone = [tmp_path / ("x" * 200) / f"{number:04}" for number in range(2000)]
+    many = make(2, batch_size=len(gone))
+    try:
+        for _ in range(2):
+            batches = list(many.batches(Feed([shard(index, gone) for index in range(5)])))
+            assert [(batch.shard, len(batch.facts)) for batch in batches] == [(index, len(gone)) for index in range(5)]
+            assert {fault and fault[0] for batch in batches for fault in faults(batch)} == {"fetch"}
+    finally:
+        many.close()
+
+
+def test_an_image_that_hangs_without_using_its_core_is_found_in_a_large_batch_too(tmp_path: Path) -> None:
+    (hang,) = images(tmp_path, b"doze")
+    gone = [tmp_path / ("x" * 200) / f"{number:04}" for number in range(1999)]
+    many = make(1, batch_size=2000, plan=LoaderPlan(1, 3, False, 1.0))
+    try:
+        first, *others = many.batches(Feed([shard(0, [hang, *gone]), *(shard(index, gone) for index in (1, 2, 3))]))
+    finally:
+        many.close()
+    assert faults(first)[0] == ("decode", "hang")
+    assert [len(batch.facts) for batch in (first, *others)] == [2000, 1999, 1999, 1999]
+
+
+_SMALL_SHM = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_loader import Feed, images, make, png, shard
+from batchjob.errors import AttemptFailed
+if __name__ == "__main__":
+    loader = make(1, batch_size=64, size=None, prepare=sys.modules["test_loader"].Large())
+    try:
+        list(loader.batches(Feed([shard(0, images(Path.cwd(), *[png(1)] * 64))])))
+    except AttemptFailed as error:
+        print(error)
+    loader.close()
+"""
+
+
+@dataclass(frozen=True)
+class Large:
+    def __call__(self, data: bytes) -> Prepared:  # noqa: ARG002 - the face of a `Prepare`
+        return Prepared(torch.zeros((3, 100, 100), dtype=torch.uint8), 100, 100)
+
+
+def test_shared_memory_that_is_full_is_no_fault_of_the_images(tmp_path: Path) -> None:
+    private = ["unshare", "--mount", "--map-root-user"]
+    if subprocess.run([*private, "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], check=False).returncode:
+        pytest.skip("no mount of its own is allowed here")
+    (tmp_path / "small.py").write_text(_SMALL_SHM)
+    mounted = f"mount -t tmpfs -o size=1m tmpfs /dev/shm && exec {sys.executable} small.py {Path(__file__).parent}"
+    done = subprocess.run(
+        [*private, "sh", "-c", mounted], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "no room for a batch in shared memory: enlarge /dev/shm" in done.stdout, done.stderr
+
+
 def test_processes_that_were_killed_between_two_epochs_are_replaced(tmp_path: Path) -> None:
     paths = images(tmp_path, *map(png, range(10)))
     before, loader = children(), make(2, batch_size=1)
@@ -337,6 +398,9 @@ def test_auto_follows_the_cores_and_the_images() -> None:
     assert settle(auto, cores=4) == LoaderPlan(4, 2, False)
     assert settle(auto, cores=8, cuda=True) == LoaderPlan(8, 2, True)
     assert settle(auto, cores=0).processes == 1
+    for shared, expected in ((2048, (16, 2)), (640, (16, 1)), (64, (1, 1)), (20, (1, 1))):  # MiB
+        plan = settle(auto, cores=16, cuda=True, batch_bytes=20 << 20, shared=shared << 20)
+        assert (plan.processes, plan.prefetch) == expected, shared
     assert settle(auto, cores=512).processes == 32
     assert [settle(auto, cores=4, few_bytes=size << 20).processes for size in (0, 15, 16, 40, 900)] == [1, 1, 2, 3, 4]
     given = LoaderSettings(processes=3, prefetch=5, pin_memory=True)

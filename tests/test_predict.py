@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 from batchjob.devices import check_precision, pick_device, traits
 from batchjob.errors import AttemptFailed, InvalidJob
 from batchjob.forward import Forward, Modes
-from batchjob.predict import Predicted, Predictor
+from batchjob.predict import Predicted, Predictor, random_pixels
 from batchjob.preprocess import Preprocess
 from batchjob.records import Recipe
 from batchjob.transform import normalizer
@@ -126,6 +128,24 @@ def test_the_numbers_are_those_of_a_plain_loop(grad_mode: Any) -> None:
     assert [seen[0] for seen in module.seen] == [2, 3, 7]
     assert {seen[2] for seen in module.seen} == {grad_mode == "inference"}
     assert {seen[3] for seen in module.seen} == {False}
+
+
+def test_a_warm_up_tells_the_seconds_of_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def drawn(*given: Any) -> torch.Tensor:
+        now[0] += 100.0
+        return random_pixels(*given)
+
+    class Slow(Small):
+        def forward(self, images: torch.Tensor) -> Any:
+            now[0] += 3.0
+            return super().forward(images)
+
+    monkeypatch.setattr("batchjob.predict.random_pixels", drawn)
+    monkeypatch.setattr("batchjob.predict.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    assert make(Slow()).warm_up((8, 8), rows=4) == 3.0
+    assert now == [103.0]
 
 
 def test_bf16_is_autocast_and_comes_back_as_float() -> None:
@@ -389,6 +409,21 @@ def test_on_a_gpu() -> None:
         assert made.device == CPU
         torch.testing.assert_close(made, expected, rtol=tolerance, atol=tolerance)
     assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_wait_for_a_gpu_holds_no_core() -> None:
+    class Slow(Small):
+        def forward(self, images: torch.Tensor) -> Any:
+            torch.cuda._sleep(1_000_000_000)
+            return super().forward(images)
+
+    predictor = Predictor(forward(Slow().eval(), device=torch.device("cuda")), Embedded())
+    predictor.warm_up((8, 8))
+    predicted = predictor(images(4))
+    began, cpu = time.perf_counter(), time.thread_time()
+    predicted.wait()
+    assert time.thread_time() - cpu < 0.5 * (time.perf_counter() - began)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")

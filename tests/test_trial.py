@@ -10,9 +10,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchjob
+from batchjob.engine import Engine
 from batchjob.errors import InvalidJob
+from batchjob.preprocess import Preprocess
+from batchjob.records import Recipe
+from batchjob.storage import Reader
+from batchjob.trial import Images
 
 NET = """
 import os
@@ -167,6 +173,49 @@ def test_what_the_job_names_by_now_is_stronger_than_the_decision_that_stands(cap
         with caplog.at_level("INFO"):
             assert batchjob.run(job(output, shard_size=4, **runtime)).status == "complete"
         assert "as the job says by now" in caplog.text
+
+
+class Operations(TorchDispatchMode):
+    """Notes what torch does."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def subject(**preprocess: Any) -> Images:
+    given = job("out")
+    if preprocess:
+        given = given.model_copy(update={"preprocess": Preprocess(**preprocess)})
+    sample = [str(path) for path in sorted(Path("images").iterdir())]
+    return Images(Engine(given, Reader(given.storage), sample), sample, 4)
+
+
+def test_what_is_timed_is_the_forward_pass_alone() -> None:
+    """The batch is made and moved before: per image, that is work which a run's loader does."""
+    run = subject().build(Recipe())
+    with Operations() as noted:
+        output = run()
+    assert output.shape == (4, 5)
+    assert any("conv" in name for name in noted.names)
+    assert not {"stack", "cat", "copy_"} & {*noted.names}, noted.names
+
+
+def test_a_model_that_writes_into_its_input_finds_the_same_batch_again(tmp_path: Path) -> None:
+    writing = NET.replace("return self.head(", "x.mul_(0.5)\n        return self.head(")
+    transform = """
+
+def prepare(image):
+    from torchvision.transforms.v2.functional import resize, to_dtype
+    return to_dtype(resize(image, [16, 16]), torch.float32, scale=True)
+"""
+    (tmp_path / "net.py").write_text(writing + transform)
+    run = subject(transform="net:prepare").build(Recipe())
+    np.testing.assert_array_equal(run().numpy(), run().numpy())
 
 
 def test_another_versions_decision_is_not_read(caplog: pytest.LogCaptureFixture) -> None:

@@ -140,6 +140,59 @@ def test_a_discard_that_was_stopped_while_another_driver_took_over_buries_nothin
     assert (out / "_SUCCESS").exists()
 
 
+def released(output: Path) -> bool:
+    newest = max(output.glob("_batchjob/lease/*.json"))
+    return bool(json.loads(newest.read_bytes())["released"])
+
+
+def test_a_signal_as_soon_as_the_lease_is_taken_gives_it_back(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, came = Lease._sweep, list[int]()
+
+    def sweep(self: Lease) -> None:
+        came.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(self)
+
+    monkeypatch.setattr(Lease, "_sweep", sweep)
+    with pytest.raises(Temporary, match="stopped by a signal; the same command resumes"):
+        run(job(tmp_path, TWELVE))
+    assert len(came) == 1
+    assert released(out)
+
+
+def test_a_signal_while_the_lease_is_given_back_changes_nothing(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, came = Turns.leave, list[int]()
+
+    def leave(self: Turns) -> None:
+        came.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(self)
+
+    monkeypatch.setattr(Turns, "leave", leave)
+    assert run(job(tmp_path, TWELVE)).status == "complete"
+    assert len(came) == 1
+    assert released(out)
+
+
+def test_a_signal_ends_the_wait_for_another_drivers_lease(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    the, other = job(tmp_path, TWELVE), Lease.acquire(DiskStore(out))
+
+    def waits(self: Quiet, text: str) -> None:
+        if "waiting up to" in text:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Quiet, "note", waits)
+    with pytest.raises(Temporary, match="stopped by a signal"):
+        run(the)
+    other.confirm()
+
+
 @pytest.mark.parametrize("call", ["refs", "require"])
 def test_a_slow_listing_keeps_the_lease(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     slowed(monkeypatch, Input, call, lambda: until_beaten(out))

@@ -141,10 +141,9 @@ def running(rig: Rig, ran: Ran) -> Running:
 
 
 def _idle(forward: Sequence[Span], lanes: int, between: float, waited: float) -> float:
-    """Share of the time that there were no pixels. Lanes may be at work while the next batch is waited for."""
-    if lanes > 1:
-        waited = between - sum(span.ended - span.began for span in forward) / lanes
-    return max(0.0, min(1.0, waited / between))
+    """Share of the time that there were no pixels. Lanes, or a GPU, may be at work while they are waited for."""
+    free = between - sum(span.ended - span.began for span in forward) / lanes
+    return max(0.0, min(1.0, (free if lanes > 1 else min(waited, free)) / between))
 
 
 def steady(ran: Ran, ahead: int) -> tuple[float, bool]:

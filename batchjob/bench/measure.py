@@ -91,6 +91,7 @@ def _found(rig: Rig, wanted: Wanted, listed: Listed, before: float) -> Findings:
             on_cpu=engine.device.type == "cpu",
             cores=rig.cores,
             busy=run.cores_busy,
+            exact=rig.job.decode.mode == "exact",
         ),
         profile=files,
     )

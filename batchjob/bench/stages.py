@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import cycle
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 from batchjob.bench.findings import Stage
@@ -60,13 +60,13 @@ class Clock:
         import torch
 
         if self._cuda is not None:
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record()
+            before, after = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
+            before.record(torch.cuda.current_stream(self._cuda))
         began, cpu = time.perf_counter(), self._cpu()
         yield
         if self._cuda is not None:
-            after.record()
-            after.synchronize()
+            after.record(torch.cuda.current_stream(self._cuda))
+            after.synchronize()  # asleep: what this process computes meanwhile is counted, and waiting is not to be
             self.gpu += before.elapsed_time(after)
         self.seconds += time.perf_counter() - began
         self.cpu += self._cpu() - cpu
@@ -152,14 +152,16 @@ def _on_device(rig: Rig, blobs: Sequence[Blob]) -> list[Stage]:
     device = rig.parts.on_device
     if device is None:
         return []
-    plain = (blob.data for blob in blobs if plain_jpeg_size(blob.data) is not None)
-    files = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in plain][: rig.batch_size]
-    if not files or not device.tried(files):
+    sizes = ((blob.data, plain_jpeg_size(blob.data)) for blob in blobs)
+    plain = list(islice(((data, size) for data, size in sizes if size is not None), rig.batch_size))
+    files = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data, _ in plain]
+    pixels = [height * width for _, (height, width) in plain]
+    if not files or not device.tried(files, pixels):
         return [Stage("device decode", note="not measured: the device takes none of these images")]
     clock = Clock()
     while clock.seconds < _SECONDS / 2:
         with clock.of(len(files)):
-            device.tried(files)
+            device.tried(files, pixels)
     return [replace(clock.stage("device decode", None, "and transform, for a share of the images"), cpu_ms=None)]
 
 
@@ -174,7 +176,8 @@ def _through_the_model(rig: Rig, batches: Sequence[Batch]) -> list[Stage]:
     moved = on_device(rig, batches)
     size = sum(pixels.nbytes for pixels, _ in moved) / sum(_count(batch) for batch in batches)
     forward = _repeated(rig, moved, lambda item: predictor(item[0], item[1].shapes).wait(), lambda item: item[1])
-    stage = forward.stage("forward", None, f"batches of {rig.batch_size}, post-processing on the device included")
+    ends = "post-processing on the device" + (" and D2H" if rig.parts.engine.device.type != "cpu" else "")
+    stage = forward.stage("forward", None, f"batches of {rig.batch_size}, {ends} included")
     if (lanes := rig.parts.lanes.count) > 1:
         rate = paced(rig, [(pixels, batch.shapes) for pixels, batch in moved])
         stage = replace(stage, images_per_second=rate, note=f"{lanes} batches of {rig.batch_size} at once")
@@ -203,7 +206,7 @@ def _copied_back(rig: Rig, moved: Sequence[tuple[torch.Tensor, Batch]]) -> Stage
     with forward.modes():
         found = post.on_device(forward(pixels))
     clock = _repeated(rig, [batch], lambda _: link.back(found), lambda batch: batch)
-    return clock.stage("D2H", sum(tensor.nbytes for tensor in found.values()) / len(pixels))
+    return clock.stage("D2H", sum(tensor.nbytes for tensor in found.values()) / len(pixels), "a part of forward")
 
 
 def _least_cpu(rig: Rig, moved: Sequence[tuple[torch.Tensor, Batch]]) -> float | None:

@@ -5,27 +5,33 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchjob.bench.rig import Ran, Rig
+from batchjob.bench.rig import Rig
 from batchjob.errors import InvalidJob
 from batchjob.predict import MARK
+from batchjob.records import Span
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TRACKS", "profile", "profiled"]
+__all__ = ["ANCHOR", "TRACKS", "profile", "profiled", "tracks"]
 
-TRACKS = ("fetch", "decode", "wait", "H2D", "forward", "D2H", "write", "commit")
+TRACKS = ("fetch", "decode", "device decode", "wait", "H2D", "forward", "D2H", "write", "commit")
+"""Stages from top to bottom; others lie below them."""
+
+ANCHOR = f"{MARK}anchor"
+"""A moment that both clocks know."""
 
 _TRACK_IDS = 900_000_001  # far from the numbers of threads
 _LANES = 64  # at most
 _STEPS = ("H2D", "forward", "D2H")  # which torch's own trace times
-_ANCHOR = f"{MARK}anchor"  # a moment that both clocks know
+_ON_GPU, _ON_HOST = "gpu_user_annotation", "user_annotation"  # of a step: when it ran, and when it was begun
 _ANCHORS = 5
 _TABLE_ROWS = 60
 
@@ -49,7 +55,7 @@ def profile(rig: Rig, folder: Path) -> tuple[str, ...]:
         every = _ExperimentalConfig(profile_all_threads=True)  # lanes are threads of their own
         with profiled(record_shapes=True, experimental_config=every) as made:
             for _ in range(_ANCHORS):  # the first takes longer
-                with torch.profiler.record_function(_ANCHOR):
+                with torch.profiler.record_function(ANCHOR):
                     anchor = time.perf_counter()
             ran = rig.run([rig.sample])
         by_shape = made.key_averages(group_by_input_shape=True)
@@ -57,7 +63,7 @@ def profile(rig: Rig, folder: Path) -> tuple[str, ...]:
         table.write_text(by_shape.table(sort_by=order, row_limit=_TABLE_ROWS) + "\n")
         made.export_chrome_trace(str(trace))
         whole = json.loads(trace.read_text())
-        whole["traceEvents"] += list(_tracks(whole["traceEvents"], ran, anchor))
+        whole["traceEvents"] += list(tracks(whole["traceEvents"], ran.spans, anchor))
         trace.write_text(json.dumps(whole))
     except OSError as error:
         raise InvalidJob(f"--profile {folder}: cannot be written ({error.strerror or error})") from error
@@ -76,38 +82,64 @@ def profiled(**options: Any) -> Iterator[torch.profiler.profile]:
         yield made
 
 
-def _tracks(events: Iterable[dict[str, Any]], ran: Ran, anchor: float) -> Iterator[dict[str, Any]]:
-    """Events in the format of Chrome traces: what torch timed of a stage, else our own spans; and the tracks' names."""
+def tracks(events: Sequence[dict[str, Any]], spans: Sequence[Span], anchor: float) -> Iterator[dict[str, Any]]:
+    """Events of Chrome's format: what torch timed of a stage, on the GPU where it did, else our spans; and their names.
+
+    Args:
+        events: of torch's trace, among them `ANCHOR`.
+        spans: of the same run.
+        anchor: when the last anchor was, by `time.perf_counter`.
+    """
     marked = [event for event in events if str(event.get("name", "")).startswith(MARK) and "dur" in event]
-    last = max((event for event in marked if event["name"] == _ANCHOR), key=lambda event: float(event["ts"]))
+    last = max((event for event in marked if event["name"] == ANCHOR), key=lambda event: float(event["ts"]))
     zero = float(last["ts"]) + float(last["dur"]) / 2
+    rows = {stage: row for row, stage in enumerate(dict.fromkeys((*TRACKS, *(span.stage for span in spans))))}
     used: set[_Track] = set()
-    for span in ran.spans:
-        if span.stage not in _STEPS:
-            used.add(track := _Track(span.process, span.stage))
-            start = zero + (span.began - anchor) * 1e6
-            yield _event(track, start, (span.ended - span.began) * 1e6, span.images)
-    lanes: dict[int, int] = {}  # by thread
-    for event in marked:
-        step = event["name"].removeprefix(MARK)
-        if step in _STEPS and event.get("cat") == "user_annotation":
-            lane = lanes.setdefault(event["tid"], len(lanes))
-            used.add(track := _Track(os.getpid(), step, lane))
+    for span, lane in _laned([span for span in spans if span.stage not in _STEPS]):
+        used.add(track := _Track(span.process, rows[span.stage], span.stage, lane))
+        yield _event(track, zero + (span.began - anchor) * 1e6, (span.ended - span.began) * 1e6, span.images)
+    for step in _STEPS:
+        for event, lane in _timed(marked, step):
+            used.add(track := _Track(os.getpid(), rows[step], step, lane))
             yield _event(track, float(event["ts"]), float(event["dur"]))
-    yield from _names(used)
+    yield from _names(used, len(rows))
 
 
-@dataclass(frozen=True, order=True)
+def _laned(spans: Iterable[Span]) -> Iterator[tuple[Span, int]]:
+    """Each with the first lane of its process's stage that is free by then: a stage may be at two batches at once."""
+    ends: dict[tuple[int, str], list[float]] = defaultdict(list)
+    for span in sorted(spans, key=lambda span: span.began):
+        lanes = ends[span.process, span.stage]
+        lane = next((lane for lane, end in enumerate(lanes) if end <= span.began), len(lanes))
+        lanes[lane : lane + 1] = [span.ended]
+        yield span, lane
+
+
+def _timed(marked: Sequence[dict[str, Any]], step: str) -> Iterator[tuple[dict[str, Any], int]]:
+    """What torch timed of a step, each with its lane: that of the GPU's stream, or of the thread."""
+    found = [event for event in marked if event["name"] == f"{MARK}{step}"]
+    gpu = [event for event in found if event.get("cat") == _ON_GPU]
+    lanes: dict[Any, int] = {}
+    if not gpu:  # a thread has the same lane in all steps
+        for event in marked:
+            if event.get("cat") == _ON_HOST and event["name"] != ANCHOR:
+                lanes.setdefault(event["tid"], len(lanes))
+    for event in gpu or [event for event in found if event.get("cat") == _ON_HOST]:
+        yield event, lanes.setdefault(event["tid"], len(lanes))
+
+
+@dataclass(frozen=True)
 class _Track:
     """A line of the picture: what a process does of a stage, in one of its lanes."""
 
     process: int
+    row: int
     stage: str
-    lane: int = 0
+    lane: int
 
     @property
     def place(self) -> int:
-        return TRACKS.index(self.stage) * _LANES + self.lane
+        return self.row * _LANES + self.lane
 
     @property
     def title(self) -> str:
@@ -128,11 +160,11 @@ def _event(track: _Track, start: float, took: float, images: int | None = None) 
     }
 
 
-def _names(used: Iterable[_Track]) -> Iterator[dict[str, Any]]:
-    for track in sorted(used):
+def _names(used: Iterable[_Track], rows: int) -> Iterator[dict[str, Any]]:
+    for track in sorted(used, key=lambda track: (track.process, track.place)):
         at = {"pid": track.process, "tid": _TRACK_IDS + track.place}
         title = "batchjob" if track.process == os.getpid() else f"batchjob loader {track.process}"
         yield {"ph": "M", "name": "process_name", "pid": track.process, "args": {"name": title}}
         yield {"ph": "M", "name": "thread_name", **at, "args": {"name": track.title}}
-        order = track.place - len(TRACKS) * _LANES
+        order = track.place - rows * _LANES
         yield {"ph": "M", "name": "thread_sort_index", **at, "args": {"sort_index": order}}

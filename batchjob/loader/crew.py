@@ -188,7 +188,7 @@ class Crew:
             task.spared = True
             self._waiting.appendleft(task)
         else:
-            task.item = AttemptFailed(f"a loader process {death.words}, and no image is to blame")
+            task.item = AttemptFailed(f"a loader process {death.words}, and no image is to blame; run again")
             self._changed.notify_all()
 
     # -- in a thread: what processes send, and their deaths ----------------------------------------------------
@@ -290,11 +290,10 @@ class Crew:
     # -- in a thread: the clock --------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        """Not in the thread that listens: that may have to wait for a process which is stuck."""
+        """Not in the thread that listens, and without the lock: whoever has it may wait for a process that is stuck."""
         signs: list[tuple[float, ...]] = []
         while not self._closed.wait(_LOOK_SECONDS):
-            with self._changed:
-                processes = [*(member.process for member in self._members), *self._suspects]
+            processes = [*(member.process for member in list(self._members)), *list(self._suspects)]
             signs, before = [process.mark.sign for process in processes], signs
             if signs != before:
                 self.last_sign = time.monotonic()

@@ -156,6 +156,8 @@ class Images:
             return ImageFacts(etag, made.width, made.height, pixels.add(made.pixels), made.turned)
         except ImageFault as error:
             fault = Fault(error.stage, error.type, error.message)
+        except BatchjobError:  # of the whole batch
+            raise
         except Exception as error:  # noqa: BLE001 - one image's fault is that image's row
             fault = _fault(error)
         return ImageFacts(etag, fault=fault)

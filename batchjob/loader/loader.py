@@ -83,7 +83,7 @@ class Loader:
 
     def collated(self, images: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """Prepared images as the pixels of one batch; what does not go with the first of them is left out."""
-        room = self._images.collation(len(images))
+        room = self._images.collation(len(images), shared=self._plan.processes > 0)
         for image in images:
             room.add(image)
         return room.filled()

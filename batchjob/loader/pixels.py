@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from batchjob.encoded import Encoded
+from batchjob.errors import AttemptFailed
 from batchjob.records import Fault
 
 if TYPE_CHECKING:
@@ -123,10 +125,20 @@ def _room_for(rows: int, image: torch.Tensor, shared: bool) -> torch.Tensor:
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype, shared: bool) -> torch.Tensor:
+    """Raises AttemptFailed where there is no shared memory: no image is at fault."""
     import torch
 
-    room = torch.empty(shape, dtype=dtype)
-    return room.share_memory_() if shared else room
+    if not shared:
+        return torch.empty(shape, dtype=dtype)
+    # Not `share_memory_`: it copies what was not even written yet.
+    try:
+        storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    except RuntimeError as error:
+        raise AttemptFailed(
+            "there is no room for a batch in shared memory: enlarge /dev/shm (docker run --shm-size), or lower "
+            f"runtime.batch_size or runtime.loader.prefetch ({error})"
+        ) from error
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import time
@@ -172,17 +173,27 @@ def _serve(images: Images, mark: Mark, pipe: Connection, memory: int | None, sec
     threading.Thread(target=end_with_parent, name="parent-watch", daemon=True).start()
     confine(memory)
     watched = Watched(mark, seconds)
+    requests: queue.SimpleQueue[tuple[int, Request] | None] = queue.SimpleQueue()
+    threading.Thread(target=_take_in, args=(pipe, requests), name="requests", daemon=True).start()
     import torch
 
     torch.set_num_threads(1)
     mark.rest()
     with suppress(EOFError, ConnectionError):  # the worker is gone
-        while (sent := pipe.recv()) is not None:
+        while (sent := requests.get()) is not None:
             task, request = sent
             mark.begin(task)
             answer = _loaded(images, request, watched)
             pipe.send((task, answer))
             mark.rest()
+
+
+def _take_in(pipe: Connection, requests: queue.SimpleQueue[tuple[int, Request] | None]) -> None:
+    """As they come, for a large one does not fit into the pipe: whoever sends it would wait for the batch at work."""
+    with suppress(EOFError, OSError):
+        while (sent := pipe.recv()) is not None:
+            requests.put(sent)
+    requests.put(None)
 
 
 def _loaded(images: Images, request: Request, watched: Watched) -> Item:

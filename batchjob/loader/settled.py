@@ -16,6 +16,7 @@ TYPICAL_BYTES = 1 << 18  # what an encoded image counts for whose size nobody ha
 MOST_PROCESSES = 32
 IMAGE_SECONDS = 60.0
 
+_PREFETCH = 2
 _MIB = 1 << 20
 _WORTH_A_PROCESS = 16 * _MIB  # of encoded images: half a second of decoding
 _AT_REST_MIB = 2048  # interpreter, torch, storage clients, stacks of their threads, the encoded files of a batch
@@ -61,8 +62,12 @@ def settle(
     cuda: bool = False,
     memory: int | None = None,
     max_pixels: int = 0,
+    batch_bytes: int = 0,
+    shared: int | None = None,
 ) -> LoaderPlan:
     """The rule behind `auto`: a process per core, or fewer for a few images; pinned where there is a CUDA device.
+
+    There are fewer, too, where shared memory has no room for what they would keep ready.
 
     Args:
         settings: what the job says.
@@ -71,13 +76,17 @@ def settle(
         cuda: whether batches go to a CUDA device.
         memory: bytes that this worker and its loader may use, where that is known.
         max_pixels: of the largest image that is decoded.
+        batch_bytes: of the pixels of a batch.
+        shared: bytes that are free in shared memory, where that is known.
     """
     most = max(1, min(cores, MOST_PROCESSES))
     wanted = most if few_bytes is None else min(most, 1 + few_bytes // _WORTH_A_PROCESS)
-    processes = wanted if settings.processes == "auto" else settings.processes
+    room = shared // 2 // batch_bytes if shared is not None and batch_bytes else _PREFETCH * wanted
+    prefetch = max(1, min(_PREFETCH, room // wanted)) if settings.prefetch == "auto" else settings.prefetch
+    processes = max(1, min(wanted, room // prefetch)) if settings.processes == "auto" else settings.processes
     return LoaderPlan(
         processes=processes,
-        prefetch=2 if settings.prefetch == "auto" else settings.prefetch,
+        prefetch=prefetch,
         pin_memory=cuda and settings.pin_memory in {True, "auto"},
         image_seconds=settings.image_seconds,
         memory=_memory(memory, processes, max_pixels) if settings.memory_mib == "auto" else settings.memory_mib * _MIB,

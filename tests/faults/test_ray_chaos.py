@@ -19,13 +19,15 @@ from lost import ASSERT, ECC, write_harmful_job
 
 IMAGES, SHARD = 240, 4
 STALL_SECONDS = 6
+HALTED_SECONDS = 4  # after which a loader that somebody stopped is replaced
+IN_HAND = 4  # shards that a worker has
 # A node that does not answer is dead after some 5 s; as Ray is shipped, after half a minute.
 IMPATIENT = {"health_check_period_ms": 500, "health_check_timeout_ms": 1500, "health_check_failure_threshold": 3}
 
 
 @dataclass
 class Machines:
-    """A cluster: a head without room for workers, and nodes for one worker each.
+    """A cluster: a head without room for workers, and nodes for one worker each, or more.
 
     Attributes:
         cluster: Ray's own.
@@ -35,9 +37,9 @@ class Machines:
     cluster: Any
     nodes: list[Any] = field(default_factory=list)
 
-    def add(self, **environment: str) -> None:
-        """One more node, whose workers see this environment."""
-        self.nodes.append(self.cluster.add_node(num_cpus=1, env_vars=environment or None))
+    def add(self, workers: int = 1, **environment: str) -> None:
+        """One more node for so many workers, which see this environment."""
+        self.nodes.append(self.cluster.add_node(num_cpus=workers, env_vars=environment or None))
 
     def raylet(self, node: Any) -> int:
         """The process that is the node."""
@@ -64,6 +66,58 @@ def title(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return ""
+
+
+# Where BATCHJOB_TEST_HARM is set, that befalls all workers but the first. A batch waits there and elsewhere until two
+# have failed, and takes a while then.
+SHARING_NET = """\
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from torch import nn
+
+
+class Sharing(nn.Module):
+    def forward(self, x):
+        if x[:, 0].amin() == 1 and x[:, 1].amax() == 0:  # the picture, and no warm-up
+            work(os.environ.get("BATCHJOB_TEST_HARM"), Path(os.environ["BATCHJOB_TEST_MARKS"]))
+        return x.mean(dim=(2, 3))
+
+
+def work(harm, marks):
+    if harm and not is_first(marks / "first"):
+        (marks / f"fault-{os.getpid()}").touch()
+        raise RuntimeError(harm)
+    deadline = time.monotonic() + 100
+    while len(list(marks.glob("fault-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    if harm:
+        with (marks / "done").open("ab") as done:
+            done.write(b".")
+
+
+def is_first(mark):
+    with suppress(FileExistsError), mark.open("x") as file:
+        file.write(f"{os.getpid()}")
+    return mark.read_text() == f"{os.getpid()}"
+
+
+def make():
+    return Sharing()
+"""
+
+
+def write_sharing_job(folder: Path, images: int) -> Path:
+    """Write it there over one picture so many times; the folder in which its workers leave marks."""
+    job, marks = folder / "job.yaml", folder / "marks"
+    write_slow_job(folder, images)
+    (folder / "sharing.py").write_text(SHARING_NET)
+    job.write_text(job.read_text().replace("slow:make", "sharing:make"))
+    marks.mkdir()
+    return marks
 
 
 @contextmanager
@@ -115,6 +169,10 @@ class Run:
 
     def check(self, images: int = IMAGES) -> None:
         assert sorted(table(self.output)["position"].to_pylist()) == list(range(images))
+
+    def check_without_errors(self, images: int) -> None:
+        self.check(images)
+        assert table(self.output)["error_stage"].null_count == images
 
 
 def killed(run: Run, driver: Command, chance: random.Random, victim: str) -> None:
@@ -191,6 +249,62 @@ def test_what_is_stopped_is_replaced_and_does_no_harm_when_it_wakes(
     assert victim == "raylet" or "has not answered for" in ended.err
     run.check()
     figure("a worker that does not move is replaced", f"Ray: {victim} stopped and woken; 0 missing, 0 twice")
+
+
+def test_loaders_that_are_stopped_go_on_or_are_replaced(
+    tmp_path: Path, seed: int, figure: Figure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is woken before its time is over, the other one is not and loses nothing but what it had in hand."""
+    chance, images = random.Random(seed), 160
+    write_slow_job(tmp_path, images)
+    monkeypatch.setenv("BATCHJOB_TEST_NAP", "0.4")  # of the nodes, whose actors have their environment
+    with machines() as them:
+        run = Run(them, tmp_path)
+        with ends(run.start(f"runtime.loader.image_seconds={HALTED_SECONDS}", processes=1)) as driver:
+            until(lambda: len(them.loaders()) == 2, command=driver)
+            run.goes_on(driver)
+            sleepers = chance.sample(them.loaders(), 2)
+            for sleeper in sleepers:
+                os.kill(sleeper, signal.SIGSTOP)
+            run.goes_on(driver, 1)
+            with suppress(ProcessLookupError):
+                os.kill(sleepers[0], signal.SIGCONT)
+            until(lambda: sleepers[1] not in them.loaders(), command=driver)  # killed, stopped as it is
+            woken = sleepers[0] in them.loaders()
+            ended = driver.end()
+    print(ended.err[-1500:])
+    assert (ended.code, ended.answer["status"]) == (0, "complete"), ended.err
+    assert "was lost" not in ended.err, "a loader's death is not its worker's"
+    run.check_without_errors(images)
+    went_on = "woke and went on" if woken else "was woken too late"
+    figure(
+        "a worker that does not move is replaced",
+        f"Ray: 2 loaders stopped, one {went_on}, one was replaced; 0 workers lost, 0 missing, 0 twice",
+    )
+
+
+def test_nobody_stays_on_a_device_that_has_failed_under_others(tmp_path: Path, figure: Figure) -> None:
+    """One of two fails, and so does the next in its place: the other one is put to rest; no attempt is used up."""
+    images = 160
+    marks = write_sharing_job(tmp_path, images)
+    with machines(nodes=0) as them:
+        them.add(2, BATCHJOB_TEST_MARKS=str(marks), BATCHJOB_TEST_HARM=ECC)
+        them.add(1, BATCHJOB_TEST_MARKS=str(marks))
+        run = Run(them, tmp_path)
+        three = ["runtime.workers={min: 3, max: 3}", "errors.attempts=1", "runtime.stall_seconds=120"]
+        with ends(run.start(*three)) as driver:
+            ended = driver.end()
+    print(ended.err[-3000:])
+    assert (ended.code, ended.answer["status"]) == (0, "complete"), ended.err
+    run.check_without_errors(images)
+    batches = len((marks / "done").read_bytes())
+    assert len(list(marks.glob("fault-*"))) == 2
+    assert batches <= 2 * IN_HAND < images // SHARD // 3, "it went on there"
+    assert "was put to rest: cpu on" in ended.err
+    figure(
+        "a device that fails is banned",
+        f"Ray: 2 workers on one device, 2 faults: the one without a fault did {batches} of {images // SHARD} shards",
+    )
 
 
 def test_a_device_that_fails_is_used_no_more_and_without_any_the_run_is_temporary(

@@ -233,6 +233,7 @@ def refused_jobs(jobs: Jobs) -> Iterator[list[str]]:
     user, sign, sas = WRITTEN["userinfo"], WRITTEN["signature"], WRITTEN["sas"]
     yield [f"input.uri=s3://me:{user}@lake/in/"]
     yield [f"input.uri=https://lake/in/?X-Amz-Credential={WRITTEN['credential']}&X-Amz-Signature={sign}"]
+    yield [f"input.uri=https://lake/in/?x-oss-signature={sign}"]
     yield [f"output.uri=az://container/out/?sv=2024-01-01&sig={sas}"]
     yield [f"output.uri=s3://lake/out/?access_token={WRITTEN['access token']}&x=1"]
     yield [f"storage={{'s3://': {{endpoint: 'http://me:{user}@127.0.0.1:1'}}}}"]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from photographs import decoded, jpeg, photograph
 from PIL import Image
 
 from batchjob.bench.ceilings import Ceiling, ceilings, verdict
@@ -189,6 +190,20 @@ def test_the_profile_is_a_table_and_a_trace_with_a_track_for_each_stage(
     assert min(decode) < min(forward), "one clock for all processes"
 
 
+def test_a_device_that_decodes_has_a_line_a_track_and_a_service(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batchjob.worker.device_decoder", lambda device: decoded)
+    for number in range(12):
+        (folder / f"images/{number:02}.png").write_bytes(jpeg(photograph(number)))
+    found = measured(capfd, "--profile", "profile", "decode.mode=fast", "decode.device=cuda")
+    stages = {stage["name"]: stage for stage in found["stages"]}
+    assert stages["device decode"]["images_per_second"] > 0
+    assert found["run"]["services"]["device decode"]["images_per_second"] > 0
+    events = json.loads(Path(found["profile"][1]).read_text())["traceEvents"]
+    assert {"fetch", "device decode", "forward"} <= {one["name"] for one in events if one.get("cat") == "batchjob"}
+
+
 def test_error_rows_are_counted_and_measured_around(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "images/03.png").write_bytes(b"no image")
     found = measured(capfd)
@@ -290,9 +305,9 @@ def test_the_tightest_comes_first() -> None:
     found = ceilings(stages, 16, store=9000.0, disk=5e6)
     rates = {one.name: one.images_per_second for one in found}
     assert rates == {
-        "gpu": pytest.approx(2000),
+        "gpu": pytest.approx(2500),
         "disk": pytest.approx(5000),
-        "cpu": pytest.approx(16e3 / 2.4),
+        "cpu": pytest.approx(16e3 / 2.3),
         "store": 9000.0,
         "link": pytest.approx(20_000),
     }

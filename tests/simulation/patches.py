@@ -15,6 +15,7 @@ import pyarrow as pa
 from stores import Killed
 
 from batchjob import dispatch, driver, lease, parallel, planning, redaction, turns
+from batchjob.drain import Drain
 from batchjob.job import Job
 from batchjob.lease import Lease
 from batchjob.plan import Chunk, Head, cutting
@@ -154,7 +155,7 @@ class Taken(Lease):
         return taken
 
 
-class Asked:
+class Asked(Drain):
     """A `Drain` that the test asks."""
 
     def __init__(self) -> None:
