@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from multiprocessing import get_context
 from pathlib import Path
 
 from batchjob import heap, plan, revision, trial
@@ -18,21 +17,21 @@ from batchjob.agreement import Agreement
 from batchjob.assembly import Assembly, Imprint
 from batchjob.attended import AttendedStore
 from batchjob.breakage import identity
-from batchjob.devicejpeg import Decode, DeviceDecoding, device_decoder, first_attempt
+from batchjob.devicejpeg import DeviceDecoding, first_attempt
 from batchjob.engine import Engine
-from batchjob.environment import memory_given, shared_memory_free
+from batchjob.environment import memory_given
 from batchjob.errors import Stalled, Temporary
 from batchjob.guard import Guard
 from batchjob.job import Job
 from batchjob.lanes import Lanes, lanes
-from batchjob.loader import Loader, LoaderPlan, Quarantine, preload, settle
+from batchjob.loader import Loader, Quarantine, preload
+from batchjob.loading import Loading
 from batchjob.passage import Passage
 from batchjob.plan import Contract, Head, PlanReader
 from batchjob.pool import Event, Loaded, Setup
 from batchjob.predict import Predictor
-from batchjob.prepare import Divided, Prepare
+from batchjob.prepare import Prepare
 from batchjob.records import Recipe, Shard, ShardKey, Watch
-from batchjob.share import Balance, Share
 from batchjob.sink import row_schema
 from batchjob.spool import Spool
 from batchjob.stopwatch import Stopwatch
@@ -45,9 +44,6 @@ from batchjob.witness import see_witness
 __all__ = ["Parts", "Worker"]
 
 _log = logging.getLogger(__name__)
-_BATCH_SIZES = {"cuda": 128}
-_BATCH_SIZE_ELSEWHERE = 32
-_BATCH_SIZE_MOST = 1024
 _WARM_UP_ROWS = 8
 _SLOW_SECONDS = 60.0  # for a few images, at the pace of the first call, which is the slowest: then tuning may pay, too
 _BRING_TRANSFORMS = {"timm", "huggingface", "python"}
@@ -88,9 +84,7 @@ class Worker:
         self._plan: _Plan | None = None
         self._quarantine = Quarantine()
         self._assembly: Assembly | None = None
-        self._loader: Loader | None = None
-        self._decode: Decode | None = None  # the device's decoder, where the job asks for it
-        self._on_device: DeviceDecoding | None = None
+        self._loading: Loading | None = None
         self._threads_before: int | None = None
         self._pace = 0.0  # seconds an image takes, run as plainly as can be; 0 where nobody will ask
         self._engine: Engine
@@ -117,39 +111,38 @@ class Worker:
         self._use_threads(lanes("cpu", self._cores).threads)
         self._engine = engine = Engine(self._job, self._reader, self._setup.sample)
         self.device = identity(engine.device)
-        self._decode = device_decoder(engine.device) if self._job.decode.device == "cuda" else None
-        self._batch_size = self._first_batch_size()
-        self._start_loader(tuple(engine.example.shape))
+        few_bytes = self._setup.few_bytes
+        self._loading = loading = Loading(self._job, engine, self._reader, self._cores, few_bytes, self._stopwatch)
+        loading.start()
         engine.try_out()
-        self._warm_up()
+        self._warm_up(loading)
         return Loaded(
             device=self.device,
             precision=engine.recipe.precision,
             model=self._model_id,
             columns=tuple(column.name for column in engine.post.fields),
-            batch_size=self._batch_size,
+            batch_size=loading.batch_size,
             seconds=time.monotonic() - began,
-            ahead=self._ahead,
+            ahead=loading.ahead,
             row_bytes=getattr(engine.post, "row_bytes", 0),
         )
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, loading: Loading) -> None:
         """Run as plainly as can be; learn how many images fit at once, and how long one takes."""
         engine, example = self._engine, self._engine.example
         self._predictor = engine.predictor(engine.forward(Recipe()))
-        rows = min(self._batch_size, _WARM_UP_ROWS)
+        rows = min(loading.batch_size, _WARM_UP_ROWS)
         if engine.device.type != "cpu":  # where memory is virtual, what does not fit is not refused but killed
-            if self._job.runtime.batch_size == "auto" and engine.model.batch_size is None:
-                first, dtype = self._batch_size, example.dtype
-                most = min(_BATCH_SIZE_MOST, self._room_for(example.nbytes))
-                self._resize(self._predictor.largest_batch(example.shape, first, most, dtype))
-            rows = self._batch_size
+            if loading.may_grow:
+                first, most = loading.batch_size, loading.most
+                loading.resize(self._predictor.largest_batch(example.shape, first, most, example.dtype))
+            rows = loading.batch_size
         pace, kind = self._predictor.warm_up(example.shape, rows, example.dtype) / rows, engine.device.type
         self._lanes = lanes(kind, self._cores, alone=kind == "cpu" and engine.keeps_state(), memory=memory_given())
         self._use_threads(self._lanes.threads)
         if self._setup.few_bytes is None or pace * len(self._setup.sample) > _SLOW_SECONDS:
-            took = self._predictor.warm_up(example.shape, self._batch_size, example.dtype)
-            self._pace = took / self._batch_size / self._lanes.count
+            took = self._predictor.warm_up(example.shape, loading.batch_size, example.dtype)
+            self._pace = took / loading.batch_size / self._lanes.count
 
     def begin(self, number: int) -> None:
         """Join the plan of this number: agree with all other workers on schema, model and image size.
@@ -163,12 +156,12 @@ class Worker:
         if head is None or found != number:
             raise Temporary(f"{self._store.uri}: plan {number} was discarded while this run was starting; run again")
         reader = PlanReader(self._store, head)
-        engine = self._engine
+        engine, loading = self._engine, self._loaded
         schema = row_schema(list(reader.passthrough), engine.post.fields, has_id=self._job.input.has_id)
-        ours = Contract(schema, self._digest, None if engine.varying else self._size)
+        ours = Contract(schema, self._digest, None if engine.varying else loading.size)
         agreed = plan.agree(self._store, head, ours)
-        if agreed.size is not None and agreed.size != self._size:
-            self._start_loader(agreed.size)
+        if agreed.size is not None and agreed.size != loading.size:
+            loading.start(agreed.size)
         self._quarantine = Quarantine(self._store, head.folder)
         self._accelerate(head, reader)
         self._plan = _Plan(head, reader)
@@ -190,17 +183,16 @@ class Worker:
             watch=self._watch,
             stopwatch=self._stopwatch,
         )
-        assert self._loader is not None, "load comes before begin"
-        self._loader.quarantine = self._quarantine
+        loading.loader.quarantine = self._quarantine
         self._guard = Guard(self._predictor, self._quarantine, self.device, self._stopwatch)
         self._passage = Passage(
-            self._on_device or self._loader,
+            loading.source,
             self._guard,
             self._assembly,
             self._lanes.count,
             self._stopped.is_set,
             self._watch,
-            partial(self._stopwatch.step, "the wait for a batch", storage=True, sign=self._loader.last_sign),
+            partial(self._stopwatch.step, "the wait for a batch", storage=True, sign=loading.loader.last_sign),
         )
 
     def _accelerate(self, head: Head, reader: PlanReader) -> None:
@@ -211,7 +203,7 @@ class Worker:
             base=self._job.base,
             data_base=Path(self._setup.folder),
             sample=tuple(ref.location for ref in seen[:_SAMPLE]),
-            batch_size=self._batch_size,
+            batch_size=self._loaded.batch_size,
             threads=self._lanes.threads,
         )
         images, lanes = len(seen) / self._sharers(), self._lanes.count
@@ -235,7 +227,7 @@ class Worker:
             shard = revision.outstanding(self._store, shard, self._job.decode.max_bytes)
         if shard.refs:
             self._quarantine.learn([ref.position for ref in shard.refs], key.revision, again)
-        if self._decode is None:
+        if not self._loaded.divides:
             return shard
         return replace(
             shard, on_host=again or bool(key.revision) or not first_attempt(self._store, self._begun.head, key)
@@ -243,7 +235,8 @@ class Worker:
 
     def close(self) -> None:
         """End loader processes and threads, remove the spool, give memory back, and torch its threads."""
-        self._close_loader()
+        if self._loading is not None:
+            self._loading.close()
         if self._assembly is not None:
             self._assembly.close()
         self._spool.close()
@@ -277,11 +270,9 @@ class Worker:
     @property
     def parts(self) -> Parts:
         """What it works with, once begun, for a look at each alone."""
-        assert self._loader is not None, "load comes before parts"
         assert self._assembly is not None, "begin comes before parts"
-        return Parts(
-            self._reader, self._engine, self._loader, self._predictor, self._assembly, self._lanes, self._on_device
-        )
+        on_device, loader = self._loaded.on_device, self._loaded.loader
+        return Parts(self._reader, self._engine, loader, self._predictor, self._assembly, self._lanes, on_device)
 
     # -- parts of loading --------------------------------------------------------------------------------------
 
@@ -291,30 +282,17 @@ class Worker:
         return self._plan
 
     @property
+    def _loaded(self) -> Loading:
+        assert self._loading is not None, "load comes before work"
+        return self._loading
+
+    @property
     def _digest(self) -> str:
         return self._engine.digest
 
     @cached_property
     def _model_id(self) -> str:
         return f"{self._job.model.title}@{self._digest[:12]}"
-
-    def _first_batch_size(self) -> int:
-        asked = self._job.runtime.batch_size
-        if asked != "auto":
-            return asked
-        own = self._engine.model.batch_size
-        return own or _BATCH_SIZES.get(self._engine.device.type, _BATCH_SIZE_ELSEWHERE)
-
-    def _room_for(self, image_bytes: int) -> int:
-        """Images that each batch under way may have, for all of them to find room in shared memory."""
-        assert self._loader is not None, "load comes before"
-        free, batches = shared_memory_free(), self._loader.plan.processes * self._loader.plan.prefetch
-        return _BATCH_SIZE_MOST if free is None or not batches else free // 2 // (batches * image_bytes)
-
-    def _resize(self, batch_size: int) -> None:
-        self._batch_size = batch_size
-        if self._loader is not None:
-            self._loader.batch_size = batch_size
 
     def _needed_by_transforms(self) -> tuple[str, ...]:
         """What a transform that is not our own is likely to import: once, and not in each loader process."""
@@ -327,59 +305,6 @@ class Worker:
         if self._threads_before is None:
             self._threads_before = torch.get_num_threads()
         torch.set_num_threads(threads)
-
-    def _start_loader(self, size: tuple[int, ...]) -> None:
-        """Start a loader for images of this size, in place of one for another."""
-        self._close_loader()
-        self._size = size
-        cuda = self._engine.device.type == "cuda"
-        chosen = settle(
-            self._job.runtime.loader,
-            cores=self._cores,
-            few_bytes=self._setup.few_bytes,
-            cuda=cuda,
-            memory=memory_given(),
-            max_pixels=self._job.decode.max_pixels,
-            batch_bytes=self._batch_size * self._engine.example.nbytes,
-            shared=shared_memory_free(),
-        )
-        self._ahead = chosen.processes * chosen.prefetch * self._batch_size
-        self._loader = self._loader_by(chosen) if self._decode is None else self._divided(chosen, self._decode)
-        self._loader.start()
-
-    def _divided(self, chosen: LoaderPlan, decode: Decode) -> Loader:
-        """A loader that leaves a share of the images to the device, and beside it what decodes them there."""
-        share = Share(get_context("forkserver"))
-        loader = self._loader_by(chosen, Divided(self._engine.prepare, share))
-        alone = replace(chosen, processes=min(chosen.processes, 1), prefetch=1, pin_memory=False)
-        self._on_device = DeviceDecoding(
-            loader=loader,
-            host=self._loader_by(alone),
-            decode=decode,
-            geometry=self._engine.prepare.geometry,
-            device=self._engine.device,
-            balance=Balance(share, max(1, chosen.processes) * chosen.prefetch),
-            stopwatch=self._stopwatch,
-        )
-        return loader
-
-    def _loader_by(self, chosen: LoaderPlan, divided: Divided | None = None) -> Loader:
-        return Loader(
-            reader=self._reader,
-            prepare=self._engine.prepare,
-            batch_size=self._batch_size,
-            plan=chosen,
-            size=self._size,
-            varying=self._engine.varying,
-            max_bytes=self._job.decode.max_bytes,
-            retries=self._job.errors.retries,
-            divided=divided,
-        )
-
-    def _close_loader(self) -> None:
-        for one in (self._on_device, self._loader):
-            if one is not None:
-                one.close()
 
 
 @dataclass(frozen=True)

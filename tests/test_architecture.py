@@ -25,8 +25,8 @@ FLOORS = [
     "jobtext parameters jobfile complaints portable job",
     (
         "pool told report progress environment drain prepare turns accounting feeder planning survey dispatch takes "
-        "revision assembly devicejpeg engine trial agreement convert guard passage witness worker layout shipping "
-        "bench driver"
+        "revision assembly devicejpeg engine trial agreement convert guard passage witness loading worker layout "
+        "shipping bench driver"
     ),
     "local cluster launch",
     "arguments cli",

@@ -360,7 +360,7 @@ def refused(path: Path) -> str:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[Decode], None]:
     """Puts a decoder in the place of the GPU's."""
-    return lambda decode: monkeypatch.setattr("batchjob.worker.device_decoder", lambda device: decode)
+    return lambda decode: monkeypatch.setattr("batchjob.loading.device_decoder", lambda device: decode)
 
 
 def embeddings(folder: Path) -> dict[str, list[float] | None]:

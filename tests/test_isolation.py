@@ -45,6 +45,8 @@ class Prepare:
             case "hang":
                 while True:
                     pass
+            case "doze":  # no CPU second is used: the kernel's limit never comes
+                time.sleep(600)
             case "eat":
                 return Prepared(torch.full((8 * GIB,), 7, dtype=torch.uint8), 1, 1)
             case "once" if (self.folder / "met").read_text().split().count("once") == 1:
@@ -159,12 +161,14 @@ def test_a_deadly_image_is_one_fault_and_costs_two_processes(tmp_path: Path, cap
 
 def test_an_image_that_takes_for_ever_is_a_fault_and_a_slow_store_or_batch_is_none(tmp_path: Path) -> None:
     loader = make(tmp_path, seconds=1.0, reader=SlowReader())
-    found = loaded(loader, shard(tmp_path, 32, hang=[7], slow=range(20, 26)))
+    found = loaded(loader, shard(tmp_path, 48, hang=[7], slow=range(20, 26), doze=[40]))
     loader.close()
-    assert kinds(found) == {7: "decode/hang"}
-    assert found[7].fault is not None
-    assert "within 1 s" in found[7].fault.message
-    assert loader.deaths == met(tmp_path)["hang"] == 2
+    assert kinds(found) == {7: "decode/hang", 40: "decode/hang"}
+    for row in (7, 40):
+        fault = found[row].fault
+        assert fault is not None
+        assert "within 1 s" in fault.message
+    assert (met(tmp_path)["hang"], met(tmp_path)["doze"], loader.deaths) == (2, 2, 4)
 
 
 def test_cpu_seconds_are_limited_where_the_clock_does_not_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

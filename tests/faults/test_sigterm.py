@@ -1,4 +1,7 @@
-"""SIGTERM at any time once the lease is held: 75 within 20 seconds, and the next driver goes on at once."""
+"""SIGTERM at any time once the lease is held: 75 within 20 seconds, and the next driver goes on at once.
+
+Also where the store has fallen silent a moment ago, and all clocks that wait for it have just begun.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import Ended, ends, opened, start, until
+from commands import Ended, ends, forget_lease, opened, start, until
+from faulty import RESET, Decide, Delay, between
 from figures import Figure
 from nursery import Loaders, Nursery
 from pictures import Tally, committed, numbers, overrides, publish, side_by_side, tally, write_job
 from seaweed import Seaweed
 
 IMAGES, LONG, SECONDS = 120, 100, 20
+SILENCES: dict[str, Decide] = {
+    "connections break": lambda method, path: RESET,
+    "no request is answered": lambda method, path: Delay(600),
+}
 
 
 @dataclass(frozen=True)
@@ -25,11 +33,13 @@ class Moment:
         after: seconds since the lease was taken.
         shard: images in a shard; one of 100, in batches of 5 that take 3 s each, outlasts any grace.
         processes: of the loader.
+        silence: how the store fell silent right before, if it did.
     """
 
     after: float
     shard: int
     processes: int
+    silence: str = ""
 
     @property
     def nap(self) -> float:
@@ -67,7 +77,8 @@ def moments(seed: int) -> list[Moment]:
     early = [Moment(0, 20, 0), Moment(chance.uniform(0, 0.3), 5, 0), Moment(chance.uniform(0, 6), 20, 1)]
     short = [Moment(chance.uniform(2, 10), 10, 0), Moment(chance.uniform(4, 10), 5, 0)]
     long = [Moment(chance.uniform(1, 4), LONG, 0), Moment(chance.uniform(4, 12), LONG, 0)]
-    return [*early, *short, *long, Moment(chance.uniform(6, 15), LONG, 1)]
+    silent = [Moment(chance.uniform(3, 8), 5, processes, how) for how in SILENCES for processes in (0, 1)]
+    return [*early, *short, *long, Moment(chance.uniform(6, 15), LONG, 1), *silent]
 
 
 def test_it_drains_and_the_next_run_resumes(s3: Seaweed, nursery: Nursery, job: str, seed: int, figure: Figure) -> None:
@@ -79,15 +90,22 @@ def test_it_drains_and_the_next_run_resumes(s3: Seaweed, nursery: Nursery, job: 
             runtime__shard_size=moment.shard,
             runtime__loader__processes=moment.processes,
         )
-        driver = nursery.start(
-            "run", job, *settings, "--json", env={"BATCHJOB_TEST_NAP": str(moment.nap)}, loaders=servers
-        )
-        driver.until(lambda: held(output))
-        assert driver.work(moment.after)
-        asked = driver.seconds
-        driver.send(signal.SIGTERM)
-        ended = driver.end()
+        env = {"BATCHJOB_TEST_NAP": str(moment.nap)}
+        with between(s3.endpoint) as gate:
+            if moment.silence:
+                env["AWS_ENDPOINT_URL"] = gate.endpoint
+            driver = nursery.start("run", job, *settings, "--json", env=env, loaders=servers)
+            driver.until(lambda: held(output))
+            assert driver.work(moment.after)
+            if moment.silence:
+                driver.until(lambda: committed(output))
+                gate.decide = SILENCES[moment.silence]
+            asked = driver.seconds
+            driver.send(signal.SIGTERM)
+            ended = driver.end()
         before = committed(output)
+        if moment.silence:
+            forget_lease(output)  # it could not be given back
         heir = nursery.start("run", job, *settings, loaders=servers).end()
         assert heir.code == 0, heir.err
         redone = len(before.items() - committed(output).items())
@@ -95,14 +113,17 @@ def test_it_drains_and_the_next_run_resumes(s3: Seaweed, nursery: Nursery, job: 
             moment, ended, ended.seconds - asked, len(before), redone, "waiting" in heir.err, tally(output, IMAGES)
         )
 
-    stopped = side_by_side(stop, moments(seed), at_once=8)
+    stopped = side_by_side(stop, moments(seed), at_once=12)
     for one in stopped:
         print(f"{one.moment}: {one.ended.code} after {one.seconds:.1f} s with {one.parts} parts")
+    heard = [one for one in stopped if not one.moment.silence]
+    unheard = [one for one in stopped if one.moment.silence]
+    after = numbers(one.moment.after for one in heard)
+    figure("SIGTERM", f"{len(heard)} drivers, {after} s after they took the lease: {words(heard)}")
     figure(
         "SIGTERM",
-        f"{len(stopped)} drivers, {numbers(one.moment.after for one in stopped)} s after they took the lease: "
-        f"exit codes {sorted({one.ended.code for one in stopped})} after {numbers(one.seconds for one in stopped)} s, "
-        f"{sum(one.redone for one in stopped)} of {sum(one.parts for one in stopped)} parts redone",
+        f"{len(unheard)} drivers, right after their store fell silent ({' or '.join(SILENCES)}), under the default "
+        f"patience: {words(unheard)}",
     )
     for one in stopped:
         assert (one.ended.code, one.ended.answer["status"]) == (75, "temporary"), one
@@ -112,11 +133,18 @@ def test_it_drains_and_the_next_run_resumes(s3: Seaweed, nursery: Nursery, job: 
         assert one.tally.right, one
 
 
+def words(stopped: list[Stopped]) -> str:
+    """How they ended, for the table."""
+    codes, seconds = sorted({one.ended.code for one in stopped}), numbers(one.seconds for one in stopped)
+    redone, parts = sum(one.redone for one in stopped), sum(one.parts for one in stopped)
+    return f"exit codes {codes} after {seconds} s, {redone} of {parts} parts redone"
+
+
 @pytest.mark.parametrize("after", [0.0, 2.0])
 def test_while_torch_is_still_being_imported(after: float, tmp_path: Path, figure: Figure) -> None:
     """The command from the shell, which takes the lease first and imports afterwards."""
     job, output = write_job(tmp_path, IMAGES), str(tmp_path / "out")
-    with ends(start("run", job, "--json")) as command:
+    with ends(start("run", job, "--json", env={"BATCHJOB_TEST_NAP": "1"})) as command:
         until(lambda: held(output), command=command)
         asked = command.seconds + after
         until(lambda: command.seconds >= asked, command=command)

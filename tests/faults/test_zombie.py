@@ -23,7 +23,8 @@ class Risen:
     """What a driver did that woke up after its rival had finished.
 
     Attributes:
-        part: that it was about to make.
+        part: that it was about to put.
+        missing: whether that part was not there as the driver was stopped.
         kept: whether each part is still the one that the rival left, the part in question among them.
         late: whether its PUT of that part went out after all.
         code: of its exit.
@@ -31,6 +32,7 @@ class Risen:
     """
 
     part: str
+    missing: bool
     kept: bool
     late: bool
     code: int
@@ -39,27 +41,44 @@ class Risen:
 
 
 class Trap:
-    """Stops a driver at its n-th commit: as it asks whether its plan still stands, or as its PUT is on the way.
+    """Stops a driver at its n-th commit, before the part is there: as its PUT is on the way, or just before that.
 
-    A PUT on the way is held until the driver goes on; then it arrives.
+    A PUT on the way is held until the driver goes on; then it arrives. Just before it the driver asks whether its plan
+    still stands; that it does, it hears when it goes on.
+
+    Args:
+        proxy: between the driver and its store.
+        number: n, two at least.
+        on_the_way: which of both.
     """
 
     def __init__(self, proxy: Faulty, number: int, on_the_way: bool) -> None:
-        self._number, self._on_the_way, self._met = number, on_the_way, 0
+        self._number, self._on_the_way = number, on_the_way
+        self._puts = self._looks = 0
         self._born = threading.Event()
         self._driver: Driver | None = None
         self.stopped, self.go_on = threading.Event(), threading.Event()
-        proxy.decide = self._decide
+        proxy.decide, proxy.carried_out = self._asked, self._answered
 
     def watch(self, driver: Driver) -> None:
         self._driver = driver
         self._born.set()
 
-    def _decide(self, method: str, path: str) -> None:
-        commits = method == "PUT" and "/predictions/" in path if self._on_the_way else path.endswith("/discarded")
-        self._met += commits
-        if not commits or self._met != self._number:
-            return
+    def _asked(self, method: str, path: str) -> None:
+        if method == "PUT" and "/predictions/" in path:
+            self._puts, self._looks = self._puts + 1, 0
+            if self._on_the_way and self._puts == self._number:
+                self._stop()
+        elif path.endswith("/discarded"):
+            self._looks += 1
+
+    def _answered(self, method: str, path: str) -> None:  # noqa: ARG002 - the face of the go-between
+        """Of the looks at the plan between two PUTs the first belongs to the one before, the second to the next."""
+        before = path.endswith("/discarded") and (self._puts, self._looks) == (self._number - 1, 2)
+        if before and not self._on_the_way:
+            self._stop()
+
+    def _stop(self) -> None:
         self._born.wait(10)
         assert self._driver is not None
         self._driver.send(signal.SIGSTOP)
@@ -81,30 +100,33 @@ def test_what_a_rival_has_committed_stands(s3: Seaweed, nursery: Nursery, job: s
         output = s3.bucket() + "out/"
         settings = overrides(output__uri=output, runtime__shard_size=SHARD)
         with between(s3.endpoint) as proxy:
-            trap = Trap(proxy, chance.randint(2, IMAGES // SHARD), on_the_way=bool(number % 2))
+            commit = chance.randint(2, IMAGES // SHARD)
+            trap = Trap(proxy, commit, on_the_way=bool(number % 2))
             zombie = nursery.start("run", job, *settings, env={**NAP, "AWS_ENDPOINT_URL": proxy.endpoint})
             trap.watch(zombie)
-            zombie.until(trap.stopped.is_set)
+            assert zombie.until(trap.stopped.is_set), zombie.said
             before, puts = committed(output), len(proxy.seen)
             rival = nursery.start("run", job, *settings).end()
             assert rival.code == 0, rival.err
             after = committed(output)
             assert before.items() <= after.items()
-            (part, *_) = sorted(after.keys() - before.keys())
+            part = sorted(after)[commit - 1]
             zombie.send(signal.SIGCONT)
             trap.go_on.set()
             ended = zombie.end()
             later = proxy.seen[puts:] if not number % 2 else proxy.seen
         late = any(method == "PUT" and path.endswith(part) for method, path in later)
-        return Risen(part, committed(output) == after, late, ended.code, rival.seconds, tally(output, IMAGES))
+        kept = committed(output) == after
+        return Risen(part, part not in before, kept, late, ended.code, rival.seconds, tally(output, IMAGES))
 
     risen = side_by_side(rise, range(ZOMBIES), at_once=ZOMBIES)
     figure(
         "zombie",
-        f"{sum(one.kept for one in risen)}/{ZOMBIES} with the rival's attempt in the footer; the zombie's PUT came "
-        f"late {sum(one.late for one in risen)} times; rivals done after {numbers(one.waited for one in risen)} s; "
-        f"exit codes {sorted({one.code for one in risen})}",
+        f"{sum(one.missing for one in risen)}/{ZOMBIES} stopped before their part was there, "
+        f"{sum(one.missing and one.kept for one in risen)}/{ZOMBIES} with the rival's attempt in its footer; the "
+        f"zombie's PUT came late {sum(one.late for one in risen)} times; rivals done after "
+        f"{numbers(one.waited for one in risen)} s; exit codes {sorted({one.code for one in risen})}",
     )
-    assert [one for one in risen if not one.kept or not one.tally.right] == []
+    assert [one for one in risen if not (one.missing and one.kept and one.tally.right)] == []
     assert {one.code for one in risen} == {75}
     assert sum(one.late for one in risen) >= ZOMBIES // 2

@@ -193,7 +193,7 @@ def test_the_profile_is_a_table_and_a_trace_with_a_track_for_each_stage(
 def test_a_device_that_decodes_has_a_line_a_track_and_a_service(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("batchjob.worker.device_decoder", lambda device: decoded)
+    monkeypatch.setattr("batchjob.loading.device_decoder", lambda device: decoded)
     for number in range(12):
         (folder / f"images/{number:02}.png").write_bytes(jpeg(photograph(number)))
     found = measured(capfd, "--profile", "profile", "decode.mode=fast", "decode.device=cuda")
