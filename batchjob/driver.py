@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import NoReturn
@@ -15,9 +15,7 @@ from batchjob.drain import Drain
 from batchjob.errors import BatchjobError, CheckFailed, InvalidJob, NotFound, Temporary
 from batchjob.feeder import Feeder, Peek
 from batchjob.job import Job
-from batchjob.lease import Lease
 from batchjob.loader import FEW_IMAGES, TYPICAL_BYTES
-from batchjob.parallel import aside
 from batchjob.plan import Head
 from batchjob.planning import Planning, compare
 from batchjob.pool import Setup
@@ -25,7 +23,7 @@ from batchjob.progress import Progress
 from batchjob.records import Stat
 from batchjob.report import Outcome, PlanSummary, counted
 from batchjob.storage import Options, Store, open_store
-from batchjob.turns import TURN_SECONDS, Turns
+from batchjob.turns import TURN_SECONDS, Turns, take_lease
 
 __all__ = ["discard", "plan_only", "run"]
 
@@ -116,26 +114,12 @@ def discard(uri: str, options: Options | None = None, progress: Progress | None 
 def _in_control(store: Store, progress: Progress | None, outage: float = 0.0) -> Iterator[Turns]:
     """The lease on an output, and signals as requests to stop. Raises Temporary where another driver is at work."""
     with Drain() as drain:  # around the lease, which nobody is to leave behind
-        note = progress.note if progress else lambda text: None
-        lease = aside(lambda: _taken(store, drain, note), lambda: drain.heed(store.uri))
+        lease = take_lease(store, drain, progress.note if progress else lambda text: None)
         turns = Turns(lease, drain, store.uri, outage)
         try:
             yield turns
         finally:
             turns.leave()
-
-
-def _taken(store: Store, drain: Drain, note: Callable[[str], None]) -> Lease:
-    """The lease; given back at once where a signal came meanwhile, since nobody may wait for it any more."""
-
-    def pause(seconds: float) -> None:
-        drain.heed(store.uri)
-        time.sleep(seconds)
-
-    lease = Lease.acquire(store, sleep=pause, note=note)
-    if drain.asked.is_set():
-        lease.release()
-    return lease
 
 
 def _patient(job: Job) -> Store:

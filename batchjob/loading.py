@@ -83,7 +83,7 @@ class Loading:
         free, batches = shared_memory_free(), self.loader.plan.processes * self.loader.plan.prefetch
         if free is None or not batches:
             return _BATCH_SIZE_MOST
-        return min(_BATCH_SIZE_MOST, free // 2 // (batches * self._engine.example.nbytes))
+        return max(1, min(_BATCH_SIZE_MOST, free // 2 // (batches * self._engine.example.nbytes)))
 
     def start(self, size: tuple[int, ...] | None = None) -> None:
         """Start loading images of this size, or of the engine's example, in place of those of another."""

@@ -30,8 +30,7 @@ class Settings(BaseModel):
         """True and false as words where a number is wanted, which refuses words: to Python they are 1 and 0."""
         if not isinstance(data, Mapping):
             return data
-        switches = {name for name, value in data.items() if isinstance(value, bool) and _wants_number(cls, name)}
-        return {name: str(value).lower() if name in switches else value for name, value in data.items()}
+        return {name: _in_words(value) if _wants_number(cls, name) else value for name, value in data.items()}
 
 
 class CommandLineText(str):
@@ -46,6 +45,12 @@ def is_local(uri: str) -> bool:
 def local_path(uri: str) -> Path:
     """The path that a local URI names. Plain paths are taken literally: `%20` is not decoded."""
     return Path(uri.removeprefix("file://"))
+
+
+def _in_words(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_in_words(one) for one in value]
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 @cache

@@ -11,9 +11,9 @@ from batchjob.drain import Drain
 from batchjob.errors import Unavailable
 from batchjob.lease import Lease
 from batchjob.parallel import Threads, aside
-from batchjob.storage import Outage
+from batchjob.storage import Outage, Store
 
-__all__ = ["TURN_SECONDS", "Turns"]
+__all__ = ["TURN_SECONDS", "Turns", "take_lease"]
 
 T = TypeVar("T")
 TURN_SECONDS = 0.2
@@ -81,8 +81,12 @@ class Turns:
         return aside(work, lambda: self.turn(0.0))
 
     def confirm(self) -> None:
-        """Look now whether the lease is still ours. Raises Temporary where another driver has taken over."""
-        aside(self._lease.confirm, self.beat)
+        """Look now whether the lease is still ours; an outage is waited for.
+
+        Raises:
+            Temporary: another driver has taken over, a signal has asked to stop, or the outage lasts too long.
+        """
+        aside(lambda: self._outage.ridden_out(self._lease.confirm), self.beat)
 
     def leave(self) -> None:
         """Give the lease back, unless that takes long: then it falls silent by itself."""
@@ -107,3 +111,34 @@ class Turns:
             self._outage.ended()
         except Unavailable as error:  # safety does not rest on the lease
             self._outage.endured(error, self._begun)
+
+
+def take_lease(store: Store, drain: Drain, note: Callable[[str], None]) -> Lease:
+    """The lease, however long that takes, while signals are heard; a signal gives back what is taken meanwhile.
+
+    Args:
+        store: the output.
+        drain: whether a signal has asked to stop.
+        note: told while another driver's lease is waited for.
+
+    Raises:
+        Temporary: another driver is at work, or a signal has asked to stop.
+    """
+
+    def pause(seconds: float) -> None:
+        drain.heed(store.uri)
+        time.sleep(seconds)
+
+    def take() -> Lease:
+        lease = Lease.acquire(store, sleep=pause, note=note)
+        if drain.asked.is_set():
+            lease.release()
+        return lease
+
+    beside = Threads(1, "lease")
+    taking = beside.submit(take)
+    while not wait([taking], TURN_SECONDS).done:
+        if drain.asked.is_set() and not wait([taking], _FAREWELL_SECONDS).done:
+            drain.heed(store.uri)
+    beside.leave()
+    return taking.result()

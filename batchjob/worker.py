@@ -134,7 +134,8 @@ class Worker:
         rows = min(loading.batch_size, _WARM_UP_ROWS)
         if engine.device.type != "cpu":  # where memory is virtual, what does not fit is not refused but killed
             if loading.may_grow:
-                first, most = loading.batch_size, loading.most
+                most = loading.most
+                first = min(loading.batch_size, most)
                 loading.resize(self._predictor.largest_batch(example.shape, first, most, example.dtype))
             rows = loading.batch_size
         pace, kind = self._predictor.warm_up(example.shape, rows, example.dtype) / rows, engine.device.type

@@ -354,6 +354,7 @@ def test_an_override_may_change_the_kind_of_a_section(tmp_path: Path) -> None:
         ("runtime={batch_size: 0}", "runtime={batch_size: 0}: runtime.batch_size: must be at least 1 or 'auto', not 0"),
         ("runtime.batch_size=true", "runtime.batch_size=true: must be a whole number or 'auto', not 'true'"),
         ("errors.max_rate=false", "errors.max_rate=false: must be a number, not 'false'"),
+        ("preprocess.std=[1, true]", "preprocess.std=[1, true]: preprocess.std.1: must be a number, not 'true'"),
         ("nonsense", "nonsense: is no override; write section.key=value, for instance runtime.batch_size=64"),
         ("a..b=1", "a..b=1: is no override; write section.key=value, for instance runtime.batch_size=64"),
         ("input.uri.x=1", "input.uri.x=1: input.uri is no section; give it whole, or take it out of the job file"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import os
@@ -281,6 +282,60 @@ def test_an_image_that_hangs_without_using_its_core_is_found_in_a_large_batch_to
     assert [len(batch.facts) for batch in (first, *others)] == [2000, 1999, 1999, 1999]
 
 
+class Shy(str):
+    """A name that cannot be read the first time it arrives somewhere."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrived, (str(self),)
+
+
+def _arrived(name: str) -> str:
+    seen = Path(name + ".seen")
+    if not seen.exists():
+        seen.touch()
+        raise RuntimeError("not this time")
+    return name
+
+
+def test_a_process_that_cannot_read_a_request_ends_and_another_loads_it(tmp_path: Path) -> None:
+    paths = images(tmp_path, *map(png, range(8)))
+    whole, one = shard(0, paths), make(1)
+    shy = replace(whole.refs[6], location=Shy(paths[6]))
+    try:
+        found = list(one.batches(Feed([replace(whole, refs=(*whole.refs[:6], shy, whole.refs[7]))])))
+        assert shades(found) == [(0, 0, [0, 1, 2, 3]), (0, 4, [4, 5, 6, 7])]
+        assert one.deaths == 1
+    finally:
+        one.close()
+
+
+def test_a_loader_can_be_closed_while_a_process_takes_nothing(tmp_path: Path) -> None:
+    gone = [tmp_path / ("x" * 200) / f"{number:04}" for number in range(4000)]
+    before, stuck = children(), make(1, batch_size=len(gone))
+    stuck.start()
+    list(stuck.batches(Feed([shard(0, gone[:1])])))
+    (pid,) = children() - before
+    os.kill(pid, signal.SIGSTOP)
+
+    feed = Feed([shard(index, gone) for index in range(3)])
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):
+            list(stuck.batches(feed))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    while not feed.taken:
+        pass
+    threading.Event().wait(1.0)  # until it is at sending
+    stuck.close()
+    asking.join(60)
+    assert not asking.is_alive()
+    assert not children() - before
+
+
 _SMALL_SHM = """
 import sys
 from pathlib import Path
@@ -401,6 +456,9 @@ def test_auto_follows_the_cores_and_the_images() -> None:
     for shared, expected in ((2048, (16, 2)), (640, (16, 1)), (64, (1, 1)), (20, (1, 1))):  # MiB
         plan = settle(auto, cores=16, cuda=True, batch_bytes=20 << 20, shared=shared << 20)
         assert (plan.processes, plan.prefetch) == expected, shared
+    for processes, batches, prefetch in ((2, 27, 2), (16, 20, 1)):
+        some = LoaderSettings(processes=processes)
+        assert settle(some, cores=32, batch_bytes=1 << 20, shared=batches << 21).prefetch == prefetch
     assert settle(auto, cores=512).processes == 32
     assert [settle(auto, cores=4, few_bytes=size << 20).processes for size in (0, 15, 16, 40, 900)] == [1, 1, 2, 3, 4]
     given = LoaderSettings(processes=3, prefetch=5, pin_memory=True)

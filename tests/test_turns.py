@@ -153,6 +153,7 @@ def test_a_signal_as_soon_as_the_lease_is_taken_gives_it_back(
     def sweep(self: Lease) -> None:
         came.append(1)
         os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(1.0)  # as long as a slow listing takes
         real(self)
 
     monkeypatch.setattr(Lease, "_sweep", sweep)
@@ -267,11 +268,14 @@ class Silent(MemoryStore):
     def __init__(self) -> None:
         super().__init__()
         self.silent, self.asked, self.answer = False, threading.Event(), threading.Event()
+        self.times = 1 << 30  # that it is asked in vain
 
     def list(self, prefix: str) -> Iterator[Stat]:
         if self.silent:
             self.asked.set()
             self.answer.wait(PATIENCE)
+            self.times -= 1
+            self.silent = self.times > 0
             raise Unavailable("memory://out: the store does not answer; run again")
         return super().list(prefix)
 
@@ -318,6 +322,15 @@ def test_a_lease_that_cannot_be_written_is_forgiven_until_it_lasts(silent: Silen
         forgiving.turn(0.01)
     forgiving.leave()
     assert json.loads(silent.read(silent.held()[-1]).data)["released"]
+
+
+def test_a_look_at_the_lease_waits_for_an_outage_to_end(silent: Silent) -> None:
+    going = turns(silent, Drain(), 300.0)
+    silent.silent, silent.times = True, 2
+    silent.answer.set()
+    going.confirm()
+    assert not silent.silent
+    going.leave()
 
 
 def test_a_signal_in_an_outage_waits_for_no_commit(silent: Silent) -> None:

@@ -108,6 +108,10 @@ class Crew:
     def close(self) -> None:
         """End all processes. Each may finish its batch, for a few seconds."""
         self._closed.set()
+        while not self._changed.acquire(timeout=_CLOSE_SECONDS):  # whoever has it sends to one that takes nothing
+            for member in list(self._members):
+                member.process.kill("closing")
+        self._changed.release()
         self._break(AttemptFailed("the loader was closed"))
         self._bell.send(None)
         for thread in self._threads:

@@ -190,10 +190,14 @@ def _serve(images: Images, mark: Mark, pipe: Connection, memory: int | None, sec
 
 def _take_in(pipe: Connection, requests: queue.SimpleQueue[tuple[int, Request] | None]) -> None:
     """As they come, for a large one does not fit into the pipe: whoever sends it would wait for the batch at work."""
-    with suppress(EOFError, OSError):
-        while (sent := pipe.recv()) is not None:
-            requests.put(sent)
-    requests.put(None)
+    try:
+        with suppress(EOFError, OSError):
+            while (sent := pipe.recv()) is not None:
+                requests.put(sent)
+    except MemoryError:
+        os._exit(_OUT_OF_MEMORY)
+    finally:  # whatever it was: a process that lost a request ends, and what it had in hand is loaded by another
+        requests.put(None)
 
 
 def _loaded(images: Images, request: Request, watched: Watched) -> Item:

@@ -81,8 +81,9 @@ def settle(
     """
     most = max(1, min(cores, MOST_PROCESSES))
     wanted = most if few_bytes is None else min(most, 1 + few_bytes // _WORTH_A_PROCESS)
-    room = shared // 2 // batch_bytes if shared is not None and batch_bytes else _PREFETCH * wanted
-    prefetch = max(1, min(_PREFETCH, room // wanted)) if settings.prefetch == "auto" else settings.prefetch
+    each = wanted if settings.processes == "auto" else max(1, settings.processes)
+    room = shared // 2 // batch_bytes if shared is not None and batch_bytes else _PREFETCH * each
+    prefetch = max(1, min(_PREFETCH, room // each)) if settings.prefetch == "auto" else settings.prefetch
     processes = max(1, min(wanted, room // prefetch)) if settings.processes == "auto" else settings.processes
     return LoaderPlan(
         processes=processes,

@@ -50,7 +50,7 @@ def simulated() -> Iterator[None]:
         (driver, "time", Time),
         (driver, "open_store", lambda *_, **__: _driver().store),
         (driver, "Feeder", Fed),
-        (driver, "Lease", Taken),
+        (turns, "Lease", Taken),
         (driver, "Drain", Asked),
         (planning, "Input", Given),
         (redaction, "os", SimpleNamespace(environ={})),  # looked through for each message
