@@ -34,6 +34,7 @@ from batchjob.arguments import (
 )
 from batchjob.drain import deaf
 from batchjob.errors import BatchjobError, Temporary
+from batchjob.forkserver import end_children
 from batchjob.parallel import leave_threads
 from batchjob.redaction import presentable
 from batchjob.report import Outcome, counted
@@ -69,6 +70,7 @@ def main(args: Sequence[str] | None = None) -> int:
     _at_the_end.append(deaf)
     code = _obeyed(sys.argv[1:])
     if code:  # after success all threads have ended in order
+        end_children()
         leave_threads(code)
     return code
 

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, cast
 
-__all__ = ["end_with_parent", "preload", "starting"]
+__all__ = ["end_children", "end_with_parent", "preload", "starting"]
 
 # Imported once, before the first fork. No storage clients: their threads and connections do not survive one.
 _MODULES = ["torch", "PIL.ImageFile"]
 
 _ONE_AT_A_TIME = threading.RLock()
+_START_SECONDS = 3.0  # that one start may take
 
 
 def preload(*modules: str) -> None:
@@ -72,6 +73,16 @@ def starting() -> Iterator[None]:
             sys.modules["__main__"] = main
             if method is None:  # starting a process settles it for the whole program, which is not for us to do
                 multiprocessing.set_start_method(cast("str", None), force=True)
+
+
+def end_children() -> None:
+    """Kill all child processes; none is started any more, for this program is about to end.
+
+    One that its starter does not live to tell what to do ends in a traceback.
+    """
+    _ONE_AT_A_TIME.acquire(timeout=_START_SECONDS)
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def end_with_parent() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import os
 import queue
 import sys
@@ -77,8 +76,6 @@ def leave_threads(code: int) -> None:
     """
     if not any(thread.daemon for thread in threading.enumerate()):
         return
-    for child in multiprocessing.active_children():
-        child.kill()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # nobody reads it any more
             stream.flush()

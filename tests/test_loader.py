@@ -370,6 +370,37 @@ def test_shared_memory_that_is_full_is_no_fault_of_the_images(tmp_path: Path) ->
     assert "no room for a batch in shared memory: enlarge /dev/shm" in done.stdout, done.stderr
 
 
+_LEAVING = """
+import contextlib, sys, threading
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_loader import Feed, children, images, make, png, shard
+from batchjob.errors import AttemptFailed
+from batchjob.forkserver import end_children
+from batchjob.parallel import leave_threads
+if __name__ == "__main__":
+    paths = images(Path.cwd(), *[png(1)] * 64)
+    loader = make(2)
+    batches = loader.batches(Feed(shard(0, paths) for _ in range(999)))
+    next(batches)
+    def go_on():
+        with contextlib.suppress(AttemptFailed):  # one may not even have begun
+            list(batches)
+    threading.Thread(target=go_on, daemon=True).start()
+    end_children()
+    threading.Event().wait(2)  # in which lost processes would be replaced
+    print(len(children()))
+    leave_threads(75)
+"""
+
+
+def test_a_program_that_leaves_amid_loading_leaves_in_silence_and_starts_no_process(tmp_path: Path) -> None:
+    (tmp_path / "leaving.py").write_text(_LEAVING)
+    command = [sys.executable, "leaving.py", str(Path(__file__).parent)]
+    left = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert (left.returncode, left.stdout, "Traceback" in left.stderr) == (75, "0\n", False), left.stderr
+
+
 def test_processes_that_were_killed_between_two_epochs_are_replaced(tmp_path: Path) -> None:
     paths = images(tmp_path, *map(png, range(10)))
     before, loader = children(), make(2, batch_size=1)
