@@ -387,7 +387,10 @@ if __name__ == "__main__":
         with contextlib.suppress(AttemptFailed):  # one may not even have begun
             list(batches)
     threading.Thread(target=go_on, daemon=True).start()
+    before = children()
     end_children()
+    while before & children():
+        pass
     threading.Event().wait(2)  # in which lost processes would be replaced
     print(len(children()))
     leave_threads(75)
