@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -43,6 +43,7 @@ __all__ = [
     "right",
     "run",
     "start",
+    "started",
     "table",
     "title",
     "until",
@@ -125,9 +126,14 @@ class Command:
 
 def start(*arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> Command:
     """Start `python -m batchjob …`."""
+    return started([sys.executable, "-m", "batchjob", *arguments], cwd, env)
+
+
+def started(command: Sequence[str], cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> Command:
+    """Start any program, which finds batchjob."""
     whole = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     process = subprocess.Popen(
-        [sys.executable, "-m", "batchjob", *arguments],
+        command,
         cwd=cwd,
         env=whole,
         stdout=subprocess.PIPE,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import ROOT, Command, ends, footers, forget_lease, opened, until
+from commands import Command, ends, footers, forget_lease, opened, started, until
 from faulty import RESET, between
 from figures import Figure
 from pictures import committed, numbers, overrides, publish, tally
@@ -47,17 +45,7 @@ class Names:
         """A program with its arguments."""
         files = [str(self.folder / "hosts"), str(self.folder / "nsswitch.conf")]
         command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", IN_A_NAMESPACE, "sh", *files]
-        process = subprocess.Popen(
-            [*command, *arguments],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
-        return Command(process)
+        return started([*command, *arguments], env=environment)
 
 
 @pytest.fixture
