@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from photographs import decoded, jpeg, photograph
 from PIL import Image
+from test_bench_figures import Spent
 
 from batchjob.bench.ceilings import Ceiling, ceilings, verdict
 from batchjob.bench.findings import Calibration
@@ -268,17 +268,6 @@ def test_a_full_disk_is_said_in_one_sentence(folder: Path) -> None:
 
 
 # -- arithmetic ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Spent:
-    """A stage that took so much."""
-
-    name: str
-    cpu_ms: float | None = None
-    gpu_ms: float | None = None
-    bytes: float | None = None
-    images_per_second: float | None = None
 
 
 def spent(**cpu_ms: float | None) -> list[Spent]:
