@@ -12,18 +12,18 @@ __version__ = "0.1.0"
 __all__ = ["Job", "JobError", "Outcome", "__version__", "retry", "run", "validate"]
 
 if TYPE_CHECKING:
+    from batchjob.api import retry, run, validate
     from batchjob.errors import JobError
-    from batchjob.job import Job
-    from batchjob.launch import retry, run, validate
-    from batchjob.report import Outcome
+    from batchjob.job.job import Job
+    from batchjob.report.run_result import Outcome
 
 _HOMES = {
-    "Job": "job",
+    "Job": "job.job",
     "JobError": "errors",
-    "Outcome": "report",
-    "retry": "launch",
-    "run": "launch",
-    "validate": "launch",
+    "Outcome": "report.run_result",
+    "retry": "api",
+    "run": "api",
+    "validate": "api",
 }
 
 

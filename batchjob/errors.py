@@ -30,7 +30,10 @@ All of them survive pickling: they cross process and machine borders. None of th
 
 from __future__ import annotations
 
-from batchjob.redaction import presentable
+import re
+import traceback
+
+from batchjob.text import presentable
 
 __all__ = [
     "AlreadyExists",
@@ -54,6 +57,11 @@ __all__ = [
     "Unaddressable",
     "Unavailable",
     "WorkerLost",
+    "as_crash",
+    "as_ours",
+    "crash",
+    "named",
+    "out_of_memory",
 ]
 
 
@@ -219,3 +227,42 @@ class Stalled(WorkerLost):
     ) -> None:
         super().__init__(message, device, images, found)
         self.storage = storage
+
+
+def as_ours(error: Exception) -> BatchjobError:
+    """An exception of ours as it is, any other as a failed attempt that names it."""
+    if isinstance(error, BatchjobError):
+        return error
+    text = " ".join(str(error).split())[:500]
+    return AttemptFailed(f"{type(error).__name__}: {text}")
+
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory did not suffice, on any device."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def as_crash(error: BaseException) -> BatchjobError:
+    """What ended a worker, and no attempt at a shard: a bug is exit 1, its traceback a note, which crosses machines."""
+    if isinstance(error, BatchjobError) and error.exit_code != BatchjobError.exit_code:
+        return error
+    trace = "".join(traceback.format_exception(error)).rstrip()
+    return crash(
+        error if isinstance(error, BatchjobError) else BatchjobError(f"a worker crashed: {named(error)}"), trace
+    )
+
+
+def crash(error: BatchjobError, trace: str) -> BatchjobError:
+    """The same, with a traceback as its note, which holds no secret either."""
+    error.add_note(presentable(trace))
+    return error
+
+
+def named(error: BaseException) -> str:
+    """Its type and its text in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"

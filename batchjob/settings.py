@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, model_validator
 
-from batchjob.redaction import secret_in
+from batchjob.text import secret_in
 
 __all__ = ["CommandLineText", "Settings", "Target", "Uri", "is_local", "local_path"]
 
@@ -90,6 +90,5 @@ def _check_target(value: str) -> str:
 
 Uri = Annotated[str, BeforeValidator(_resolve)]
 """Where something lies. Relative paths resolve beside the job file, typed ones against the working directory."""
-
 Target = Annotated[str, AfterValidator(_check_target)]
 """`module:attribute`, looked up beside the job file."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import batchjob
 from batchjob import Job
-from batchjob.progress import Quiet
+from batchjob.driver.progress import Quiet
 from benchmarks.assignment import Assignment
 
 __all__ = ["LEARNING", "run"]

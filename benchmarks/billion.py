@@ -16,11 +16,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchjob.errors import AlreadyExists, NotFound
-from batchjob.placement import Placement
-from batchjob.plan import CHUNK_ROWS, Chunk, Head
-from batchjob.pool import Done, Event, Loaded, Ready, Setup
-from batchjob.records import Blob, Cursor, Provenance, ShardKey, ShardResult, Stat
-from batchjob.sources.refs import BATCH_ROWS, REF_FIELDS
+from batchjob.output.provenance import Provenance, ShardResult
+from batchjob.plan.chunks import CHUNK_ROWS, Chunk
+from batchjob.plan.head import Head
+from batchjob.pool.placement import Placement
+from batchjob.sources.source import BATCH_ROWS, REF_FIELDS
+from batchjob.storage.objects import Blob, Stat
+from batchjob.types import Cursor, ShardKey
+from batchjob.worker.messages import Done, Event, Loaded, Ready, Setup
 
 __all__ = ["HEAD", "SHARD_ROWS", "CountingStore", "SimulatedPool", "chunks", "refs"]
 

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 import torchvision
 
-from batchjob.convert import Conversion, Format, convert
-from batchjob.engine import Engine
-from batchjob.job import Job
-from batchjob.likeness import compare
-from batchjob.records import Recipe
-from batchjob.storage import Reader
+from batchjob.inference.convert import Conversion, Format, convert
+from batchjob.inference.engine import Engine
+from batchjob.inference.execution_config import Recipe
+from batchjob.inference.output_comparison import compare
+from batchjob.job.job import Job
+from batchjob.storage.reader import Reader
 
 BATCH = 32
 

@@ -19,14 +19,15 @@ import torch
 
 import batchjob
 from batchjob import Job
-from batchjob.bench import Findings, Wanted, bench
-from batchjob.devicejpeg import device_decoder
-from batchjob.engine import Engine
-from batchjob.jpeg import plain_jpeg_size
-from batchjob.likeness import Likeness, compare
-from batchjob.prepare import Prepare
-from batchjob.records import Recipe
-from batchjob.storage import Reader
+from batchjob.bench.bench import Wanted, bench
+from batchjob.bench.results import Findings
+from batchjob.inference.engine import Engine
+from batchjob.inference.execution_config import Recipe
+from batchjob.inference.gpu_decode import device_decoder
+from batchjob.inference.output_comparison import Likeness, compare
+from batchjob.preprocessing.jpeg import plain_jpeg_size
+from batchjob.preprocessing.transforms import Prepare
+from batchjob.storage.reader import Reader
 from benchmarks.imagesets import make_images, make_weights, warm
 
 _JOB = Path(__file__).with_name("job.yaml")

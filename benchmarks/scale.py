@@ -71,12 +71,10 @@ def main() -> None:
 
 def _plan(images: int) -> Cost:
     """Write a plan of so many images, by the rooms that do it."""
-    from batchjob import plan
+    from batchjob.plan.chunks import extend
 
     store = CountingStore()
-    return _cost(
-        store, lambda: Counter(1 for _ in plan.extend(store, HEAD, lambda after: refs(after, images), _nothing))
-    )
+    return _cost(store, lambda: Counter(1 for _ in extend(store, HEAD, lambda after: refs(after, images), _nothing)))
 
 
 def _schedule(workers: int) -> Cost:
@@ -93,12 +91,13 @@ def _resume(workers: int) -> Cost:
 
 
 def _drive(store: CountingStore, workers: int) -> None:
-    from batchjob.accounting import Books, Run, conclude
-    from batchjob.dispatch import Dispatch
-    from batchjob.feeder import Feeder
-    from batchjob.job import ErrorBudget
-    from batchjob.pool import Setup
-    from batchjob.progress import Quiet
+    from batchjob.driver.dispatcher import Dispatch
+    from batchjob.driver.finalize import Run, conclude
+    from batchjob.driver.plan_prefetcher import Feeder
+    from batchjob.driver.progress import Quiet
+    from batchjob.driver.run_state import Books
+    from batchjob.job.runtime import ErrorBudget
+    from batchjob.worker.messages import Setup
 
     books = Books(store, _nothing)
     resumed = bool(books.parts)

@@ -20,9 +20,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchjob import ledger
-from batchjob.records import Provenance
-from batchjob.storage import Store, open_store
+from batchjob.output import commit
+from batchjob.output.provenance import Provenance
+from batchjob.storage.store import Store, open_store
 
 __all__ = [
     "ROOT",
@@ -227,13 +227,13 @@ def opened(output: str) -> Store:
 def table(output: str | Path) -> pa.Table:
     """All committed rows, in the order of the parts' names."""
     store = opened(str(output))
-    return pa.concat_tables(pq.read_table(pa.BufferReader(store.read(key).data)) for key in sorted(ledger.parts(store)))
+    return pa.concat_tables(pq.read_table(pa.BufferReader(store.read(key).data)) for key in sorted(commit.parts(store)))
 
 
 def footers(output: str | Path) -> dict[str, Provenance]:
     """Provenance of each committed part, by name."""
     store = opened(str(output))
-    return dict(ledger.inspect_all(store, sorted(ledger.parts(store))))
+    return dict(commit.inspect_all(store, sorted(commit.parts(store))))
 
 
 def plans(output: str | Path) -> list[str]:

@@ -23,8 +23,8 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
-from batchjob.models.hub import quiet
-from batchjob.models.published import by_name
+from batchjob.models.huggingface_hub import quiet
+from batchjob.models.torchvision_weights import by_name
 
 __all__ = ["FORMATS", "Built", "Format", "example", "net", "outputs", "trusted"]
 

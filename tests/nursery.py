@@ -215,22 +215,22 @@ def _import_everything() -> None:
     import torch.utils.data  # noqa: F401
     import torchvision.transforms.functional
 
-    import batchjob.cli
-    import batchjob.launch
-    import batchjob.local
-    import batchjob.progress
-    import batchjob.storage.bucket  # noqa: F401
+    import batchjob.api
+    import batchjob.cli.main
+    import batchjob.driver.progress
+    import batchjob.pool.local_pool
+    import batchjob.storage.obstore_backend  # noqa: F401
 
     assert torchvision.transforms.functional is not None
 
 
 def _start_fork_server() -> None:
-    from batchjob import trial
-    from batchjob.forkserver import preload
-    from batchjob.loader import Loader
-    from batchjob.prepare import Prepare
+    from batchjob.concurrency import preload
+    from batchjob.inference.autotune import trial_process
+    from batchjob.loader.loader import Loader
+    from batchjob.preprocessing.transforms import Prepare
 
-    preload(Loader.__module__, Prepare.__module__, trial.__name__)
+    preload(Loader.__module__, Prepare.__module__, trial_process.__name__)
 
 
 def _bury() -> None:
@@ -265,7 +265,8 @@ def _drive(request: dict[str, Any]) -> None:
 
     from multiprocessing import forkserver
 
-    from batchjob import cli, worker
+    from batchjob.cli import main
+    from batchjob.worker import worker
 
     server: Any = forkserver._forkserver
     if request["loaders"] == "shared":
@@ -275,7 +276,7 @@ def _drive(request: dict[str, Any]) -> None:
     if request["loaders"] != "own":
         worker.__dict__["preload"] = lambda *modules: None
     sys.argv = ["batchjob", *request["arguments"]]
-    code = cli.main()
+    code = main.main()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -283,7 +284,7 @@ def _drive(request: dict[str, Any]) -> None:
 
 
 def _set_clocks(silence: float | None) -> None:
-    from batchjob.lease import Lease
+    from batchjob.driver.lease import Lease
 
     acquire: Any = Lease.acquire
     if silence is not None:

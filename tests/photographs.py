@@ -12,11 +12,9 @@ import torch
 import torchvision  # noqa: F401 - brings torch.ops.image
 from PIL import Image
 
-from batchjob.decode import DecodeSettings
-from batchjob.prepare import Divided, Prepare
-from batchjob.preprocess import Preprocess
-from batchjob.share import Share
-from batchjob.transform import Geometry
+from batchjob.loader.gpu_share import Divided, Share
+from batchjob.preprocessing.settings import DecodeSettings, Preprocess
+from batchjob.preprocessing.transforms import Geometry, Prepare
 
 __all__ = ["CENTRE", "OTHERS", "PLAIN", "decoded", "divided", "jpeg", "photograph", "share"]
 

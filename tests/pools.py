@@ -13,14 +13,18 @@ from pathlib import Path
 import pyarrow as pa
 import yaml
 
-from batchjob import ledger, plan, revision
 from batchjob.errors import AttemptFailed, BatchjobError, Temporary
-from batchjob.job import Job
-from batchjob.plan import PlanReader
-from batchjob.pool import Done, Event, Failed, Loaded, Ready, Setup, WorkerFailed
-from batchjob.records import Fault, ImageFacts, ImageRef, Provenance, ShardKey, ShardResult
-from batchjob.sink import PartWriter, row_schema, rows
-from batchjob.storage import Store, open_store
+from batchjob.job.job import Job
+from batchjob.output import retry
+from batchjob.output.commit import commit as commit_of_commit
+from batchjob.output.part_writer import PartWriter, rows
+from batchjob.output.provenance import Provenance, ShardResult
+from batchjob.output.schema import row_schema
+from batchjob.plan.head import current, is_discarded
+from batchjob.plan.reader import PlanReader
+from batchjob.storage.store import Store, open_store
+from batchjob.types import Fault, ImageFacts, ImageRef, ShardKey
+from batchjob.worker.messages import Done, Event, Failed, Loaded, Ready, Setup, WorkerFailed
 
 __all__ = [
     "Act",
@@ -197,7 +201,7 @@ class ScriptedPool:
 
     def commit(self, key: ShardKey) -> ShardResult:
         """Make the shard's part and commit it, as a worker does."""
-        number, head = plan.current(self._store)
+        number, head = current(self._store)
         assert head is not None
         assert number == self._plan
         with tempfile.TemporaryDirectory() as spool:
@@ -205,24 +209,24 @@ class ScriptedPool:
             examples = writer.examples
 
             def wanted() -> None:
-                if plan.is_discarded(self._store, head):
+                if is_discarded(self._store, head):
                     raise Temporary("the plan was discarded")
 
             if key.revision:
-                stands, examples = revision.replace_part(self._store, key, writer.path, made, wanted)
+                stands, examples = retry.replace_part(self._store, key, writer.path, made, wanted)
             else:
-                stands = ledger.commit(self._store, key, writer.path, made, wanted)
+                stands = commit_of_commit(self._store, key, writer.path, made, wanted)
         return ShardResult(key, stands.provenance, examples, stands.ours, stands.stat.etag)
 
 
 def make_part(path: Path, store: Store, job: Job, key: ShardKey) -> tuple[PartWriter, Provenance]:
     """The part of a shard of the plan in force, on the local spool; at a retry its error rows, all of them good now."""
-    _, head = plan.current(store)
+    _, head = current(store)
     assert head is not None
     reader = PlanReader(store, head)
     shard = reader.shard(key)
     if key.revision:
-        shard = revision.outstanding(store, shard)
+        shard = retry.outstanding(store, shard)
     facts = [ImageFacts(ref.etag, 8, 8) if key.revision else _facts(ref) for ref in shard.refs]
     scores = pa.array([float(ref.position) for ref, fact in zip(shard.refs, facts, strict=True) if fact.fault is None])
     schema = row_schema(list(reader.passthrough), [pa.field("score", pa.float64())], job.input.has_id)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchjob import ledger
-from batchjob.records import Provenance
-from batchjob.storage import Store, open_store
+from batchjob.output import commit
+from batchjob.output.provenance import Provenance
+from batchjob.storage.store import Store, open_store
 
 __all__ = ["Ended", "cifar", "footers", "labels_right", "rows", "run", "start"]
 
@@ -70,7 +70,7 @@ def wait(process: subprocess.Popen[str], timeout: float = 200) -> Ended:
 def footers(output: str) -> dict[str, Provenance]:
     """Provenance of every committed part, by key."""
     store: Store = open_store(output)
-    return dict(ledger.inspect_all(store, sorted(ledger.parts(store))))
+    return dict(commit.inspect_all(store, sorted(commit.parts(store))))
 
 
 def rows(output: str) -> list[dict[str, Any]]:
@@ -79,7 +79,7 @@ def rows(output: str) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     store = open_store(output)
-    parts = [pq.read_table(pa.BufferReader(store.read(key).data)) for key in sorted(ledger.parts(store))]
+    parts = [pq.read_table(pa.BufferReader(store.read(key).data)) for key in sorted(commit.parts(store))]
     return [row for part in parts for row in part.to_pylist()]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from batchjob.errors import AlreadyExists, BatchjobError, Changed, NotFound, Unavailable
-from batchjob.records import Blob, Stat
+from batchjob.storage.objects import Blob, Stat
 
 __all__ = ["WRITES", "Call", "Fault", "Killed", "MemoryStore"]
 

@@ -13,15 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 from stores import Fault, MemoryStore
 
-from batchjob import ledger, plan
-from batchjob.accounting import Run, clear_foreign, conclude
+from batchjob.driver.existing_output import clear_foreign
+from batchjob.driver.finalize import Run, conclude
+from batchjob.driver.scheduler import GivenUp
 from batchjob.errors import AttemptFailed, BatchjobError, CheckFailed, Incomplete, InvalidJob, Temporary, Unavailable
-from batchjob.job import ErrorBudget
-from batchjob.plan import Head
-from batchjob.pool import Loaded
-from batchjob.records import Provenance, ShardKey, ShardResult
-from batchjob.report import Outcome, PlanSummary
-from batchjob.schedule import GivenUp
+from batchjob.job.runtime import ErrorBudget
+from batchjob.output import commit
+from batchjob.output.provenance import Provenance, ShardResult
+from batchjob.plan.head import Head, bury, new_head
+from batchjob.plan.head import freeze as freeze_of_head
+from batchjob.report.run_result import Outcome, PlanSummary
+from batchjob.types import ShardKey
+from batchjob.worker.messages import Loaded
 
 WORKER = Loaded("cpu", "fp32", "net@000000000000", ("score",), batch_size=4, seconds=1.5)
 
@@ -38,8 +41,8 @@ class Output:
         self.beats = 0
 
     def freeze(self, number: int) -> Head:
-        head = plan.new_head(number, job={}, fingerprint={}, shard_size=10, source_version=None, batchjob="1")
-        return plan.freeze(self.store, head)
+        head = new_head(number, job={}, fingerprint={}, shard_size=10, source_version=None, batchjob="1")
+        return freeze_of_head(self.store, head)
 
     def put(
         self, index: int, rows: int = 10, failed: int = 0, *, fresh: bool = True, says: Mapping[str, Any] = {}
@@ -96,7 +99,7 @@ class Output:
 
     @property
     def finished(self) -> bool:
-        return ledger.SUCCESS in self.store.held()
+        return commit.SUCCESS in self.store.held()
 
 
 @pytest.fixture
@@ -207,7 +210,7 @@ def test_a_part_of_no_plan_is_an_alarm(output: Output) -> None:
 
 def test_what_a_discarded_plan_left_is_deleted(output: Output) -> None:
     left = output.put(0)
-    plan.bury(output.store, output.head)
+    bury(output.store, output.head)
     output.expected.clear()
     output.fresh.clear()
     output.head = replace(output.head, plan="second", number=1)

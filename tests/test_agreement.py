@@ -11,14 +11,16 @@ import pytest
 from lost import write_harmful_job
 from stores import MemoryStore
 
-from batchjob import Job, plan
-from batchjob.agreement import Agreement
-from batchjob.engine import Engine
-from batchjob.parallel import side_by_side
-from batchjob.records import Recipe
-from batchjob.storage import Reader
-from batchjob.trial import Bench
-from batchjob.tuning import Decision, Trial
+from batchjob import Job
+from batchjob.concurrency import side_by_side
+from batchjob.inference.autotune.autotuner import Agreement
+from batchjob.inference.autotune.decision import Decision
+from batchjob.inference.autotune.trial_process import Bench
+from batchjob.inference.autotune.trials import Trial
+from batchjob.inference.engine import Engine
+from batchjob.inference.execution_config import Recipe
+from batchjob.plan.head import new_head
+from batchjob.storage.reader import Reader
 
 WORKERS = 3
 
@@ -35,8 +37,8 @@ def test_one_worker_of_a_machine_tries_and_the_others_go_by_what_it_found(
         tried.append(recipes)
         return [Trial(Recipe(), "it ran out of patience")]
 
-    monkeypatch.setattr("batchjob.agreement.table", table)
-    head = plan.new_head(0, job={}, fingerprint={}, shard_size=4, source_version=None, batchjob="1")
+    monkeypatch.setattr("batchjob.inference.autotune.autotuner.table", table)
+    head = new_head(0, job={}, fingerprint={}, shard_size=4, source_version=None, batchjob="1")
     engine = Engine(job, Reader(), (str(tmp_path / "white.png"),))
     bench = Bench(job.portable(), tmp_path, tmp_path, (), batch_size=4, threads=1)
 

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from batchjob.assembly import Assembly, Imprint
 from batchjob.errors import AttemptFailed, Unavailable
-from batchjob.pool import Done, Event, Failed
-from batchjob.records import Batch, Fault, Frame, ImageFacts, ImageRef, Shard, ShardKey
-from batchjob.sink import row_schema
-from batchjob.storage import Reader, open_store
-from batchjob.tasks import EmbeddingTask
+from batchjob.output.part_builder import Assembly, Imprint
+from batchjob.output.schema import row_schema
+from batchjob.preprocessing.geometry import Frame
+from batchjob.storage.reader import Reader
+from batchjob.storage.store import open_store
+from batchjob.tasks.embedding import EmbeddingTask
 from batchjob.tasks.postprocess import Postprocess
+from batchjob.types import Batch, Fault, ImageFacts, ImageRef, Shard, ShardKey
+from batchjob.worker.messages import Done, Event, Failed
 
 GONE = Batch(0, 0, (ImageFacts(fault=Fault("fetch", "not_found", "it is not there")),) * 2, None)
 

@@ -15,21 +15,23 @@ import pytest
 import torch
 from torch import nn
 
-from batchjob.assembly import Assembly
-from batchjob.bench.ceilings import ceilings, verdict
+from batchjob.bench.bottleneck import ceilings, verdict
+from batchjob.bench.profiler_trace import ANCHOR, TRACKS, tracks
 from batchjob.bench.stages import Clock
-from batchjob.bench.trace import ANCHOR, TRACKS, tracks
 from batchjob.errors import BatchjobError
-from batchjob.forward import Forward, Modes
-from batchjob.guard import Guard
-from batchjob.loader import Once, Quarantine, ShardFeed
-from batchjob.passage import Passage
-from batchjob.predict import MARK, Predicted, Predictor
-from batchjob.preprocess import Preprocess
-from batchjob.records import Batch, ImageFacts, ImageRef, Shard, ShardKey, Span
-from batchjob.stopwatch import Stopwatch
-from batchjob.storage import open_store
-from batchjob.transform import normalizer
+from batchjob.inference.fault_isolation import Guard
+from batchjob.inference.forward import Forward, Modes
+from batchjob.inference.predictor import MARK, Predictor
+from batchjob.loader.loader import ShardFeed
+from batchjob.loader.quarantine import Quarantine
+from batchjob.loader.sample import Once
+from batchjob.output.part_builder import Assembly
+from batchjob.preprocessing.normalize import normalizer
+from batchjob.preprocessing.settings import Preprocess
+from batchjob.storage.store import open_store
+from batchjob.types import Batch, ImageFacts, ImageRef, Predicted, Shard, ShardKey, Span
+from batchjob.worker.shard_runner import Passage
+from batchjob.worker.watchdog import Stopwatch
 
 # -- the sentence ----------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from batchjob.breakage import breakage, identity
+from batchjob.inference.device_errors import breakage, identity
 
 # As torch 2.11 to 2.15, its libraries and ONNX Runtime say it; of CUDA's own lines the first.
 CONTEXT = [

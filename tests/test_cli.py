@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 import batchjob
-from batchjob.cli import main
-from batchjob.environment import cpu_quota, memory_limit
+from batchjob.cli.main import main
+from batchjob.system import cpu_quota, memory_limit
 
 NET = """
 from torch import nn
@@ -141,7 +141,7 @@ def test_wrong_usage_is_exit_2(folder: Path, args: list[str], sentence: str, cap
 def test_what_nobody_foresaw_is_exit_1_with_its_traceback(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("batchjob.survey.status", lambda store: 1 // 0)
+    monkeypatch.setattr("batchjob.report.output_status.status", lambda store: 1 // 0)
     assert main(["status", "out", "--json"]) == 1
     out, err = capfd.readouterr()
     assert "Traceback" in err
@@ -263,7 +263,7 @@ def test_status_loads_neither_torch_nor_ray(folder: Path) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "batchjob", "status", "out"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "batchjob.cli" in loaded
+    assert "batchjob.cli.main" in loaded
     assert not {name for name in loaded if name.split(".")[0] in {"torch", "ray", "torchvision"}}
 
 

@@ -17,11 +17,14 @@ import torch
 from formats import FORMATS, NET, Built, example, net, outputs, trusted
 from torch import nn
 
-from batchjob.devices import pick_device
 from batchjob.errors import InvalidJob
-from batchjob.models import ExportedModel, LoadedModel, PickleModel, TorchScriptModel
-from batchjob.models.filekind import kind_of
-from batchjob.storage import Reader
+from batchjob.inference.devices import pick_device
+from batchjob.models.exported import ExportedModel
+from batchjob.models.file_format import kind_of
+from batchjob.models.loaded_model import LoadedModel
+from batchjob.models.pickle import PickleModel
+from batchjob.models.torchscript import TorchScriptModel
+from batchjob.storage.reader import Reader
 
 READER = Reader()
 EIGHT = example(8)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from batchjob.cli import main
+from batchjob.cli.main import main
 
 NET = """
 import torch

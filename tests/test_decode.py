@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps, features
 
-from batchjob.decode import DecodeSettings, decode
 from batchjob.errors import ImageFault
-from batchjob.formats import make_ready
+from batchjob.preprocessing.decode import decode
+from batchjob.preprocessing.image_formats import make_ready
+from batchjob.preprocessing.settings import DecodeSettings
 
 MODES: tuple[Literal["exact", "fast"], ...] = ("exact", "fast")
 TYPES = {"empty", "not_an_image", "unsupported", "truncated", "corrupt", "too_large", "memory"}
@@ -168,7 +169,8 @@ def test_settings_of_the_program_neither_count_nor_change(monkeypatch: pytest.Mo
 HOSTILE = """
 import collections, pathlib, sys, warnings
 warnings.simplefilter("error")
-from batchjob.decode import DecodeSettings, decode
+from batchjob.preprocessing.decode import decode
+from batchjob.preprocessing.settings import DecodeSettings
 from batchjob.errors import ImageFault
 counts = collections.Counter()
 for path in pathlib.Path(sys.argv[1]).rglob("*"):
@@ -230,7 +232,7 @@ def test_damage_is_named_as_if_pillow_alone_had_read(test_data: Path, monkeypatc
     jpegs = [data for path in files if (data := path.read_bytes()).startswith(b"\xff\xd8")][::5]
     assert len(jpegs) > 500
     ours = [outcome(data) for data in jpegs]
-    monkeypatch.setattr("batchjob.decode.jpeg_size", lambda _: None)
+    monkeypatch.setattr("batchjob.preprocessing.decode.jpeg_size", lambda _: None)
     assert ours == [outcome(data) for data in jpegs]
 
 

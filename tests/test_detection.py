@@ -18,11 +18,13 @@ from torchvision.transforms import functional
 
 import batchjob
 from batchjob.errors import InvalidJob
-from batchjob.models import CheckpointModel, TorchvisionModel
-from batchjob.preprocess import Preprocess
-from batchjob.records import Frame
-from batchjob.storage import Reader
-from batchjob.tasks import DetectionTask, Postprocess
+from batchjob.models.checkpoint import CheckpointModel
+from batchjob.models.torchvision import TorchvisionModel
+from batchjob.preprocessing.geometry import Frame
+from batchjob.preprocessing.settings import Preprocess
+from batchjob.storage.reader import Reader
+from batchjob.tasks.detection import DetectionTask
+from batchjob.tasks.postprocess import Postprocess
 
 READER = Reader()
 NAN = float("nan")

@@ -24,17 +24,17 @@ from photographs import CENTRE, OTHERS, PLAIN, decoded, divided, jpeg, photograp
 from PIL import Image
 
 from batchjob import Job, run
-from batchjob.decode import DecodeSettings
-from batchjob.devicejpeg import Decode, DeviceDecoding, device_decoder
 from batchjob.errors import AttemptFailed, BatchjobError, DeviceFault, InvalidJob
-from batchjob.loader import Loader, LoaderPlan, Once
-from batchjob.prepare import Divided, Prepare
-from batchjob.preprocess import Preprocess
-from batchjob.records import Batch, ImageRef, Shard, ShardKey
-from batchjob.share import Balance
-from batchjob.stopwatch import Stopwatch
-from batchjob.storage import Reader
-from batchjob.transform import Geometry
+from batchjob.inference.gpu_decode import Decode, DeviceDecoding, device_decoder
+from batchjob.loader.gpu_share import Balance, Divided
+from batchjob.loader.loader import Loader
+from batchjob.loader.sample import Once
+from batchjob.loader.settings import LoaderPlan
+from batchjob.preprocessing.settings import DecodeSettings, Preprocess
+from batchjob.preprocessing.transforms import Geometry, Prepare
+from batchjob.storage.reader import Reader
+from batchjob.types import Batch, ImageRef, Shard, ShardKey
+from batchjob.worker.watchdog import Stopwatch
 
 CPU = torch.device("cpu")
 
@@ -214,7 +214,7 @@ def test_a_decoder_that_refuses_everything_is_asked_no_more(tmp_path: Path, capl
 
 
 def test_large_images_are_not_all_decoded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchjob.devicejpeg._AT_ONCE", 2 * 90 * 70)
+    monkeypatch.setattr("batchjob.inference.gpu_decode._AT_ONCE", 2 * 90 * 70)
     seen: list[int] = []
 
     def counted(files: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -227,7 +227,7 @@ def test_large_images_are_not_all_decoded_at_once(tmp_path: Path, monkeypatch: p
 
 
 def test_a_look_at_the_device_holds_no_more_pixels_than_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchjob.devicejpeg._AT_ONCE", 2 * 90 * 70)
+    monkeypatch.setattr("batchjob.inference.gpu_decode._AT_ONCE", 2 * 90 * 70)
     seen: list[int] = []
 
     def counted(files: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -360,7 +360,7 @@ def refused(path: Path) -> str:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[Decode], None]:
     """Puts a decoder in the place of the GPU's."""
-    return lambda decode: monkeypatch.setattr("batchjob.loading.device_decoder", lambda device: decode)
+    return lambda decode: monkeypatch.setattr("batchjob.worker.loader_setup.device_decoder", lambda device: decode)
 
 
 def embeddings(folder: Path) -> dict[str, list[float] | None]:

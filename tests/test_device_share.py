@@ -7,13 +7,12 @@ from collections.abc import Iterator
 import pytest
 from photographs import OTHERS, PLAIN, divided, jpeg, photograph, share
 
-from batchjob.bench.ceilings import ceilings
-from batchjob.bench.findings import Stage
+from batchjob.bench.bottleneck import ceilings
+from batchjob.bench.results import Stage
 from batchjob.errors import ImageFault
-from batchjob.jpeg import plain_jpeg_size
-from batchjob.prepare import Divided
-from batchjob.preprocess import Preprocess
-from batchjob.share import Balance, steered
+from batchjob.loader.gpu_share import Balance, Divided, steered
+from batchjob.preprocessing.jpeg import plain_jpeg_size
+from batchjob.preprocessing.settings import Preprocess
 
 # -- which images ----------------------------------------------------------------------------------------------
 

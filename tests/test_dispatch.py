@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from batchjob.dispatch import Dispatch
+from batchjob.driver.dispatcher import Dispatch
+from batchjob.driver.progress import Quiet
 from batchjob.errors import AttemptFailed, BatchjobError, CheckFailed, Temporary, Unavailable
-from batchjob.placement import Placement
-from batchjob.pool import Done, Event, Failed, Loaded, Ready, Setup
-from batchjob.progress import Quiet
-from batchjob.records import Provenance, ShardKey, ShardResult
+from batchjob.output.provenance import Provenance, ShardResult
+from batchjob.pool.placement import Placement
+from batchjob.types import ShardKey
+from batchjob.worker.messages import Done, Event, Failed, Loaded, Ready, Setup
 
 LOADED = Loaded("cpu", "fp32", "fake@000000000000", ("score",), batch_size=4, seconds=0.0)
 

@@ -6,7 +6,7 @@ import ctypes
 import os
 import signal
 
-from batchjob.drain import Drain
+from batchjob.driver.control_loop import Drain
 
 
 def test_a_handler_that_was_taken_away_below_python_comes_back() -> None:

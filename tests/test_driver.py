@@ -29,15 +29,19 @@ from pools import (
     worker_fails,
 )
 
-from batchjob import driver, ledger, plan
-from batchjob.drain import Drain
+from batchjob.driver import driver
+from batchjob.driver.control_loop import Drain
+from batchjob.driver.lease import SILENCE_SECONDS, Lease
+from batchjob.driver.progress import Progress, Quiet
 from batchjob.errors import BatchjobError, CheckFailed, InvalidJob, JobError, Temporary, Unavailable
-from batchjob.job import Job
-from batchjob.lease import SILENCE_SECONDS, Lease
-from batchjob.pool import Event, Pool, Ready, WorkerFailed
-from batchjob.progress import Progress, Quiet
-from batchjob.report import Outcome
-from batchjob.storage import open_store
+from batchjob.job.job import Job
+from batchjob.output.commit import parts as parts_of_commit
+from batchjob.plan.head import bury as bury_of_head
+from batchjob.plan.head import current
+from batchjob.pool.pool import Pool
+from batchjob.report.run_result import Outcome
+from batchjob.storage.store import open_store
+from batchjob.worker.messages import Event, Ready, WorkerFailed
 
 TWELVE = [f"{number:03}.png" for number in range(12)]  # six shards
 
@@ -136,9 +140,9 @@ def meanwhile(happens: Callable[[], object]) -> Iterator[None]:
 def bury(output: Path) -> None:
     """The first step of a discard."""
     store = open_store(str(output))
-    _, head = plan.current(store)
+    _, head = current(store)
     assert head is not None
-    plan.bury(store, head)
+    bury_of_head(store, head)
 
 
 def term() -> None:
@@ -169,7 +173,7 @@ def lease_released(out: Path) -> Iterator[None]:
 @pytest.fixture
 def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lease is looked at in every turn."""
-    monkeypatch.setattr("batchjob.lease.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("batchjob.driver.lease.BEAT_SECONDS", 0.0)
 
 
 # --- a whole run ----------------------------------------------------------------------------------------------------
@@ -193,7 +197,7 @@ def test_success_and_report_say_what_is_there(tmp_path: Path, out: Path) -> None
     facts = success(out)
     assert facts["counts"] == {"planned": 12, "predicted": 12, "failed": 0}
     assert [part["name"] for part in facts["parts"]] == sorted(f"predictions/{name}" for name in parts(out))
-    there = ledger.parts(open_store(str(out)))
+    there = parts_of_commit(open_store(str(out)))
     assert {part["name"]: part["etag"] for part in facts["parts"]} == {key: stat.etag for key, stat in there.items()}
     assert sum(part["rows"] for part in facts["parts"]) == 12
     report = json.loads((out / "_batchjob/report.json").read_text())
@@ -215,7 +219,7 @@ def test_workers_are_told_what_they_need(tmp_path: Path, out: Path) -> None:
 
 
 def test_a_plan_of_many_chunks_is_done_whole(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchjob.plan.cutting.CHUNK_ROWS", 4)
+    monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 4)
     pool = ScriptedPool()
     assert run(job(tmp_path, [*TWELVE, "last.png"]), pool).status == "complete"
     assert len(list(out.glob("_batchjob/plans/0000/chunk-*"))) == 4
@@ -401,7 +405,7 @@ def test_a_signal_lets_running_shards_commit_and_hands_out_no_more(
 
 
 def test_a_drain_waits_only_so_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchjob.dispatch.DRAIN_SECONDS", 0.05)
+    monkeypatch.setattr("batchjob.driver.dispatcher.DRAIN_SECONDS", 0.05)
     pool = ScriptedPool({0: [first(term, hang)]})
     with pytest.raises(Temporary, match="stopped by a signal"):
         run(job(tmp_path, TWELVE), pool)
@@ -520,7 +524,9 @@ def test_nobody_discards_or_plans_under_a_driver_at_work(tmp_path: Path, out: Pa
 
 def test_two_drivers_at_once_do_no_harm(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lease saves work; that each part is there once does not rest on it."""
-    monkeypatch.setattr("batchjob.lease.BEAT_SECONDS", 1e9)  # so that the first learns of the second only at its end
+    monkeypatch.setattr(
+        "batchjob.driver.lease.BEAT_SECONDS", 1e9
+    )  # so that the first learns of the second only at its end
     the = job(tmp_path, TWELVE)
     rivals: list[dict[str, bytes]] = []
 
@@ -542,7 +548,7 @@ def test_two_drivers_at_once_do_no_harm(tmp_path: Path, out: Path, monkeypatch: 
 def test_a_plan_that_another_job_froze_meanwhile_is_not_taken_for_ours(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("batchjob.lease.BEAT_SECONDS", 1e9)
+    monkeypatch.setattr("batchjob.driver.lease.BEAT_SECONDS", 1e9)
     the = job(tmp_path, TWELVE)
     other = job(tmp_path, TWELVE, task={"type": "embedding", "normalize": True})
 
@@ -618,7 +624,7 @@ def test_a_run_that_is_surely_over_the_budget_stops_early(tmp_path: Path, out: P
 def test_a_count_stops_a_run_before_its_plan_is_whole(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("batchjob.plan.cutting.CHUNK_ROWS", 2)
+    monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 2)
     monkeypatch.setattr(driver, "_WAITING_ENOUGH", 1)
     names = [f"{number:03}-bad.png" for number in range(60)]
     the = job(tmp_path, names, errors={"max_rate": 1.0, "max_count": 3})
@@ -830,7 +836,7 @@ def test_all_there_but_success_needs_no_worker(tmp_path: Path, out: Path) -> Non
 def test_a_plan_that_was_cut_short_is_written_to_its_end(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, left: int
 ) -> None:
-    monkeypatch.setattr("batchjob.plan.cutting.CHUNK_ROWS", 4)
+    monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 4)
     the = job(tmp_path, TWELVE)
     made = driver.plan_only(the, allow_empty=False, progress=Quiet())
     for chunk in sorted(out.glob("_batchjob/plans/0000/chunk-*"))[left:]:
@@ -910,7 +916,7 @@ def test_a_plan_is_frozen_without_workers_and_run_later(tmp_path: Path, out: Pat
 
 
 def test_a_plan_of_many_chunks_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchjob.plan.cutting.CHUNK_ROWS", 4)
+    monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 4)
     heard = Heard()
     made = driver.plan_only(job(tmp_path, [*TWELVE, "last.png"]), allow_empty=False, progress=heard)
     assert (made.images, made.shards) == (13, 7)
@@ -918,7 +924,7 @@ def test_a_plan_of_many_chunks_is_written_whole(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_signal_ends_planning(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchjob.plan.cutting.CHUNK_ROWS", 2)
+    monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 2)
     heard, the = Heard(), job(tmp_path, [f"{number:03}.png" for number in range(100)])
     monkeypatch.setattr(heard, "planned", lambda n, final: term() if n == 2 else None)
     with pytest.raises(Temporary, match="stopped by a signal"):

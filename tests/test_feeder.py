@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from pools import job
 
-from batchjob import plan
+from batchjob.driver.plan_prefetcher import Feeder
 from batchjob.errors import InvalidJob, Temporary, Unavailable
-from batchjob.feeder import Feeder, Input, peek
-from batchjob.loader import TYPICAL_BYTES
-from batchjob.plan import Chunk, Head
-from batchjob.records import Cursor
-from batchjob.storage import Reader
+from batchjob.plan.chunks import Chunk
+from batchjob.plan.head import Head, new_head
+from batchjob.sources.listing import TYPICAL_BYTES, Input, peek
+from batchjob.storage.reader import Reader
+from batchjob.types import Cursor
 
 PATIENCE = 60.0  # seconds, for what another thread does at once
 
@@ -257,4 +257,4 @@ def test_a_folder_has_no_version_and_may_grow(tmp_path: Path) -> None:
 
 
 def head_of(the: Input) -> Head:
-    return plan.new_head(0, job={}, fingerprint={}, shard_size=2, source_version=the.version, batchjob="1")
+    return new_head(0, job={}, fingerprint={}, shard_size=2, source_version=the.version, batchjob="1")

@@ -12,9 +12,11 @@ from faulty import RESET, TRUNCATE, Faulty, Reply, between
 from seaweed import Seaweed
 
 from batchjob.errors import Denied, Unavailable
-from batchjob.fetch import Fetcher, together
-from batchjob.records import Blob, Fault, ImageRef
-from batchjob.storage import Reader, StorageOptions
+from batchjob.loader.fetch import Fetcher, together
+from batchjob.storage.objects import Blob
+from batchjob.storage.options import StorageOptions
+from batchjob.storage.reader import Reader
+from batchjob.types import Fault, ImageRef
 
 DENIED = Reply(403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
 BROKEN = Reply(500, b"<Error><Code>InternalError</Code><Message>We encountered an error</Message></Error>")
@@ -206,7 +208,7 @@ def test_an_object_that_was_deleted_after_the_plan_is_a_fault_that_says_so(
 
 
 def test_a_run_of_large_images_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchjob.fetch.FETCH_BYTES", 10)
+    monkeypatch.setattr("batchjob.loader.fetch.FETCH_BYTES", 10)
     refs = [ImageRef(n, str(n), str(n), size=size) for n, size in enumerate([4, 6, 1, 30, None, 10])]
     assert [[ref.position for ref in run] for run in together(refs)] == [[0, 1], [2], [3], [4, 5]]
 

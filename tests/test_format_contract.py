@@ -22,14 +22,14 @@ from PIL import Image
 from pydantic import TypeAdapter
 from seaweed import Seaweed
 
-from batchjob.decode import DecodeSettings
-from batchjob.devices import pick_device
 from batchjob.errors import InvalidJob
-from batchjob.job import Model
-from batchjob.models import LoadedModel
-from batchjob.prepare import Prepare
-from batchjob.storage import Reader
-from batchjob.transform import Geometry, merge, normalizer
+from batchjob.inference.devices import pick_device
+from batchjob.job.job import Model
+from batchjob.models.loaded_model import LoadedModel
+from batchjob.preprocessing.normalize import normalizer
+from batchjob.preprocessing.settings import DecodeSettings, merge
+from batchjob.preprocessing.transforms import Geometry, Prepare
+from batchjob.storage.reader import Reader
 
 READER = Reader()
 MODEL: TypeAdapter[Any] = TypeAdapter(Model)

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from batchjob.errors import AttemptFailed, DeviceFault, Unavailable
-from batchjob.forward import Forward, Modes
-from batchjob.guard import Guard
-from batchjob.loader import Quarantine
-from batchjob.predict import Predicted, Predictor
-from batchjob.preprocess import Preprocess
-from batchjob.records import Batch, Fault, ImageFacts
-from batchjob.stopwatch import Stopwatch
-from batchjob.storage import open_store
-from batchjob.transform import normalizer
+from batchjob.inference.fault_isolation import Guard
+from batchjob.inference.forward import Forward, Modes
+from batchjob.inference.predictor import Predictor
+from batchjob.loader.quarantine import Quarantine
+from batchjob.preprocessing.normalize import normalizer
+from batchjob.preprocessing.settings import Preprocess
+from batchjob.storage.store import open_store
+from batchjob.types import Batch, Fault, ImageFacts, Predicted
+from batchjob.worker.watchdog import Stopwatch
 
 ASSERT = "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported"
 ECC = "CUDA error: uncorrectable ECC error encountered"

@@ -23,17 +23,19 @@ from botocore.exceptions import ClientError
 from PIL import Image
 from seaweed import Seaweed
 
-from batchjob.decode import DecodeSettings
+from batchjob.driver.progress import Bar, Lines
 from batchjob.errors import ImageFault, InvalidJob, NotFound
-from batchjob.fetch import Fetcher
-from batchjob.job import Job
-from batchjob.progress import Bar, Lines
-from batchjob.records import Blob, Cursor, Fault, ImageRef
-from batchjob.redaction import harmless, held_secret, redacted, secret_in, typed, without_queries
-from batchjob.report import Outcome
-from batchjob.sources import ManifestSource, PrefixSource
-from batchjob.storage import Reader
-from batchjob.targets import load_target
+from batchjob.job.job import Job
+from batchjob.loader.fetch import Fetcher
+from batchjob.preprocessing.settings import DecodeSettings
+from batchjob.report.run_result import Outcome
+from batchjob.sources.manifest import ManifestSource
+from batchjob.sources.prefix import PrefixSource
+from batchjob.storage.objects import Blob
+from batchjob.storage.reader import Reader
+from batchjob.text import harmless, held_secret, redacted, secret_in, typed, without_queries
+from batchjob.types import Cursor, Fault, ImageRef
+from batchjob.user_code import load_target
 
 ROOT = Path(__file__).parents[1]
 AWAY = "../../../../../../../../tmp/away.png"
@@ -270,7 +272,7 @@ def test_nothing_that_a_name_holds_reaches_the_terminal(ran: tuple[Path, dict[st
     [
         "os:system",
         "subprocess:run",
-        "batchjob.cli:main",
+        "batchjob.cli.main:main",
         "..net:mean",
         ".net:mean",
         "net..mean:x",

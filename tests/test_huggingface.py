@@ -23,13 +23,14 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from batchjob.errors import InvalidJob, Unavailable
-from batchjob.models.hub import quiet
 from batchjob.models.huggingface import HuggingfaceModel
-from batchjob.models.huggingface_images import as_preprocess
-from batchjob.models.loaded import LoadedModel
-from batchjob.preprocess import Preprocess
-from batchjob.storage import Reader
-from batchjob.transform import Geometry, normalizer
+from batchjob.models.huggingface_hub import quiet
+from batchjob.models.huggingface_preprocessing import as_preprocess
+from batchjob.models.loaded_model import LoadedModel
+from batchjob.preprocessing.normalize import normalizer
+from batchjob.preprocessing.settings import Preprocess
+from batchjob.preprocessing.transforms import Geometry
+from batchjob.storage.reader import Reader
 
 READER = Reader()
 LABELS = {0: "cat", 1: "dog", 2: "tree"}

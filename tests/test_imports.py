@@ -7,7 +7,7 @@ import sys
 
 BEGIN = """
 import sys
-from batchjob.imports import import_torchvision
+from batchjob.system import import_torchvision
 import_torchvision()
 import torch, torchvision
 from torchvision.ops import roi_align

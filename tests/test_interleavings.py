@@ -8,9 +8,10 @@ import pytest
 from simulation import play
 from stores import MemoryStore
 
-from batchjob import ledger
 from batchjob.errors import Temporary
-from batchjob.records import Provenance, ShardKey
+from batchjob.output import commit, success
+from batchjob.output.provenance import Provenance
+from batchjob.types import ShardKey
 
 
 def test_nothing_is_lost_doubled_or_foreign_in_any_order(seed: int) -> None:
@@ -30,7 +31,7 @@ def test_a_part_whose_plan_was_discarded_during_its_put_is_taken_back(tmp_path: 
             raise Temporary("the plan was discarded")
 
     with pytest.raises(Temporary, match="discarded"):
-        ledger.commit(store, key, tmp_path / "part", made, wanted)
+        commit.commit(store, key, tmp_path / "part", made, wanted)
     assert store.held() == []
 
 
@@ -43,5 +44,5 @@ def test_a_success_whose_plan_was_discarded_during_its_put_is_taken_back() -> No
             raise Temporary("the plan was discarded")
 
     with pytest.raises(Temporary, match="discarded"):
-        ledger.write_success(store, {"plan": "p", "counts": {}}, [], wanted)
+        success.write_success(store, {"plan": "p", "counts": {}}, [], wanted)
     assert store.held() == []

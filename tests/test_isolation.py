@@ -17,9 +17,14 @@ import torch
 from stores import MemoryStore
 
 from batchjob.errors import AttemptFailed, StorageError, Unavailable
-from batchjob.loader import Loader, LoaderPlan, LoaderSettings, Quarantine, samples, settle
-from batchjob.records import Batch, Blob, Fault, ImageFacts, ImageRef, Prepared, Shard, ShardKey
-from batchjob.storage import Reader, open_store
+from batchjob.loader.loader import Loader
+from batchjob.loader.quarantine import Quarantine
+from batchjob.loader.sample import samples
+from batchjob.loader.settings import LoaderPlan, LoaderSettings, settle
+from batchjob.storage.objects import Blob
+from batchjob.storage.reader import Reader
+from batchjob.storage.store import open_store
+from batchjob.types import Batch, Fault, ImageFacts, ImageRef, Prepared, Shard, ShardKey
 
 GIB = 1 << 30
 
@@ -173,7 +178,7 @@ def test_an_image_that_takes_for_ever_is_a_fault_and_a_slow_store_or_batch_is_no
 
 def test_cpu_seconds_are_limited_where_the_clock_does_not_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker's clock is stopped: it is the kernel that ends the process. Who waits uses none of them."""
-    monkeypatch.setattr("batchjob.loader.mark.Mark.overdue", lambda self, seconds: False)
+    monkeypatch.setattr("batchjob.loader.worker_progress.Mark.overdue", lambda self, seconds: False)
     store, images = open_store(str(tmp_path / "out")), tmp_path / "images"
     images.mkdir()
     loader = make(images, seconds=0.2)

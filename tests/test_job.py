@@ -12,9 +12,13 @@ from typing import Any, get_args
 import pytest
 
 from batchjob.errors import InvalidJob
-from batchjob.job import Job, Model, Workers, difference, job_schema
-from batchjob.models import CheckpointModel, TorchvisionModel
-from batchjob.tasks import ClassificationTask
+from batchjob.job.fingerprint import difference
+from batchjob.job.job import Job, Model
+from batchjob.job.json_schema import job_schema
+from batchjob.job.runtime import Workers
+from batchjob.models.checkpoint import CheckpointModel
+from batchjob.models.torchvision import TorchvisionModel
+from batchjob.tasks.classification import ClassificationTask
 
 MODELS = ", ".join(kind.model_fields["type"].default for kind in get_args(get_args(Model)[0]))
 GOOD = """\
@@ -485,7 +489,7 @@ def test_the_schema_describes_every_section() -> None:
 def test_reading_a_job_loads_neither_torch_nor_ray() -> None:
     write(SMALL)
     look = "print(sys.modules.keys() & {'torch', 'ray'})"
-    program = f"import sys; from batchjob.job import Job; Job.from_file('job.yaml'); {look}"
+    program = f"import sys; from batchjob.job.job import Job; Job.from_file('job.yaml'); {look}"
     said = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=dict(os.environ)
     )

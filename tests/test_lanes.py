@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import batchjob
-from batchjob.lanes import Lanes, keeps_state, lanes
+from batchjob.inference.cpu_parallelism import Lanes, keeps_state, lanes
 
 NET = """
 import torch

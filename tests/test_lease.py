@@ -10,9 +10,9 @@ import pytest
 from seaweed import Seaweed
 from stores import Fault, Killed, MemoryStore
 
+from batchjob.driver.lease import BEAT_SECONDS, SILENCE_SECONDS, Lease
 from batchjob.errors import Temporary, Unavailable
-from batchjob.lease import BEAT_SECONDS, SILENCE_SECONDS, Lease
-from batchjob.storage import Store, open_store
+from batchjob.storage.store import Store, open_store
 
 
 class Clock:

@@ -13,11 +13,15 @@ import pytest
 from seaweed import Seaweed
 from stores import Fault, Killed, MemoryStore
 
-from batchjob import ledger
 from batchjob.errors import AttemptFailed, CheckFailed, InvalidJob, NotFound, Unavailable
-from batchjob.ledger import SUCCESS, Part, Totals
-from batchjob.records import Provenance, ShardKey, Stat
-from batchjob.storage import Store, open_store
+from batchjob.output import error_rows, success
+from batchjob.output.commit import SUCCESS, Commit, delete_all, inspect, inspect_all, parts
+from batchjob.output.commit import commit as commit_of_commit
+from batchjob.output.provenance import Provenance
+from batchjob.output.success import Part, Totals
+from batchjob.storage.objects import Stat
+from batchjob.storage.store import Store, open_store
+from batchjob.types import ShardKey
 
 KEY = ShardKey(index=17, id="5eed5eed5eed5eed", rows=4, chunk=0, offset=0)
 MADE = Provenance(
@@ -77,8 +81,8 @@ def still_wanted() -> None:
     """The plan stands."""
 
 
-def commit(store: Store, path: Path, wanted: Callable[[], None] = still_wanted) -> ledger.Commit:
-    return ledger.commit(store, KEY, path, MADE, wanted)
+def commit(store: Store, path: Path, wanted: Callable[[], None] = still_wanted) -> Commit:
+    return commit_of_commit(store, KEY, path, MADE, wanted)
 
 
 # --- the commit -----------------------------------------------------------------------------------------------------
@@ -89,7 +93,7 @@ def test_a_commit_is_one_put_of_the_whole_part(store: Store, mine: Path) -> None
     assert KEY.part == "predictions/part-0000017-5eed5eed5eed5eed.parquet"
     assert (done.ours, done.provenance) == (True, MADE)
     assert store.read(KEY.part).data == mine.read_bytes()
-    assert ledger.parts(store) == {KEY.part: store.stat(KEY.part)}
+    assert parts(store) == {KEY.part: store.stat(KEY.part)}
     assert done.stat.etag == store.stat(KEY.part).etag
 
 
@@ -160,7 +164,7 @@ def test_killed_at_the_put_another_worker_ends_with_one_part(
     done = commit(memory, mine)
     assert done.ours == (fault is Fault.KILLED_BEFORE)
     assert memory.held() == [KEY.part]
-    assert done.provenance.attempt == ledger.inspect(memory, KEY.part).attempt
+    assert done.provenance.attempt == inspect(memory, KEY.part).attempt
 
 
 def test_a_rival_that_was_faster_by_a_moment(memory: MemoryStore, mine: Path, rivals: Path) -> None:
@@ -187,19 +191,19 @@ def test_a_file_that_is_no_part_under_our_name_is_an_alarm(store: Store, mine: P
 
 
 def test_only_the_success_that_was_looked_at_is_cleared_away(memory: MemoryStore) -> None:
-    ledger.clear_success(memory, lambda: pytest.fail("there is none"))
-    memory.put_if_absent(ledger.SUCCESS, b"{}")
-    ledger.clear_success(memory, lambda: False)
-    assert memory.held() == [ledger.SUCCESS]
+    success.clear_success(memory, lambda: pytest.fail("there is none"))
+    memory.put_if_absent(SUCCESS, b"{}")
+    success.clear_success(memory, lambda: False)
+    assert memory.held() == [SUCCESS]
 
     def another_plan_comes_to_its_end() -> bool:
-        memory.client().delete(ledger.SUCCESS)
-        memory.client().put_if_absent(ledger.SUCCESS, b"{ }")
+        memory.client().delete(SUCCESS)
+        memory.client().put_if_absent(SUCCESS, b"{ }")
         return True
 
-    ledger.clear_success(memory, another_plan_comes_to_its_end)
-    assert memory.read(ledger.SUCCESS).data == b"{ }"
-    ledger.clear_success(memory, lambda: True)
+    success.clear_success(memory, another_plan_comes_to_its_end)
+    assert memory.read(SUCCESS).data == b"{ }"
+    success.clear_success(memory, lambda: True)
     assert memory.held() == []
 
 
@@ -232,21 +236,21 @@ def test_a_part_deleted_between_two_looks_is_put_again(memory: MemoryStore, mine
 
 def test_a_footer_is_read_back(store: Store, mine: Path) -> None:
     store.put_if_absent(KEY.part, mine)
-    assert ledger.inspect(store, KEY.part) == MADE
+    assert inspect(store, KEY.part) == MADE
     with pytest.raises(NotFound):
-        ledger.inspect(store, "predictions/part-0000018-none.parquet")
+        inspect(store, "predictions/part-0000018-none.parquet")
 
 
 def test_only_the_end_of_a_part_is_read(memory: MemoryStore, tmp_path: Path) -> None:
     memory.put_if_absent(KEY.part, part(tmp_path / "p", replace(MADE, rows=50_000, failed=0)))
-    ledger.inspect(memory, KEY.part)
+    inspect(memory, KEY.part)
     assert {call.verb for call in memory.calls} == {"put_if_absent", "read_tail"}
 
 
 def test_a_footer_longer_than_the_first_look_is_read_whole(store: Store, tmp_path: Path) -> None:
     made = replace(MADE, versions={f"package-{n}": "1" * 40 for n in range(3000)})
     store.put_if_absent(KEY.part, part(tmp_path / "long.parquet", made))
-    assert ledger.inspect(store, KEY.part) == made
+    assert inspect(store, KEY.part) == made
 
 
 def parquet(path: Path, metadata: dict[str, str] | None) -> bytes:
@@ -264,7 +268,7 @@ def test_what_batchjob_did_not_write_is_said_to_be_so(memory: MemoryStore, tmp_p
     for n, body in enumerate(bodies):
         memory.put_if_absent(f"predictions/{n}", body)
         with pytest.raises(CheckFailed, match=rf"predictions/{n} was not written by batchjob.*remove it"):
-            ledger.inspect(memory, f"predictions/{n}")
+            inspect(memory, f"predictions/{n}")
 
 
 def test_many_footers_come_in_the_order_asked(store: Store, tmp_path: Path) -> None:
@@ -273,11 +277,11 @@ def test_many_footers_come_in_the_order_asked(store: Store, tmp_path: Path) -> N
         names.append(f"predictions/part-{n:07d}-x.parquet")
         store.put_if_absent(names[-1], part(tmp_path / f"{n}", replace(MADE, index=n)))
     asked = names[::-1]
-    found = list(ledger.inspect_all(store, asked))
+    found = list(inspect_all(store, asked))
     assert [name for name, _ in found] == asked
     assert [made.index for _, made in found] == list(range(39, -1, -1))
     with pytest.raises(NotFound):
-        list(ledger.inspect_all(store, [*names, "predictions/none"]))
+        list(inspect_all(store, [*names, "predictions/none"]))
 
 
 def test_totals_add_up() -> None:
@@ -304,7 +308,7 @@ def test_error_rows_come_in_plan_order(store: Store, tmp_path: Path) -> None:
     for index, failed in [(2, 1), (0, 2), (1, 0)]:
         made = replace(MADE, index=index, failed=failed, errors={"decode/truncated": failed} if failed else {})
         store.put_if_absent(f"predictions/part-{index:07d}-x.parquet", part(tmp_path / f"{index}", made))
-    found = list(ledger.error_rows(store))
+    found = list(error_rows.error_rows(store))
     assert [row["position"] for row in found] == [2, 3, 23]
     assert found[0] == {
         "position": 2,
@@ -319,7 +323,7 @@ def test_of_a_part_with_errors_only_its_error_columns_are_read(memory: MemorySto
     for index, failed in [(0, 2), (1, 0)]:
         made = replace(MADE, index=index, failed=failed)
         memory.put_if_absent(f"predictions/{index}.parquet", part(tmp_path / f"{index}", made))
-    assert len(list(ledger.error_rows(memory))) == 2
+    assert len(list(error_rows.error_rows(memory))) == 2
     assert [call.key for call in memory.calls if call.verb == "open"] == ["predictions/0.parquet"]
     assert not [call for call in memory.calls if call.verb == "read"]
 
@@ -341,9 +345,9 @@ def test_many_objects_are_deleted_while_life_is_shown(store: Store) -> None:
     for name in names:
         store.put_if_absent(name, b"x")
     beats: list[int] = []
-    assert ledger.delete_all(store, names, lambda: beats.append(1)) == 40
+    assert delete_all(store, names, lambda: beats.append(1)) == 40
     assert len(beats) >= 40
-    assert ledger.parts(store) == {}
+    assert parts(store) == {}
 
 
 # --- _SUCCESS -------------------------------------------------------------------------------------------------------
@@ -353,37 +357,37 @@ THERE = {"predictions/a": Stat("predictions/a", 100, "etag-a", "1"), "prediction
 
 
 def test_success_is_put_and_read_back(store: Store) -> None:
-    assert ledger.read_success(store) is None
-    ledger.write_success(store, {"plan": "p", "counts": {"planned": 7}}, PARTS)
-    found = ledger.read_success(store)
+    assert success.read_success(store) is None
+    success.write_success(store, {"plan": "p", "counts": {"planned": 7}}, PARTS)
+    found = success.read_success(store)
     assert found is not None
     facts, stat = found
     assert facts["plan"] == "p"
     assert facts["parts"][0] == {"name": "predictions/a", "rows": 4, "failed": 1, "etag": "etag-a", "size": 100}
     assert (stat.uri, stat.version) == (SUCCESS, store.stat(SUCCESS).version)
-    assert ledger.missing_from_success(facts, THERE) == []
+    assert success.missing_from_success(facts, THERE) == []
 
 
 def test_the_same_success_is_not_written_twice(memory: MemoryStore) -> None:
-    ledger.write_success(memory, {"plan": "p"}, PARTS)
+    success.write_success(memory, {"plan": "p"}, PARTS)
     before = memory.read(SUCCESS)
-    ledger.write_success(memory, {"plan": "p"}, PARTS)
+    success.write_success(memory, {"plan": "p"}, PARTS)
     assert memory.read(SUCCESS) == before
 
 
 def test_a_success_that_says_something_else_is_replaced(store: Store) -> None:
-    ledger.write_success(store, {"plan": "old"}, PARTS[:1])
-    ledger.write_success(store, {"plan": "new"}, PARTS)
-    found = ledger.read_success(store)
+    success.write_success(store, {"plan": "old"}, PARTS[:1])
+    success.write_success(store, {"plan": "new"}, PARTS)
+    found = success.read_success(store)
     assert found is not None
     assert (found[0]["plan"], len(found[0]["parts"])) == ("new", 2)
 
 
 def test_it_is_replaced_under_the_version_that_was_read(memory: MemoryStore) -> None:
-    ledger.write_success(memory, {"plan": "old"}, PARTS)
+    success.write_success(memory, {"plan": "old"}, PARTS)
     rival = memory.client()
-    memory.inject("replace_if_match", SUCCESS, lambda: ledger.write_success(rival, {"plan": "theirs"}, PARTS))
-    ledger.write_success(memory, {"plan": "new"}, PARTS)
+    memory.inject("replace_if_match", SUCCESS, lambda: success.write_success(rival, {"plan": "theirs"}, PARTS))
+    success.write_success(memory, {"plan": "new"}, PARTS)
     assert memory.written().count(SUCCESS) > 3  # the first replacement lost, and was tried on what stood then
     assert json.loads(memory.read(SUCCESS).data)["plan"] == "new"
 
@@ -392,31 +396,31 @@ def test_it_is_replaced_under_the_version_that_was_read(memory: MemoryStore) -> 
 @pytest.mark.parametrize("fault", [Fault.REPEATED, Fault.CONFLICT])
 def test_no_answer_to_a_success_is_believed(memory: MemoryStore, there: bool, fault: Fault) -> None:
     if there:
-        ledger.write_success(memory, {"plan": "old"}, PARTS)
+        success.write_success(memory, {"plan": "old"}, PARTS)
     memory.inject("replace_if_match" if there else "put_if_absent", SUCCESS, fault)
-    ledger.write_success(memory, {"plan": "new"}, PARTS)
+    success.write_success(memory, {"plan": "new"}, PARTS)
     assert json.loads(memory.read(SUCCESS).data)["plan"] == "new"
 
 
 def test_a_success_that_cannot_be_written_is_said(memory: MemoryStore) -> None:
     memory.inject("put_if_absent", SUCCESS, Fault.CONFLICT, times=100)
     with pytest.raises(AttemptFailed, match="_SUCCESS could not be written"):
-        ledger.write_success(memory, {"plan": "p"}, PARTS)
+        success.write_success(memory, {"plan": "p"}, PARTS)
     memory.inject("put_if_absent", "_batchjob/report.json", Fault.DOWN)
     with pytest.raises(Unavailable):
-        ledger.write_report(memory, {"plan": "p"})
+        success.write_report(memory, {"plan": "p"})
 
 
 @pytest.mark.parametrize("body", [b"", b"done\n", b"[]", b"\xff\xfe"])
 def test_a_success_that_another_tool_put_there_is_said(store: Store, body: bytes) -> None:
     store.put_if_absent(SUCCESS, body)
     with pytest.raises(CheckFailed, match=r"_SUCCESS is not batchjob's.*remove it"):
-        ledger.read_success(store)
+        success.read_success(store)
 
 
 def test_a_report_takes_the_place_of_an_older_one(store: Store) -> None:
     for plan in ("old", "new"):
-        ledger.write_report(store, {"plan": plan})
+        success.write_report(store, {"plan": plan})
     assert json.loads(store.read("_batchjob/report.json").data) == {"plan": "new"}
 
 
@@ -433,8 +437,8 @@ def test_a_report_takes_the_place_of_an_older_one(store: Store) -> None:
 )
 def test_parts_that_went_changed_or_came_since_success(change: dict[str, Stat | None], odd: list[str]) -> None:
     memory = MemoryStore()
-    ledger.write_success(memory, {"plan": "p"}, PARTS)
-    found = ledger.read_success(memory)
+    success.write_success(memory, {"plan": "p"}, PARTS)
+    found = success.read_success(memory)
     assert found is not None
     there = {name: stat for name, stat in {**THERE, **change}.items() if stat is not None}
-    assert ledger.missing_from_success(found[0], there) == odd
+    assert success.missing_from_success(found[0], there) == odd

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from batchjob.likeness import Likeness, compare
-from batchjob.records import Recipe
+from batchjob.inference.execution_config import Recipe
+from batchjob.inference.output_comparison import Likeness, compare
 
 FP32, BF16, INT8 = Recipe(), Recipe(precision="bf16"), Recipe(quantize="int8-static")
 

@@ -23,13 +23,15 @@ import pytest
 import torch
 from PIL import Image
 
-from batchjob.decode import DecodeSettings, decode
 from batchjob.errors import ImageFault, InvalidJob, StorageError, Unavailable
-from batchjob.loader import Loader, LoaderPlan, LoaderSettings, settle
-from batchjob.preprocess import Preprocess
-from batchjob.records import Batch, Blob, ImageRef, Prepared, Shard, ShardKey
-from batchjob.storage import Reader
-from batchjob.transform import Geometry
+from batchjob.loader.loader import Loader
+from batchjob.loader.settings import LoaderPlan, LoaderSettings, settle
+from batchjob.preprocessing.decode import decode
+from batchjob.preprocessing.settings import DecodeSettings, Preprocess
+from batchjob.preprocessing.transforms import Geometry
+from batchjob.storage.objects import Blob
+from batchjob.storage.reader import Reader
+from batchjob.types import Batch, ImageRef, Prepared, Shard, ShardKey
 
 
 @dataclass(frozen=True)
@@ -376,8 +378,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_loader import Feed, children, images, make, png, shard
 from batchjob.errors import AttemptFailed
-from batchjob.forkserver import end_children
-from batchjob.parallel import leave_threads
+from batchjob.concurrency import end_children
+from batchjob.concurrency import leave_threads
 if __name__ == "__main__":
     paths = images(Path.cwd(), *[png(1)] * 64)
     loader = make(2)

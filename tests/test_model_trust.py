@@ -10,8 +10,9 @@ import pytest
 
 import batchjob
 from batchjob.errors import InvalidJob
-from batchjob.models import CheckpointModel, PythonModel
-from batchjob.storage import Reader
+from batchjob.models.checkpoint import CheckpointModel
+from batchjob.models.python import PythonModel
+from batchjob.storage.reader import Reader
 
 NET = """
 from collections import namedtuple

@@ -21,12 +21,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from batchjob.errors import InvalidJob, Unavailable
-from batchjob.job import Job
-from batchjob.models import CheckpointModel, LoadedModel, PythonModel, TorchvisionModel
+from batchjob.job.job import Job
 from batchjob.models.architecture import build_torchvision
-from batchjob.models.published import Published, by_file, by_name, fetch
-from batchjob.preprocess import Preprocess
-from batchjob.storage import Reader
+from batchjob.models.checkpoint import CheckpointModel
+from batchjob.models.loaded_model import LoadedModel
+from batchjob.models.python import PythonModel
+from batchjob.models.torchvision import TorchvisionModel
+from batchjob.models.torchvision_weights import Published, by_file, by_name, fetch
+from batchjob.preprocessing.settings import Preprocess
+from batchjob.storage.reader import Reader
 
 JOBS = Path(__file__).parents[1] / "jobs"
 READER = Reader()

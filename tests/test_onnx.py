@@ -17,9 +17,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from batchjob.errors import InvalidJob
-from batchjob.models.loaded import LoadedModel
+from batchjob.models.loaded_model import LoadedModel
 from batchjob.models.onnx import OnnxModel
-from batchjob.storage import Reader
+from batchjob.storage.reader import Reader
 
 READER = Reader()
 

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from batchjob.parallel import Threads, aside, side_by_side
+from batchjob.concurrency import Threads, aside, side_by_side
 
 PATIENCE = 60.0  # seconds, for what another thread does at once
 
@@ -78,7 +78,7 @@ def test_a_process_that_ends_beside_busy_threads_has_its_exit_code() -> None:
     """As one ends in the middle of an outage, with calls that nobody waits for."""
     code = """
 import atexit, sys
-from batchjob.parallel import Threads, leave_threads
+from batchjob.concurrency import Threads, leave_threads
 print("said", end=" and ")
 atexit.register(lambda: print("done", end="", flush=True))
 def work():
@@ -113,7 +113,7 @@ def test_kept_threads_answer_each_call_and_are_no_more_than_told() -> None:
 def test_a_call_that_blocks_does_not_hold_up_the_end_of_the_process() -> None:
     code = """
 import time
-from batchjob.parallel import aside
+from batchjob.concurrency import aside
 def stop():
     raise SystemExit(75)
 aside(lambda: time.sleep(600), stop)

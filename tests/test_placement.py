@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchjob.placement import Placement
-from batchjob.records import ShardKey
-from batchjob.schedule import Schedule
+from batchjob.driver.scheduler import Schedule
+from batchjob.pool.placement import Placement
+from batchjob.types import ShardKey
 
 
 def keys(count: int, rows: int = 1000) -> list[ShardKey]:

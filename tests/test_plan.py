@@ -15,15 +15,20 @@ from seaweed import Seaweed
 from stores import Fault, Killed, MemoryStore
 
 import batchjob
-from batchjob import plan
-from batchjob.driver import plan_only
+from batchjob.driver.driver import plan_only
+from batchjob.driver.progress import Quiet
 from batchjob.errors import InvalidJob, NotFound, Unavailable
-from batchjob.job import difference
-from batchjob.plan import Chunk, Contract, Head, PlanReader
-from batchjob.progress import Quiet
-from batchjob.records import Cursor
-from batchjob.sources import REF_FIELDS
-from batchjob.storage import Store, open_store
+from batchjob.job.fingerprint import difference
+from batchjob.plan import contract
+from batchjob.plan.chunks import Chunk, extend
+from batchjob.plan.chunks import chunks as chunks_of_chunks
+from batchjob.plan.contract import Contract
+from batchjob.plan.head import FORMAT, Head, bury, current, freeze, is_buried, is_discarded
+from batchjob.plan.head import new_head as new_head_of_head
+from batchjob.plan.reader import PlanReader
+from batchjob.sources.source import REF_FIELDS
+from batchjob.storage.store import Store, open_store
+from batchjob.types import Cursor
 
 SHARD, CHUNK = 3, 6
 SCHEMA = pa.schema([*REF_FIELDS, pa.field("sku", pa.string())])
@@ -62,16 +67,16 @@ def unchanged() -> None:
 
 def new_head(number: int = 0, shard_size: int = SHARD, **facts: object) -> Head:
     defaults = {"job": {"name": "tags"}, "fingerprint": {"model": {"name": "resnet18"}}}
-    return plan.new_head(
+    return new_head_of_head(
         number, shard_size=shard_size, **{**defaults, "source_version": None, "batchjob": "0.1.0", **facts}
     )
 
 
 def written(store: Store, listing: Listing, head: Head | None = None) -> tuple[Head, list[Chunk]]:
     """A plan as a driver makes it: the head in force or a new one, then every chunk."""
-    number, there = plan.current(store)
-    head = there or plan.freeze(store, head or new_head(number))
-    return head, list(plan.extend(store, head, listing.refs, unchanged))
+    number, there = current(store)
+    head = there or freeze(store, head or new_head(number))
+    return head, list(extend(store, head, listing.refs, unchanged))
 
 
 def chunk_key(number: int) -> str:
@@ -85,7 +90,7 @@ HEAD, TOMB = "_batchjob/plans/0000/head.json", "_batchjob/plans/0000/discarded"
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of two shards in place of 65,536 rows."""
     monkeypatch.setattr(
-        "batchjob.plan.cutting.CHUNK_ROWS", CHUNK + 1
+        "batchjob.plan.chunks.CHUNK_ROWS", CHUNK + 1
     )  # the odd row does not count: chunks hold whole shards
 
 
@@ -124,8 +129,8 @@ def test_every_image_is_planned_once_and_in_order(store: Store) -> None:
     skus = [sku for shard in shards for sku in shard.passthrough.column("sku").to_pylist()]
     assert skus == [f"sku-{n}" if n % 5 else None for n in range(14)]
     assert reader.passthrough == pa.schema([SCHEMA.field("sku")])
-    assert list(plan.chunks(store, head)) == chunks
-    assert plan.current(store) == (0, head)
+    assert list(chunks_of_chunks(store, head)) == chunks
+    assert current(store) == (0, head)
 
 
 @pytest.mark.parametrize(
@@ -157,11 +162,11 @@ def test_an_empty_plan_has_one_shard_of_no_rows(store: Store) -> None:
 
 
 def test_a_chunk_of_thousands_of_shards_is_read_back(memory: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchjob.plan.cutting.CHUNK_ROWS", 5000)
+    monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 5000)
     head, chunks = written(memory, Listing(6000, batch=1000), new_head(shard_size=1))
     assert [len(chunk.shards) for chunk in chunks] == [5000, 1000]
     assert PlanReader(memory, head).shard(chunks[1].shards[-1]).refs[0].position == 5999
-    assert list(plan.chunks(memory, head)) == chunks
+    assert list(chunks_of_chunks(memory, head)) == chunks
 
 
 def test_the_first_images_are_those_of_the_plan_not_of_its_first_shard(memory: MemoryStore) -> None:
@@ -175,7 +180,7 @@ def test_each_chunk_holds_the_digest_of_the_one_before(store: Store) -> None:
     head, chunks = written(store, Listing(14))
     digests = [hashlib.sha256(store.read(chunk_key(n)).data).hexdigest() for n in range(3)]
     assert [chunk.previous for chunk in chunks] == ["", *digests[:2]]
-    assert [chunk.previous for chunk in plan.chunks(store, head)] == ["", *digests[:2]]
+    assert [chunk.previous for chunk in chunks_of_chunks(store, head)] == ["", *digests[:2]]
 
 
 def test_shard_ids_hang_on_plan_index_and_members(memory: MemoryStore) -> None:
@@ -195,15 +200,15 @@ def test_shard_ids_hang_on_plan_index_and_members(memory: MemoryStore) -> None:
 def test_shards_of_the_same_images_have_ids_of_their_own(memory: MemoryStore) -> None:
     """A manifest may name an image many times."""
     one = next(Listing(1).refs(Cursor()))
-    head = plan.freeze(memory, new_head())
-    chunks = plan.extend(memory, head, lambda after: iter([one] * 12), unchanged)
+    head = freeze(memory, new_head())
+    chunks = extend(memory, head, lambda after: iter([one] * 12), unchanged)
     assert len({key.id for chunk in chunks for key in chunk.shards}) == 4
 
 
 def test_a_source_without_even_a_schema_is_said(memory: MemoryStore) -> None:
-    head = plan.freeze(memory, new_head())
+    head = freeze(memory, new_head())
     with pytest.raises(InvalidJob, match="no batch"):
-        list(plan.extend(memory, head, lambda after: iter(()), unchanged))
+        list(extend(memory, head, lambda after: iter(()), unchanged))
 
 
 # --- the head -------------------------------------------------------------------------------------------------------
@@ -211,16 +216,16 @@ def test_a_source_without_even_a_schema_is_said(memory: MemoryStore) -> None:
 
 def test_a_head_says_what_the_plan_is(store: Store) -> None:
     head = new_head(fingerprint={"model": {"name": "resnet18"}, "task": {"top_k": 5}}, source_version="digest")
-    assert plan.current(store) == (0, None)
-    assert plan.freeze(store, head) == head
-    assert plan.current(store) == (0, head)
+    assert current(store) == (0, None)
+    assert freeze(store, head) == head
+    assert current(store) == (0, head)
     assert len({new_head().plan for _ in range(50)}) == 50
-    assert json.loads(store.read(HEAD).data)["format"] == plan.FORMAT
+    assert json.loads(store.read(HEAD).data)["format"] == FORMAT
 
 
 def test_a_second_driver_adopts_the_head_that_stands(store: Store) -> None:
-    first = plan.freeze(store, new_head())
-    assert plan.freeze(store, new_head()) == first
+    first = freeze(store, new_head())
+    assert freeze(store, new_head()) == first
 
 
 def test_no_plan_is_frozen_over_what_lies_there(store: Store) -> None:
@@ -228,9 +233,9 @@ def test_no_plan_is_frozen_over_what_lies_there(store: Store) -> None:
     with pytest.raises(
         InvalidJob, match=r"part-0000000-old\.parquet is there but no plan is.*choose another"
     ) as caught:
-        plan.freeze(store, new_head())
+        freeze(store, new_head())
     assert caught.value.exit_code == 2
-    assert plan.current(store) == (0, None)
+    assert current(store) == (0, None)
 
 
 def test_what_a_discarded_plan_left_meanwhile_is_cleared_away_and_the_plan_stands(store: Store) -> None:
@@ -243,7 +248,7 @@ def test_what_a_discarded_plan_left_meanwhile_is_cleared_away_and_the_plan_stand
         store.delete(late)
 
     head = new_head()
-    assert plan.freeze(store, head, clear) == head
+    assert freeze(store, head, clear) == head
     assert cleared == [late]
     assert list(store.list("predictions/")) == []
 
@@ -252,25 +257,25 @@ def test_a_driver_overtaken_while_it_froze_adopts_and_does_not_complain(memory: 
     rival = new_head()
 
     def overtake() -> None:
-        plan.freeze(memory.client(), rival)
+        freeze(memory.client(), rival)
         memory.client().put_if_absent("predictions/part-0000000-theirs.parquet", b"rows")
 
     memory.inject("list", "predictions/", overtake)
-    assert plan.freeze(memory, new_head()) == rival
+    assert freeze(memory, new_head()) == rival
 
 
 @pytest.mark.parametrize("fault", [Fault.REPEATED, Fault.CONFLICT])
 def test_exists_is_not_believed_of_a_head(memory: MemoryStore, fault: Fault) -> None:
     memory.inject("put_if_absent", HEAD, fault)
     head = new_head()
-    assert plan.freeze(memory, head) == head
-    assert plan.current(memory) == (0, head)
+    assert freeze(memory, head) == head
+    assert current(memory) == (0, head)
 
 
 def test_a_store_that_always_says_exists_is_temporary(memory: MemoryStore) -> None:
     memory.inject("put_if_absent", HEAD, Fault.CONFLICT, times=100)
     with pytest.raises(Unavailable, match=r"head\.json.*run again") as caught:
-        plan.freeze(memory, new_head())
+        freeze(memory, new_head())
     assert caught.value.exit_code == 75
     assert len(memory.written()) < 10
 
@@ -278,21 +283,21 @@ def test_a_store_that_always_says_exists_is_temporary(memory: MemoryStore) -> No
 def test_an_unknown_format_names_the_version_that_can_finish_it(store: Store) -> None:
     head = new_head(batchjob="7.1.0")
     store.put_if_absent(HEAD, json.dumps({**vars(head), "format": 99, "colour": "blue"}).encode())
-    with pytest.raises(InvalidJob, match=rf"format 99, this version knows {plan.FORMAT}.*batchjob 7\.1\.0") as caught:
-        plan.current(store)
+    with pytest.raises(InvalidJob, match=rf"format 99, this version knows {FORMAT}.*batchjob 7\.1\.0") as caught:
+        current(store)
     assert caught.value.exit_code == 2
     with pytest.raises(InvalidJob, match=r"batchjob 7\.1\.0"):
-        plan.freeze(store, new_head())
+        freeze(store, new_head())
     # Discarded by the version that knows it, it is in nobody's way.
     store.put_if_absent(TOMB, b"{}")
-    assert plan.current(store) == (1, None)
-    assert plan.is_buried(store, head.plan)
+    assert current(store) == (1, None)
+    assert is_buried(store, head.plan)
 
 
 def test_the_fingerprint_comes_back_and_tells_the_difference(store: Store) -> None:
     there = {"model": {"name": "resnet18", "weights": "V1"}, "preprocess": {"resize": None, "mean": [0.5, 0.5, 0.5]}}
-    plan.freeze(store, new_head(fingerprint=there))
-    _, head = plan.current(store)
+    freeze(store, new_head(fingerprint=there))
+    _, head = current(store)
     assert head is not None
     assert difference(head.fingerprint, there) == []
     other = {**there, "model": {"name": "resnet18", "weights": "V2"}}
@@ -309,9 +314,9 @@ def test_a_finished_plan_is_adopted_without_a_look_at_its_source(store: Store) -
     def never() -> None:
         raise AssertionError("the source was asked for")
 
-    _, head = plan.current(store)
+    _, head = current(store)
     assert head is not None
-    assert list(plan.extend(store, head, listing.refs, never)) == chunks
+    assert list(extend(store, head, listing.refs, never)) == chunks
     assert listing.asked == []
 
 
@@ -333,8 +338,8 @@ def test_killed_at_any_put_the_next_driver_ends_with_the_same_plan(puts: int, fa
 
 
 def test_a_chunk_is_given_out_only_once_it_stands(memory: MemoryStore) -> None:
-    head = plan.freeze(memory, new_head())
-    for chunk in plan.extend(memory, head, Listing(14).refs, unchanged):
+    head = freeze(memory, new_head())
+    for chunk in extend(memory, head, Listing(14).refs, unchanged):
         assert chunk_key(chunk.number) in memory.held()
 
 
@@ -360,27 +365,27 @@ def test_a_lost_answer_ends_the_driver_as_temporary_and_the_next_one_goes_on(mem
 @pytest.mark.parametrize("ahead", [1, 2, 3])
 def test_a_driver_overtaken_midway_adopts_what_the_other_wrote(memory: MemoryStore, ahead: int) -> None:
     """The rival sees one image more, so its chunks cannot be taken for ours."""
-    head = plan.freeze(memory, new_head())
+    head = freeze(memory, new_head())
     theirs: list[Chunk] = []
 
     def overtake() -> None:
-        rival = plan.extend(memory.client(), head, Listing(15, version="v2").refs, unchanged)
+        rival = extend(memory.client(), head, Listing(15, version="v2").refs, unchanged)
         theirs.extend(islice(rival, ahead))
 
     memory.inject("put_if_absent", chunk_key(0), overtake)
-    mine = list(plan.extend(memory, head, Listing(14).refs, unchanged))
+    mine = list(extend(memory, head, Listing(14).refs, unchanged))
     assert mine[:ahead] == theirs
-    assert mine == list(plan.chunks(memory, head))
+    assert mine == list(chunks_of_chunks(memory, head))
     assert [chunk.last for chunk in mine] == [False, False, True]
     rows = [key.rows for chunk in mine for key in chunk.shards]
     assert sum(rows) == (15 if ahead == 3 else 14)
 
 
 def test_two_drivers_in_step_make_one_plan(memory: MemoryStore) -> None:
-    head = plan.freeze(memory, new_head())
-    one = plan.extend(memory, head, Listing(30, batch=7).refs, unchanged)
-    two = plan.extend(memory.client(), head, Listing(30, batch=2).refs, unchanged)
-    assert list(zip(one, two, strict=True)) == [(chunk, chunk) for chunk in plan.chunks(memory, head)]
+    head = freeze(memory, new_head())
+    one = extend(memory, head, Listing(30, batch=7).refs, unchanged)
+    two = extend(memory.client(), head, Listing(30, batch=2).refs, unchanged)
+    assert list(zip(one, two, strict=True)) == [(chunk, chunk) for chunk in chunks_of_chunks(memory, head)]
 
 
 def test_a_source_that_shrank_behind_the_cursor_ends_the_plan_there(memory: MemoryStore) -> None:
@@ -405,24 +410,24 @@ def changing(listing: Listing, head: Head) -> Callable[[], None]:
 
 def test_a_manifest_that_changed_before_the_last_chunk_ends_the_plan(memory: MemoryStore) -> None:
     listing = Listing(14)
-    head = plan.freeze(memory, new_head(source_version="v1"))
-    chunks = plan.extend(memory, head, listing.refs, changing(listing, head))
+    head = freeze(memory, new_head(source_version="v1"))
+    chunks = extend(memory, head, listing.refs, changing(listing, head))
     next(chunks), next(chunks)
     listing.version = "v2"
     with pytest.raises(InvalidJob, match="the manifest changed"):
         next(chunks)
     assert chunk_key(2) not in memory.held()
     listing.version = "v1"
-    assert list(plan.extend(memory, head, listing.refs, changing(listing, head)))[-1].last
+    assert list(extend(memory, head, listing.refs, changing(listing, head)))[-1].last
 
 
 def test_a_resume_finds_a_changed_manifest_before_it_writes_anything(memory: MemoryStore) -> None:
     listing = Listing(30)
-    head = plan.freeze(memory, new_head(source_version="v1"))
-    next(plan.extend(memory, head, listing.refs, changing(listing, head)))
+    head = freeze(memory, new_head(source_version="v1"))
+    next(extend(memory, head, listing.refs, changing(listing, head)))
     listing.version = "v2"
     with pytest.raises(InvalidJob, match="the manifest changed"):
-        list(plan.extend(memory, head, listing.refs, changing(listing, head)))
+        list(extend(memory, head, listing.refs, changing(listing, head)))
     assert memory.held() == [chunk_key(0), HEAD]
 
 
@@ -430,7 +435,7 @@ def test_a_chunk_of_another_plan_is_refused(memory: MemoryStore) -> None:
     written(memory, Listing(14))
     other = replace(new_head(), plan="feedfacefeedface")
     with pytest.raises(InvalidJob, match="belongs to plan"):
-        list(plan.chunks(memory, other))
+        list(chunks_of_chunks(memory, other))
 
 
 def test_chunks_that_do_not_follow_each_other_are_refused(memory: MemoryStore) -> None:
@@ -439,13 +444,13 @@ def test_chunks_that_do_not_follow_each_other_are_refused(memory: MemoryStore) -
     third = memory.read(chunk_key(2)).data
     # The same listing closes the gap; a changed one cannot, for the chunk behind it was cut after other images.
     with pytest.raises(InvalidJob, match=r"chunk-0000002\.arrow does not follow.*batchjob discard"):
-        list(plan.extend(memory, head, Listing(14, version="v2").refs, unchanged))
+        list(extend(memory, head, Listing(14, version="v2").refs, unchanged))
     memory.delete(chunk_key(1))
-    assert len(list(plan.extend(memory, head, Listing(14).refs, unchanged))) == 3
+    assert len(list(extend(memory, head, Listing(14).refs, unchanged))) == 3
     memory.delete(chunk_key(1))
     memory.put_if_absent(chunk_key(1), third)
     with pytest.raises(InvalidJob, match=r"chunk-0000001\.arrow does not follow"):
-        list(plan.chunks(memory, head))
+        list(chunks_of_chunks(memory, head))
 
 
 def test_a_shard_whose_chunk_is_gone_is_not_found(memory: MemoryStore) -> None:
@@ -460,19 +465,19 @@ def test_a_shard_whose_chunk_is_gone_is_not_found(memory: MemoryStore) -> None:
 
 def test_a_discarded_plan_gives_way_to_the_next_number(store: Store) -> None:
     first, _ = written(store, Listing(14))
-    assert not plan.is_discarded(store, first)
-    assert not plan.is_buried(store, first.plan)
-    plan.bury(store, first)
-    plan.bury(store, first)  # twice does no harm
-    assert plan.is_discarded(store, first)
-    assert plan.is_buried(store, first.plan)
-    assert plan.current(store) == (1, None)
+    assert not is_discarded(store, first)
+    assert not is_buried(store, first.plan)
+    bury(store, first)
+    bury(store, first)  # twice does no harm
+    assert is_discarded(store, first)
+    assert is_buried(store, first.plan)
+    assert current(store) == (1, None)
     second, chunks = written(store, Listing(5))
-    assert (second.number, second.folder, plan.current(store)) == (1, "_batchjob/plans/0001/", (1, second))
+    assert (second.number, second.folder, current(store)) == (1, "_batchjob/plans/0001/", (1, second))
     assert chunks[-1].cursor.rows == 5
-    assert not plan.is_buried(store, second.plan)
-    assert not plan.is_buried(store, "nobody's")
-    assert plan.is_buried(store, first.plan)
+    assert not is_buried(store, second.plan)
+    assert not is_buried(store, "nobody's")
+    assert is_buried(store, first.plan)
     assert store.read(chunk_key(2)).data  # the folder of the buried one stays
 
 
@@ -480,16 +485,16 @@ def test_a_discarded_plan_gives_way_to_the_next_number(store: Store) -> None:
 def test_exists_is_not_believed_of_a_tombstone(memory: MemoryStore, fault: Fault) -> None:
     head, _ = written(memory, Listing(5))
     memory.inject("put_if_absent", TOMB, fault)
-    plan.bury(memory, head)
-    assert plan.is_discarded(memory, head)
+    bury(memory, head)
+    assert is_discarded(memory, head)
 
 
 def test_a_tombstone_that_cannot_be_put_is_said(memory: MemoryStore) -> None:
     head, _ = written(memory, Listing(5))
     memory.inject("put_if_absent", TOMB, Fault.DOWN)
     with pytest.raises(Unavailable):
-        plan.bury(memory, head)
-    assert plan.current(memory) == (0, head)
+        bury(memory, head)
+    assert current(memory) == (0, head)
 
 
 # --- what all workers agree on --------------------------------------------------------------------------------------
@@ -498,36 +503,38 @@ ROWS = pa.schema([pa.field("position", pa.int64()), pa.field("score", pa.float32
 
 
 def test_workers_agree_on_what_the_first_one_put(store: Store) -> None:
-    head = plan.freeze(store, new_head())
+    head = freeze(store, new_head())
     first = Contract(ROWS, "digest", (3, 224, 224))
-    assert plan.agree(store, head, first) == first
-    assert plan.agree(store, head, Contract(ROWS, "digest", (3, 32, 32))) == first  # the size that counts is the first
-    assert plan.agree(store, head, Contract(ROWS, "digest", None)) == first
+    assert contract.agree(store, head, first) == first
+    assert (
+        contract.agree(store, head, Contract(ROWS, "digest", (3, 32, 32))) == first
+    )  # the size that counts is the first
+    assert contract.agree(store, head, Contract(ROWS, "digest", None)) == first
 
 
 def test_images_without_a_common_size_agree_too(memory: MemoryStore) -> None:
-    head = plan.freeze(memory, new_head())
+    head = freeze(memory, new_head())
     for _ in range(2):
-        assert plan.agree(memory, head, Contract(ROWS, "digest", None)) == Contract(ROWS, "digest", None)
+        assert contract.agree(memory, head, Contract(ROWS, "digest", None)) == Contract(ROWS, "digest", None)
 
 
 def test_other_weights_or_another_schema_end_the_worker(store: Store) -> None:
-    head = plan.freeze(store, new_head())
-    plan.agree(store, head, Contract(ROWS, "a" * 64, None))
+    head = freeze(store, new_head())
+    contract.agree(store, head, Contract(ROWS, "a" * 64, None))
     with pytest.raises(InvalidJob, match=r"digest bbbbbbbbbbbb, .*begun with aaaaaaaaaaaa: weights or model code"):
-        plan.agree(store, head, Contract(ROWS, "b" * 64, None))
+        contract.agree(store, head, Contract(ROWS, "b" * 64, None))
     wider = ROWS.append(pa.field("label", pa.string()))
     with pytest.raises(InvalidJob, match=r"another schema.*label"):
-        plan.agree(store, head, Contract(wider, "a" * 64, None))
+        contract.agree(store, head, Contract(wider, "a" * 64, None))
 
 
 @pytest.mark.parametrize("fault", [Fault.REPEATED, Fault.CONFLICT])
 def test_exists_is_not_believed_of_what_was_agreed(memory: MemoryStore, fault: Fault) -> None:
-    head = plan.freeze(memory, new_head())
+    head = freeze(memory, new_head())
     memory.inject("put_if_absent", "*/schema.arrow", fault)
     ours = Contract(ROWS, "digest", (3, 8, 8))
-    assert plan.agree(memory, head, ours) == ours
-    assert plan.agree(memory, head, ours) == ours
+    assert contract.agree(memory, head, ours) == ours
+    assert contract.agree(memory, head, ours) == ours
 
 
 # --- the whole driver, planning only --------------------------------------------------------------------------------

@@ -13,14 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 from pools import LOADED, ScriptedPool, job
 
-from batchjob import driver, plan
+from batchjob.driver import driver
+from batchjob.driver.progress import Quiet
 from batchjob.errors import InvalidJob, Temporary
-from batchjob.job import Job
-from batchjob.pool import Pool, Ready, Setup
-from batchjob.progress import Quiet
-from batchjob.report import Outcome, PlanSummary
-from batchjob.storage import open_store
-from batchjob.worker import Worker
+from batchjob.job.job import Job
+from batchjob.plan.chunks import chunks as chunks_of_chunks
+from batchjob.plan.head import current
+from batchjob.plan.reader import PlanReader
+from batchjob.pool.pool import Pool
+from batchjob.report.run_result import Outcome, PlanSummary
+from batchjob.storage.store import open_store
+from batchjob.worker.messages import Ready, Setup
+from batchjob.worker.worker import Worker
 
 
 def no_pool() -> Pool:
@@ -81,8 +85,8 @@ def test_rows_too_wide_for_the_shard_size_are_refused_before_the_freeze(tmp_path
 
 
 def test_wide_passthrough_columns_make_small_chunks_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchjob.plan.cutting.CHUNK_BYTES", 100_000)
-    monkeypatch.setattr("batchjob.planning._PART_BYTES", 640_000)
+    monkeypatch.setattr("batchjob.plan.chunks.CHUNK_BYTES", 100_000)
+    monkeypatch.setattr("batchjob.driver.planner._PART_BYTES", 640_000)
     notes = [f"{number:01000}" for number in range(1000)]
     made = planned(listed(tmp_path, 1000, {"note": notes}))
     assert made.shard_size < 640
@@ -90,19 +94,19 @@ def test_wide_passthrough_columns_make_small_chunks_and_shards(tmp_path: Path, m
     the = listed(tmp_path, 1000, {"note": notes}, runtime={"shard_size": 7}, output={"uri": "other"})
     planned(the)
     store = open_store(the.output.uri)
-    _, head = plan.current(store)
+    _, head = current(store)
     assert head is not None
-    chunks = list(plan.chunks(store, head))
+    chunks = list(chunks_of_chunks(store, head))
     assert len(chunks) > 10
     assert all(key.rows == 7 for chunk in chunks[:-1] for key in chunk.shards)
-    reader = plan.PlanReader(store, head)
+    reader = PlanReader(store, head)
     shards = [reader.shard(key) for chunk in chunks for key in chunk.shards]
     assert [ref.position for shard in shards for ref in shard.refs] == list(range(1000))
     assert [note for shard in shards for note in shard.passthrough.column("note").to_pylist()] == notes
 
 
 def test_a_shard_fits_into_a_chunk_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "CHUNK_BYTES", 1_000_000)
+    monkeypatch.setattr("batchjob.driver.planner.CHUNK_BYTES", 1_000_000)
     made = planned(listed(tmp_path, 6_000, {"note": ["x" * 1_000] * 6_000}))
     assert 900 < made.shard_size < 1_000  # in place of 1,500
 

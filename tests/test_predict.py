@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from batchjob.devices import check_precision, pick_device, traits
 from batchjob.errors import AttemptFailed, InvalidJob
-from batchjob.forward import Forward, Modes
-from batchjob.predict import Predicted, Predictor, random_pixels
-from batchjob.preprocess import Preprocess
-from batchjob.records import Recipe
-from batchjob.transform import normalizer
+from batchjob.inference.devices import check_precision, pick_device, traits
+from batchjob.inference.execution_config import Recipe
+from batchjob.inference.forward import Forward, Modes
+from batchjob.inference.predictor import Predictor, random_pixels
+from batchjob.preprocessing.normalize import normalizer
+from batchjob.preprocessing.settings import Preprocess
+from batchjob.types import Predicted
 
 CPU = torch.device("cpu")
 PREPROCESS = Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -142,8 +143,8 @@ def test_a_warm_up_tells_the_seconds_of_the_call_alone(monkeypatch: pytest.Monke
             now[0] += 3.0
             return super().forward(images)
 
-    monkeypatch.setattr("batchjob.predict.random_pixels", drawn)
-    monkeypatch.setattr("batchjob.predict.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("batchjob.inference.predictor.random_pixels", drawn)
+    monkeypatch.setattr("batchjob.inference.predictor.time", SimpleNamespace(perf_counter=lambda: now[0]))
     assert make(Slow()).warm_up((8, 8), rows=4) == 3.0
     assert now == [103.0]
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from batchjob.decode import DecodeSettings
-from batchjob.prepare import Prepare
-from batchjob.preprocess import Preprocess
-from batchjob.records import ImageFacts, Prepared
-from batchjob.transform import Geometry, frame
+from batchjob.preprocessing.geometry import frame
+from batchjob.preprocessing.settings import DecodeSettings, Preprocess
+from batchjob.preprocessing.transforms import Geometry, Prepare
+from batchjob.types import ImageFacts, Prepared
 
 CENTRE = Preprocess(resize=256, crop=224)
 

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from batchjob.progress import Bar, Lines, Meter, Progress, Quiet, pick_progress
+from batchjob.driver.progress import Bar, Lines, Meter, Progress, Quiet, pick_progress
 
 
 class Clock:

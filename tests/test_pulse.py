@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchjob.pulse import Pulse
+from batchjob.pool.ray_cluster import Pulse
 
 
 def test_the_first_answer_is_there_at_once_and_its_nodes_live() -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from batchjob.errors import InvalidJob
-from batchjob.likeness import compare
-from batchjob.recipes import applied
-from batchjob.records import Recipe
+from batchjob.inference.execution_config import Recipe
+from batchjob.inference.optimize import applied
+from batchjob.inference.output_comparison import compare
 
 
 class Block(nn.Module):

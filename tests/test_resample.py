@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode, functional
 
-from batchjob.resample import Box, Filter, _alike, resample, resample_in_integers
+from batchjob.preprocessing.resize import Box, Filter, _alike, resample, resample_in_integers
 
 FILTERS: tuple[Filter, ...] = ("bilinear", "bicubic")
 
@@ -94,7 +94,7 @@ def test_a_torch_without_sparse_products_resizes_too(monkeypatch: pytest.MonkeyP
 
     box = (16, 58, 224, 224)
     before = resample(picture(3, 375, 500), (256, 341), box, "bilinear")
-    monkeypatch.setattr("batchjob.resample.product", refused)
+    monkeypatch.setattr("batchjob.preprocessing.resize.product", refused)
     _alike.cache_clear()
     try:
         assert torch.equal(resample(picture(3, 375, 500), (256, 341), box, "bilinear"), before)

@@ -23,14 +23,18 @@ from seaweed import Seaweed
 from stores import Fault, MemoryStore
 
 import batchjob
-from batchjob import driver, ledger, revision
-from batchjob.cli import main
+from batchjob.cli.main import main
+from batchjob.driver import driver
+from batchjob.driver.progress import Quiet
 from batchjob.errors import AttemptFailed, BatchjobError, CheckFailed, InvalidJob, Temporary, Unavailable
-from batchjob.ledger import Commit
-from batchjob.pool import WorkerFailed
-from batchjob.progress import Quiet
-from batchjob.records import Provenance, ShardKey
-from batchjob.sink import PartWriter, row_schema
+from batchjob.output import commit, success
+from batchjob.output.commit import Commit
+from batchjob.output.part_writer import PartWriter
+from batchjob.output.provenance import Provenance
+from batchjob.output.retry import replace_part
+from batchjob.output.schema import row_schema
+from batchjob.types import ShardKey
+from batchjob.worker.messages import WorkerFailed
 
 IMAGES, SHARD = 12, 4
 BROKEN = (1, 2, 9)  # in the first and the last of three shards
@@ -118,8 +122,8 @@ def files(output: Path) -> dict[str, tuple[int, int]]:
 def agrees(output: str | Path) -> bool:
     """Whether `_SUCCESS` stands and lists just what is there."""
     store = opened(str(output))
-    found = ledger.read_success(store)
-    return found is not None and ledger.missing_from_success(found[0], ledger.parts(store)) == []
+    found = success.read_success(store)
+    return found is not None and success.missing_from_success(found[0], commit.parts(store)) == []
 
 
 @pytest.fixture
@@ -472,7 +476,7 @@ def store(tmp_path: Path) -> MemoryStore:
 
 def replace(store: MemoryStore, folder: Path, wanted: Callable[[], None] = lambda: None) -> Commit:
     version = store.stat(KEY.part).version or ""
-    return ledger.replace(store, KEY, *part(folder, 1, "ours"), version, wanted)
+    return commit.replace(store, KEY, *part(folder, 1, "ours"), version, wanted)
 
 
 @pytest.mark.parametrize("fault", [None, Fault.DOWN, Fault.LOST, Fault.REPEATED, Fault.CONFLICT])
@@ -483,7 +487,7 @@ def test_a_part_is_replaced_once_whatever_the_store_says(
         store.inject("replace_if_match", KEY.part, fault)
     done = replace(store, tmp_path)
     assert done.ours
-    found = ledger.inspect(store, KEY.part)
+    found = commit.inspect(store, KEY.part)
     assert (found.attempt, found.revision) == ("ours", 1)
     assert done.stat == store.stat(KEY.part)
 
@@ -499,7 +503,7 @@ def test_a_rival_that_was_faster_is_not_overwritten(tmp_path: Path, store: Memor
     store.inject("replace_if_match", KEY.part, happens)
     done = replace(store, tmp_path)
     assert (done.ours, done.provenance.attempt) == (False, "theirs")
-    assert ledger.inspect(store, KEY.part).attempt == "theirs"
+    assert commit.inspect(store, KEY.part).attempt == "theirs"
 
 
 @pytest.mark.parametrize(
@@ -521,7 +525,7 @@ def test_what_nobody_expects_there_is_left_alone(
     store.inject("replace_if_match", KEY.part, happens)
     with pytest.raises(error):
         replace(store, tmp_path)
-    assert ledger.inspect(store, KEY.part).attempt == "theirs"
+    assert commit.inspect(store, KEY.part).attempt == "theirs"
 
 
 def test_a_part_that_was_deleted_is_not_put_again(tmp_path: Path, store: MemoryStore) -> None:
@@ -536,7 +540,7 @@ def test_nothing_is_replaced_under_a_success(tmp_path: Path, store: MemoryStore)
     store.put_if_absent("_SUCCESS", b"{}")
     with pytest.raises(Temporary, match="finished"):
         replace(store, tmp_path)
-    assert ledger.inspect(store, KEY.part).revision == 0
+    assert commit.inspect(store, KEY.part).revision == 0
 
 
 def test_nothing_is_replaced_in_a_discarded_plan(tmp_path: Path, store: MemoryStore) -> None:
@@ -545,7 +549,7 @@ def test_nothing_is_replaced_in_a_discarded_plan(tmp_path: Path, store: MemorySt
 
     with pytest.raises(Temporary, match="discarded"):
         replace(store, tmp_path, wanted)
-    assert ledger.inspect(store, KEY.part).revision == 0
+    assert commit.inspect(store, KEY.part).revision == 0
 
 
 def test_a_store_that_stays_away_is_said_to(tmp_path: Path, store: MemoryStore) -> None:
@@ -607,14 +611,14 @@ def wide(folder: Path, key: ShardKey, bad: Iterable[int], mark: int) -> tuple[Pa
 def test_columns_of_every_kind_are_carried_over(
     tmp_path: Path, bad: Iterable[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("batchjob.revision._ROWS_AT_ONCE", 3)
+    monkeypatch.setattr("batchjob.output.retry._ROWS_AT_ONCE", 3)
     store, key = MemoryStore(), ShardKey(0, "s" * 16, 40, 0, 0)
     path, _, before = wide(tmp_path, key, bad, 1)
     store.put_if_absent(key.part, path)
     schema = pq.read_schema(path)
     later = dataclasses.replace(key, revision=1)
     path, made, retried = wide(tmp_path, later, bad, 2)
-    done, _ = revision.replace_part(store, later, path, made, lambda: None)
+    done, _ = replace_part(store, later, path, made, lambda: None)
     with store.open(key.part) as file:
         after = pq.read_table(file)
     rest = pc.invert(pc.is_in(before["position"], pa.array(list(bad), pa.int64())))
@@ -631,8 +635,8 @@ def test_rows_that_nobody_retried_are_not_replaced(tmp_path: Path) -> None:
     for others in ([3], [3, 5], [3, 4, 5]):
         path, made, _ = wide(tmp_path, later, others, 2)
         with pytest.raises(AttemptFailed, match="other error rows"):
-            revision.replace_part(store, later, path, made, lambda: None)
-    assert ledger.inspect(store, key.part).revision == 0
+            replace_part(store, later, path, made, lambda: None)
+    assert commit.inspect(store, key.part).revision == 0
 
 
 # --- `_SUCCESS` is taken away only as it was read -------------------------------------------------------------------
@@ -646,8 +650,8 @@ def test_success_is_withdrawn(fault: Fault | None) -> None:
         store.inject("delete_if_match", "_SUCCESS", fault)
     if fault is Fault.LOST:
         with pytest.raises(Unavailable):
-            ledger.withdraw_success(store, version)
-    ledger.withdraw_success(store, version)
+            success.withdraw_success(store, version)
+    success.withdraw_success(store, version)
     assert store.held() == []
 
 
@@ -656,7 +660,7 @@ def test_a_success_that_was_put_since_stays() -> None:
     version = store.put_if_absent("_SUCCESS", b'{"parts": []}').version or ""
     store.replace_if_match("_SUCCESS", b'{"parts": [], "later": 1}', version)
     with pytest.raises(Temporary, match="another driver"):
-        ledger.withdraw_success(store, version)
+        success.withdraw_success(store, version)
     assert store.held() == ["_SUCCESS"]
 
 

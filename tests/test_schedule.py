@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchjob.records import ShardKey
-from batchjob.schedule import GivenUp, Schedule
+from batchjob.driver.scheduler import GivenUp, Schedule
+from batchjob.types import ShardKey
 
 
 def keys(count: int, start: int = 0) -> list[ShardKey]:

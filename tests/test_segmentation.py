@@ -18,10 +18,11 @@ from torchvision.transforms import functional
 
 import batchjob
 from batchjob.errors import InvalidJob
-from batchjob.models import TorchvisionModel
-from batchjob.records import Frame
-from batchjob.storage import Reader
-from batchjob.tasks import Postprocess, SegmentationTask
+from batchjob.models.torchvision import TorchvisionModel
+from batchjob.preprocessing.geometry import Frame
+from batchjob.storage.reader import Reader
+from batchjob.tasks.postprocess import Postprocess
+from batchjob.tasks.segmentation import SegmentationTask
 
 READER = Reader()
 NAN = float("nan")

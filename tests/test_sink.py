@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchjob.errors import BatchjobError, InvalidJob
-from batchjob.records import Fault, ImageFacts, ImageRef, Provenance, Shard, ShardKey
-from batchjob.sink import PartWriter, row_schema, rows
+from batchjob.output.part_writer import PartWriter, rows
+from batchjob.output.provenance import Provenance
+from batchjob.output.schema import row_schema
+from batchjob.types import Fault, ImageFacts, ImageRef, Shard, ShardKey
 
 TOP = pa.list_(pa.struct([("label_id", pa.int32()), ("label", pa.string()), ("score", pa.float32())]))
 VECTOR = pa.list_(pa.float32(), 4)

@@ -17,9 +17,11 @@ from pydantic import ValidationError
 from seaweed import Seaweed
 
 from batchjob.errors import InvalidJob
-from batchjob.records import Cursor
-from batchjob.sources import REF_FIELDS, ManifestSource, PrefixSource, Source
-from batchjob.storage import Reader
+from batchjob.sources.manifest import ManifestSource
+from batchjob.sources.prefix import PrefixSource
+from batchjob.sources.source import REF_FIELDS, Source
+from batchjob.storage.reader import Reader
+from batchjob.types import Cursor
 
 READER = Reader()
 START = Cursor()

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from batchjob.errors import InvalidJob
-from batchjob.spool import Spool
+from batchjob.output.scratch import Spool
 
 HOLD = """\
 import sys
-from batchjob.spool import Spool
+from batchjob.output.scratch import Spool
 spool = Spool()
 (spool.path / "7-abc.parquet").write_bytes(b"half a part")
 print(spool.path, flush=True)

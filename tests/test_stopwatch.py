@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from stores import Killed, MemoryStore
 
-from batchjob.attended import AttendedStore
-from batchjob.stopwatch import Step, Stopwatch
+from batchjob.worker.watchdog import AttendedStore, Step, Stopwatch
 
 
 def test_the_latest_of_all_threads_is_told_and_none_when_all_have_ended() -> None:

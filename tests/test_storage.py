@@ -26,7 +26,6 @@ import pytest
 from faulty import LOSE_ANSWER, RESET, TRUNCATE, Faulty, Reply, Weather, between
 from seaweed import Seaweed
 
-from batchjob import disk
 from batchjob.errors import (
     AlreadyExists,
     BatchjobError,
@@ -38,8 +37,13 @@ from batchjob.errors import (
     Unaddressable,
     Unavailable,
 )
-from batchjob.records import Blob, Stat
-from batchjob.storage import Outage, Reader, StorageOptions, Store, open_store, probe, settle
+from batchjob.storage import local_backend
+from batchjob.storage.objects import Blob, Stat
+from batchjob.storage.options import StorageOptions
+from batchjob.storage.outage import Outage
+from batchjob.storage.probe import probe
+from batchjob.storage.reader import Reader
+from batchjob.storage.store import Store, open_store, settle
 
 # Keys that people have, in the order of their UTF-8 bytes. No two are the same file to a local disk either.
 ODD_NAMES = sorted(
@@ -398,9 +402,9 @@ def test_a_folder_with_more_names_than_are_held_is_listed_whole(
     names = [f"{number:03}" for number in range(100)]
     for name in names:
         (tmp_path / name).write_bytes(b"")
-    monkeypatch.setattr(disk, "_NAMES", 7)
-    assert [found.uri for found in disk.walk(tmp_path)] == names
-    assert [found.uri for found in disk.walk(tmp_path, "041")] == names[42:]
+    monkeypatch.setattr(local_backend, "_NAMES", 7)
+    assert [found.uri for found in local_backend.walk(tmp_path)] == names
+    assert [found.uri for found in local_backend.walk(tmp_path, "041")] == names[42:]
 
 
 def test_links_are_followed_but_never_round(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchjob.strikes import Strikes
+from batchjob.pool.device_bans import Strikes
 
 
 def test_a_device_is_banned_with_its_second_fault() -> None:

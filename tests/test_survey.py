@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 from pools import ScriptedPool, fail, job
 
-from batchjob import driver, ledger, plan, survey
+from batchjob.driver import driver
+from batchjob.driver.progress import Quiet
 from batchjob.errors import CheckFailed, InvalidJob
-from batchjob.job import Job
-from batchjob.progress import Quiet
-from batchjob.storage import Store, open_store
-from batchjob.survey import ErrorCounts, error_counts, error_rows, status
+from batchjob.job.job import Job
+from batchjob.output import commit
+from batchjob.plan.head import current
+from batchjob.report import output_status
+from batchjob.report.output_status import ErrorCounts, error_counts, error_rows, status
+from batchjob.storage.store import Store, open_store
 
 # Five shards of two; the third image and the last two are broken.
 IMAGES = ["0.png", "1.png", "2-bad.png", *(f"{number}.png" for number in range(3, 8)), "8-bad.png", "9-bad.png"]
@@ -59,7 +62,7 @@ def test_planned(the: Job, store: Store) -> None:
 
 
 def test_planned_in_part(the: Job, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchjob.plan.cutting.CHUNK_ROWS", 4)
+    monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 4)
     plan_only(the)
     chunks = sorted(stat.uri for stat in store.list("_batchjob/plans/0000/") if "chunk-" in stat.uri)
     assert len(chunks) == 3
@@ -88,7 +91,7 @@ def test_finished(the: Job, store: Store) -> None:
     seen = status(store)
     assert seen.status == "complete"
     assert (seen.planned, seen.shards, seen.parts, seen.rows, seen.failed) == (10, 5, 5, 10, 3)
-    _, head = plan.current(store)
+    _, head = current(store)
     assert head is not None
     assert seen.lines() == [
         f"{store.uri}: complete",
@@ -108,7 +111,7 @@ def test_over_budget_is_not_complete(tmp_path: Path, store: Store) -> None:
 @pytest.mark.parametrize("added", [True, False])
 def test_damaged(the: Job, store: Store, added: bool) -> None:
     run(the)
-    part = min(ledger.parts(store))
+    part = min(commit.parts(store))
     if added:
         store.put_if_absent("predictions/part-9999999-stranger.parquet", b"")
     else:
@@ -121,7 +124,7 @@ def test_with_very_many_parts_their_footers_are_not_read(
     the: Job, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(the, without=0)
-    monkeypatch.setattr(survey, "_FOOTERS_AT_MOST", 3)
+    monkeypatch.setattr(output_status, "_FOOTERS_AT_MOST", 3)
     seen = status(store)
     assert (seen.parts, seen.failed) == (4, None)
     assert seen.lines()[2] == "committed 8 rows in 4 parts"
@@ -141,10 +144,10 @@ def test_discarded(the: Job, store: Store) -> None:
 
 def test_the_success_of_a_discarded_plan_says_nothing(the: Job, store: Store) -> None:
     run(the)
-    old = store.read(ledger.SUCCESS).data
+    old = store.read(commit.SUCCESS).data
     driver.discard(store.uri)
     plan_only(the)
-    store.put_if_absent(ledger.SUCCESS, old)
+    store.put_if_absent(commit.SUCCESS, old)
     assert status(store).status == "incomplete"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from batchjob.errors import InvalidJob
-from batchjob.targets import load_target, source_digest
+from batchjob.user_code import load_target, source_digest
 
 
 def write(folder: Path, **files: str) -> Path:

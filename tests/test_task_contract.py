@@ -17,20 +17,18 @@ import pytest
 import torch
 
 from batchjob.errors import InvalidJob
-from batchjob.records import Fault, Frame
-from batchjob.storage import Reader
-from batchjob.tasks import (
-    EXAMPLE_ROWS,
-    ClassificationTask,
-    DetectionTask,
-    EmbeddingTask,
-    MultilabelTask,
-    Postprocess,
-    PythonTask,
-    RawTask,
-    RegressionTask,
-    SegmentationTask,
-)
+from batchjob.preprocessing.geometry import Frame
+from batchjob.storage.reader import Reader
+from batchjob.tasks.classification import ClassificationTask
+from batchjob.tasks.detection import DetectionTask
+from batchjob.tasks.embedding import EmbeddingTask
+from batchjob.tasks.multilabel import MultilabelTask
+from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess
+from batchjob.tasks.python import PythonTask
+from batchjob.tasks.raw import RawTask
+from batchjob.tasks.regression import RegressionTask
+from batchjob.tasks.segmentation import SegmentationTask
+from batchjob.types import Fault
 
 ROWS = 8
 LABELS = ("cat", "dog", "fish", "bird", "crow")

@@ -15,9 +15,11 @@ from pydantic import ValidationError
 from torch import nn
 
 from batchjob.errors import InvalidJob
-from batchjob.records import Fault
-from batchjob.storage import Reader
-from batchjob.tasks import EXAMPLE_ROWS, ClassificationTask, EmbeddingTask, Postprocess
+from batchjob.storage.reader import Reader
+from batchjob.tasks.classification import ClassificationTask
+from batchjob.tasks.embedding import EmbeddingTask
+from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess
+from batchjob.types import Fault
 
 READER, BASE = Reader(), Path()
 NAN, INF = float("nan"), float("inf")

@@ -13,8 +13,11 @@ import torch
 from pydantic import ValidationError
 
 from batchjob.errors import InvalidJob
-from batchjob.storage import Reader
-from batchjob.tasks import EXAMPLE_ROWS, MultilabelTask, Postprocess, RawTask, RegressionTask
+from batchjob.storage.reader import Reader
+from batchjob.tasks.multilabel import MultilabelTask
+from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess
+from batchjob.tasks.raw import RawTask
+from batchjob.tasks.regression import RegressionTask
 
 READER, BASE = Reader(), Path()
 NAN, INF = float("nan"), float("inf")

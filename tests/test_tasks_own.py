@@ -16,9 +16,11 @@ from pydantic import ValidationError
 
 import batchjob
 from batchjob.errors import InvalidJob
-from batchjob.records import Fault, Frame
-from batchjob.storage import Reader
-from batchjob.tasks import EXAMPLE_ROWS, Postprocess, PythonTask
+from batchjob.preprocessing.geometry import Frame
+from batchjob.storage.reader import Reader
+from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess
+from batchjob.tasks.python import PythonTask
+from batchjob.types import Fault
 
 READER = Reader()
 

@@ -21,8 +21,12 @@ from spine import footers
 
 import batchjob
 from batchjob.errors import InvalidJob
-from batchjob.storage import Reader
-from batchjob.tasks import EXAMPLE_ROWS, ClassificationTask, EmbeddingTask, MultilabelTask, RegressionTask
+from batchjob.storage.reader import Reader
+from batchjob.tasks.classification import ClassificationTask
+from batchjob.tasks.embedding import EmbeddingTask
+from batchjob.tasks.multilabel import MultilabelTask
+from batchjob.tasks.postprocess import EXAMPLE_ROWS
+from batchjob.tasks.regression import RegressionTask
 
 READER, BASE = Reader(), Path()
 NAN = float("nan")

@@ -11,7 +11,7 @@ import torch
 
 from batchjob.errors import InvalidJob
 from batchjob.models.tensorrt import TensorrtModel
-from batchjob.storage import Reader
+from batchjob.storage.reader import Reader
 
 READER = Reader()
 

@@ -19,11 +19,12 @@ from timm.data import config as timm_data
 from timm.data.transforms_factory import create_transform
 
 from batchjob.errors import InvalidJob, Unavailable
-from batchjob.models.loaded import LoadedModel
+from batchjob.models.loaded_model import LoadedModel
 from batchjob.models.timm import TimmModel
-from batchjob.preprocess import Preprocess
-from batchjob.storage import Reader
-from batchjob.transform import Geometry, normalizer
+from batchjob.preprocessing.normalize import normalizer
+from batchjob.preprocessing.settings import Preprocess
+from batchjob.preprocessing.transforms import Geometry
+from batchjob.storage.reader import Reader
 
 READER = Reader()
 NAME = "test_resnet.r160_in1k"

@@ -13,9 +13,11 @@ from torchvision.transforms import InterpolationMode, functional
 from torchvision.transforms._presets import ImageClassification
 
 from batchjob.errors import ImageFault, InvalidJob
-from batchjob.preprocess import Preprocess
-from batchjob.records import ImageFacts
-from batchjob.transform import Geometry, frame, merge, normalizer
+from batchjob.preprocessing.geometry import frame
+from batchjob.preprocessing.normalize import normalizer
+from batchjob.preprocessing.settings import Preprocess, merge
+from batchjob.preprocessing.transforms import Geometry
+from batchjob.types import ImageFacts
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OWN = Preprocess(resize=256, crop=224, mean=MEAN, std=STD)

@@ -13,12 +13,12 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchjob
-from batchjob.engine import Engine
 from batchjob.errors import InvalidJob
-from batchjob.preprocess import Preprocess
-from batchjob.records import Recipe
-from batchjob.storage import Reader
-from batchjob.trial import Images
+from batchjob.inference.autotune.trial_process import Images
+from batchjob.inference.engine import Engine
+from batchjob.inference.execution_config import Recipe
+from batchjob.preprocessing.settings import Preprocess
+from batchjob.storage.reader import Reader
 
 NET = """
 import os

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from batchjob.devices import Traits
-from batchjob.records import Recipe
-from batchjob.tuning import Acceleration, Decision, Subject, Trial, candidates, choose, tried, wished
+from batchjob.inference.autotune.candidates import candidates, wished
+from batchjob.inference.autotune.decision import Decision, choose
+from batchjob.inference.autotune.trials import Subject, Trial, tried
+from batchjob.inference.devices import Traits
+from batchjob.inference.execution_config import Recipe
+from batchjob.job.acceleration import Acceleration
 
 CPU, CPU_BF16 = Traits("cpu", "cpu"), Traits("cpu", "cpu", bf16=True)
 GPU = Traits("NVIDIA H100", "cuda", bf16=True, fp16=True)

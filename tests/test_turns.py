@@ -16,19 +16,20 @@ import pytest
 from pools import ScriptedPool, job
 from stores import MemoryStore
 
-from batchjob import driver, ledger, plan
-from batchjob.disk import DiskStore
-from batchjob.drain import Drain
+from batchjob.driver import driver
+from batchjob.driver.control_loop import Drain, Turns
+from batchjob.driver.lease import Lease
+from batchjob.driver.progress import Quiet
 from batchjob.errors import Temporary, Unavailable
-from batchjob.feeder import Input
-from batchjob.job import Job
-from batchjob.lease import Lease
-from batchjob.plan import Head
-from batchjob.progress import Quiet
-from batchjob.records import Stat
-from batchjob.report import Outcome
-from batchjob.storage import Store
-from batchjob.turns import Turns
+from batchjob.job.job import Job
+from batchjob.output import commit
+from batchjob.plan.head import Head
+from batchjob.plan.head import current as current_of_head
+from batchjob.report.run_result import Outcome
+from batchjob.sources.listing import Input
+from batchjob.storage.local_backend import DiskStore
+from batchjob.storage.objects import Stat
+from batchjob.storage.store import Store
 
 PATIENCE = 60.0  # seconds, for what another thread does at once
 TWELVE = [f"{number:03}.png" for number in range(12)]
@@ -42,7 +43,7 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each turn beats."""
-    monkeypatch.setattr("batchjob.lease.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("batchjob.driver.lease.BEAT_SECONDS", 0.0)
 
 
 def run(the: Job) -> Outcome:
@@ -82,7 +83,7 @@ def slowed(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, waits: Calla
 
 def test_discarding_many_parts_shows_life(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(job(tmp_path, TWELVE))
-    deleting = [key.removeprefix("predictions/") for key in sorted(ledger.parts(DiskStore(out)))]
+    deleting = [key.removeprefix("predictions/") for key in sorted(commit.parts(DiskStore(out)))]
     real = DiskStore.delete
 
     def delete(self: DiskStore, key: str) -> None:
@@ -123,7 +124,7 @@ def test_a_discard_that_was_stopped_while_another_driver_took_over_buries_nothin
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(job(tmp_path, TWELVE))
-    real, looks = plan.current, list[int]()
+    real, looks = current_of_head, list[int]()
 
     def current(store: Store) -> tuple[int, Head | None]:
         looks.append(len(looks))
@@ -132,11 +133,11 @@ def test_a_discard_that_was_stopped_while_another_driver_took_over_buries_nothin
         return real(store)
 
     with monkeypatch.context() as patched:
-        patched.setattr(plan, "current", current)
+        patched.setattr("batchjob.driver.existing_output.current", current)
         with pytest.raises(Temporary, match="another driver"):
             driver.discard(str(out))
     assert real(DiskStore(out))[1] is not None
-    assert len(ledger.parts(DiskStore(out))) == 6
+    assert len(commit.parts(DiskStore(out))) == 6
     assert (out / "_SUCCESS").exists()
 
 
@@ -358,8 +359,8 @@ def test_a_lease_that_is_unwritten_for_too_long_ends_the_run(silent: Silent) -> 
 
 COUNTING = """
 import sys, time
-from batchjob.cli import main
-from batchjob.feeder import Input
+from batchjob.cli.main import main
+from batchjob.sources.listing import Input
 def refs(self, after):
     print("counting", flush=True)
     time.sleep(600)

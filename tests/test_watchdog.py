@@ -20,12 +20,13 @@ from lost import write_harmful_job
 from stores import MemoryStore
 
 from batchjob import Job, run
-from batchjob.attended import AttendedStore
 from batchjob.errors import AttemptFailed, Stalled, StorageError, Unavailable
-from batchjob.loader import Loader, LoaderPlan
-from batchjob.records import Blob, ImageRef, Prepared, Shard, ShardKey
-from batchjob.stopwatch import Stopwatch
-from batchjob.storage import Reader
+from batchjob.loader.loader import Loader
+from batchjob.loader.settings import LoaderPlan
+from batchjob.storage.objects import Blob
+from batchjob.storage.reader import Reader
+from batchjob.types import ImageRef, Prepared, Shard, ShardKey
+from batchjob.worker.watchdog import AttendedStore, Stopwatch
 
 IMAGES = 16
 
@@ -42,7 +43,7 @@ def released() -> Iterator[threading.Event]:
 def store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
     """The output of jobs, for driver and worker."""
     made = MemoryStore()
-    for room in ("driver", "worker"):
+    for room in ("driver.driver", "worker.worker"):
         monkeypatch.setattr(f"batchjob.{room}.open_store", lambda *_, **__: made)
     return made
 

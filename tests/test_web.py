@@ -14,13 +14,16 @@ import pytest
 from websites import Page, Website, website
 
 from batchjob.errors import Changed, InvalidJob, NotFound, Refused, StorageError, Unaddressable, Unavailable
-from batchjob.fetch import Fetcher
-from batchjob.records import Blob, Cursor, Fault, ImageRef
-from batchjob.sources import ManifestSource, PrefixSource
-from batchjob.storage import Reader, StorageOptions
-from batchjob.storage.addresses import why_not
+from batchjob.loader.fetch import Fetcher
+from batchjob.sources.manifest import ManifestSource
+from batchjob.sources.prefix import PrefixSource
+from batchjob.storage.address_check import why_not
+from batchjob.storage.http_backend import Web, refusal
+from batchjob.storage.objects import Blob
+from batchjob.storage.options import StorageOptions
 from batchjob.storage.outage import Outage
-from batchjob.storage.web import Web, refusal
+from batchjob.storage.reader import Reader
+from batchjob.types import Cursor, Fault, ImageRef
 
 OPEN = StorageOptions(private=True)
 

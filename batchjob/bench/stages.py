@@ -10,15 +10,16 @@ from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
-from batchjob.bench.findings import Stage
-from batchjob.bench.pace import paced
-from batchjob.bench.rig import Feed, Rig
+from batchjob.bench.bench_worker import Feed, Rig
+from batchjob.bench.forward_loop import paced
+from batchjob.bench.results import Stage
 from batchjob.errors import ImageFault, InvalidJob
-from batchjob.fetch import Fetcher, together
-from batchjob.jpeg import plain_jpeg_size
-from batchjob.loader import Loader
-from batchjob.predict import Link, Predicted
-from batchjob.records import Batch, Blob, ImageFacts, Prepared
+from batchjob.inference.device_transfer import Link
+from batchjob.loader.fetch import Fetcher, together
+from batchjob.loader.loader import Loader
+from batchjob.preprocessing.jpeg import plain_jpeg_size
+from batchjob.storage.objects import Blob
+from batchjob.types import Batch, ImageFacts, Predicted, Prepared
 
 if TYPE_CHECKING:
     import torch

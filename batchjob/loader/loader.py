@@ -8,15 +8,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING, Protocol
 
+from batchjob.concurrency import preload
 from batchjob.errors import AttemptFailed, BatchjobError
-from batchjob.fetch import Fetcher
-from batchjob.forkserver import preload
-from batchjob.loader.crew import Crew
-from batchjob.loader.images import Images, Prepare, Request
+from batchjob.loader.dataset import Images, Prepare, Request
+from batchjob.loader.fetch import Fetcher
+from batchjob.loader.isolation import Crew
 from batchjob.loader.quarantine import Quarantine
-from batchjob.loader.settled import LoaderPlan
-from batchjob.records import Batch, Shard
-from batchjob.storage import Reader
+from batchjob.loader.settings import LoaderPlan
+from batchjob.storage.reader import Reader
+from batchjob.types import Batch, Shard
 
 if TYPE_CHECKING:
     import torch

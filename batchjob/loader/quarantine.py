@@ -7,11 +7,10 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from batchjob.concurrency import side_by_side
 from batchjob.errors import NotFound
-from batchjob.parallel import side_by_side
-from batchjob.records import Fault, ImageFacts
-from batchjob.runs import meet
-from batchjob.storage import Store, settle
+from batchjob.storage.store import Store, settle
+from batchjob.types import Fault, ImageFacts, meet
 
 __all__ = ["Quarantine"]
 

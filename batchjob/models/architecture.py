@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.error import HTTPError, URLError
 
 from batchjob.errors import BatchjobError, InvalidJob, Unavailable
-from batchjob.targets import load_target
+from batchjob.user_code import load_target
 
 if TYPE_CHECKING:
     from torch import nn

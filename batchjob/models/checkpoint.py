@@ -10,17 +10,17 @@ from pydantic import Field, TypeAdapter, field_validator
 
 from batchjob.errors import InvalidJob
 from batchjob.models.architecture import build_torchvision, call_target, ready, takes, undisturbed
-from batchjob.models.loaded import LoadedModel
-from batchjob.models.selected import SelectedOutput, select
-from batchjob.models.trust import WeightsFile, verified
+from batchjob.models.loaded_model import LoadedModel
+from batchjob.models.output_selection import SelectedOutput, select
+from batchjob.models.trusted_file import WeightsFile, verified
 from batchjob.models.weights import fit, parse_state, read_file, stat_file
 from batchjob.settings import Target, Uri
-from batchjob.targets import source_digest
+from batchjob.user_code import source_digest
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from batchjob.storage import Reader
+    from batchjob.storage.reader import Reader
 
 __all__ = ["CheckpointModel"]
 

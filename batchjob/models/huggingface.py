@@ -13,21 +13,21 @@ from pydantic import ValidationInfo, ValidatorFunctionWrapHandler, WrapValidator
 
 from batchjob.errors import InvalidJob
 from batchjob.models.architecture import ready, undisturbed
-from batchjob.models.extras import require
-from batchjob.models.hub import offline, quiet
-from batchjob.models.huggingface_folder import Files, at_hand, from_hub, look
-from batchjob.models.huggingface_images import as_preprocess
-from batchjob.models.loaded import LoadedModel
-from batchjob.models.selected import SelectedOutput, select
-from batchjob.models.trust import WeightsFile
+from batchjob.models.huggingface_files import Files, at_hand, from_hub, look
+from batchjob.models.huggingface_hub import offline, quiet
+from batchjob.models.huggingface_preprocessing import as_preprocess
+from batchjob.models.loaded_model import LoadedModel
+from batchjob.models.output_selection import SelectedOutput, select
+from batchjob.models.trusted_file import WeightsFile
 from batchjob.settings import CommandLineText, Uri, is_local
+from batchjob.system import require
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from batchjob.preprocess import Preprocess
-    from batchjob.storage import Reader
+    from batchjob.preprocessing.settings import Preprocess
+    from batchjob.storage.reader import Reader
 
 __all__ = ["HuggingfaceModel"]
 
@@ -38,7 +38,6 @@ _CLASSES = {
     "detection": "AutoModelForObjectDetection",
     "features": "AutoModel",
 }
-
 Kind = Literal["classification", "detection", "features"]
 
 

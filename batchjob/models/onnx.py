@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
-from batchjob.models.extras import require
-from batchjob.models.filekind import expect
-from batchjob.models.loaded import LoadedModel
-from batchjob.models.onnxgraph import Graph, data_files, parse_graph
-from batchjob.models.onnxsession import Provider, Runner, input_of, outputs_of
-from batchjob.models.selected import SelectedOutput
-from batchjob.models.trust import WeightsFile, verified
+from batchjob.models.file_format import expect
+from batchjob.models.loaded_model import LoadedModel
+from batchjob.models.onnx_graph import Graph, data_files, parse_graph
+from batchjob.models.onnx_session import Provider, Runner, input_of, outputs_of
+from batchjob.models.output_selection import SelectedOutput
+from batchjob.models.trusted_file import WeightsFile, verified
 from batchjob.models.weights import read_file, stat_file
 from batchjob.settings import Uri
+from batchjob.system import require
 
 if TYPE_CHECKING:
-    from batchjob.storage import Reader
+    from batchjob.storage.reader import Reader
 
 __all__ = ["OnnxModel"]
 

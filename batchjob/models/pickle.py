@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from batchjob.errors import BatchjobError, InvalidJob
 from batchjob.models.architecture import ready, takes, undisturbed
-from batchjob.models.codefile import CodeModel
-from batchjob.models.filekind import Kind
-from batchjob.models.loaded import LoadedModel
-from batchjob.models.selected import select
-from batchjob.targets import is_beside, load_target, source_digest
+from batchjob.models.file_format import Kind
+from batchjob.models.loaded_model import LoadedModel
+from batchjob.models.output_selection import select
+from batchjob.models.trusted_file import CodeModel
+from batchjob.user_code import is_beside, load_target, source_digest
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from batchjob.storage import Reader
+    from batchjob.storage.reader import Reader
 
 __all__ = ["PickleModel"]
 

@@ -10,18 +10,18 @@ from pydantic import Field, ValidationError
 
 from batchjob.errors import InvalidJob
 from batchjob.models.architecture import call_target, ready, takes, undisturbed
-from batchjob.models.loaded import LoadedModel
-from batchjob.models.published import preset
-from batchjob.models.selected import SelectedOutput, select
+from batchjob.models.loaded_model import LoadedModel
+from batchjob.models.output_selection import SelectedOutput, select
+from batchjob.models.torchvision_weights import preset
 from batchjob.models.weights import state_digest
-from batchjob.preprocess import Preprocess
+from batchjob.preprocessing.settings import Preprocess
 from batchjob.settings import Target
-from batchjob.targets import load_target, source_digest
+from batchjob.user_code import load_target, source_digest
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from batchjob.storage import Reader
+    from batchjob.storage.reader import Reader
 
 __all__ = ["PythonModel"]
 

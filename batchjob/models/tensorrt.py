@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
-from batchjob.models.codefile import CodeModel
-from batchjob.models.extras import require
-from batchjob.models.filekind import Kind
-from batchjob.models.loaded import LoadedModel
-from batchjob.models.selected import select
+from batchjob.models.file_format import Kind
+from batchjob.models.loaded_model import LoadedModel
+from batchjob.models.output_selection import select
+from batchjob.models.trusted_file import CodeModel
+from batchjob.system import require
 
 if TYPE_CHECKING:
-    from batchjob.storage import Reader
+    from batchjob.storage.reader import Reader
 
 __all__ = ["TensorrtModel"]
 

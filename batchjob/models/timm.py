@@ -12,19 +12,19 @@ from pydantic import Field, model_validator
 
 from batchjob.errors import InvalidJob
 from batchjob.models.architecture import ready, undisturbed
-from batchjob.models.extras import require
-from batchjob.models.hub import hub_fault, quiet
-from batchjob.models.loaded import LoadedModel
-from batchjob.models.selected import SelectedOutput, select
-from batchjob.models.trust import WeightsFile, verified
+from batchjob.models.huggingface_hub import hub_fault, quiet
+from batchjob.models.loaded_model import LoadedModel
+from batchjob.models.output_selection import SelectedOutput, select
+from batchjob.models.trusted_file import WeightsFile, verified
 from batchjob.models.weights import fit, parse_state, read_file, stat_file, state_digest
-from batchjob.preprocess import Preprocess
+from batchjob.preprocessing.settings import Preprocess
 from batchjob.settings import Uri
+from batchjob.system import require
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from batchjob.storage import Reader
+    from batchjob.storage.reader import Reader
 
 __all__ = ["TimmModel"]
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from batchjob.errors import InvalidJob
 from batchjob.models.architecture import undisturbed
-from batchjob.models.codefile import CodeModel
-from batchjob.models.filekind import Kind
-from batchjob.models.loaded import LoadedModel
-from batchjob.models.selected import select
+from batchjob.models.file_format import Kind
+from batchjob.models.loaded_model import LoadedModel
+from batchjob.models.output_selection import select
+from batchjob.models.trusted_file import CodeModel
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from batchjob.storage import Reader
+    from batchjob.storage.reader import Reader
 
 __all__ = ["TorchScriptModel"]
 

@@ -10,10 +10,10 @@ from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, model_v
 
 from batchjob.errors import InvalidJob, StorageError
 from batchjob.models.architecture import build_torchvision, check_name, ready, takes, undisturbed
-from batchjob.models.loaded import LoadedModel
-from batchjob.models.published import Published, by_file, by_name, fetch
-from batchjob.models.selected import SelectedOutput, select
-from batchjob.models.trust import WeightsFile, verified
+from batchjob.models.loaded_model import LoadedModel
+from batchjob.models.output_selection import SelectedOutput, select
+from batchjob.models.torchvision_weights import Published, by_file, by_name, fetch
+from batchjob.models.trusted_file import WeightsFile, verified
 from batchjob.models.weights import fit, parse_state, read_file, stat_file, state_digest
 from batchjob.settings import Uri
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from batchjob.preprocess import Preprocess
-    from batchjob.storage import Reader
+    from batchjob.preprocessing.settings import Preprocess
+    from batchjob.storage.reader import Reader
 
 __all__ = ["TorchvisionModel"]
 

@@ -10,13 +10,13 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from batchjob.errors import InvalidJob, NotFound, StorageError
-from batchjob.models.filekind import expect
+from batchjob.models.file_format import expect
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from batchjob.storage import Reader
+    from batchjob.storage.reader import Reader
 
 __all__ = ["fit", "parse_state", "read_file", "stat_file", "state_digest"]
 

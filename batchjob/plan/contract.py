@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from batchjob.errors import InvalidJob
 from batchjob.plan.head import Head, sound
-from batchjob.storage import Store, settle
+from batchjob.storage.store import Store, settle
 
 __all__ = ["Contract", "agree"]
 

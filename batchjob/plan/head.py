@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from batchjob.errors import InvalidJob, NotFound
-from batchjob.storage import Store, settle
+from batchjob.storage.store import Store, settle
 
 __all__ = ["FORMAT", "Head", "bury", "current", "freeze", "is_buried", "is_discarded", "new_head", "sound"]
 

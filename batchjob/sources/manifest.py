@@ -14,16 +14,17 @@ import pyarrow.compute as pc
 from pydantic import AfterValidator, Field, model_validator
 
 from batchjob.errors import InvalidJob
-from batchjob.records import Cursor, Stat
-from batchjob.redaction import secret_in, without_queries
 from batchjob.settings import Settings, Uri, is_local
-from batchjob.sources.columns import arrow_type, cast, castable, find_column, is_text, plain, require_type
-from batchjob.sources.places import Place, as_folder, folder_of, locate, plain_uri, walk
-from batchjob.sources.refs import REF_FIELDS, Require, at_least_one
-from batchjob.sources.tables import Format, RowsFile, format_of, open_rows
+from batchjob.sources.column_types import arrow_type, cast, castable, find_column, is_text, plain, require_type
+from batchjob.sources.locations import Place, as_folder, folder_of, locate, plain_uri, walk
+from batchjob.sources.source import REF_FIELDS, Require, at_least_one
+from batchjob.sources.table_files import Format, RowsFile, format_of, open_rows
+from batchjob.storage.objects import Stat
+from batchjob.text import secret_in, without_queries
+from batchjob.types import Cursor
 
 if TYPE_CHECKING:
-    from batchjob.storage import Reader
+    from batchjob.storage.reader import Reader
 
 __all__ = ["ManifestSource"]
 

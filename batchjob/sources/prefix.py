@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import pyarrow as pa
 from pydantic import AfterValidator, Field
 
-from batchjob.records import Cursor, Stat
 from batchjob.settings import Settings, Uri
-from batchjob.sources import globs
-from batchjob.sources.places import Place, locate, walk
-from batchjob.sources.refs import BATCH_ROWS, REF_FIELDS, Require, at_least_one
+from batchjob.sources import locations
+from batchjob.sources.locations import Place, locate, walk
+from batchjob.sources.source import BATCH_ROWS, REF_FIELDS, Require, at_least_one
+from batchjob.storage.objects import Stat
+from batchjob.types import Cursor
 
 if TYPE_CHECKING:
-    from batchjob.storage import Reader
+    from batchjob.storage.reader import Reader
 
 __all__ = ["PrefixSource"]
 
@@ -37,7 +38,7 @@ def _compiles(pattern: str) -> str:
     if not pattern.strip("/"):
         raise ValueError("has an empty pattern")
     try:
-        re.compile(globs.translate(pattern))
+        re.compile(locations.translate(pattern))
     except re.error as error:
         raise ValueError(f"{pattern!r} is not a glob pattern ({error}); write '[[]' for a literal '['") from error
     return pattern
@@ -108,7 +109,7 @@ class PrefixSource(Settings):
 
     def _images(self, place: Place, stats: Iterator[Stat]) -> Iterator[Stat]:
         endings = None if self.extensions == "all" else self.extensions
-        chosen = globs.filter_by(self.include, self.exclude) if self.include or self.exclude else None
+        chosen = locations.filter_by(self.include, self.exclude) if self.include or self.exclude else None
         marker = place.folder + self.require.marker if self.require and self.require.marker else None
         cut = len(place.folder)
         for stat in stats:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from batchjob.redaction import secret_in
 from batchjob.settings import Settings
+from batchjob.text import secret_in
 
 __all__ = ["Options", "StorageOptions", "options_for", "window"]
 

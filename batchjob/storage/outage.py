@@ -14,7 +14,6 @@ from batchjob.errors import Denied, StorageError, Unavailable
 __all__ = ["Outage", "upload_seconds"]
 
 T = TypeVar("T")
-
 _log = logging.getLogger(__name__)
 _PAUSE_SECONDS = 5.0  # at most, between two questions, most of which the client itself retries for a while
 _SILENT_SECONDS = 10.0  # after which people are told

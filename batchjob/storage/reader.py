@@ -9,17 +9,17 @@ from functools import partial
 from threading import Lock
 from typing import Any, BinaryIO
 
-from batchjob import disk
+from batchjob.concurrency import Threads
 from batchjob.errors import Refused, StorageError, Unavailable
-from batchjob.parallel import Threads
-from batchjob.records import Blob, Stat
 from batchjob.settings import is_local
-from batchjob.storage.bucket import bucket_of
-from batchjob.storage.filesystem import Filesystem
+from batchjob.storage import local_backend
+from batchjob.storage.backend import CLOUDS, THREADS, Place
+from batchjob.storage.fsspec_backend import Filesystem
+from batchjob.storage.http_backend import Web, is_web, refusal
+from batchjob.storage.objects import Blob, Stat
+from batchjob.storage.obstore_backend import bucket_of
 from batchjob.storage.options import Options, StorageOptions, options_for, window
 from batchjob.storage.outage import Outage
-from batchjob.storage.place import CLOUDS, THREADS, Place
-from batchjob.storage.web import Web, is_web, refusal
 
 __all__ = ["Reader", "ranged"]
 
@@ -62,7 +62,7 @@ class Reader:
             NotFound, Unaddressable, Unavailable; Changed where `etag` is given and the object has another.
         """
         if is_local(uri):
-            return disk.read_file(_path(uri), etag)
+            return local_backend.read_file(_path(uri), etag)
         place, _, key = self._find(uri)
         return place.get(key, etag)
 
@@ -135,7 +135,7 @@ class Reader:
     def stat(self, uri: str) -> Stat:
         """Size and tag, without the bytes. Raises NotFound, Unaddressable, Unavailable."""
         if is_local(uri):
-            return disk.stat_file(_path(uri), uri)
+            return local_backend.stat_file(_path(uri), uri)
         place, base, key = self._find(uri)
         return _named(place.head(key), base)
 
@@ -152,7 +152,7 @@ class Reader:
         """
         if is_local(uri):
             folder = _folder(uri)
-            found = disk.walk(_path(folder), _within(after, folder), recursive)
+            found = local_backend.walk(_path(folder), _within(after, folder), recursive)
             return (_named(one, folder) for one in found)
         place, base, prefix = self._find(uri)
         if base:
@@ -163,7 +163,7 @@ class Reader:
     def open(self, uri: str) -> BinaryIO:
         """The object as a seekable file; reads what is asked for. Raises NotFound, Unaddressable, Unavailable."""
         if is_local(uri):
-            return disk.open_file(_path(uri))
+            return local_backend.open_file(_path(uri))
         place, _, key = self._find(uri)
         if isinstance(place, Filesystem | Web):
             return place.open(key)
@@ -174,7 +174,7 @@ class Reader:
         answer: Blob | StorageError | Unavailable
         try:
             if is_local(uri):
-                return disk.read_file(_path(uri), etag, limit)
+                return local_backend.read_file(_path(uri), etag, limit)
             place, _, key = self._find(uri, patience)
             answer = place.get(key, etag, limit)
         except (StorageError, Unavailable) as error:

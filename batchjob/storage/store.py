@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Protocol
-from uuid import uuid4
 
-from batchjob import disk
 from batchjob.errors import AlreadyExists, Changed, InvalidJob, NotFound, Unavailable
-from batchjob.parallel import side_by_side
-from batchjob.records import Blob, Stat
 from batchjob.settings import is_local, local_path
-from batchjob.storage.bucket import bucket_of
+from batchjob.storage import local_backend
+from batchjob.storage.backend import CLOUDS, is_plain
+from batchjob.storage.objects import Blob, Stat
+from batchjob.storage.obstore_backend import bucket_of
 from batchjob.storage.options import Options, options_for, window
 from batchjob.storage.outage import Outage
-from batchjob.storage.place import CLOUDS, is_plain
 from batchjob.storage.reader import ranged
 
-__all__ = ["CloudStore", "Store", "open_store", "probe", "settle"]
+__all__ = ["CloudStore", "Store", "open_store", "settle"]
 
 _LOOKS = 4
 
@@ -81,7 +78,7 @@ def open_store(
         Unavailable: no credentials.
     """
     if is_local(uri):
-        return disk.DiskStore(local_path(uri).absolute())
+        return local_backend.DiskStore(local_path(uri).absolute())
     scheme, _, rest = uri.partition("://")
     if scheme.lower() not in CLOUDS:
         raise InvalidJob(
@@ -92,40 +89,6 @@ def open_store(
         raise InvalidJob(f"output.uri {uri}: has an empty, '.' or '..' part; choose a plain prefix")
     seconds = outage.seconds if isinstance(outage, Outage) else outage
     return CloudStore(uri, dict(options or {}), window(patience, seconds), outage)
-
-
-def probe(store: Store) -> None:
-    """Does the store let exactly one of several creators win? Leaves nothing behind.
-
-    Raises:
-        InvalidJob: it lets two win, or nothing can be written.
-        Unavailable: the store cannot be reached.
-    """
-    folder = f"_batchjob/probe/{uuid4().hex}"
-    twice, race = f"{folder}/twice", f"{folder}/race"
-    try:
-        _try_create(store, twice, b"first")
-        if _try_create(store, twice, b"second"):
-            raise _two_winners(store)
-        bodies = [f"creator {number}".encode() for number in range(4)]
-        wins = list(side_by_side(partial(_try_create, store, race), bodies, threads=len(bodies)))
-        if wins.count(True) > 1:
-            raise _two_winners(store)
-        # A winner's body must be the one that stays; no winner at all is a lost answer, and no fault.
-        if True in wins and store.read(race).data != bodies[wins.index(True)]:
-            raise _two_winners(store)
-    finally:
-        for key in (twice, race):
-            with suppress(Unavailable):
-                store.delete(key)
-
-
-def _try_create(store: Store, key: str, body: bytes) -> bool:
-    try:
-        store.put_if_absent(key, body)
-    except AlreadyExists:
-        return False
-    return True
 
 
 def settle(store: Store, key: str, body: bytes) -> bytes:
@@ -142,13 +105,6 @@ def settle(store: Store, key: str, body: bytes) -> bytes:
             with suppress(NotFound):
                 return store.read(key).data
     raise Unavailable(f"{store.uri}/{key}: the store answers 'exists' to every PUT and shows nothing; run again")
-
-
-def _two_winners(store: Store) -> InvalidJob:
-    return InvalidJob(
-        f"{store.uri}: this store lets two writers create the same object, so results could be lost or doubled; "
-        "choose an output on a store with conditional PUT (Amazon S3, GCS, Azure, SeaweedFS, MinIO) or a local disk"
-    )
 
 
 class CloudStore:

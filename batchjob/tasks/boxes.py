@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from batchjob.records import Frame
+    from batchjob.preprocessing.geometry import Frame
 
 __all__ = [
     "BOX_FIELDS",
@@ -38,7 +38,6 @@ BOX_FIELDS = [
     pa.field("score", pa.float32()),
     *(pa.field(name, pa.float32()) for name in ("x_min", "y_min", "x_max", "y_max")),
 ]
-
 _LISTS = "a list with a dict for each image of boxes [k, 4], labels [k] and scores [k] (torchvision)"
 _QUERIES = "a dict of logits [n, q, classes] and pred_boxes [n, q, 4] (DETR)"
 _ADVICE = "wrap the model (model.type: python), or use another task"

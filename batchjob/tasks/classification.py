@@ -15,17 +15,18 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
-from batchjob.records import Fault, Frame
+from batchjob.preprocessing.geometry import Frame
+from batchjob.tasks.ground_truth import UNKNOWN, Classes, is_class, ratio
 from batchjob.tasks.labels import Labels, class_names, label_bytes, read_labels
 from batchjob.tasks.postprocess import Postprocess, faults, float_rows, present
-from batchjob.tasks.task import TaskSettings
-from batchjob.tasks.truth import UNKNOWN, Classes, is_class, ratio
+from batchjob.tasks.settings import TaskSettings
+from batchjob.types import Fault
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from batchjob.storage import Reader
+    from batchjob.storage.reader import Reader
 
 __all__ = ["ClassificationTask"]
 

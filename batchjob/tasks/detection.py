@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from batchjob.records import Fault, Frame
+from batchjob.preprocessing.geometry import Frame
 from batchjob.tasks.boxes import BOX_FIELDS, Lists, Queries, Selection, box_columns, in_image, listed, reading, taken
 from batchjob.tasks.labels import Labels, class_names, label_bytes, read_labels
 from batchjob.tasks.postprocess import Postprocess, faults, present
-from batchjob.tasks.task import TaskSettings
+from batchjob.tasks.settings import TaskSettings
+from batchjob.types import Fault
 
 if TYPE_CHECKING:
     import torch
 
-    from batchjob.storage import Reader
+    from batchjob.storage.reader import Reader
 
 __all__ = ["DetectionTask"]
 

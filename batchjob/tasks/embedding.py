@@ -12,15 +12,16 @@ import pyarrow as pa
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
-from batchjob.records import Fault, Frame
+from batchjob.preprocessing.geometry import Frame
 from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess, faults, float_rows, present, same_shape
-from batchjob.tasks.task import TaskSettings
+from batchjob.tasks.settings import TaskSettings
+from batchjob.types import Fault
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from batchjob.storage import Reader
+    from batchjob.storage.reader import Reader
 
 __all__ = ["EmbeddingTask"]
 

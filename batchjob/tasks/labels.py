@@ -14,13 +14,12 @@ from batchjob.settings import Uri
 if TYPE_CHECKING:
     import numpy as np
 
-    from batchjob.storage import Reader
+    from batchjob.storage.reader import Reader
 
 __all__ = ["LABEL_BYTES", "Labels", "class_names", "label_bytes", "named", "read_labels"]
 
 LABEL_BYTES = 128
 """What a label takes at most where it is not known yet."""
-
 _FORMS = "a label file has one label a line, or is a JSON list, or a JSON object of id: label"
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from batchjob.records import Frame
+    from batchjob.preprocessing.geometry import Frame
 
 __all__ = ["RLE_FIELDS", "as_input", "packed", "placed", "png", "run_lengths", "run_structs", "unpacked"]
 

@@ -13,17 +13,18 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
-from batchjob.records import Fault, Frame
+from batchjob.preprocessing.geometry import Frame
+from batchjob.tasks.ground_truth import UNKNOWN, Classes, is_class, ratio, text_of
 from batchjob.tasks.labels import Labels, class_names, label_bytes, read_labels
 from batchjob.tasks.postprocess import Postprocess, faults, float_rows, present
-from batchjob.tasks.task import TaskSettings
-from batchjob.tasks.truth import UNKNOWN, Classes, is_class, ratio, text_of
+from batchjob.tasks.settings import TaskSettings
+from batchjob.types import Fault
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from batchjob.storage import Reader
+    from batchjob.storage.reader import Reader
 
 __all__ = ["MultilabelTask"]
 
@@ -32,7 +33,6 @@ _CLASS_FIELDS = [pa.field("label_id", pa.int32()), pa.field("label", pa.string()
 _LISTS = pa.list_(pa.struct(_CLASS_FIELDS))
 _WANTED = "multilabel wants [n, classes]: a row of logits for each image"
 _ADVICE = "wrap the model so that it returns its logits, before the sigmoid (model.type: python), or use another task"
-
 Share = Annotated[float, Field(ge=0, le=1)]
 
 

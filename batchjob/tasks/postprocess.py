@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pyarrow as pa
 
 from batchjob.errors import InvalidJob
-from batchjob.records import Fault, Frame
+from batchjob.preprocessing.geometry import Frame
+from batchjob.types import Fault
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +19,6 @@ __all__ = ["EXAMPLE_ROWS", "Postprocess", "describe", "faults", "float_rows", "p
 
 EXAMPLE_ROWS = 2
 """Images in the example batch whose output `prepare` is given: enough to tell the batch dimension from the others."""
-
 _NOT_FINITE = Fault(
     "predict", "not_finite", "the model's output for this image is NaN or infinite; task.allow_nan: true lets it pass"
 )

@@ -13,14 +13,14 @@ from pydantic import Field, field_validator
 
 from batchjob.errors import BatchjobError, InvalidJob
 from batchjob.settings import Target
-from batchjob.targets import load_target, source_digest
-from batchjob.tasks.columns import ColumnName, TypeName, arrow_type, check_name, check_type, distinct
-from batchjob.tasks.owncode import Code, OwnCode, layout_of
+from batchjob.tasks.column_types import ColumnName, TypeName, arrow_type, check_name, check_type, distinct
 from batchjob.tasks.postprocess import Postprocess
-from batchjob.tasks.task import TaskSettings
+from batchjob.tasks.settings import TaskSettings
+from batchjob.tasks.user_postprocess import Code, OwnCode, layout_of
+from batchjob.user_code import load_target, source_digest
 
 if TYPE_CHECKING:
-    from batchjob.storage import Reader
+    from batchjob.storage.reader import Reader
 
 __all__ = ["PythonTask"]
 

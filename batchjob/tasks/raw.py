@@ -13,16 +13,17 @@ import pyarrow as pa
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
-from batchjob.records import Fault, Frame
-from batchjob.tasks.columns import check_name, distinct
+from batchjob.preprocessing.geometry import Frame
+from batchjob.tasks.column_types import check_name, distinct
 from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess, describe, faults, present, same_shape
-from batchjob.tasks.task import TaskSettings
+from batchjob.tasks.settings import TaskSettings
+from batchjob.types import Fault
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from batchjob.storage import Reader
+    from batchjob.storage.reader import Reader
 
 __all__ = ["RawTask"]
 

@@ -13,16 +13,17 @@ import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
 from batchjob.errors import InvalidJob
-from batchjob.records import Fault, Frame
-from batchjob.tasks.columns import ColumnName, distinct
+from batchjob.preprocessing.geometry import Frame
+from batchjob.tasks.column_types import ColumnName, distinct
+from batchjob.tasks.ground_truth import ratio
 from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess, faults, float_rows, present
-from batchjob.tasks.task import TaskSettings
-from batchjob.tasks.truth import ratio
+from batchjob.tasks.settings import TaskSettings
+from batchjob.types import Fault
 
 if TYPE_CHECKING:
     import torch
 
-    from batchjob.storage import Reader
+    from batchjob.storage.reader import Reader
 
 __all__ = ["RegressionTask"]
 

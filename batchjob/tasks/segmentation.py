@@ -11,19 +11,20 @@ import pyarrow as pa
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
-from batchjob.records import Fault, Frame
+from batchjob.preprocessing.geometry import Frame
 from batchjob.tasks.boxes import Selection, is_lists, misfit
-from batchjob.tasks.instances import Instances
+from batchjob.tasks.instance_masks import Instances
 from batchjob.tasks.labels import Labels, class_names, label_bytes, named, read_labels
 from batchjob.tasks.masks import RLE_FIELDS, as_input, placed, png, run_lengths, run_structs
 from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess, faults, present
-from batchjob.tasks.task import TaskSettings
+from batchjob.tasks.settings import TaskSettings
+from batchjob.types import Fault
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from batchjob.storage import Reader
+    from batchjob.storage.reader import Reader
 
 __all__ = ["SegmentationTask"]
 

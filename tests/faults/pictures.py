@@ -13,7 +13,7 @@ from commands import SLOW_NET, footers, opened, plans, table
 from PIL import Image
 from seaweed import Seaweed
 
-from batchjob import ledger
+from batchjob.output import commit, success
 
 __all__ = ["JOB", "Tally", "committed", "numbers", "overrides", "publish", "side_by_side", "tally", "write_job"]
 
@@ -84,13 +84,13 @@ def tally(output: str, images: int) -> Tally:
     rows: list[dict[str, Any]] = table(output).to_pylist()
     seen = Counter(row["position"] for row in rows)
     store = opened(output)
-    found = ledger.read_success(store)
+    found = success.read_success(store)
     assert found is not None, f"{output} has no _SUCCESS"
     return Tally(
         missing=len(set(range(images)) - seen.keys()),
         twice=seen.total() - len(seen),
         wrong=sum(not _is_right(row) for row in rows),
-        foreign=len(ledger.missing_from_success(found[0], ledger.parts(store))),
+        foreign=len(success.missing_from_success(found[0], commit.parts(store))),
         plans=len(plans(output)),
     )
 

@@ -20,14 +20,20 @@ from hypothesis import strategies as st
 from pools import LOADED, job, make_part
 from stores import MemoryStore
 
-from batchjob import ledger, plan, survey
+from batchjob.driver.lease import Lease
 from batchjob.errors import BatchjobError
-from batchjob.job import Job
-from batchjob.lease import Lease
-from batchjob.plan import Contract, Head, PlanReader
-from batchjob.records import Cursor
-from batchjob.sources import REF_FIELDS, ManifestSource
-from batchjob.storage import Reader
+from batchjob.job.job import Job
+from batchjob.output import commit
+from batchjob.output.success import Part, missing_from_success, read_success, write_success
+from batchjob.plan import chunks, contract
+from batchjob.plan.contract import Contract
+from batchjob.plan.head import Head, current, freeze, is_buried, new_head
+from batchjob.plan.reader import PlanReader
+from batchjob.report import output_status
+from batchjob.sources.manifest import ManifestSource
+from batchjob.sources.source import REF_FIELDS
+from batchjob.storage.reader import Reader
+from batchjob.types import Cursor
 
 EXAMPLES = int(os.environ.get("BATCHJOB_EXAMPLES") or 2_000)
 SEED = int(os.environ.get("BATCHJOB_SEED") or 1)
@@ -203,9 +209,9 @@ def output(folder: Path) -> tuple[MemoryStore, Head, Job]:
     (folder / "finished").mkdir()
     the = job(folder / "finished", ["0.png", "1.png", "bad.png", "3.png", "4.png"])
     store = MemoryStore()
-    head = plan.freeze(
+    head = freeze(
         store,
-        plan.new_head(
+        new_head(
             0,
             job=the.portable(),
             fingerprint=the.fingerprint(),
@@ -220,16 +226,16 @@ def output(folder: Path) -> tuple[MemoryStore, Head, Job]:
     refs = pa.record_batch(
         [pa.array(c, f.type) for c, f in zip(columns, REF_FIELDS, strict=True)], pa.schema(REF_FIELDS)
     )
-    (chunk,) = plan.extend(store, head, lambda after: iter([refs]), lambda: None)
+    (chunk,) = chunks.extend(store, head, lambda after: iter([refs]), lambda: None)
     parts = []
     for key in chunk.shards:
         writer, made = make_part(folder / "part", store, the, key)
-        stands = ledger.commit(store, key, writer.path, made, lambda: None)
-        parts.append(ledger.Part(key.part, made.rows, made.failed, stands.stat.etag, stands.stat.size))
-    plan.agree(store, head, Contract(pa.schema([pa.field("score", pa.float64())]), LOADED.model, None))
+        stands = commit.commit(store, key, writer.path, made, lambda: None)
+        parts.append(Part(key.part, made.rows, made.failed, stands.stat.etag, stands.stat.size))
+    contract.agree(store, head, Contract(pa.schema([pa.field("score", pa.float64())]), LOADED.model, None))
     Lease.acquire(store).release()
     counts = {"planned": 5, "predicted": 4, "failed": 1}
-    ledger.write_success(store, {"plan": head.plan, "status": "complete", "counts": counts}, parts)
+    write_success(store, {"plan": head.plan, "status": "complete", "counts": counts}, parts)
     return store, head, the
 
 
@@ -239,28 +245,28 @@ def _looks(store: MemoryStore, head: Head) -> list[Callable[[], object]]:
 
     def members() -> None:
         reader = PlanReader(store, head)
-        for chunk in plan.chunks(store, head):
+        for chunk in chunks.chunks(store, head):
             for key in chunk.shards:
                 assert len(reader.shard(key).refs) == key.rows
 
     def success() -> None:
-        if (found := ledger.read_success(store)) is not None:
-            ledger.missing_from_success(found[0], ledger.parts(store))
+        if (found := read_success(store)) is not None:
+            missing_from_success(found[0], commit.parts(store))
 
     def lease() -> None:
         clock = iter(range(0, 10_000, 5))
         Lease.acquire(store, clock=lambda: float(next(clock)), sleep=lambda seconds: None).release()
 
     return [
-        lambda: plan.current(store),
-        lambda: plan.is_buried(store, "0" * 16),
+        lambda: current(store),
+        lambda: is_buried(store, "0" * 16),
         members,
         success,
-        lambda: plan.agree(store, head, ours),
-        lambda: list(ledger.inspect_all(store, sorted(ledger.parts(store)))),
-        lambda: survey.status(store),
-        lambda: survey.error_counts(store),
-        lambda: list(survey.error_rows(store)),
+        lambda: contract.agree(store, head, ours),
+        lambda: list(commit.inspect_all(store, sorted(commit.parts(store)))),
+        lambda: output_status.status(store),
+        lambda: output_status.error_counts(store),
+        lambda: list(output_status.error_rows(store)),
         lease,
     ]
 

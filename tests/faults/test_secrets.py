@@ -78,11 +78,11 @@ def mean():
     if os.environ.get("BREAK") == "load":
         raise RuntimeError("https://me:" + os.environ["DB_PASSWORD"] + "@db/ refuses Bearer " + os.environ["HF_TOKEN"])
     if os.environ.get("BREAK") == "worker":
-        from batchjob.worker import Worker
+        from batchjob.worker.worker import Worker
 
         Worker.begin = broken
     if os.environ.get("BREAK") == "actor":
-        from batchjob.local import LocalPool
+        from batchjob.pool.local_pool import LocalPool
 
         LocalPool.wait = broken
     return Mean()

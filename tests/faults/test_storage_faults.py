@@ -22,8 +22,8 @@ from faulty import RESET, Faulty, Reply, Weather, between
 from figures import Figure
 from seaweed import Seaweed
 
-from batchjob import ledger
-from batchjob.storage import open_store
+from batchjob.output import commit
+from batchjob.storage.store import open_store
 
 SHARD = 50
 PARTS = 1000 // SHARD
@@ -73,7 +73,7 @@ def behind(gate: Faulty, patience: float = 2.0) -> dict[str, str]:
 
 
 def has_parts(output: str, least: int) -> bool:
-    return len(ledger.parts(open_store(output))) >= least
+    return len(commit.parts(open_store(output))) >= least
 
 
 def check_rows(output: str | Path, clean: pa.Table) -> None:

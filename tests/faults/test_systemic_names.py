@@ -13,7 +13,7 @@ from figures import Figure
 from pictures import committed, numbers, overrides, publish, tally
 from seaweed import Seaweed
 
-from batchjob import ledger
+from batchjob.output import commit
 
 IMAGES, SHARD, NAME = 120, 10, "store.batchjob.test"
 CONNECTIONS = 30  # that may stand as the name goes: each brings one more request; with the name they are 160
@@ -83,7 +83,7 @@ def test_a_name_that_ceases_to_resolve_leaves_no_rows_and_the_next_run_goes_on(
             "BATCHJOB_TEST_NAP": "0.3",
         }
         with ends(names.start(*command, **env)) as driver:
-            until(lambda: len(ledger.parts(opened(output))) >= 2, command=driver)
+            until(lambda: len(commit.parts(opened(output))) >= 2, command=driver)
             names.forget()
             began, arrived = driver.seconds, list[float]()
 

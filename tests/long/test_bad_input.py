@@ -14,7 +14,7 @@ import pytest
 from commands import footers, run, table
 from tiny import red, write_tiny_job
 
-from batchjob.cli import main
+from batchjob.cli.main import main
 
 
 class Opened:

@@ -18,9 +18,9 @@ from photographs import decoded, jpeg, photograph
 from PIL import Image
 from test_bench_figures import Spent
 
-from batchjob.bench.ceilings import Ceiling, ceilings, verdict
-from batchjob.bench.findings import Calibration
-from batchjob.cli import main
+from batchjob.bench.bottleneck import Ceiling, ceilings, verdict
+from batchjob.bench.results import Calibration
+from batchjob.cli.main import main
 
 NET = """
 from torch import nn
@@ -193,7 +193,7 @@ def test_the_profile_is_a_table_and_a_trace_with_a_track_for_each_stage(
 def test_a_device_that_decodes_has_a_line_a_track_and_a_service(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("batchjob.loading.device_decoder", lambda device: decoded)
+    monkeypatch.setattr("batchjob.worker.loader_setup.device_decoder", lambda device: decoded)
     for number in range(12):
         (folder / f"images/{number:02}.png").write_bytes(jpeg(photograph(number)))
     found = measured(capfd, "--profile", "profile", "decode.mode=fast", "decode.device=cuda")
@@ -257,7 +257,7 @@ def test_a_profile_that_cannot_be_written_is_refused(folder: Path, capfd: pytest
 def test_a_full_disk_is_said_in_one_sentence(folder: Path) -> None:
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600));"
-        "from batchjob.cli import main; sys.exit(main(['bench', 'job.yaml', '--images', '12', '--json']))"
+        "from batchjob.cli.main import main; sys.exit(main(['bench', 'job.yaml', '--images', '12', '--json']))"
     )
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from commands import ROOT, cifar, right, run, table
 
-from batchjob.targets import load_target
+from batchjob.user_code import load_target
 
 PHOTOGRAPHS = """\
 input: {type: prefix, uri: images/}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from commands import Command, alive, descendants, ends, run, start, table, until, write_slow_job
 
-from batchjob import ledger
-from batchjob.storage import open_store
+from batchjob.output import commit
+from batchjob.storage.store import open_store
 
 IMAGES = 160
 
@@ -26,7 +26,7 @@ def test_a_lost_ray_ends_the_run_as_temporary(tmp_path: Path, victim: str) -> No
     output = tmp_path / "out"
     job = ["run", str(tmp_path / "job.yaml"), "runtime.pool=ray", "--json"]
     with ends(start(*job, env={"BATCHJOB_TEST_NAP": "2"})) as first:
-        until(lambda: len(ledger.parts(open_store(str(output)))) >= 1, command=first)
+        until(lambda: len(commit.parts(open_store(str(output)))) >= 1, command=first)
         family = descendants(first.pid)
         os.kill(process_named(first, victim), signal.SIGKILL)
         ended = first.end(timeout=100)

@@ -33,7 +33,7 @@ def make():
 BUGGY_NET = """\
 from slow import Slow
 
-from batchjob.worker import Worker
+from batchjob.worker.worker import Worker
 
 
 def broken(self, number):
@@ -48,10 +48,11 @@ def make():
 IMPATIENT = """\
 import sys
 
-from batchjob import cli, cluster
+from batchjob.cli import main
+from batchjob.pool import ray_pool
 
-cluster._SCHEDULE_SECONDS = 25.0  # which a Ray may take to start on a busy machine
-sys.exit(cli.main(sys.argv[1:]))
+ray_pool._SCHEDULE_SECONDS = 25.0  # which a Ray may take to start on a busy machine
+sys.exit(main.main(sys.argv[1:]))
 """
 
 

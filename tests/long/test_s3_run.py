@@ -36,8 +36,8 @@ from commands import (
 from faulty import RESET, between
 from seaweed import Seaweed
 
-from batchjob import ledger
-from batchjob.storage import open_store
+from batchjob.output import commit
+from batchjob.storage.store import open_store
 
 SHARD = 50
 PARTS = 1000 // SHARD
@@ -72,7 +72,7 @@ class Committed:
     etags: dict[str, str | None] = field(default_factory=dict)
 
     def count(self) -> int:
-        return len(ledger.parts(open_store(self.output)))
+        return len(commit.parts(open_store(self.output)))
 
     def reached(self, least: int) -> bool:
         return self.count() >= least

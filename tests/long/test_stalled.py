@@ -15,7 +15,7 @@ from pathlib import Path
 
 from net import Net
 
-from batchjob.disk import DiskStore
+from batchjob.storage.local_backend import DiskStore
 
 put_if_absent = DiskStore.put_if_absent
 

@@ -12,16 +12,20 @@ from pathlib import Path
 import pyarrow as pa
 from stores import Call, MemoryStore
 
-from batchjob import ledger, plan, revision
+from batchjob.driver.lease import BEAT_SECONDS
 from batchjob.errors import AttemptFailed, BatchjobError, Interrupted, Temporary
-from batchjob.lease import BEAT_SECONDS
-from batchjob.placement import Placement
-from batchjob.plan import Contract, Head, PlanReader
-from batchjob.pool import Done, Event, Failed, Loaded, Ready, Setup, WorkerFailed
-from batchjob.records import Fault as ImageError
-from batchjob.records import ImageFacts, ImageRef, Provenance, Shard, ShardKey, ShardResult
-from batchjob.sink import PartWriter, row_schema, rows
-from batchjob.told import account
+from batchjob.output import commit, retry
+from batchjob.output.part_writer import PartWriter, rows
+from batchjob.output.provenance import Provenance, ShardResult
+from batchjob.output.schema import row_schema
+from batchjob.plan import contract
+from batchjob.plan.contract import Contract
+from batchjob.plan.head import Head, current, is_discarded
+from batchjob.plan.reader import PlanReader
+from batchjob.pool.placement import Placement, account
+from batchjob.types import Fault as ImageError
+from batchjob.types import ImageFacts, ImageRef, Shard, ShardKey
+from batchjob.worker.messages import Done, Event, Failed, Loaded, Ready, Setup, WorkerFailed
 from simulation.actor import REST, Actor, Client
 
 __all__ = ["Crew", "Worker"]
@@ -170,10 +174,10 @@ class Worker(Actor):
     def _begin(self, number: int) -> None:
         if self._plan is not None:
             return
-        found, head = plan.current(self.store)
+        found, head = current(self.store)
         if head is None or found != number:
             raise Temporary("the plan was discarded while this run was starting")
-        plan.agree(self.store, head, Contract(SCHEMA, MODEL, None))
+        contract.agree(self.store, head, Contract(SCHEMA, MODEL, None))
         self._plan = head, PlanReader(self.store, head)
 
     def _done(self, key: ShardKey) -> ShardResult:
@@ -181,13 +185,13 @@ class Worker(Actor):
         head, reader = self._plan
         shard = reader.shard(key)
         if key.revision:
-            shard = revision.outstanding(self.store, shard)
+            shard = retry.outstanding(self.store, shard)
         self.store.calls.append(Call("predict", ""))
         if self.wait("predict") is not None:
             raise AttemptFailed("a fault while predicting")
 
         def wanted() -> None:
-            if plan.is_discarded(self.store, head):
+            if is_discarded(self.store, head):
                 raise Temporary("the plan was discarded while this run was at work")
 
         body, made = make_part(head.plan, shard, self.crew.mended.is_set())
@@ -195,9 +199,9 @@ class Worker(Actor):
             path = Path(spooled.name)
             path.write_bytes(body)
             if key.revision:
-                stands, _ = revision.replace_part(self.store, key, path, made, wanted)
+                stands, _ = retry.replace_part(self.store, key, path, made, wanted)
             else:
-                stands = ledger.commit(self.store, key, path, made, wanted)
+                stands = commit.commit(self.store, key, path, made, wanted)
         return ShardResult(key, stands.provenance, {}, stands.ours, stands.stat.etag)
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from stores import Call
 
-from batchjob.records import Blob
+from batchjob.storage.objects import Blob
 
 __all__ = ["Broken", "Laws", "rows_of"]
 

@@ -15,7 +15,7 @@ from pools import job
 from stores import WRITES, Call, Fault, MemoryStore
 
 from batchjob.errors import BatchjobError, CheckFailed, InvalidJob, Temporary
-from batchjob.job import Job
+from batchjob.job.job import Job
 from simulation.actor import KILLS, Actor
 from simulation.crew import Worker
 from simulation.laws import Laws

@@ -14,15 +14,19 @@ from unittest import mock
 import pyarrow as pa
 from stores import Killed
 
-from batchjob import dispatch, driver, lease, parallel, planning, redaction, turns
-from batchjob.drain import Drain
-from batchjob.job import Job
-from batchjob.lease import Lease
-from batchjob.plan import Chunk, Head, cutting
-from batchjob.records import Cursor
-from batchjob.schedule import Schedule
-from batchjob.sources import REF_FIELDS
-from batchjob.storage import Outage, Store
+from batchjob import concurrency, text
+from batchjob.driver import control_loop, dispatcher, driver, lease, planner
+from batchjob.driver.control_loop import Drain
+from batchjob.driver.lease import Lease
+from batchjob.driver.scheduler import Schedule
+from batchjob.job.job import Job
+from batchjob.plan import chunks as chunks_module
+from batchjob.plan.chunks import Chunk
+from batchjob.plan.head import Head
+from batchjob.sources.source import REF_FIELDS
+from batchjob.storage.outage import Outage
+from batchjob.storage.store import Store
+from batchjob.types import Cursor
 from simulation.actor import Actor
 from simulation.process import Driver
 
@@ -39,23 +43,23 @@ _POLL_SECONDS = 1.0
 def simulated() -> Iterator[None]:
     """As long as this lasts, `driver.run` and `driver.discard` are to be called by a `Driver` that takes turns."""
     patched: list[tuple[Any, str, Any]] = [
-        (cutting, "CHUNK_ROWS", CHUNK_ROWS),
+        (chunks_module, "CHUNK_ROWS", CHUNK_ROWS),
         (lease, "_POLL_SECONDS", _POLL_SECONDS),
-        (parallel, "Threads", AtOnce),
-        (turns, "Threads", AtOnce),
-        (turns, "Outage", partial(Outage, clock=_now, sleep=_sleep)),
-        (turns, "time", Time),
-        (dispatch, "time", Time),
-        (dispatch, "Schedule", partial(Schedule, clock=_now)),
+        (concurrency, "Threads", AtOnce),
+        (control_loop, "Threads", AtOnce),
+        (control_loop, "Outage", partial(Outage, clock=_now, sleep=_sleep)),
+        (control_loop, "time", Time),
+        (dispatcher, "time", Time),
+        (dispatcher, "Schedule", partial(Schedule, clock=_now)),
         (driver, "time", Time),
         (driver, "open_store", lambda *_, **__: _driver().store),
         (driver, "Feeder", Fed),
-        (turns, "Lease", Taken),
+        (control_loop, "Lease", Taken),
         (driver, "Drain", Asked),
-        (planning, "Input", Given),
-        (redaction, "os", SimpleNamespace(environ={})),  # looked through for each message
-        (planning, "probe", lambda store: None),
-        (planning.Planning, "_check_files", lambda self: None),
+        (planner, "Input", Given),
+        (text, "os", SimpleNamespace(environ={})),  # looked through for each message
+        (planner, "probe", lambda store: None),
+        (planner.Planning, "_check_files", lambda self: None),
     ]
     patched += [(Job, name, _once(getattr(Job, name))) for name in ("portable", "resolved", "fingerprint")]
     with ExitStack() as stack:

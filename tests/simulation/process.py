@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 from stores import MemoryStore
 
-from batchjob import driver
+from batchjob.driver import driver
+from batchjob.driver.lease import Lease
+from batchjob.driver.progress import Quiet
 from batchjob.errors import BatchjobError
-from batchjob.job import Job
-from batchjob.lease import Lease
-from batchjob.progress import Quiet
-from batchjob.records import Stat
-from batchjob.report import Outcome
+from batchjob.job.job import Job
+from batchjob.report.run_result import Outcome
+from batchjob.storage.objects import Stat
 from simulation.actor import Actor, Client
 from simulation.crew import Crew
 

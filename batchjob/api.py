@@ -1,0 +1,141 @@
+"""The door for Python and for the command line: picks the pool, calls the driver."""
+
+from __future__ import annotations
+
+import os
+
+from batchjob import system
+from batchjob.driver import driver
+from batchjob.driver.dispatcher import MakePool
+from batchjob.driver.existing_output import compare
+from batchjob.driver.planner import check_columns, no_images, shard_size
+from batchjob.driver.progress import Progress, Quiet
+from batchjob.job.job import Job
+from batchjob.output import commit
+from batchjob.plan.head import Head, current
+from batchjob.pool.local_pool import LocalPool
+from batchjob.pool.pool import Pool
+from batchjob.pool.ray_pool import RayPool
+from batchjob.report.run_result import Outcome, PlanSummary
+from batchjob.sources.listing import FEW_IMAGES, Input, Peek, peek
+from batchjob.storage.reader import Reader
+from batchjob.storage.store import Store, open_store
+from batchjob.text import counted
+from batchjob.worker.messages import Loaded, Setup
+from batchjob.worker.worker import Worker
+
+__all__ = ["make_pool", "plan", "retry", "run", "validate"]
+
+
+def run(
+    job: Job,
+    *,
+    address: str | None = None,
+    allow_empty: bool = False,
+    repair: bool = False,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Run a job to its end, resuming what was begun; a finished job is left as it is.
+
+    Args:
+        job: what to run, and whether on Ray or in this process (`runtime.pool`).
+        address: of a Ray cluster; else `RAY_ADDRESS`; else a Ray is started here for the time of the run.
+        allow_empty: an input without images makes one part of no rows, and is no error.
+        repair: parts that are gone from a finished output are made again, which else is an error.
+        progress: who is told how it goes; nobody by default.
+
+    Raises:
+        JobError: whatever ends the job before its sums; its class says which, and carries the exit code.
+    """
+    told = progress or Quiet()
+    return driver.run(job, _pools(job, address), allow_empty=allow_empty, progress=told, repair=repair)
+
+
+def retry(job: Job, *, address: str | None = None, progress: Progress | None = None) -> Outcome:
+    """Read the images again whose rows hold an error, as they are by now, and replace their rows; do what is missing.
+
+    `_SUCCESS` is gone from the first replaced part on until the last one. Rows that worked stay as they are. A retry
+    that was stopped goes on when it is called again, or is brought to its end by `run`, which retries no further row.
+
+    Args:
+        job: as it was run.
+        address: see `run`.
+        progress: see `run`.
+
+    Raises:
+        InvalidJob: nothing has been run there yet.
+        JobError: see `run`.
+    """
+    return driver.run(job, _pools(job, address), allow_empty=True, progress=progress or Quiet(), retry=True)
+
+
+def plan(job: Job, *, allow_empty: bool = False, progress: Progress | None = None) -> PlanSummary:
+    """Freeze a job's plan without running it; `run` then starts from it. Needs neither torch nor Ray.
+
+    Raises:
+        JobError: see `run`.
+    """
+    return driver.plan_only(job, allow_empty=allow_empty, progress=progress or Quiet())
+
+
+def validate(job: Job) -> list[str]:
+    """Check a job as far as it goes without writing anything: input, model, labels, device, output. Lines for a person.
+
+    Raises:
+        JobError: the first thing that does not hold; Temporary where the input is not there yet (`input.require`).
+    """
+    store = open_store(job.output.uri, job.storage)
+    _, head = current(store)
+    if head is not None:
+        compare(store, job, head)
+        job = job.completed(head.defaults)
+    source = Input(job, Reader(job.storage))
+    source.require()
+    check_columns(job, source)
+    seen = peek(source, FEW_IMAGES)
+    if head is None and not seen.rows:
+        raise no_images(job)
+    loaded = _load(job, seen)
+    check_columns(job, source, loaded.columns)
+    if head is None:
+        shard_size(job, seen, 0, loaded.row_bytes)
+    return [
+        f"input     {job.input.uri}: {'' if seen.whole else 'more than '}{counted(seen.rows, 'image')}",
+        f"model     {loaded.model} on {loaded.device}, {loaded.precision}, in {loaded.seconds:.1f} s",
+        f"columns   {', '.join(loaded.columns)}",
+        f"output    {store.uri}: {_stand(store, head)}",
+    ]
+
+
+def _load(job: Job, seen: Peek) -> Loaded:
+    worker = Worker(job, Setup(job.portable(), str(job.base), None, seen.sample, few_bytes=0), _cores(job))
+    try:
+        return worker.load()
+    finally:
+        worker.close()
+
+
+def _stand(store: Store, head: Head | None) -> str:
+    """What a run would find there."""
+    parts = len(commit.parts(store))
+    if head is not None:
+        return f"plan {head.plan} of this job, {counted(parts, 'part')} committed"
+    return "to be planned" if not parts else f"to be planned, {counted(parts, 'part')} of no plan in the way"
+
+
+def _pools(job: Job, address: str | None) -> MakePool:
+    """What makes the job's workers, on that cluster or where the environment says."""
+    where = address or os.environ.get("RAY_ADDRESS") or None
+    return lambda: make_pool(job, where)
+
+
+def make_pool(job: Job, address: str | None) -> Pool:
+    """The pool that `runtime.pool` asks for."""
+    if job.runtime.pool == "local":
+        return LocalPool(_cores(job))
+    return RayPool(job, None if address == "local" else address)
+
+
+def _cores(job: Job) -> int:
+    asked = job.runtime.cpus_per_worker
+    return system.cores() if asked == "auto" else max(1, int(asked))

@@ -1,0 +1,104 @@
+"""What commands take: their arguments and options, and the job or the output that these name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from batchjob.errors import InvalidJob
+
+if TYPE_CHECKING:
+    from batchjob.job.job import Job
+    from batchjob.storage.options import Options
+
+__all__ = [
+    "AllowEmpty",
+    "AsJson",
+    "Endpoint",
+    "FormatName",
+    "JobFile",
+    "Overrides",
+    "Params",
+    "PoolName",
+    "QuietFlag",
+    "RayAddress",
+    "Region",
+    "RunPool",
+    "Where",
+    "output_of",
+    "read_job",
+]
+
+
+class FormatName(StrEnum):
+    """What `convert` writes."""
+
+    onnx = "onnx"
+    exported = "exported"
+    aoti = "aoti"
+    torchscript = "torchscript"
+    int8 = "int8"
+    pruned = "pruned"
+    tensorrt = "tensorrt"
+
+
+class PoolName(StrEnum):
+    """What `runtime.pool` may be."""
+
+    ray = "ray"
+    local = "local"
+
+
+JobFile = Annotated[str, typer.Argument(metavar="JOB.yaml", help="The job file.")]
+Where = Annotated[str, typer.Argument(metavar="OUT", help="An output's path or URI, or the job file that writes it.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="section.key=value", help="Settings that replace the job file's.")
+]
+Params = Annotated[
+    list[str] | None, typer.Option("--param", "-p", metavar="NAME=VALUE", help="A parameter of the job; repeatable.")
+]
+RunPool = Annotated[PoolName | None, typer.Option(help="Where workers run; same as runtime.pool=….")]
+RayAddress = Annotated[str | None, typer.Option(help="Ray cluster; else RAY_ADDRESS, else one started here.")]
+AsJson = Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+AllowEmpty = Annotated[bool, typer.Option("--allow-empty", help="An input without images is fine.")]
+Endpoint = Annotated[str | None, typer.Option(help="URL of an S3 server other than AWS, where OUT is a URI.")]
+Region = Annotated[str | None, typer.Option(help="Region of the store, where OUT is a URI.")]
+
+
+def read_job(job: str, params: Sequence[str] | None, overrides: Sequence[str] | None) -> Job:
+    """The job of a file as it was typed. Raises BadParameter, InvalidJob."""
+    from batchjob.job.job import Job
+
+    given: dict[str, str] = {}
+    for param in params or ():
+        name, equals, value = param.partition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"{param!r} is no parameter; write -p name=value")
+        if name in given:
+            raise typer.BadParameter(f"-p {name}=… is given twice; keep one")
+        given[name] = value
+    return Job.from_file(job, given, overrides or ())
+
+
+def output_of(
+    where: str, params: Sequence[str] | None, overrides: Sequence[str] | None, endpoint: str | None, region: str | None
+) -> tuple[str, Options]:
+    """The output's URI and storage options, from a job file or as typed."""
+    if where.endswith((".yaml", ".yml")) and not Path(where).exists() and "://" not in where:
+        raise InvalidJob(f"{where}: no such file; name a job file, or an output's folder or URI")
+    if where.endswith((".yaml", ".yml")) and Path(where).is_file():
+        job = read_job(where, params, overrides)
+        return job.output.uri, job.storage
+    if params or overrides:
+        raise typer.BadParameter(f"{where} is no job file, so it takes neither -p nor section.key=value")
+    from batchjob.storage.options import StorageOptions
+
+    scheme, separator, _ = where.partition("://")
+    if not separator:
+        return str(Path(where).absolute()), {}
+    return where, {scheme + separator: StorageOptions(endpoint=endpoint, region=region)}

@@ -1,0 +1,120 @@
+"""What a driver knows of its output, and the end of a run: parts against plan, error budget, report, `_SUCCESS`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from batchjob.concurrency import aside
+from batchjob.driver.existing_output import Beat, _footers, clear_foreign
+from batchjob.job.runtime import ErrorBudget
+from batchjob.output.commit import parts as parts_of_commit
+from batchjob.output.provenance import Provenance, ShardResult
+from batchjob.plan.chunks import Chunk
+from batchjob.plan.head import Head
+from batchjob.storage.store import Store
+from batchjob.types import ShardKey
+
+__all__ = ["Books", "exceeded"]
+
+
+class Books:
+    """What one driver knows of its output while it works: parts that are there, parts to come, and what they hold.
+
+    Args:
+        store: the output.
+        beat: called while that takes time, to keep the lease.
+        retry: parts with error rows are to be replaced.
+
+    Attributes:
+        pending: error rows that are still to be retried.
+    """
+
+    def __init__(self, store: Store, beat: Beat, retry: bool = False) -> None:
+        self._store, self._retry = store, retry
+        self._there = aside(lambda: parts_of_commit(store), beat)
+        self._rows = self._failed = self.pending = 0
+        self.expected: dict[str, int] = {}
+        self.fresh: dict[str, ShardResult] = {}
+        self.older: dict[str, tuple[Provenance, str | None]] = {}
+        self.planned, self.whole = 0, False
+
+    @property
+    def parts(self) -> int:
+        """Parts that were there when the run began."""
+        return len(self._there)
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Images planned so far, rows predicted, rows failed."""
+        return self.planned, self._rows - self._failed, self._failed
+
+    def look_back(self, head: Head, beat: Beat) -> None:
+        """Read the footers of this plan's parts, so that the error budget counts what failed in earlier runs.
+
+        Raises:
+            CheckFailed: a part was not written by batchjob.
+        """
+        for key, made in _footers(self._store, self._there, beat):
+            if made is not None and made.plan == head.plan:
+                self.older[key] = made.compact(), self._there[key].etag
+                self._count(made)
+                self.pending += made.failed if self._retry else 0
+
+    def add(self, chunk: Chunk) -> tuple[int, list[ShardKey]]:
+        """Take in a chunk of the plan: images of it that are committed already, and the shards to do."""
+        self.expected.update((key.part, key.rows) for key in chunk.shards)
+        self.planned, self.whole = chunk.cursor.rows, chunk.last
+        left = [key for key in map(self._to_do, chunk.shards) if key is not None]
+        return sum(key.rows for key in chunk.shards) - sum(key.images for key in left), left
+
+    def commit(self, result: ShardResult) -> None:
+        """Count a shard that a worker of this run has seen committed."""
+        key, made = result.key, result.made.compact()
+        self.fresh[key.part] = replace(result, made=made)
+        if key.revision:
+            self._failed += made.failed - key.failed
+            self.pending -= key.failed
+        else:
+            self._count(made)
+
+    def clear_foreign(self, beat: Beat) -> None:
+        """Look at parts that the plan, as far as it is known, does not name. See `clear_foreign`."""
+        foreign = self._there.keys() - self.expected.keys()
+        clear_foreign(self._store, foreign, beat)
+        self._there = {key: stat for key, stat in self._there.items() if key not in foreign}
+
+    @property
+    def failed(self) -> int:
+        """Error rows so far, those left out that are to be retried."""
+        return self._failed - self.pending
+
+    def exceeded(self, budget: ErrorBudget) -> str:
+        """What makes it certain that the run ends over its error budget; empty while nothing does."""
+        return exceeded(budget, self.failed, self.planned if self.whole else None)
+
+    def _to_do(self, key: ShardKey) -> ShardKey | None:
+        """As it is to be handed out; None where its part is there and good."""
+        if key.part not in self._there:
+            return key
+        if not self._retry or key.part not in self.older or not (made := self.older[key.part][0]).failed:
+            return None
+        return replace(key, revision=made.revision + 1, failed=made.failed)
+
+    def _count(self, made: Provenance) -> None:
+        self._rows += made.rows
+        self._failed += made.failed
+
+
+def exceeded(budget: ErrorBudget, failed: int, planned: int | None) -> str:
+    """Which setting allows fewer error rows, and how many; empty where none does.
+
+    Args:
+        budget: the limits.
+        failed: error rows.
+        planned: images, None where not all are known yet.
+    """
+    if budget.max_count is not None and failed > budget.max_count:
+        return f"errors.max_count allows {budget.max_count:,}"
+    if planned and failed / planned > budget.max_rate:  # divided, for 0.29 * 100 is less than 29
+        return f"errors.max_rate allows {budget.max_rate:.2%}"
+    return ""

@@ -1,0 +1,235 @@
+"""The recipe that a plan's workers share on one kind of device: found once, put beside the plan, then only read."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import batchjob
+from batchjob.errors import InvalidJob, NotFound
+from batchjob.inference.autotune.cache import Memory, use_compile_cache
+from batchjob.inference.autotune.candidates import candidates, pinned, wished
+from batchjob.inference.autotune.decision import Decision, choose
+from batchjob.inference.autotune.trial_process import TIME_WAS_UP, Bench, Images, table
+from batchjob.inference.autotune.trials import Trial
+from batchjob.inference.engine import Engine
+from batchjob.inference.execution_config import Recipe
+from batchjob.inference.forward import Forward
+from batchjob.inference.output_comparison import compare
+from batchjob.inference.predictor import Predictor
+from batchjob.job.acceleration import Acceleration
+from batchjob.plan.head import Head
+from batchjob.storage.store import Store, settle
+
+__all__ = ["Agreement"]
+
+_log = logging.getLogger(__name__)
+_WORTH_SECONDS = 60.0  # of eager work; below that compiling costs more than it brings
+_WORTH_QUICK_SECONDS = 25.0  # likewise, of recipes that are not compiled
+_QUICK_BUDGET = 12.0  # seconds for those alone, most of them for a process to start and load the model
+_SHARE = 0.25  # of the estimated run that a trial may take
+_MUCH_MORE = 1.5
+_WORTH_CHECKING = 8  # batches
+_TOO_SHORT = "not tried, the job is too short to compile for"
+_WHETHER = {"tuning", "tuning_budget_s"}  # say whether a table is made, not what is in it
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a worker learns which recipe it works by.
+
+    Args:
+        store: of the output.
+        head: of the plan.
+        engine: with its model loaded and tried out.
+        bench: what a trial needs.
+        images: that this worker will see, about.
+        pace: seconds an image takes eagerly, as the job names it.
+        stopped: asked during trials; True ends them.
+        lanes: batches at once, of which a trial has one.
+    """
+
+    store: Store
+    head: Head
+    engine: Engine
+    bench: Bench
+    images: float
+    pace: float
+    stopped: Callable[[], bool]
+    lanes: int = 1
+
+    def reach(self) -> Decision:
+        """The decision that stands for this device and this torch; the first one put does.
+
+        What the job names by now is stronger.
+        """
+        import torch
+
+        use_compile_cache()
+        unknown = Decision(self.engine.traits.name, str(torch.__version__), Recipe(), "")
+        key = f"{self.head.folder}{unknown.key}"
+        with suppress(NotFound):
+            return self._standing(self.store.read(key).data, unknown)
+        named = replace(unknown, recipe=self.engine.recipe, reason="as the job says")
+        asked = self.engine.asked
+        recipes = candidates(asked, self.engine.traits) if self.engine.model.eager else []
+        if asked.tuning == "off" or len(recipes) < 2:
+            return self._put(key, named, unknown)
+        memory = Memory(self._facts(unknown))
+        with memory.alone(self.stopped):
+            with suppress(NotFound):  # another worker of this machine may have been at it meanwhile
+                return self._standing(self.store.read(key).data, unknown)
+            return self._put(key, self._decided(named, recipes, memory), unknown)
+
+    def _put(self, key: str, ours: Decision, unknown: Decision) -> Decision:
+        """The one that stands then; ours alone where the trials were broken off."""
+        if self.stopped():
+            return ours
+        return self._standing(settle(self.store, key, ours.dump()), unknown)
+
+    def _standing(self, data: bytes, unknown: Decision) -> Decision:
+        """The decision that was put there, as far as this version, and what the job names by now, allow."""
+        named, asked = self.engine.recipe, self.engine.asked
+        try:
+            found = Decision.parse(data)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            _log.warning("the decision beside the plan is another version's; going on with %s", named.words)
+            return replace(unknown, recipe=named, reason="another version of batchjob decided")
+        if found.recipe == named or (asked.tuning != "off" and pinned(found.recipe, asked) == found.recipe):
+            return found
+        return replace(found, recipe=named, reason="as the job says by now")
+
+    def _decided(self, named: Decision, recipes: Sequence[Recipe], memory: Memory) -> Decision:
+        """By what this machine remembers, or by trials."""
+        began, known = time.monotonic(), _remembered(memory, self._budget())
+        if known is None and not self._worth_a_trial():
+            return replace(named, reason="the job is too short to try anything")
+        if known is not None and not self._worth_a_check():
+            return replace(named, reason="the job is too short to check what this machine found before")
+        trials = known or self._tried(recipes)
+        if known is None and trials[0].passed and not self.stopped():
+            memory.write(
+                replace(named, recipe=Recipe(), reason="", trials=tuple(trials), seconds=self._budget()).dump()
+            )
+        if not trials[0].passed:
+            return replace(named, reason=f"eager fp32 could not be run in a trial: {trials[0].verdict}")
+        recipe, reason = choose(self.engine.asked, trials, self.images / self.lanes, self.bench.batch_size)
+        reason += ", as this machine found before" if known else ""
+        return replace(
+            named, recipe=recipe, reason=reason, trials=tuple(trials), seconds=round(time.monotonic() - began, 2)
+        )
+
+    def _worth_a_trial(self) -> bool:
+        return self.engine.asked.tuning == "on" or self._eager_seconds > _WORTH_QUICK_SECONDS
+
+    def _worth_a_check(self) -> bool:
+        """A batch of images is decoded once more for it."""
+        return self.engine.asked.tuning == "on" or self.images >= _WORTH_CHECKING * self.bench.batch_size
+
+    def _budget(self) -> float:
+        asked = self.engine.asked
+        if asked.tuning == "on":
+            return asked.tuning_budget_s
+        return min(asked.tuning_budget_s, _QUICK_BUDGET if self._short else _SHARE * self._eager_seconds)
+
+    @property
+    def _short(self) -> bool:
+        """Whether the job is too short for anything to be compiled."""
+        return self.engine.asked.tuning != "on" and self._eager_seconds <= _WORTH_SECONDS
+
+    @property
+    def _eager_seconds(self) -> float:
+        return self.images * self.pace
+
+    def _facts(self, unknown: Decision) -> dict[str, Any]:
+        """All that a table of trials hangs on."""
+        engine = self.engine
+        return {
+            "device": unknown.device,
+            "torch": unknown.torch,
+            "batchjob": batchjob.__version__,
+            "model": engine.model.digest,
+            "task": self.head.fingerprint.get("task"),
+            "preprocess": engine.preprocess.model_dump(mode="json"),
+            "input": [list(engine.example.shape), str(engine.example.dtype)],
+            "batch_size": self.bench.batch_size,
+            "threads": self.bench.threads,
+            "asked": asdict(wished(engine.asked)),
+            "open": [
+                name
+                for name in Acceleration.model_fields
+                if name not in _WHETHER and getattr(engine.asked, name) == "auto"
+            ],
+        }
+
+    def _tried(self, recipes: Sequence[Recipe]) -> list[Trial]:
+        """The table, made with as much of the device's memory free as there can be."""
+        import torch
+
+        if self.engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        tried = [recipe for recipe in recipes if not (self._short and recipe.compile != "off")]
+        made = table(self.bench, tried, self._budget(), self.stopped)
+        return made + [Trial(recipe, _TOO_SHORT) for recipe in recipes if recipe not in tried]
+
+    def applied(self, decision: Decision) -> tuple[Decision, Predictor]:
+        """A predictor by that recipe, warmed up, once it has run here on the job's images near enough to eager fp32.
+
+        Falls back to what the job names, and says so, where the recipe fails here.
+
+        Raises:
+            InvalidJob: the recipe is what the job itself names.
+        """
+        named = self.engine.recipe
+        try:
+            return decision, self._warm(decision.recipe)
+        except InvalidJob:
+            raise
+        except Exception as error:
+            if decision.recipe == named:
+                raise InvalidJob(f"runtime: {named.words} fails with this model: {_brief(error)}") from error
+            reason = f"{decision.recipe.words} fails here ({_brief(error)})"
+            _log.warning("%s; going on with %s", reason, named.words)
+            return replace(decision, recipe=named, reason=reason), self._warm(named)
+
+    def _warm(self, recipe: Recipe) -> Predictor:
+        engine, batch_size = self.engine, self.bench.batch_size
+        fixed = batch_size if recipe.fixed_batch and not engine.varying else None
+        predictor = engine.predictor(self._checked(recipe), fixed)
+        if recipe != Recipe():
+            predictor.warm_up(engine.example.shape, batch_size, engine.example.dtype)
+        return predictor
+
+    def _checked(self, recipe: Recipe) -> Forward:
+        if recipe == Recipe():
+            return self.engine.forward(recipe)
+        subject = Images(self.engine, self.bench.sample, self.bench.batch_size)
+        forward = subject.forward(recipe)
+        found = compare(subject.run(subject.forward(Recipe())), subject.run(forward), classes=subject.classes)
+        fault = found.fault(recipe)
+        if fault is not None and recipe != self.engine.recipe:
+            raise ValueError(fault)
+        if fault is not None:
+            _log.warning("%s, as the job names it, %s (against eager fp32 on its own images)", recipe.words, fault)
+        return forward
+
+
+def _remembered(memory: Memory, budget: float) -> list[Trial] | None:
+    """The table that this machine has made; not one that was cut short by much less time than there is now."""
+    data = memory.read()
+    if data is None:
+        return None
+    try:
+        found = Decision.parse(data)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    cut_short = any(trial.verdict.endswith((TIME_WAS_UP, _TOO_SHORT)) for trial in found.trials)
+    return None if cut_short and budget > _MUCH_MORE * found.seconds else list(found.trials)
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,0 +1,61 @@
+"""A few images prepared one by one, to look at them: in a process of their own, for one of them may be deadly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from batchjob.errors import Unavailable
+from batchjob.loader.dataset import Prepare
+from batchjob.loader.loader import Loader
+from batchjob.loader.settings import LoaderPlan
+from batchjob.storage.reader import Reader
+from batchjob.types import ImageRef, Shard, ShardKey
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Once", "samples"]
+
+
+def samples(reader: Reader, prepare: Prepare, locations: Iterable[str], plan: LoaderPlan) -> Iterator[torch.Tensor]:
+    """The images there as they go into a batch; those that cannot be read or decoded are left out.
+
+    Args:
+        reader: of the locations.
+        prepare: decode and geometry; picklable.
+        locations: of images.
+        plan: from `settle`; no more than one process is used.
+
+    Raises:
+        Unavailable: the store cannot be reached.
+        AttemptFailed: processes die, and no image is to blame.
+    """
+    refs = tuple(ImageRef(at, location, location) for at, location in enumerate(locations))
+    one = replace(plan, processes=min(plan.processes, 1), prefetch=1, pin_memory=False)
+    loader = Loader(reader=reader, prepare=prepare, batch_size=1, plan=one, size=None)
+    try:
+        for batch in loader.batches(Once(Shard(ShardKey(0, "", len(refs), 0, 0), refs, pa.table({})))):
+            if batch.trouble is not None:
+                raise Unavailable(batch.trouble)
+            if batch.pixels is not None:
+                yield batch.pixels[0]
+    finally:
+        loader.close()
+
+
+class Once:
+    """The feed of one shard."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard: Shard | None = shard
+
+    def take(self) -> Shard | None:
+        shard, self._shard = self._shard, None
+        return shard
+
+    def wants(self, shard: Shard) -> bool:  # noqa: ARG002 - the face of a feed
+        return True

@@ -1,0 +1,90 @@
+"""Image formats by the name a job gives them: what Pillow calls them, their first bytes, and whether they are here."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Literal
+
+__all__ = ["FORMATS", "ORDINARY", "Format", "listed", "make_ready", "pillow_names", "told", "unavailable"]
+
+Format = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "heif"]
+ORDINARY: tuple[Format, ...] = ("jpeg", "png", "webp", "gif", "bmp", "tiff")
+FORMATS: tuple[Format, ...] = (*ORDINARY, "avif", "heif")
+_SPOKEN = {"jpeg": "JPEG", "png": "PNG", "webp": "WebP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF"}
+# First bytes, and where they stand.
+_TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+", b"II\x00*", b"MM*\x00")
+_KNOWN: dict[Format, tuple[tuple[int, bytes], ...]] = {
+    "jpeg": ((0, b"\xff\xd8\xff"),),
+    "png": ((0, b"\x89PNG\r\n\x1a\n"),),
+    "webp": ((8, b"WEBP"),),
+    "gif": ((0, b"GIF8"),),
+    "bmp": ((0, b"BM"),),
+    "tiff": tuple((0, magic) for magic in _TIFF),
+    "avif": ((4, b"ftypavi"),),
+    "heif": ((4, b"ftyphe"), (4, b"ftypmif1"), (4, b"ftypmsf1")),
+}
+_OTHERS = (
+    (0, b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"\x00\x00\x01\x00", "an icon"),
+    (0, b"\x00\x00\x02\x00", "a cursor or TGA"),
+    (0, b"icns", "an icon"),
+    (0, b"DDS ", "DDS"),
+    (0, b"%PDF", "PDF"),
+    (0, b"%!PS", "PostScript"),
+    (0, b"\xc5\xd0\xd3\xc6", "PostScript"),
+    (0, b"SIMPLE  =", "FITS"),
+    (0, b"qoif", "QOI"),
+    (0, b"\x01\xda", "SGI"),
+    (0, b"<svg", "SVG"),
+    *((0, b"P" + digit, "Netpbm") for digit in (b"1\n", b"2\n", b"3\n", b"4\n", b"5\n", b"6\n")),
+)
+_registering = threading.Lock()
+
+
+def pillow_names(formats: Sequence[Format]) -> tuple[str, ...]:
+    """What Pillow calls them."""
+    return tuple(name.upper() for name in formats)
+
+
+def listed(formats: Sequence[Format]) -> str:
+    """For a sentence: `JPEG, PNG and WebP`."""
+    *most, last = [_SPOKEN.get(name, name.upper()) for name in formats]
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def told(data: bytes) -> tuple[Format | None, str | None]:
+    """What the first bytes say: a format that can be read, or the name of one that cannot; neither for the rest."""
+    for kind, marks in _KNOWN.items():
+        if any(data.startswith(magic, offset) for offset, magic in marks):
+            return kind, None
+    return None, next((name for offset, magic, name in _OTHERS if data.startswith(magic, offset)), None)
+
+
+def unavailable(format: Format) -> str | None:
+    """Why this installation cannot read it, and what helps, to follow `heif, which`; None where it can."""
+    if format == "heif" and find_spec("pillow_heif") is None:
+        return "needs an extra: pip install 'batchjob[heif]'"
+    if format == "avif":
+        from PIL import features
+
+        if not features.check("avif"):
+            return "this Pillow was built without; install a wheel of Pillow 11.3 or newer"
+    return None
+
+
+def make_ready(formats: Sequence[Format]) -> None:
+    """Tell Pillow of the decoders that it does not find by itself. Once is enough; more does no harm."""
+    if "heif" not in formats:
+        return
+    from PIL import Image
+
+    with _registering:
+        if "HEIF" not in Image.OPEN:
+            import_module("pillow_heif").register_heif_opener(thumbnails=False)

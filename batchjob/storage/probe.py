@@ -1,0 +1,76 @@
+"""The verbs of an output, on buckets; and the proof that a store keeps their promise."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import partial
+from uuid import uuid4
+
+from batchjob.concurrency import side_by_side
+from batchjob.errors import AlreadyExists, InvalidJob, StorageError, Unavailable
+from batchjob.storage.store import Store
+
+__all__ = ["probe", "see_witness"]
+
+
+def probe(store: Store) -> None:
+    """Does the store let exactly one of several creators win? Leaves nothing behind.
+
+    Raises:
+        InvalidJob: it lets two win, or nothing can be written.
+        Unavailable: the store cannot be reached.
+    """
+    folder = f"_batchjob/probe/{uuid4().hex}"
+    twice, race = f"{folder}/twice", f"{folder}/race"
+    try:
+        _try_create(store, twice, b"first")
+        if _try_create(store, twice, b"second"):
+            raise _two_winners(store)
+        bodies = [f"creator {number}".encode() for number in range(4)]
+        wins = list(side_by_side(partial(_try_create, store, race), bodies, threads=len(bodies)))
+        if wins.count(True) > 1:
+            raise _two_winners(store)
+        # A winner's body must be the one that stays; no winner at all is a lost answer, and no fault.
+        if True in wins and store.read(race).data != bodies[wins.index(True)]:
+            raise _two_winners(store)
+    finally:
+        for key in (twice, race):
+            with suppress(Unavailable):
+                store.delete(key)
+
+
+def _try_create(store: Store, key: str, body: bytes) -> bool:
+    try:
+        store.put_if_absent(key, body)
+    except AlreadyExists:
+        return False
+    return True
+
+
+def _two_winners(store: Store) -> InvalidJob:
+    return InvalidJob(
+        f"{store.uri}: this store lets two writers create the same object, so results could be lost or doubled; "
+        "choose an output on a store with conditional PUT (Amazon S3, GCS, Azure, SeaweedFS, MinIO) or a local disk"
+    )
+
+
+def see_witness(store: Store, witness: tuple[str, str] | None) -> None:
+    """Read back what the driver wrote.
+
+    Args:
+        store: the output, as seen from here.
+        witness: a key and a word in it; None where driver and worker share a machine.
+
+    Raises:
+        InvalidJob: this machine sees another output.
+    """
+    if witness is None:
+        return
+    key, word = witness
+    with suppress(StorageError):
+        if word.encode() in store.read(key).data:
+            return
+    raise InvalidJob(
+        f"output.uri {store.uri}: a worker cannot see there what the driver wrote; give a place that all "
+        "machines share, such as s3://bucket/folder/"
+    )

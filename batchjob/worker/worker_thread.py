@@ -1,0 +1,96 @@
+"""The pool of one: the worker in a thread of this process, for debugging and for machines without Ray."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from batchjob.errors import DeviceFault, as_crash, as_ours, named
+from batchjob.inference.device_errors import breakage
+from batchjob.job.job import Job
+from batchjob.pool.placement import Assignment
+from batchjob.types import Shard
+from batchjob.worker.messages import Event, Failed, Ready, Setup, WorkerFailed
+from batchjob.worker.worker import Worker
+
+_NAME = "local"
+_CLOSE_SECONDS = 5.0
+_LOOK_SECONDS = 0.5
+
+
+class _Loop:
+    """The worker's thread: loads, then works through the shards that are submitted, until closed."""
+
+    def __init__(self, setup: Setup, base: Path, cores: int, tell: Callable[[Event], None]) -> None:
+        self._setup, self._base, self._cores, self._tell = setup, base, cores, tell
+        self._due: queue.SimpleQueue[Assignment | None] = queue.SimpleQueue()
+        self._next: Assignment | None = None
+        self._closed = threading.Event()
+        self._worker: Worker | None = None
+        self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
+        self._thread.start()
+        threading.Thread(target=self._look_out, name="watchdog", daemon=True).start()
+
+    def submit(self, due: Assignment) -> None:
+        self._due.put(due)
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._worker is not None:
+            self._worker.stop()
+        self._due.put(None)
+        self._thread.join(_CLOSE_SECONDS)
+
+    def take(self) -> Shard | None:
+        """The feed's side: the next shard if one is there now."""
+        while not self._closed.is_set():
+            due, self._next = self._next, None
+            try:
+                due = due or self._due.get_nowait()
+            except queue.Empty:
+                return None
+            if due is None:
+                return None
+            assert self._worker is not None
+            try:
+                return self._worker.shard(due.key, due.again)
+            except Exception as error:  # noqa: BLE001 - this shard's attempt ends, the feed goes on
+                self._tell(Failed(due.key, as_ours(error)))
+        return None
+
+    def _work(self) -> None:
+        try:
+            job = Job.from_portable(self._setup.job, self._base, Path(self._setup.folder))
+            self._worker = worker = Worker(job, self._setup, self._cores, self._tell)
+            try:
+                self._tell(Ready(_NAME, worker.load()))
+                self._go_round(worker)
+            finally:
+                worker.close()
+        except BaseException as error:  # noqa: BLE001 - the driver is told: nobody else hears what ends this thread
+            self._tell(WorkerFailed(as_crash(self._device_fault(error) or error)))
+
+    def _device_fault(self, error: BaseException) -> DeviceFault | None:
+        """What is said of an error that a broken device has caused while the worker loaded or began."""
+        if isinstance(error, DeviceFault) or self._worker is None or breakage(error) is None:
+            return None
+        device = self._worker.device
+        return DeviceFault(f"{device} failed: {named(error)}; the same command resumes", device)
+
+    def _look_out(self) -> None:
+        """In a thread of its own: the worker's cannot tell that it hangs, nor be ended."""
+        while not self._closed.wait(_LOOK_SECONDS):
+            if self._worker is not None and (overdue := self._worker.overdue()) is not None:
+                self._tell(WorkerFailed(overdue))
+                return
+
+    def _go_round(self, worker: Worker) -> None:
+        """Wait for a shard, then work until none is there; again until closed."""
+        while (due := self._due.get()) is not None:
+            self._next = due
+            worker.begin(due.plan)
+            worker.run(self)
+            if self._closed.is_set():
+                return
