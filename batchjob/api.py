@@ -7,24 +7,24 @@ import os
 from batchjob import system
 from batchjob.driver import driver
 from batchjob.driver.dispatcher import MakePool
-from batchjob.driver.existing_output import compare
-from batchjob.driver.planner import check_columns, no_images, shard_size
-from batchjob.driver.progress import Progress, Quiet
+from batchjob.driver.existing_output import check_fingerprint
+from batchjob.driver.planner import check_columns, choose_shard_size, no_images_error
+from batchjob.driver.progress import NoProgress, ProgressReporter
 from batchjob.job.job import Job
 from batchjob.output import commit
-from batchjob.plan.head import Head, current
+from batchjob.plan.head import PlanHead, read_current_head
 from batchjob.pool.local_pool import LocalPool
 from batchjob.pool.pool import Pool
 from batchjob.pool.ray_pool import RayPool
-from batchjob.report.run_result import Outcome, PlanSummary
-from batchjob.sources.listing import FEW_IMAGES, Input, Peek, peek
+from batchjob.report.run_result import PlanSummary, RunResult
+from batchjob.sources.listing import SMALL_INPUT_IMAGES, InputPreview, SourceListing, preview_listing
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import Store, open_store
-from batchjob.text import counted
-from batchjob.worker.messages import Loaded, Setup
+from batchjob.text import format_count
+from batchjob.worker.messages import WorkerInfo, WorkerSetup
 from batchjob.worker.worker import Worker
 
-__all__ = ["make_pool", "plan", "retry", "run", "validate"]
+__all__ = ["make_plan", "make_pool", "retry", "run", "validate"]
 
 
 def run(
@@ -33,8 +33,8 @@ def run(
     address: str | None = None,
     allow_empty: bool = False,
     repair: bool = False,
-    progress: Progress | None = None,
-) -> Outcome:
+    progress: ProgressReporter | None = None,
+) -> RunResult:
     """Run a job to its end, resuming what was begun; a finished job is left as it is.
 
     Args:
@@ -47,11 +47,11 @@ def run(
     Raises:
         JobError: whatever ends the job before its sums; its class says which, and carries the exit code.
     """
-    told = progress or Quiet()
+    told = progress or NoProgress()
     return driver.run(job, _pools(job, address), allow_empty=allow_empty, progress=told, repair=repair)
 
 
-def retry(job: Job, *, address: str | None = None, progress: Progress | None = None) -> Outcome:
+def retry(job: Job, *, address: str | None = None, progress: ProgressReporter | None = None) -> RunResult:
     """Read the images again whose rows hold an error, as they are by now, and replace their rows; do what is missing.
 
     `_SUCCESS` is gone from the first replaced part on until the last one. Rows that worked stay as they are. A retry
@@ -66,16 +66,16 @@ def retry(job: Job, *, address: str | None = None, progress: Progress | None = N
         InvalidJob: nothing has been run there yet.
         JobError: see `run`.
     """
-    return driver.run(job, _pools(job, address), allow_empty=True, progress=progress or Quiet(), retry=True)
+    return driver.run(job, _pools(job, address), allow_empty=True, progress=progress or NoProgress(), retry=True)
 
 
-def plan(job: Job, *, allow_empty: bool = False, progress: Progress | None = None) -> PlanSummary:
+def make_plan(job: Job, *, allow_empty: bool = False, progress: ProgressReporter | None = None) -> PlanSummary:
     """Freeze a job's plan without running it; `run` then starts from it. Needs neither torch nor Ray.
 
     Raises:
         JobError: see `run`.
     """
-    return driver.plan_only(job, allow_empty=allow_empty, progress=progress or Quiet())
+    return driver.plan_only(job, allow_empty=allow_empty, progress=progress or NoProgress())
 
 
 def validate(job: Job) -> list[str]:
@@ -85,42 +85,44 @@ def validate(job: Job) -> list[str]:
         JobError: the first thing that does not hold; Temporary where the input is not there yet (`input.require`).
     """
     store = open_store(job.output.uri, job.storage)
-    _, head = current(store)
+    _, head = read_current_head(store)
     if head is not None:
-        compare(store, job, head)
-        job = job.completed(head.defaults)
-    source = Input(job, Reader(job.storage))
-    source.require()
+        check_fingerprint(store, job, head)
+        job = job.with_defaults(head.defaults)
+    source = SourceListing(job, Reader(job.storage))
+    source.check_requirements()
     check_columns(job, source)
-    seen = peek(source, FEW_IMAGES)
+    seen = preview_listing(source, SMALL_INPUT_IMAGES)
     if head is None and not seen.rows:
-        raise no_images(job)
+        raise no_images_error(job)
     loaded = _load(job, seen)
     check_columns(job, source, loaded.columns)
     if head is None:
-        shard_size(job, seen, 0, loaded.row_bytes)
+        choose_shard_size(job, seen, 0, loaded.row_bytes)
     return [
-        f"input     {job.input.uri}: {'' if seen.whole else 'more than '}{counted(seen.rows, 'image')}",
+        f"input     {job.input.uri}: {'' if seen.complete else 'more than '}{format_count(seen.rows, 'image')}",
         f"model     {loaded.model} on {loaded.device}, {loaded.precision}, in {loaded.seconds:.1f} s",
         f"columns   {', '.join(loaded.columns)}",
         f"output    {store.uri}: {_stand(store, head)}",
     ]
 
 
-def _load(job: Job, seen: Peek) -> Loaded:
-    worker = Worker(job, Setup(job.portable(), str(job.base), None, seen.sample, few_bytes=0), _cores(job))
+def _load(job: Job, seen: InputPreview) -> WorkerInfo:
+    worker = Worker(
+        job, WorkerSetup(job.serialize(), str(job.folder), None, seen.sample, small_input_bytes=0), _cores(job)
+    )
     try:
         return worker.load()
     finally:
         worker.close()
 
 
-def _stand(store: Store, head: Head | None) -> str:
+def _stand(store: Store, head: PlanHead | None) -> str:
     """What a run would find there."""
-    parts = len(commit.parts(store))
+    parts = len(commit.list_parts(store))
     if head is not None:
-        return f"plan {head.plan} of this job, {counted(parts, 'part')} committed"
-    return "to be planned" if not parts else f"to be planned, {counted(parts, 'part')} of no plan in the way"
+        return f"plan {head.plan} of this job, {format_count(parts, 'part')} committed"
+    return "to be planned" if not parts else f"to be planned, {format_count(parts, 'part')} of no plan in the way"
 
 
 def _pools(job: Job, address: str | None) -> MakePool:
@@ -138,4 +140,4 @@ def make_pool(job: Job, address: str | None) -> Pool:
 
 def _cores(job: Job) -> int:
     asked = job.runtime.cpus_per_worker
-    return system.cores() if asked == "auto" else max(1, int(asked))
+    return system.available_cores() if asked == "auto" else max(1, int(asked))

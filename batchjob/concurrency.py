@@ -19,14 +19,14 @@ from types import ModuleType
 from typing import Any, Generic, TypeVar, cast
 
 __all__ = [
-    "Threads",
-    "aside",
-    "end_children",
-    "end_with_parent",
-    "leave_threads",
-    "preload",
-    "side_by_side",
-    "starting",
+    "DaemonThreadPool",
+    "clean_process_start",
+    "exit_past_daemon_threads",
+    "exit_with_parent",
+    "kill_child_processes",
+    "parallel_map",
+    "run_in_background",
+    "start_forkserver",
 ]
 
 T = TypeVar("T")
@@ -36,19 +36,19 @@ _EXIT_SECONDS = 3.0
 _AHEAD = 4  # calls begun or waiting for each thread: enough to keep all busy, few enough for any number of items
 
 
-def aside(work: Callable[[], R], meanwhile: Callable[[], object] = lambda: None) -> R:
+def run_in_background(work: Callable[[], R], on_wait: Callable[[], object] = lambda: None) -> R:
     """Does one thing that may block. `meanwhile` is called every 0.2 s; what it raises leaves the call to itself."""
-    (found,) = side_by_side(lambda _: work(), [None], meanwhile, threads=1)
+    (found,) = parallel_map(lambda _: work(), [None], on_wait, threads=1)
     return found
 
 
-def side_by_side(
+def parallel_map(
     work: Callable[[T], R],
     items: Iterable[T],
-    meanwhile: Callable[[], object] = lambda: None,
+    on_wait: Callable[[], object] = lambda: None,
     *,
     threads: int = 16,
-    ahead: int | None = None,
+    prefetch: int | None = None,
 ) -> Iterator[R]:
     """What `work` makes of each item, in their order; raises what the first failed call raised, or the items.
 
@@ -60,7 +60,7 @@ def side_by_side(
         threads: at most.
         ahead: items that are taken before the first result is; four for each thread where not given.
     """
-    crew = _Crew(work, threads, threads * _AHEAD if ahead is None else ahead)
+    crew = _OrderedCalls(work, threads, threads * _AHEAD if prefetch is None else prefetch)
     left, failure = iter(items), None
     try:
         while failure is None:
@@ -71,16 +71,16 @@ def side_by_side(
             except Exception as error:  # noqa: BLE001 - raised once all that came before it is through
                 failure = error
             while crew.full or crew.first_done:
-                yield crew.next(meanwhile)
+                yield crew.next(on_wait)
         while crew.pending:
-            yield crew.next(meanwhile)
+            yield crew.next(on_wait)
         if failure is not None:
             raise failure
     finally:
         crew.leave()
 
 
-def leave_threads(code: int) -> None:
+def exit_past_daemon_threads(exit_code: int) -> None:
     """End this process soon, with this exit code, where daemon threads are still there; else do nothing.
 
     An interpreter that is torn down beside a thread in native code, be it a model's or a storage client's, ends in an
@@ -91,11 +91,11 @@ def leave_threads(code: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # nobody reads it any more
             stream.flush()
-    wait([Threads(1).submit(atexit._run_exitfuncs)], _EXIT_SECONDS)
-    os._exit(code)
+    wait([DaemonThreadPool(1).submit(atexit._run_exitfuncs)], _EXIT_SECONDS)
+    os._exit(exit_code)
 
 
-class Threads:
+class DaemonThreadPool:
     """Daemon threads for calls that may block; begun as they are needed.
 
     Unlike those of an executor, which are waited for at the end of the process, they are left to themselves there.
@@ -105,8 +105,8 @@ class Threads:
         name: for whoever looks at the process.
     """
 
-    def __init__(self, most: int, name: str = "aside") -> None:
-        self._most, self._name, self._begun = most, name, 0
+    def __init__(self, max_threads: int, name: str = "aside") -> None:
+        self._most, self._name, self._begun = max_threads, name, 0
         self._lock = threading.Lock()
         self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
@@ -129,7 +129,7 @@ class Threads:
         self._todo.put(answer)
         return future
 
-    def leave(self) -> None:
+    def shutdown(self) -> None:
         """Let the threads end after what they were given."""
         with self._lock:
             for _ in range(self._begun):
@@ -137,7 +137,7 @@ class Threads:
             self._begun = 0
 
     def __del__(self) -> None:
-        self.leave()
+        self.shutdown()
 
 
 def _serve(todo: queue.SimpleQueue[Callable[[], None] | None]) -> None:
@@ -146,11 +146,11 @@ def _serve(todo: queue.SimpleQueue[Callable[[], None] | None]) -> None:
         del call  # and what it holds
 
 
-class _Crew(Generic[T, R]):
+class _OrderedCalls(Generic[T, R]):
     """Threads that serve one queue, and the calls whose results are still due."""
 
     def __init__(self, work: Callable[[T], R], threads: int, ahead: int) -> None:
-        self._work, self._ahead, self._threads = work, ahead, Threads(threads)
+        self._work, self._ahead, self._threads = work, ahead, DaemonThreadPool(threads)
         self.pending: deque[Future[R]] = deque()
 
     @property
@@ -173,7 +173,7 @@ class _Crew(Generic[T, R]):
     def leave(self) -> None:
         for future in self.pending:
             future.cancel()
-        self._threads.leave()
+        self._threads.shutdown()
 
 
 # Imported once, before the first fork. No storage clients: their threads and connections do not survive one.
@@ -182,7 +182,7 @@ _ONE_AT_A_TIME = threading.RLock()
 _START_SECONDS = 3.0  # that one start may take
 
 
-def preload(*modules: str) -> None:
+def start_forkserver(*modules: str) -> None:
     """Start the fork server that loader processes come from; one that is running stays as it is.
 
     It imports torch and the named modules while this program goes on; this returns at once.
@@ -191,7 +191,7 @@ def preload(*modules: str) -> None:
 
     multiprocessing.get_context("forkserver").set_forkserver_preload([*_MODULES, *modules])
     resource_tracker.ensure_running()  # whose start, within the other's, would let SIGINT through again
-    with starting(), _unmoved_by_ctrl_c():
+    with clean_process_start(), _unmoved_by_ctrl_c():
         forkserver.ensure_running()
 
 
@@ -205,7 +205,7 @@ def _unmoved_by_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _StandIn(ModuleType):
+class _MainWithoutFile(ModuleType):
     """`__main__` for everybody but `multiprocessing`, which finds no file in it that a new process should run."""
 
     def __init__(self, main: ModuleType) -> None:
@@ -219,7 +219,7 @@ class _StandIn(ModuleType):
 
 
 @contextlib.contextmanager
-def starting() -> Iterator[None]:
+def clean_process_start() -> Iterator[None]:
     """Around the start of processes: they do not import again the program that runs us.
 
     That may be a script without a guard, or Ray's worker. One start at a time, from any thread.
@@ -227,7 +227,7 @@ def starting() -> Iterator[None]:
     with _ONE_AT_A_TIME:
         main = sys.modules["__main__"]
         method = cast("str | None", multiprocessing.get_start_method(allow_none=True))
-        sys.modules["__main__"] = _StandIn(main)
+        sys.modules["__main__"] = _MainWithoutFile(main)
         try:
             yield
         finally:
@@ -236,7 +236,7 @@ def starting() -> Iterator[None]:
                 multiprocessing.set_start_method(cast("str", None), force=True)
 
 
-def end_children() -> None:
+def kill_child_processes() -> None:
     """Kill all child processes; none is started any more, for this program is about to end.
 
     One that its starter does not live to tell what to do ends in a traceback.
@@ -246,7 +246,7 @@ def end_children() -> None:
         child.kill()
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     """Wait, in a thread of a child process, for the program that started it to be gone; then end it at once.
 
     A killed program cannot say goodbye, and the fork server, the parent by process id, lives as long as its children.

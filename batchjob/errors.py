@@ -33,35 +33,35 @@ from __future__ import annotations
 import re
 import traceback
 
-from batchjob.text import presentable
+from batchjob.text import sanitize
 
 __all__ = [
+    "AccessDenied",
+    "AddressRefused",
     "AlreadyExists",
     "AttemptFailed",
+    "AttemptInterrupted",
     "BatchjobError",
-    "Changed",
     "CheckFailed",
-    "Denied",
     "DeviceFault",
-    "ImageFault",
+    "ImageError",
     "Incomplete",
-    "Interrupted",
     "InvalidJob",
     "JobError",
     "NotFound",
-    "Refused",
-    "Stalled",
+    "ObjectTooLarge",
+    "PreconditionFailed",
     "StorageError",
     "Temporary",
-    "TooLarge",
-    "Unaddressable",
+    "UnaddressableKey",
     "Unavailable",
     "WorkerLost",
-    "as_crash",
-    "as_ours",
-    "crash",
-    "named",
-    "out_of_memory",
+    "WorkerStalled",
+    "as_batchjob_error",
+    "as_crash_error",
+    "describe_error",
+    "is_out_of_memory",
+    "with_traceback",
 ]
 
 
@@ -77,14 +77,14 @@ class BatchjobError(Exception):
     counts: tuple[int, int, int] = (0, 0, 0)
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*(presentable(part) if isinstance(part, str) else part for part in args))
+        super().__init__(*(sanitize(part) if isinstance(part, str) else part for part in args))
 
     @property
     def message(self) -> str:
         return str(self.args[0]) if self.args else type(self).__name__
 
 
-class ImageFault(BatchjobError):
+class ImageError(BatchjobError):
     """A fault of one image only: absent, changed, undecodable, unpredictable.
 
     Args:
@@ -106,7 +106,7 @@ class StorageError(BatchjobError):
     """A store's definite answer about one object."""
 
 
-class Refused(StorageError):
+class AddressRefused(StorageError):
     """An address on the web that this job may not read from, or an answer beyond its limits."""
 
 
@@ -118,11 +118,11 @@ class AlreadyExists(StorageError):
     """Create-if-absent met something. Never believed without a look: the answer to our own PUT may have been lost."""
 
 
-class Changed(StorageError):
+class PreconditionFailed(StorageError):
     """Replace-if-match met another version, or none."""
 
 
-class TooLarge(StorageError):
+class ObjectTooLarge(StorageError):
     """An object of more bytes than who asked takes; none of them was read."""
 
     def __init__(self, uri: str, size: int, limit: int) -> None:
@@ -135,7 +135,7 @@ class TooLarge(StorageError):
         return f"{uri}: has {size:,} bytes, over the limit of {limit:,}"
 
 
-class Unaddressable(StorageError):
+class UnaddressableKey(StorageError):
     """A key that no client can name (`..` segments, NUL)."""
 
 
@@ -146,7 +146,7 @@ class AttemptFailed(BatchjobError):
     status = "incomplete"
 
 
-class Interrupted(AttemptFailed):
+class AttemptInterrupted(AttemptFailed):
     """An attempt that ended with its worker or its loader, while another shard was the one at work there."""
 
 
@@ -186,7 +186,7 @@ class Unavailable(Temporary):
     """A store, network or credential fault that outlasted the retries."""
 
 
-class Denied(Unavailable):
+class AccessDenied(Unavailable):
     """A store that answers, and refuses these credentials: asking again with the same ones is of no use."""
 
 
@@ -200,16 +200,18 @@ class WorkerLost(Temporary):
         found: the image that did it is known by now, and will not be met again.
     """
 
-    def __init__(self, message: str, device: str, images: tuple[range, ...] = (), found: bool = False) -> None:
-        super().__init__(message, device, images, found)
-        self.device, self.images, self.found = device, images, found
+    def __init__(
+        self, message: str, device: str, suspect_positions: tuple[range, ...] = (), culprit_known: bool = False
+    ) -> None:
+        super().__init__(message, device, suspect_positions, culprit_known)
+        self.device, self.suspect_positions, self.culprit_known = device, suspect_positions, culprit_known
 
 
 class DeviceFault(WorkerLost):
     """A device has failed, or its context in this process is broken: whatever is tried on it there fails too."""
 
 
-class Stalled(WorkerLost):
+class WorkerStalled(WorkerLost):
     """One step of a worker's has taken longer than `runtime.stall_seconds`.
 
     Args:
@@ -221,15 +223,15 @@ class Stalled(WorkerLost):
         self,
         message: str,
         device: str,
-        images: tuple[range, ...] = (),
-        found: bool = False,
+        suspect_positions: tuple[range, ...] = (),
+        culprit_known: bool = False,
         storage: bool = False,
     ) -> None:
-        super().__init__(message, device, images, found)
+        super().__init__(message, device, suspect_positions, culprit_known)
         self.storage = storage
 
 
-def as_ours(error: Exception) -> BatchjobError:
+def as_batchjob_error(error: Exception) -> BatchjobError:
     """An exception of ours as it is, any other as a failed attempt that names it."""
     if isinstance(error, BatchjobError):
         return error
@@ -240,29 +242,30 @@ def as_ours(error: Exception) -> BatchjobError:
 _OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
 
 
-def out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory did not suffice, on any device."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
 
 
-def as_crash(error: BaseException) -> BatchjobError:
+def as_crash_error(error: BaseException) -> BatchjobError:
     """What ended a worker, and no attempt at a shard: a bug is exit 1, its traceback a note, which crosses machines."""
     if isinstance(error, BatchjobError) and error.exit_code != BatchjobError.exit_code:
         return error
     trace = "".join(traceback.format_exception(error)).rstrip()
-    return crash(
-        error if isinstance(error, BatchjobError) else BatchjobError(f"a worker crashed: {named(error)}"), trace
+    return with_traceback(
+        error if isinstance(error, BatchjobError) else BatchjobError(f"a worker crashed: {describe_error(error)}"),
+        trace,
     )
 
 
-def crash(error: BatchjobError, trace: str) -> BatchjobError:
+def with_traceback(error: BatchjobError, trace: str) -> BatchjobError:
     """The same, with a traceback as its note, which holds no secret either."""
-    error.add_note(presentable(trace))
+    error.add_note(sanitize(trace))
     return error
 
 
-def named(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Its type and its text in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, model_validator
 
-from batchjob.text import secret_in
+from batchjob.text import explain_uri_secret
 
 __all__ = ["CommandLineText", "Settings", "Target", "Uri", "is_local", "local_path"]
 
@@ -73,7 +73,7 @@ def _resolve(value: Any, info: ValidationInfo) -> Any:
     if not value:
         raise ValueError("is empty")
     if not is_local(value):
-        if why := secret_in(value):
+        if why := explain_uri_secret(value):
             raise ValueError(why)
         return str(value)
     given = None if isinstance(value, CommandLineText) else info.context

@@ -18,15 +18,15 @@ from typing import Any
 from batchjob.errors import InvalidJob
 
 __all__ = [
-    "cores",
-    "cpu_quota",
-    "describe",
-    "facts",
+    "available_cores",
+    "available_memory",
+    "cgroup_cpu_quota",
+    "cgroup_memory_limit",
+    "collect_environment",
+    "format_environment",
+    "free_shared_memory",
     "import_torchvision",
-    "memory_given",
-    "memory_limit",
-    "require",
-    "shared_memory_free",
+    "require_packages",
 ]
 
 PACKAGES = (
@@ -61,45 +61,45 @@ print(json.dumps({"devices": devices, "cuda_build": torch.version.cuda, "threads
 """
 
 
-def facts() -> dict[str, Any]:
+def collect_environment() -> dict[str, Any]:
     """Everything, JSON-able. Sizes in bytes; None where this machine does not say. Takes seconds: torch is asked."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "cores": {"machine": os.cpu_count(), "allowed": _affinity(), "quota": cpu_quota()},
-        "memory": {"machine": _memory(), "limit": memory_limit()},
+        "cores": {"machine": os.cpu_count(), "allowed": _affinity(), "quota": cgroup_cpu_quota()},
+        "memory": {"machine": _memory(), "limit": cgroup_memory_limit()},
         "shared_memory": _shared_memory(),
         "torch": _torch(),
         "ray": {"address_given": bool(os.environ.get("RAY_ADDRESS")), "inside_ray_job": "RAY_JOB_ID" in os.environ},
     }
 
 
-def describe(found: Mapping[str, Any]) -> list[str]:
+def format_environment(environment: Mapping[str, Any]) -> list[str]:
     """The facts, a line each, for a person."""
-    packages = found["packages"]
-    torch: Mapping[str, Any] = found["torch"]
-    cores, memory = found["cores"], found["memory"]
+    packages = environment["packages"]
+    torch: Mapping[str, Any] = environment["torch"]
+    cores, memory = environment["cores"], environment["memory"]
     return [
-        f"python         {found['python']} on {found['platform']}",
+        f"python         {environment['python']} on {environment['platform']}",
         *(f"{name:<14} {version or 'not installed'}" for name, version in packages.items()),
         f"cores          {cores['machine']} here, {cores['allowed']} allowed, quota {cores['quota'] or 'none'}",
         f"memory         {_size(memory['machine'])}, limit {_size(memory['limit'], 'none')}",
-        f"shared memory  {_size(found['shared_memory'])}",
+        f"shared memory  {_size(environment['shared_memory'])}",
         f"devices        {', '.join(torch.get('devices', [])) or 'cpu only'}",
         f"torch build    CUDA {torch.get('cuda_build') or 'none'}, {torch.get('cpu', '?')}",
         f"torch threads  {torch.get('threads', '?')}",
         *([f"torch          {torch['error']}"] if "error" in torch else []),
-        f"RAY_ADDRESS    {'set' if found['ray']['address_given'] else 'not set'}",
+        f"RAY_ADDRESS    {'set' if environment['ray']['address_given'] else 'not set'}",
     ]
 
 
-def cores() -> int:
+def available_cores() -> int:
     """Whole cores that this process may really use: affinity and control group, at least one."""
-    return max(1, int(min(_affinity() or 1, cpu_quota() or math.inf)))
+    return max(1, int(min(_affinity() or 1, cgroup_cpu_quota() or math.inf)))
 
 
-def cpu_quota(root: Path = Path("/")) -> float | None:
+def cgroup_cpu_quota(root: Path = Path("/")) -> float | None:
     """Cores that the control group really gives, the tightest of its ancestors; None where it sets no bound."""
     found: list[float] = []
     for folder in _groups(root, "cpu"):
@@ -112,7 +112,7 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
     return min(found, default=None)
 
 
-def memory_limit(root: Path = Path("/")) -> int | None:
+def cgroup_memory_limit(root: Path = Path("/")) -> int | None:
     """Bytes that the control group really gives; None where it sets no bound."""
     found: list[int] = []
     for folder in _groups(root, "memory"):
@@ -124,12 +124,12 @@ def memory_limit(root: Path = Path("/")) -> int | None:
     return min(found, default=None)
 
 
-def memory_given() -> int | None:
+def available_memory() -> int | None:
     """Bytes that this process and its children may use: the machine's, or what the control group gives of them."""
-    return min((size for size in (_memory(), memory_limit()) if size is not None), default=None)
+    return min((size for size in (_memory(), cgroup_memory_limit()) if size is not None), default=None)
 
 
-def shared_memory_free() -> int | None:
+def free_shared_memory() -> int | None:
     """Bytes of shared memory that nobody has taken; None where that is not known."""
     return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None
 
@@ -209,14 +209,14 @@ def import_torchvision() -> None:
     importlib.import_module("torch")
     if "torchvision" in sys.modules or _COMPILER[0] in sys.modules:
         return
-    sys.modules.update({name: _StandIn(name) for name in _COMPILER})
+    sys.modules.update({name: _LazyModule(name) for name in _COMPILER})
     try:
         importlib.import_module("torchvision")
     finally:
         _step_aside()
 
 
-class _StandIn(ModuleType):
+class _LazyModule(ModuleType):
     """A module that is imported when something in it is used, and not when it is named."""
 
     __path__: list[str] = []  # noqa: RUF012 - as of a package, so that the import system looks for submodules
@@ -238,12 +238,12 @@ def _real(name: str) -> ModuleType:
 
 def _step_aside() -> None:
     for name in _COMPILER:
-        if isinstance(sys.modules.get(name), _StandIn):
+        if isinstance(sys.modules.get(name), _LazyModule):
             del sys.modules[name]
 
 
-def require(kind: str, extra: str, *packages: str) -> None:
+def require_packages(model_type: str, extra: str, *packages: str) -> None:
     """Raises InvalidJob where a package is missing that `model.type: kind` needs; imports none of them."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        raise InvalidJob(f"model.type: {kind} needs {' and '.join(missing)}; pip install 'batchjob[{extra}]'")
+        raise InvalidJob(f"model.type: {model_type} needs {' and '.join(missing)}; pip install 'batchjob[{extra}]'")

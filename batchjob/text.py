@@ -12,16 +12,16 @@ from collections.abc import Iterator, Sequence
 from urllib.parse import parse_qsl, quote, urlsplit
 
 __all__ = [
-    "counted",
+    "closest_match",
     "did_you_mean",
-    "harmless",
-    "held_secret",
-    "nearest",
-    "presentable",
-    "redacted",
-    "secret_in",
-    "typed",
-    "without_queries",
+    "escape_controls",
+    "explain_uri_secret",
+    "find_held_secret",
+    "format_count",
+    "redact_assignment",
+    "redact_queries",
+    "redact_secrets",
+    "sanitize",
 ]
 
 _GONE = "…"
@@ -49,7 +49,7 @@ _SHORTEST = 8  # what is shorter is a word, and would be found everywhere
 _UNMISTAKABLE = 16  # from here on a match is no accident
 
 
-def redacted(text: str) -> str:
+def redact_secrets(text: str) -> str:
     """The text without user information, signatures and tokens, and without the environment's secret values."""
     if any(hint in text for hint in _HINTS):
         for shape, instead in _SHAPES:
@@ -61,7 +61,7 @@ def redacted(text: str) -> str:
     return text
 
 
-def harmless(text: str) -> str:
+def escape_controls(text: str) -> str:
     r"""The text as a terminal may print it: controls, and what turns the direction of writing, appear as `\x1b`."""
     if text.isprintable():
         return text
@@ -70,22 +70,22 @@ def harmless(text: str) -> str:
     )
 
 
-def presentable(text: str) -> str:
+def sanitize(text: str) -> str:
     """Both: the text as a message, a row or a log may hold it."""
-    return harmless(redacted(text))
+    return escape_controls(redact_secrets(text))
 
 
-def without_queries(text: str) -> str:
+def redact_queries(text: str) -> str:
     """What was typed as it may be printed: without user information and without any query, whatever it holds."""
-    return re.sub(r"(://[^?\s]*\?)\S+", rf"\1{_GONE}", redacted(text))
+    return re.sub(r"(://[^?\s]*\?)\S+", rf"\1{_GONE}", redact_secrets(text))
 
 
-def typed(name: str, value: str) -> str:
+def redact_assignment(name: str, value: str) -> str:
     """`name=value` as somebody typed it and may read it again: nothing of a value that is secret by its name."""
-    return f"{name}={_GONE if _SECRET_NAME.search(name) else without_queries(value)}"
+    return f"{name}={_GONE if _SECRET_NAME.search(name) else redact_queries(value)}"
 
 
-def secret_in(uri: str) -> str | None:
+def explain_uri_secret(uri: str) -> str | None:
     """Why a URI may not stand in a job or a plan, as the rest of a sentence; None where it may."""
     try:
         parts = urlsplit(uri)
@@ -98,7 +98,7 @@ def secret_in(uri: str) -> str | None:
     return None
 
 
-def held_secret(text: str) -> str | None:
+def find_held_secret(text: str) -> str | None:
     """The environment variable whose secret value the text holds."""
     return next((name for name, value in _environment(_UNMISTAKABLE) if value in text), None)
 
@@ -109,17 +109,17 @@ def _environment(shortest: int) -> Iterator[tuple[str, str]]:
             yield name, value
 
 
-def nearest(word: str, names: Sequence[str]) -> str | None:
+def closest_match(word: str, names: Sequence[str]) -> str | None:
     """The name that was probably meant."""
     return next(iter(difflib.get_close_matches(word, names, n=1)), None)
 
 
 def did_you_mean(word: str, names: Sequence[str]) -> str:
     """`; did you mean 'name'?`, or nothing where no name is near."""
-    near = nearest(word, names)
+    near = closest_match(word, names)
     return f"; did you mean {near!r}?" if near else ""
 
 
-def counted(count: int, noun: str) -> str:
+def format_count(count: int, noun: str) -> str:
     """`1 shard`, `2,000 shards`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from batchjob.text import presentable
+from batchjob.text import sanitize
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 __all__ = [
     "Batch",
     "Cursor",
-    "Encoded",
-    "Fault",
-    "ImageFacts",
+    "EncodedImages",
+    "ErrorRecord",
+    "ImageInfo",
     "ImageRef",
-    "Piece",
-    "Predicted",
-    "Prepared",
+    "PartialOutput",
+    "Prediction",
+    "PreparedImage",
     "Shard",
     "ShardKey",
-    "Span",
-    "Watch",
-    "meet",
-    "spent",
+    "StageTiming",
+    "TimingSink",
+    "overlaps",
+    "record_timing",
 ]
 
 
@@ -82,15 +82,15 @@ class ShardKey:
     chunk: int
     offset: int
     revision: int = 0
-    failed: int = 0
+    error_rows: int = 0
 
     @property
-    def images(self) -> int:
+    def images_to_read(self) -> int:
         """To be read for it: all of its own, or at a retry those whose rows hold an error."""
-        return self.failed if self.revision else self.rows
+        return self.error_rows if self.revision else self.rows
 
     @property
-    def part(self) -> str:
+    def part_key(self) -> str:
         """Key of its Parquet part, relative to the output."""
         return f"predictions/part-{self.index:07d}-{self.id}.parquet"
 
@@ -110,12 +110,12 @@ class Shard:
     key: ShardKey
     refs: tuple[ImageRef, ...]
     passthrough: pa.Table
-    take: int = 0
-    on_host: bool = False
+    attempt_number: int = 0
+    decode_on_cpu: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class ErrorRecord:
     """What an error row says: `stage` and `type` to group by, `message` to read, without any secret."""
 
     stage: str
@@ -123,11 +123,11 @@ class Fault:
     message: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "message", presentable(self.message))
+        object.__setattr__(self, "message", sanitize(self.message))
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedImage:
     """An image ready for its batch.
 
     Attributes:
@@ -139,22 +139,22 @@ class Prepared:
     pixels: torch.Tensor
     width: int
     height: int
-    turned: bool = False
+    axes_swapped: bool = False
 
 
 @dataclass(frozen=True)
-class ImageFacts:
+class ImageInfo:
     """What the loader learned of one image: pixels as stored (`width`, `height`), tag as read, or what went wrong."""
 
     etag: str | None = None
     width: int | None = None
     height: int | None = None
-    fault: Fault | None = None
-    turned: bool = False
+    error: ErrorRecord | None = None
+    axes_swapped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class StageTiming:
     """A stretch of work.
 
     Attributes:
@@ -167,11 +167,11 @@ class Span:
     stage: str
     began: float
     ended: float
-    process: int
+    pid: int
     images: int = 0
 
 
-Watch = Callable[[Span], None]
+TimingSink = Callable[[StageTiming], None]
 """Told of each stretch of work, from any thread."""
 
 
@@ -193,16 +193,16 @@ class Batch:
         encoded: those of the `n` images that are not in `pixels`, for they are still to be decoded on a device.
     """
 
-    shard: int
+    shard_index: int
     start: int
-    facts: tuple[ImageFacts, ...]
+    image_infos: tuple[ImageInfo, ...]
     pixels: torch.Tensor | None
-    trouble: str | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    attempt_error: str | None = None
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
     shapes: tuple[tuple[int, ...], ...] | None = None
-    take: int = 0
-    spans: tuple[Span, ...] = ()
-    encoded: Encoded | None = None
+    attempt_number: int = 0
+    timings: tuple[StageTiming, ...] = ()
+    encoded: EncodedImages | None = None
 
     def pin_memory(self) -> Batch:
         """The same batch with page-locked pixels (in the thread that receives it)."""
@@ -212,7 +212,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedImages:
     """Encoded images of a batch.
 
     Attributes:
@@ -221,7 +221,7 @@ class Encoded:
         ends: where in it each file ends.
     """
 
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     data: torch.Tensor
     ends: tuple[int, ...]
 
@@ -231,7 +231,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Piece:
+class PartialOutput:
     """What one call of the module gave.
 
     Attributes:
@@ -244,7 +244,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Predicted:
+class Prediction:
     """A batch's results; on a GPU they may still be under way.
 
     Attributes:
@@ -252,8 +252,8 @@ class Predicted:
         lost: images that cannot be predicted, and why; such as alone do not fit into memory.
     """
 
-    pieces: tuple[Piece, ...]
-    lost: Mapping[int, Fault] = field(default_factory=dict)
+    outputs: tuple[PartialOutput, ...]
+    errors: Mapping[int, ErrorRecord] = field(default_factory=dict)
     _arrival: Callable[[], None] | None = None
 
     @property
@@ -261,28 +261,28 @@ class Predicted:
         """Whether it has to be waited for."""
         return self._arrival is not None
 
-    def wait(self) -> Predicted:
+    def wait(self) -> Prediction:
         """The same, once all of it has arrived on the host. Raises what went wrong on the device."""
         if self._arrival is not None:
             self._arrival()
         return self
 
-    def landing(self, around: Callable[[Callable[[], None]], None]) -> Predicted:
+    def on_ready(self, wrapper: Callable[[Callable[[], None]], None]) -> Prediction:
         """The same, its wait inside that function."""
-        return replace(self, _arrival=partial(around, self._arrival or _nothing))
+        return replace(self, _arrival=partial(wrapper, self._arrival or _nothing))
 
 
 def _nothing() -> None:
     """What there is to wait for where all has arrived."""
 
 
-def meet(one: range, other: range) -> bool:
+def overlaps(one: range, other: range) -> bool:
     """Whether a position lies in both."""
     return max(one.start, other.start) < min(one.stop, other.stop)
 
 
-def spent(watch: Watch, stage: str, began: float, images: int) -> float:
+def record_timing(timing_sink: TimingSink, stage: str, started: float, images: int) -> float:
     """Seconds since `began`, by `time.perf_counter`, which the watch is told of."""
     ended = time.perf_counter()
-    watch(Span(stage, began, ended, os.getpid(), images))
-    return ended - began
+    timing_sink(StageTiming(stage, started, ended, os.getpid(), images))
+    return ended - started

@@ -29,7 +29,7 @@ from typing import Any
 
 from batchjob.errors import InvalidJob
 
-__all__ = ["is_beside", "load_target", "source_digest"]
+__all__ = ["is_user_module", "load_target", "source_digest"]
 
 _PREFIX = "_batchjob_folder_"
 _lock = Lock()
@@ -59,7 +59,7 @@ def load_target(target: str, base: Path) -> Any:
     return found
 
 
-def is_beside(module: str, base: Path) -> bool:
+def is_user_module(module: str, base: Path) -> bool:
     """Whether a dotted module lies in the folder `base`."""
     return _source(base, module) is not None
 
@@ -103,8 +103,8 @@ def _package(base: Path) -> str:
     folder = str(base.resolve())
     name = _PREFIX + hashlib.sha256(folder.encode("utf-8", "surrogateescape")).hexdigest()[:16]
     with _lock:
-        if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Finder())
+        if not any(isinstance(finder, _UserModuleFinder) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _UserModuleFinder())
         if name not in sys.modules:
             package = ModuleType(name, f"Modules of {folder}")
             package.__path__ = [folder]
@@ -112,13 +112,13 @@ def _package(base: Path) -> str:
     return name
 
 
-class _Finder:
+class _UserModuleFinder:
     """Finds modules below the private packages, and nothing else."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if not name.startswith(_PREFIX):
             return None
-        loaders = [(ExtensionFileLoader, EXTENSION_SUFFIXES), (_Loader, SOURCE_SUFFIXES)]
+        loaders = [(ExtensionFileLoader, EXTENSION_SUFFIXES), (_UserModuleLoader, SOURCE_SUFFIXES)]
         for folder in path or ():
             # A fresh finder: one that is kept would not see a file written within its folder's clock tick.
             spec = FileFinder(folder, *loaders).find_spec(name, target)
@@ -127,16 +127,16 @@ class _Finder:
         return None
 
 
-class _Loader(SourceFileLoader):
+class _UserModuleLoader(SourceFileLoader):
     """Gives a module an `import` of its own, which looks beside it first."""
 
     def exec_module(self, module: ModuleType) -> None:
         package = module.__name__.partition(".")[0]
-        vars(module)["__builtins__"] = {**vars(builtins), "__import__": _Import(package)}
+        vars(module)["__builtins__"] = {**vars(builtins), "__import__": _SiblingFirstImport(package)}
         super().exec_module(module)
 
 
-class _Import:
+class _SiblingFirstImport:
     """`__import__` for the modules of one folder."""
 
     def __init__(self, package: str) -> None:

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["MEAN", "STD", "Assignment", "first_images", "mark", "normalise"]
+__all__ = ["MEAN", "STD", "Workload", "append_progress", "list_first_images", "normalise"]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Assignment:
+class Workload:
     """One run of one system. It crosses into the systems' own processes, so it is plain data.
 
     Attributes:
@@ -44,7 +44,7 @@ class Assignment:
     marks: str
 
     @classmethod
-    def parse(cls) -> Assignment:
+    def parse(cls) -> Workload:
         """From the command line."""
         asked = argparse.ArgumentParser()
         for name, kind, default in (
@@ -61,7 +61,7 @@ class Assignment:
         return cls(**vars(asked.parse_args()))
 
     @property
-    def arguments(self) -> list[str]:
+    def command_line(self) -> list[str]:
         """The command line that `parse` reads."""
         return [word for name, value in vars(self).items() for word in (f"--{name}", str(value))]
 
@@ -70,11 +70,11 @@ class Assignment:
         """Length of the shorter side before the crop; 0 leaves pictures as they are."""
         return self.crop * 8 // 7
 
-    def uris(self) -> list[str]:
+    def list_uris(self) -> list[str]:
         """The images, by name."""
-        return first_images(self.images, self.limit)
+        return list_first_images(self.images, self.limit)
 
-    def load(self) -> nn.Module:
+    def load_model(self) -> nn.Module:
         """The model, ready to predict."""
         import torch
 
@@ -84,14 +84,14 @@ class Assignment:
         module.load_state_dict(torch.load(self.weights, weights_only=True))
         return module.eval()
 
-    def geometry(self) -> Any:
+    def make_transform(self) -> Any:
         """uint8 or float `[3, H, W]` → `[3, crop, crop]`, as `weights.transforms()` of torchvision does it."""
         from torchvision import transforms
 
         steps = [transforms.Resize(self.resize, antialias=True), transforms.CenterCrop(self.crop)] if self.crop else []
         return transforms.Compose(steps)
 
-    def fast_geometry(self) -> Any:
+    def make_fast_transform(self) -> Any:
         """The same by torchvision's v2, which stays in uint8: three times as fast on a CPU, off by 1 here and there."""
         from torchvision.transforms import v2
 
@@ -99,12 +99,12 @@ class Assignment:
             [v2.Resize(self.resize, antialias=True), v2.CenterCrop(self.crop)] if self.crop else [v2.Identity()]
         )
 
-    def done(self, images: int) -> None:
+    def log_progress(self, images: int) -> None:
         """Note that so many more images are predicted."""
-        mark(self.marks, images)
+        append_progress(self.marks, images)
 
 
-def first_images(folder: str, limit: int) -> list[str]:
+def list_first_images(folder: str, limit: int) -> list[str]:
     """URIs of a folder's first files by name."""
     if "://" not in folder:
         return sorted(str(path) for path in Path(folder).iterdir())[:limit]
@@ -114,7 +114,7 @@ def first_images(folder: str, limit: int) -> list[str]:
     return [filesystem.unstrip_protocol(name) for name in sorted(filesystem.ls(path, detail=False))[:limit]]
 
 
-def mark(path: str, images: int) -> None:
+def append_progress(path: str, images: int) -> None:
     """Append a line, from any process of the machine: seconds of the monotonic clock, images."""
     with Path(path).open("ab", buffering=0) as file:  # one write of a few bytes: lines never mix
         file.write(f"{time.monotonic():.6f} {images}\n".encode())

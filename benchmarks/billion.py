@@ -16,26 +16,28 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchjob.errors import AlreadyExists, NotFound
-from batchjob.output.provenance import Provenance, ShardResult
+from batchjob.output.provenance import PartFooter, ShardResult
 from batchjob.plan.chunks import CHUNK_ROWS, Chunk
-from batchjob.plan.head import Head
+from batchjob.plan.head import PlanHead
 from batchjob.pool.placement import Placement
 from batchjob.sources.source import BATCH_ROWS, REF_FIELDS
-from batchjob.storage.objects import Blob, Stat
+from batchjob.storage.objects import ObjectData, ObjectInfo
 from batchjob.types import Cursor, ShardKey
-from batchjob.worker.messages import Done, Event, Loaded, Ready, Setup
+from batchjob.worker.messages import ShardCommitted, WorkerEvent, WorkerInfo, WorkerReady, WorkerSetup
 
-__all__ = ["HEAD", "SHARD_ROWS", "CountingStore", "SimulatedPool", "chunks", "refs"]
+__all__ = ["HEAD", "SHARD_ROWS", "CountingStore", "SimulatedPool", "generate_chunks", "generate_refs"]
 
 SHARD_ROWS = 10_000
-HEAD = Head("0123456789abcdef", 0, {}, {}, SHARD_ROWS, None, "")
-_LOADED = Loaded("cpu", "fp32", "simulated@000000000000", ("label_id", "score"), batch_size=128, seconds=0.0, ahead=512)
+HEAD = PlanHead("0123456789abcdef", 0, {}, {}, SHARD_ROWS, None, "")
+_LOADED = WorkerInfo(
+    "cpu", "fp32", "simulated@000000000000", ("label_id", "score"), batch_size=128, seconds=0.0, ahead=512
+)
 _PAGE = 1_000  # keys in an answer to a listing
 _PART_BYTES = 400_000
 _KEPT = 4  # bodies: a chunk is looked at once after its PUT
 
 
-def refs(after: Cursor, images: int) -> Iterator[pa.RecordBatch]:
+def generate_refs(after: Cursor, images: int) -> Iterator[pa.RecordBatch]:
     """What a source would list after a cursor: keys as of a bucket, sizes, random tags."""
     rng = np.random.default_rng(0)
     for start in range(after.rows, images, BATCH_ROWS):
@@ -50,7 +52,7 @@ def refs(after: Cursor, images: int) -> Iterator[pa.RecordBatch]:
         yield pa.RecordBatch.from_arrays([uris, uris, sizes, tags], schema=pa.schema(REF_FIELDS))
 
 
-def chunks(images: int) -> Iterator[Chunk]:
+def generate_chunks(images: int) -> Iterator[Chunk]:
     """The chunks of a plan that stands, without their rows."""
     most = CHUNK_ROWS // SHARD_ROWS
     shards = images // SHARD_ROWS
@@ -63,12 +65,12 @@ def chunks(images: int) -> Iterator[Chunk]:
         yield Chunk(number, first * SHARD_ROWS, Cursor(rows), rows == images, keys)
 
 
-def made(key: ShardKey) -> Provenance:
+def make_footer(key: ShardKey) -> PartFooter:
     """What the part of a shard says in its footer."""
     seconds = {"wall": 40.0, "read": 10.0, "decode": 20.0, "transform": 5.0, "predict": 30.0, "write": 1.0}
     versions = {"batchjob": "0.1", "torch": "2.15", "torchvision": "0.30", "pyarrow": "26.0"}
     attempt = f"{key.index:016x}"
-    return Provenance(HEAD.plan, key.id, key.index, attempt, 0, "f" * 64, "m" * 64, key.rows, 0, {}, seconds, versions)
+    return PartFooter(HEAD.plan, key.id, key.index, attempt, 0, "f" * 64, "m" * 64, key.rows, 0, {}, seconds, versions)
 
 
 class SimulatedPool:
@@ -77,31 +79,31 @@ class SimulatedPool:
     def __init__(self, workers: int, store: CountingStore) -> None:
         self.size, self._store = workers, store
         self._placement = Placement(workers)
-        self._events: list[Event] = []
+        self._events: list[WorkerEvent] = []
 
-    def start(self, setup: Setup) -> None:  # noqa: ARG002 - as all pools
+    def start(self, setup: WorkerSetup) -> None:  # noqa: ARG002 - as all pools
         for number in range(self.size):
-            self._placement.enter(str(number), _LOADED.ahead)
-            self._events.append(Ready(str(number), _LOADED))
+            self._placement.add_worker(str(number), _LOADED.ahead)
+            self._events.append(WorkerReady(str(number), _LOADED))
 
-    def free(self) -> int:
-        return self._placement.free()
+    def free_slots(self) -> int:
+        return self._placement.free_slots()
 
-    def submit(self, key: ShardKey, plan: int) -> None:
-        self._placement.submit(key, plan)
+    def submit(self, key: ShardKey, plan_number: int) -> None:
+        self._placement.submit(key, plan_number)
 
-    def idle(self) -> int:
-        return self._placement.idle()
+    def idle_workers(self) -> int:
+        return self._placement.idle_workers()
 
-    def back_up(self, key: ShardKey, plan: int) -> None:
-        self._placement.back_up(key, plan)
+    def submit_speculative(self, key: ShardKey, plan_number: int) -> None:
+        self._placement.submit_speculative(key, plan_number)
 
-    def wait(self, timeout: float) -> list[Event]:  # noqa: ARG002
+    def wait(self, timeout: float) -> list[WorkerEvent]:  # noqa: ARG002
         events, self._events = self._events, []
-        for due in self._placement.due():
-            stat = self._store.commit(due.key)
-            result = ShardResult(due.key, made(due.key), {}, True, stat.etag)
-            events.append(Done(pickle.loads(pickle.dumps(result))))
+        for due in self._placement.take_assignments():
+            stat = self._store.commit_part(due.key)
+            result = ShardResult(due.key, make_footer(due.key), {}, True, stat.etag)
+            events.append(ShardCommitted(pickle.loads(pickle.dumps(result))))
             self._placement.finish(due.worker, due.key)
         return events
 
@@ -115,27 +117,27 @@ class CountingStore:
 
     def __init__(self) -> None:
         self.requests: Counter[str] = Counter()
-        self.sent = 0
+        self.sent_bytes = 0
         self._numbers = count()
-        self._stats: dict[str, Stat] = {}
+        self._stats: dict[str, ObjectInfo] = {}
         self._bodies: OrderedDict[str, bytes] = OrderedDict()
         self._keys: dict[str, ShardKey] = {}
 
-    def fill(self, keys: Iterable[ShardKey]) -> None:
+    def add_parts(self, keys: Iterable[ShardKey]) -> None:
         """Let the parts of these shards be there."""
         for key in keys:
-            self.commit(key)
-            self._keys[key.part] = key
+            self.commit_part(key)
+            self._keys[key.part_key] = key
 
-    def commit(self, key: ShardKey) -> Stat:
+    def commit_part(self, key: ShardKey) -> ObjectInfo:
         """A worker's PUT, which is none of the driver's requests."""
-        return self._note(key.part, _PART_BYTES)
+        return self._note(key.part_key, _PART_BYTES)
 
-    def read(self, key: str) -> Blob:
+    def read(self, key: str) -> ObjectData:
         """Raises NotFound."""
         self.requests["GET"] += 1
         stat = self._stat(key)
-        return Blob(self._bodies[key], stat.etag, stat.version)
+        return ObjectData(self._bodies[key], stat.etag, stat.version)
 
     def read_head(self, key: str, size: int) -> bytes:
         """The first `size` bytes, or all. Raises NotFound."""
@@ -144,7 +146,7 @@ class CountingStore:
     def read_tail(self, key: str, size: int) -> bytes:
         """A footer as a part has it."""
         self.requests["GET"] += 1
-        metadata = {Provenance.KEY: made(self._keys[key]).dump()}
+        metadata = {PartFooter.KEY: make_footer(self._keys[key]).to_json()}
         sink = io.BytesIO()
         pq.write_table(pa.table({"position": pa.array([], pa.int64())}).replace_schema_metadata(metadata), sink)
         return sink.getvalue()[-size:]
@@ -153,30 +155,30 @@ class CountingStore:
         """Its bytes as a file."""
         return io.BytesIO(self.read(key).data)
 
-    def stat(self, key: str) -> Stat:
+    def stat(self, key: str) -> ObjectInfo:
         """Raises NotFound."""
         self.requests["HEAD"] += 1
         return self._stat(key)
 
-    def list(self, prefix: str) -> Iterator[Stat]:
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Page after page."""
         found = sorted(key for key in self._stats if key.startswith(prefix))
         self.requests["LIST"] += max(1, -(-len(found) // _PAGE))
         return (self._stats[key] for key in found)
 
-    def put_if_absent(self, key: str, body: bytes | Path) -> Stat:
+    def put_if_absent(self, key: str, body: bytes | Path) -> ObjectInfo:
         """Raises AlreadyExists."""
         self.requests["PUT"] += 1
         if key in self._stats:
             raise AlreadyExists(key)
         assert isinstance(body, bytes)
-        self.sent += len(body)
+        self.sent_bytes += len(body)
         self._bodies[key] = body
         if len(self._bodies) > _KEPT:
             self._bodies.popitem(last=False)
         return self._note(key, len(body))
 
-    def replace_if_match(self, key: str, body: bytes | Path, version: str) -> Stat:
+    def replace_if_match(self, key: str, body: bytes | Path, version: str) -> ObjectInfo:
         """Nothing is replaced here."""
         raise AssertionError(f"{key} {version} {len(str(body))}")
 
@@ -189,12 +191,12 @@ class CountingStore:
         """Absent is fine."""
         self.delete(key)
 
-    def _stat(self, key: str) -> Stat:
+    def _stat(self, key: str) -> ObjectInfo:
         if key not in self._stats:
             raise NotFound(key)
         return self._stats[key]
 
-    def _note(self, key: str, size: int) -> Stat:
+    def _note(self, key: str, size: int) -> ObjectInfo:
         tag = f"{next(self._numbers):032x}"
-        self._stats[key] = Stat(key, size, tag, tag)
+        self._stats[key] = ObjectInfo(key, size, tag, tag)
         return self._stats[key]

@@ -7,20 +7,20 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-__all__ = ["Calibration"]
+__all__ = ["MachineSpeedCheck"]
 
 _BYTES = bytes(64 << 20)
 _TIMES = 5
 _DRIFT = 0.05
 
 
-class Calibration:
+class MachineSpeedCheck:
     """The same work on all cores, now and when the verdict is asked for."""
 
     def __init__(self) -> None:
         self._before = _seconds()
 
-    def verdict(self) -> str:
+    def describe_drift(self) -> str:
         """`machine steady within 5 %`, or that it was not, and by how much."""
         drift = _seconds() / self._before - 1
         return f"NOISY: {drift:+.0%} from begin to end" if abs(drift) > _DRIFT else "machine steady within 5 %"

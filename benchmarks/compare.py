@@ -23,15 +23,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
-from benchmarks.assignment import Assignment
-from benchmarks.batchjob_run import LEARNING
-from benchmarks.calibration import Calibration
-from benchmarks.imagesets import make_images, make_weights, warm
-from benchmarks.latency import delayed
-from benchmarks.measure import ROOT, SYSTEMS, Measured, absent, measure
-from benchmarks.table import table
+from benchmarks.assignment import Workload
+from benchmarks.batchjob_run import TUNING_VARIABLE
+from benchmarks.calibration import MachineSpeedCheck
+from benchmarks.imagesets import make_images, make_weights, warm_page_cache
+from benchmarks.latency import delaying_proxy
+from benchmarks.measure import ROOT, SYSTEMS, SystemRun, missing_requirement, run_system
+from benchmarks.table import format_table
 
-__all__ = ["CASES", "Case", "main"]
+__all__ = ["CASES", "ComparisonCase", "main"]
 
 _REFERENCE = "plain_loop"
 _OWN = {"batchjob_local", "batchjob_ray", "batchjob_fast"}
@@ -41,7 +41,7 @@ _LATENCY = 0.05
 
 
 @dataclass(frozen=True)
-class Case:
+class ComparisonCase:
     """Which images through which model from where.
 
     Attributes:
@@ -60,31 +60,33 @@ class Case:
     crop: int = 224
     systems: Sequence[str] = SYSTEMS
     latency: float | None = None
-    few: Sequence[str] = _FEW
+    quick_systems: Sequence[str] = _FEW
 
 
-_S3 = Case(share=0.5, systems=("plain_loop", "batchjob_local"), few=("plain_loop", "batchjob_local"), latency=0.0)
+_S3 = ComparisonCase(
+    share=0.5, systems=("plain_loop", "batchjob_local"), quick_systems=("plain_loop", "batchjob_local"), latency=0.0
+)
 CASES = {
-    "imagenet": Case(few=SYSTEMS),
-    "small": Case(images="small", crop=0),
-    "large": Case(images="large", share=0.1),
-    "decode-bound": Case(model="few_layers"),
-    "model-bound": Case(model="resnet50", share=0.15),
+    "imagenet": ComparisonCase(quick_systems=SYSTEMS),
+    "small": ComparisonCase(images="small", crop=0),
+    "large": ComparisonCase(images="large", share=0.1),
+    "decode-bound": ComparisonCase(model="few_layers"),
+    "model-bound": ComparisonCase(model="resnet50", share=0.15),
     "s3": _S3,
     "s3-50ms": replace(_S3, latency=_LATENCY),
 }
 
 
 @dataclass(frozen=True)
-class Size:
+class ComparisonSize:
     """Images of a whole case, rounds, and whether all systems run all cases."""
 
     images: int
     rounds: int
-    whole: bool
+    all_systems: bool
 
 
-SIZES = {"small": Size(600, 2, whole=False), "full": Size(12_000, 3, whole=True)}
+SIZES = {"small": ComparisonSize(600, 2, all_systems=False), "full": ComparisonSize(12_000, 3, all_systems=True)}
 
 
 def main() -> None:
@@ -96,8 +98,8 @@ def main() -> None:
     trouble = False
     for name in given.cases:
         case = CASES[name]
-        systems = given.systems or (case.systems if size.whole else case.few)
-        missing = {system: why for system in systems if (why := absent(system))}
+        systems = given.systems or (case.systems if size.all_systems else case.quick_systems)
+        missing = {system: why for system in systems if (why := missing_requirement(system))}
         for system, why in missing.items():
             _say(f"{name}: {system} is left out: {why}")
         wanted = [system for system in case.systems if system in systems and system not in missing]
@@ -119,7 +121,7 @@ def _arguments() -> argparse.Namespace:
     return found
 
 
-def _names(known: Sequence[str] | dict[str, Case]) -> Callable[[str], list[str]]:
+def _names(known: Sequence[str] | dict[str, ComparisonCase]) -> Callable[[str], list[str]]:
     def names(text: str) -> list[str]:
         asked = text.split(",")
         if odd := [name for name in asked if name not in known]:
@@ -129,36 +131,36 @@ def _names(known: Sequence[str] | dict[str, Case]) -> Callable[[str], list[str]]
     return names
 
 
-def _run_case(name: str, case: Case, size: Size, work: Path) -> bool:
+def _run_case(name: str, case: ComparisonCase, size: ComparisonSize, work: Path) -> bool:
     """Run and print a case; whether anything failed."""
     images = max(8, int(size.images * case.share))
     folder = make_images(work, case.images, images)
     weights = make_weights(work, case.model, folder, case.crop)
-    warm(folder)
-    given = Assignment(str(folder), str(work / "output"), images, 32, case.model, str(weights), case.crop, "")
-    calibration = Calibration()
+    warm_page_cache(folder)
+    given = Workload(str(folder), str(work / "output"), images, 32, case.model, str(weights), case.crop, "")
+    calibration = MachineSpeedCheck()
     with ExitStack() as stack:
         if case.latency is not None:
             given = stack.enter_context(_on_s3(given, folder, case.latency, work))
         cold = [_one(name, s, given, work, "cold") for s in case.systems if s in _KEEP_CACHES]
         for system in filter(_OWN.__contains__, case.systems):  # by size a job may be too short to learn anything
-            with patch.dict(os.environ, {LEARNING: "1"}):
+            with patch.dict(os.environ, {TUNING_VARIABLE: "1"}):
                 _one(name, system, given, work, "learning")
         rounds = [[_one(name, s, given, work, f"round {n}") for s in case.systems] for n in range(1, size.rounds + 1)]
     title = (
         f"\n{name}: {images:,} images of {case.images}, {case.model}, batches of 32, {size.rounds} rounds; "
-        f"{calibration.verdict()}"
+        f"{calibration.describe_drift()}"
     )
     reference = _REFERENCE if _REFERENCE in case.systems else case.systems[0]
-    sys.stdout.write(table(title, rounds, cold, reference) + "\n")
+    sys.stdout.write(format_table(title, rounds, cold, reference) + "\n")
     sys.stdout.flush()
     return any(run.trouble for each in rounds for run in each)
 
 
-def _one(case: str, system: str, given: Assignment, work: Path, when: str) -> Measured:
+def _one(case: str, system: str, given: Workload, work: Path, when: str) -> SystemRun:
     """One run, told on stderr and written down."""
     given = replace(given, output=f"{given.output}/{case}/{system}/{when.replace(' ', '-')}")
-    run = measure(system, given, work)
+    run = run_system(system, given, work)
     steady = None if math.isnan(run.steady) else run.steady
     facts = {
         "case": case,
@@ -175,7 +177,7 @@ def _one(case: str, system: str, given: Assignment, work: Path, when: str) -> Me
 
 
 @contextmanager
-def _on_s3(given: Assignment, folder: Path, seconds: float, work: Path) -> Iterator[Assignment]:
+def _on_s3(given: Workload, folder: Path, seconds: float, work: Path) -> Iterator[Workload]:
     """The assignment on an S3 server of its own, at the end of a way that takes so much longer."""
     sys.path.insert(0, str(ROOT / "tests"))
     from seaweed import environment, running
@@ -184,7 +186,7 @@ def _on_s3(given: Assignment, folder: Path, seconds: float, work: Path) -> Itera
         bucket = server.bucket("bench")
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda path: server.put(f"{bucket}images/{path.name}", path), sorted(folder.iterdir())))
-        with delayed(server.endpoint, seconds) as endpoint, patch.dict(os.environ, environment(endpoint)):
+        with delaying_proxy(server.endpoint, seconds) as endpoint, patch.dict(os.environ, environment(endpoint)):
             yield replace(given, images=f"{bucket}images/", output=f"{bucket}out")
 
 

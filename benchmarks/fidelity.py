@@ -17,7 +17,7 @@ import pyarrow.dataset as ds
 
 import batchjob
 from batchjob import Job
-from benchmarks.imagesets import SETS, make_images, make_weights
+from benchmarks.imagesets import IMAGE_SETS, make_images, make_weights
 from benchmarks.measure import ROOT
 
 _JOB = Path(__file__).with_name("job.yaml")
@@ -31,7 +31,7 @@ def main() -> None:
     given = asked.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     print(f"{'images':<10}{'crop':>6}{'number':>8}{'same label':>12}{'furthest':>10}{'median':>10}{'spread':>9}")
-    for name in SETS:
+    for name in IMAGE_SETS:
         images = max(8, given.images // (10 if name == "large" else 1))
         folder = make_images(given.work.resolve(), name, images)
         for crop in map(int, given.crops.split(",")):

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import torchvision
 
-from batchjob.inference.convert import Conversion, Format, convert
+from batchjob.inference.convert import ConversionFormat, ConversionOptions, convert_model
 from batchjob.inference.engine import Engine
-from batchjob.inference.execution_config import Recipe
-from batchjob.inference.output_comparison import compare
+from batchjob.inference.execution_config import ExecutionConfig
+from batchjob.inference.output_comparison import compare_outputs
 from batchjob.job.job import Job
 from batchjob.storage.reader import Reader
 
@@ -38,20 +38,20 @@ def main() -> None:
     given = asked.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        show(measured(given.images, given.model, given.rounds, Path(folder)))
+        print_table(measure_formats(given.images, given.model, given.rounds, Path(folder)))
 
 
-def measured(images: Path, name: str, rounds: int, folder: Path) -> list[tuple[str, float, float, float, float]]:
+def measure_formats(images: Path, name: str, rounds: int, folder: Path) -> list[tuple[str, float, float, float, float]]:
     """Format, agreement, deviation, images/s, and the median of images/s over the state_dict's, in turn."""
-    job = job_of(images, saved(name, folder), folder)
+    job = make_job(images, save_weights(name, folder), folder)
     reader = Reader()
-    engines = {"state_dict": engine_of(job, reader)}
-    for title, model in formats(job, name, folder).items():
-        engines[title] = engine_of(with_model(job, model), reader)
-    pixels = torch.stack(list(engines["state_dict"].prepared(locations(images))))
-    runs = {title: runner(engine) for title, engine in engines.items()}
-    reference = over_all(runs["state_dict"], pixels)
-    likeness = {title: compare(reference, over_all(run, pixels)) for title, run in runs.items()}
+    engines = {"state_dict": make_engine(job, reader)}
+    for title, model in convert_formats(job, name, folder).items():
+        engines[title] = make_engine(with_model(job, model), reader)
+    pixels = torch.stack(list(engines["state_dict"].load_images(list_images(images))))
+    runs = {title: make_runner(engine) for title, engine in engines.items()}
+    reference = run_in_batches(runs["state_dict"], pixels)
+    likeness = {title: compare_outputs(reference, run_in_batches(run, pixels)) for title, run in runs.items()}
     paces: dict[str, list[float]] = {title: [] for title in runs}
     for _ in range(rounds):
         for title, run in runs.items():
@@ -70,13 +70,13 @@ def measured(images: Path, name: str, rounds: int, folder: Path) -> list[tuple[s
     ]
 
 
-def show(rows: list[tuple[str, float, float, float, float]]) -> None:
+def print_table(rows: list[tuple[str, float, float, float, float]]) -> None:
     print(f"{'format':<22}{'agreement':>10}{'deviation':>11}{'images/s':>10}{'ratio':>7}")
     for title, agreement, deviation, pace, ratio in rows:
         print(f"{title:<22}{agreement:>10.1%}{deviation:>11.1e}{pace:>10.1f}{ratio:>7.2f}")
 
 
-def saved(name: str, folder: Path) -> Path:
+def save_weights(name: str, folder: Path) -> Path:
     """Seeded weights with batch norms that have seen something, so that outputs differ from image to image."""
     torch.manual_seed(0)
     module = torchvision.models.get_model(name, weights=None)
@@ -87,7 +87,7 @@ def saved(name: str, folder: Path) -> Path:
     return folder / "weights.pth"
 
 
-def job_of(images: Path, weights: Path, folder: Path) -> Job:
+def make_job(images: Path, weights: Path, folder: Path) -> Job:
     return Job.model_validate(
         {
             "input": {"type": "prefix", "uri": str(images), "extensions": "all"},
@@ -101,10 +101,10 @@ def job_of(images: Path, weights: Path, folder: Path) -> Job:
 
 
 def with_model(job: Job, model: dict[str, Any]) -> Job:
-    return Job.from_portable({**job.portable(), "model": model}, job.base, job.base)
+    return Job.deserialize({**job.serialize(), "model": model}, job.folder, job.folder)
 
 
-def formats(job: Job, name: str, folder: Path) -> dict[str, dict[str, Any]]:
+def convert_formats(job: Job, name: str, folder: Path) -> dict[str, dict[str, Any]]:
     """`model` settings of the same weights, as each format."""
     torch.manual_seed(0)
     module = torchvision.models.get_model(name, weights=None)
@@ -113,10 +113,10 @@ def formats(job: Job, name: str, folder: Path) -> dict[str, dict[str, Any]]:
     torch.save(module, folder / "whole.pt")
     torch.jit.save(torch.jit.script(module), str(folder / "scripted.pt"))
     made = {
-        "pickle": trusted("pickle", folder / "whole.pt"),
-        "TorchScript scripted": trusted("torchscript", folder / "scripted.pt"),
+        "pickle": trusted_model("pickle", folder / "whole.pt"),
+        "TorchScript scripted": trusted_model("torchscript", folder / "scripted.pt"),
     }
-    wanted: dict[str, Format] = {
+    wanted: dict[str, ConversionFormat] = {
         "TorchScript traced": "torchscript",
         "torch.export .pt2": "exported",
         "AOTInductor": "aoti",
@@ -124,37 +124,37 @@ def formats(job: Job, name: str, folder: Path) -> dict[str, dict[str, Any]]:
         "int8 static, compiled": "int8",
     }
     for title, to in wanted.items():
-        made[title] = convert(job, Conversion(to, folder / f"{to}.bin", tolerance=1.0)).model
+        made[title] = convert_model(job, ConversionOptions(to, folder / f"{to}.bin", tolerance=1.0)).model
     return made
 
 
-def trusted(kind: str, file: Path) -> dict[str, Any]:
+def trusted_model(kind: str, file: Path) -> dict[str, Any]:
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     return {"type": kind, "weights": str(file), "trust": True, "sha256": digest}
 
 
-def locations(images: Path) -> list[str]:
+def list_images(images: Path) -> list[str]:
     return sorted(str(path) for path in images.rglob("*") if path.is_file())
 
 
-def engine_of(job: Job, reader: Reader) -> Engine:
+def make_engine(job: Job, reader: Reader) -> Engine:
     engine = Engine(job, reader, ())
-    engine.try_out()
+    engine.build_postprocess()
     return engine
 
 
-def runner(engine: Engine) -> Callable[[torch.Tensor], torch.Tensor]:
-    forward = engine.forward(Recipe())
+def make_runner(engine: Engine) -> Callable[[torch.Tensor], torch.Tensor]:
+    forward = engine.build_forward(ExecutionConfig())
 
     def run(pixels: torch.Tensor) -> torch.Tensor:
-        with forward.modes():
+        with forward.disable_gradients():
             output: torch.Tensor = forward(pixels.clone())
         return output
 
     return run
 
 
-def over_all(run: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
+def run_in_batches(run: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
     return torch.cat([run(part) for part in pixels.split(BATCH)])
 
 

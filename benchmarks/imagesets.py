@@ -9,14 +9,14 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.assignment import Assignment, normalise
+from benchmarks.assignment import Workload, normalise
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SETS", "data_folder", "make_images", "make_weights", "warm"]
+__all__ = ["IMAGE_SETS", "find_test_data", "make_images", "make_weights", "warm_page_cache"]
 
-SETS = ("imagenet", "small", "large")
+IMAGE_SETS = ("imagenet", "small", "large")
 _LARGE = (4000, 3000)
 _LARGE_ORIGINALS = 24
 _CALIBRATION = 128  # images
@@ -24,7 +24,7 @@ _RIDGE = 0.01  # of the widest direction: what is narrower than its root is take
 _SHARPNESS, _NEVER = 3.0, -1000.0  # deviation of the logits; logit of a class that no image stands for
 
 
-def data_folder() -> Path:
+def find_test_data() -> Path:
     """The test data: BATCHJOB_TEST_DATA, or `../shared/data`. Raises SystemExit where it is not there."""
     default = Path(__file__).parents[2] / "shared" / "data"
     folder = Path(os.environ.get("BATCHJOB_TEST_DATA") or default)
@@ -70,13 +70,13 @@ def make_weights(work: Path, model: str, images: Path, crop: int) -> Path:
         return path
     from benchmarks import architectures
 
-    given = Assignment(str(images), "", _CALIBRATION, 0, model, "", crop, os.devnull)
+    given = Workload(str(images), "", _CALIBRATION, 0, model, "", crop, os.devnull)
     torch.manual_seed(0)
     module = getattr(architectures, model)()
     for layer in module.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.momentum = None  # statistics are plain means
-    pixels = torch.stack([normalise(_pixels(given, uri)) for uri in given.uris()])
+    pixels = torch.stack([normalise(_pixels(given, uri)) for uri in given.list_uris()])
     last = [layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)][-1]
     features: list[torch.Tensor] = []
     with torch.no_grad():
@@ -94,7 +94,7 @@ def make_weights(work: Path, model: str, images: Path, crop: int) -> Path:
     return path
 
 
-def warm(folder: Path) -> int:
+def warm_page_cache(folder: Path) -> int:
     """Read every file once, so that nobody pays for the disk alone; returns the bytes that are different."""
     seen: dict[int, int] = {}
     for path in folder.iterdir():
@@ -104,11 +104,11 @@ def warm(folder: Path) -> int:
     return sum(seen.values())
 
 
-def _pixels(given: Assignment, uri: str) -> torch.Tensor:
+def _pixels(given: Workload, uri: str) -> torch.Tensor:
     from PIL import Image
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    pixels: torch.Tensor = given.geometry()(pil_to_tensor(Image.open(uri).convert("RGB")))
+    pixels: torch.Tensor = given.make_transform()(pil_to_tensor(Image.open(uri).convert("RGB")))
     return pixels
 
 
@@ -123,7 +123,7 @@ def _originals(folder: Path, name: str) -> Iterator[Path]:
 
 
 def _bodies(name: str) -> Iterable[bytes]:
-    data = data_folder()
+    data = find_test_data()
     if name == "small":
         return (path.read_bytes() for path in sorted((data / "cifar10" / "images").rglob("*.jp*g")))
     photographs = sorted((data / "imagenet-sample").rglob("*.JPEG"))

@@ -9,14 +9,14 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
-__all__ = ["delayed"]
+__all__ = ["delaying_proxy"]
 
 _CHUNK = 1 << 18
 _Opened = Future[tuple[asyncio.AbstractEventLoop, asyncio.Event, int]]
 
 
 @contextmanager
-def delayed(endpoint: str, seconds: float) -> Iterator[str]:
+def delaying_proxy(endpoint: str, seconds: float) -> Iterator[str]:
     """URL that leads to the server at `endpoint`; each request, however many at once, takes so much longer."""
     opened: _Opened = Future()
     thread = threading.Thread(target=lambda: asyncio.run(_serve(endpoint, seconds, opened)), daemon=True)

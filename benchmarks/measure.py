@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import processes
-from benchmarks.assignment import Assignment
+from benchmarks.assignment import Workload
 
-__all__ = ["ROOT", "SYSTEMS", "Measured", "absent", "measure", "pace"]
+__all__ = ["ROOT", "SYSTEMS", "SystemRun", "missing_requirement", "run_system", "steady_throughput"]
 
 ROOT = Path(__file__).parents[1]
 SYSTEMS = (
@@ -31,7 +31,7 @@ _TIMEOUT = 3600.0
 
 
 @dataclass(frozen=True)
-class Measured:
+class SystemRun:
     """What one run came to.
 
     Attributes:
@@ -51,14 +51,14 @@ class Measured:
     trouble: str = ""
 
 
-def absent(system: str) -> str:
+def missing_requirement(system: str) -> str:
     """Why a system cannot run here, or nothing."""
     if system == "daft_udf" and not (_daft().is_dir() or find_spec("daft")):
         return f"Daft is not installed ({_daft()} is not there: make {_daft().relative_to(ROOT)})"
     return ""
 
 
-def measure(system: str, given: Assignment, work: Path) -> Measured:
+def run_system(system: str, given: Workload, work: Path) -> SystemRun:
     """Run a system once, in a process and with a temporary folder of its own.
 
     Args:
@@ -73,19 +73,26 @@ def measure(system: str, given: Assignment, work: Path) -> Measured:
     given = replace(given, marks=str(marks))
     scratch = tempfile.mkdtemp(prefix="b-", dir="/tmp")  # Ray's sockets want a short path
     try:
-        command = [sys.executable, "-m", f"benchmarks.systems.{system}", *given.arguments]
-        ended = processes.run(command, _environment(system, work, scratch), ROOT, _TIMEOUT)
+        command = [sys.executable, "-m", f"benchmarks.systems.{system}", *given.command_line]
+        ended = processes.run_process(command, _environment(system, work, scratch), ROOT, _TIMEOUT)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    steady = pace(marks, given.limit)
-    if ended.code:
-        return Measured(system, ended.seconds, math.nan, ended.peak, {}, f"exit {ended.code}: {ended.tail[-1500:]}")
+    steady = steady_throughput(marks, given.limit)
+    if ended.exit_code:
+        return SystemRun(
+            system,
+            ended.seconds,
+            math.nan,
+            ended.peak_bytes,
+            {},
+            f"exit {ended.exit_code}: {ended.output_tail[-1500:]}",
+        )
     labels, rows = _labels(given.output)
     wrong = "" if rows == len(labels) == given.limit else f"{rows} rows of {len(labels)} images, not {given.limit}"
-    return Measured(system, ended.seconds, steady, ended.peak, labels, wrong)
+    return SystemRun(system, ended.seconds, steady, ended.peak_bytes, labels, wrong)
 
 
-def pace(marks: Path, images: int) -> float:
+def steady_throughput(marks: Path, images: int) -> float:
     """Images/s from the first mark at or after 10 % of the images to the last one at or before 90 %."""
     counted = 0
     inside: list[tuple[float, int]] = []

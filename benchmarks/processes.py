@@ -13,14 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Ended", "run"]
+__all__ = ["ProcessResult", "run_process"]
 
 _SAMPLE_SECONDS = 1.0
 _Process = tuple[int, int]  # pid and start time: a pid alone may come again
 
 
 @dataclass(frozen=True)
-class Ended:
+class ProcessResult:
     """A command that has ended.
 
     Attributes:
@@ -31,21 +31,21 @@ class Ended:
         tail: the end of what it said.
     """
 
-    code: int
-    began: float
+    exit_code: int
+    started: float
     seconds: float
-    peak: int
-    tail: str
+    peak_bytes: int
+    output_tail: str
 
 
-def run(command: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: float) -> Ended:
+def run_process(command: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: float) -> ProcessResult:
     """Run a command to its end; whatever it leaves behind is killed."""
     with tempfile.TemporaryFile() as said:
         began = time.monotonic()
         process = subprocess.Popen(
             command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
         )
-        watch = _Watch(process.pid)
+        watch = _MemorySampler(process.pid)
         try:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -56,10 +56,10 @@ def run(command: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: floa
             process.kill()
             watch.end()
         said.seek(max(0, said.seek(0, os.SEEK_END) - 4000))
-        return Ended(code, began, seconds, watch.peak, said.read().decode(errors="replace"))
+        return ProcessResult(code, began, seconds, watch.peak, said.read().decode(errors="replace"))
 
 
-class _Watch:
+class _MemorySampler:
     """Samples the memory of a process and its descendants from a thread."""
 
     def __init__(self, pid: int) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
-from benchmarks.billion import HEAD, SHARD_ROWS, CountingStore, SimulatedPool, chunks, refs
+from benchmarks.billion import HEAD, SHARD_ROWS, CountingStore, SimulatedPool, generate_chunks, generate_refs
 
 __all__ = ["main"]
 
@@ -41,13 +41,13 @@ class Cost:
     """
 
     seconds: float
-    peak: int
+    peak_bytes: int
     requests: Counter[str]
-    sent: int = 0
+    sent_bytes: int = 0
 
     def __str__(self) -> str:
         requests = ", ".join(f"{count:,} {verb}" for verb, count in sorted(self.requests.items()))
-        return f"{self.seconds:9,.1f} s  {self.peak / 1e6:7,.0f} MB  {requests or 'none'}"
+        return f"{self.seconds:9,.1f} s  {self.peak_bytes / 1e6:7,.0f} MB  {requests or 'none'}"
 
 
 def main() -> None:
@@ -71,10 +71,13 @@ def main() -> None:
 
 def _plan(images: int) -> Cost:
     """Write a plan of so many images, by the rooms that do it."""
-    from batchjob.plan.chunks import extend
+    from batchjob.plan.chunks import extend_plan
 
     store = CountingStore()
-    return _cost(store, lambda: Counter(1 for _ in extend(store, HEAD, lambda after: refs(after, images), _nothing)))
+    return _cost(
+        store,
+        lambda: Counter(1 for _ in extend_plan(store, HEAD, lambda after: generate_refs(after, images), _nothing)),
+    )
 
 
 def _schedule(workers: int) -> Cost:
@@ -86,34 +89,34 @@ def _schedule(workers: int) -> Cost:
 def _resume(workers: int) -> Cost:
     """The same where all parts are there already, but no `_SUCCESS`."""
     store = CountingStore()
-    store.fill(key for chunk in chunks(IMAGES) for key in chunk.shards)
+    store.add_parts(key for chunk in generate_chunks(IMAGES) for key in chunk.shards)
     return _cost(store, lambda: _drive(store, workers))
 
 
 def _drive(store: CountingStore, workers: int) -> None:
-    from batchjob.driver.dispatcher import Dispatch
-    from batchjob.driver.finalize import Run, conclude
-    from batchjob.driver.plan_prefetcher import Feeder
-    from batchjob.driver.progress import Quiet
-    from batchjob.driver.run_state import Books
+    from batchjob.driver.dispatcher import Dispatcher
+    from batchjob.driver.finalize import RunSummary, finalize_run
+    from batchjob.driver.plan_prefetcher import PlanPrefetcher
+    from batchjob.driver.progress import NoProgress
+    from batchjob.driver.run_state import RunState
     from batchjob.job.runtime import ErrorBudget
-    from batchjob.worker.messages import Setup
+    from batchjob.worker.messages import WorkerSetup
 
-    books = Books(store, _nothing)
-    resumed = bool(books.parts)
+    books = RunState(store, _nothing)
+    resumed = bool(books.part_count)
     if resumed:
-        books.look_back(HEAD, _nothing)
-    dispatch = Dispatch(3, lambda: SimulatedPool(workers, store), Quiet(), books.commit)
-    dispatch.start(Setup({}, "."))
-    feeder, schedule = Feeder(chunks(IMAGES)), dispatch.schedule
+        books.read_existing_parts(HEAD, _nothing)
+    dispatch = Dispatcher(3, lambda: SimulatedPool(workers, store), NoProgress(), books.record_commit)
+    dispatch.start(WorkerSetup({}, "."))
+    feeder, schedule = PlanPrefetcher(generate_chunks(IMAGES)), dispatch.scheduler
     while not (feeder.finished and schedule.idle):
-        while schedule.waiting < _ENOUGH and (chunk := feeder.take(0.01)) is not None:
-            schedule.add(books.add(chunk)[1])
-        dispatch.hand_out(0)
-        dispatch.listen(0.0)
+        while schedule.waiting < _ENOUGH and (chunk := feeder.next_chunk(0.01)) is not None:
+            schedule.add(books.add_chunk(chunk)[1])
+        dispatch.dispatch(0)
+        dispatch.collect_events(0.0)
     loaded = tuple(dispatch.workers[:1])
-    run = Run(books.expected, books.fresh, (), loaded, 1.0, books.older)
-    outcome = conclude(store, HEAD, run, budget=ErrorBudget(), summary=lambda sums: {}, beat=_nothing)
+    run = RunSummary(books.expected_rows, books.new_parts, (), loaded, 1.0, books.existing_parts)
+    outcome = finalize_run(store, HEAD, run, budget=ErrorBudget(), summarize=lambda sums: {}, heartbeat=_nothing)
     assert (outcome.status, outcome.predicted) == ("complete", IMAGES), outcome
 
 
@@ -122,7 +125,7 @@ def _cost(store: CountingStore, work: Callable[[], object]) -> Cost:
     began = time.perf_counter()
     work()
     seconds = time.perf_counter() - began
-    return Cost(seconds, max(0, _resident() - before), Counter(store.requests), store.sent)
+    return Cost(seconds, max(0, _resident() - before), Counter(store.requests), store.sent_bytes)
 
 
 def _resident() -> int:
@@ -135,7 +138,12 @@ def _extrapolated(half: Cost, whole: Cost, images: int) -> Cost:
     more = (IMAGES - images) / (images / 2)
     requests = Counter({verb: round(n + (n - half.requests[verb]) * more) for verb, n in whole.requests.items()})
     seconds = whole.seconds + (whole.seconds - half.seconds) * more
-    return Cost(seconds, max(half.peak, whole.peak), requests, round(whole.sent + (whole.sent - half.sent) * more))
+    return Cost(
+        seconds,
+        max(half.peak_bytes, whole.peak_bytes),
+        requests,
+        round(whole.sent_bytes + (whole.sent_bytes - half.sent_bytes) * more),
+    )
 
 
 def _apart(work: Callable[[int], Cost], argument: int) -> Cost:

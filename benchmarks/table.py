@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from benchmarks.measure import Measured
+from benchmarks.measure import SystemRun
 
-__all__ = ["OURS", "table"]
+__all__ = ["BATCHJOB_SYSTEMS", "format_table"]
 
-OURS = ("batchjob_local", "batchjob_ray")
-_Number = Callable[[Measured], float]
+BATCHJOB_SYSTEMS = ("batchjob_local", "batchjob_ray")
+_Number = Callable[[SystemRun], float]
 
 
-def table(title: str, rounds: Sequence[Sequence[Measured]], cold: Sequence[Measured], reference: str) -> str:
+def format_table(title: str, rounds: Sequence[Sequence[SystemRun]], cold: Sequence[SystemRun], reference: str) -> str:
     """One case as text.
 
     Args:
@@ -24,7 +24,7 @@ def table(title: str, rounds: Sequence[Sequence[Measured]], cold: Sequence[Measu
         reference: system whose labels the others' are held against.
     """
     systems = [run.system for run in rounds[0]]
-    ours = [name for name in OURS if name in systems]
+    ours = [name for name in BATCHJOB_SYSTEMS if name in systems]
     head = ["", "images/s steady", "whole, s", "cold, s", "peak MB", "same labels"]
     head += [f"{name.removeprefix('batchjob_')} ÷ it, {what}" for name in ours for what in ("steady", "whole")]
     lines = [head]
@@ -46,11 +46,11 @@ def table(title: str, rounds: Sequence[Sequence[Measured]], cold: Sequence[Measu
     return f"{title}\n" + _aligned(lines)
 
 
-def _of(runs: Sequence[Measured], system: str) -> Measured:
+def _of(runs: Sequence[SystemRun], system: str) -> SystemRun:
     return next(run for run in runs if run.system == system)
 
 
-def _ratio(rounds: Sequence[Sequence[Measured]], ours: str, theirs: str, number: _Number) -> str:
+def _ratio(rounds: Sequence[Sequence[SystemRun]], ours: str, theirs: str, number: _Number) -> str:
     """How many times as fast we are, run against run of the same round."""
     if ours == theirs:
         return ""
@@ -66,7 +66,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{median(known):,.{digits}f} ({min(known):,.{digits}f}–{max(known):,.{digits}f})"
 
 
-def _agreement(run: Measured, reference: Measured) -> str:
+def _agreement(run: SystemRun, reference: SystemRun) -> str:
     if run.trouble:
         return "FAILED"
     if run is reference:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchjob.output import commit
-from batchjob.output.provenance import Provenance
+from batchjob.output.provenance import PartFooter
 from batchjob.storage.store import Store, open_store
 
 __all__ = [
@@ -227,13 +227,15 @@ def opened(output: str) -> Store:
 def table(output: str | Path) -> pa.Table:
     """All committed rows, in the order of the parts' names."""
     store = opened(str(output))
-    return pa.concat_tables(pq.read_table(pa.BufferReader(store.read(key).data)) for key in sorted(commit.parts(store)))
+    return pa.concat_tables(
+        pq.read_table(pa.BufferReader(store.read(key).data)) for key in sorted(commit.list_parts(store))
+    )
 
 
-def footers(output: str | Path) -> dict[str, Provenance]:
+def footers(output: str | Path) -> dict[str, PartFooter]:
     """Provenance of each committed part, by name."""
     store = opened(str(output))
-    return dict(commit.inspect_all(store, sorted(commit.parts(store))))
+    return dict(commit.read_footers(store, sorted(commit.list_parts(store))))
 
 
 def plans(output: str | Path) -> list[str]:

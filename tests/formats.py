@@ -23,8 +23,8 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
-from batchjob.models.huggingface_hub import quiet
-from batchjob.models.torchvision_weights import by_name
+from batchjob.models.huggingface_hub import silence_hub_libraries
+from batchjob.models.torchvision_weights import find_weights_by_name
 
 __all__ = ["FORMATS", "Built", "Format", "example", "net", "outputs", "trusted"]
 
@@ -159,7 +159,7 @@ def _beside(folder: Path) -> Iterator[ModuleType]:
 def _torchvision(folder: Path, seed: int) -> Built:
     torch.manual_seed(seed)
     module = torchvision.models.squeezenet1_1().eval()
-    file = folder / by_name("squeezenet1_1", "DEFAULT").file
+    file = folder / find_weights_by_name("squeezenet1_1", "DEFAULT").file_name
     torch.save(module.state_dict(), file)
     preset = torchvision.models.SqueezeNet1_1_Weights.DEFAULT.transforms()
     settings = {"type": "torchvision", "name": "squeezenet1_1", "weights": str(file)}
@@ -260,7 +260,7 @@ def _timm(folder: Path, seed: int) -> Built:
 
 
 def _huggingface(folder: Path, seed: int) -> Built:
-    with quiet():
+    with silence_hub_libraries():
         import transformers
 
         torch.manual_seed(seed)

@@ -225,12 +225,12 @@ def _import_everything() -> None:
 
 
 def _start_fork_server() -> None:
-    from batchjob.concurrency import preload
+    from batchjob.concurrency import start_forkserver
     from batchjob.inference.autotune import trial_process
     from batchjob.loader.loader import Loader
-    from batchjob.preprocessing.transforms import Prepare
+    from batchjob.preprocessing.transforms import ImageTransform
 
-    preload(Loader.__module__, Prepare.__module__, trial_process.__name__)
+    start_forkserver(Loader.__module__, ImageTransform.__module__, trial_process.__name__)
 
 
 def _bury() -> None:

@@ -12,9 +12,9 @@ import torch
 import torchvision  # noqa: F401 - brings torch.ops.image
 from PIL import Image
 
-from batchjob.loader.gpu_share import Divided, Share
+from batchjob.loader.gpu_share import GpuShare, GpuSplitTransform
 from batchjob.preprocessing.settings import DecodeSettings, Preprocess
-from batchjob.preprocessing.transforms import Geometry, Prepare
+from batchjob.preprocessing.transforms import ImageTransform, ResizeCrop
 
 __all__ = ["CENTRE", "OTHERS", "PLAIN", "decoded", "divided", "jpeg", "photograph", "share"]
 
@@ -44,13 +44,15 @@ def decoded(files: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.ops.image.decode_jpeg(file, 3, False) for file in files]
 
 
-def share(value: float) -> Share:
-    return Share(get_context("forkserver"), value)
+def share(value: float) -> GpuShare:
+    return GpuShare(get_context("forkserver"), value)
 
 
-def divided(value: float, preprocess: Preprocess = CENTRE, **settings: Any) -> Divided:
+def divided(value: float, preprocess: Preprocess = CENTRE, **settings: Any) -> GpuSplitTransform:
     given = DecodeSettings(mode="fast", device="cuda", **settings)
-    return Divided(Prepare(given, Geometry(preprocess), gray=False, turn=preprocess.exif == "apply"), share(value))
+    return GpuSplitTransform(
+        ImageTransform(given, ResizeCrop(preprocess), gray=False, apply_exif=preprocess.exif == "apply"), share(value)
+    )
 
 
 PLAIN = jpeg(photograph(1))

@@ -16,15 +16,23 @@ import yaml
 from batchjob.errors import AttemptFailed, BatchjobError, Temporary
 from batchjob.job.job import Job
 from batchjob.output import retry
-from batchjob.output.commit import commit as commit_of_commit
-from batchjob.output.part_writer import PartWriter, rows
-from batchjob.output.provenance import Provenance, ShardResult
-from batchjob.output.schema import row_schema
-from batchjob.plan.head import current, is_discarded
+from batchjob.output.commit import commit_part as commit_of_commit
+from batchjob.output.part_writer import PartWriter, build_rows
+from batchjob.output.provenance import PartFooter, ShardResult
+from batchjob.output.schema import build_row_schema
+from batchjob.plan.head import is_discarded, read_current_head
 from batchjob.plan.reader import PlanReader
 from batchjob.storage.store import Store, open_store
-from batchjob.types import Fault, ImageFacts, ImageRef, ShardKey
-from batchjob.worker.messages import Done, Event, Failed, Loaded, Ready, Setup, WorkerFailed
+from batchjob.types import ErrorRecord, ImageInfo, ImageRef, ShardKey
+from batchjob.worker.messages import (
+    ShardCommitted,
+    ShardFailed,
+    WorkerEvent,
+    WorkerFailed,
+    WorkerInfo,
+    WorkerReady,
+    WorkerSetup,
+)
 
 __all__ = [
     "Act",
@@ -41,25 +49,25 @@ __all__ = [
     "worker_fails",
 ]
 
-LOADED = Loaded("cpu", "fp32", "fake@000000000000", ("score",), batch_size=4, seconds=0.0)
+LOADED = WorkerInfo("cpu", "fp32", "fake@000000000000", ("score",), batch_size=4, seconds=0.0)
 _REST_SECONDS = 0.005
 
 # What becomes of one attempt: events, one a turn of `wait`; None for a turn in which nothing happens.
-Act = Callable[["ScriptedPool", ShardKey], Iterator[Event | None]]
+Act = Callable[["ScriptedPool", ShardKey], Iterator[WorkerEvent | None]]
 
 
-def commit(pool: ScriptedPool, key: ShardKey) -> Iterator[Event | None]:
+def commit(pool: ScriptedPool, key: ShardKey) -> Iterator[WorkerEvent | None]:
     """As it should be."""
-    yield Done(pool.commit(key))
+    yield ShardCommitted(pool.commit(key))
 
 
-def twice(pool: ScriptedPool, key: ShardKey) -> Iterator[Event | None]:
+def twice(pool: ScriptedPool, key: ShardKey) -> Iterator[WorkerEvent | None]:
     """The answer comes a second time, some turns later."""
-    done = Done(pool.commit(key))
+    done = ShardCommitted(pool.commit(key))
     yield from (done, None, done)
 
 
-def hang(pool: ScriptedPool, key: ShardKey) -> Iterator[Event | None]:
+def hang(pool: ScriptedPool, key: ShardKey) -> Iterator[WorkerEvent | None]:
     """Nothing is heard of it again."""
     while True:
         yield None
@@ -68,22 +76,22 @@ def hang(pool: ScriptedPool, key: ShardKey) -> Iterator[Event | None]:
 def slow(turns: int) -> Act:
     """Commits after so many turns."""
 
-    def act(pool: ScriptedPool, key: ShardKey) -> Iterator[Event | None]:
+    def act(pool: ScriptedPool, key: ShardKey) -> Iterator[WorkerEvent | None]:
         yield from [None] * turns
-        yield Done(pool.commit(key))
+        yield ShardCommitted(pool.commit(key))
 
     return act
 
 
 def fail(error: BatchjobError | None = None) -> Act:
     """The attempt fails with nothing committed; the worker was lost where no error is given."""
-    return lambda pool, key: iter([Failed(key, error or AttemptFailed("worker 0 was lost"))])
+    return lambda pool, key: iter([ShardFailed(key, error or AttemptFailed("worker 0 was lost"))])
 
 
-def fail_after_commit(pool: ScriptedPool, key: ShardKey) -> Iterator[Event | None]:
+def fail_after_commit(pool: ScriptedPool, key: ShardKey) -> Iterator[WorkerEvent | None]:
     """The worker is lost between its PUT and its answer."""
     pool.commit(key)
-    yield Failed(key, AttemptFailed("worker 0 was lost"))
+    yield ShardFailed(key, AttemptFailed("worker 0 was lost"))
 
 
 def worker_fails(error: BatchjobError) -> Act:
@@ -94,7 +102,7 @@ def worker_fails(error: BatchjobError) -> Act:
 def first(happens: Callable[[], object], then: Act = commit) -> Act:
     """Something happens while the shard runs, and the act takes its course."""
 
-    def act(pool: ScriptedPool, key: ShardKey) -> Iterator[Event | None]:
+    def act(pool: ScriptedPool, key: ShardKey) -> Iterator[WorkerEvent | None]:
         happens()
         yield from then(pool, key)
 
@@ -104,7 +112,7 @@ def first(happens: Callable[[], object], then: Act = commit) -> Act:
 @dataclass
 class _Attempt:
     key: ShardKey
-    events: Iterator[Event | None]
+    events: Iterator[WorkerEvent | None]
 
 
 class ScriptedPool:
@@ -128,7 +136,7 @@ class ScriptedPool:
         script: Mapping[int, Sequence[Act]] = {},
         *,
         size: int = 2,
-        ready: Iterable[Event | None] = (Ready("0", LOADED),),
+        ready: Iterable[WorkerEvent | None] = (WorkerReady("0", LOADED),),
         newest_first: bool = False,
     ) -> None:
         self._script = {index: list(acts) for index, acts in script.items()}
@@ -141,7 +149,7 @@ class ScriptedPool:
         self.size = size
         self.submitted: list[int] = []
         self.backed_up: list[int] = []
-        self.setup: Setup | None = None
+        self.setup: WorkerSetup | None = None
         self.closed = False
 
     @property
@@ -149,28 +157,28 @@ class ScriptedPool:
         """How often each shard was handed out."""
         return Counter(self.submitted)
 
-    def start(self, setup: Setup) -> None:
-        folder = Path(setup.folder)
+    def start(self, setup: WorkerSetup) -> None:
+        folder = Path(setup.job_folder)
         self.setup = setup
-        self._job = Job.from_portable(setup.job, folder, folder)
+        self._job = Job.deserialize(setup.job, folder, folder)
         self._store = open_store(self._job.output.uri, self._job.storage)
 
-    def free(self) -> int:
+    def free_slots(self) -> int:
         return 2 * self.size - len(self._attempts) if self._ready else 0
 
-    def submit(self, key: ShardKey, plan: int) -> None:
-        assert self.free() > 0, "more than was asked for"
-        self._begin(key, plan)
+    def submit(self, key: ShardKey, plan_number: int) -> None:
+        assert self.free_slots() > 0, "more than was asked for"
+        self._begin(key, plan_number)
 
-    def idle(self) -> int:
+    def idle_workers(self) -> int:
         """As if each attempt had a worker of its own, as long as there are so many."""
         return max(0, self.size - len(self._attempts)) if self._ready else 0
 
-    def back_up(self, key: ShardKey, plan: int) -> None:
-        assert self.idle() > 0, "nobody is idle"
+    def submit_speculative(self, key: ShardKey, plan_number: int) -> None:
+        assert self.idle_workers() > 0, "nobody is idle"
         assert any(attempt.key == key for attempt in self._attempts), "nobody has it in hand"
         self.backed_up.append(key.index)
-        self._begin(key, plan)
+        self._begin(key, plan_number)
 
     def _begin(self, key: ShardKey, plan: int) -> None:
         assert not self.closed
@@ -180,11 +188,11 @@ class ScriptedPool:
         self.submitted.append(key.index)
         self._attempts.append(_Attempt(key, act(self, key)))
 
-    def wait(self, timeout: float) -> list[Event]:
+    def wait(self, timeout: float) -> list[WorkerEvent]:
         """One event of one shard's, or a short rest."""
         assert not self.closed
         if (waking := next(self._waking, None)) is not None:
-            self._ready = self._ready or isinstance(waking, Ready)
+            self._ready = self._ready or isinstance(waking, WorkerReady)
             return [waking]
         for attempt in self._attempts[::-1] if self._newest_first else list(self._attempts):
             event = next(attempt.events, attempt)
@@ -201,7 +209,7 @@ class ScriptedPool:
 
     def commit(self, key: ShardKey) -> ShardResult:
         """Make the shard's part and commit it, as a worker does."""
-        number, head = current(self._store)
+        number, head = read_current_head(self._store)
         assert head is not None
         assert number == self._plan
         with tempfile.TemporaryDirectory() as spool:
@@ -216,34 +224,34 @@ class ScriptedPool:
                 stands, examples = retry.replace_part(self._store, key, writer.path, made, wanted)
             else:
                 stands = commit_of_commit(self._store, key, writer.path, made, wanted)
-        return ShardResult(key, stands.provenance, examples, stands.ours, stands.stat.etag)
+        return ShardResult(key, stands.footer, examples, stands.ours, stands.info.etag)
 
 
-def make_part(path: Path, store: Store, job: Job, key: ShardKey) -> tuple[PartWriter, Provenance]:
+def make_part(path: Path, store: Store, job: Job, key: ShardKey) -> tuple[PartWriter, PartFooter]:
     """The part of a shard of the plan in force, on the local spool; at a retry its error rows, all of them good now."""
-    _, head = current(store)
+    _, head = read_current_head(store)
     assert head is not None
     reader = PlanReader(store, head)
-    shard = reader.shard(key)
+    shard = reader.read_shard(key)
     if key.revision:
-        shard = retry.outstanding(store, shard)
-    facts = [ImageFacts(ref.etag, 8, 8) if key.revision else _facts(ref) for ref in shard.refs]
-    scores = pa.array([float(ref.position) for ref, fact in zip(shard.refs, facts, strict=True) if fact.fault is None])
-    schema = row_schema(list(reader.passthrough), [pa.field("score", pa.float64())], job.input.has_id)
+        shard = retry.select_error_rows(store, shard)
+    facts = [ImageInfo(ref.etag, 8, 8) if key.revision else _facts(ref) for ref in shard.refs]
+    scores = pa.array([float(ref.position) for ref, fact in zip(shard.refs, facts, strict=True) if fact.error is None])
+    schema = build_row_schema(list(reader.passthrough_schema), [pa.field("score", pa.float64())], job.input.has_id)
     with PartWriter(path, schema) as writer:
         writer.add(
-            rows(
+            build_rows(
                 schema,
                 shard=shard,
                 start=0,
-                facts=facts,
+                image_infos=facts,
                 columns=[scores],
-                faults=[None] * len(scores),
+                error_records=[None] * len(scores),
                 run_id="run",
                 model_id=LOADED.model,
             )
         )
-        made = Provenance(
+        made = PartFooter(
             plan=head.plan,
             shard=key.id,
             index=key.index,
@@ -261,10 +269,10 @@ def make_part(path: Path, store: Store, job: Job, key: ShardKey) -> tuple[PartWr
     return writer, made
 
 
-def _facts(ref: ImageRef) -> ImageFacts:
+def _facts(ref: ImageRef) -> ImageInfo:
     if "bad" in ref.uri:
-        return ImageFacts(fault=Fault("decode", "truncated", "ends too early"))
-    return ImageFacts(ref.etag, 8, 8)
+        return ImageInfo(error=ErrorRecord("decode", "truncated", "ends too early"))
+    return ImageInfo(ref.etag, 8, 8)
 
 
 def job(folder: Path, images: Sequence[str], **sections: object) -> Job:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from batchjob.output import commit
-from batchjob.output.provenance import Provenance
+from batchjob.output.provenance import PartFooter
 from batchjob.storage.store import Store, open_store
 
 __all__ = ["Ended", "cifar", "footers", "labels_right", "rows", "run", "start"]
@@ -67,10 +67,10 @@ def wait(process: subprocess.Popen[str], timeout: float = 200) -> Ended:
     return Ended(process.returncode, said, json.loads(lines[-1]) if lines else {})
 
 
-def footers(output: str) -> dict[str, Provenance]:
+def footers(output: str) -> dict[str, PartFooter]:
     """Provenance of every committed part, by key."""
     store: Store = open_store(output)
-    return dict(commit.inspect_all(store, sorted(commit.parts(store))))
+    return dict(commit.read_footers(store, sorted(commit.list_parts(store))))
 
 
 def rows(output: str) -> list[dict[str, Any]]:
@@ -79,7 +79,7 @@ def rows(output: str) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     store = open_store(output)
-    parts = [pq.read_table(pa.BufferReader(store.read(key).data)) for key in sorted(commit.parts(store))]
+    parts = [pq.read_table(pa.BufferReader(store.read(key).data)) for key in sorted(commit.list_parts(store))]
     return [row for part in parts for row in part.to_pylist()]
 
 

@@ -13,8 +13,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from batchjob.errors import AlreadyExists, BatchjobError, Changed, NotFound, Unavailable
-from batchjob.storage.objects import Blob, Stat
+from batchjob.errors import AlreadyExists, BatchjobError, NotFound, PreconditionFailed, Unavailable
+from batchjob.storage.objects import ObjectData, ObjectInfo
 
 __all__ = ["WRITES", "Call", "Fault", "Killed", "MemoryStore"]
 
@@ -63,9 +63,9 @@ class _Planned:
 class _Disk:
     """What outlives every client."""
 
-    objects: dict[str, Blob] = field(default_factory=dict)
+    objects: dict[str, ObjectData] = field(default_factory=dict)
     writes: int = 0
-    before: deque[dict[str, Blob]] = field(default_factory=lambda: deque([{}], maxlen=_STALE_WRITES))
+    before: deque[dict[str, ObjectData]] = field(default_factory=lambda: deque([{}], maxlen=_STALE_WRITES))
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -104,7 +104,7 @@ class MemoryStore:
 
     # -- Store -------------------------------------------------------------------------------------------------------
 
-    def read(self, key: str) -> Blob:
+    def read(self, key: str) -> ObjectData:
         """Raises NotFound, Unavailable."""
         return self._asked("read", key, lambda: self._blob(key))
 
@@ -120,24 +120,24 @@ class MemoryStore:
         """Its bytes as a file."""
         return self._asked("open", key, lambda: io.BytesIO(self._blob(key).data))
 
-    def stat(self, key: str) -> Stat:
+    def stat(self, key: str) -> ObjectInfo:
         """Raises NotFound, Unavailable."""
         return self._asked("stat", key, lambda: _stat(key, self._blob(key)))
 
-    def list(self, prefix: str) -> Iterator[Stat]:
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Objects whose key starts with `prefix`, in key order."""
         fault = self._fault("list", prefix)
         lying = self._disk.before[0] if fault is Fault.STALE else self._disk.objects
         found = self._answered("list", prefix, fault, lambda: dict(lying))
         return (_stat(key, found[key]) for key in sorted(found) if key.startswith(prefix))
 
-    def put_if_absent(self, key: str, body: bytes | Path) -> Stat:
+    def put_if_absent(self, key: str, body: bytes | Path) -> ObjectInfo:
         """Raises AlreadyExists, Unavailable."""
         return self._asked("put_if_absent", key, lambda: self._create(key, body))
 
-    def replace_if_match(self, key: str, body: bytes | Path, version: str) -> Stat:
+    def replace_if_match(self, key: str, body: bytes | Path, version: str) -> ObjectInfo:
         """Raises Changed, Unavailable."""
-        return self._asked("replace_if_match", key, lambda: self._replace(key, body, version), Changed)
+        return self._asked("replace_if_match", key, lambda: self._replace(key, body, version), PreconditionFailed)
 
     def delete(self, key: str) -> None:
         """Absent is fine."""
@@ -145,7 +145,7 @@ class MemoryStore:
 
     def delete_if_match(self, key: str, version: str) -> None:
         """Absent is fine. Raises Changed, Unavailable."""
-        self._asked("delete_if_match", key, lambda: self._remove(key, version), Changed)
+        self._asked("delete_if_match", key, lambda: self._remove(key, version), PreconditionFailed)
 
     # -- how -----------------------------------------------------------------------------------------------------------
 
@@ -189,34 +189,34 @@ class MemoryStore:
                 return planned.fault
         return None
 
-    def _blob(self, key: str) -> Blob:
+    def _blob(self, key: str) -> ObjectData:
         if key not in self._disk.objects:
             raise NotFound(f"{self.uri}/{key}: not there")
         return self._disk.objects[key]
 
-    def _create(self, key: str, body: bytes | Path) -> Stat:
+    def _create(self, key: str, body: bytes | Path) -> ObjectInfo:
         if key in self._disk.objects:
             raise AlreadyExists(f"{self.uri}/{key}: already there")
         return self._write(key, body)
 
-    def _replace(self, key: str, body: bytes | Path, version: str) -> Stat:
+    def _replace(self, key: str, body: bytes | Path, version: str) -> ObjectInfo:
         if key not in self._disk.objects or self._disk.objects[key].version != version:
-            raise Changed(f"{self.uri}/{key}: replaced by another writer")
+            raise PreconditionFailed(f"{self.uri}/{key}: replaced by another writer")
         return self._write(key, body)
 
     def _remove(self, key: str, version: str | None = None) -> None:
         if version is not None and key in self._disk.objects and self._disk.objects[key].version != version:
-            raise Changed(f"{self.uri}/{key}: replaced by another writer")
+            raise PreconditionFailed(f"{self.uri}/{key}: replaced by another writer")
         self._disk.before.append(dict(self._disk.objects))
         self._disk.objects.pop(key, None)
 
-    def _write(self, key: str, body: bytes | Path) -> Stat:
+    def _write(self, key: str, body: bytes | Path) -> ObjectInfo:
         data = body.read_bytes() if isinstance(body, Path) else body
         self._disk.before.append(dict(self._disk.objects))
         self._disk.writes += 1
-        self._disk.objects[key] = Blob(data, hashlib.sha256(data).hexdigest()[:32], str(self._disk.writes))
+        self._disk.objects[key] = ObjectData(data, hashlib.sha256(data).hexdigest()[:32], str(self._disk.writes))
         return _stat(key, self._disk.objects[key])
 
 
-def _stat(key: str, blob: Blob) -> Stat:
-    return Stat(key, len(blob.data), blob.etag, blob.version)
+def _stat(key: str, blob: ObjectData) -> ObjectInfo:
+    return ObjectInfo(key, len(blob.data), blob.etag, blob.version)

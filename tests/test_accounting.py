@@ -13,20 +13,20 @@ import pyarrow.parquet as pq
 import pytest
 from stores import Fault, MemoryStore
 
-from batchjob.driver.existing_output import clear_foreign
-from batchjob.driver.finalize import Run, conclude
-from batchjob.driver.scheduler import GivenUp
+from batchjob.driver.existing_output import delete_stale_parts
+from batchjob.driver.finalize import RunSummary, finalize_run
+from batchjob.driver.scheduler import AbandonedShard
 from batchjob.errors import AttemptFailed, BatchjobError, CheckFailed, Incomplete, InvalidJob, Temporary, Unavailable
 from batchjob.job.runtime import ErrorBudget
 from batchjob.output import commit
-from batchjob.output.provenance import Provenance, ShardResult
-from batchjob.plan.head import Head, bury, new_head
-from batchjob.plan.head import freeze as freeze_of_head
-from batchjob.report.run_result import Outcome, PlanSummary
+from batchjob.output.provenance import PartFooter, ShardResult
+from batchjob.plan.head import PlanHead, discard_plan, new_head
+from batchjob.plan.head import put_head as freeze_of_head
+from batchjob.report.run_result import PlanSummary, RunResult
 from batchjob.types import ShardKey
-from batchjob.worker.messages import Loaded
+from batchjob.worker.messages import WorkerInfo
 
-WORKER = Loaded("cpu", "fp32", "net@000000000000", ("score",), batch_size=4, seconds=1.5)
+WORKER = WorkerInfo("cpu", "fp32", "net@000000000000", ("score",), batch_size=4, seconds=1.5)
 
 
 class Output:
@@ -40,7 +40,7 @@ class Output:
         self.fresh: dict[str, ShardResult] = {}
         self.beats = 0
 
-    def freeze(self, number: int) -> Head:
+    def freeze(self, number: int) -> PlanHead:
         head = new_head(number, job={}, fingerprint={}, shard_size=10, source_version=None, batchjob="1")
         return freeze_of_head(self.store, head)
 
@@ -49,7 +49,7 @@ class Output:
     ) -> str:
         """Plan a shard and commit its part; its footer `says` something else, where asked. Returns its key."""
         key = ShardKey(index, f"{index:016x}", rows, 0, 0)
-        made = Provenance(
+        made = PartFooter(
             plan=self.head.plan,
             shard=key.id,
             index=index,
@@ -64,25 +64,27 @@ class Output:
             versions={},
         )
         made = replace(made, **says)
-        self.expected[key.part] = rows
+        self.expected[key.part_key] = rows
         path = self._spool / key.id
-        table = pa.table({"position": range(rows)}).replace_schema_metadata({Provenance.KEY: made.dump()})
+        table = pa.table({"position": range(rows)}).replace_schema_metadata({PartFooter.KEY: made.to_json()})
         pq.write_table(table, path)
-        stat = self.store.put_if_absent(key.part, path)
+        stat = self.store.put_if_absent(key.part_key, path)
         if fresh:
             examples = dict.fromkeys(made.errors, f"{index}.png: ends too early")
-            self.fresh[key.part] = ShardResult(key, made, examples, True, stat.etag)
-        return key.part
+            self.fresh[key.part_key] = ShardResult(key, made, examples, True, stat.etag)
+        return key.part_key
 
-    def give_up(self, index: int, reason: str = "worker 0 was lost") -> GivenUp:
+    def give_up(self, index: int, reason: str = "worker 0 was lost") -> AbandonedShard:
         key = ShardKey(index, f"{index:016x}", 10, 0, 0)
-        self.expected[key.part] = 10
-        return GivenUp(key, reason)
+        self.expected[key.part_key] = 10
+        return AbandonedShard(key, reason)
 
-    def conclude(self, *given_up: GivenUp, max_count: int | None = None, max_rate: float = 0.01, **run: Any) -> Outcome:
-        ran = Run(self.expected, self.fresh, given_up, (WORKER,), 4.0, **run)
+    def conclude(
+        self, *given_up: AbandonedShard, max_count: int | None = None, max_rate: float = 0.01, **run: Any
+    ) -> RunResult:
+        ran = RunSummary(self.expected, self.fresh, given_up, (WORKER,), 4.0, **run)
         budget = ErrorBudget(max_rate=max_rate, max_count=max_count)
-        return conclude(self.store, self.head, ran, budget=budget, summary=self.summary, beat=self.beat)
+        return finalize_run(self.store, self.head, ran, budget=budget, summarize=self.summary, heartbeat=self.beat)
 
     def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
         return {"accuracy": sums["right"] / sums["images"], "images": sums["images"]} if sums else {}
@@ -114,7 +116,7 @@ def test_the_sums_are_those_of_the_parts(output: Output) -> None:
     output.put(0, failed=1)
     output.put(1, rows=7, failed=2)
     outcome = output.conclude(max_rate=0.5)
-    assert outcome == Outcome("complete", 17, 14, 3, 4.0, 17 / 4.0, output.store.uri, 0, "")
+    assert outcome == RunResult("complete", 17, 14, 3, 4.0, 17 / 4.0, output.store.uri, 0, "")
     facts = output.said("_SUCCESS")
     assert facts["plan"] == output.head.plan
     assert facts["counts"] == {"planned": 17, "predicted": 14, "failed": 3}
@@ -210,7 +212,7 @@ def test_a_part_of_no_plan_is_an_alarm(output: Output) -> None:
 
 def test_what_a_discarded_plan_left_is_deleted(output: Output) -> None:
     left = output.put(0)
-    bury(output.store, output.head)
+    discard_plan(output.store, output.head)
     output.expected.clear()
     output.fresh.clear()
     output.head = replace(output.head, plan="second", number=1)
@@ -221,7 +223,7 @@ def test_what_a_discarded_plan_left_is_deleted(output: Output) -> None:
 
 
 def test_what_is_gone_already_need_not_be_deleted(output: Output) -> None:
-    clear_foreign(output.store, ["predictions/part-0000000-gone.parquet"])
+    delete_stale_parts(output.store, ["predictions/part-0000000-gone.parquet"])
 
 
 # --- shards given up ------------------------------------------------------------------------------------------------
@@ -320,7 +322,7 @@ def test_of_a_plan_that_is_not_whole_nothing_is_foreign(output: Output) -> None:
     output.put(0, failed=5)
     later = output.put(1)
     del output.expected[later]
-    assert output.conclude(stopped_early=True, whole=False).exit_code == 3
+    assert output.conclude(stopped_early=True, plan_complete=False).exit_code == 3
     assert later in output.store.held()
 
 
@@ -334,7 +336,7 @@ def test_truth_is_summed_over_the_parts(output: Output) -> None:
     outcome = output.conclude()
     assert outcome.truth == {"accuracy": 0.8, "images": 15}
     assert output.said("_batchjob/report.json")["truth"] == outcome.truth
-    assert outcome.sentence().splitlines()[1] == "accuracy 0.8 over 15 rows with truth"
+    assert outcome.to_text().splitlines()[1] == "accuracy 0.8 over 15 rows with truth"
 
 
 @pytest.mark.parametrize(
@@ -351,7 +353,7 @@ def test_truth_is_summed_over_the_parts(output: Output) -> None:
     ],
 )
 def test_truth_is_told_in_a_line(truth: dict[str, Any], line: str | None) -> None:
-    said = Outcome("complete", 1, 1, 0, output="out", truth=truth).sentence().splitlines()
+    said = RunResult("complete", 1, 1, 0, output="out", truth=truth).to_text().splitlines()
     assert said[1:] == ([] if line is None else [line])
 
 
@@ -373,9 +375,9 @@ def test_truth_is_told_in_a_line(truth: dict[str, Any], line: str | None) -> Non
     ],
 )
 def test_every_error_has_its_exit_code(error: BaseException, status: str, code: int) -> None:
-    outcome = Outcome.of_error(error, "out", 1.5)
+    outcome = RunResult.from_error(error, "out", 1.5)
     assert (outcome.status, outcome.exit_code, outcome.output, outcome.seconds) == (status, code, "out", 1.5)
-    assert outcome.sentence() == outcome.message
+    assert outcome.to_text() == outcome.message
     if isinstance(error, BatchjobError):
         assert outcome.message == error.message
     elif isinstance(error, ValueError):
@@ -385,7 +387,7 @@ def test_every_error_has_its_exit_code(error: BaseException, status: str, code: 
 
 
 def test_an_outcome_is_one_line_of_json() -> None:
-    line = Outcome("complete", 12, 11, 1, 4.00049, 2.99999, "out", 0).dump()
+    line = RunResult("complete", 12, 11, 1, 4.00049, 2.99999, "out", 0).to_json()
     assert "\n" not in line
     facts = json.loads(line)
     wanted = "status planned predicted failed seconds images_per_second output exit_code"
@@ -396,18 +398,21 @@ def test_an_outcome_is_one_line_of_json() -> None:
     ("outcome", "sentence"),
     [
         (
-            Outcome("complete", 1200, 1199, 1, 4.0, 300.0, "out"),
+            RunResult("complete", 1200, 1199, 1, 4.0, 300.0, "out"),
             "out: complete: 1,200 images, 1,199 predicted, 1 failed in 4.0 s, 300.0 images/s",
         ),
         (
-            Outcome("complete", 300, 299, 1, seconds=15.0, images_per_second=4.0, output="out"),
+            RunResult("complete", 300, 299, 1, seconds=15.0, images_per_second=4.0, output="out"),
             "out: complete: 300 images, 299 predicted, 1 failed; 60 of them in this run, in 15.0 s, 4.0 images/s",
         ),
-        (Outcome("already_complete", 3, 3, 0, output="out"), "out: already complete: 3 images, 3 predicted, 0 failed"),
+        (
+            RunResult("already_complete", 3, 3, 0, output="out"),
+            "out: already complete: 3 images, 3 predicted, 0 failed",
+        ),
     ],
 )
-def test_an_outcome_without_a_message_gives_its_sums(outcome: Outcome, sentence: str) -> None:
-    assert outcome.sentence() == sentence
+def test_an_outcome_without_a_message_gives_its_sums(outcome: RunResult, sentence: str) -> None:
+    assert outcome.to_text() == sentence
 
 
 def test_a_plan_in_numbers() -> None:

@@ -12,13 +12,13 @@ from lost import write_harmful_job
 from stores import MemoryStore
 
 from batchjob import Job
-from batchjob.concurrency import side_by_side
-from batchjob.inference.autotune.autotuner import Agreement
-from batchjob.inference.autotune.decision import Decision
-from batchjob.inference.autotune.trial_process import Bench
+from batchjob.concurrency import parallel_map
+from batchjob.inference.autotune.autotuner import Autotuner
+from batchjob.inference.autotune.decision import TuningDecision
+from batchjob.inference.autotune.trial_process import TrialSpec
 from batchjob.inference.autotune.trials import Trial
 from batchjob.inference.engine import Engine
-from batchjob.inference.execution_config import Recipe
+from batchjob.inference.execution_config import ExecutionConfig
 from batchjob.plan.head import new_head
 from batchjob.storage.reader import Reader
 
@@ -33,21 +33,21 @@ def test_one_worker_of_a_machine_tries_and_the_others_go_by_what_it_found(
     job = Job.from_file(Path(write_harmful_job(tmp_path, 4, black=[])), overrides=["runtime.tuning=on"])
     store, waiting, tried = MemoryStore(), threading.Barrier(WORKERS), []
 
-    def table(bench: Bench, recipes: Sequence[Recipe], *_: Any) -> list[Trial]:
+    def table(bench: TrialSpec, recipes: Sequence[ExecutionConfig], *_: Any) -> list[Trial]:
         tried.append(recipes)
-        return [Trial(Recipe(), "it ran out of patience")]
+        return [Trial(ExecutionConfig(), "it ran out of patience")]
 
-    monkeypatch.setattr("batchjob.inference.autotune.autotuner.table", table)
+    monkeypatch.setattr("batchjob.inference.autotune.autotuner.run_isolated_trials", table)
     head = new_head(0, job={}, fingerprint={}, shard_size=4, source_version=None, batchjob="1")
     engine = Engine(job, Reader(), (str(tmp_path / "white.png"),))
-    bench = Bench(job.portable(), tmp_path, tmp_path, (), batch_size=4, threads=1)
+    bench = TrialSpec(job.serialize(), tmp_path, tmp_path, (), batch_size=4, threads=1)
 
-    def reached(_: int) -> Decision:
+    def reached(_: int) -> TuningDecision:
         ours = store.client()
         ours.inject("read", "*/tuning/*", waiting.wait)  # all have looked before one has tried
-        return Agreement(ours, head, engine, bench, 1000.0, 1.0, lambda: False).reach()
+        return Autotuner(ours, head, engine, bench, 1000.0, 1.0, lambda: False).decide()
 
-    found = list(side_by_side(reached, range(WORKERS), threads=WORKERS))
+    found = list(parallel_map(reached, range(WORKERS), threads=WORKERS))
     assert len(tried) == 1
     assert len(set(found)) == 1
     assert found[0].reason == "eager fp32 could not be run in a trial: it ran out of patience"

@@ -9,17 +9,17 @@ from pathlib import Path
 import pyarrow as pa
 
 from batchjob.errors import AttemptFailed, Unavailable
-from batchjob.output.part_builder import Assembly, Imprint
-from batchjob.output.schema import row_schema
-from batchjob.preprocessing.geometry import Frame
+from batchjob.output.part_builder import PartBuilder, PartMetadata
+from batchjob.output.schema import build_row_schema
+from batchjob.preprocessing.geometry import ImageGeometry
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import open_store
 from batchjob.tasks.embedding import EmbeddingTask
 from batchjob.tasks.postprocess import Postprocess
-from batchjob.types import Batch, Fault, ImageFacts, ImageRef, Shard, ShardKey
-from batchjob.worker.messages import Done, Event, Failed
+from batchjob.types import Batch, ErrorRecord, ImageInfo, ImageRef, Shard, ShardKey
+from batchjob.worker.messages import ShardCommitted, ShardFailed, WorkerEvent
 
-GONE = Batch(0, 0, (ImageFacts(fault=Fault("fetch", "not_found", "it is not there")),) * 2, None)
+GONE = Batch(0, 0, (ImageInfo(error=ErrorRecord("fetch", "not_found", "it is not there")),) * 2, None)
 
 
 def shard(index: int, rows: int = 4, take: int | None = None) -> Shard:
@@ -31,49 +31,49 @@ def shard(index: int, rows: int = 4, take: int | None = None) -> Shard:
 def post() -> Postprocess:
     import torch
 
-    return EmbeddingTask().prepare(torch.zeros(2, 3), None, Reader(), Path())
+    return EmbeddingTask().build_postprocess(torch.zeros(2, 3), None, Reader(), Path())
 
 
-def assembly(tmp_path: Path, spool: Path, told: list[Event]) -> Assembly:
-    return Assembly(
+def assembly(tmp_path: Path, spool: Path, told: list[WorkerEvent]) -> PartBuilder:
+    return PartBuilder(
         store=open_store(str(tmp_path / "out")),
-        spool=spool,
-        imprint=Imprint("plan", "fingerprint", "model", "net@1", "eager", row_schema([], post().fields)),
-        post=post(),
-        frames=lambda facts: Frame(1, 1, 1, 1),
-        wanted=lambda: None,
-        tell=told.append,
+        scratch_folder=spool,
+        metadata=PartMetadata("plan", "fingerprint", "model", "net@1", "eager", build_row_schema([], post().fields)),
+        postprocess=post(),
+        get_geometry=lambda facts: ImageGeometry(1, 1, 1, 1),
+        raise_if_discarded=lambda: None,
+        on_event=told.append,
     )
 
 
 def test_a_spool_that_cannot_be_written_fails_each_shard_once(tmp_path: Path) -> None:
-    told: list[Event] = []
+    told: list[WorkerEvent] = []
     making = assembly(tmp_path, tmp_path / "no such folder", told)
     for index in (0, 1):
         for last in (False, True):
-            making.add(shard(index), GONE, None, seconds=0.0, last=last)
-    making.add_empty(shard(2, 0))
+            making.add(shard(index), GONE, None, forward_seconds=0.0, is_last=last)
+    making.add_empty_shard(shard(2, 0))
     making.close()
-    assert [(type(event), event.key.index) for event in told if isinstance(event, Failed)] == [
-        (Failed, 0),
-        (Failed, 1),
-        (Failed, 2),
+    assert [(type(event), event.key.index) for event in told if isinstance(event, ShardFailed)] == [
+        (ShardFailed, 0),
+        (ShardFailed, 1),
+        (ShardFailed, 2),
     ]
 
 
 def test_a_spool_without_room_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     """The limit on the size of a file stands for the disk's end: the kernel refuses both in the same place."""
-    told: list[Event] = []
+    told: list[WorkerEvent] = []
     making = assembly(tmp_path, tmp_path, told)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (512, before[1]))
     try:
-        making.add(shard(0, rows=2), GONE, None, seconds=0.0, last=True)
+        making.add(shard(0, rows=2), GONE, None, forward_seconds=0.0, is_last=True)
         making.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     (event,) = told
-    assert isinstance(event, Failed)
+    assert isinstance(event, ShardFailed)
     assert isinstance(event.error, AttemptFailed)
     assert event.error.message == (
         f"{tmp_path}: the disk is full (File too large), so no part can be made there; make room, set TMPDIR to a "
@@ -83,15 +83,15 @@ def test_a_spool_without_room_is_said_and_leaves_nothing(tmp_path: Path) -> None
 
 
 def test_what_failed_before_is_not_told_twice_when_the_loader_dies(tmp_path: Path) -> None:
-    told: list[Event] = []
+    told: list[WorkerEvent] = []
     making = assembly(tmp_path, tmp_path, told)
-    making.fail(shard(0), Unavailable("no network"))
-    making.add(shard(1), GONE, None, seconds=0.0, last=False)
+    making.fail_attempt(shard(0), Unavailable("no network"))
+    making.add(shard(1), GONE, None, forward_seconds=0.0, is_last=False)
     for index in range(3):
-        making.fail(shard(index), AttemptFailed("the loader died"))
+        making.fail_attempt(shard(index), AttemptFailed("the loader died"))
     making.close()
-    assert all(making.failed(take) for take in range(3))
-    failed = [event for event in told if isinstance(event, Failed)]
+    assert all(making.has_failed(take) for take in range(3))
+    failed = [event for event in told if isinstance(event, ShardFailed)]
     assert [(event.key.index, event.error.message) for event in failed] == [
         (0, "no network"),
         (1, "the loader died"),
@@ -101,14 +101,14 @@ def test_what_failed_before_is_not_told_twice_when_the_loader_dies(tmp_path: Pat
 
 
 def test_a_shard_that_is_taken_again_is_not_held_up_by_what_is_left_of_its_first_attempt(tmp_path: Path) -> None:
-    told: list[Event] = []
+    told: list[WorkerEvent] = []
     making = assembly(tmp_path, tmp_path, told)
     first, second = shard(0, take=0), shard(0, take=1)
-    making.fail(first, Unavailable("no network"))
+    making.fail_attempt(first, Unavailable("no network"))
     late = replace(GONE, start=2)
-    making.add(second, GONE, None, seconds=0.0, last=False)
-    making.add(first, late, None, seconds=0.0, last=True)
-    making.add(second, late, None, seconds=0.0, last=True)
+    making.add(second, GONE, None, forward_seconds=0.0, is_last=False)
+    making.add(first, late, None, forward_seconds=0.0, is_last=True)
+    making.add(second, late, None, forward_seconds=0.0, is_last=True)
     making.close()
-    assert [type(event) for event in told] == [Failed, Done]
+    assert [type(event) for event in told] == [ShardFailed, ShardCommitted]
     assert not list(tmp_path.glob("*.parquet"))

@@ -15,23 +15,23 @@ import pytest
 import torch
 from torch import nn
 
-from batchjob.bench.bottleneck import ceilings, verdict
-from batchjob.bench.profiler_trace import ANCHOR, TRACKS, tracks
-from batchjob.bench.stages import Clock
+from batchjob.bench.bottleneck import compute_ceilings, explain_bottleneck
+from batchjob.bench.profiler_trace import ANCHOR, TRACKS, build_track_events
+from batchjob.bench.stages import StageClock
 from batchjob.errors import BatchjobError
-from batchjob.inference.fault_isolation import Guard
-from batchjob.inference.forward import Forward, Modes
-from batchjob.inference.predictor import MARK, Predictor
-from batchjob.loader.loader import ShardFeed
+from batchjob.inference.fault_isolation import FaultIsolatingPredictor
+from batchjob.inference.forward import ForwardOptions, ForwardPass
+from batchjob.inference.predictor import PROFILER_PREFIX, Predictor
+from batchjob.loader.loader import ShardQueue
 from batchjob.loader.quarantine import Quarantine
-from batchjob.loader.sample import Once
-from batchjob.output.part_builder import Assembly
-from batchjob.preprocessing.normalize import normalizer
+from batchjob.loader.sample import SingleShardQueue
+from batchjob.output.part_builder import PartBuilder
+from batchjob.preprocessing.normalize import make_normalizer
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.storage.store import open_store
-from batchjob.types import Batch, ImageFacts, ImageRef, Predicted, Shard, ShardKey, Span
-from batchjob.worker.shard_runner import Passage
-from batchjob.worker.watchdog import Stopwatch
+from batchjob.types import Batch, ImageInfo, ImageRef, Prediction, Shard, ShardKey, StageTiming
+from batchjob.worker.shard_runner import ShardRunner
+from batchjob.worker.watchdog import Watchdog
 
 # -- the sentence ----------------------------------------------------------------------------------------------
 
@@ -53,10 +53,10 @@ def spent(**cpu_ms: float) -> list[Spent]:
 
 
 def said(share: float, stages: Sequence[Spent], starvation: float, busy: float | None, **given: Any) -> str:
-    found = ceilings(stages, 2, store=given.pop("store", None))
+    found = compute_ceilings(stages, 2, store_images_per_second=given.pop("store", None))
     rate = share * found[0].images_per_second
-    given = {"processes": 2, "on_cpu": True, **given}
-    return verdict(rate, found, stages, starvation=starvation, cores=2, busy=busy, **given)
+    given = {"loader_processes": 2, "on_cpu": True, **given}
+    return explain_bottleneck(rate, found, stages, starvation=starvation, cores=2, cores_busy=busy, **given)
 
 
 @pytest.mark.parametrize(("share", "starvation"), [(0.79, 0.03), (0.60, 0.86)])
@@ -81,7 +81,7 @@ def test_where_all_cores_are_busy_the_cpu_is_named(share: float, starvation: flo
 @pytest.mark.parametrize("share", [0.5, 0.95])
 def test_what_costs_most_is_what_the_words_are_about(most: str, words: str, share: float) -> None:
     assert words in said(share, spent(**{most: 3.0}), 0.5, 1.9)
-    assert "decode.mode" not in said(share, spent(**{most: 3.0}), 0.5, 1.9, exact=False)
+    assert "decode.mode" not in said(share, spent(**{most: 3.0}), 0.5, 1.9, exact_decode=False)
 
 
 def test_cores_that_are_idle_or_not_known_leave_it_to_the_loader() -> None:
@@ -100,7 +100,7 @@ def test_beside_a_gpu_the_cpu_is_named_where_it_is_tightest_or_pixels_are_waited
 
 def test_the_copy_back_is_counted_once_for_forward_is_timed_to_its_end() -> None:
     stages = [*spent(decode=1.0)[:4], Spent("forward", 0.97, 0.5), Spent("D2H", 0.3, 0.4), Spent("write", 0.0)]
-    rates = {one.name: one.images_per_second for one in ceilings(stages, 2)}
+    rates = {one.name: one.images_per_second for one in compute_ceilings(stages, 2)}
     assert rates == {"gpu": pytest.approx(2000), "cpu": pytest.approx(1000)}
 
 
@@ -108,13 +108,21 @@ def test_the_copy_back_is_counted_once_for_forward_is_timed_to_its_end() -> None
 
 
 def event(step: str, start: float, thread: int, where: str = "user_annotation", took: float = 10.0) -> dict[str, Any]:
-    return {"ph": "X", "name": f"{MARK}{step}", "cat": where, "ts": start, "dur": took, "pid": 1, "tid": thread}
+    return {
+        "ph": "X",
+        "name": f"{PROFILER_PREFIX}{step}",
+        "cat": where,
+        "ts": start,
+        "dur": took,
+        "pid": 1,
+        "tid": thread,
+    }
 
 
-def picture(events: Sequence[dict[str, Any]], spans: Sequence[Span]) -> dict[str, list[tuple[float, float]]]:
+def picture(events: Sequence[dict[str, Any]], spans: Sequence[StageTiming]) -> dict[str, list[tuple[float, float]]]:
     """Each track's title, in the order of the tracks, and when what is on it began and how long it took, in µs."""
     anchor = {**event("", 1000.0, 1, took=0.0), "name": ANCHOR}
-    made = list(tracks([anchor, *events], spans, 5.0))
+    made = list(build_track_events([anchor, *events], spans, 5.0))
     titles = {one["tid"]: one["args"]["name"] for one in made if one["name"] == "thread_name"}
     order = {one["tid"]: one["args"]["sort_index"] for one in made if one["name"] == "thread_sort_index"}
     assert set(titles) == set(order)
@@ -124,8 +132,8 @@ def picture(events: Sequence[dict[str, Any]], spans: Sequence[Span]) -> dict[str
     }
 
 
-def span(stage: str, began: float, ended: float) -> Span:
-    return Span(stage, 5.0 + began, 5.0 + ended, os.getpid(), 4)
+def span(stage: str, began: float, ended: float) -> StageTiming:
+    return StageTiming(stage, 5.0 + began, 5.0 + ended, os.getpid(), 4)
 
 
 def test_a_stage_of_any_name_has_a_track() -> None:
@@ -154,8 +162,8 @@ def test_where_a_gpu_computes_its_own_times_are_shown() -> None:
 class Late(Predictor):
     """Its results are under way until they are waited for, as on a GPU."""
 
-    def __call__(self, pixels: torch.Tensor, shapes: Any = None) -> Predicted:
-        return super().__call__(pixels, shapes).landing(lambda before: before())
+    def __call__(self, pixels: torch.Tensor, shapes: Any = None) -> Prediction:
+        return super().__call__(pixels, shapes).on_ready(lambda before: before())
 
 
 class AsItIs:
@@ -166,39 +174,45 @@ class AsItIs:
 class Given:
     """Two batches of the shard, loaded already."""
 
-    def batches(self, feed: ShardFeed) -> Iterator[Batch]:
-        shard = feed.take()
+    def batches(self, feed: ShardQueue) -> Iterator[Batch]:
+        shard = feed.next_shard()
         assert shard is not None
         for start in (0, 2):
             pixels = torch.zeros((2, 3, 4, 4), dtype=torch.uint8)
-            yield Batch(0, start, (ImageFacts("tag", 4, 4),) * 2, pixels, take=shard.take)
+            yield Batch(0, start, (ImageInfo("tag", 4, 4),) * 2, pixels, attempt_number=shard.attempt_number)
 
 
-class Held(Assembly):
+class Held(PartBuilder):
     """Leaves results where they are."""
 
     def __init__(self) -> None:
-        self.predicted: list[Predicted] = []
+        self.predicted: list[Prediction] = []
 
-    def add(self, shard: Shard, batch: Batch, predicted: Predicted | None, *, seconds: float, last: bool) -> None:  # noqa: ARG002 - its face
-        assert predicted is not None
-        assert seconds > 0
-        self.predicted.append(predicted)
+    def add(
+        self, shard: Shard, batch: Batch, prediction: Prediction | None, *, forward_seconds: float, is_last: bool
+    ) -> None:
+        assert prediction is not None
+        assert forward_seconds > 0
+        self.predicted.append(prediction)
 
-    def fail(self, shard: Shard, error: BatchjobError) -> None:  # noqa: ARG002 - likewise
+    def fail(self, shard: Shard, error: BatchjobError) -> None:
         raise error
 
-    def failed(self, take: int) -> bool:  # noqa: ARG002 - likewise
+    def has_failed(self, attempt: int) -> bool:
         return False
 
 
-def passed(folder: Path, kind: Callable[..., Predictor]) -> tuple[list[Span], Held]:
-    forward = Forward(nn.Flatten().eval(), normalizer(Preprocess(scale="none")), torch.device("cpu"), Modes())
-    guard = Guard(kind(forward, AsItIs()), Quarantine(open_store(str(folder)), "plan/"), "cuda:0", Stopwatch())
-    spans, held = list[Span](), Held()
+def passed(folder: Path, kind: Callable[..., Predictor]) -> tuple[list[StageTiming], Held]:
+    forward = ForwardPass(
+        nn.Flatten().eval(), make_normalizer(Preprocess(scale="none")), torch.device("cpu"), ForwardOptions()
+    )
+    guard = FaultIsolatingPredictor(
+        kind(forward, AsItIs()), Quarantine(open_store(str(folder)), "plan/"), "cuda:0", Watchdog()
+    )
+    spans, held = list[StageTiming](), Held()
     refs = tuple(ImageRef(n, f"{n}", f"{n}") for n in range(4))
-    passage = Passage(Given(), guard, held, 1, lambda: False, spans.append, nullcontext)
-    passage.run(Once(Shard(ShardKey(0, "0" * 16, 4, 0, 0), refs, pa.table({}))))
+    passage = ShardRunner(Given(), guard, held, 1, lambda: False, spans.append, nullcontext)
+    passage.run(SingleShardQueue(Shard(ShardKey(0, "0" * 16, 4, 0, 0), refs, pa.table({}))))
     return spans, held
 
 
@@ -220,8 +234,8 @@ def test_a_batch_on_a_cpu_is_through_when_it_is_back(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second CUDA device here")
 def test_the_clock_looks_at_the_device_that_it_is_for() -> None:
-    clock = Clock(torch.device("cuda:1"))
-    with clock.of(1), torch.cuda.device(1):
+    clock = StageClock(torch.device("cuda:1"))
+    with clock.measure(1), torch.cuda.device(1):
         torch.cuda._sleep(200_000_000)
-    assert clock.gpu > 10, "milliseconds"
-    assert clock.stage("forward", None).gpu_ms == pytest.approx(clock.gpu)
+    assert clock.gpu_ms > 10, "milliseconds"
+    assert clock.to_measurement("forward", None).gpu_ms == pytest.approx(clock.gpu_ms)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from batchjob.inference.device_errors import breakage, identity
+from batchjob.inference.device_errors import classify_device_error, identify_device
 
 # As torch 2.11 to 2.15, its libraries and ONNX Runtime say it; of CUDA's own lines the first.
 CONTEXT = [
@@ -56,27 +56,27 @@ Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
     ],
 )
 def test_words_tell_what_is_broken(text: str, expected: str | None, kind: type[Exception]) -> None:
-    assert breakage(kind(text)) == expected
+    assert classify_device_error(kind(text)) == expected
 
 
 def test_what_an_error_was_raised_from_counts_too() -> None:
     error = ValueError("the model fails on an example batch")
     error.__cause__ = RuntimeError(CONTEXT[0])
-    assert breakage(error) == "context"
+    assert classify_device_error(error) == "context"
 
 
 @pytest.mark.parametrize("text", ["CUDA error: invalid argument", "mat1 and mat2 shapes cannot be multiplied"])
 def test_advice_that_follows_every_error_is_not_taken_for_an_assert(text: str) -> None:
-    assert breakage(torch.AcceleratorError(f"{text}{REST}")) is None
+    assert classify_device_error(torch.AcceleratorError(f"{text}{REST}")) is None
 
 
 def test_a_cpu_is_not_asked() -> None:
-    assert breakage(RuntimeError("nothing known"), torch.device("cpu")) is None
-    assert identity(torch.device("cpu")) == "cpu"
+    assert classify_device_error(RuntimeError("nothing known"), torch.device("cpu")) is None
+    assert identify_device(torch.device("cpu")) == "cpu"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_gpu_has_a_name_of_its_own_and_is_asked_in_doubt() -> None:
     device = torch.device("cuda:0")
-    assert "GPU-" in identity(device)
-    assert breakage(RuntimeError("nothing known"), device) is None
+    assert "GPU-" in identify_device(device)
+    assert classify_device_error(RuntimeError("nothing known"), device) is None

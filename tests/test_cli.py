@@ -14,7 +14,7 @@ from PIL import Image
 
 import batchjob
 from batchjob.cli.main import main
-from batchjob.system import cpu_quota, memory_limit
+from batchjob.system import cgroup_cpu_quota, cgroup_memory_limit
 
 NET = """
 from torch import nn
@@ -141,7 +141,7 @@ def test_wrong_usage_is_exit_2(folder: Path, args: list[str], sentence: str, cap
 def test_what_nobody_foresaw_is_exit_1_with_its_traceback(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("batchjob.report.output_status.status", lambda store: 1 // 0)
+    monkeypatch.setattr("batchjob.report.output_status.read_status", lambda store: 1 // 0)
     assert main(["status", "out", "--json"]) == 1
     out, err = capfd.readouterr()
     assert "Traceback" in err
@@ -286,7 +286,7 @@ def test_cores_and_memory_are_what_the_control_group_gives(tmp_path: Path) -> No
             "sys/fs/cgroup/a/memory.max": "max\n",
         },
     )
-    assert (cpu_quota(second), memory_limit(second)) == (1.5, 1 << 30)
+    assert (cgroup_cpu_quota(second), cgroup_memory_limit(second)) == (1.5, 1 << 30)
     first = write(
         tmp_path / "v1",
         {
@@ -296,5 +296,5 @@ def test_cores_and_memory_are_what_the_control_group_gives(tmp_path: Path) -> No
             "sys/fs/cgroup/memory/x/memory.limit_in_bytes": "9223372036854771712\n",
         },
     )
-    assert (cpu_quota(first), memory_limit(first)) == (2.0, None)
-    assert (cpu_quota(tmp_path), memory_limit(tmp_path)) == (None, None)
+    assert (cgroup_cpu_quota(first), cgroup_memory_limit(first)) == (2.0, None)
+    assert (cgroup_cpu_quota(tmp_path), cgroup_memory_limit(tmp_path)) == (None, None)

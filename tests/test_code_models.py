@@ -20,7 +20,7 @@ from torch import nn
 from batchjob.errors import InvalidJob
 from batchjob.inference.devices import pick_device
 from batchjob.models.exported import ExportedModel
-from batchjob.models.file_format import kind_of
+from batchjob.models.file_format import detect_format
 from batchjob.models.loaded_model import LoadedModel
 from batchjob.models.pickle import PickleModel
 from batchjob.models.torchscript import TorchScriptModel
@@ -356,4 +356,4 @@ def test_old_and_new_files_of_tensors_are_told_from_modules() -> None:
         for content, kind in ((nn.Linear(2, 2).state_dict(), "state"), (nn.Linear(2, 2), "module")):
             buffer = io.BytesIO()
             torch.save(content, buffer, _use_new_zipfile_serialization=not legacy)
-            assert kind_of(buffer.getvalue()) == kind
+            assert detect_format(buffer.getvalue()) == kind

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps, features
 
-from batchjob.errors import ImageFault
+from batchjob.errors import ImageError
 from batchjob.preprocessing.decode import decode
-from batchjob.preprocessing.image_formats import make_ready
+from batchjob.preprocessing.image_formats import register_decoders
 from batchjob.preprocessing.settings import DecodeSettings
 
 MODES: tuple[Literal["exact", "fast"], ...] = ("exact", "fast")
@@ -41,8 +41,8 @@ def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
     return out.getvalue()
 
 
-def fault_of(data: bytes, **settings: Any) -> ImageFault:
-    with pytest.raises(ImageFault) as caught:
+def fault_of(data: bytes, **settings: Any) -> ImageError:
+    with pytest.raises(ImageError) as caught:
         decode(data, DecodeSettings(**settings), "rgb", False)
     assert caught.value.stage == "decode"
     return caught.value
@@ -171,7 +171,7 @@ import collections, pathlib, sys, warnings
 warnings.simplefilter("error")
 from batchjob.preprocessing.decode import decode
 from batchjob.preprocessing.settings import DecodeSettings
-from batchjob.errors import ImageFault
+from batchjob.errors import ImageError
 counts = collections.Counter()
 for path in pathlib.Path(sys.argv[1]).rglob("*"):
     if path.is_file():
@@ -179,7 +179,7 @@ for path in pathlib.Path(sys.argv[1]).rglob("*"):
             pixels = decode(path.read_bytes(), DecodeSettings(max_pixels=30_000_000), "rgb", True).pixels
             assert pixels.dtype == "uint8" and pixels.shape[2] == 3 and pixels.size, path
             counts["ok"] += 1
-        except ImageFault as fault:
+        except ImageError as fault:
             assert fault.stage == "decode" and fault.message, path
             counts[fault.type] += 1
 print("\\n".join(f"{name} {count}" for name, count in counts.items()))
@@ -224,7 +224,7 @@ def test_jpeg_files_are_turned_as_pillow_turns_them(orientation: int) -> None:
         decoded = decode(data, DecodeSettings(mode=mode), "rgb", True)
         np.testing.assert_array_equal(decoded.pixels, upright)
         assert (decoded.width, decoded.height) == (37, 23)
-        assert decoded.turned == (5 <= orientation <= 8)
+        assert decoded.axes_swapped == (5 <= orientation <= 8)
 
 
 def test_damage_is_named_as_if_pillow_alone_had_read(test_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,14 +232,14 @@ def test_damage_is_named_as_if_pillow_alone_had_read(test_data: Path, monkeypatc
     jpegs = [data for path in files if (data := path.read_bytes()).startswith(b"\xff\xd8")][::5]
     assert len(jpegs) > 500
     ours = [outcome(data) for data in jpegs]
-    monkeypatch.setattr("batchjob.preprocessing.decode.jpeg_size", lambda _: None)
+    monkeypatch.setattr("batchjob.preprocessing.decode.read_jpeg_size", lambda _: None)
     assert ours == [outcome(data) for data in jpegs]
 
 
 def outcome(data: bytes) -> tuple[str, str] | bytes:
     try:
         return decode(data, DecodeSettings(max_pixels=30_000_000), "rgb", True).pixels.tobytes()
-    except ImageFault as fault:
+    except ImageError as fault:
         return fault.type, fault.message
 
 
@@ -272,7 +272,7 @@ def test_fast_decodes_large_jpegs_to_what_is_needed(
     assert decode(jpeg, fast, "gray", False, least).pixels.shape == (*shape, 1)
     upright = least[::-1] if isinstance(least, tuple) else least
     sideways = decode(turned, fast, "rgb", True, upright)
-    assert (sideways.pixels.shape, sideways.turned) == ((*shape[::-1], 3), True)
+    assert (sideways.pixels.shape, sideways.axes_swapped) == ((*shape[::-1], 3), True)
     assert decode(jpeg, exact, "rgb", False, least).pixels.shape == (600, 800, 3)
     assert decode(png, fast, "rgb", False, least).pixels.shape == (600, 800, 3)
     area = np.asarray(image.resize(shape[::-1], Image.Resampling.BOX)).astype(int)
@@ -282,9 +282,9 @@ def test_fast_decodes_large_jpegs_to_what_is_needed(
 @pytest.mark.parametrize("least", [None, 20])
 def test_fast_keeps_the_limits_and_the_faults(least: int | None) -> None:
     jpeg = encoded(noise("RGB", (200, 200)), "JPEG")
-    with pytest.raises(ImageFault, match="ends too early"):
+    with pytest.raises(ImageError, match="ends too early"):
         decode(jpeg[: len(jpeg) // 2], DecodeSettings(mode="fast"), "rgb", False, least)
-    with pytest.raises(ImageFault, match="over decode"):
+    with pytest.raises(ImageError, match="over decode"):
         decode(jpeg, DecodeSettings(mode="fast", max_pixels=39_999), "rgb", False, least)
 
 
@@ -307,7 +307,7 @@ def test_a_truncated_file_is_accepted_where_the_job_says_so(
     torn = whole[: len(whole) // 2]
     assert fault_of(torn, mode=mode).type == "truncated"
     accepting = DecodeSettings(mode=mode, truncated="accept")
-    decoded = decode(torn, accepting, "rgb", True, least=20)
+    decoded = decode(torn, accepting, "rgb", True, min_size=20)
     assert (decoded.width, decoded.height, decoded.pixels.shape) == (200, 200, (200, 200, 3))
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with Image.open(io.BytesIO(torn)) as image:
@@ -336,7 +336,7 @@ def test_threads_with_different_settings_do_not_meet() -> None:
         data, settings, _ = ways[number % len(ways)]
         try:
             decode(data, DecodeSettings(**settings), "rgb", False)
-        except ImageFault as fault:
+        except ImageError as fault:
             return fault.type
         return "ok"
 
@@ -382,7 +382,7 @@ def test_heif_is_read_where_it_is_named_and_installed() -> None:
     heif = DecodeSettings(formats=("jpeg", "heif"))
     decode(encoded(noise("RGB"), "JPEG"), heif, "rgb", False)
     smooth = noise("RGB", (4, 4)).resize((64, 48))
-    make_ready(("heif",))
+    register_decoders(("heif",))
     data = encoded(smooth, "HEIF", quality=-1)
     assert fault_of(data).message.startswith("the file is HEIF, ")
     decoded = decode(data, heif, "rgb", False)

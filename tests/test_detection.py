@@ -20,7 +20,7 @@ import batchjob
 from batchjob.errors import InvalidJob
 from batchjob.models.checkpoint import CheckpointModel
 from batchjob.models.torchvision import TorchvisionModel
-from batchjob.preprocessing.geometry import Frame
+from batchjob.preprocessing.geometry import ImageGeometry
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.storage.reader import Reader
 from batchjob.tasks.detection import DetectionTask
@@ -206,7 +206,7 @@ def test_boxes_of_queries_are_where_the_image_has_them(preprocess: Row, tmp_path
 
 def test_a_detector_brings_its_labels_and_leaves_all_preprocessing_to_itself() -> None:
     made = TorchvisionModel(name="ssdlite320_mobilenet_v3_large", seed=0).load(READER, Path())
-    assert (made.takes, made.labels and made.labels[1]) == ("list", "person")
+    assert (made.input_kind, made.labels and made.labels[1]) == ("list", "person")
     given = Preprocess(resize=None, crop=None, mean=None, std=None)
     assert made.preprocess == given
     assert not any(part.training for part in made.module.modules())
@@ -219,7 +219,7 @@ def test_weights_of_ones_own_make_a_detector_by_name(tmp_path: Path) -> None:
     named = TorchvisionModel(name="ssdlite320_mobilenet_v3_large", weights=place, num_classes=4).load(READER, Path())
     built = CheckpointModel(architecture="ssdlite320_mobilenet_v3_large", weights=place, num_classes=4)
     for made in (named, built.load(READER, Path())):
-        assert (made.takes, made.labels) == ("list", None)
+        assert (made.input_kind, made.labels) == ("list", None)
         images = [torch.rand(3, 64, 80), torch.rand(3, 90, 60)]
         with torch.inference_mode():
             for one, other in zip(made.module(list(images)), net(list(images)), strict=True):
@@ -244,11 +244,11 @@ def test_a_published_file_is_built_as_torchvision_builds_it(tmp_path: Path, monk
 # ------------------------------------------------------------------------------------------------- outputs to rows
 
 
-def rows(post: Postprocess, output: Any, frames: list[Frame] | None = None) -> list[list[Row] | None]:
+def rows(post: Postprocess, output: Any, frames: list[ImageGeometry] | None = None) -> list[list[Row] | None]:
     tensors = {name: tensor.cpu() for name, tensor in post.on_device(output).items()}
     images = len(tensors["finite"])
     assert {len(tensor) for tensor in tensors.values()} == {images}
-    (column,) = post.columns(tensors, frames or [Frame(1000, 1000, 1000, 1000)] * images)
+    (column,) = post.columns(tensors, frames or [ImageGeometry(1000, 1000, 1000, 1000)] * images)
     column.validate(full=True)
     assert [column.type] == [field.type for field in post.fields]
     found: list[list[Row] | None] = column.to_pylist()
@@ -268,7 +268,7 @@ def image(boxes: int, seed: int = 0, classes: int = 3) -> dict[str, torch.Tensor
 
 
 def prepared(output: Any, own: tuple[str, ...] | None = None, **settings: Any) -> Postprocess:
-    return DetectionTask(**settings).prepare(output, own, READER, Path())
+    return DetectionTask(**settings).build_postprocess(output, own, READER, Path())
 
 
 def test_the_column_is_what_the_readme_says() -> None:
@@ -310,7 +310,7 @@ def queries(classes: int, images: int = 2, number: int = 20) -> dict[str, torch.
 @pytest.mark.parametrize("own", [None, ("a", "b", "c")], ids=["unknown labels", "one label less"])
 def test_softmax_leaves_the_last_class_out(own: tuple[str, ...] | None) -> None:
     output = queries(4)
-    found = rows(prepared(output, own, threshold=0.5), output, [Frame(400, 200, 400, 200)] * 2)
+    found = rows(prepared(output, own, threshold=0.5), output, [ImageGeometry(400, 200, 400, 200)] * 2)
     scores, labels = output["logits"].softmax(2)[..., :-1].max(2)
     for index, some in enumerate(found):
         assert some is not None
@@ -347,7 +347,7 @@ def test_queries_are_read_as_transformers_reads_them(family: str) -> None:
     more = {} if family == "detr" else {"init_reference_points": torch.zeros(2, 120, 4)}
     output = kind(**queries(classes, number=120), **more)
     wanted = processor.post_process_object_detection(output, threshold=0.4, target_sizes=[(300, 500)] * 2)
-    found = rows(prepared(output, threshold=0.4), output, [Frame(500, 300, 640, 480, 640 / 500, 480 / 300)] * 2)
+    found = rows(prepared(output, threshold=0.4), output, [ImageGeometry(500, 300, 640, 480, 640 / 500, 480 / 300)] * 2)
     for some, want in zip(found, wanted, strict=True):
         assert some is not None
         assert len(some) == min(len(want["scores"]), 100) > 0
@@ -387,13 +387,13 @@ def test_what_is_not_finite_is_a_fault_or_left_out(output: Any) -> None:
     first, second = rows(post, output)
     assert first is not None
     assert (len(first), second) == (3, None)
-    said = post.faults(post.on_device(output))
+    said = post.find_errors(post.on_device(output))
     assert [fault and fault.type for fault in said] == [None, "not_finite"]
     lenient = prepared([image(3), image(3)], threshold=0, allow_nan=True)
     rest = rows(lenient, output)[1]
     assert rest is not None
     assert len(rest) == 3
-    assert lenient.faults(lenient.on_device(output)) == [None, None]
+    assert lenient.find_errors(lenient.on_device(output)) == [None, None]
 
 
 def test_queries_that_are_not_finite_are_a_fault() -> None:
@@ -455,8 +455,8 @@ def test_settings_out_of_range_are_refused(settings: Row) -> None:
 def test_a_row_has_a_bound() -> None:
     task = DetectionTask(threshold=0, max_boxes=30, labels=["a", "bb", "ccc"])
     output = [image(50), image(50, 1)]
-    post = task.prepare(output, None, READER, Path())
-    (column,) = post.columns(post.on_device(output), [Frame(1000, 1000, 1000, 1000)] * 2)
+    post = task.build_postprocess(output, None, READER, Path())
+    (column,) = post.columns(post.on_device(output), [ImageGeometry(1000, 1000, 1000, 1000)] * 2)
     assert column.nbytes / 2 <= task.row_bytes
 
 
@@ -466,7 +466,9 @@ def test_boxes_wholly_in_the_padding_are_left_out_and_others_cut() -> None:
         "labels": torch.zeros(3, dtype=torch.long),
         "scores": torch.tensor([0.9, 0.8, 0.7]),
     }
-    (found, _) = rows(prepared([one, one]), [one, one], [Frame(100, 50, 100, 50, pad_right=28, pad_below=14)] * 2)
+    (found, _) = rows(
+        prepared([one, one]), [one, one], [ImageGeometry(100, 50, 100, 50, pad_right=28, pad_below=14)] * 2
+    )
     assert found is not None
     corners = [[row["x_min"], row["y_min"], row["x_max"], row["y_max"]] for row in found]
     assert corners == [[90, 10, 100, 40], [0, 0, 30, 20]]

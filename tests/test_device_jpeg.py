@@ -25,16 +25,16 @@ from PIL import Image
 
 from batchjob import Job, run
 from batchjob.errors import AttemptFailed, BatchjobError, DeviceFault, InvalidJob
-from batchjob.inference.gpu_decode import Decode, DeviceDecoding, device_decoder
-from batchjob.loader.gpu_share import Balance, Divided
+from batchjob.inference.gpu_decode import GpuDecodingLoader, JpegDecoder, create_jpeg_decoder
+from batchjob.loader.gpu_share import GpuShareController, GpuSplitTransform
 from batchjob.loader.loader import Loader
-from batchjob.loader.sample import Once
-from batchjob.loader.settings import LoaderPlan
+from batchjob.loader.sample import SingleShardQueue
+from batchjob.loader.settings import LoaderConfig
 from batchjob.preprocessing.settings import DecodeSettings, Preprocess
-from batchjob.preprocessing.transforms import Geometry, Prepare
+from batchjob.preprocessing.transforms import ImageTransform, ResizeCrop
 from batchjob.storage.reader import Reader
 from batchjob.types import Batch, ImageRef, Shard, ShardKey
-from batchjob.worker.watchdog import Stopwatch
+from batchjob.worker.watchdog import Watchdog
 
 CPU = torch.device("cpu")
 
@@ -52,31 +52,41 @@ class Decoding:
     """A loader and its decoding on the "device", by the decoder that is given."""
 
     def __init__(
-        self, decode: Decode, value: float, processes: int = 0, preprocess: Preprocess = CENTRE, batch_size: int = 4
+        self,
+        decode: JpegDecoder,
+        value: float,
+        processes: int = 0,
+        preprocess: Preprocess = CENTRE,
+        batch_size: int = 4,
     ) -> None:
         prepare = divided(value, preprocess)
         self.share = prepare.share
 
-        def loader(processes: int, more: Divided | None = None) -> Loader:
-            plan = LoaderPlan(processes, 2, False)
+        def loader(processes: int, more: GpuSplitTransform | None = None) -> Loader:
+            plan = LoaderConfig(processes, 2, False)
             return Loader(
-                reader=Reader(), prepare=prepare.host, batch_size=batch_size, plan=plan, size=(3, 32, 32), divided=more
+                reader=Reader(),
+                transform=prepare.cpu_transform,
+                batch_size=batch_size,
+                config=plan,
+                size=(3, 32, 32),
+                split_transform=more,
             )
 
         self.loader, self.host = loader(processes, prepare), loader(min(processes, 1))
-        self.whole = DeviceDecoding(
+        self.whole = GpuDecodingLoader(
             loader=self.loader,
-            host=self.host,
+            cpu_loader=self.host,
             decode=decode,
-            geometry=prepare.host.geometry,
+            geometry=prepare.cpu_transform.resize_crop,
             device=CPU,
-            balance=Balance(self.share, 4),
-            stopwatch=Stopwatch(),
+            share_controller=GpuShareController(self.share, 4),
+            watchdog=Watchdog(),
         )
 
     def batches(self, *shards: Shard) -> list[Batch]:
         try:
-            return [batch for shard in shards for batch in self.whole.batches(Once(shard))]
+            return [batch for shard in shards for batch in self.whole.batches(SingleShardQueue(shard))]
         finally:
             self.whole.close()
             self.loader.close()
@@ -85,20 +95,20 @@ class Decoding:
 def exact(data: bytes, preprocess: Preprocess = CENTRE) -> torch.Tensor:
     """What the CPU makes of it, to the bit; torchvision's decoder and resize do the same in the device's place."""
     turn = preprocess.exif == "apply"
-    return Prepare(DecodeSettings(), Geometry(preprocess), gray=False, turn=turn)(data).pixels
+    return ImageTransform(DecodeSettings(), ResizeCrop(preprocess), gray=False, apply_exif=turn)(data).pixels
 
 
 def check(batches: Sequence[Batch], contents: Sequence[bytes], bad: Sequence[int] = ()) -> None:
     """Each image in its place, as the CPU makes it but for a level."""
-    facts = [fact for batch in batches for fact in batch.facts]
-    assert [row for row, fact in enumerate(facts) if fact.fault is not None] == list(bad)
+    facts = [fact for batch in batches for fact in batch.image_infos]
+    assert [row for row, fact in enumerate(facts) if fact.error is not None] == list(bad)
     assert all(batch.encoded is None for batch in batches)
     pixels = torch.cat([batch.pixels for batch in batches if batch.pixels is not None])
     good = [data for row, data in enumerate(contents) if row not in set(bad)]
     wanted = torch.stack([exact(data) for data in good])
     assert pixels.shape == wanted.shape
     assert (pixels.int() - wanted.int()).abs().max() <= 1
-    for fact, data in zip((fact for fact in facts if fact.fault is None), good, strict=True):
+    for fact, data in zip((fact for fact in facts if fact.error is None), good, strict=True):
         with Image.open(io.BytesIO(data)) as image:
             assert (fact.width, fact.height) == image.size
 
@@ -110,7 +120,7 @@ def test_batches_come_whole_and_in_order(value: float, processes: int, tmp_path:
     contents[3], contents[8], contents[9] = OTHERS["progressive"], OTHERS["PNG"], OTHERS["grey"]
     decoding = Decoding(decoded, value, processes)
     found = decoding.batches(written(tmp_path, contents))
-    assert [(batch.start, len(batch.facts)) for batch in found] == [(0, 4), (4, 4), (8, 4), (12, 4), (16, 2)]
+    assert [(batch.start, len(batch.image_infos)) for batch in found] == [(0, 4), (4, 4), (8, 4), (12, 4), (16, 2)]
     check(found, contents)
     assert decoding.whole.decoded == {0.0: 0, 0.4: 7, 1.0: 15}[value] or processes == 2
     assert (decoding.whole.decoded > 0) == (value > 0)
@@ -121,8 +131,8 @@ def test_what_the_device_decodes_is_resized_as_torchvision_does(tmp_path: Path) 
     found = Decoding(decoded, 1.0).batches(written(tmp_path, contents))
     pixels = torch.cat([batch.pixels for batch in found if batch.pixels is not None])
     assert torch.equal(pixels, torch.stack([exact(data) for data in contents]))
-    assert all(any(span.stage == "device decode" and span.images == 4 for span in batch.spans) for batch in found)
-    assert all(batch.seconds["device decode"] > 0 for batch in found)
+    assert all(any(span.stage == "device decode" and span.images == 4 for span in batch.timings) for batch in found)
+    assert all(batch.stage_seconds["device decode"] > 0 for batch in found)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +150,7 @@ def test_what_the_device_decodes_is_resized_as_torchvision_does(tmp_path: Path) 
 def test_the_geometry_on_a_device_is_the_exact_one(preprocess: Preprocess) -> None:
     contents = [jpeg(photograph(n, (120 + n, 80))) for n in range(3)]
     files = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in contents]
-    made = Geometry(preprocess).on_device(decoded(files))
+    made = ResizeCrop(preprocess).resize_on_device(decoded(files))
     assert torch.equal(made, torch.stack([exact(data, preprocess) for data in contents]))
 
 
@@ -178,14 +188,14 @@ def test_error_rows_are_as_ever(tmp_path: Path) -> None:
     (tmp_path / "001").unlink()
     found = Decoding(partial(choosy, torn.__eq__), 1.0).batches(shard)
     (plain,) = Decoding(decoded, 0.0).batches(Shard(shard.key, shard.refs[:4], pa.table({})))
-    assert [fact.fault for fact in found[0].facts] == [fact.fault for fact in plain.facts]
-    types = [fact.fault.type for batch in found for fact in batch.facts if fact.fault is not None]
+    assert [fact.error for fact in found[0].image_infos] == [fact.error for fact in plain.image_infos]
+    types = [fact.error.type for batch in found for fact in batch.image_infos if fact.error is not None]
     assert {"not_found", "truncated", "not_an_image"} <= set(types)
     assert all(batch.pixels is not None and len(batch.pixels) == good(batch) for batch in found)
 
 
 def good(batch: Batch) -> int:
-    return sum(fact.fault is None for fact in batch.facts)
+    return sum(fact.error is None for fact in batch.image_infos)
 
 
 def test_an_image_that_is_gone_when_the_cpu_s_turn_comes_is_an_error_row(tmp_path: Path) -> None:
@@ -198,7 +208,7 @@ def test_an_image_that_is_gone_when_the_cpu_s_turn_comes_is_an_error_row(tmp_pat
         return data == contents[2]
 
     (batch,) = Decoding(partial(choosy, gone), 1.0).batches(shard)
-    assert [fact.fault and fact.fault.type for fact in batch.facts] == [None, None, "not_found", None]
+    assert [fact.error and fact.error.type for fact in batch.image_infos] == [None, None, "not_found", None]
     check([batch], contents, bad=[2])
 
 
@@ -235,9 +245,9 @@ def test_a_look_at_the_device_holds_no_more_pixels_than_a_run(monkeypatch: pytes
         return decoded(files)
 
     files = [torch.frombuffer(bytearray(jpeg(photograph(n))), dtype=torch.uint8) for n in range(5)]
-    assert Decoding(counted, 1.0).whole.tried(files, [90 * 70] * 5)
+    assert Decoding(counted, 1.0).whole.can_decode(files, [90 * 70] * 5)
     assert seen == [2, 2, 1]
-    assert not Decoding(partial(choosy, bool), 1.0).whole.tried(files, [90 * 70] * 5)
+    assert not Decoding(partial(choosy, bool), 1.0).whole.can_decode(files, [90 * 70] * 5)
 
 
 def test_a_thread_that_outlives_it_starts_no_processes(tmp_path: Path) -> None:
@@ -252,7 +262,7 @@ def test_a_thread_that_outlives_it_starts_no_processes(tmp_path: Path) -> None:
 
     def ask() -> None:
         try:
-            list(decoding.whole.batches(Once(written(tmp_path, [PLAIN] * 4))))
+            list(decoding.whole.batches(SingleShardQueue(written(tmp_path, [PLAIN] * 4))))
         except BatchjobError as error:
             ended.append(error)
 
@@ -279,15 +289,15 @@ def test_a_device_that_breaks_fails_the_attempt_in_its_own_words(tmp_path: Path)
 def test_a_shard_that_is_the_cpu_s_is_left_to_it(tmp_path: Path) -> None:
     shard = written(tmp_path, [PLAIN] * 6)
     decoding = Decoding(decoded, 1.0)
-    check(decoding.batches(Shard(shard.key, shard.refs, shard.passthrough, on_host=True)), [PLAIN] * 6)
+    check(decoding.batches(Shard(shard.key, shard.refs, shard.passthrough, decode_on_cpu=True)), [PLAIN] * 6)
     assert decoding.whole.decoded == 0
 
 
 def test_a_shard_that_nobody_wants_any_more_is_not_decoded(tmp_path: Path) -> None:
-    class Dropped(Once):
+    class Dropped(SingleShardQueue):
         wanted = True
 
-        def wants(self, shard: Shard) -> bool:  # noqa: ARG002 - the face of a feed
+        def is_wanted(self, shard: Shard) -> bool:
             return self.wanted
 
     calls: list[int] = []
@@ -358,9 +368,9 @@ def refused(path: Path) -> str:
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[Decode], None]:
+def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[JpegDecoder], None]:
     """Puts a decoder in the place of the GPU's."""
-    return lambda decode: monkeypatch.setattr("batchjob.worker.loader_setup.device_decoder", lambda device: decode)
+    return lambda decode: monkeypatch.setattr("batchjob.worker.loader_setup.create_jpeg_decoder", lambda device: decode)
 
 
 def embeddings(folder: Path) -> dict[str, list[float] | None]:
@@ -369,7 +379,7 @@ def embeddings(folder: Path) -> dict[str, list[float] | None]:
     return {row["uri"].rpartition("/")[2]: row["embedding"] for row in rows}
 
 
-def test_a_run_gives_the_rows_that_the_cpu_gives(tmp_path: Path, device: Callable[[Decode], None]) -> None:
+def test_a_run_gives_the_rows_that_the_cpu_gives(tmp_path: Path, device: Callable[[JpegDecoder], None]) -> None:
     contents = [jpeg(photograph(n, (90, 70 + n))) for n in range(25)]
     contents[4], contents[11], contents[12] = OTHERS["CMYK"], PLAIN[:-40], OTHERS["progressive"]
     calls: list[int] = []
@@ -392,7 +402,9 @@ def test_a_run_gives_the_rows_that_the_cpu_gives(tmp_path: Path, device: Callabl
         assert found == pytest.approx(here[name], abs=1 / 255)
 
 
-def test_after_a_crash_there_the_shard_is_decoded_on_the_cpu(tmp_path: Path, device: Callable[[Decode], None]) -> None:
+def test_after_a_crash_there_the_shard_is_decoded_on_the_cpu(
+    tmp_path: Path, device: Callable[[JpegDecoder], None]
+) -> None:
     def broken(files: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         raise RuntimeError(ASSERT)
 
@@ -450,13 +462,13 @@ def test_it_is_part_of_what_decides_the_predictions(tmp_path: Path) -> None:
 
 def test_a_decoder_is_for_cuda_alone() -> None:
     with pytest.raises(InvalidJob, match=r"decode\.device: cuda, but the model runs on cpu"):
-        device_decoder(CPU)
+        create_jpeg_decoder(CPU)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_the_gpu_s_own_decoder_is_near() -> None:
-    decode = device_decoder(torch.device("cuda"))
+    decode = create_jpeg_decoder(torch.device("cuda"))
     contents = [jpeg(photograph(n, (300, 200 + n)), quality=90) for n in range(16)]
     files = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in contents]
-    made = Geometry(CENTRE).on_device(decode(files)).cpu()
+    made = ResizeCrop(CENTRE).resize_on_device(decode(files)).cpu()
     assert (made.int() - torch.stack([exact(data) for data in contents]).int()).abs().max() <= 8

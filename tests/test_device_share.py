@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 from photographs import OTHERS, PLAIN, divided, jpeg, photograph, share
 
-from batchjob.bench.bottleneck import ceilings
-from batchjob.bench.results import Stage
-from batchjob.errors import ImageFault
-from batchjob.loader.gpu_share import Balance, Divided, steered
-from batchjob.preprocessing.jpeg import plain_jpeg_size
+from batchjob.bench.bottleneck import compute_ceilings
+from batchjob.bench.results import StageMeasurement
+from batchjob.errors import ImageError
+from batchjob.loader.gpu_share import GpuShareController, GpuSplitTransform, adjust_share
+from batchjob.preprocessing.jpeg import read_baseline_jpeg_size
 from batchjob.preprocessing.settings import Preprocess
 
 # -- which images ----------------------------------------------------------------------------------------------
@@ -19,29 +19,29 @@ from batchjob.preprocessing.settings import Preprocess
 
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 def test_plain_files_are_the_device_s(subsampling: str) -> None:
-    assert plain_jpeg_size(jpeg(photograph(1), subsampling=subsampling)) == (70, 90)
-    assert plain_jpeg_size(jpeg(photograph(1), subsampling=subsampling, restart_marker_rows=1)) == (70, 90)
+    assert read_baseline_jpeg_size(jpeg(photograph(1), subsampling=subsampling)) == (70, 90)
+    assert read_baseline_jpeg_size(jpeg(photograph(1), subsampling=subsampling, restart_marker_rows=1)) == (70, 90)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_all_others_are_the_cpu_s(name: str) -> None:
-    assert plain_jpeg_size(OTHERS[name]) is None
+    assert read_baseline_jpeg_size(OTHERS[name]) is None
 
 
-def flat(prepare: Divided, data: bytes) -> bool:
+def flat(prepare: GpuSplitTransform, data: bytes) -> bool:
     return prepare(data).pixels.ndim == 1
 
 
 def test_a_file_is_left_as_it_is_with_its_size() -> None:
     made = divided(1.0)(PLAIN)
     assert bytes(made.pixels.tolist()) == PLAIN
-    assert (made.width, made.height, made.turned) == (90, 70, False)
+    assert (made.width, made.height, made.axes_swapped) == (90, 70, False)
 
 
 def test_what_is_too_large_or_would_be_is_the_cpu_s() -> None:
     assert flat(divided(1.0, max_pixels=6300), PLAIN)
     assert flat(divided(1.0), jpeg(photograph(1, (3000, 30))))
-    with pytest.raises(ImageFault, match="too narrow"):  # it would be 300 x 150,000
+    with pytest.raises(ImageError, match="too narrow"):  # it would be 300 x 150,000
         divided(1.0, Preprocess(resize=300, crop=32))(jpeg(photograph(1, (4000, 8))))
 
 
@@ -52,7 +52,7 @@ def test_turned_images_are_the_cpu_s_where_exif_counts() -> None:
     assert flat(minding, upright)
     made = minding(turned)
     assert made.pixels.shape == (3, 32, 32)
-    assert made.turned
+    assert made.axes_swapped
 
 
 # -- how many --------------------------------------------------------------------------------------------------
@@ -82,10 +82,10 @@ def test_a_share_that_is_changed_counts_at_once() -> None:
 
 
 def test_the_share_grows_while_batches_are_waited_for_and_shrinks_while_they_wait() -> None:
-    assert steered(0.5, waited=0.4) > 0.5 > steered(0.5, waited=0.0)
-    assert steered(0.5, waited=0.03) == 0.5
-    assert steered(1.0, waited=1.0) == 1.0
-    assert steered(0.0, waited=0.0) == 0.0
+    assert adjust_share(0.5, wait_fraction=0.4) > 0.5 > adjust_share(0.5, wait_fraction=0.0)
+    assert adjust_share(0.5, wait_fraction=0.03) == 0.5
+    assert adjust_share(1.0, wait_fraction=1.0) == 1.0
+    assert adjust_share(0.0, wait_fraction=0.0) == 0.0
 
 
 class Clock:
@@ -104,7 +104,7 @@ def balanced(loading: float, working: float, window: int = 4, batches: int = 21)
             clock.now += loading
             yield number
 
-    for _ in Balance(given, window, clock).over(slow()):
+    for _ in GpuShareController(given, window, clock).observe(slow()):
         clock.now += working
     return given.value
 
@@ -119,16 +119,16 @@ def test_a_window_of_batches_moves_the_share_by_a_step() -> None:
 
 def test_a_share_that_was_ended_stays_so() -> None:
     clock, given = Clock(), share(0.5)
-    balance = Balance(given, 1, clock)
+    balance = GpuShareController(given, 1, clock)
 
     def slow() -> Iterator[int]:
         for number in range(9):
             clock.now += 1.0
             yield number
 
-    batches = balance.over(slow())
+    batches = balance.observe(slow())
     next(batches)
-    balance.end()
+    balance.disable()
     assert list(batches) == list(range(1, 9))
     assert given.value == 0.0
 
@@ -139,8 +139,8 @@ def test_a_share_that_was_ended_stays_so() -> None:
 def ceiling(cores: int, device: float | None) -> float:
     """The CPU's, where decode and transform take 8 of 10 ms and the device decodes so many images a second."""
     spent = {"fetch": 1.0, "decode": 5.0, "transform": 3.0, "collate": 0.5, "forward": 0.5, "write": 0.0}
-    stages = [Stage(name, 1e3, cpu_ms) for name, cpu_ms in spent.items()]
-    found = ceilings([*stages, *([] if device is None else [Stage("device decode", device)])], cores)
+    stages = [StageMeasurement(name, 1e3, cpu_ms) for name, cpu_ms in spent.items()]
+    found = compute_ceilings([*stages, *([] if device is None else [StageMeasurement("device decode", device)])], cores)
     return found[0].images_per_second
 
 

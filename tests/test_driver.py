@@ -30,23 +30,23 @@ from pools import (
 )
 
 from batchjob.driver import driver
-from batchjob.driver.control_loop import Drain
-from batchjob.driver.lease import SILENCE_SECONDS, Lease
-from batchjob.driver.progress import Progress, Quiet
+from batchjob.driver.control_loop import StopSignals
+from batchjob.driver.lease import EXPIRY_SECONDS, Lease
+from batchjob.driver.progress import NoProgress, ProgressReporter
 from batchjob.errors import BatchjobError, CheckFailed, InvalidJob, JobError, Temporary, Unavailable
 from batchjob.job.job import Job
-from batchjob.output.commit import parts as parts_of_commit
-from batchjob.plan.head import bury as bury_of_head
-from batchjob.plan.head import current
+from batchjob.output.commit import list_parts as parts_of_commit
+from batchjob.plan.head import discard_plan as bury_of_head
+from batchjob.plan.head import read_current_head
 from batchjob.pool.pool import Pool
-from batchjob.report.run_result import Outcome
+from batchjob.report.run_result import RunResult
 from batchjob.storage.store import open_store
-from batchjob.worker.messages import Event, Ready, WorkerFailed
+from batchjob.worker.messages import WorkerEvent, WorkerFailed, WorkerReady
 
 TWELVE = [f"{number:03}.png" for number in range(12)]  # six shards
 
 
-class Heard(Quiet):
+class Heard(NoProgress):
     """Remembers what a person would have been told."""
 
     def __init__(self) -> None:
@@ -58,10 +58,10 @@ class Heard(Quiet):
         assert planned is None
         self.started = True
 
-    def planned(self, n: int, final: bool) -> None:
-        self.total, self.final = n, final
+    def set_planned(self, images: int, final: bool) -> None:
+        self.total, self.final = images, final
 
-    def resumed(self, images: int) -> None:
+    def add_resumed(self, images: int) -> None:
         self.before += images
 
     def advance(self, images: int, failed: int) -> None:
@@ -84,7 +84,7 @@ class Rival:
 
     def takes_over(self) -> None:
         self.lease = Lease.acquire(open_store(self._output), clock=lambda: self._now, sleep=self._sleep)
-        assert self._now >= SILENCE_SECONDS
+        assert self._now >= EXPIRY_SECONDS
 
     def _sleep(self, seconds: float) -> None:
         self._now += seconds
@@ -100,10 +100,10 @@ def run(
     *,
     allow_empty: bool = False,
     repair: bool = False,
-    progress: Progress | None = None,
-) -> Outcome:
+    progress: ProgressReporter | None = None,
+) -> RunResult:
     make_pool: Callable[[], Pool] = no_pool if pool is None else lambda: pool
-    return driver.run(the, make_pool, allow_empty=allow_empty, repair=repair, progress=progress or Quiet())
+    return driver.run(the, make_pool, allow_empty=allow_empty, repair=repair, progress=progress or NoProgress())
 
 
 def positions(output: Path) -> list[int]:
@@ -140,7 +140,7 @@ def meanwhile(happens: Callable[[], object]) -> Iterator[None]:
 def bury(output: Path) -> None:
     """The first step of a discard."""
     store = open_store(str(output))
-    _, head = current(store)
+    _, head = read_current_head(store)
     assert head is not None
     bury_of_head(store, head)
 
@@ -173,7 +173,7 @@ def lease_released(out: Path) -> Iterator[None]:
 @pytest.fixture
 def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lease is looked at in every turn."""
-    monkeypatch.setattr("batchjob.driver.lease.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("batchjob.driver.lease.HEARTBEAT_SECONDS", 0.0)
 
 
 # --- a whole run ----------------------------------------------------------------------------------------------------
@@ -210,11 +210,11 @@ def test_workers_are_told_what_they_need(tmp_path: Path, out: Path) -> None:
     pool = ScriptedPool()
     run(job(tmp_path, TWELVE), pool)
     assert pool.setup is not None
-    assert pool.setup.folder == str(tmp_path)
-    assert pool.setup.few_bytes == sum((tmp_path / "images" / name).stat().st_size for name in TWELVE)
+    assert pool.setup.job_folder == str(tmp_path)
+    assert pool.setup.small_input_bytes == sum((tmp_path / "images" / name).stat().st_size for name in TWELVE)
     assert [Path(location).name for location in pool.setup.sample] == TWELVE
-    assert pool.setup.witness is not None
-    key, word = pool.setup.witness
+    assert pool.setup.visibility_check is not None
+    key, word = pool.setup.visibility_check
     assert word in (out / key).read_text()
 
 
@@ -367,7 +367,7 @@ def test_an_error_that_ends_a_run_carries_its_counts(tmp_path: Path) -> None:
         pool = ScriptedPool({failing: [worker_fails(gone)]}, size=1)
         with pytest.raises(Temporary) as caught:
             run(job(tmp_path, names, errors=errors), pool)
-        outcome = Outcome.of_error(caught.value)
+        outcome = RunResult.from_error(caught.value)
         assert (outcome.planned, outcome.predicted, outcome.failed) == (12, predicted, 1)
     assert caught.value.counts == (12, 7, 1)
 
@@ -431,9 +431,9 @@ def test_a_signal_is_heard_while_workers_start(tmp_path: Path, out: Path) -> Non
 
 
 def test_a_signal_is_heard_though_workers_took_the_handler(tmp_path: Path) -> None:
-    def waking() -> Iterator[Event | None]:
+    def waking() -> Iterator[WorkerEvent | None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray takes it when it starts
-        yield Ready("0", LOADED)
+        yield WorkerReady("0", LOADED)
 
     pool = ScriptedPool({0: [first(term)]}, ready=waking())
     with pytest.raises(Temporary, match="stopped by a signal"):
@@ -445,8 +445,8 @@ def test_a_signal_outside_the_main_thread_is_nobodys(tmp_path: Path) -> None:
     before, found = signal.getsignal(signal.SIGTERM), list[object]()
 
     def drained() -> None:
-        with Drain() as drain:
-            found.extend([signal.getsignal(signal.SIGTERM), drain.asked.is_set()])
+        with StopSignals() as drain:
+            found.extend([signal.getsignal(signal.SIGTERM), drain.requested.is_set()])
 
     thread = threading.Thread(target=drained)
     thread.start()
@@ -455,11 +455,11 @@ def test_a_signal_outside_the_main_thread_is_nobodys(tmp_path: Path) -> None:
 
 
 def test_handlers_that_a_library_took_are_taken_back() -> None:
-    with Drain() as drain:
+    with StopSignals() as drain:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as Ray does when it starts
-        drain.listen()
+        drain.install()
         term()
-        assert drain.asked.is_set()
+        assert drain.requested.is_set()
 
 
 # --- the lease ------------------------------------------------------------------------------------------------------
@@ -504,7 +504,7 @@ def test_nobody_discards_or_plans_under_a_driver_at_work(tmp_path: Path, out: Pa
             yield None
         yield from commit(pool, key)
 
-    found: list[Outcome] = []
+    found: list[RunResult] = []
     at_work = threading.Thread(target=lambda: found.append(run(the, ScriptedPool({0: [until_told]}))))
     at_work.start()
     try:
@@ -512,7 +512,7 @@ def test_nobody_discards_or_plans_under_a_driver_at_work(tmp_path: Path, out: Pa
         with pytest.raises(Temporary, match="another driver"):
             driver.discard(str(out))
         with pytest.raises(Temporary, match="another driver"):
-            driver.plan_only(the, allow_empty=False, progress=Quiet())
+            driver.plan_only(the, allow_empty=False, progress=NoProgress())
         with pytest.raises(Temporary, match="another driver"):
             run(the)
     finally:
@@ -525,7 +525,7 @@ def test_nobody_discards_or_plans_under_a_driver_at_work(tmp_path: Path, out: Pa
 def test_two_drivers_at_once_do_no_harm(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lease saves work; that each part is there once does not rest on it."""
     monkeypatch.setattr(
-        "batchjob.driver.lease.BEAT_SECONDS", 1e9
+        "batchjob.driver.lease.HEARTBEAT_SECONDS", 1e9
     )  # so that the first learns of the second only at its end
     the = job(tmp_path, TWELVE)
     rivals: list[dict[str, bytes]] = []
@@ -548,15 +548,15 @@ def test_two_drivers_at_once_do_no_harm(tmp_path: Path, out: Path, monkeypatch: 
 def test_a_plan_that_another_job_froze_meanwhile_is_not_taken_for_ours(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("batchjob.driver.lease.BEAT_SECONDS", 1e9)
+    monkeypatch.setattr("batchjob.driver.lease.HEARTBEAT_SECONDS", 1e9)
     the = job(tmp_path, TWELVE)
     other = job(tmp_path, TWELVE, task={"type": "embedding", "normalize": True})
 
-    def waking() -> Iterator[Event | None]:
+    def waking() -> Iterator[WorkerEvent | None]:
         for path in out.glob("_batchjob/lease/*.json"):
             path.unlink()
-        driver.plan_only(other, allow_empty=False, progress=Quiet())
-        yield Ready("0", LOADED)
+        driver.plan_only(other, allow_empty=False, progress=NoProgress())
+        yield WorkerReady("0", LOADED)
 
     pool = ScriptedPool(ready=waking())
     with pytest.raises(InvalidJob, match="belongs to another job"):
@@ -625,7 +625,7 @@ def test_a_count_stops_a_run_before_its_plan_is_whole(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 2)
-    monkeypatch.setattr(driver, "_WAITING_ENOUGH", 1)
+    monkeypatch.setattr(driver, "_MAX_WAITING_SHARDS", 1)
     names = [f"{number:03}-bad.png" for number in range(60)]
     the = job(tmp_path, names, errors={"max_rate": 1.0, "max_count": 3})
     outcome = run(the, ScriptedPool(size=1))
@@ -838,7 +838,7 @@ def test_a_plan_that_was_cut_short_is_written_to_its_end(
 ) -> None:
     monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 4)
     the = job(tmp_path, TWELVE)
-    made = driver.plan_only(the, allow_empty=False, progress=Quiet())
+    made = driver.plan_only(the, allow_empty=False, progress=NoProgress())
     for chunk in sorted(out.glob("_batchjob/plans/0000/chunk-*"))[left:]:
         chunk.unlink()
     assert run(the, ScriptedPool()).status == "complete"
@@ -906,10 +906,10 @@ def test_model_code_that_is_missing_is_said_before_any_worker_starts(tmp_path: P
 
 def test_a_plan_is_frozen_without_workers_and_run_later(tmp_path: Path, out: Path) -> None:
     the = job(tmp_path, TWELVE)
-    made = driver.plan_only(the, allow_empty=False, progress=Quiet())
+    made = driver.plan_only(the, allow_empty=False, progress=NoProgress())
     assert (made.images, made.shards, made.shard_size, made.output) == (12, 6, 2, str(out))
     assert not (out / "predictions").exists()
-    again = driver.plan_only(the, allow_empty=False, progress=Quiet())
+    again = driver.plan_only(the, allow_empty=False, progress=NoProgress())
     assert (again.plan, again.images, again.shards) == (made.plan, 12, 6)
     assert run(job(tmp_path, ["later.png"]), ScriptedPool()).planned == 12
     assert success(out)["plan"] == made.plan
@@ -926,11 +926,11 @@ def test_a_plan_of_many_chunks_is_written_whole(tmp_path: Path, monkeypatch: pyt
 def test_a_signal_ends_planning(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 2)
     heard, the = Heard(), job(tmp_path, [f"{number:03}.png" for number in range(100)])
-    monkeypatch.setattr(heard, "planned", lambda n, final: term() if n == 2 else None)
+    monkeypatch.setattr(heard, "set_planned", lambda n, final: term() if n == 2 else None)
     with pytest.raises(Temporary, match="stopped by a signal"):
         driver.plan_only(the, allow_empty=False, progress=heard)
     assert len(list(out.glob("_batchjob/plans/0000/chunk-*"))) < 50
-    assert driver.plan_only(the, allow_empty=False, progress=Quiet()).images == 100
+    assert driver.plan_only(the, allow_empty=False, progress=NoProgress()).images == 100
 
 
 def test_planning_is_seen_to_begin_and_to_end(tmp_path: Path) -> None:
@@ -941,12 +941,12 @@ def test_planning_is_seen_to_begin_and_to_end(tmp_path: Path) -> None:
 
 def test_planning_refuses_what_a_run_refuses(tmp_path: Path, out: Path) -> None:
     with pytest.raises(InvalidJob, match="no images there"):
-        driver.plan_only(job(tmp_path, []), allow_empty=False, progress=Quiet())
-    made = driver.plan_only(job(tmp_path, []), allow_empty=True, progress=Quiet())
+        driver.plan_only(job(tmp_path, []), allow_empty=False, progress=NoProgress())
+    made = driver.plan_only(job(tmp_path, []), allow_empty=True, progress=NoProgress())
     assert (made.images, made.shards) == (0, 1)
     with pytest.raises(InvalidJob, match="belongs to another job"):
         driver.plan_only(
-            job(tmp_path, [], task={"type": "embedding", "normalize": True}), allow_empty=True, progress=Quiet()
+            job(tmp_path, [], task={"type": "embedding", "normalize": True}), allow_empty=True, progress=NoProgress()
         )
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from pools import job
 
-from batchjob.driver.plan_prefetcher import Feeder
+from batchjob.driver.plan_prefetcher import PlanPrefetcher
 from batchjob.errors import InvalidJob, Temporary, Unavailable
 from batchjob.plan.chunks import Chunk
-from batchjob.plan.head import Head, new_head
-from batchjob.sources.listing import TYPICAL_BYTES, Input, peek
+from batchjob.plan.head import PlanHead, new_head
+from batchjob.sources.listing import DEFAULT_IMAGE_BYTES, SourceListing, preview_listing
 from batchjob.storage.reader import Reader
 from batchjob.types import Cursor
 
@@ -21,7 +21,7 @@ PATIENCE = 60.0  # seconds, for what another thread does at once
 
 
 def chunk(number: int) -> Chunk:
-    return Chunk(number, number * 10, Cursor(number * 10 + 10), last=False, shards=())
+    return Chunk(number, number * 10, Cursor(number * 10 + 10), is_last=False, shards=())
 
 
 def chunks(count: int, asked: list[int] | None = None) -> Iterator[Chunk]:
@@ -42,12 +42,12 @@ def until(holds: Callable[[], bool]) -> None:
     raise AssertionError("it never came true")
 
 
-def take(feeder: Feeder) -> Chunk | None:
+def take(feeder: PlanPrefetcher) -> Chunk | None:
     """The next chunk, or None after the last."""
     found: list[Chunk] = []
 
     def came() -> bool:
-        if (item := feeder.take()) is not None:
+        if (item := feeder.next_chunk()) is not None:
             found.append(item)
         return bool(found) or feeder.finished
 
@@ -55,7 +55,7 @@ def take(feeder: Feeder) -> Chunk | None:
     return found[0] if found else None
 
 
-def ended(feeder: Feeder) -> bool:
+def ended(feeder: PlanPrefetcher) -> bool:
     return not feeder._thread.is_alive()
 
 
@@ -63,13 +63,13 @@ def ended(feeder: Feeder) -> bool:
 
 
 def test_chunks_come_in_order_and_then_the_end() -> None:
-    feeder = Feeder(chunks(20))
+    feeder = PlanPrefetcher(chunks(20))
     numbers = []
     while (item := take(feeder)) is not None:
         numbers.append(item.number)
     assert numbers == list(range(20))
     assert feeder.finished
-    assert feeder.take() is None  # as often as one asks
+    assert feeder.next_chunk() is None  # as often as one asks
     assert feeder.finished
     until(lambda: ended(feeder))
 
@@ -81,8 +81,8 @@ def test_taking_never_waits() -> None:
         go_on.wait(PATIENCE)
         yield chunk(0)
 
-    feeder = Feeder(late())
-    assert feeder.take() is None
+    feeder = PlanPrefetcher(late())
+    assert feeder.next_chunk() is None
     assert not feeder.finished  # nothing is there yet, which is not the end
     go_on.set()
     assert take(feeder) == chunk(0)
@@ -90,17 +90,17 @@ def test_taking_never_waits() -> None:
 
 
 def test_taking_may_wait_a_while() -> None:
-    feeder = Feeder(chunks(2))
-    assert feeder.take(PATIENCE) == chunk(0)
-    assert feeder.take(PATIENCE) == chunk(1)
-    assert feeder.take(PATIENCE) is None
+    feeder = PlanPrefetcher(chunks(2))
+    assert feeder.next_chunk(PATIENCE) == chunk(0)
+    assert feeder.next_chunk(PATIENCE) == chunk(1)
+    assert feeder.next_chunk(PATIENCE) is None
     assert feeder.finished
-    assert feeder.take(PATIENCE) is None  # and does not wait for what cannot come
+    assert feeder.next_chunk(PATIENCE) is None  # and does not wait for what cannot come
 
 
 def test_only_a_few_are_read_ahead() -> None:
     asked: list[int] = []
-    feeder = Feeder(chunks(1000, asked))
+    feeder = PlanPrefetcher(chunks(1000, asked))
     until(lambda: len(asked) >= 5)
     for _ in range(10):
         assert take(feeder) is not None
@@ -115,7 +115,7 @@ def test_what_stops_the_source_is_raised_by_take(error: Exception) -> None:
         yield from chunks(2)
         raise error
 
-    feeder = Feeder(breaks())
+    feeder = PlanPrefetcher(breaks())
     assert take(feeder) == chunk(0)
     assert take(feeder) == chunk(1)
     with pytest.raises(type(error)) as caught:
@@ -128,7 +128,7 @@ def test_what_stops_the_source_is_raised_by_take(error: Exception) -> None:
 @pytest.mark.parametrize("taken", [0, 1, 7])
 def test_after_close_nothing_more_is_listed(taken: int) -> None:
     asked: list[int] = []
-    feeder = Feeder(chunks(1000, asked))
+    feeder = PlanPrefetcher(chunks(1000, asked))
     for _ in range(taken):
         take(feeder)
     feeder.close()
@@ -146,7 +146,7 @@ def test_close_does_not_wait_for_a_source_that_hangs() -> None:
         go_on.wait(PATIENCE)
         yield from chunks(1000, asked)
 
-    feeder = Feeder(hangs())
+    feeder = PlanPrefetcher(hangs())
     assert listing.wait(PATIENCE)
     feeder.close()
     assert not ended(feeder)
@@ -164,30 +164,30 @@ def test_an_error_after_close_is_nobodys() -> None:
         yield from chunks(0)
         raise Unavailable("no network")
 
-    feeder = Feeder(breaks())
+    feeder = PlanPrefetcher(breaks())
     assert listing.wait(PATIENCE)
     feeder.close()
     go_on.set()
     until(lambda: ended(feeder))
-    assert feeder.take() is None
+    assert feeder.next_chunk() is None
 
 
 # --- Input and peek -------------------------------------------------------------------------------------------------
 
 
-def source(tmp_path: Path, count: int, **sections: object) -> Input:
-    return Input(job(tmp_path, [f"{number:04}.png" for number in range(count)], **sections), Reader())
+def source(tmp_path: Path, count: int, **sections: object) -> SourceListing:
+    return SourceListing(job(tmp_path, [f"{number:04}.png" for number in range(count)], **sections), Reader())
 
 
 @pytest.mark.parametrize(("enough", "rows", "whole"), [(5, 7, False), (7, 7, True), (100, 7, True)])
 def test_a_peek_sees_enough_or_all(tmp_path: Path, enough: int, rows: int, whole: bool) -> None:
-    seen = peek(source(tmp_path, 7), enough)
-    assert (seen.rows, seen.whole) == (rows, whole)
+    seen = preview_listing(source(tmp_path, 7), enough)
+    assert (seen.rows, seen.complete) == (rows, whole)
     assert [Path(location).name for location in seen.sample] == [f"{number:04}.png" for number in range(7)]
 
 
 def test_a_peek_samples_no_more_than_it_needs(tmp_path: Path) -> None:
-    seen = peek(source(tmp_path, 300), 1000)
+    seen = preview_listing(source(tmp_path, 300), 1000)
     assert (seen.rows, len(seen.sample)) == (300, 256)
 
 
@@ -195,17 +195,19 @@ def test_a_peek_tells_how_wide_the_passthrough_is(tmp_path: Path) -> None:
     lines = "".join(f"{number}.png,{'x' * 100}\n" for number in range(50))
     (tmp_path / "images.csv").write_text(f"path,note\n{lines}")
     manifest = {"type": "manifest", "uri": "images.csv", "uri_column": "path", "passthrough": ["note"]}
-    assert 100 <= peek(source(tmp_path, 0, input=manifest), 1000).row_bytes <= 120
-    assert peek(source(tmp_path, 7), 1000).row_bytes == 0
+    assert 100 <= preview_listing(source(tmp_path, 0, input=manifest), 1000).row_bytes <= 120
+    assert preview_listing(source(tmp_path, 7), 1000).row_bytes == 0
 
 
 def test_a_peek_adds_up_the_images_that_it_sees(tmp_path: Path) -> None:
     the = source(tmp_path, 7)
     size = sum(path.stat().st_size for path in tmp_path.rglob("*.png"))
-    assert peek(the, 1000).image_bytes == size > 0
+    assert preview_listing(the, 1000).image_bytes == size > 0
     (tmp_path / "images.csv").write_text("path\n0000.png\n")
     manifest = {"type": "manifest", "uri": "images.csv", "uri_column": "path"}
-    assert peek(source(tmp_path, 0, input=manifest), 1000).image_bytes == TYPICAL_BYTES, "it does not say"
+    assert preview_listing(source(tmp_path, 0, input=manifest), 1000).image_bytes == DEFAULT_IMAGE_BYTES, (
+        "it does not say"
+    )
 
 
 def test_a_closed_input_is_listed_no_further(tmp_path: Path) -> None:
@@ -217,8 +219,11 @@ def test_a_closed_input_is_listed_no_further(tmp_path: Path) -> None:
 
 
 def test_a_peek_at_nothing(tmp_path: Path) -> None:
-    assert peek(source(tmp_path, 0), 10) == peek(source(tmp_path, 0), 0)
-    assert (peek(source(tmp_path, 0), 10).rows, peek(source(tmp_path, 0), 10).whole) == (0, True)
+    assert preview_listing(source(tmp_path, 0), 10) == preview_listing(source(tmp_path, 0), 0)
+    assert (preview_listing(source(tmp_path, 0), 10).rows, preview_listing(source(tmp_path, 0), 10).complete) == (
+        0,
+        True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,11 +233,11 @@ def test_a_peek_at_nothing(tmp_path: Path) -> None:
 def test_what_is_required_and_missing_is_temporary(tmp_path: Path, require: dict[str, object], said: str) -> None:
     the = source(tmp_path, 3, input={"type": "prefix", "uri": "images/", "require": require})
     with pytest.raises(Temporary, match=said):
-        the.require()
+        the.check_requirements()
     source(tmp_path, 4)
     (tmp_path / "images/_DONE").touch()
     notes: list[str] = []
-    the.require(notes.append)
+    the.check_requirements(notes.append)
     assert notes == (["counting at least 4 images"] if "min_images" in require else [])
 
 
@@ -256,5 +261,5 @@ def test_a_folder_has_no_version_and_may_grow(tmp_path: Path) -> None:
     the.check_unchanged(head)
 
 
-def head_of(the: Input) -> Head:
+def head_of(the: SourceListing) -> PlanHead:
     return new_head(0, job={}, fingerprint={}, shard_size=2, source_version=the.version, batchjob="1")

@@ -11,12 +11,12 @@ import pytest
 from faulty import RESET, TRUNCATE, Faulty, Reply, between
 from seaweed import Seaweed
 
-from batchjob.errors import Denied, Unavailable
-from batchjob.loader.fetch import Fetcher, together
-from batchjob.storage.objects import Blob
+from batchjob.errors import AccessDenied, Unavailable
+from batchjob.loader.fetch import Fetcher, group_refs
+from batchjob.storage.objects import ObjectData
 from batchjob.storage.options import StorageOptions
 from batchjob.storage.reader import Reader
-from batchjob.types import Fault, ImageRef
+from batchjob.types import ErrorRecord, ImageRef
 
 DENIED = Reply(403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
 BROKEN = Reply(500, b"<Error><Code>InternalError</Code><Message>We encountered an error</Message></Error>")
@@ -30,7 +30,7 @@ def faulty(s3: Seaweed) -> Iterator[Faulty]:
 
 @pytest.fixture
 def fetcher(faulty: Faulty) -> Fetcher:
-    return Fetcher(Reader({"s3://": StorageOptions(endpoint=faulty.endpoint)}, patience=0.3))
+    return Fetcher(Reader({"s3://": StorageOptions(endpoint=faulty.endpoint)}, retry_timeout=0.3))
 
 
 def photos(s3: Seaweed, *names: str) -> list[ImageRef]:
@@ -40,8 +40,8 @@ def photos(s3: Seaweed, *names: str) -> list[ImageRef]:
     return [ImageRef(position, bucket + name, bucket + name) for position, name in enumerate(names)]
 
 
-def told(found: list[Blob | Fault]) -> list[str]:
-    return [answer.type if isinstance(answer, Fault) else answer.data.decode() for answer in found]
+def told(found: list[ObjectData | ErrorRecord]) -> list[str]:
+    return [answer.type if isinstance(answer, ErrorRecord) else answer.data.decode() for answer in found]
 
 
 def deny(faulty: Faulty, reply: Reply, *names: str) -> None:
@@ -57,7 +57,7 @@ def test_an_object_that_is_always_refused_is_that_images_fault(
     found = fetcher.fetch(refs)
     assert told(found) == ["a.jpg", "unreadable", "c.jpg", "unreadable"]
     fault = found[1]
-    assert isinstance(fault, Fault)
+    assert isinstance(fault, ErrorRecord)
     assert fault.stage == "fetch"
     assert "b.jpg" in fault.message
     assert "other objects of the same store can be read" in fault.message
@@ -124,7 +124,9 @@ def in_order(*actions: Reply | str | None) -> Callable[[str, str], Reply | str |
 @pytest.fixture
 def patient(faulty: Faulty) -> Fetcher:
     """Asks once within its window, and waits out an outage."""
-    return Fetcher(Reader({"s3://": StorageOptions(endpoint=faulty.endpoint)}, patience=0.05, outage=30), retries=2)
+    return Fetcher(
+        Reader({"s3://": StorageOptions(endpoint=faulty.endpoint)}, retry_timeout=0.05, outage_timeout=30), retries=2
+    )
 
 
 def test_a_store_that_falls_silent_is_waited_for(s3: Seaweed, faulty: Faulty, patient: Fetcher) -> None:
@@ -133,7 +135,7 @@ def test_a_store_that_falls_silent_is_waited_for(s3: Seaweed, faulty: Faulty, pa
     assert told(patient.fetch(refs)) == ["a.jpg", "b.jpg", "c.jpg"], "before anything could be read"
     faulty.decide = in_order(*[RESET] * 12)
     assert told(patient.fetch(refs)) == ["a.jpg", "b.jpg", "c.jpg"], "in between"
-    assert not patient.reader.outage(refs[0].location).lasting
+    assert not patient.reader.outage(refs[0].location).is_ongoing
 
 
 def test_a_silence_that_lasts_is_raised_and_costs_the_next_batch_no_second_one(
@@ -141,7 +143,9 @@ def test_a_silence_that_lasts_is_raised_and_costs_the_next_batch_no_second_one(
 ) -> None:
     refs = photos(s3, "a.jpg", "b.jpg")
     patient.fetch(refs)
-    brief = replace(patient, reader=Reader({"s3://": StorageOptions(endpoint=faulty.endpoint)}, 0.05, outage=1.0))
+    brief = replace(
+        patient, reader=Reader({"s3://": StorageOptions(endpoint=faulty.endpoint)}, 0.05, outage_timeout=1.0)
+    )
     faulty.decide = lambda method, path: RESET
     for _ in range(2):
         with pytest.raises(Unavailable, match="does not answer"):
@@ -168,7 +172,7 @@ def test_refused_credentials_are_not_waited_for(s3: Seaweed, faulty: Faulty, pat
     patient.fetch(refs)
     deny(faulty, DENIED, ".jpg")
     faulty.seen.clear()
-    with pytest.raises(Denied):
+    with pytest.raises(AccessDenied):
         patient.fetch(refs)
     assert len(faulty.seen) == 2, "each image once; of the canary more would not be known"
 
@@ -187,7 +191,7 @@ def test_local_files_that_cannot_be_read_are_not_waited_for(tmp_path: Path) -> N
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     with pytest.raises(Unavailable, match="cannot be read"):
-        Fetcher(Reader(outage=300)).fetch([ImageRef(0, "loop", str(loop))])
+        Fetcher(Reader(outage_timeout=300)).fetch([ImageRef(0, "loop", str(loop))])
 
 
 def test_an_object_that_was_deleted_after_the_plan_is_a_fault_that_says_so(
@@ -201,16 +205,16 @@ def test_an_object_that_was_deleted_after_the_plan_is_a_fault_that_says_so(
     s3.delete(ref.location)
     local.unlink()
     for fault in fetcher.fetch(planned):
-        assert isinstance(fault, Fault)
+        assert isinstance(fault, ErrorRecord)
         assert (fault.stage, fault.type) == ("fetch", "deleted")
         assert "deleted since the plan was made" in fault.message
     assert told(fetcher.fetch([replace(one, etag=None) for one in planned])) == ["not_found"] * 2, "no tag was planned"
 
 
 def test_a_run_of_large_images_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchjob.loader.fetch.FETCH_BYTES", 10)
+    monkeypatch.setattr("batchjob.loader.fetch.MAX_FETCH_BYTES", 10)
     refs = [ImageRef(n, str(n), str(n), size=size) for n, size in enumerate([4, 6, 1, 30, None, 10])]
-    assert [[ref.position for ref in run] for run in together(refs)] == [[0, 1], [2], [3], [4, 5]]
+    assert [[ref.position for ref in run] for run in group_refs(refs)] == [[0, 1], [2], [3], [4, 5]]
 
 
 def test_an_object_that_was_overwritten_after_the_plan_is_a_fault_that_says_so(
@@ -229,7 +233,7 @@ def test_an_object_that_was_overwritten_after_the_plan_is_a_fault_that_says_so(
     assert told(fetcher.fetch([ref])) == ["c"]
     local.write_bytes(b"other")
     (fault,) = fetcher.fetch([ref])
-    assert isinstance(fault, Fault)
+    assert isinstance(fault, ErrorRecord)
     assert (fault.stage, fault.type) == ("fetch", "changed")
     assert "changed since the plan was made" in fault.message
 
@@ -246,10 +250,10 @@ def test_an_object_that_is_too_large_or_another_is_not_read(
     faulty.decide = lambda method, path: TRUNCATE if method == "GET" else None  # who reads it all fails
     for uri in (*clouds, str(local)):
         (fault,) = replace(fetcher, max_bytes=1000).fetch([ImageRef(0, uri, uri)])
-        assert fault == Fault("fetch", "too_large", "the file has 100,000 bytes, over decode.max_bytes 1,000")
+        assert fault == ErrorRecord("fetch", "too_large", "the file has 100,000 bytes, over decode.max_bytes 1,000")
     for uri, etag in zip(clouds, tags, strict=True):
         (fault,) = fetcher.fetch([ImageRef(0, uri, uri, etag="planned")])
-        assert fault == Fault("fetch", "changed", f"{uri}: changed since the plan was made (planned, now {etag})")
+        assert fault == ErrorRecord("fetch", "changed", f"{uri}: changed since the plan was made (planned, now {etag})")
     assert len([1 for method, _ in faulty.seen if method == "GET"]) == 4, "each once"
 
 
@@ -265,7 +269,9 @@ def test_a_file_of_any_protocol_that_is_too_large_is_not_read(monkeypatch: pytes
 
     monkeypatch.setattr(type(memory), "cat_file", watched)
     uris = ["memory://limits/fine", "memory://limits/large"]
-    found = Fetcher(Reader(patience=0.0), max_bytes=1000).fetch([ImageRef(n, uri, uri) for n, uri in enumerate(uris)])
-    assert isinstance(found[0], Blob)
-    assert found[1] == Fault("fetch", "too_large", "the file has 1,001 bytes, over decode.max_bytes 1,000")
+    found = Fetcher(Reader(retry_timeout=0.0), max_bytes=1000).fetch(
+        [ImageRef(n, uri, uri) for n, uri in enumerate(uris)]
+    )
+    assert isinstance(found[0], ObjectData)
+    assert found[1] == ErrorRecord("fetch", "too_large", "the file has 1,001 bytes, over decode.max_bytes 1,000")
     assert read == ["/limits/fine"]

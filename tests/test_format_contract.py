@@ -24,15 +24,15 @@ from seaweed import Seaweed
 
 from batchjob.errors import InvalidJob
 from batchjob.inference.devices import pick_device
-from batchjob.job.job import Model
+from batchjob.job.job import AnyModel
 from batchjob.models.loaded_model import LoadedModel
-from batchjob.preprocessing.normalize import normalizer
-from batchjob.preprocessing.settings import DecodeSettings, merge
-from batchjob.preprocessing.transforms import Geometry, Prepare
+from batchjob.preprocessing.normalize import make_normalizer
+from batchjob.preprocessing.settings import DecodeSettings, merge_preprocess
+from batchjob.preprocessing.transforms import ImageTransform, ResizeCrop
 from batchjob.storage.reader import Reader
 
 READER = Reader()
-MODEL: TypeAdapter[Any] = TypeAdapter(Model)
+MODEL: TypeAdapter[Any] = TypeAdapter(AnyModel)
 CODE = [name for name in FORMATS if FORMATS[name].code]
 FILES = [name for name in FORMATS if name not in {"python", "huggingface"}]  # a folder has tests of its own
 
@@ -132,9 +132,11 @@ def test_the_preprocessing_it_brings_is_that_of_its_own_library(name: str, built
     image = Image.fromarray(np.random.default_rng(5).integers(0, 256, (75, 101, 3), np.uint8))
     encoded = io.BytesIO()
     image.save(encoded, "png")
-    merged = merge(None, preprocess)
-    prepare = Prepare(DecodeSettings(), Geometry(merged, model.base), gray=merged.channels == "gray", turn=False)
-    pixels = normalizer(merged)(prepare(encoded.getvalue()).pixels[None], torch.float32)[0]
+    merged = merge_preprocess(None, preprocess)
+    prepare = ImageTransform(
+        DecodeSettings(), ResizeCrop(merged, model.base), gray=merged.channels == "gray", apply_exif=False
+    )
+    pixels = make_normalizer(merged)(prepare(encoded.getvalue()).pixels[None], torch.float32)[0]
     torch.testing.assert_close(pixels, model.transform(image), rtol=0, atol=model.transform_tolerance)
 
 

@@ -23,18 +23,25 @@ from botocore.exceptions import ClientError
 from PIL import Image
 from seaweed import Seaweed
 
-from batchjob.driver.progress import Bar, Lines
-from batchjob.errors import ImageFault, InvalidJob, NotFound
+from batchjob.driver.progress import ProgressBar, ProgressLog
+from batchjob.errors import ImageError, InvalidJob, NotFound
 from batchjob.job.job import Job
 from batchjob.loader.fetch import Fetcher
 from batchjob.preprocessing.settings import DecodeSettings
-from batchjob.report.run_result import Outcome
+from batchjob.report.run_result import RunResult
 from batchjob.sources.manifest import ManifestSource
 from batchjob.sources.prefix import PrefixSource
-from batchjob.storage.objects import Blob
+from batchjob.storage.objects import ObjectData
 from batchjob.storage.reader import Reader
-from batchjob.text import harmless, held_secret, redacted, secret_in, typed, without_queries
-from batchjob.types import Cursor, Fault, ImageRef
+from batchjob.text import (
+    escape_controls,
+    explain_uri_secret,
+    find_held_secret,
+    redact_assignment,
+    redact_queries,
+    redact_secrets,
+)
+from batchjob.types import Cursor, ErrorRecord, ImageRef
 from batchjob.user_code import load_target
 
 ROOT = Path(__file__).parents[1]
@@ -132,9 +139,9 @@ def manifest(folder: Path, uris: list[str]) -> ManifestSource:
     return ManifestSource.model_validate({"uri": str(file), "uri_column": "image"})
 
 
-def fetched(rows: list[dict[str, Any]]) -> list[Blob | Fault]:
+def fetched(rows: list[dict[str, Any]]) -> list[ObjectData | ErrorRecord]:
     refs = [ImageRef(number, row["uri"], row["location"]) for number, row in enumerate(rows)]
-    return Fetcher(Reader(patience=0.0)).fetch(refs)
+    return Fetcher(Reader(retry_timeout=0.0)).fetch(refs)
 
 
 def test_names_on_a_disk_are_read_as_they_are(tmp_path: Path) -> None:
@@ -148,7 +155,7 @@ def test_names_on_a_disk_are_read_as_they_are(tmp_path: Path) -> None:
         answers = fetched(rows)
         for row, answer in zip(rows, answers, strict=True):
             name = row["location"].removeprefix(f"{tmp_path}/in/")
-            assert isinstance(answer, Blob), name
+            assert isinstance(answer, ObjectData), name
             assert answer.data == picture(there[name]), name
 
 
@@ -164,7 +171,7 @@ def test_keys_of_a_bucket_are_read_as_they_are(s3: Seaweed, tmp_path: Path) -> N
     for rows in (listed, named):
         for row, answer in zip(rows, fetched(rows), strict=True):
             name = row["uri"].removeprefix(f"{root}in/")
-            if isinstance(answer, Blob):  # SeaweedFS makes slashes of backslashes
+            if isinstance(answer, ObjectData):  # SeaweedFS makes slashes of backslashes
                 assert answer.data == (picture(there[name]) if name in there else s3.get(row["uri"])), name
             else:  # what the server itself has put elsewhere
                 assert name not in stored, (name, answer)
@@ -190,7 +197,7 @@ def test_a_name_that_leads_to_nothing_is_an_error_row(tmp_path: Path, uri: str, 
             table(manifest(tmp_path, [uri]))
         return
     (answer,) = fetched(table(manifest(tmp_path, [uri])))
-    assert isinstance(answer, Fault)
+    assert isinstance(answer, ErrorRecord)
     assert answer.stage == "fetch"
     assert answer.type in type
 
@@ -200,8 +207,8 @@ def test_a_key_that_no_bucket_has_is_an_error_row(s3: Seaweed, tmp_path: Path, k
     root = s3.bucket("guards")
     s3.put(f"{root}fine.png", picture(0))
     fine, bad = fetched(table(manifest(tmp_path, [f"{root}fine.png", root + key])))
-    assert isinstance(fine, Blob)
-    assert isinstance(bad, Fault)
+    assert isinstance(fine, ObjectData)
+    assert isinstance(bad, ErrorRecord)
     assert bad.type in {"unaddressable", "not_found", "unreadable"}
 
 
@@ -416,12 +423,12 @@ SECRET = "9f8e7d6c5b4a39281706"
     ],
 )
 def test_secrets_are_taken_out_of_a_text(text: str, shown: str) -> None:
-    assert redacted(text) == shown
-    assert redacted(shown) == shown
+    assert redact_secrets(text) == shown
+    assert redact_secrets(shown) == shown
     assert SECRET not in str(InvalidJob(text))
-    assert SECRET not in ImageFault("fetch", "storage", text).message
-    assert SECRET not in Fault("fetch", "storage", text).message
-    assert SECRET not in Outcome.of_error(RuntimeError(text)).dump()
+    assert SECRET not in ImageError("fetch", "storage", text).message
+    assert SECRET not in ErrorRecord("fetch", "storage", text).message
+    assert SECRET not in RunResult.from_error(RuntimeError(text)).to_json()
     assert isinstance(NotFound(text), NotFound)
 
 
@@ -431,8 +438,8 @@ def test_secret_values_of_the_environment_are_taken_out(monkeypatch: pytest.Monk
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/token-of-this-machine")
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     said = f"the key /{SECRET}+x= and {quote(f'/{SECRET}+x=', safe='')} of /var/run/token-of-this-machine, token, short"
-    assert redacted(said) == "the key … and … of /var/run/token-of-this-machine, token, short"
-    assert held_secret(said) == "AWS_SECRET_ACCESS_KEY"
+    assert redact_secrets(said) == "the key … and … of /var/run/token-of-this-machine, token, short"
+    assert find_held_secret(said) == "AWS_SECRET_ACCESS_KEY"
     with pytest.raises(InvalidJob) as caught:
         small(tmp_path, f"name=x{SECRET}", f"model.target=net:/{SECRET}+x=")
     assert "holds the value of the environment variable AWS_SECRET_ACCESS_KEY; a job never holds" in str(caught.value)
@@ -440,29 +447,31 @@ def test_secret_values_of_the_environment_are_taken_out(monkeypatch: pytest.Monk
 
 
 def test_what_is_typed_is_shown_without_its_query() -> None:
-    assert without_queries(f"https://b/x?anything={SECRET}") == "https://b/x?…"
-    assert typed("input.uri", f"https://me:{SECRET}@b/x?anything={SECRET}") == "input.uri=https://…@b/x?…"
-    assert typed("api_token", SECRET) == "api_token=…"
-    assert typed("storage.s3://.secret_access_key", SECRET) == "storage.s3://.secret_access_key=…"
+    assert redact_queries(f"https://b/x?anything={SECRET}") == "https://b/x?…"
+    assert redact_assignment("input.uri", f"https://me:{SECRET}@b/x?anything={SECRET}") == "input.uri=https://…@b/x?…"
+    assert redact_assignment("api_token", SECRET) == "api_token=…"
+    assert redact_assignment("storage.s3://.secret_access_key", SECRET) == "storage.s3://.secret_access_key=…"
 
 
 @pytest.mark.parametrize("uri", ["s3://lake/k@2x?v=1", "abfs://c@a/x", "https://[bad", "az://c/a?v=1&w=2"])
 def test_uris_without_secrets_may_stand_in_a_plan(uri: str) -> None:
-    assert secret_in(uri) is None
+    assert explain_uri_secret(uri) is None
 
 
 def test_controls_are_made_visible() -> None:
-    assert harmless("plain text, \u00fc, \U0001f600\tand a\nline") == "plain text, \u00fc, \U0001f600\tand a\nline"
-    assert "\x1b" not in InvalidJob("s3://b/\x1b[2J: gone").message + Fault("fetch", "gone", "\x1b[2J").message
-    assert harmless("\x1b[2J\x9b31m\u202e\x00\r\x07\u2028") == r"\x1b[2J\x9b31m\u202e\x00\r\x07\u2028"
+    assert (
+        escape_controls("plain text, \u00fc, \U0001f600\tand a\nline") == "plain text, \u00fc, \U0001f600\tand a\nline"
+    )
+    assert "\x1b" not in InvalidJob("s3://b/\x1b[2J: gone").message + ErrorRecord("fetch", "gone", "\x1b[2J").message
+    assert escape_controls("\x1b[2J\x9b31m\u202e\x00\r\x07\u2028") == r"\x1b[2J\x9b31m\u202e\x00\r\x07\u2028"
 
 
-@pytest.mark.parametrize("made", [Lines, "bar"])
+@pytest.mark.parametrize("made", [ProgressLog, "bar"])
 def test_notes_of_a_run_are_harmless(made: Callable[..., Any] | str) -> None:
     from rich.console import Console
 
     stream = io.StringIO()
-    view = Bar(Console(file=stream)) if made == "bar" else Lines(stream, every=0)
+    view = ProgressBar(Console(file=stream)) if made == "bar" else ProgressLog(stream, interval=0)
     view.note(f"image s3://me:{SECRET}@b/\x1b[31mred.png was lost")
     assert SECRET not in stream.getvalue()
     assert r"@b/\x1b[31mred.png" in stream.getvalue()

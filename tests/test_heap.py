@@ -19,16 +19,16 @@ def faults():
         torch.ones(3_000_000).sum()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
-heap.keep()
+heap.retain_freed_memory()
 faults()
 kept = faults()
-heap.give_back()
+heap.release_freed_memory()
 def resident():
     return int(open("/proc/self/statm").read().split()[1])
 held = [torch.ones(20_000_000)]
 full = resident()
 held.clear()
-heap.give_back()
+heap.release_freed_memory()
 print(kept, full - resident())
 """
 

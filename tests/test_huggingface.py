@@ -24,12 +24,12 @@ from safetensors.torch import load_file, save_file
 
 from batchjob.errors import InvalidJob, Unavailable
 from batchjob.models.huggingface import HuggingfaceModel
-from batchjob.models.huggingface_hub import quiet
-from batchjob.models.huggingface_preprocessing import as_preprocess
+from batchjob.models.huggingface_hub import silence_hub_libraries
+from batchjob.models.huggingface_preprocessing import convert_image_processor
 from batchjob.models.loaded_model import LoadedModel
-from batchjob.preprocessing.normalize import normalizer
+from batchjob.preprocessing.normalize import make_normalizer
 from batchjob.preprocessing.settings import Preprocess
-from batchjob.preprocessing.transforms import Geometry
+from batchjob.preprocessing.transforms import ResizeCrop
 from batchjob.storage.reader import Reader
 
 READER = Reader()
@@ -47,7 +47,7 @@ VIT: dict[str, Any] = {
 @pytest.fixture(scope="session", autouse=True)
 def imported() -> None:
     """transformers imports its parts when they are first used, and what some of them import warns."""
-    with quiet():
+    with silence_hub_libraries():
         vit()
         transformers.AutoImageProcessor, transformers.AutoModel  # noqa: B018 - looked up, they are imported
 
@@ -124,7 +124,7 @@ def test_classification_gives_the_logits(make: Callable[[], Any], tmp_path: Path
     with torch.inference_mode():
         torch.testing.assert_close(model.module(x()), net(pixel_values=x()).logits, rtol=0, atol=0)
     assert model.labels == ("cat", "dog", "tree")
-    assert (model.takes, model.eager, model.batch_size) == ("batch", True, None)
+    assert (model.input_kind, model.eager, model.batch_size) == ("batch", True, None)
     assert not any(part.training for part in model.module.modules())
     assert not any(parameter.requires_grad for parameter in model.module.parameters())
 
@@ -182,9 +182,9 @@ def test_weights_in_half_precision_are_computed_with_in_full(tmp_path: Path) -> 
 @pytest.mark.parametrize("which", PROCESSORS)
 def test_images_are_prepared_as_the_image_processor_prepares_them(which: str, test_data: Path) -> None:
     processor = PROCESSORS[which]()
-    preprocess = as_preprocess(processor, "model.model")
+    preprocess = convert_image_processor(processor, "model.model")
     assert preprocess is not None
-    geometry, normalize = Geometry(preprocess), normalizer(preprocess)
+    geometry, normalize = ResizeCrop(preprocess), make_normalizer(preprocess)
     for path in sorted((test_data / "imagenet-sample").rglob("*.JPEG"))[:3]:
         image = Image.open(path).convert("RGB")
         ours = normalize(geometry(np.asarray(image).copy())[None], torch.float32)
@@ -214,7 +214,7 @@ def test_images_are_prepared_as_the_image_processor_prepares_them(which: str, te
     ],
 )
 def test_settings_that_an_image_processor_becomes(which: str, want: dict[str, Any]) -> None:
-    preprocess = as_preprocess(PROCESSORS[which](), "model.model")
+    preprocess = convert_image_processor(PROCESSORS[which](), "model.model")
     assert preprocess is not None
     assert {key: getattr(preprocess, key) for key in want} == want
 
@@ -228,7 +228,7 @@ def test_settings_that_an_image_processor_becomes(which: str, want: dict[str, An
     ],
 )
 def test_what_settings_cannot_say_is_left_to_the_job(make: Callable[[], Any], caplog: pytest.LogCaptureFixture) -> None:
-    assert as_preprocess(make(), "model.model: there") is None
+    assert convert_image_processor(make(), "model.model: there") is None
     assert re.search("model.model: there: ('preprocess' has no words for what its|its image processor)", caplog.text)
 
 

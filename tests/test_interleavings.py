@@ -10,7 +10,7 @@ from stores import MemoryStore
 
 from batchjob.errors import Temporary
 from batchjob.output import commit, success
-from batchjob.output.provenance import Provenance
+from batchjob.output.provenance import PartFooter
 from batchjob.types import ShardKey
 
 
@@ -23,7 +23,7 @@ def test_nothing_is_lost_doubled_or_foreign_in_any_order(seed: int) -> None:
 def test_a_part_whose_plan_was_discarded_during_its_put_is_taken_back(tmp_path: Path) -> None:
     store, buried, key = MemoryStore(), list[str](), ShardKey(0, "s" * 16, 1, 0, 0)
     store.inject("put_if_absent", "predictions/*", lambda: buried.append("p"))
-    made = Provenance("p", key.id, 0, "a", 0, "f", "m", 1, 0, {}, {}, {})
+    made = PartFooter("p", key.id, 0, "a", 0, "f", "m", 1, 0, {}, {}, {})
     (tmp_path / "part").write_bytes(b"rows")
 
     def wanted() -> None:
@@ -31,7 +31,7 @@ def test_a_part_whose_plan_was_discarded_during_its_put_is_taken_back(tmp_path: 
             raise Temporary("the plan was discarded")
 
     with pytest.raises(Temporary, match="discarded"):
-        commit.commit(store, key, tmp_path / "part", made, wanted)
+        commit.commit_part(store, key, tmp_path / "part", made, wanted)
     assert store.held() == []
 
 

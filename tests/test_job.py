@@ -12,15 +12,15 @@ from typing import Any, get_args
 import pytest
 
 from batchjob.errors import InvalidJob
-from batchjob.job.fingerprint import difference
-from batchjob.job.job import Job, Model
-from batchjob.job.json_schema import job_schema
+from batchjob.job.fingerprint import diff_fingerprints
+from batchjob.job.job import AnyModel, Job
+from batchjob.job.json_schema import job_json_schema
 from batchjob.job.runtime import Workers
 from batchjob.models.checkpoint import CheckpointModel
 from batchjob.models.torchvision import TorchvisionModel
 from batchjob.tasks.classification import ClassificationTask
 
-MODELS = ", ".join(kind.model_fields["type"].default for kind in get_args(get_args(Model)[0]))
+MODELS = ", ".join(kind.model_fields["type"].default for kind in get_args(get_args(AnyModel)[0]))
 GOOD = """\
 name: product-tags
 params: {dt: {type: date}}
@@ -317,7 +317,7 @@ def test_a_parameter_may_be_a_number_setting_and_dollars_can_be_escaped() -> Non
 def test_paths_resolve_beside_the_file_and_overrides_where_they_are_typed(tmp_path: Path) -> None:
     path = write(SMALL, "deep/job.yaml")
     job = Job.from_file(path, overrides=["output.uri=mine", "input.uri=../there/"])
-    assert job.base == tmp_path / "deep"
+    assert job.folder == tmp_path / "deep"
     assert isinstance(job.model, CheckpointModel)
     assert job.model.weights == str(tmp_path / "deep/net.pth")
     assert job.output.uri == str(tmp_path / "mine")
@@ -425,39 +425,39 @@ def test_the_same_job_in_another_folder_has_the_same_fingerprint() -> None:
 
 def test_a_difference_names_both_sides() -> None:
     here = small("model.weights=other.pth", "task.layer=fc").fingerprint()
-    assert difference(small().fingerprint(), here) == [
+    assert diff_fingerprints(small().fingerprint(), here) == [
         "model.weights: ./net.pth there, ./other.pth here",
         "task.layer: not set there, fc here",
     ]
-    assert difference(here, here) == []
+    assert diff_fingerprints(here, here) == []
 
 
 def test_a_job_moves_to_a_worker_with_its_folder(tmp_path: Path) -> None:
     job = small("runtime.batch_size=7", "preprocess.crop=null", "storage.s3://.anonymous=true")
-    doc: dict[str, Any] = json.loads(json.dumps(job.portable()))
-    moved = Job.from_portable(doc, tmp_path / "copy", tmp_path)
-    assert moved.base == tmp_path / "copy"
+    doc: dict[str, Any] = json.loads(json.dumps(job.serialize()))
+    moved = Job.deserialize(doc, tmp_path / "copy", tmp_path)
+    assert moved.folder == tmp_path / "copy"
     assert isinstance(moved.model, CheckpointModel)
     assert moved.model.weights == str(tmp_path / "copy/net.pth")
     assert moved.input.uri == job.input.uri
     assert moved.output.uri == job.output.uri
     assert (moved.runtime, moved.preprocess, moved.storage) == (job.runtime, job.preprocess, job.storage)
     assert moved.fingerprint() == job.fingerprint()
-    assert moved.portable() == doc
+    assert moved.serialize() == doc
 
 
 def test_paths_outside_the_folder_and_uris_stay_what_they_are(tmp_path: Path) -> None:
     job = Job.from_file(write(SMALL, "in/job.yaml"), overrides=["input.uri=far", "model.weights=s3://b/w.pth"])
-    assert job.portable()["input"]["uri"] == str(tmp_path / "far")
-    assert job.portable()["model"]["weights"] == "s3://b/w.pth"
+    assert job.serialize()["input"]["uri"] == str(tmp_path / "far")
+    assert job.serialize()["model"]["weights"] == "s3://b/w.pth"
     whole = Job.from_file(write(SMALL, "in/job.yaml"), overrides=["input.uri=in/"])
-    assert whole.portable()["input"]["uri"] == "./"
-    assert Job.from_portable(whole.portable(), tmp_path, tmp_path / "z").input.uri.rstrip("/") == str(tmp_path / "z")
+    assert whole.serialize()["input"]["uri"] == "./"
+    assert Job.deserialize(whole.serialize(), tmp_path, tmp_path / "z").input.uri.rstrip("/") == str(tmp_path / "z")
 
 
 def test_a_document_of_another_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidJob, match="another version"):
-        Job.from_portable({"input": {"type": "later"}}, tmp_path, tmp_path)
+        Job.deserialize({"input": {"type": "later"}}, tmp_path, tmp_path)
 
 
 def test_a_job_built_in_python_lives_in_the_working_directory(tmp_path: Path) -> None:
@@ -467,7 +467,7 @@ def test_a_job_built_in_python_lives_in_the_working_directory(tmp_path: Path) ->
         task={"type": "classification"},
         output={"uri": "out"},
     )
-    assert job.base == tmp_path
+    assert job.folder == tmp_path
     assert job.output.uri == str(tmp_path / "out")
     assert job.fingerprint()["input"]["uri"] == "./images"
 
@@ -476,7 +476,7 @@ def test_a_job_built_in_python_lives_in_the_working_directory(tmp_path: Path) ->
 
 
 def test_the_schema_describes_every_section() -> None:
-    schema = job_schema()
+    schema = job_json_schema()
     assert schema["required"] == ["input", "model", "task", "output"]
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]) == set(Job.model_fields)

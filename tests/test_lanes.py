@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import batchjob
-from batchjob.inference.cpu_parallelism import Lanes, keeps_state, lanes
+from batchjob.inference.cpu_parallelism import CpuParallelism, choose_cpu_parallelism, is_stateful
 
 NET = """
 import torch
@@ -106,16 +106,16 @@ def plain() -> nn.Module:
 )
 def test_a_module_that_writes_to_itself_is_found_out(module: nn.Module, keeps: bool) -> None:
     with torch.inference_mode():
-        assert keeps_state(module, lambda: module(torch.rand(2, 3))) is keeps
+        assert is_stateful(module, lambda: module(torch.rand(2, 3))) is keeps
 
 
 def test_a_cpu_computes_a_batch_a_core_and_a_gpu_one_at_a_time() -> None:
-    assert lanes("cpu", 2) == Lanes(2, 1)
-    assert lanes("cpu", 1) == Lanes(1, 1)
-    assert lanes("cpu", 64) == Lanes(16, 4), "each holds a batch in memory"
-    assert lanes("cpu", 8, memory=4 << 30) == Lanes(2, 4)
-    assert lanes("cpu", 8, alone=True) == Lanes(1, 8)
-    assert lanes("cuda", 8) == Lanes(1, 8)
+    assert choose_cpu_parallelism("cpu", 2) == CpuParallelism(2, 1)
+    assert choose_cpu_parallelism("cpu", 1) == CpuParallelism(1, 1)
+    assert choose_cpu_parallelism("cpu", 64) == CpuParallelism(16, 4), "each holds a batch in memory"
+    assert choose_cpu_parallelism("cpu", 8, memory=4 << 30) == CpuParallelism(2, 4)
+    assert choose_cpu_parallelism("cpu", 8, sequential=True) == CpuParallelism(1, 8)
+    assert choose_cpu_parallelism("cuda", 8) == CpuParallelism(1, 8)
 
 
 def job(output: str, cores: int, *, keeps: bool = False) -> batchjob.Job:

@@ -10,7 +10,7 @@ import pytest
 from seaweed import Seaweed
 from stores import Fault, Killed, MemoryStore
 
-from batchjob.driver.lease import BEAT_SECONDS, SILENCE_SECONDS, Lease
+from batchjob.driver.lease import EXPIRY_SECONDS, HEARTBEAT_SECONDS, Lease
 from batchjob.errors import Temporary, Unavailable
 from batchjob.storage.store import Store, open_store
 
@@ -61,7 +61,7 @@ def test_a_free_lease_is_taken_at_once(store: Store) -> None:
     clock = Clock()
     lease = acquire(store, clock)
     assert (lease.epoch, clock.now) == (1, 1000.0)
-    where, word = lease.witness
+    where, word = lease.visibility_check
     assert word.encode() in store.read(where).data
 
 
@@ -80,7 +80,7 @@ def test_a_silent_owner_is_replaced_after_twenty_seconds(store: Store) -> None:
     clock, notes = Clock(), list[str]()
     lease = acquire(store, clock, notes.append)
     assert lease.epoch == 2
-    assert SILENCE_SECONDS == 20
+    assert EXPIRY_SECONDS == 20
     assert 20 <= clock.now - 1000 < 21
     assert len(notes) == 1
     assert "process" in notes[0]
@@ -90,8 +90,8 @@ def test_a_silent_owner_is_replaced_after_twenty_seconds(store: Store) -> None:
 def test_an_owner_that_shows_life_keeps_it(store: Store, after: float) -> None:
     owners = Clock()
     owner = acquire(store, owners)
-    owners.now += BEAT_SECONDS
-    clock = Clock(lambda: owner.beat() if clock.now >= 1000 + after else None)
+    owners.now += HEARTBEAT_SECONDS
+    clock = Clock(lambda: owner.heartbeat() if clock.now >= 1000 + after else None)
     with pytest.raises(Temporary, match="at work") as caught:
         acquire(store, clock)
     assert caught.value.exit_code == 75
@@ -155,7 +155,7 @@ def test_of_two_newcomers_one_wins(memory: MemoryStore, owned: bool) -> None:
     with pytest.raises(Temporary, match="another driver"):
         acquire(slow)
     assert [lease.epoch for lease in won] == [epoch]
-    won[0].beat()
+    won[0].heartbeat()
 
 
 def test_what_a_file_browser_left_among_the_epochs_is_passed_over(memory: MemoryStore) -> None:
@@ -178,8 +178,8 @@ def test_the_owner_rewrites_its_epoch_every_two_seconds_at_most(memory: MemorySt
     lease = acquire(memory, clock)
     for _ in range(100):  # turns of a control loop of 0.2 s
         clock.sleep(0.2)
-        lease.beat()
-    assert BEAT_SECONDS == 2
+        lease.heartbeat()
+    assert HEARTBEAT_SECONDS == 2
     assert 9 <= beats(memory) <= 10
     assert memory.written().count(key(1)) == 1 + beats(memory)
     assert not json.loads(memory.read(key(1)).data)["released"]
@@ -192,11 +192,11 @@ def test_an_owner_that_sees_a_higher_epoch_stops(store: Store) -> None:
     clock.now += 60
     followers.now += 60
     with pytest.raises(Temporary, match="another driver") as caught:
-        hung.beat()
+        hung.heartbeat()
     assert caught.value.exit_code == 75
     hung.release()  # changes nothing for the follower
     with pytest.raises(Temporary):
-        acquire(store, Clock(follower.beat))
+        acquire(store, Clock(follower.heartbeat))
 
 
 def test_an_owner_whose_epoch_was_swept_stops(memory: MemoryStore) -> None:
@@ -207,7 +207,7 @@ def test_an_owner_whose_epoch_was_swept_stops(memory: MemoryStore) -> None:
     assert key(1) not in memory.held()
     clock.now += 60
     with pytest.raises(Temporary):
-        hung.beat()
+        hung.heartbeat()
     hung.release()
     assert key(1) not in memory.held()
 
@@ -218,7 +218,7 @@ def test_an_owner_that_finds_no_lease_at_all_stops(memory: MemoryStore) -> None:
     memory.delete(key(1))
     clock.now += 60
     with pytest.raises(Temporary):
-        lease.beat()
+        lease.heartbeat()
 
 
 # --- doubtful answers -----------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_no_answer_to_the_first_write_is_believed(memory: MemoryStore, fault: Fa
     lease = acquire(memory, clock)
     assert (lease.epoch, clock.now) == (1, 1000.0)
     clock.now += 5
-    lease.beat()
+    lease.heartbeat()
     lease.release()
     assert acquire(memory, clock).epoch == 2
 
@@ -243,7 +243,7 @@ def test_no_answer_to_a_beat_is_believed(memory: MemoryStore, fault: Fault) -> N
     memory.inject("replace_if_match", key(1), fault, skip=1)
     for count in range(1, 5):
         clock.now += 2
-        lease.beat()
+        lease.heartbeat()
         assert beats(memory) == count
 
 
@@ -266,7 +266,7 @@ def test_a_store_that_is_down_is_temporary(memory: MemoryStore) -> None:
     memory.inject("replace_if_match", key(1), Fault.DOWN, times=2)
     clock.now += 5
     with pytest.raises(Unavailable):
-        lease.beat()
+        lease.heartbeat()
     lease.release()  # says nothing: the run has ended for another reason, which must be heard
 
 
@@ -280,7 +280,7 @@ def test_a_store_that_refuses_every_write_is_temporary(memory: MemoryStore) -> N
     other.inject("replace_if_match", key(1), Fault.CONFLICT, times=100)
     clock.now += 5
     with pytest.raises(Temporary):
-        lease.beat()
+        lease.heartbeat()
     assert len(other.written()) < 10
 
 

@@ -15,22 +15,22 @@ from stores import Fault, Killed, MemoryStore
 
 from batchjob.errors import AttemptFailed, CheckFailed, InvalidJob, NotFound, Unavailable
 from batchjob.output import error_rows, success
-from batchjob.output.commit import SUCCESS, Commit, delete_all, inspect, inspect_all, parts
-from batchjob.output.commit import commit as commit_of_commit
-from batchjob.output.provenance import Provenance
+from batchjob.output.commit import SUCCESS, CommitResult, delete_objects, list_parts, read_footer, read_footers
+from batchjob.output.commit import commit_part as commit_of_commit
+from batchjob.output.provenance import PartFooter
 from batchjob.output.success import Part, Totals
-from batchjob.storage.objects import Stat
+from batchjob.storage.objects import ObjectInfo
 from batchjob.storage.store import Store, open_store
 from batchjob.types import ShardKey
 
 KEY = ShardKey(index=17, id="5eed5eed5eed5eed", rows=4, chunk=0, offset=0)
-MADE = Provenance(
+MADE = PartFooter(
     plan="plan", shard=KEY.id, index=KEY.index, attempt="ours", revision=0, fingerprint="f", model="m",
     rows=4, failed=1, errors={"decode/truncated": 1}, seconds={"wall": 1.5}, versions={"torch": "2.15"},
 )  # fmt: skip
 
 
-def rows(made: Provenance) -> pa.Table:
+def rows(made: PartFooter) -> pa.Table:
     """As many rows as the provenance says, the last ones failed."""
     good, failed = made.rows - made.failed, made.failed
     return pa.table(
@@ -41,10 +41,10 @@ def rows(made: Provenance) -> pa.Table:
             "error_type": pa.array([None] * good + ["truncated"] * failed, pa.string()),
             "error_message": pa.array([None] * good + ["cut short"] * failed, pa.string()),
         }
-    ).replace_schema_metadata({Provenance.KEY: made.dump()})
+    ).replace_schema_metadata({PartFooter.KEY: made.to_json()})
 
 
-def part(path: Path, made: Provenance = MADE) -> Path:
+def part(path: Path, made: PartFooter = MADE) -> Path:
     """A part on the local spool."""
     pq.write_table(rows(made), path)
     return path
@@ -81,7 +81,7 @@ def still_wanted() -> None:
     """The plan stands."""
 
 
-def commit(store: Store, path: Path, wanted: Callable[[], None] = still_wanted) -> Commit:
+def commit(store: Store, path: Path, wanted: Callable[[], None] = still_wanted) -> CommitResult:
     return commit_of_commit(store, KEY, path, MADE, wanted)
 
 
@@ -90,47 +90,47 @@ def commit(store: Store, path: Path, wanted: Callable[[], None] = still_wanted) 
 
 def test_a_commit_is_one_put_of_the_whole_part(store: Store, mine: Path) -> None:
     done = commit(store, mine)
-    assert KEY.part == "predictions/part-0000017-5eed5eed5eed5eed.parquet"
-    assert (done.ours, done.provenance) == (True, MADE)
-    assert store.read(KEY.part).data == mine.read_bytes()
-    assert parts(store) == {KEY.part: store.stat(KEY.part)}
-    assert done.stat.etag == store.stat(KEY.part).etag
+    assert KEY.part_key == "predictions/part-0000017-5eed5eed5eed5eed.parquet"
+    assert (done.ours, done.footer) == (True, MADE)
+    assert store.read(KEY.part_key).data == mine.read_bytes()
+    assert list_parts(store) == {KEY.part_key: store.stat(KEY.part_key)}
+    assert done.info.etag == store.stat(KEY.part_key).etag
 
 
 def test_nothing_else_is_written(memory: MemoryStore, mine: Path) -> None:
     commit(memory, mine)
-    assert memory.written() == [KEY.part]
+    assert memory.written() == [KEY.part_key]
 
 
 def test_a_rivals_part_of_the_same_shard_is_as_good(store: Store, mine: Path, rivals: Path) -> None:
-    stat = store.put_if_absent(KEY.part, rivals)
+    stat = store.put_if_absent(KEY.part_key, rivals)
     done = commit(store, mine)
     assert not done.ours
-    assert (done.provenance.attempt, done.provenance.failed) == ("rival", 0)  # what stands is what is counted
-    assert done.stat.etag == stat.etag
-    assert store.read(KEY.part).data == rivals.read_bytes()
+    assert (done.footer.attempt, done.footer.failed) == ("rival", 0)  # what stands is what is counted
+    assert done.info.etag == stat.etag
+    assert store.read(KEY.part_key).data == rivals.read_bytes()
 
 
 @pytest.mark.parametrize("fault", [Fault.LOST, Fault.REPEATED])
 def test_a_lost_answer_is_looked_up_and_is_ours(memory: MemoryStore, mine: Path, fault: Fault) -> None:
-    memory.inject("put_if_absent", KEY.part, fault)
+    memory.inject("put_if_absent", KEY.part_key, fault)
     done = commit(memory, mine)
-    assert (done.ours, done.provenance) == (True, MADE)
-    assert memory.written() == [KEY.part]
-    assert done.stat == memory.stat(KEY.part)
+    assert (done.ours, done.footer) == (True, MADE)
+    assert memory.written() == [KEY.part_key]
+    assert done.info == memory.stat(KEY.part_key)
 
 
 @pytest.mark.parametrize("fault", [Fault.CONFLICT, Fault.DOWN])
 @pytest.mark.parametrize("times", [1, 2, 3])
 def test_a_put_that_stored_nothing_is_tried_again(memory: MemoryStore, mine: Path, fault: Fault, times: int) -> None:
-    memory.inject("put_if_absent", KEY.part, fault, times=times)
+    memory.inject("put_if_absent", KEY.part_key, fault, times=times)
     assert commit(memory, mine).ours
-    assert memory.written() == [KEY.part] * (times + 1)
-    assert memory.read(KEY.part).data == mine.read_bytes()
+    assert memory.written() == [KEY.part_key] * (times + 1)
+    assert memory.read(KEY.part_key).data == mine.read_bytes()
 
 
 def test_exists_for_ever_with_nothing_there_fails_the_attempt(memory: MemoryStore, mine: Path) -> None:
-    memory.inject("put_if_absent", KEY.part, Fault.CONFLICT, times=100)
+    memory.inject("put_if_absent", KEY.part_key, Fault.CONFLICT, times=100)
     with pytest.raises(AttemptFailed, match="shows nothing"):
         commit(memory, mine)
     assert len(memory.written()) < 10
@@ -138,7 +138,7 @@ def test_exists_for_ever_with_nothing_there_fails_the_attempt(memory: MemoryStor
 
 
 def test_a_store_that_stays_away_is_temporary_and_commits_nothing(memory: MemoryStore, mine: Path) -> None:
-    memory.inject("put_if_absent", KEY.part, Fault.DOWN, times=100)
+    memory.inject("put_if_absent", KEY.part_key, Fault.DOWN, times=100)
     with pytest.raises(Unavailable) as caught:
         commit(memory, mine)
     assert caught.value.exit_code == 75
@@ -146,8 +146,8 @@ def test_a_store_that_stays_away_is_temporary_and_commits_nothing(memory: Memory
 
 
 def test_a_look_that_fails_is_temporary_and_the_next_attempt_finds_the_part(memory: MemoryStore, mine: Path) -> None:
-    memory.inject("put_if_absent", KEY.part, Fault.LOST)
-    memory.inject("read_tail", KEY.part, Fault.DOWN)
+    memory.inject("put_if_absent", KEY.part_key, Fault.LOST)
+    memory.inject("read_tail", KEY.part_key, Fault.DOWN)
     with pytest.raises(Unavailable):
         commit(memory, mine)
     assert commit(memory, mine).ours
@@ -158,18 +158,18 @@ def test_killed_at_the_put_another_worker_ends_with_one_part(
     memory: MemoryStore, mine: Path, rivals: Path, fault: Fault
 ) -> None:
     dying = memory.client()
-    dying.inject("put_if_absent", KEY.part, fault)
+    dying.inject("put_if_absent", KEY.part_key, fault)
     with pytest.raises(Killed):
         commit(dying, rivals)
     done = commit(memory, mine)
     assert done.ours == (fault is Fault.KILLED_BEFORE)
-    assert memory.held() == [KEY.part]
-    assert done.provenance.attempt == inspect(memory, KEY.part).attempt
+    assert memory.held() == [KEY.part_key]
+    assert done.footer.attempt == read_footer(memory, KEY.part_key).attempt
 
 
 def test_a_rival_that_was_faster_by_a_moment(memory: MemoryStore, mine: Path, rivals: Path) -> None:
-    memory.inject("put_if_absent", KEY.part, lambda: memory.client().put_if_absent(KEY.part, rivals))
-    assert commit(memory, mine).provenance.attempt == "rival"
+    memory.inject("put_if_absent", KEY.part_key, lambda: memory.client().put_if_absent(KEY.part_key, rivals))
+    assert commit(memory, mine).footer.attempt == "rival"
 
 
 @pytest.mark.parametrize("strange", [{"plan": "another"}, {"shard": "another"}])
@@ -177,23 +177,23 @@ def test_a_foreign_part_under_our_name_is_an_alarm(
     store: Store, mine: Path, tmp_path: Path, strange: dict[str, str]
 ) -> None:
     foreign = part(tmp_path / "foreign.parquet", replace(MADE, **strange))  # type: ignore[arg-type]
-    store.put_if_absent(KEY.part, foreign)
+    store.put_if_absent(KEY.part_key, foreign)
     with pytest.raises(CheckFailed, match=r"part-0000017-.*holds shard .* of plan .*someone else writes") as caught:
         commit(store, mine)
     assert caught.value.exit_code == 3
-    assert store.read(KEY.part).data == foreign.read_bytes()
+    assert store.read(KEY.part_key).data == foreign.read_bytes()
 
 
 def test_a_file_that_is_no_part_under_our_name_is_an_alarm(store: Store, mine: Path) -> None:
-    store.put_if_absent(KEY.part, b"something else altogether")
+    store.put_if_absent(KEY.part_key, b"something else altogether")
     with pytest.raises(CheckFailed, match="not written by batchjob"):
         commit(store, mine)
 
 
 def test_only_the_success_that_was_looked_at_is_cleared_away(memory: MemoryStore) -> None:
-    success.clear_success(memory, lambda: pytest.fail("there is none"))
+    success.delete_orphaned_success(memory, lambda: pytest.fail("there is none"))
     memory.put_if_absent(SUCCESS, b"{}")
-    success.clear_success(memory, lambda: False)
+    success.delete_orphaned_success(memory, lambda: False)
     assert memory.held() == [SUCCESS]
 
     def another_plan_comes_to_its_end() -> bool:
@@ -201,9 +201,9 @@ def test_only_the_success_that_was_looked_at_is_cleared_away(memory: MemoryStore
         memory.client().put_if_absent(SUCCESS, b"{ }")
         return True
 
-    success.clear_success(memory, another_plan_comes_to_its_end)
+    success.delete_orphaned_success(memory, another_plan_comes_to_its_end)
     assert memory.read(SUCCESS).data == b"{ }"
-    success.clear_success(memory, lambda: True)
+    success.delete_orphaned_success(memory, lambda: True)
     assert memory.held() == []
 
 
@@ -219,15 +219,15 @@ def test_a_discarded_plan_is_asked_after_before_each_put(memory: MemoryStore, mi
     def soon_gone() -> None:
         next(answers)()
 
-    memory.inject("put_if_absent", KEY.part, Fault.CONFLICT)
+    memory.inject("put_if_absent", KEY.part_key, Fault.CONFLICT)
     with pytest.raises(InvalidJob, match="discarded"):
         commit(memory, mine, soon_gone)
     assert memory.held() == []
 
 
 def test_a_part_deleted_between_two_looks_is_put_again(memory: MemoryStore, mine: Path, rivals: Path) -> None:
-    memory.put_if_absent(KEY.part, rivals)
-    memory.inject("stat", KEY.part, lambda: memory.client().delete(KEY.part))
+    memory.put_if_absent(KEY.part_key, rivals)
+    memory.inject("stat", KEY.part_key, lambda: memory.client().delete(KEY.part_key))
     assert commit(memory, mine).ours
 
 
@@ -235,22 +235,22 @@ def test_a_part_deleted_between_two_looks_is_put_again(memory: MemoryStore, mine
 
 
 def test_a_footer_is_read_back(store: Store, mine: Path) -> None:
-    store.put_if_absent(KEY.part, mine)
-    assert inspect(store, KEY.part) == MADE
+    store.put_if_absent(KEY.part_key, mine)
+    assert read_footer(store, KEY.part_key) == MADE
     with pytest.raises(NotFound):
-        inspect(store, "predictions/part-0000018-none.parquet")
+        read_footer(store, "predictions/part-0000018-none.parquet")
 
 
 def test_only_the_end_of_a_part_is_read(memory: MemoryStore, tmp_path: Path) -> None:
-    memory.put_if_absent(KEY.part, part(tmp_path / "p", replace(MADE, rows=50_000, failed=0)))
-    inspect(memory, KEY.part)
+    memory.put_if_absent(KEY.part_key, part(tmp_path / "p", replace(MADE, rows=50_000, failed=0)))
+    read_footer(memory, KEY.part_key)
     assert {call.verb for call in memory.calls} == {"put_if_absent", "read_tail"}
 
 
 def test_a_footer_longer_than_the_first_look_is_read_whole(store: Store, tmp_path: Path) -> None:
     made = replace(MADE, versions={f"package-{n}": "1" * 40 for n in range(3000)})
-    store.put_if_absent(KEY.part, part(tmp_path / "long.parquet", made))
-    assert inspect(store, KEY.part) == made
+    store.put_if_absent(KEY.part_key, part(tmp_path / "long.parquet", made))
+    assert read_footer(store, KEY.part_key) == made
 
 
 def parquet(path: Path, metadata: dict[str, str] | None) -> bytes:
@@ -268,7 +268,7 @@ def test_what_batchjob_did_not_write_is_said_to_be_so(memory: MemoryStore, tmp_p
     for n, body in enumerate(bodies):
         memory.put_if_absent(f"predictions/{n}", body)
         with pytest.raises(CheckFailed, match=rf"predictions/{n} was not written by batchjob.*remove it"):
-            inspect(memory, f"predictions/{n}")
+            read_footer(memory, f"predictions/{n}")
 
 
 def test_many_footers_come_in_the_order_asked(store: Store, tmp_path: Path) -> None:
@@ -277,11 +277,11 @@ def test_many_footers_come_in_the_order_asked(store: Store, tmp_path: Path) -> N
         names.append(f"predictions/part-{n:07d}-x.parquet")
         store.put_if_absent(names[-1], part(tmp_path / f"{n}", replace(MADE, index=n)))
     asked = names[::-1]
-    found = list(inspect_all(store, asked))
+    found = list(read_footers(store, asked))
     assert [name for name, _ in found] == asked
     assert [made.index for _, made in found] == list(range(39, -1, -1))
     with pytest.raises(NotFound):
-        list(inspect_all(store, [*names, "predictions/none"]))
+        list(read_footers(store, [*names, "predictions/none"]))
 
 
 def test_totals_add_up() -> None:
@@ -308,7 +308,7 @@ def test_error_rows_come_in_plan_order(store: Store, tmp_path: Path) -> None:
     for index, failed in [(2, 1), (0, 2), (1, 0)]:
         made = replace(MADE, index=index, failed=failed, errors={"decode/truncated": failed} if failed else {})
         store.put_if_absent(f"predictions/part-{index:07d}-x.parquet", part(tmp_path / f"{index}", made))
-    found = list(error_rows.error_rows(store))
+    found = list(error_rows.read_error_rows(store))
     assert [row["position"] for row in found] == [2, 3, 23]
     assert found[0] == {
         "position": 2,
@@ -323,7 +323,7 @@ def test_of_a_part_with_errors_only_its_error_columns_are_read(memory: MemorySto
     for index, failed in [(0, 2), (1, 0)]:
         made = replace(MADE, index=index, failed=failed)
         memory.put_if_absent(f"predictions/{index}.parquet", part(tmp_path / f"{index}", made))
-    assert len(list(error_rows.error_rows(memory))) == 2
+    assert len(list(error_rows.read_error_rows(memory))) == 2
     assert [call.key for call in memory.calls if call.verb == "open"] == ["predictions/0.parquet"]
     assert not [call for call in memory.calls if call.verb == "read"]
 
@@ -331,7 +331,7 @@ def test_of_a_part_with_errors_only_its_error_columns_are_read(memory: MemorySto
 def test_a_part_is_a_file_that_can_be_sought(store: Store, mine: Path) -> None:
     commit(store, mine)
     data = mine.read_bytes()
-    with store.open(KEY.part) as file:
+    with store.open(KEY.part_key) as file:
         file.seek(-4, 2)
         assert file.read() == b"PAR1"
         file.seek(10)
@@ -345,15 +345,18 @@ def test_many_objects_are_deleted_while_life_is_shown(store: Store) -> None:
     for name in names:
         store.put_if_absent(name, b"x")
     beats: list[int] = []
-    assert delete_all(store, names, lambda: beats.append(1)) == 40
+    assert delete_objects(store, names, lambda: beats.append(1)) == 40
     assert len(beats) >= 40
-    assert parts(store) == {}
+    assert list_parts(store) == {}
 
 
 # --- _SUCCESS -------------------------------------------------------------------------------------------------------
 
 PARTS = [Part("predictions/a", 4, 1, "etag-a", 100), Part("predictions/b", 3, 0, None, 90)]
-THERE = {"predictions/a": Stat("predictions/a", 100, "etag-a", "1"), "predictions/b": Stat("predictions/b", 90)}
+THERE = {
+    "predictions/a": ObjectInfo("predictions/a", 100, "etag-a", "1"),
+    "predictions/b": ObjectInfo("predictions/b", 90),
+}
 
 
 def test_success_is_put_and_read_back(store: Store) -> None:
@@ -365,7 +368,7 @@ def test_success_is_put_and_read_back(store: Store) -> None:
     assert facts["plan"] == "p"
     assert facts["parts"][0] == {"name": "predictions/a", "rows": 4, "failed": 1, "etag": "etag-a", "size": 100}
     assert (stat.uri, stat.version) == (SUCCESS, store.stat(SUCCESS).version)
-    assert success.missing_from_success(facts, THERE) == []
+    assert success.find_part_mismatches(facts, THERE) == []
 
 
 def test_the_same_success_is_not_written_twice(memory: MemoryStore) -> None:
@@ -429,16 +432,16 @@ def test_a_report_takes_the_place_of_an_older_one(store: Store) -> None:
     [
         ({"predictions/a": None}, ["predictions/a"]),
         ({"predictions/b": None}, ["predictions/b"]),
-        ({"predictions/a": Stat("predictions/a", 100, "other")}, ["predictions/a"]),
-        ({"predictions/c": Stat("predictions/c", 1, "etag-c")}, ["predictions/c"]),
-        ({"predictions/c": Stat("predictions/c", 1)}, ["predictions/c"]),
-        ({"predictions/c": Stat("predictions/c", 1), "predictions/a": None}, ["predictions/a", "predictions/c"]),
+        ({"predictions/a": ObjectInfo("predictions/a", 100, "other")}, ["predictions/a"]),
+        ({"predictions/c": ObjectInfo("predictions/c", 1, "etag-c")}, ["predictions/c"]),
+        ({"predictions/c": ObjectInfo("predictions/c", 1)}, ["predictions/c"]),
+        ({"predictions/c": ObjectInfo("predictions/c", 1), "predictions/a": None}, ["predictions/a", "predictions/c"]),
     ],
 )
-def test_parts_that_went_changed_or_came_since_success(change: dict[str, Stat | None], odd: list[str]) -> None:
+def test_parts_that_went_changed_or_came_since_success(change: dict[str, ObjectInfo | None], odd: list[str]) -> None:
     memory = MemoryStore()
     success.write_success(memory, {"plan": "p"}, PARTS)
     found = success.read_success(memory)
     assert found is not None
     there = {name: stat for name, stat in {**THERE, **change}.items() if stat is not None}
-    assert success.missing_from_success(found[0], there) == odd
+    assert success.find_part_mismatches(found[0], there) == odd

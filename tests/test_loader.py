@@ -23,24 +23,24 @@ import pytest
 import torch
 from PIL import Image
 
-from batchjob.errors import ImageFault, InvalidJob, StorageError, Unavailable
+from batchjob.errors import ImageError, InvalidJob, StorageError, Unavailable
 from batchjob.loader.loader import Loader
-from batchjob.loader.settings import LoaderPlan, LoaderSettings, settle
+from batchjob.loader.settings import LoaderConfig, LoaderSettings, resolve_loader_settings
 from batchjob.preprocessing.decode import decode
 from batchjob.preprocessing.settings import DecodeSettings, Preprocess
-from batchjob.preprocessing.transforms import Geometry
-from batchjob.storage.objects import Blob
+from batchjob.preprocessing.transforms import ResizeCrop
+from batchjob.storage.objects import ObjectData
 from batchjob.storage.reader import Reader
-from batchjob.types import Batch, ImageRef, Prepared, Shard, ShardKey
+from batchjob.types import Batch, ImageRef, PreparedImage, Shard, ShardKey
 
 
 @dataclass(frozen=True)
 class Prepare:
     """Decode and geometry; names in the pixels of an image pull the strings of the tests."""
 
-    geometry: Geometry
+    geometry: ResizeCrop
 
-    def __call__(self, data: bytes) -> Prepared:
+    def __call__(self, data: bytes) -> PreparedImage:
         if data == b"interrupt":
             os.kill(os.getpid(), signal.SIGINT)
             data = png(4)
@@ -51,12 +51,12 @@ class Prepare:
         if data == b"memory":
             raise MemoryError
         if data == b"float":
-            return Prepared(torch.full((3, 8, 8), 0.5), 1, 1)
+            return PreparedImage(torch.full((3, 8, 8), 0.5), 1, 1)
         decoded = decode(data, DecodeSettings(), "rgb", False)
-        return Prepared(self.geometry(decoded.pixels), decoded.width, decoded.height)
+        return PreparedImage(self.geometry(decoded.pixels), decoded.width, decoded.height)
 
 
-PREPARE = Prepare(Geometry(Preprocess(resize=(8, 8))))
+PREPARE = Prepare(ResizeCrop(Preprocess(resize=(8, 8))))
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,14 @@ class Feed:
         self.taken = 0
         self.dropped: set[int] = set()
 
-    def take(self) -> Shard | None:
+    def next_shard(self) -> Shard | None:
         if not self._shards:
             return None
         self.taken += 1
         return self._shards.pop(0)
 
-    def wants(self, shard: Shard) -> bool:
-        return shard.take not in self.dropped
+    def is_wanted(self, shard: Shard) -> bool:
+        return shard.attempt_number not in self.dropped
 
 
 def png(shade: int, size: tuple[int, int] = (5, 4)) -> bytes:
@@ -111,9 +111,9 @@ def images(folder: Path, *contents: bytes) -> list[Path]:
 def make(processes: int = 0, **given: Any) -> Loader:
     settings: dict[str, Any] = {
         "reader": Reader(),
-        "prepare": PREPARE,
+        "transform": PREPARE,
         "batch_size": 4,
-        "plan": LoaderPlan(processes, 2, False),
+        "config": LoaderConfig(processes, 2, False),
         "size": (8, 8),
     }
     return Loader(**settings | given)
@@ -121,13 +121,13 @@ def make(processes: int = 0, **given: Any) -> Loader:
 
 def shades(batches: Iterable[Batch]) -> list[tuple[int, int, list[int]]]:
     return [
-        (batch.shard, batch.start, [] if batch.pixels is None else batch.pixels[:, 0, 0, 0].tolist())
+        (batch.shard_index, batch.start, [] if batch.pixels is None else batch.pixels[:, 0, 0, 0].tolist())
         for batch in batches
     ]
 
 
 def faults(batch: Batch) -> list[tuple[str, str] | None]:
-    return [None if fact.fault is None else (fact.fault.stage, fact.fault.type) for fact in batch.facts]
+    return [None if fact.error is None else (fact.error.stage, fact.error.type) for fact in batch.image_infos]
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +156,9 @@ def test_batches_come_in_order_and_never_span_shards(loader: Loader, tmp_path: P
     ]
     assert shades(found) == expected
     assert all(batch.pixels is not None and batch.pixels.dtype == torch.uint8 for batch in found)
-    assert all(set(batch.seconds) == {"fetch", "decode"} for batch in found)
-    fact = found[0].facts[0]
-    assert (fact.width, fact.height, fact.fault) == (5, 4, None)
+    assert all(set(batch.stage_seconds) == {"fetch", "decode"} for batch in found)
+    fact = found[0].image_infos[0]
+    assert (fact.width, fact.height, fact.error) == (5, 4, None)
     assert fact.etag == Reader().stat(str(paths[0])).etag is not None
 
 
@@ -169,7 +169,7 @@ def test_epoch_after_epoch_even_after_one_that_was_left(loader: Loader, tmp_path
             range(24)
         )
     left = loader.batches(Feed([shard(1, paths), shard(2, paths)]))
-    assert next(left).shard == 1
+    assert next(left).shard_index == 1
     del left
     assert shades(loader.batches(Feed([shard(3, paths[:4])]))) == [(3, 0, [0, 1, 2, 3])]
     assert list(loader.batches(Feed([]))) == []
@@ -180,7 +180,7 @@ def test_a_shard_is_taken_only_when_the_one_before_is_under_way(tmp_path: Path) 
     feed = Feed([shard(0, paths), shard(1, paths)])
     batches = make().batches(feed)
     assert feed.taken == 0
-    assert [(next(batches).shard, feed.taken) for _ in range(4)] == [(0, 1), (0, 1), (1, 2), (1, 2)]
+    assert [(next(batches).shard_index, feed.taken) for _ in range(4)] == [(0, 1), (0, 1), (1, 2), (1, 2)]
 
 
 def test_bad_images_stay_in_their_place(loader: Loader, tmp_path: Path) -> None:
@@ -192,9 +192,9 @@ def test_bad_images_stay_in_their_place(loader: Loader, tmp_path: Path) -> None:
     assert faults(third) == [("fetch", "unaddressable")]
     assert shades([first, second, third]) == [(0, 0, [1, 2]), (0, 4, [3]), (0, 8, [])]
     assert third.pixels is None
-    assert second.facts[1].fault is not None
-    assert second.facts[1].fault.message == "odd one"
-    assert first.facts[0].etag is not None, "the version that was read is known, also of a bad one"
+    assert second.image_infos[1].error is not None
+    assert second.image_infos[1].error.message == "odd one"
+    assert first.image_infos[0].etag is not None, "the version that was read is known, also of a bad one"
 
 
 def test_ctrl_c_does_not_reach_the_loader_processes(shared: Loader, tmp_path: Path) -> None:
@@ -204,16 +204,16 @@ def test_ctrl_c_does_not_reach_the_loader_processes(shared: Loader, tmp_path: Pa
 
 def test_images_of_other_sizes_and_kinds_are_error_rows(tmp_path: Path) -> None:
     paths = images(tmp_path, png(1, (8, 8)), png(2, (9, 9)), png(3, (8, 8)), b"float")
-    as_they_are = Prepare(Geometry(Preprocess()))
+    as_they_are = Prepare(ResizeCrop(Preprocess()))
     for size in (None, (8, 8), (3, 8, 8)):
-        (batch,) = make(prepare=as_they_are, size=size).batches(Feed([shard(0, paths)]))
+        (batch,) = make(transform=as_they_are, size=size).batches(Feed([shard(0, paths)]))
         assert faults(batch) == [None, ("transform", "size"), None, ("transform", "type")]
-        assert (batch.facts[1].width, batch.facts[1].height) == (9, 9)
-    (batch,) = make(prepare=as_they_are, size=(9, 9)).batches(Feed([shard(0, paths)]))
+        assert (batch.image_infos[1].width, batch.image_infos[1].height) == (9, 9)
+    (batch,) = make(transform=as_they_are, size=(9, 9)).batches(Feed([shard(0, paths)]))
     assert faults(batch)[:3] == [("transform", "size"), None, ("transform", "size")]
-    assert batch.facts[0].fault is not None
-    assert "3x8x8" in batch.facts[0].fault.message
-    assert "9x9" in batch.facts[0].fault.message
+    assert batch.image_infos[0].error is not None
+    assert "3x8x8" in batch.image_infos[0].error.message
+    assert "9x9" in batch.image_infos[0].error.message
     (batch,) = make(size=None).batches(Feed([shard(0, paths[3:])]))
     assert batch.pixels is not None
     assert batch.pixels.dtype == torch.float32
@@ -233,7 +233,9 @@ def test_large_files_are_fetched_a_few_at_a_time(tmp_path: Path, monkeypatch: py
     asked: list[int] = []
 
     class Counting(Reader):
-        def read_many(self, uris: Sequence[str], *how: Any, **more: Any) -> list[Blob | StorageError | Unavailable]:
+        def read_many(
+            self, uris: Sequence[str], *how: Any, **more: Any
+        ) -> list[ObjectData | StorageError | Unavailable]:
             asked.append(len(uris))
             return super().read_many(uris, *how, **more)
 
@@ -248,7 +250,7 @@ def test_large_files_are_fetched_a_few_at_a_time(tmp_path: Path, monkeypatch: py
 def test_a_store_that_is_away_is_no_fault_of_the_images(tmp_path: Path) -> None:
     loader = make(reader=Unreachable(Unavailable("the token has expired: log in again")))
     (batch,) = loader.batches(Feed([shard(5, images(tmp_path, png(1)))]))
-    assert (batch.shard, batch.trouble, batch.facts) == (5, "the token has expired: log in again", ())
+    assert (batch.shard_index, batch.attempt_error, batch.image_infos) == (5, "the token has expired: log in again", ())
 
 
 def test_a_job_that_cannot_read_at_all_ends_also_from_a_process(tmp_path: Path) -> None:
@@ -266,7 +268,9 @@ def test_batches_that_are_larger_than_a_pipe_hold_nobody_up(tmp_path: Path) -> N
     try:
         for _ in range(2):
             batches = list(many.batches(Feed([shard(index, gone) for index in range(5)])))
-            assert [(batch.shard, len(batch.facts)) for batch in batches] == [(index, len(gone)) for index in range(5)]
+            assert [(batch.shard_index, len(batch.image_infos)) for batch in batches] == [
+                (index, len(gone)) for index in range(5)
+            ]
             assert {fault and fault[0] for batch in batches for fault in faults(batch)} == {"fetch"}
     finally:
         many.close()
@@ -275,13 +279,13 @@ def test_batches_that_are_larger_than_a_pipe_hold_nobody_up(tmp_path: Path) -> N
 def test_an_image_that_hangs_without_using_its_core_is_found_in_a_large_batch_too(tmp_path: Path) -> None:
     (hang,) = images(tmp_path, b"doze")
     gone = [tmp_path / ("x" * 200) / f"{number:04}" for number in range(1999)]
-    many = make(1, batch_size=2000, plan=LoaderPlan(1, 3, False, 1.0))
+    many = make(1, batch_size=2000, config=LoaderConfig(1, 3, False, 1.0))
     try:
         first, *others = many.batches(Feed([shard(0, [hang, *gone]), *(shard(index, gone) for index in (1, 2, 3))]))
     finally:
         many.close()
     assert faults(first)[0] == ("decode", "hang")
-    assert [len(batch.facts) for batch in (first, *others)] == [2000, 1999, 1999, 1999]
+    assert [len(batch.image_infos) for batch in (first, *others)] == [2000, 1999, 1999, 1999]
 
 
 class Shy(str):
@@ -308,7 +312,7 @@ def test_a_process_that_cannot_read_a_request_ends_and_another_loads_it(tmp_path
     try:
         found = list(one.batches(Feed([replace(whole, refs=(*whole.refs[:6], shy, whole.refs[7]))])))
         assert shades(found) == [(0, 0, [0, 1, 2, 3]), (0, 4, [4, 5, 6, 7])]
-        assert one.deaths == 1
+        assert one.process_deaths == 1
     finally:
         one.close()
 
@@ -345,7 +349,7 @@ sys.path.insert(0, sys.argv[1])
 from test_loader import Feed, images, make, png, shard
 from batchjob.errors import AttemptFailed
 if __name__ == "__main__":
-    loader = make(1, batch_size=64, size=None, prepare=sys.modules["test_loader"].Large())
+    loader = make(1, batch_size=64, size=None, transform=sys.modules["test_loader"].Large())
     try:
         list(loader.batches(Feed([shard(0, images(Path.cwd(), *[png(1)] * 64))])))
     except AttemptFailed as error:
@@ -356,8 +360,8 @@ if __name__ == "__main__":
 
 @dataclass(frozen=True)
 class Large:
-    def __call__(self, data: bytes) -> Prepared:  # noqa: ARG002 - the face of a `Prepare`
-        return Prepared(torch.zeros((3, 100, 100), dtype=torch.uint8), 100, 100)
+    def __call__(self, data: bytes) -> PreparedImage:
+        return PreparedImage(torch.zeros((3, 100, 100), dtype=torch.uint8), 100, 100)
 
 
 def test_shared_memory_that_is_full_is_no_fault_of_the_images(tmp_path: Path) -> None:
@@ -378,8 +382,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_loader import Feed, children, images, make, png, shard
 from batchjob.errors import AttemptFailed
-from batchjob.concurrency import end_children
-from batchjob.concurrency import leave_threads
+from batchjob.concurrency import exit_past_daemon_threads, kill_child_processes
 if __name__ == "__main__":
     paths = images(Path.cwd(), *[png(1)] * 64)
     loader = make(2)
@@ -390,12 +393,12 @@ if __name__ == "__main__":
             list(batches)
     threading.Thread(target=go_on, daemon=True).start()
     before = children()
-    end_children()
+    kill_child_processes()
     while before & children():
         pass
     threading.Event().wait(2)  # in which lost processes would be replaced
     print(len(children()))
-    leave_threads(75)
+    exit_past_daemon_threads(75)
 """
 
 
@@ -486,25 +489,32 @@ def test_a_script_without_a_guard_runs_once_and_killed_leaves_no_process(tmp_pat
 
 def test_auto_follows_the_cores_and_the_images() -> None:
     auto = LoaderSettings()
-    assert settle(auto, cores=4) == LoaderPlan(4, 2, False)
-    assert settle(auto, cores=8, cuda=True) == LoaderPlan(8, 2, True)
-    assert settle(auto, cores=0).processes == 1
+    assert resolve_loader_settings(auto, cores=4) == LoaderConfig(4, 2, False)
+    assert resolve_loader_settings(auto, cores=8, cuda=True) == LoaderConfig(8, 2, True)
+    assert resolve_loader_settings(auto, cores=0).processes == 1
     for shared, expected in ((2048, (16, 2)), (640, (16, 1)), (64, (1, 1)), (20, (1, 1))):  # MiB
-        plan = settle(auto, cores=16, cuda=True, batch_bytes=20 << 20, shared=shared << 20)
+        plan = resolve_loader_settings(
+            auto, cores=16, cuda=True, batch_bytes=20 << 20, shared_memory_bytes=shared << 20
+        )
         assert (plan.processes, plan.prefetch) == expected, shared
     for processes, batches, prefetch in ((2, 27, 2), (16, 20, 1)):
         some = LoaderSettings(processes=processes)
-        assert settle(some, cores=32, batch_bytes=1 << 20, shared=batches << 21).prefetch == prefetch
-    assert settle(auto, cores=512).processes == 32
-    assert [settle(auto, cores=4, few_bytes=size << 20).processes for size in (0, 15, 16, 40, 900)] == [1, 1, 2, 3, 4]
+        assert (
+            resolve_loader_settings(some, cores=32, batch_bytes=1 << 20, shared_memory_bytes=batches << 21).prefetch
+            == prefetch
+        )
+    assert resolve_loader_settings(auto, cores=512).processes == 32
+    assert [
+        resolve_loader_settings(auto, cores=4, small_input_bytes=size << 20).processes for size in (0, 15, 16, 40, 900)
+    ] == [1, 1, 2, 3, 4]
     given = LoaderSettings(processes=3, prefetch=5, pin_memory=True)
-    assert settle(given, cores=1, few_bytes=1, cuda=True) == LoaderPlan(3, 5, True)
-    assert settle(given, cores=1).pin_memory is False, "there is nothing to pin for"
-    assert settle(LoaderSettings(pin_memory=False), cores=1, cuda=True).pin_memory is False
+    assert resolve_loader_settings(given, cores=1, small_input_bytes=1, cuda=True) == LoaderConfig(3, 5, True)
+    assert resolve_loader_settings(given, cores=1).pin_memory is False, "there is nothing to pin for"
+    assert resolve_loader_settings(LoaderSettings(pin_memory=False), cores=1, cuda=True).pin_memory is False
 
 
 def test_a_fault_keeps_its_words() -> None:
-    with pytest.raises(ImageFault):
+    with pytest.raises(ImageError):
         PREPARE(b"")
 
 
@@ -535,7 +545,7 @@ def ended(watch: int) -> bool:
 def test_images_of_different_sizes_travel_one_behind_the_other(tmp_path: Path) -> None:
     paths = images(tmp_path, png(1, (8, 8)), png(2, (3, 5)), b"no image", png(3, (8, 8)))
     for processes in (0, 1):
-        loader = make(processes, prepare=Prepare(Geometry(Preprocess())), size=None, varying=True)
+        loader = make(processes, transform=Prepare(ResizeCrop(Preprocess())), size=None, variable_size=True)
         (batch,) = loader.batches(Feed([shard(0, paths)]))
         loader.close()
         assert batch.pixels is not None
@@ -543,13 +553,13 @@ def test_images_of_different_sizes_travel_one_behind_the_other(tmp_path: Path) -
         assert [sorted(shape[1:]) for shape in batch.shapes] == [[8, 8], [3, 5], [8, 8]]
         ends = [192, 237]
         assert [set(part.tolist()) for part in batch.pixels.tensor_split(ends)] == [{1}, {2}, {3}]
-        assert [fact.fault is None for fact in batch.facts] == [True, True, False, True]
+        assert [fact.error is None for fact in batch.image_infos] == [True, True, False, True]
 
 
 @pytest.mark.parametrize("processes", [0, 1])
 def test_a_shard_that_is_no_longer_wanted_is_not_loaded_to_its_end(tmp_path: Path, processes: int) -> None:
     (path,) = images(tmp_path, png(1))
-    lot = [replace(shard(index, [path] * 40), take=take) for take, index in enumerate((7, 8, 7))]
+    lot = [replace(shard(index, [path] * 40), attempt_number=take) for take, index in enumerate((7, 8, 7))]
     feed = Feed(lot)
     running = make(processes)
     seen: list[Batch] = []
@@ -557,7 +567,7 @@ def test_a_shard_that_is_no_longer_wanted_is_not_loaded_to_its_end(tmp_path: Pat
         feed.dropped.add(0)
         seen.append(batch)
     running.close()
-    takes = Counter(batch.take for batch in seen)
+    takes = Counter(batch.attempt_number for batch in seen)
     assert (takes[1], takes[2]) == (10, 10)
     assert 1 <= takes[0] < 8, "only what was under way"
-    assert {batch.take: batch.shard for batch in seen} == {0: 7, 1: 8, 2: 7}
+    assert {batch.attempt_number: batch.shard_index for batch in seen} == {0: 7, 1: 8, 2: 7}

@@ -16,9 +16,9 @@ from lost import ASSERT, ECC, write_harmful_job
 from pools import job
 
 from batchjob import Job, run
-from batchjob.errors import AttemptFailed, BatchjobError, DeviceFault, InvalidJob, Unavailable, as_crash
+from batchjob.errors import AttemptFailed, BatchjobError, DeviceFault, InvalidJob, Unavailable, as_crash_error
 from batchjob.pool.local_pool import LocalPool
-from batchjob.worker.messages import Setup, WorkerFailed
+from batchjob.worker.messages import WorkerFailed, WorkerSetup
 
 NOTHING: dict[str, str] = {}
 
@@ -26,7 +26,7 @@ NOTHING: dict[str, str] = {}
 def ending(folder: Path, document: dict[str, Any]) -> BatchjobError:
     """What a pool says when its worker cannot load."""
     pool = LocalPool(1)
-    pool.start(Setup(document, str(folder)))
+    pool.start(WorkerSetup(document, str(folder)))
     try:
         (event,) = pool.wait(30)
     finally:
@@ -40,7 +40,7 @@ def notes(error: BatchjobError) -> str:
 
 
 def test_a_bug_is_exit_1_and_its_traceback_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    document = dict(job(tmp_path, ["a.png"]).portable())
+    document = dict(job(tmp_path, ["a.png"]).serialize())
     monkeypatch.setattr("batchjob.worker.worker.Worker.load", lambda self: NOTHING["a bug"])
     error = ending(tmp_path, document)
     assert (type(error), error.exit_code, error.status) == (BatchjobError, 1, "crashed")
@@ -51,7 +51,7 @@ def test_a_bug_is_exit_1_and_its_traceback_is_kept(tmp_path: Path, monkeypatch: 
 
 def test_user_code_that_exits_is_no_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a thread, SystemExit is heard by nobody."""
-    document = dict(job(tmp_path, ["a.png"]).portable())
+    document = dict(job(tmp_path, ["a.png"]).serialize())
 
     def leave(self: object) -> None:
         raise SystemExit(3)
@@ -64,10 +64,10 @@ def test_a_signal_that_outlasts_a_wait_does_not_make_it_endless(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In Python 3.11 `SimpleQueue.get` waits for ever when a signal's handler ends past its deadline."""
-    document, heard = dict(job(tmp_path, ["a.png"]).portable()), threading.Event()
+    document, heard = dict(job(tmp_path, ["a.png"]).serialize()), threading.Event()
     monkeypatch.setattr("batchjob.worker.worker.Worker.load", lambda self: NOTHING["a bug"])
     pool = LocalPool(1)
-    pool.start(Setup(document, str(tmp_path)))
+    pool.start(WorkerSetup(document, str(tmp_path)))
     assert len(pool.wait(30)) == 1
 
     def handler(*_: object) -> None:
@@ -88,7 +88,7 @@ def test_a_signal_that_outlasts_a_wait_does_not_make_it_endless(
 
 @pytest.mark.parametrize("error", [InvalidJob("no"), Unavailable("no"), AttemptFailed("no")])
 def test_our_own_errors_are_told_as_they_are(error: BatchjobError) -> None:
-    assert as_crash(error) is error
+    assert as_crash_error(error) is error
     assert not notes(error)
 
 
@@ -96,7 +96,7 @@ def test_the_traceback_crosses_machines() -> None:
     try:
         NOTHING["a bug"]
     except KeyError as error:
-        crash = as_crash(error)
+        crash = as_crash_error(error)
     assert notes(pickle.loads(pickle.dumps(crash))) == notes(crash)
     assert "KeyError" in notes(crash)
 

@@ -27,7 +27,12 @@ from batchjob.models.checkpoint import CheckpointModel
 from batchjob.models.loaded_model import LoadedModel
 from batchjob.models.python import PythonModel
 from batchjob.models.torchvision import TorchvisionModel
-from batchjob.models.torchvision_weights import Published, by_file, by_name, fetch
+from batchjob.models.torchvision_weights import (
+    PublishedWeights,
+    fetch_weights,
+    find_weights_by_file,
+    find_weights_by_name,
+)
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.storage.reader import Reader
 
@@ -102,7 +107,7 @@ def prefixed(prefix: str) -> dict[str, Any]:
 def test_resnet20_from_the_real_checkpoint_is_right_as_often_as_published(test_data: Path) -> None:
     job = Job.from_file(JOBS / "cifar10_resnet20" / "job.yaml")
     weights = str(test_data / "cifar10" / "resnet20-12fca82f.th")
-    model = job.model.model_copy(update={"weights": weights}).load(READER, job.base)
+    model = job.model.model_copy(update={"weights": weights}).load(READER, job.folder)
     mean, std = (torch.tensor(row).view(3, 1, 1) for row in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     right = rows = 0
     for label, folder in enumerate(sorted((test_data / "cifar10" / "images").iterdir())):
@@ -455,7 +460,7 @@ def test_a_file_of_ones_own_brings_neither_labels_nor_preprocessing(tmp_path: Pa
 
 def test_a_file_under_its_published_name_brings_both(tmp_path: Path) -> None:
     net = torchvision.models.squeezenet1_1()
-    file = by_name("squeezenet1_1", "IMAGENET1K_V1").file
+    file = find_weights_by_name("squeezenet1_1", "IMAGENET1K_V1").file_name
     weights = saved(net.state_dict(), tmp_path / file)
     model = TorchvisionModel(name="squeezenet1_1", weights=weights).load(READER, Path())
     assert model.preprocess is not None
@@ -480,7 +485,7 @@ def test_the_old_names_in_published_densenets_are_understood(tmp_path: Path) -> 
 
 def test_auxiliary_heads_are_only_for_training(tmp_path: Path) -> None:
     net = torchvision.models.googlenet(transform_input=True, aux_logits=True, init_weights=False)
-    weights = saved(net.state_dict(), tmp_path / by_name("googlenet", "DEFAULT").file)
+    weights = saved(net.state_dict(), tmp_path / find_weights_by_name("googlenet", "DEFAULT").file_name)
     model = TorchvisionModel(name="googlenet", weights=weights).load(READER, Path())
     assert not [key for key in model.module.state_dict() if key.startswith("aux")]
     x = torch.rand(2, 3, 96, 96)
@@ -500,14 +505,14 @@ def test_auxiliary_heads_are_only_for_training(tmp_path: Path) -> None:
     ],
 )
 def test_architectures_are_built_as_their_published_weights_want_them(name: str, weights: str) -> None:
-    published = by_name(name, weights)
+    published = find_weights_by_name(name, weights)
     with torch.device("meta"):
         module = build_torchvision(name, "model.name", published.arguments)
     counted = sum(part.numel() for key, part in module.named_parameters() if not (name == "googlenet" and "aux" in key))
     member = torchvision.models.get_model_weights(name)[weights.rpartition(".")[2]]
     assert counted == member.meta["num_params"]
     assert published.preprocess is not None
-    assert by_file(name, published.file) == published
+    assert find_weights_by_file(name, published.file_name) == published
 
 
 @pytest.mark.parametrize(
@@ -576,7 +581,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def web(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], Published]]:
+def web(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], PublishedWeights]]:
     """torchvision's weight server, played on this machine; torch's cache in a folder of the test's own."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -584,45 +589,45 @@ def web(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[s
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         port = server.server_address[1]
-        yield lambda way: Published("Tiny_Weights.V1", f"http://127.0.0.1:{port}/{way}/{FILE}", None, None, {})
+        yield lambda way: PublishedWeights("Tiny_Weights.V1", f"http://127.0.0.1:{port}/{way}/{FILE}", None, None, {})
         server.shutdown()
         thread.join()
 
 
 def test_published_files_come_from_the_web_once_and_from_the_cache_then(
-    web: Callable[[str], Published], tmp_path: Path
+    web: Callable[[str], PublishedWeights], tmp_path: Path
 ) -> None:
     weights = web("well")
-    assert fetch(weights, READER, None) == (DATA, weights.url)
+    assert fetch_weights(weights, READER, None) == (DATA, weights.url)
     cached = tmp_path / "torch" / "hub" / "checkpoints" / FILE
     assert [file.name for file in cached.parent.iterdir()] == [FILE]
-    assert fetch(web("404"), READER, None) == (DATA, str(cached))
+    assert fetch_weights(web("404"), READER, None) == (DATA, str(cached))
     cached.write_bytes(b"damaged")
     with pytest.raises(InvalidJob, match="is not what torchvision published"):
-        fetch(weights, READER, None)
+        fetch_weights(weights, READER, None)
 
 
 @pytest.mark.parametrize(
     ("way", "kind"), [("503", Unavailable), ("404", InvalidJob), ("wrong", InvalidJob), ("cut", Unavailable)]
 )
 def test_what_the_web_may_answer(
-    way: str, kind: type[Exception], web: Callable[[str], Published], tmp_path: Path
+    way: str, kind: type[Exception], web: Callable[[str], PublishedWeights], tmp_path: Path
 ) -> None:
     with pytest.raises(kind):
-        fetch(web(way), READER, None)
+        fetch_weights(web(way), READER, None)
     assert not (tmp_path / "torch").exists()
 
 
-def test_a_mirror_holds_files_under_their_own_names(web: Callable[[str], Published], tmp_path: Path) -> None:
+def test_a_mirror_holds_files_under_their_own_names(web: Callable[[str], PublishedWeights], tmp_path: Path) -> None:
     mirror = tmp_path / "mirror"
     mirror.mkdir()
     with pytest.raises(InvalidJob, match=rf"model\.mirror, for Tiny_Weights.V1 .*there is no file .*{FILE}"):
-        fetch(web("well"), READER, str(mirror))
+        fetch_weights(web("well"), READER, str(mirror))
     (mirror / FILE).write_bytes(DATA)
-    assert fetch(web("well"), READER, f"{mirror}/") == (DATA, str(mirror / FILE))
+    assert fetch_weights(web("well"), READER, f"{mirror}/") == (DATA, str(mirror / FILE))
     (mirror / FILE).write_bytes(b"something else")
     with pytest.raises(InvalidJob, match="copy it again from"):
-        fetch(web("well"), READER, str(mirror))
+        fetch_weights(web("well"), READER, str(mirror))
 
 
 def test_a_machine_with_no_way_out_is_told_how_to_bring_the_file(
@@ -636,7 +641,7 @@ def test_a_machine_with_no_way_out_is_told_how_to_bring_the_file(
     with pytest.raises(Unavailable) as caught:
         TorchvisionModel(name="resnet18", weights="DEFAULT").load(READER, tmp_path)
     for words in (
-        by_name("resnet18", "DEFAULT").file,
+        find_weights_by_name("resnet18", "DEFAULT").file_name,
         "model.mirror",
         "model.weights",
         "ResNet18_Weights.IMAGENET1K_V1",

@@ -86,7 +86,7 @@ def test_the_graph_gives_what_the_module_gave_for_any_number_of_images(plain: st
     x = torch.rand(n, 3, 8, 8)
     with torch.inference_mode():
         torch.testing.assert_close(model.module(x), small()(x), rtol=1e-5, atol=1e-6)
-    assert (model.eager, model.batch_size, model.takes) == (False, None, "batch")
+    assert (model.eager, model.batch_size, model.input_kind) == (False, None, "batch")
     assert (model.preprocess, model.labels) == (None, None)
     assert model.devices is not None
     assert "cpu" in model.devices

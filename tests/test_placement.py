@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchjob.driver.scheduler import Schedule
+from batchjob.driver.scheduler import Scheduler
 from batchjob.pool.placement import Placement
 from batchjob.types import ShardKey
 
@@ -21,26 +21,26 @@ def keys(count: int, rows: int = 1000) -> list[ShardKey]:
 def with_workers(*names: str, least: int = 1, ahead: int = 0) -> Placement:
     placement = Placement(least)
     for name in names:
-        placement.enter(name, ahead)
+        placement.add_worker(name, ahead)
     return placement
 
 
 def fill(placement: Placement, plan: list[ShardKey]) -> list[tuple[str, int]]:
     """Submit as a driver does, as long as there is room; who got which."""
-    while placement.free() > 0 and plan:
+    while placement.free_slots() > 0 and plan:
         placement.submit(plan.pop(0), 0)
     return handed(placement)
 
 
 def handed(placement: Placement) -> list[tuple[str, int]]:
-    return [(due.worker, due.key.index) for due in placement.due()]
+    return [(due.worker, due.key.index) for due in placement.take_assignments()]
 
 
 def test_two_are_queued_beside_the_one_at_work_and_the_one_being_committed() -> None:
     placement, plan = with_workers("a"), keys(9)
-    assert placement.free() == 4
+    assert placement.free_slots() == 4
     assert fill(placement, plan) == [("a", 0), ("a", 1), ("a", 2), ("a", 3)]
-    assert placement.free() == 0
+    assert placement.free_slots() == 0
     placement.finish("a", keys(1)[0])
     assert fill(placement, plan) == [("a", 4)]
 
@@ -58,30 +58,30 @@ def test_workers_get_equal_shares() -> None:
 
 def test_nothing_is_taken_on_before_the_least_number_of_workers_is_there() -> None:
     placement = with_workers("a", "b", least=3)
-    assert (placement.free(), placement.ready, placement.wanted) == (0, 2, 3)
-    placement.enter("c")
-    assert placement.free() == 12
+    assert (placement.free_slots(), placement.ready_workers, placement.required_workers) == (0, 2, 3)
+    placement.add_worker("c")
+    assert placement.free_slots() == 12
 
 
 def test_a_lost_worker_does_not_idle_the_others() -> None:
     placement = with_workers("a", "b", least=2)
-    placement.leave("a")
-    assert (placement.free(), placement.ready, placement.wanted) == (4, 1, 1)
+    placement.remove_worker("a")
+    assert (placement.free_slots(), placement.ready_workers, placement.required_workers) == (4, 1, 1)
 
 
 def test_what_a_lost_worker_held_is_told_oldest_first() -> None:
     placement = with_workers("a")
     fill(placement, keys(4))
     placement.finish("a", keys(1)[0])
-    assert [key.index for key in placement.leave("a")] == [1, 2, 3]
-    assert placement.leave("a") == []
+    assert [key.index for key in placement.remove_worker("a")] == [1, 2, 3]
+    assert placement.remove_worker("a") == []
 
 
 def test_suspects_travel_alone() -> None:
     placement, plan = with_workers("a"), keys(9)
     fill(placement, plan)
-    plan = placement.leave("a")[:2] + plan
-    placement.enter("a")
+    plan = placement.remove_worker("a")[:2] + plan
+    placement.add_worker("a")
     assert fill(placement, plan) == [("a", 0)]
     placement.finish("a", keys(1)[0])
     assert fill(placement, plan) == [("a", 1)]
@@ -107,43 +107,43 @@ def test_a_suspect_waits_until_a_worker_has_nothing_else_and_the_others_go_on() 
         placement.finish("a", key)
     assert handed(placement) == [("a", suspect.index)]
     placement.finish("a", suspect)
-    assert placement.free() == 4
+    assert placement.free_slots() == 4
 
 
 def test_a_second_attempt_goes_to_a_worker_that_has_nothing() -> None:
     placement = with_workers("a", "b")
     (late, *_), plan = keys(9), keys(2)
-    assert placement.idle() == 2
+    assert placement.idle_workers() == 2
     assert fill(placement, plan) == [("a", 0), ("b", 1)]
-    assert placement.idle() == 0
+    assert placement.idle_workers() == 0
     placement.finish("b", keys(2)[1])
-    assert placement.idle() == 1
-    placement.back_up(late, 0)
+    assert placement.idle_workers() == 1
+    placement.submit_speculative(late, 0)
     assert handed(placement) == [("b", 0)]
-    assert placement.idle() == 0
+    assert placement.idle_workers() == 0
     placement.finish("b", late)
-    assert (placement.idle(), placement.free()) == (1, 7)  # the other one is still at it
+    assert (placement.idle_workers(), placement.free_slots()) == (1, 7)  # the other one is still at it
     placement.finish("a", late)
-    assert (placement.idle(), placement.free()) == (2, 8)
+    assert (placement.idle_workers(), placement.free_slots()) == (2, 8)
 
 
 def test_a_second_attempt_at_a_suspect_is_alone_with_its_worker() -> None:
     placement = with_workers("a")
     fill(placement, keys(1))
-    placement.leave("a")
-    placement.enter("a")
-    placement.enter("b")
+    placement.remove_worker("a")
+    placement.add_worker("a")
+    placement.add_worker("b")
     placement.submit(keys(1)[0], 0)
     assert handed(placement) == [("a", 0)]
-    placement.back_up(keys(1)[0], 0)
+    placement.submit_speculative(keys(1)[0], 0)
     assert handed(placement) == [("b", 0)]
-    assert placement.free() == 0
+    assert placement.free_slots() == 0
 
 
 def test_an_assignment_to_a_worker_that_is_gone_is_not_told() -> None:
     placement = with_workers("a")
     placement.submit(keys(1)[0], 0)
-    assert [key.index for key in placement.leave("a")] == [0]
+    assert [key.index for key in placement.remove_worker("a")] == [0]
     assert handed(placement) == []
 
 
@@ -160,11 +160,11 @@ def test_rooms_and_shares_are_as_if_all_workers_were_looked_at(workers: int, ahe
         return max(4 - len(hands[name]), int(sum(key.rows for key in hands[name]) < 2 * ahead))
 
     for _ in range(200):
-        assert placement.free() == sum(map(room, hands))
-        assert placement.idle() == sum(not held for held in hands.values())
-        if placement.free() and dice.random() < 0.7:
+        assert placement.free_slots() == sum(map(room, hands))
+        assert placement.idle_workers() == sum(not held for held in hands.values())
+        if placement.free_slots() and dice.random() < 0.7:
             placement.submit(key := next(plan), 0)
-            (due,) = placement.due()
+            (due,) = placement.take_assignments()
             assert due.key == key
             assert room(due.worker) == max(map(room, hands))
             assert len(hands[due.worker]) == min(len(hands[name]) for name in hands if room(name))
@@ -174,8 +174,8 @@ def test_rooms_and_shares_are_as_if_all_workers_were_looked_at(workers: int, ahe
             placement.finish(name, hands[name].pop(dice.randrange(len(hands[name]))))
         if dice.random() < 0.05:
             name = dice.choice(list(hands))
-            assert placement.leave(name) == hands.pop(name)
-            placement.enter(name, ahead)
+            assert placement.remove_worker(name) == hands.pop(name)
+            placement.add_worker(name, ahead)
             hands[name] = []
 
 
@@ -191,15 +191,15 @@ def test_poison_is_given_up_and_no_innocent_with_it(
     shards: int, workers: int, poisoned: set[int], attempts: int, seed: int
 ) -> None:
     """Each worker does its shards in order and commits late; a poisoned one kills it, with all that it has in hand."""
-    dice, schedule, placement = random.Random(seed), Schedule(attempts), Placement(workers)
+    dice, schedule, placement = random.Random(seed), Scheduler(attempts), Placement(workers)
     schedule.add(keys(shards))
     hands: dict[str, list[ShardKey]] = {f"{n}": [] for n in range(workers)}
     for name in hands:
-        placement.enter(name)
+        placement.add_worker(name)
     for _ in range(10_000):
-        while placement.free() > 0 and (key := schedule.take()) is not None:
+        while placement.free_slots() > 0 and (key := schedule.take_next()) is not None:
             placement.submit(key, 0)
-        for due in placement.due():
+        for due in placement.take_assignments():
             hands[due.worker].append(due.key)
         if schedule.idle:
             break
@@ -208,12 +208,12 @@ def test_poison_is_given_up_and_no_innocent_with_it(
         name = dice.choice(busy)
         held = hands[name]
         if any(key.index in poisoned for key in held[:2]):  # the second is at work, the first not yet committed
-            blamed, *others = placement.leave(name)
+            blamed, *others = placement.remove_worker(name)
             schedule.fail(blamed, "lost")
             for key in others:
-                schedule.fail(key, "lost", counts=False)
+                schedule.fail(key, "lost", uses_attempt=False)
             held.clear()
-            placement.enter(name)
+            placement.add_worker(name)
         else:
             placement.finish(name, held[0])
             schedule.finish(held.pop(0))
@@ -224,15 +224,15 @@ def test_poison_is_given_up_and_no_innocent_with_it(
 def test_who_gets_a_shard_that_was_tried_before_is_told() -> None:
     placement, plan = with_workers("a", "b"), keys(2)
     placement.submit(plan[0], 0)
-    placement.submit(plan[1], 0, again=True)
-    assert [(due.key.index, due.again) for due in placement.due()] == [(0, False), (1, True)]
-    placement.leave("b")
+    placement.submit(plan[1], 0, reattempt=True)
+    assert [(due.key.index, due.reattempt) for due in placement.take_assignments()] == [(0, False), (1, True)]
+    placement.remove_worker("b")
     placement.finish("a", plan[0])
     placement.submit(plan[1], 0)
-    assert [due.again for due in placement.due()] == [True], "it was in hand at a worker that is gone"
-    placement.enter("b")
-    placement.back_up(plan[1], 0)
-    assert [due.again for due in placement.due()] == [True], "it is tried elsewhere"
+    assert [due.reattempt for due in placement.take_assignments()] == [True], "it was in hand at a worker that is gone"
+    placement.add_worker("b")
+    placement.submit_speculative(plan[1], 0)
+    assert [due.reattempt for due in placement.take_assignments()] == [True], "it is tried elsewhere"
 
 
 def test_so_is_who_gets_one_that_failed_by_no_fault_of_its_own() -> None:
@@ -241,4 +241,6 @@ def test_so_is_who_gets_one_that_failed_by_no_fault_of_its_own() -> None:
     ((first, _),) = handed(placement)
     placement.fail(first, plan[0], suspect=False)
     placement.submit(plan[0], 0)
-    assert [due.again for due in placement.due()] == [True], "the first may have found a deadly image in it"
+    assert [due.reattempt for due in placement.take_assignments()] == [True], (
+        "the first may have found a deadly image in it"
+    )

@@ -16,14 +16,22 @@ from stores import Fault, Killed, MemoryStore
 
 import batchjob
 from batchjob.driver.driver import plan_only
-from batchjob.driver.progress import Quiet
+from batchjob.driver.progress import NoProgress
 from batchjob.errors import InvalidJob, NotFound, Unavailable
-from batchjob.job.fingerprint import difference
+from batchjob.job.fingerprint import diff_fingerprints
 from batchjob.plan import contract
-from batchjob.plan.chunks import Chunk, extend
-from batchjob.plan.chunks import chunks as chunks_of_chunks
+from batchjob.plan.chunks import Chunk, extend_plan
+from batchjob.plan.chunks import read_chunks as chunks_of_chunks
 from batchjob.plan.contract import Contract
-from batchjob.plan.head import FORMAT, Head, bury, current, freeze, is_buried, is_discarded
+from batchjob.plan.head import (
+    FORMAT_VERSION,
+    PlanHead,
+    discard_plan,
+    is_discarded,
+    is_plan_id_discarded,
+    put_head,
+    read_current_head,
+)
 from batchjob.plan.head import new_head as new_head_of_head
 from batchjob.plan.reader import PlanReader
 from batchjob.sources.source import REF_FIELDS
@@ -65,18 +73,18 @@ def unchanged() -> None:
     """The source is as it was."""
 
 
-def new_head(number: int = 0, shard_size: int = SHARD, **facts: object) -> Head:
+def new_head(number: int = 0, shard_size: int = SHARD, **facts: object) -> PlanHead:
     defaults = {"job": {"name": "tags"}, "fingerprint": {"model": {"name": "resnet18"}}}
     return new_head_of_head(
         number, shard_size=shard_size, **{**defaults, "source_version": None, "batchjob": "0.1.0", **facts}
     )
 
 
-def written(store: Store, listing: Listing, head: Head | None = None) -> tuple[Head, list[Chunk]]:
+def written(store: Store, listing: Listing, head: PlanHead | None = None) -> tuple[PlanHead, list[Chunk]]:
     """A plan as a driver makes it: the head in force or a new one, then every chunk."""
-    number, there = current(store)
-    head = there or freeze(store, head or new_head(number))
-    return head, list(extend(store, head, listing.refs, unchanged))
+    number, there = read_current_head(store)
+    head = there or put_head(store, head or new_head(number))
+    return head, list(extend_plan(store, head, listing.refs, unchanged))
 
 
 def chunk_key(number: int) -> str:
@@ -120,7 +128,7 @@ def test_every_image_is_planned_once_and_in_order(store: Store) -> None:
         (0, 3, 0, 0), (1, 3, 0, 3), (2, 3, 1, 0), (3, 3, 1, 3), (4, 2, 2, 0),
     ]  # fmt: skip
     reader = PlanReader(store, head)
-    shards = [reader.shard(key) for key in keys]
+    shards = [reader.read_shard(key) for key in keys]
     refs = [ref for shard in shards for ref in shard.refs]
     assert [ref.position for ref in refs] == list(range(14))
     assert [ref.uri for ref in refs] == [f"{n:04d}.jpg" for n in range(14)]
@@ -128,9 +136,9 @@ def test_every_image_is_planned_once_and_in_order(store: Store) -> None:
     assert refs[8].etag is None
     skus = [sku for shard in shards for sku in shard.passthrough.column("sku").to_pylist()]
     assert skus == [f"sku-{n}" if n % 5 else None for n in range(14)]
-    assert reader.passthrough == pa.schema([SCHEMA.field("sku")])
+    assert reader.passthrough_schema == pa.schema([SCHEMA.field("sku")])
     assert list(chunks_of_chunks(store, head)) == chunks
-    assert current(store) == (0, head)
+    assert read_current_head(store) == (0, head)
 
 
 @pytest.mark.parametrize(
@@ -142,11 +150,11 @@ def test_chunks_hold_whole_shards_and_only_the_last_one_says_so(
     memory: MemoryStore, rows: int, chunk_rows: list[int], batch: int
 ) -> None:
     _, chunks = written(memory, Listing(rows, batch))
-    ends = [chunk.cursor.rows for chunk in chunks]
-    assert [end - chunk.start for end, chunk in zip(ends, chunks, strict=True)] == chunk_rows
-    assert [chunk.last for chunk in chunks] == [False] * (len(chunk_rows) - 1) + [True]
+    ends = [chunk.end_cursor.rows for chunk in chunks]
+    assert [end - chunk.first_row for end, chunk in zip(ends, chunks, strict=True)] == chunk_rows
+    assert [chunk.is_last for chunk in chunks] == [False] * (len(chunk_rows) - 1) + [True]
     assert [chunk.number for chunk in chunks] == list(range(len(chunk_rows)))
-    assert [chunk.cursor.last for chunk in chunks] == [f"s3://lake/v1/{end - 1:04d}.jpg" for end in ends]
+    assert [chunk.end_cursor.last for chunk in chunks] == [f"s3://lake/v1/{end - 1:04d}.jpg" for end in ends]
 
 
 def test_a_shard_larger_than_a_chunk_is_a_chunk(memory: MemoryStore) -> None:
@@ -156,8 +164,8 @@ def test_a_shard_larger_than_a_chunk_is_a_chunk(memory: MemoryStore) -> None:
 
 def test_an_empty_plan_has_one_shard_of_no_rows(store: Store) -> None:
     head, chunks = written(store, Listing(0))
-    assert [(chunk.last, [key.rows for key in chunk.shards]) for chunk in chunks] == [(True, [0])]
-    shard = PlanReader(store, head).shard(chunks[0].shards[0])
+    assert [(chunk.is_last, [key.rows for key in chunk.shards]) for chunk in chunks] == [(True, [0])]
+    shard = PlanReader(store, head).read_shard(chunks[0].shards[0])
     assert (shard.refs, shard.passthrough.schema.names) == ((), ["sku"])
 
 
@@ -165,26 +173,26 @@ def test_a_chunk_of_thousands_of_shards_is_read_back(memory: MemoryStore, monkey
     monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 5000)
     head, chunks = written(memory, Listing(6000, batch=1000), new_head(shard_size=1))
     assert [len(chunk.shards) for chunk in chunks] == [5000, 1000]
-    assert PlanReader(memory, head).shard(chunks[1].shards[-1]).refs[0].position == 5999
+    assert PlanReader(memory, head).read_shard(chunks[1].shards[-1]).refs[0].position == 5999
     assert list(chunks_of_chunks(memory, head)) == chunks
 
 
 def test_the_first_images_are_those_of_the_plan_not_of_its_first_shard(memory: MemoryStore) -> None:
     head, _ = written(memory, Listing(14))
     reader = PlanReader(memory, head)
-    assert [ref.position for ref in reader.first(5)] == [0, 1, 2, 3, 4]
-    assert reader.first(2) == reader.first(5)[:2]
+    assert [ref.position for ref in reader.read_first_refs(5)] == [0, 1, 2, 3, 4]
+    assert reader.read_first_refs(2) == reader.read_first_refs(5)[:2]
 
 
 def test_each_chunk_holds_the_digest_of_the_one_before(store: Store) -> None:
     head, chunks = written(store, Listing(14))
     digests = [hashlib.sha256(store.read(chunk_key(n)).data).hexdigest() for n in range(3)]
-    assert [chunk.previous for chunk in chunks] == ["", *digests[:2]]
-    assert [chunk.previous for chunk in chunks_of_chunks(store, head)] == ["", *digests[:2]]
+    assert [chunk.previous_digest for chunk in chunks] == ["", *digests[:2]]
+    assert [chunk.previous_digest for chunk in chunks_of_chunks(store, head)] == ["", *digests[:2]]
 
 
 def test_shard_ids_hang_on_plan_index_and_members(memory: MemoryStore) -> None:
-    def ids(head: Head, listing: Listing) -> list[str]:
+    def ids(head: PlanHead, listing: Listing) -> list[str]:
         _, chunks = written(MemoryStore(), listing, head)
         return [key.id for chunk in chunks for key in chunk.shards]
 
@@ -200,15 +208,15 @@ def test_shard_ids_hang_on_plan_index_and_members(memory: MemoryStore) -> None:
 def test_shards_of_the_same_images_have_ids_of_their_own(memory: MemoryStore) -> None:
     """A manifest may name an image many times."""
     one = next(Listing(1).refs(Cursor()))
-    head = freeze(memory, new_head())
-    chunks = extend(memory, head, lambda after: iter([one] * 12), unchanged)
+    head = put_head(memory, new_head())
+    chunks = extend_plan(memory, head, lambda after: iter([one] * 12), unchanged)
     assert len({key.id for chunk in chunks for key in chunk.shards}) == 4
 
 
 def test_a_source_without_even_a_schema_is_said(memory: MemoryStore) -> None:
-    head = freeze(memory, new_head())
+    head = put_head(memory, new_head())
     with pytest.raises(InvalidJob, match="no batch"):
-        list(extend(memory, head, lambda after: iter(()), unchanged))
+        list(extend_plan(memory, head, lambda after: iter(()), unchanged))
 
 
 # --- the head -------------------------------------------------------------------------------------------------------
@@ -216,16 +224,16 @@ def test_a_source_without_even_a_schema_is_said(memory: MemoryStore) -> None:
 
 def test_a_head_says_what_the_plan_is(store: Store) -> None:
     head = new_head(fingerprint={"model": {"name": "resnet18"}, "task": {"top_k": 5}}, source_version="digest")
-    assert current(store) == (0, None)
-    assert freeze(store, head) == head
-    assert current(store) == (0, head)
+    assert read_current_head(store) == (0, None)
+    assert put_head(store, head) == head
+    assert read_current_head(store) == (0, head)
     assert len({new_head().plan for _ in range(50)}) == 50
-    assert json.loads(store.read(HEAD).data)["format"] == FORMAT
+    assert json.loads(store.read(HEAD).data)["format"] == FORMAT_VERSION
 
 
 def test_a_second_driver_adopts_the_head_that_stands(store: Store) -> None:
-    first = freeze(store, new_head())
-    assert freeze(store, new_head()) == first
+    first = put_head(store, new_head())
+    assert put_head(store, new_head()) == first
 
 
 def test_no_plan_is_frozen_over_what_lies_there(store: Store) -> None:
@@ -233,9 +241,9 @@ def test_no_plan_is_frozen_over_what_lies_there(store: Store) -> None:
     with pytest.raises(
         InvalidJob, match=r"part-0000000-old\.parquet is there but no plan is.*choose another"
     ) as caught:
-        freeze(store, new_head())
+        put_head(store, new_head())
     assert caught.value.exit_code == 2
-    assert current(store) == (0, None)
+    assert read_current_head(store) == (0, None)
 
 
 def test_what_a_discarded_plan_left_meanwhile_is_cleared_away_and_the_plan_stands(store: Store) -> None:
@@ -248,7 +256,7 @@ def test_what_a_discarded_plan_left_meanwhile_is_cleared_away_and_the_plan_stand
         store.delete(late)
 
     head = new_head()
-    assert freeze(store, head, clear) == head
+    assert put_head(store, head, clear) == head
     assert cleared == [late]
     assert list(store.list("predictions/")) == []
 
@@ -257,25 +265,25 @@ def test_a_driver_overtaken_while_it_froze_adopts_and_does_not_complain(memory: 
     rival = new_head()
 
     def overtake() -> None:
-        freeze(memory.client(), rival)
+        put_head(memory.client(), rival)
         memory.client().put_if_absent("predictions/part-0000000-theirs.parquet", b"rows")
 
     memory.inject("list", "predictions/", overtake)
-    assert freeze(memory, new_head()) == rival
+    assert put_head(memory, new_head()) == rival
 
 
 @pytest.mark.parametrize("fault", [Fault.REPEATED, Fault.CONFLICT])
 def test_exists_is_not_believed_of_a_head(memory: MemoryStore, fault: Fault) -> None:
     memory.inject("put_if_absent", HEAD, fault)
     head = new_head()
-    assert freeze(memory, head) == head
-    assert current(memory) == (0, head)
+    assert put_head(memory, head) == head
+    assert read_current_head(memory) == (0, head)
 
 
 def test_a_store_that_always_says_exists_is_temporary(memory: MemoryStore) -> None:
     memory.inject("put_if_absent", HEAD, Fault.CONFLICT, times=100)
     with pytest.raises(Unavailable, match=r"head\.json.*run again") as caught:
-        freeze(memory, new_head())
+        put_head(memory, new_head())
     assert caught.value.exit_code == 75
     assert len(memory.written()) < 10
 
@@ -283,25 +291,27 @@ def test_a_store_that_always_says_exists_is_temporary(memory: MemoryStore) -> No
 def test_an_unknown_format_names_the_version_that_can_finish_it(store: Store) -> None:
     head = new_head(batchjob="7.1.0")
     store.put_if_absent(HEAD, json.dumps({**vars(head), "format": 99, "colour": "blue"}).encode())
-    with pytest.raises(InvalidJob, match=rf"format 99, this version knows {FORMAT}.*batchjob 7\.1\.0") as caught:
-        current(store)
+    with pytest.raises(
+        InvalidJob, match=rf"format 99, this version knows {FORMAT_VERSION}.*batchjob 7\.1\.0"
+    ) as caught:
+        read_current_head(store)
     assert caught.value.exit_code == 2
     with pytest.raises(InvalidJob, match=r"batchjob 7\.1\.0"):
-        freeze(store, new_head())
+        put_head(store, new_head())
     # Discarded by the version that knows it, it is in nobody's way.
     store.put_if_absent(TOMB, b"{}")
-    assert current(store) == (1, None)
-    assert is_buried(store, head.plan)
+    assert read_current_head(store) == (1, None)
+    assert is_plan_id_discarded(store, head.plan)
 
 
 def test_the_fingerprint_comes_back_and_tells_the_difference(store: Store) -> None:
     there = {"model": {"name": "resnet18", "weights": "V1"}, "preprocess": {"resize": None, "mean": [0.5, 0.5, 0.5]}}
-    freeze(store, new_head(fingerprint=there))
-    _, head = current(store)
+    put_head(store, new_head(fingerprint=there))
+    _, head = read_current_head(store)
     assert head is not None
-    assert difference(head.fingerprint, there) == []
+    assert diff_fingerprints(head.fingerprint, there) == []
     other = {**there, "model": {"name": "resnet18", "weights": "V2"}}
-    assert difference(head.fingerprint, other) == ["model.weights: V1 there, V2 here"]
+    assert diff_fingerprints(head.fingerprint, other) == ["model.weights: V1 there, V2 here"]
 
 
 # --- adopted, resumed, torn -----------------------------------------------------------------------------------------
@@ -314,9 +324,9 @@ def test_a_finished_plan_is_adopted_without_a_look_at_its_source(store: Store) -
     def never() -> None:
         raise AssertionError("the source was asked for")
 
-    _, head = current(store)
+    _, head = read_current_head(store)
     assert head is not None
-    assert list(extend(store, head, listing.refs, never)) == chunks
+    assert list(extend_plan(store, head, listing.refs, never)) == chunks
     assert listing.asked == []
 
 
@@ -338,8 +348,8 @@ def test_killed_at_any_put_the_next_driver_ends_with_the_same_plan(puts: int, fa
 
 
 def test_a_chunk_is_given_out_only_once_it_stands(memory: MemoryStore) -> None:
-    head = freeze(memory, new_head())
-    for chunk in extend(memory, head, Listing(14).refs, unchanged):
+    head = put_head(memory, new_head())
+    for chunk in extend_plan(memory, head, Listing(14).refs, unchanged):
         assert chunk_key(chunk.number) in memory.held()
 
 
@@ -365,26 +375,26 @@ def test_a_lost_answer_ends_the_driver_as_temporary_and_the_next_one_goes_on(mem
 @pytest.mark.parametrize("ahead", [1, 2, 3])
 def test_a_driver_overtaken_midway_adopts_what_the_other_wrote(memory: MemoryStore, ahead: int) -> None:
     """The rival sees one image more, so its chunks cannot be taken for ours."""
-    head = freeze(memory, new_head())
+    head = put_head(memory, new_head())
     theirs: list[Chunk] = []
 
     def overtake() -> None:
-        rival = extend(memory.client(), head, Listing(15, version="v2").refs, unchanged)
+        rival = extend_plan(memory.client(), head, Listing(15, version="v2").refs, unchanged)
         theirs.extend(islice(rival, ahead))
 
     memory.inject("put_if_absent", chunk_key(0), overtake)
-    mine = list(extend(memory, head, Listing(14).refs, unchanged))
+    mine = list(extend_plan(memory, head, Listing(14).refs, unchanged))
     assert mine[:ahead] == theirs
     assert mine == list(chunks_of_chunks(memory, head))
-    assert [chunk.last for chunk in mine] == [False, False, True]
+    assert [chunk.is_last for chunk in mine] == [False, False, True]
     rows = [key.rows for chunk in mine for key in chunk.shards]
     assert sum(rows) == (15 if ahead == 3 else 14)
 
 
 def test_two_drivers_in_step_make_one_plan(memory: MemoryStore) -> None:
-    head = freeze(memory, new_head())
-    one = extend(memory, head, Listing(30, batch=7).refs, unchanged)
-    two = extend(memory.client(), head, Listing(30, batch=2).refs, unchanged)
+    head = put_head(memory, new_head())
+    one = extend_plan(memory, head, Listing(30, batch=7).refs, unchanged)
+    two = extend_plan(memory.client(), head, Listing(30, batch=2).refs, unchanged)
     assert list(zip(one, two, strict=True)) == [(chunk, chunk) for chunk in chunks_of_chunks(memory, head)]
 
 
@@ -394,11 +404,14 @@ def test_a_source_that_shrank_behind_the_cursor_ends_the_plan_there(memory: Memo
     with pytest.raises(Killed):
         written(memory, Listing(14), head)
     _, chunks = written(memory, Listing(CHUNK))
-    assert [(len(chunk.shards), chunk.cursor.rows, chunk.last) for chunk in chunks] == [(2, 6, False), (0, 6, True)]
-    assert chunks[-1].cursor == chunks[0].cursor
+    assert [(len(chunk.shards), chunk.end_cursor.rows, chunk.is_last) for chunk in chunks] == [
+        (2, 6, False),
+        (0, 6, True),
+    ]
+    assert chunks[-1].end_cursor == chunks[0].end_cursor
 
 
-def changing(listing: Listing, head: Head) -> Callable[[], None]:
+def changing(listing: Listing, head: PlanHead) -> Callable[[], None]:
     """What the driver hands in: raises once the source's version is another."""
 
     def check() -> None:
@@ -410,24 +423,24 @@ def changing(listing: Listing, head: Head) -> Callable[[], None]:
 
 def test_a_manifest_that_changed_before_the_last_chunk_ends_the_plan(memory: MemoryStore) -> None:
     listing = Listing(14)
-    head = freeze(memory, new_head(source_version="v1"))
-    chunks = extend(memory, head, listing.refs, changing(listing, head))
+    head = put_head(memory, new_head(source_version="v1"))
+    chunks = extend_plan(memory, head, listing.refs, changing(listing, head))
     next(chunks), next(chunks)
     listing.version = "v2"
     with pytest.raises(InvalidJob, match="the manifest changed"):
         next(chunks)
     assert chunk_key(2) not in memory.held()
     listing.version = "v1"
-    assert list(extend(memory, head, listing.refs, changing(listing, head)))[-1].last
+    assert list(extend_plan(memory, head, listing.refs, changing(listing, head)))[-1].is_last
 
 
 def test_a_resume_finds_a_changed_manifest_before_it_writes_anything(memory: MemoryStore) -> None:
     listing = Listing(30)
-    head = freeze(memory, new_head(source_version="v1"))
-    next(extend(memory, head, listing.refs, changing(listing, head)))
+    head = put_head(memory, new_head(source_version="v1"))
+    next(extend_plan(memory, head, listing.refs, changing(listing, head)))
     listing.version = "v2"
     with pytest.raises(InvalidJob, match="the manifest changed"):
-        list(extend(memory, head, listing.refs, changing(listing, head)))
+        list(extend_plan(memory, head, listing.refs, changing(listing, head)))
     assert memory.held() == [chunk_key(0), HEAD]
 
 
@@ -444,9 +457,9 @@ def test_chunks_that_do_not_follow_each_other_are_refused(memory: MemoryStore) -
     third = memory.read(chunk_key(2)).data
     # The same listing closes the gap; a changed one cannot, for the chunk behind it was cut after other images.
     with pytest.raises(InvalidJob, match=r"chunk-0000002\.arrow does not follow.*batchjob discard"):
-        list(extend(memory, head, Listing(14, version="v2").refs, unchanged))
+        list(extend_plan(memory, head, Listing(14, version="v2").refs, unchanged))
     memory.delete(chunk_key(1))
-    assert len(list(extend(memory, head, Listing(14).refs, unchanged))) == 3
+    assert len(list(extend_plan(memory, head, Listing(14).refs, unchanged))) == 3
     memory.delete(chunk_key(1))
     memory.put_if_absent(chunk_key(1), third)
     with pytest.raises(InvalidJob, match=r"chunk-0000001\.arrow does not follow"):
@@ -457,7 +470,7 @@ def test_a_shard_whose_chunk_is_gone_is_not_found(memory: MemoryStore) -> None:
     head, chunks = written(memory, Listing(14))
     memory.delete(chunk_key(2))
     with pytest.raises(NotFound):
-        PlanReader(memory, head).shard(chunks[2].shards[0])
+        PlanReader(memory, head).read_shard(chunks[2].shards[0])
 
 
 # --- discarded ------------------------------------------------------------------------------------------------------
@@ -466,18 +479,18 @@ def test_a_shard_whose_chunk_is_gone_is_not_found(memory: MemoryStore) -> None:
 def test_a_discarded_plan_gives_way_to_the_next_number(store: Store) -> None:
     first, _ = written(store, Listing(14))
     assert not is_discarded(store, first)
-    assert not is_buried(store, first.plan)
-    bury(store, first)
-    bury(store, first)  # twice does no harm
+    assert not is_plan_id_discarded(store, first.plan)
+    discard_plan(store, first)
+    discard_plan(store, first)  # twice does no harm
     assert is_discarded(store, first)
-    assert is_buried(store, first.plan)
-    assert current(store) == (1, None)
+    assert is_plan_id_discarded(store, first.plan)
+    assert read_current_head(store) == (1, None)
     second, chunks = written(store, Listing(5))
-    assert (second.number, second.folder, current(store)) == (1, "_batchjob/plans/0001/", (1, second))
-    assert chunks[-1].cursor.rows == 5
-    assert not is_buried(store, second.plan)
-    assert not is_buried(store, "nobody's")
-    assert is_buried(store, first.plan)
+    assert (second.number, second.folder, read_current_head(store)) == (1, "_batchjob/plans/0001/", (1, second))
+    assert chunks[-1].end_cursor.rows == 5
+    assert not is_plan_id_discarded(store, second.plan)
+    assert not is_plan_id_discarded(store, "nobody's")
+    assert is_plan_id_discarded(store, first.plan)
     assert store.read(chunk_key(2)).data  # the folder of the buried one stays
 
 
@@ -485,7 +498,7 @@ def test_a_discarded_plan_gives_way_to_the_next_number(store: Store) -> None:
 def test_exists_is_not_believed_of_a_tombstone(memory: MemoryStore, fault: Fault) -> None:
     head, _ = written(memory, Listing(5))
     memory.inject("put_if_absent", TOMB, fault)
-    bury(memory, head)
+    discard_plan(memory, head)
     assert is_discarded(memory, head)
 
 
@@ -493,8 +506,8 @@ def test_a_tombstone_that_cannot_be_put_is_said(memory: MemoryStore) -> None:
     head, _ = written(memory, Listing(5))
     memory.inject("put_if_absent", TOMB, Fault.DOWN)
     with pytest.raises(Unavailable):
-        bury(memory, head)
-    assert current(memory) == (0, head)
+        discard_plan(memory, head)
+    assert read_current_head(memory) == (0, head)
 
 
 # --- what all workers agree on --------------------------------------------------------------------------------------
@@ -503,38 +516,38 @@ ROWS = pa.schema([pa.field("position", pa.int64()), pa.field("score", pa.float32
 
 
 def test_workers_agree_on_what_the_first_one_put(store: Store) -> None:
-    head = freeze(store, new_head())
+    head = put_head(store, new_head())
     first = Contract(ROWS, "digest", (3, 224, 224))
-    assert contract.agree(store, head, first) == first
+    assert contract.put_or_verify(store, head, first) == first
     assert (
-        contract.agree(store, head, Contract(ROWS, "digest", (3, 32, 32))) == first
+        contract.put_or_verify(store, head, Contract(ROWS, "digest", (3, 32, 32))) == first
     )  # the size that counts is the first
-    assert contract.agree(store, head, Contract(ROWS, "digest", None)) == first
+    assert contract.put_or_verify(store, head, Contract(ROWS, "digest", None)) == first
 
 
 def test_images_without_a_common_size_agree_too(memory: MemoryStore) -> None:
-    head = freeze(memory, new_head())
+    head = put_head(memory, new_head())
     for _ in range(2):
-        assert contract.agree(memory, head, Contract(ROWS, "digest", None)) == Contract(ROWS, "digest", None)
+        assert contract.put_or_verify(memory, head, Contract(ROWS, "digest", None)) == Contract(ROWS, "digest", None)
 
 
 def test_other_weights_or_another_schema_end_the_worker(store: Store) -> None:
-    head = freeze(store, new_head())
-    contract.agree(store, head, Contract(ROWS, "a" * 64, None))
+    head = put_head(store, new_head())
+    contract.put_or_verify(store, head, Contract(ROWS, "a" * 64, None))
     with pytest.raises(InvalidJob, match=r"digest bbbbbbbbbbbb, .*begun with aaaaaaaaaaaa: weights or model code"):
-        contract.agree(store, head, Contract(ROWS, "b" * 64, None))
+        contract.put_or_verify(store, head, Contract(ROWS, "b" * 64, None))
     wider = ROWS.append(pa.field("label", pa.string()))
     with pytest.raises(InvalidJob, match=r"another schema.*label"):
-        contract.agree(store, head, Contract(wider, "a" * 64, None))
+        contract.put_or_verify(store, head, Contract(wider, "a" * 64, None))
 
 
 @pytest.mark.parametrize("fault", [Fault.REPEATED, Fault.CONFLICT])
 def test_exists_is_not_believed_of_what_was_agreed(memory: MemoryStore, fault: Fault) -> None:
-    head = freeze(memory, new_head())
+    head = put_head(memory, new_head())
     memory.inject("put_if_absent", "*/schema.arrow", fault)
     ours = Contract(ROWS, "digest", (3, 8, 8))
-    assert contract.agree(memory, head, ours) == ours
-    assert contract.agree(memory, head, ours) == ours
+    assert contract.put_or_verify(memory, head, ours) == ours
+    assert contract.put_or_verify(memory, head, ours) == ours
 
 
 # --- the whole driver, planning only --------------------------------------------------------------------------------
@@ -551,7 +564,7 @@ def planned(tmp_path: Path, **model: object) -> str:
             "output": {"uri": str(tmp_path / "out")},
         }
     )
-    return plan_only(job, allow_empty=False, progress=Quiet()).plan
+    return plan_only(job, allow_empty=False, progress=NoProgress()).plan
 
 
 def test_another_job_is_told_what_differs_before_anything_else(tmp_path: Path) -> None:

@@ -14,16 +14,16 @@ import pytest
 from pools import LOADED, ScriptedPool, job
 
 from batchjob.driver import driver
-from batchjob.driver.progress import Quiet
+from batchjob.driver.progress import NoProgress
 from batchjob.errors import InvalidJob, Temporary
 from batchjob.job.job import Job
-from batchjob.plan.chunks import chunks as chunks_of_chunks
-from batchjob.plan.head import current
+from batchjob.plan.chunks import read_chunks as chunks_of_chunks
+from batchjob.plan.head import read_current_head
 from batchjob.plan.reader import PlanReader
 from batchjob.pool.pool import Pool
-from batchjob.report.run_result import Outcome, PlanSummary
+from batchjob.report.run_result import PlanSummary, RunResult
 from batchjob.storage.store import open_store
-from batchjob.worker.messages import Ready, Setup
+from batchjob.worker.messages import WorkerReady, WorkerSetup
 from batchjob.worker.worker import Worker
 
 
@@ -31,13 +31,13 @@ def no_pool() -> Pool:
     raise AssertionError("no worker is needed for this")
 
 
-def run(the: Job, pool: Pool | None = None) -> Outcome:
+def run(the: Job, pool: Pool | None = None) -> RunResult:
     make_pool: Callable[[], Pool] = no_pool if pool is None else lambda: pool
-    return driver.run(the, make_pool, allow_empty=False, progress=Quiet())
+    return driver.run(the, make_pool, allow_empty=False, progress=NoProgress())
 
 
 def planned(the: Job) -> PlanSummary:
-    return driver.plan_only(the, allow_empty=False, progress=Quiet())
+    return driver.plan_only(the, allow_empty=False, progress=NoProgress())
 
 
 def listed(folder: Path, rows: int, columns: dict[str, Any] | None = None, **sections: Any) -> Job:
@@ -72,13 +72,13 @@ def test_the_workers_that_there_are_share_the_images(tmp_path: Path) -> None:
 
 
 def test_a_worker_knows_better_than_its_settings_how_wide_rows_are(tmp_path: Path) -> None:
-    wide = ScriptedPool(ready=[Ready("0", replace(LOADED, row_bytes=8 << 20))])
+    wide = ScriptedPool(ready=[WorkerReady("0", replace(LOADED, row_bytes=8 << 20))])
     run(listed(tmp_path, 130), wide)
     assert len(list((tmp_path / "out/predictions").iterdir())) == 3  # of 64: parts of 512 MiB
 
 
 def test_rows_too_wide_for_the_shard_size_are_refused_before_the_freeze(tmp_path: Path) -> None:
-    wide = ScriptedPool(ready=[Ready("0", replace(LOADED, row_bytes=8 << 20))])
+    wide = ScriptedPool(ready=[WorkerReady("0", replace(LOADED, row_bytes=8 << 20))])
     with pytest.raises(InvalidJob, match=r"runtime.shard_size: 600 rows of up to 8,388,608 bytes .* at most 512"):
         run(listed(tmp_path, 130, runtime={"shard_size": 600}), wide)
     assert not list((tmp_path / "out").glob("_batchjob/plans/*/head.json"))
@@ -94,13 +94,13 @@ def test_wide_passthrough_columns_make_small_chunks_and_shards(tmp_path: Path, m
     the = listed(tmp_path, 1000, {"note": notes}, runtime={"shard_size": 7}, output={"uri": "other"})
     planned(the)
     store = open_store(the.output.uri)
-    _, head = current(store)
+    _, head = read_current_head(store)
     assert head is not None
     chunks = list(chunks_of_chunks(store, head))
     assert len(chunks) > 10
     assert all(key.rows == 7 for chunk in chunks[:-1] for key in chunk.shards)
     reader = PlanReader(store, head)
-    shards = [reader.shard(key) for chunk in chunks for key in chunk.shards]
+    shards = [reader.read_shard(key) for chunk in chunks for key in chunk.shards]
     assert [ref.position for shard in shards for ref in shard.refs] == list(range(1000))
     assert [note for shard in shards for note in shard.passthrough.column("note").to_pylist()] == notes
 
@@ -127,7 +127,7 @@ def test_a_resumed_job_takes_the_defaults_it_was_planned_with(tmp_path: Path) ->
     head = tmp_path / "out/_batchjob/plans/0000/head.json"
 
     def change(facts: dict[str, Any]) -> None:
-        assert facts["defaults"]["decode"] == the.resolved()["decode"]
+        assert facts["defaults"]["decode"] == the.resolved_settings()["decode"]
         assert facts["defaults"]["input"]["uri"] == "./images/"
         facts["defaults"]["decode"]["max_pixels"] = 123_456
         facts["defaults"]["task"]["allow_nan"] = True
@@ -138,13 +138,13 @@ def test_a_resumed_job_takes_the_defaults_it_was_planned_with(tmp_path: Path) ->
     pool = ScriptedPool()
     assert run(the, pool).status == "complete"
     assert pool.setup is not None
-    given = Job.from_portable(json.loads(json.dumps(pool.setup.job)), tmp_path, tmp_path)
+    given = Job.deserialize(json.loads(json.dumps(pool.setup.job)), tmp_path, tmp_path)
     assert given.decode.max_pixels == 123_456
     assert given.runtime.precision == "fp32"
     assert given.runtime.shard_size == 2
     assert given.model_dump()["task"]["allow_nan"] is True
     assert given.fingerprint() == the.fingerprint() == json.loads(head.read_text())["fingerprint"]
-    assert given.portable() == pool.setup.job
+    assert given.serialize() == pool.setup.job
     assert run(the).status == "already_complete"
 
 
@@ -156,7 +156,7 @@ def test_what_the_job_sets_itself_is_no_default(tmp_path: Path) -> None:
     pool = ScriptedPool()
     run(the, pool)
     assert pool.setup is not None
-    given = Job.from_portable(pool.setup.job, tmp_path, tmp_path)
+    given = Job.deserialize(pool.setup.job, tmp_path, tmp_path)
     assert (given.decode.max_pixels, given.decode.max_bytes) == (1000, 3000)
 
 
@@ -167,7 +167,7 @@ def test_a_plan_of_an_older_version_has_no_defaults(tmp_path: Path) -> None:
     pool = ScriptedPool()
     assert run(the, pool).status == "complete"
     assert pool.setup is not None
-    assert pool.setup.job == the.portable()
+    assert pool.setup.job == the.serialize()
 
 
 def test_a_default_that_this_version_cannot_take_is_said(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_worker_that_finds_its_plan_discarded_asks_to_be_run_again(tmp_path: P
     the = job(tmp_path, ["0.png"])
     planned(the)
     driver.discard(str(tmp_path / "out"))
-    worker = Worker(the, Setup(the.portable(), str(tmp_path)), 1)
+    worker = Worker(the, WorkerSetup(the.serialize(), str(tmp_path)), 1)
     with pytest.raises(Temporary, match="plan 0 was discarded while this run was starting; run again"):
-        worker.begin(0)
+        worker.join_plan(0)
     worker.close()

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from batchjob.errors import AttemptFailed, InvalidJob
-from batchjob.inference.devices import check_precision, pick_device, traits
-from batchjob.inference.execution_config import Recipe
-from batchjob.inference.forward import Forward, Modes
+from batchjob.inference.devices import check_precision, get_device_capabilities, pick_device
+from batchjob.inference.execution_config import ExecutionConfig
+from batchjob.inference.forward import ForwardOptions, ForwardPass
 from batchjob.inference.predictor import Predictor, random_pixels
-from batchjob.preprocessing.normalize import normalizer
+from batchjob.preprocessing.normalize import make_normalizer
 from batchjob.preprocessing.settings import Preprocess
-from batchjob.types import Predicted
+from batchjob.types import Prediction
 
 CPU = torch.device("cpu")
 PREPROCESS = Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -89,9 +89,12 @@ def images(rows: int) -> torch.Tensor:
 
 def forward(
     module: nn.Module, precision: Any = "fp32", grad_mode: Any = "inference", device: torch.device = CPU, **modes: Any
-) -> Forward:
-    return Forward(
-        module.eval(), normalizer(PREPROCESS), device, Modes(grad_mode, recipe=Recipe(precision=precision), **modes)
+) -> ForwardPass:
+    return ForwardPass(
+        module.eval(),
+        make_normalizer(PREPROCESS),
+        device,
+        ForwardOptions(grad_mode, config=ExecutionConfig(precision=precision), **modes),
     )
 
 
@@ -99,11 +102,11 @@ def make(module: nn.Module, precision: Any = "fp32", grad_mode: Any = "inference
     return Predictor(forward(module, precision, grad_mode), Embedded())
 
 
-def embedded(predicted: Predicted) -> torch.Tensor:
+def embedded(predicted: Prediction) -> torch.Tensor:
     """All rows that were predicted, in the batch's order."""
     found = {
         row: vector
-        for piece in predicted.wait().pieces
+        for piece in predicted.wait().outputs
         for row, vector in zip(piece.rows, piece.tensors["embedding"], strict=True)
     }
     return torch.stack([found[row] for row in sorted(found)])
@@ -125,7 +128,7 @@ def test_the_numbers_are_those_of_a_plain_loop(grad_mode: Any) -> None:
     predictor.warm_up((3, 8, 8), rows=3)
     made = predictor(pixels)
     torch.testing.assert_close(embedded(made), plain(module, pixels), rtol=0, atol=0)
-    assert not made.lost
+    assert not made.errors
     assert [seen[0] for seen in module.seen] == [2, 3, 7]
     assert {seen[2] for seen in module.seen} == {grad_mode == "inference"}
     assert {seen[3] for seen in module.seen} == {False}
@@ -160,8 +163,8 @@ def test_bf16_is_autocast_and_comes_back_as_float() -> None:
 
 def test_what_the_jobs_own_transform_made_goes_in_as_it_is() -> None:
     module, values = Small(), torch.rand(3, 3, 8, 8)
-    as_it_is = normalizer(Preprocess(transform="net:f"))
-    predictor = Predictor(Forward(module.eval(), as_it_is, CPU, Modes()), Embedded())
+    as_it_is = make_normalizer(Preprocess(transform="net:f"))
+    predictor = Predictor(ForwardPass(module.eval(), as_it_is, CPU, ForwardOptions()), Embedded())
     predictor.warm_up((8, 8), dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(embedded(predictor(values)), module.layers(values), rtol=0, atol=0)
@@ -182,7 +185,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_size_that_fits_is_kept(erro
     predictor = make(module)
     made = predictor(pixels)
     torch.testing.assert_close(embedded(made), plain(module, pixels))
-    assert not made.lost
+    assert not made.errors
     assert [seen[0] for seen in module.seen] == [10, 5, 2, 2, 2, 2, 2]
     module.seen.clear()
     predictor(pixels[:4])
@@ -200,23 +203,23 @@ def test_an_image_that_alone_does_not_fit_is_a_fault_and_the_others_are_predicte
     pixels[4, 0, 0, 0] = 255
     predictor = make(module)
     made = predictor(pixels)
-    assert {row: fault.type for row, fault in made.lost.items()} == {4: "memory"}
+    assert {row: fault.type for row, fault in made.errors.items()} == {4: "memory"}
     good = [0, 1, 2, 3, 5, 6, 7, 8]
     torch.testing.assert_close(embedded(made), plain(module, pixels)[good])
     module.seen.clear()
     predictor(images(9))
     assert [seen[0] for seen in module.seen] == [9], "that was the image's fault, not the batch size's"
-    assert predictor(pixels[4:5]).lost.keys() == {0}
+    assert predictor(pixels[4:5]).errors.keys() == {0}
 
 
 def test_one_image_of_a_batch_is_predicted_by_itself() -> None:
     module, pixels = Cramped(100, OUT_OF_MEMORY[0]), images(4)
     pixels[2, 0, 0, 0] = 255
     predictor = make(module)
-    alone = [predictor.alone(pixels, None, row) for row in range(4)]
-    assert [piece.rows for made in alone for piece in made.pieces] == [(0,), (1,), (3,)]
-    assert [list(made.lost) for made in alone] == [[], [], [2], []]
-    found = torch.cat([made.pieces[0].tensors["embedding"] for made in alone if made.pieces])
+    alone = [predictor.predict_single(pixels, None, row) for row in range(4)]
+    assert [piece.rows for made in alone for piece in made.outputs] == [(0,), (1,), (3,)]
+    assert [list(made.errors) for made in alone] == [[], [], [2], []]
+    found = torch.cat([made.outputs[0].tensors["embedding"] for made in alone if made.outputs])
     torch.testing.assert_close(found, plain(module, pixels)[[0, 1, 3]])
 
 
@@ -248,11 +251,11 @@ def test_a_model_that_fails_anyway_is_told_with_its_words() -> None:
 
 def test_an_example_shows_the_output_and_leaves_the_generator_alone() -> None:
     state = torch.get_rng_state()
-    assert forward(Small()).tried(images(2)).shape == (2, 5)
+    assert forward(Small()).run_example(images(2)).shape == (2, 5)
     make(Small()).warm_up((8, 8))
     state = torch.get_rng_state()
     make_nothing = forward(nn.Identity())
-    make_nothing.tried(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    make_nothing.run_example(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -278,11 +281,11 @@ def ragged(*sizes: tuple[int, int]) -> tuple[torch.Tensor, list[tuple[int, ...]]
 def test_images_of_different_sizes_are_predicted_by_size_or_as_a_list(takes: Any, calls: list[int]) -> None:
     module = Sizes()
     flat, shapes, each = ragged((4, 6), (5, 5), (4, 6), (6, 4))
-    predictor = Predictor(forward(module, takes=takes), Embedded())
+    predictor = Predictor(forward(module, input_kind=takes), Embedded())
     found = embedded(predictor(flat, shapes))
     assert module.calls == calls
     with torch.no_grad():
-        wanted = module([normalizer(PREPROCESS)(image[None], torch.float32)[0] for image in each])
+        wanted = module([make_normalizer(PREPROCESS)(image[None], torch.float32)[0] for image in each])
     torch.testing.assert_close(found, wanted)
 
 
@@ -295,7 +298,7 @@ def test_images_of_different_sizes_that_do_not_fit_are_halved_too() -> None:
 
     module = Narrow()
     flat, shapes, each = ragged((4, 6), (5, 5), (3, 6), (6, 4), (1, 1))
-    found = embedded(Predictor(forward(module, takes="list"), Embedded())(flat, shapes))
+    found = embedded(Predictor(forward(module, input_kind="list"), Embedded())(flat, shapes))
     assert found[:, 3:].tolist() == [[float(side) for side in image.shape[1:]] for image in each]
 
 
@@ -306,7 +309,7 @@ def test_a_model_that_takes_just_one_batch_size_gets_short_ones_padded() -> None
             return super().forward(images)
 
     module, pixels = Strict(), images(7)
-    predictor = Predictor(forward(module), Embedded(), batch_size=4)
+    predictor = Predictor(forward(module), Embedded(), fixed_batch_size=4)
     predictor.warm_up((8, 8))
     torch.testing.assert_close(embedded(predictor(pixels)), plain(module, pixels))
     torch.testing.assert_close(embedded(predictor(pixels[:1])), plain(module, pixels[:1]))
@@ -331,7 +334,7 @@ class Limited(Small):
 )
 def test_the_largest_batch_leaves_a_quarter_to_spare(room: int, first: int, most: int, found: int) -> None:
     module = Limited(room)
-    assert make(module).largest_batch((8, 8), first, most) == found
+    assert make(module).find_largest_batch((8, 8), first, most) == found
     assert all(seen[0] <= room for seen in module.seen)
 
 
@@ -346,9 +349,9 @@ def test_a_warm_up_that_does_not_fit_is_halved_like_any_batch() -> None:
 
 def test_a_compiled_module_that_gets_no_more_memory_is_halved_too() -> None:
     module, pixels = Limited(8), images(16)
-    predictor = Predictor(forward(module), Embedded(), rather=16)
+    predictor = Predictor(forward(module), Embedded(), preferred_batch_size=16)
     found = predictor(pixels)
-    assert not found.lost
+    assert not found.errors
     assert len(embedded(found)) == 16
     assert {seen[0] for seen in module.seen} == {8}
     assert embedded(predictor(pixels[:3])).shape[0] == 3
@@ -357,7 +360,7 @@ def test_a_compiled_module_that_gets_no_more_memory_is_halved_too() -> None:
 
 def test_a_model_of_one_batch_size_that_does_not_fit_loses_no_image() -> None:
     with pytest.raises(AttemptFailed, match="a batch of 16, which is what the model takes"):
-        Predictor(forward(Limited(8)), Embedded(), batch_size=16)(images(3))
+        Predictor(forward(Limited(8)), Embedded(), fixed_batch_size=16)(images(3))
 
 
 def test_not_even_one_image_is_said_before_work() -> None:
@@ -391,7 +394,7 @@ def test_precision_follows_the_device() -> None:
         check_precision(precision, CPU)
     with pytest.raises(InvalidJob, match=r"runtime\.precision: tf32 is for CUDA devices"):
         check_precision("tf32", CPU)
-    found = traits(CPU)
+    found = get_device_capabilities(CPU)
     assert found.kind == "cpu"
     assert found.name.startswith("cpu ")
 
@@ -399,7 +402,7 @@ def test_precision_follows_the_device() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_on_a_gpu() -> None:
     device = pick_device("cuda")
-    assert traits(device).kind == "cuda"
+    assert get_device_capabilities(device).kind == "cuda"
     module, pixels = Small().eval(), images(6).pin_memory()
     expected = plain(module, pixels)
     before = torch.backends.cuda.matmul.fp32_precision
@@ -437,5 +440,5 @@ def test_a_gpu_that_is_really_full_is_met_with_smaller_batches() -> None:
 
     module, pixels = Hungry().eval(), images(8)
     made = Predictor(forward(module, device=torch.device("cuda")), Embedded())(pixels)
-    assert not made.lost
+    assert not made.errors
     assert max(seen[0] for seen in module.seen) == 2

@@ -40,7 +40,7 @@ def uris(batches: Iterator[pa.RecordBatch]) -> list[str]:
 def listed(source: PrefixSource, after: Cursor = Cursor(), outside: str | None = None) -> list[str]:  # noqa: B008
     """Locations, relative to the folder."""
     found = uris(source.refs(READER, after, outside))
-    folder = locations.split(source.uri)[0] if locations.has_magic(source.uri) else source.uri.rstrip("/") + "/"
+    folder = locations.split_glob(source.uri)[0] if locations.has_magic(source.uri) else source.uri.rstrip("/") + "/"
     return [uri.removeprefix(folder) for uri in found]
 
 
@@ -115,7 +115,7 @@ class TestWhatIsListed:
         source = PrefixSource(uri=str(photos(tmp_path)))
         assert source.fields(READER) == []
         assert source.version(READER) is None
-        assert source.missing(READER) is None
+        assert source.explain_missing(READER) is None
         source.check(READER)
 
     @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
@@ -186,12 +186,12 @@ class TestGlobs:
     def test_any_pattern_is_refused_or_works(self, pattern: str, path: str) -> None:
         refusable = not pattern.strip("/") or "-" in pattern  # an empty one, or a range that may run backwards
         with suppress(*[ValidationError][:refusable]):
-            locations.filter_by(PrefixSource(uri="photos", include=[pattern]).include, ())(path)
+            locations.make_path_filter(PrefixSource(uri="photos", include=[pattern]).include, ())(path)
 
     @given(st.text(alphabet="ab[]!-^&~|\\.*?", min_size=1, max_size=8))
     def test_a_name_with_its_magic_in_brackets_matches_itself_alone(self, name: str) -> None:
         pattern = "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-        chosen = locations.filter_by((pattern,), ())
+        chosen = locations.make_path_filter((pattern,), ())
         assert chosen(name)
         assert not chosen(name + "x")
 
@@ -215,7 +215,7 @@ class TestTheOutputIsNoInput:
     @pytest.mark.parametrize("uri", ["", "/", "/**", "/*/**"])
     def test_left_out_where_it_lies_below(self, tmp_path: Path, uri: str) -> None:
         tree(tmp_path, "a/x.jpg", "out/_batchjob/y.jpg", "out2/z.jpg")
-        found = uris(PrefixSource(uri=f"{tmp_path}{uri}").refs(READER, Cursor(), outside=str(tmp_path / "out")))
+        found = uris(PrefixSource(uri=f"{tmp_path}{uri}").refs(READER, Cursor(), excluded_folder=str(tmp_path / "out")))
         assert found == [f"{tmp_path}/a/x.jpg", f"{tmp_path}/out2/z.jpg"]
 
     def test_also_by_another_name(self, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ class TestTheOutputIsNoInput:
     def test_refused_where_the_input_lies_in_it(self, tmp_path: Path, out: str) -> None:
         source = PrefixSource(uri=f"{photos(tmp_path)}")
         with pytest.raises(InvalidJob, match=r"lies in the output .*; give output.uri a folder of its own"):
-            uris(source.refs(READER, Cursor(), outside=f"{tmp_path}{out}"))
+            uris(source.refs(READER, Cursor(), excluded_folder=f"{tmp_path}{out}"))
 
     def test_elsewhere_it_does_not_matter(self, tmp_path: Path) -> None:
         source = PrefixSource(uri=str(photos(tmp_path)))
@@ -250,20 +250,23 @@ class TestSentences:
 
     def test_what_is_required_is_not_there_yet(self, tmp_path: Path) -> None:
         source = PrefixSource(uri=f"{tmp_path}/photos", require={"marker": "_SUCCESS", "min_images": 3})
-        assert source.missing(READER) == f"input.uri {tmp_path}/photos: nothing there yet"
+        assert source.explain_missing(READER) == f"input.uri {tmp_path}/photos: nothing there yet"
         tree(tmp_path / "photos", "a.jpg")
         missing = f"input.require.marker: {tmp_path}/photos/_SUCCESS is not there yet"
-        assert source.missing(READER) == missing
+        assert source.explain_missing(READER) == missing
         glob = PrefixSource(uri=f"{tmp_path}/photos/*.jpg", require={"marker": "_SUCCESS"})
-        assert glob.missing(READER) == missing
+        assert glob.explain_missing(READER) == missing
         tree(tmp_path / "photos", "_SUCCESS")
-        assert source.missing(READER) is None
-        assert glob.missing(READER) is None
+        assert source.explain_missing(READER) is None
+        assert glob.explain_missing(READER) is None
 
     def test_images_required_before_the_folder_is_there(self, tmp_path: Path) -> None:
         uri = f"{tmp_path}/photos"
-        assert PrefixSource(uri=uri, require={"min_images": 1}).missing(READER) == f"input.uri {uri}: nothing there yet"
-        assert PrefixSource(uri=uri, require={}).missing(READER) is None
+        assert (
+            PrefixSource(uri=uri, require={"min_images": 1}).explain_missing(READER)
+            == f"input.uri {uri}: nothing there yet"
+        )
+        assert PrefixSource(uri=uri, require={}).explain_missing(READER) is None
 
     @pytest.mark.parametrize(
         ("settings", "said"),
@@ -322,18 +325,18 @@ class TestOnS3:
     def test_output_marker_and_nothing(self, s3: Seaweed) -> None:
         root = s3.bucket("sources")
         source = PrefixSource(uri=f"{root}in", require={"marker": "_SUCCESS"})
-        assert source.missing(READER) == f"input.uri {root}in: nothing there yet"
+        assert source.explain_missing(READER) == f"input.uri {root}in: nothing there yet"
         with pytest.raises(InvalidJob, match="nothing there"):
             source.check(READER)
         s3.put(f"{root}in/a.jpg", b"x")
         s3.put(f"{root}in/out/b.jpg", b"x")
         s3.put(f"{root}in/empty/", b"")
-        assert source.missing(READER) == f"input.require.marker: {root}in/_SUCCESS is not there yet"
+        assert source.explain_missing(READER) == f"input.require.marker: {root}in/_SUCCESS is not there yet"
         s3.put(f"{root}in/_SUCCESS", b"")
-        assert source.missing(READER) is None
-        assert uris(source.refs(READER, Cursor(), outside=f"{root}in/out")) == [f"{root}in/a.jpg"]
+        assert source.explain_missing(READER) is None
+        assert uris(source.refs(READER, Cursor(), excluded_folder=f"{root}in/out")) == [f"{root}in/a.jpg"]
         with pytest.raises(InvalidJob, match="lies in the output"):
-            uris(source.refs(READER, Cursor(), outside=root))
+            uris(source.refs(READER, Cursor(), excluded_folder=root))
 
 
 def test_the_sample_photographs(test_data: Path) -> None:

@@ -12,17 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
-from batchjob.preprocessing.geometry import frame
+from batchjob.preprocessing.geometry import compute_image_geometry
 from batchjob.preprocessing.settings import DecodeSettings, Preprocess
-from batchjob.preprocessing.transforms import Geometry, Prepare
-from batchjob.types import ImageFacts, Prepared
+from batchjob.preprocessing.transforms import ImageTransform, ResizeCrop
+from batchjob.types import ImageInfo, PreparedImage
 
 CENTRE = Preprocess(resize=256, crop=224)
 
 
-def prepared(data: bytes, preprocess: Preprocess, mode: Literal["exact", "fast"], gray: bool = False) -> Prepared:
-    prepare = Prepare(DecodeSettings(mode=mode), Geometry(preprocess), gray=gray, turn=preprocess.exif == "apply")
-    made: Prepared = pickle.loads(pickle.dumps(prepare))(data)
+def prepared(data: bytes, preprocess: Preprocess, mode: Literal["exact", "fast"], gray: bool = False) -> PreparedImage:
+    prepare = ImageTransform(
+        DecodeSettings(mode=mode), ResizeCrop(preprocess), gray=gray, apply_exif=preprocess.exif == "apply"
+    )
+    made: PreparedImage = pickle.loads(pickle.dumps(prepare))(data)
     return made
 
 
@@ -91,9 +93,9 @@ def test_a_frame_leads_back_to_the_stored_image(
     pixels = np.zeros((389, 517, 3), np.uint8)
     pixels[170:218, 230:278] = 255
     made = prepared(jpeg(Image.fromarray(pixels), orientation), preprocess, mode)
-    assert (made.width, made.height, made.turned) == (517, 389, orientation == 6)
-    upright = np.rot90(pixels, -1) if made.turned else pixels
-    found = frame(preprocess, ImageFacts(None, made.width, made.height, turned=made.turned))
+    assert (made.width, made.height, made.axes_swapped) == (517, 389, orientation == 6)
+    upright = np.rot90(pixels, -1) if made.axes_swapped else pixels
+    found = compute_image_geometry(preprocess, ImageInfo(None, made.width, made.height, axes_swapped=made.axes_swapped))
     expected = [(edge.min(), edge.max() + 1) for edge in np.nonzero(upright[:, :, 0])]
     for axis, scale, cut in ((0, found.scale_y, found.top), (1, found.scale_x, found.left)):
         at = (made.pixels[0] > 127).nonzero()[:, axis]

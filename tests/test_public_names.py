@@ -7,7 +7,7 @@ import sys
 
 import batchjob
 
-NAMES = {"Job", "JobError", "Outcome", "__version__", "retry", "run", "validate"}
+NAMES = {"Job", "JobError", "RunResult", "__version__", "retry", "run", "validate"}
 
 
 def test_the_public_names_are_these() -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from batchjob.errors import InvalidJob
-from batchjob.inference.execution_config import Recipe
-from batchjob.inference.optimize import applied
-from batchjob.inference.output_comparison import compare
+from batchjob.inference.execution_config import ExecutionConfig
+from batchjob.inference.optimize import optimize
+from batchjob.inference.output_comparison import compare_outputs
 
 
 class Block(nn.Module):
@@ -55,25 +55,25 @@ PIXELS = torch.rand(4, 3, 24, 24, generator=torch.Generator().manual_seed(1))
 @pytest.mark.parametrize(
     "recipe",
     [
-        Recipe(),
-        Recipe(fold=True),
-        Recipe(channels_last=True),
-        Recipe(fold=True, channels_last=True),
-        Recipe(precision="bf16", half=True),
-        Recipe(quantize="int8-dynamic"),
-        Recipe(quantize="int8-static"),
+        ExecutionConfig(),
+        ExecutionConfig(fold=True),
+        ExecutionConfig(channels_last=True),
+        ExecutionConfig(fold=True, channels_last=True),
+        ExecutionConfig(precision="bf16", half=True),
+        ExecutionConfig(quantize="int8-dynamic"),
+        ExecutionConfig(quantize="int8-static"),
     ],
-    ids=lambda recipe: recipe.words,
+    ids=lambda recipe: recipe.description,
 )
-def test_near_the_plain_module_which_stays_as_it_was(recipe: Recipe, net: nn.Module) -> None:
+def test_near_the_plain_module_which_stays_as_it_was(recipe: ExecutionConfig, net: nn.Module) -> None:
     before = copy.deepcopy(net.state_dict())
     with torch.inference_mode():
         pixels = PIXELS.clone()
-        made = applied(net, recipe, pixels)
+        made = optimize(net, recipe, pixels)
         given = pixels.to(torch.bfloat16) if recipe.half else pixels
-        found = compare(net(pixels), made(given))
-    assert found.fault(recipe) is None
-    print(f"{recipe.words}: {found}")
+        found = compare_outputs(net(pixels), made(given))
+    assert found.rejection(recipe) is None
+    print(f"{recipe.description}: {found}")
     after = net.state_dict()
     assert all(torch.equal(after[key], value) and after[key].dtype == value.dtype for key, value in before.items())
     assert all(value.is_contiguous() for value in after.values()), "its layout too"
@@ -83,7 +83,7 @@ def test_near_the_plain_module_which_stays_as_it_was(recipe: Recipe, net: nn.Mod
 
 def test_any_number_of_images_after_static_quantisation(net: nn.Module) -> None:
     with torch.inference_mode():
-        made = applied(net, Recipe(quantize="int8-static"), PIXELS.clone())
+        made = optimize(net, ExecutionConfig(quantize="int8-static"), PIXELS.clone())
         assert made(torch.rand(7, 3, 24, 24)).shape == (7, 5)
 
 
@@ -97,16 +97,16 @@ def test_compiled_whole_and_by_region(net: nn.Module, monkeypatch: pytest.Monkey
         return module
 
     monkeypatch.setattr(torch, "compile", compile_it)
-    applied(net, Recipe(compile="max-autotune", freeze=True), PIXELS)
+    optimize(net, ExecutionConfig(compile="max-autotune", freeze=True), PIXELS)
     assert seen == [Net]
-    regional = applied(net, Recipe(compile="regional"), PIXELS)
+    regional = optimize(net, ExecutionConfig(compile="regional"), PIXELS)
     assert [regional.get_submodule(f"blocks.{at}")._compiled_call_impl is None for at in (0, 1)] == [False] * 2
     assert net.get_submodule("blocks.0")._compiled_call_impl is None
     with pytest.raises(InvalidJob, match=r"runtime\.compile: regional"):
-        applied(nn.Sequential(nn.Linear(3, 3)), Recipe(compile="regional"), PIXELS)
+        optimize(nn.Sequential(nn.Linear(3, 3)), ExecutionConfig(compile="regional"), PIXELS)
 
 
 def test_a_missing_package_is_named_with_its_extra(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torchao", None)
     with pytest.raises(InvalidJob, match=r"pip install 'batchjob\[quant\]'"):
-        applied(net, Recipe(quantize="int8-dynamic"), PIXELS)
+        optimize(net, ExecutionConfig(quantize="int8-dynamic"), PIXELS)

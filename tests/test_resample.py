@@ -9,9 +9,9 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode, functional
 
-from batchjob.preprocessing.resize import Box, Filter, _alike, resample, resample_in_integers
+from batchjob.preprocessing.resize import CropBox, Interpolation, _matches_torch, resize_and_crop, resize_and_crop_uint8
 
-FILTERS: tuple[Filter, ...] = ("bilinear", "bicubic")
+FILTERS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
 
 
 def picture(channels: int, height: int, width: int) -> torch.Tensor:
@@ -19,7 +19,7 @@ def picture(channels: int, height: int, width: int) -> torch.Tensor:
     return torch.from_numpy(values).permute(2, 0, 1)
 
 
-def reference(image: torch.Tensor, size: tuple[int, int], box: Box, by: Filter) -> torch.Tensor:
+def reference(image: torch.Tensor, size: tuple[int, int], box: CropBox, by: Interpolation) -> torch.Tensor:
     resized: torch.Tensor = functional.resize(image, list(size), InterpolationMode(by), antialias=True)
     top, left, height, width = box
     return resized[:, top : top + height, left : left + width]
@@ -27,13 +27,13 @@ def reference(image: torch.Tensor, size: tuple[int, int], box: Box, by: Filter) 
 
 @pytest.mark.parametrize("by", FILTERS)
 @pytest.mark.parametrize("seed", range(40))
-def test_any_part_of_any_size_is_torchvisions(seed: int, by: Filter) -> None:
+def test_any_part_of_any_size_is_torchvisions(seed: int, by: Interpolation) -> None:
     draw = random.Random(seed)
     image = picture(draw.choice([1, 3]), draw.randint(1, 500), draw.randint(1, 500))
     size = draw.randint(1, 300), draw.randint(1, 300)
     height, width = draw.randint(1, size[0]), draw.randint(1, size[1])
     box = draw.randint(0, size[0] - height), draw.randint(0, size[1] - width), height, width
-    assert torch.equal(resample(image, size, box, by), reference(image, size, box, by)), (image.shape, size, box)
+    assert torch.equal(resize_and_crop(image, size, box, by), reference(image, size, box, by)), (image.shape, size, box)
 
 
 @pytest.mark.parametrize("by", FILTERS)
@@ -50,24 +50,24 @@ def test_any_part_of_any_size_is_torchvisions(seed: int, by: Filter) -> None:
         (1, 1, (256, 256)),
     ],
 )
-def test_the_centre_is_torchvisions(height: int, width: int, size: tuple[int, int], by: Filter) -> None:
+def test_the_centre_is_torchvisions(height: int, width: int, size: tuple[int, int], by: Interpolation) -> None:
     image = picture(3, height, width)
     for part in (1.0, 0.875, 0.5):
         high, wide = max(1, int(size[0] * part)), max(1, int(size[1] * part))
         box = (size[0] - high) // 2, (size[1] - wide) // 2, high, wide
-        assert torch.equal(resample(image, size, box, by), reference(image, size, box, by)), box
+        assert torch.equal(resize_and_crop(image, size, box, by), reference(image, size, box, by)), box
 
 
 def test_a_single_column_is_the_one_among_others() -> None:
     image, box = picture(3, 454, 459), (14, 14, 1, 1)
-    assert torch.equal(resample(image, (29, 29), box, "bilinear"), reference(image, (29, 29), box, "bilinear"))
+    assert torch.equal(resize_and_crop(image, (29, 29), box, "bilinear"), reference(image, (29, 29), box, "bilinear"))
 
 
 @pytest.mark.parametrize("box", [(16, 58, 224, 224), (0, 0, 256, 341), (0, 58, 256, 224)])
-def test_in_integers_it_is_at_most_a_level_beside_it(box: Box) -> None:
+def test_in_integers_it_is_at_most_a_level_beside_it(box: CropBox) -> None:
     for image in (picture(3, 375, 500), picture(1, 375, 500), picture(3, 100, 133)):
         size = 256, 341
-        made = resample_in_integers(image, size, box, "bilinear")
+        made = resize_and_crop_uint8(image, size, box, "bilinear")
         assert made.dtype == torch.uint8
         assert (made.int() - reference(image, size, box, "bilinear").int()).abs().max() <= 1
 
@@ -78,14 +78,14 @@ def test_what_shrinks_little_or_grows_is_torchvisions(seed: int) -> None:
     image = picture(draw.choice([1, 3]), draw.randint(1, 400), draw.randint(1, 400))
     size = tuple(max(1, int(side / draw.uniform(0.4, 2.1))) for side in image.shape[1:])
     box = (size[0] // 9, size[1] // 7, size[0] - size[0] // 9, size[1] - size[1] // 7)
-    made = resample(image, (size[0], size[1]), box, "bilinear")
+    made = resize_and_crop(image, (size[0], size[1]), box, "bilinear")
     assert torch.equal(made, reference(image, (size[0], size[1]), box, "bilinear")), (image.shape, size, box)
 
 
 @pytest.mark.parametrize(("size", "box"), [((290, 1), (162, 0, 90, 1)), ((1, 90), (0, 3, 1, 70))])
-def test_a_result_of_a_single_row_or_column_is_torchvisions(size: tuple[int, int], box: Box) -> None:
+def test_a_result_of_a_single_row_or_column_is_torchvisions(size: tuple[int, int], box: CropBox) -> None:
     image = picture(3, 234, 169)
-    assert torch.equal(resample(image, size, box, "bilinear"), reference(image, size, box, "bilinear"))
+    assert torch.equal(resize_and_crop(image, size, box, "bilinear"), reference(image, size, box, "bilinear"))
 
 
 def test_a_torch_without_sparse_products_resizes_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,10 +93,10 @@ def test_a_torch_without_sparse_products_resizes_too(monkeypatch: pytest.MonkeyP
         raise RuntimeError("Calling addmm on a sparse CPU tensor requires compiling PyTorch with MKL")
 
     box = (16, 58, 224, 224)
-    before = resample(picture(3, 375, 500), (256, 341), box, "bilinear")
-    monkeypatch.setattr("batchjob.preprocessing.resize.product", refused)
-    _alike.cache_clear()
+    before = resize_and_crop(picture(3, 375, 500), (256, 341), box, "bilinear")
+    monkeypatch.setattr("batchjob.preprocessing.resize.resize_with_bands", refused)
+    _matches_torch.cache_clear()
     try:
-        assert torch.equal(resample(picture(3, 375, 500), (256, 341), box, "bilinear"), before)
+        assert torch.equal(resize_and_crop(picture(3, 375, 500), (256, 341), box, "bilinear"), before)
     finally:
-        _alike.cache_clear()
+        _matches_torch.cache_clear()

@@ -25,14 +25,14 @@ from stores import Fault, MemoryStore
 import batchjob
 from batchjob.cli.main import main
 from batchjob.driver import driver
-from batchjob.driver.progress import Quiet
+from batchjob.driver.progress import NoProgress
 from batchjob.errors import AttemptFailed, BatchjobError, CheckFailed, InvalidJob, Temporary, Unavailable
 from batchjob.output import commit, success
-from batchjob.output.commit import Commit
+from batchjob.output.commit import CommitResult
 from batchjob.output.part_writer import PartWriter
-from batchjob.output.provenance import Provenance
+from batchjob.output.provenance import PartFooter
 from batchjob.output.retry import replace_part
-from batchjob.output.schema import row_schema
+from batchjob.output.schema import build_row_schema
 from batchjob.types import ShardKey
 from batchjob.worker.messages import WorkerFailed
 
@@ -123,7 +123,7 @@ def agrees(output: str | Path) -> bool:
     """Whether `_SUCCESS` stands and lists just what is there."""
     store = opened(str(output))
     found = success.read_success(store)
-    return found is not None and success.missing_from_success(found[0], commit.parts(store)) == []
+    return found is not None and success.find_part_mismatches(found[0], commit.list_parts(store)) == []
 
 
 @pytest.fixture
@@ -412,8 +412,8 @@ def test_a_run_after_a_killed_retry_finishes_what_is_there(path: str, out: Path,
 # --- over a pool that misbehaves as scripted ------------------------------------------------------------------------
 
 
-def scripted(the: batchjob.Job, script: Mapping[int, Sequence[Act]] = {}, *, retry: bool = True) -> batchjob.Outcome:
-    return driver.run(the, lambda: ScriptedPool(script), allow_empty=False, progress=Quiet(), retry=retry)
+def scripted(the: batchjob.Job, script: Mapping[int, Sequence[Act]] = {}, *, retry: bool = True) -> batchjob.RunResult:
+    return driver.run(the, lambda: ScriptedPool(script), allow_empty=False, progress=NoProgress(), retry=retry)
 
 
 @pytest.fixture
@@ -447,21 +447,21 @@ def test_nobody_who_cannot_load_takes_the_success_away(six: batchjob.Job, out: P
     before = files(out / "predictions")
     broken = WorkerFailed(InvalidJob("net.py: no such function"))
     with pytest.raises(InvalidJob, match="no such function"):
-        driver.run(six, lambda: ScriptedPool(ready=[broken]), allow_empty=False, progress=Quiet(), retry=True)
+        driver.run(six, lambda: ScriptedPool(ready=[broken]), allow_empty=False, progress=NoProgress(), retry=True)
     assert agrees(out)
     assert files(out / "predictions") == before
 
 
 # --- one part -------------------------------------------------------------------------------------------------------
 
-KEY = ShardKey(0, "s" * 16, 1, 0, 0, revision=1, failed=1)
+KEY = ShardKey(0, "s" * 16, 1, 0, 0, revision=1, error_rows=1)
 
 
-def part(folder: Path, number: int, attempt: str, plan: str = "p") -> tuple[Path, Provenance]:
+def part(folder: Path, number: int, attempt: str, plan: str = "p") -> tuple[Path, PartFooter]:
     """A part of no interest but for its footer."""
-    made = Provenance(plan, KEY.id, 0, attempt, number, "f", "m", 0, 0, {}, {}, {})
+    made = PartFooter(plan, KEY.id, 0, attempt, number, "f", "m", 0, 0, {}, {}, {})
     path = folder / attempt
-    with PartWriter(path, row_schema([], [pa.field("score", pa.float64())])) as writer:
+    with PartWriter(path, build_row_schema([], [pa.field("score", pa.float64())])) as writer:
         writer.close(made)
     return path, made
 
@@ -470,13 +470,13 @@ def part(folder: Path, number: int, attempt: str, plan: str = "p") -> tuple[Path
 def store(tmp_path: Path) -> MemoryStore:
     """With a part of revision 0."""
     store = MemoryStore()
-    store.put_if_absent(KEY.part, part(tmp_path, 0, "old")[0])
+    store.put_if_absent(KEY.part_key, part(tmp_path, 0, "old")[0])
     return store
 
 
-def replace(store: MemoryStore, folder: Path, wanted: Callable[[], None] = lambda: None) -> Commit:
-    version = store.stat(KEY.part).version or ""
-    return commit.replace(store, KEY, *part(folder, 1, "ours"), version, wanted)
+def replace(store: MemoryStore, folder: Path, wanted: Callable[[], None] = lambda: None) -> CommitResult:
+    version = store.stat(KEY.part_key).version or ""
+    return commit.commit_replacement(store, KEY, *part(folder, 1, "ours"), version, wanted)
 
 
 @pytest.mark.parametrize("fault", [None, Fault.DOWN, Fault.LOST, Fault.REPEATED, Fault.CONFLICT])
@@ -484,12 +484,12 @@ def test_a_part_is_replaced_once_whatever_the_store_says(
     tmp_path: Path, store: MemoryStore, fault: Fault | None
 ) -> None:
     if fault is not None:
-        store.inject("replace_if_match", KEY.part, fault)
+        store.inject("replace_if_match", KEY.part_key, fault)
     done = replace(store, tmp_path)
     assert done.ours
-    found = commit.inspect(store, KEY.part)
+    found = commit.read_footer(store, KEY.part_key)
     assert (found.attempt, found.revision) == ("ours", 1)
-    assert done.stat == store.stat(KEY.part)
+    assert done.info == store.stat(KEY.part_key)
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -498,12 +498,12 @@ def test_a_rival_that_was_faster_is_not_overwritten(tmp_path: Path, store: Memor
     rival = store.client()
 
     def happens() -> None:
-        rival.replace_if_match(KEY.part, theirs, rival.stat(KEY.part).version or "")
+        rival.replace_if_match(KEY.part_key, theirs, rival.stat(KEY.part_key).version or "")
 
-    store.inject("replace_if_match", KEY.part, happens)
+    store.inject("replace_if_match", KEY.part_key, happens)
     done = replace(store, tmp_path)
-    assert (done.ours, done.provenance.attempt) == (False, "theirs")
-    assert commit.inspect(store, KEY.part).attempt == "theirs"
+    assert (done.ours, done.footer.attempt) == (False, "theirs")
+    assert commit.read_footer(store, KEY.part_key).attempt == "theirs"
 
 
 @pytest.mark.parametrize(
@@ -519,18 +519,18 @@ def test_what_nobody_expects_there_is_left_alone(
     rival, (path, _) = store.client(), part(tmp_path, *theirs)
 
     def happens() -> None:
-        rival.delete(KEY.part)
-        rival.put_if_absent(KEY.part, path)
+        rival.delete(KEY.part_key)
+        rival.put_if_absent(KEY.part_key, path)
 
-    store.inject("replace_if_match", KEY.part, happens)
+    store.inject("replace_if_match", KEY.part_key, happens)
     with pytest.raises(error):
         replace(store, tmp_path)
-    assert commit.inspect(store, KEY.part).attempt == "theirs"
+    assert commit.read_footer(store, KEY.part_key).attempt == "theirs"
 
 
 def test_a_part_that_was_deleted_is_not_put_again(tmp_path: Path, store: MemoryStore) -> None:
     rival = store.client()
-    store.inject("replace_if_match", KEY.part, lambda: rival.delete(KEY.part))
+    store.inject("replace_if_match", KEY.part_key, lambda: rival.delete(KEY.part_key))
     with pytest.raises(AttemptFailed, match="gone"):
         replace(store, tmp_path)
     assert store.held() == []
@@ -540,7 +540,7 @@ def test_nothing_is_replaced_under_a_success(tmp_path: Path, store: MemoryStore)
     store.put_if_absent("_SUCCESS", b"{}")
     with pytest.raises(Temporary, match="finished"):
         replace(store, tmp_path)
-    assert commit.inspect(store, KEY.part).revision == 0
+    assert commit.read_footer(store, KEY.part_key).revision == 0
 
 
 def test_nothing_is_replaced_in_a_discarded_plan(tmp_path: Path, store: MemoryStore) -> None:
@@ -549,11 +549,11 @@ def test_nothing_is_replaced_in_a_discarded_plan(tmp_path: Path, store: MemorySt
 
     with pytest.raises(Temporary, match="discarded"):
         replace(store, tmp_path, wanted)
-    assert commit.inspect(store, KEY.part).revision == 0
+    assert commit.read_footer(store, KEY.part_key).revision == 0
 
 
 def test_a_store_that_stays_away_is_said_to(tmp_path: Path, store: MemoryStore) -> None:
-    store.inject("replace_if_match", KEY.part, Fault.DOWN, times=9)
+    store.inject("replace_if_match", KEY.part_key, Fault.DOWN, times=9)
     with pytest.raises(Unavailable):
         replace(store, tmp_path)
 
@@ -568,9 +568,9 @@ WIDE = [
 ]
 
 
-def wide(folder: Path, key: ShardKey, bad: Iterable[int], mark: int) -> tuple[Path, Provenance, pa.Table]:
+def wide(folder: Path, key: ShardKey, bad: Iterable[int], mark: int) -> tuple[Path, PartFooter, pa.Table]:
     """A part of every third kind of column; of a later revision only those rows that `bad` names, all good now."""
-    schema = row_schema([], WIDE)
+    schema = build_row_schema([], WIDE)
     wrong = set(bad)
     numbers = sorted(wrong) if key.revision else range(key.rows)
     filled = [
@@ -601,7 +601,7 @@ def wide(folder: Path, key: ShardKey, bad: Iterable[int], mark: int) -> tuple[Pa
             writer.add(batch)
         errors = dict(writer.errors)
         attempt = f"attempt {key.revision}"
-        made = Provenance("p", key.id, 0, attempt, key.revision, "f", "m", len(filled), 0, {}, {"wall": 1}, {})
+        made = PartFooter("p", key.id, 0, attempt, key.revision, "f", "m", len(filled), 0, {}, {"wall": 1}, {})
         made = dataclasses.replace(made, failed=sum(errors.values()), errors=errors)
         writer.close(made)
     return path, made, table
@@ -614,29 +614,29 @@ def test_columns_of_every_kind_are_carried_over(
     monkeypatch.setattr("batchjob.output.retry._ROWS_AT_ONCE", 3)
     store, key = MemoryStore(), ShardKey(0, "s" * 16, 40, 0, 0)
     path, _, before = wide(tmp_path, key, bad, 1)
-    store.put_if_absent(key.part, path)
+    store.put_if_absent(key.part_key, path)
     schema = pq.read_schema(path)
     later = dataclasses.replace(key, revision=1)
     path, made, retried = wide(tmp_path, later, bad, 2)
     done, _ = replace_part(store, later, path, made, lambda: None)
-    with store.open(key.part) as file:
+    with store.open(key.part_key) as file:
         after = pq.read_table(file)
     rest = pc.invert(pc.is_in(before["position"], pa.array(list(bad), pa.int64())))
     assert after.filter(rest).equals(before.filter(rest))
     assert after.filter(pc.invert(rest)).equals(retried)
     assert after.schema.remove_metadata().equals(schema.remove_metadata(), check_metadata=True)
-    assert (done.provenance.rows, done.provenance.failed, done.provenance.seconds) == (40, 0, {"wall": 2})
+    assert (done.footer.rows, done.footer.failed, done.footer.seconds) == (40, 0, {"wall": 2})
 
 
 def test_rows_that_nobody_retried_are_not_replaced(tmp_path: Path) -> None:
     store, key = MemoryStore(), ShardKey(0, "s" * 16, 40, 0, 0)
-    store.put_if_absent(key.part, wide(tmp_path, key, [3, 4], 1)[0])
+    store.put_if_absent(key.part_key, wide(tmp_path, key, [3, 4], 1)[0])
     later = dataclasses.replace(key, revision=1)
     for others in ([3], [3, 5], [3, 4, 5]):
         path, made, _ = wide(tmp_path, later, others, 2)
         with pytest.raises(AttemptFailed, match="other error rows"):
             replace_part(store, later, path, made, lambda: None)
-    assert commit.inspect(store, key.part).revision == 0
+    assert commit.read_footer(store, key.part_key).revision == 0
 
 
 # --- `_SUCCESS` is taken away only as it was read -------------------------------------------------------------------
@@ -650,8 +650,8 @@ def test_success_is_withdrawn(fault: Fault | None) -> None:
         store.inject("delete_if_match", "_SUCCESS", fault)
     if fault is Fault.LOST:
         with pytest.raises(Unavailable):
-            success.withdraw_success(store, version)
-    success.withdraw_success(store, version)
+            success.delete_success(store, version)
+    success.delete_success(store, version)
     assert store.held() == []
 
 
@@ -660,7 +660,7 @@ def test_a_success_that_was_put_since_stays() -> None:
     version = store.put_if_absent("_SUCCESS", b'{"parts": []}').version or ""
     store.replace_if_match("_SUCCESS", b'{"parts": [], "later": 1}', version)
     with pytest.raises(Temporary, match="another driver"):
-        success.withdraw_success(store, version)
+        success.delete_success(store, version)
     assert store.held() == ["_SUCCESS"]
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchjob.driver.scheduler import GivenUp, Schedule
+from batchjob.driver.scheduler import AbandonedShard, Scheduler
 from batchjob.types import ShardKey
 
 
@@ -17,8 +17,8 @@ def keys(count: int, start: int = 0) -> list[ShardKey]:
     return [ShardKey(index, f"id-{index}", 10, 0, 10 * index) for index in range(start, start + count)]
 
 
-def taken(schedule: Schedule) -> ShardKey:
-    key = schedule.take()
+def taken(schedule: Scheduler) -> ShardKey:
+    key = schedule.take_next()
     assert key is not None
     return key
 
@@ -33,10 +33,10 @@ class Clock:
         return self.now
 
 
-def usual(count: int, seconds: float) -> tuple[Schedule, Clock]:
+def usual(count: int, seconds: float) -> tuple[Scheduler, Clock]:
     """A schedule in which so many shards are done that took so long; more may be added, from that index on."""
     clock = Clock()
-    schedule = Schedule(3, clock)
+    schedule = Scheduler(3, clock)
     schedule.add(keys(count))
     for _ in range(count):
         key = taken(schedule)
@@ -46,17 +46,17 @@ def usual(count: int, seconds: float) -> tuple[Schedule, Clock]:
 
 
 def test_shards_go_out_in_plan_order() -> None:
-    schedule = Schedule(3)
+    schedule = Scheduler(3)
     schedule.add(keys(2))
     schedule.add(keys(2, start=2))
     assert [taken(schedule).index for _ in range(4)] == [0, 1, 2, 3]
-    assert schedule.take() is None
+    assert schedule.take_next() is None
     assert (schedule.waiting, schedule.running, schedule.idle) == (0, 4, False)
 
 
 def test_nothing_to_do_is_idle() -> None:
-    schedule = Schedule(3)
-    assert schedule.take() is None
+    schedule = Scheduler(3)
+    assert schedule.take_next() is None
     idle = [schedule.idle]
     schedule.add(keys(1))
     idle.append(schedule.idle)
@@ -69,7 +69,7 @@ def test_nothing_to_do_is_idle() -> None:
 
 
 def test_a_failed_shard_goes_to_the_back() -> None:
-    schedule = Schedule(3)
+    schedule = Scheduler(3)
     schedule.add(keys(3))
     assert not schedule.fail(taken(schedule), "poison")
     assert [taken(schedule).index for _ in range(3)] == [1, 2, 0]
@@ -77,27 +77,27 @@ def test_a_failed_shard_goes_to_the_back() -> None:
 
 @pytest.mark.parametrize("attempts", [1, 2, 3])
 def test_a_shard_is_given_up_after_its_attempts(attempts: int) -> None:
-    schedule = Schedule(attempts)
+    schedule = Scheduler(attempts)
     schedule.add(keys(1))
     gave_up = [schedule.fail(taken(schedule), f"fault {n}") for n in range(attempts)]
     assert gave_up == [False] * (attempts - 1) + [True]
-    assert schedule.given_up == [GivenUp(keys(1)[0], f"fault {attempts - 1}")]
+    assert schedule.given_up == [AbandonedShard(keys(1)[0], f"fault {attempts - 1}")]
     assert schedule.idle
     assert schedule.done == 0
 
 
 def test_faults_that_are_nobodys_use_up_no_attempt() -> None:
-    schedule = Schedule(2)
+    schedule = Scheduler(2)
     schedule.add(keys(1))
     for _ in range(50):
-        assert not schedule.fail(taken(schedule), "the network", counts=False)
+        assert not schedule.fail(taken(schedule), "the network", uses_attempt=False)
     assert not schedule.fail(taken(schedule), "poison")
-    assert not schedule.fail(taken(schedule), "the network", counts=False)
+    assert not schedule.fail(taken(schedule), "the network", uses_attempt=False)
     assert schedule.fail(taken(schedule), "poison")
 
 
 def test_shards_have_attempts_of_their_own() -> None:
-    schedule = Schedule(2)
+    schedule = Scheduler(2)
     schedule.add(keys(2))
     for _ in range(2):
         assert not schedule.fail(taken(schedule), "poison")
@@ -108,7 +108,7 @@ def test_shards_have_attempts_of_their_own() -> None:
 
 def test_late_answers_change_nothing() -> None:
     """A worker held for dead may still speak, when its shard is already with another one, or done."""
-    schedule = Schedule(2)
+    schedule = Scheduler(2)
     schedule.add(keys(1))
     key = taken(schedule)
     assert schedule.finish(key)
@@ -129,14 +129,14 @@ def test_a_late_shard_goes_out_once_more_when_nothing_waits() -> None:
     schedule.add(keys(2, start=3))
     late = taken(schedule)
     clock.now += 19
-    assert schedule.take_late() is None, "another one waits"
+    assert schedule.take_straggler() is None, "another one waits"
     other = taken(schedule)
-    assert schedule.take_late() is None, "not yet twice as long as usual"
+    assert schedule.take_straggler() is None, "not yet twice as long as usual"
     clock.now += 2
-    assert schedule.take_late() == late
-    assert schedule.take_late() is None, "once each"
+    assert schedule.take_straggler() == late
+    assert schedule.take_straggler() is None, "once each"
     clock.now += 100
-    assert schedule.take_late() == other
+    assert schedule.take_straggler() == other
     assert schedule.running == 2
 
 
@@ -146,26 +146,26 @@ def test_late_is_twice_the_usual_time_and_some_seconds_at_least(usually: float, 
     schedule.add(keys(1, start=5))
     taken(schedule)
     clock.now += after
-    assert (schedule.take_late() is not None) == late
+    assert (schedule.take_straggler() is not None) == late
 
 
 def test_without_a_shard_that_is_done_none_is_late() -> None:
     clock = Clock()
-    schedule = Schedule(3, clock)
+    schedule = Scheduler(3, clock)
     schedule.add(keys(1))
     taken(schedule)
     clock.now += 1e6
-    assert schedule.take_late() is None
+    assert schedule.take_straggler() is None
 
 
-def backed_up() -> tuple[Schedule, ShardKey]:
+def backed_up() -> tuple[Scheduler, ShardKey]:
     """A schedule that has one shard out twice, and may fail twice."""
     schedule, clock = usual(1, seconds=1)
-    schedule.attempts = 2
+    schedule.max_attempts = 2
     schedule.add(keys(1, start=1))
     key = taken(schedule)
     clock.now += 100
-    assert schedule.take_late() == key
+    assert schedule.take_straggler() == key
     return schedule, key
 
 
@@ -189,10 +189,10 @@ def test_of_two_attempts_each_failure_counts_and_the_last_one_ends_it() -> None:
     schedule, key = backed_up()
     assert not schedule.fail(key, "poison")
     assert schedule.fail(key, "poison again")
-    assert schedule.given_up == [GivenUp(key, "poison again")]
+    assert schedule.given_up == [AbandonedShard(key, "poison again")]
 
     schedule, key = backed_up()
-    assert not schedule.fail(key, "its worker was lost", counts=False)
+    assert not schedule.fail(key, "its worker was lost", uses_attempt=False)
     assert not schedule.fail(key, "poison")
     assert (schedule.waiting, taken(schedule)) == (1, key)
 
@@ -207,20 +207,20 @@ def test_of_two_attempts_each_failure_counts_and_the_last_one_ends_it() -> None:
 )
 def test_every_shard_ends_exactly_once(shards: int, attempts: int, workers: int, poisoned: set[int], seed: int) -> None:
     """A cluster in which workers fail, the network fails, answers come late and twice, and some shards never work."""
-    dice, schedule, running = random.Random(seed), Schedule(attempts), list[ShardKey]()
+    dice, schedule, running = random.Random(seed), Scheduler(attempts), list[ShardKey]()
     ended: Counter[int] = Counter()
     faults: Counter[int] = Counter()
     plan = keys(shards)
     while plan or not schedule.idle:
         schedule.add([plan.pop(0) for _ in range(min(len(plan), dice.randrange(4)))])
-        while len(running) < workers and (key := schedule.take()) is not None:
+        while len(running) < workers and (key := schedule.take_next()) is not None:
             running.append(key)
         assert schedule.running == len(running)
         if not running:
             continue
         key = running.pop(dice.randrange(len(running)))
         if dice.random() < 0.2:
-            assert not schedule.fail(key, "the network", counts=False)
+            assert not schedule.fail(key, "the network", uses_attempt=False)
         elif key.index in poisoned or dice.random() < 0.1:
             faults[key.index] += 1
             ended[key.index] += schedule.fail(key, "poison")
@@ -247,15 +247,15 @@ def test_slow_workers_hold_up_nobody_for_long(
 ) -> None:
     """A cluster of which some workers are a hundred times slower, and maybe a tenth of all attempts fail."""
     dice, clock = random.Random(seed), Clock()
-    schedule = Schedule(1_000_000, clock)
+    schedule = Scheduler(1_000_000, clock)
     schedule.add(keys(shards))
     busy: dict[int, tuple[float, ShardKey]] = {}  # worker: when it is through, and with what
     ended: Counter[int] = Counter()
     twice: Counter[int] = Counter()
     while not schedule.idle:
         for worker in set(range(workers)) - busy.keys():
-            key = schedule.take()
-            if key is None and (key := schedule.take_late()) is not None:
+            key = schedule.take_next()
+            if key is None and (key := schedule.take_straggler()) is not None:
                 assert key in [other for _, other in busy.values()], "it is with another worker"
                 twice[key.index] += 1
             if key is not None:

@@ -19,7 +19,7 @@ from torchvision.transforms import functional
 import batchjob
 from batchjob.errors import InvalidJob
 from batchjob.models.torchvision import TorchvisionModel
-from batchjob.preprocessing.geometry import Frame
+from batchjob.preprocessing.geometry import ImageGeometry
 from batchjob.storage.reader import Reader
 from batchjob.tasks.postprocess import Postprocess
 from batchjob.tasks.segmentation import SegmentationTask
@@ -142,7 +142,7 @@ def test_weights_with_the_head_for_training_are_read_without_it(tmp_path: Path) 
     net = model(name, num_classes=3, aux_loss=True)
     torch.save(net.state_dict(), tmp_path / "own.pt")
     made = TorchvisionModel(name=name, weights=str(tmp_path / "own.pt"), num_classes=3).load(READER, Path())
-    assert made.takes == "batch"
+    assert made.input_kind == "batch"
     x = torch.rand(1, 3, 64, 64)
     with torch.inference_mode():
         found = made.module(x)
@@ -154,10 +154,10 @@ def test_weights_with_the_head_for_training_are_read_without_it(tmp_path: Path) 
 
 
 def prepared(output: Any, own: tuple[str, ...] | None = None, **settings: Any) -> Postprocess:
-    return SegmentationTask(**settings).prepare(output, own, READER, Path())
+    return SegmentationTask(**settings).build_postprocess(output, own, READER, Path())
 
 
-def rows(post: Postprocess, output: Any, frames: list[Frame]) -> list[Row]:
+def rows(post: Postprocess, output: Any, frames: list[ImageGeometry]) -> list[Row]:
     tensors = {name: tensor.cpu() for name, tensor in post.on_device(output).items()}
     assert {len(tensor) for tensor in tensors.values()} == {len(frames)}
     columns = post.columns(tensors, frames)
@@ -178,7 +178,7 @@ def logits(classes: int, height: int = 12, width: int = 20) -> torch.Tensor:
 )
 def test_png_run_lengths_and_counts_tell_the_same(form: Any) -> None:
     made = logits(5)
-    frames = [Frame(20, 12, 20, 12)] * 2
+    frames = [ImageGeometry(20, 12, 20, 12)] * 2
     images = rows(prepared(form(made)), form(made), frames)
     runs = rows(prepared(form(made), mask="rle"), form(made), frames)
     bare = rows(prepared(form(made), mask="none"), form(made), frames)
@@ -201,7 +201,7 @@ def test_run_lengths_are_cocos() -> None:
     # The example of maskApi.h: M = [0 0 1 1 1 0 1] has the counts [2 3 1 1], M = [1 1 1 1 1 1 0] has [0 6 1].
     for mask, counts in ([0, 0, 1, 1, 1, 0, 1], [2, 3, 1, 1]), ([1, 1, 1, 1, 1, 1, 0], [0, 6, 1]):
         column = torch.tensor(mask).float().view(1, 1, 7, 1).expand(2, 1, 7, 1) - 0.5
-        (row, _) = rows(prepared(column, mask="rle"), column, [Frame(1, 7, 1, 7)] * 2)
+        (row, _) = rows(prepared(column, mask="rle"), column, [ImageGeometry(1, 7, 1, 7)] * 2)
         inside = next(one for one in row["mask"] if one["label_id"] == 1)
         assert (inside["size"], inside["counts"]) == ([7, 1], counts)
 
@@ -209,7 +209,7 @@ def test_run_lengths_are_cocos() -> None:
 def test_many_classes_take_16_bits() -> None:
     made = torch.zeros(2, 300, 4, 6)
     made[:, 299, 1, 2] = 9
-    (row, _) = rows(prepared(made, tuple(map(str, range(300)))), made, [Frame(6, 4, 6, 4)] * 2)
+    (row, _) = rows(prepared(made, tuple(map(str, range(300)))), made, [ImageGeometry(6, 4, 6, 4)] * 2)
     found = png(row["mask"])
     assert (found[1, 2], found[0, 0], found.dtype.itemsize > 1) == (299, 0, True)
     assert row["pixels"] == [
@@ -222,13 +222,13 @@ def test_one_logit_a_pixel_is_a_probability() -> None:
     made = torch.tensor([-3.0, 0.1, 3.0]).view(1, 1, 1, 3).expand(2, 1, 1, 3)
     for threshold, wanted in (0.5, [0, 1, 1]), (0.9, [0, 0, 1]):
         post = prepared(made, ("ground", "road"), mask_threshold=threshold)
-        (row, _) = rows(post, made, [Frame(3, 1, 3, 1)] * 2)
+        (row, _) = rows(post, made, [ImageGeometry(3, 1, 3, 1)] * 2)
         assert png(row["mask"]).tolist() == [wanted]
 
 
 def test_what_the_crop_cut_off_is_no_class() -> None:
     made = logits(3, 8, 8)
-    frame = Frame(16, 12, 8, 8, left=4, top=2)
+    frame = ImageGeometry(16, 12, 8, 8, left=4, top=2)
     (row, _) = rows(prepared(made), made, [frame] * 2)
     found = png(row["mask"])
     assert found.shape == (12, 16)
@@ -242,7 +242,7 @@ def test_what_the_crop_cut_off_is_no_class() -> None:
 @pytest.mark.parametrize("ratio", [1, 4])
 def test_padding_is_left_out_whatever_the_resolution_of_the_map(ratio: int) -> None:
     made = logits(3, 32 // ratio, 64 // ratio)
-    frame = Frame(50, 20, 50, 20, pad_right=14, pad_below=12)
+    frame = ImageGeometry(50, 20, 50, 20, pad_right=14, pad_below=12)
     wanted = interpolate(made.argmax(1, keepdim=True).float(), (32, 64), mode="nearest")[0, 0, :20, :50].numpy()
     for size in ("original", "input"):
         (row, _) = rows(prepared(made, size=size), made, [frame] * 2)
@@ -253,11 +253,11 @@ def test_pixels_that_are_not_finite_are_a_fault_or_no_class() -> None:
     made = logits(3, 4, 5)
     post = prepared(made)
     made[1, 2, 0, 0] = NAN
-    first, second = rows(post, made, [Frame(5, 4, 5, 4)] * 2)
+    first, second = rows(post, made, [ImageGeometry(5, 4, 5, 4)] * 2)
     assert (first["mask"] is None, second) == (False, {"pixels": None, "mask": None})
-    assert [fault and fault.type for fault in post.faults(post.on_device(made))] == [None, "not_finite"]
+    assert [fault and fault.type for fault in post.find_errors(post.on_device(made))] == [None, "not_finite"]
     lenient = prepared(logits(3, 4, 5), allow_nan=True)
-    _, second = rows(lenient, made, [Frame(5, 4, 5, 4)] * 2)
+    _, second = rows(lenient, made, [ImageGeometry(5, 4, 5, 4)] * 2)
     assert png(second["mask"])[0, 0] == 255
     assert sum(one["pixels"] for one in second["pixels"]) == 19
 
@@ -275,7 +275,7 @@ def instances(images: int = 2, height: int = 10, width: int = 16) -> list[dict[s
 
 def test_instances_have_a_mask_each_at_the_size_of_the_original() -> None:
     made = instances()
-    frames = [Frame(32, 20, 16, 10, 0.5, 0.5), Frame(16, 10, 16, 10)]
+    frames = [ImageGeometry(32, 20, 16, 10, 0.5, 0.5), ImageGeometry(16, 10, 16, 10)]
     shown = rows(prepared(made, ("ground", "cat", "dog")), made, frames)
     runs = rows(prepared(made, mask="rle"), made, frames)
     bare = rows(prepared(made, mask="none"), made, frames)
@@ -299,7 +299,7 @@ def test_instances_have_a_mask_each_at_the_size_of_the_original() -> None:
 def test_images_of_other_sizes_and_without_instances_go_together() -> None:
     none = {key: value[:0] for key, value in instances(1, 30, 7)[0].items()}
     made = [instances(1)[0], none, instances(1, 11, 19)[0]]
-    frames = [Frame(16, 10, 16, 10), Frame(7, 30, 7, 30), Frame(19, 11, 19, 11)]
+    frames = [ImageGeometry(16, 10, 16, 10), ImageGeometry(7, 30, 7, 30), ImageGeometry(19, 11, 19, 11)]
     for mask in ("png", "rle", "none"):
         found = rows(prepared(made[:2], mask=mask), made, frames)
         assert [len(row["detections"]) for row in found] == [2, 0, 2]
@@ -310,7 +310,7 @@ def test_instances_that_are_not_finite_are_a_fault() -> None:
     bad = {**instances(1)[0], "masks": torch.full((3, 1, 10, 16), NAN)}
     made = [instances(1)[0], bad]
     post = prepared(instances())
-    found = rows(post, made, [Frame(16, 10, 16, 10)] * 2)
+    found = rows(post, made, [ImageGeometry(16, 10, 16, 10)] * 2)
     assert [row["detections"] is None for row in found] == [False, True]
 
 

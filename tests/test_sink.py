@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchjob.errors import BatchjobError, InvalidJob
-from batchjob.output.part_writer import PartWriter, rows
-from batchjob.output.provenance import Provenance
-from batchjob.output.schema import row_schema
-from batchjob.types import Fault, ImageFacts, ImageRef, Shard, ShardKey
+from batchjob.output.part_writer import PartWriter, build_rows
+from batchjob.output.provenance import PartFooter
+from batchjob.output.schema import build_row_schema
+from batchjob.types import ErrorRecord, ImageInfo, ImageRef, Shard, ShardKey
 
 TOP = pa.list_(pa.struct([("label_id", pa.int32()), ("label", pa.string()), ("score", pa.float32())]))
 VECTOR = pa.list_(pa.float32(), 4)
@@ -32,8 +32,8 @@ TASK = [
     pa.field("embedding", VECTOR),
 ]
 PASSTHROUGH = [pa.field("sku", pa.string()), pa.field("price", pa.float64())]
-SCHEMA = row_schema(PASSTHROUGH, TASK)
-EMPTY = Fault("decode", "empty", "the file\nis empty")
+SCHEMA = build_row_schema(PASSTHROUGH, TASK)
+EMPTY = ErrorRecord("decode", "empty", "the file\nis empty")
 
 
 def shard(count: int, first: int = 0) -> Shard:
@@ -60,28 +60,28 @@ def batch(
 ) -> pa.RecordBatch:
     """Rows `start` on; of these, `bad` never became pixels and `faults` of the others were not predicted."""
     count = len(of.refs) - start if count is None else count
-    facts = [ImageFacts(fault=EMPTY) if n in bad else ImageFacts(f"e{n}", 640, 480) for n in range(count)]
+    facts = [ImageInfo(error=EMPTY) if n in bad else ImageInfo(f"e{n}", 640, 480) for n in range(count)]
     good = count - len(bad)
-    nan = Fault("predict", "not_finite", "NaN")
-    return rows(
+    nan = ErrorRecord("predict", "not_finite", "NaN")
+    return build_rows(
         SCHEMA,
         shard=of,
         start=start,
-        facts=facts,
+        image_infos=facts,
         columns=columns(good) if good else [],
-        faults=[nan if n in faults else None for n in range(good)],
+        error_records=[nan if n in faults else None for n in range(good)],
         run_id="run",
         model_id="model",
     )
 
 
-def provenance(writer: PartWriter, **other: Any) -> Provenance:
+def provenance(writer: PartWriter, **other: Any) -> PartFooter:
     given: dict[str, Any] = {
         "plan": "p", "shard": "s", "index": 0, "attempt": "a", "revision": 0, "fingerprint": "f", "model": "m",
         "rows": writer.rows, "failed": writer.failed, "errors": writer.errors, "seconds": {"fetch": 0.5},
         "versions": {"torch": "2"},
     }  # fmt: skip
-    return Provenance(**given | other)
+    return PartFooter(**given | other)
 
 
 def write(path: Path, *batches: pa.RecordBatch, **options: Any) -> PartWriter:
@@ -97,7 +97,7 @@ def test_columns_stand_in_the_designs_order() -> None:
         "position", "uri", "sku", "price", "etag", "width", "height", "label_id", "label", "score", "top_k",
         "embedding", "run_id", "model_id", "error_stage", "error_type", "error_message",
     ]  # fmt: skip
-    assert row_schema([pa.field("id", pa.int64()), *PASSTHROUGH], TASK, has_id=True).names[:4] == [
+    assert build_row_schema([pa.field("id", pa.int64()), *PASSTHROUGH], TASK, has_id=True).names[:4] == [
         "position", "id", "uri", "sku",
     ]  # fmt: skip
     assert SCHEMA.field("position").type == pa.int64()
@@ -159,10 +159,10 @@ def test_the_footer_says_where_it_comes_from(tmp_path: Path) -> None:
     assert writer.errors == {"decode/empty": 2, "predict/not_finite": 1}
     assert writer.examples == {"decode/empty": "u1: the file is empty", "predict/not_finite": "u0: NaN"}
     footer = pq.read_metadata(tmp_path / "part").metadata
-    assert Provenance.parse(footer[b"batchjob"]) == provenance(writer)
+    assert PartFooter.from_json(footer[b"batchjob"]) == provenance(writer)
     said = json.loads(footer[b"batchjob"])
     assert said["errors"] == {"decode/empty": 2, "predict/not_finite": 1}
-    assert Provenance.parse(json.dumps(said | {"of a later version": 1})) == provenance(writer)
+    assert PartFooter.from_json(json.dumps(said | {"of a later version": 1})) == provenance(writer)
 
 
 def test_encodings_are_the_plain_ones_and_dictionaries_stand_where_they_help(tmp_path: Path) -> None:
@@ -184,20 +184,20 @@ def test_encodings_are_the_plain_ones_and_dictionaries_stand_where_they_help(tmp
 
 
 def test_wide_rows_make_smaller_row_groups(tmp_path: Path) -> None:
-    wide = row_schema([], [pa.field("embedding", pa.list_(pa.float32(), 250_000))])
+    wide = build_row_schema([], [pa.field("embedding", pa.list_(pa.float32(), 250_000))])
     writer = PartWriter(tmp_path / "part", wide)
     for start in range(0, 120, 40):
         values = pa.FixedSizeListArray.from_arrays(
             pa.array(np.zeros(40 * 250_000, np.float32)), type=wide.field("embedding").type
         )
         writer.add(
-            rows(
+            build_rows(
                 wide,
                 shard=Shard(shard(120).key, shard(120).refs, pa.table({"none": [0] * 120}).select([])),
                 start=start,
-                facts=[ImageFacts()] * 40,
+                image_infos=[ImageInfo()] * 40,
                 columns=[values],
-                faults=[None] * 40,
+                error_records=[None] * 40,
                 run_id="r",
                 model_id="m",
             )
@@ -235,17 +235,17 @@ def test_counts_that_do_not_agree_are_refused(tmp_path: Path) -> None:
                 writer.close(provenance(writer, **wrong))
     given: dict[str, Any] = {"shard": shard(2), "start": 0, "run_id": "r", "model_id": "m"}
     with pytest.raises(BatchjobError, match="1 predictions came for 2 images"):
-        rows(SCHEMA, facts=[ImageFacts()] * 2, columns=columns(1), faults=[None], **given)
+        build_rows(SCHEMA, image_infos=[ImageInfo()] * 2, columns=columns(1), error_records=[None], **given)
     with pytest.raises(BatchjobError, match="do not lie in a shard of 2"):
-        rows(SCHEMA, facts=[ImageFacts()] * 3, columns=columns(3), faults=[None] * 3, **given)
+        build_rows(SCHEMA, image_infos=[ImageInfo()] * 3, columns=columns(3), error_records=[None] * 3, **given)
     with pytest.raises(BatchjobError, match="the task gave 2 columns, its schema has 5"):
-        rows(SCHEMA, facts=[ImageFacts()] * 2, columns=columns(2)[:2], faults=[None] * 2, **given)
+        build_rows(SCHEMA, image_infos=[ImageInfo()] * 2, columns=columns(2)[:2], error_records=[None] * 2, **given)
 
 
 def test_a_column_without_a_type_is_refused(tmp_path: Path) -> None:
     for kind in (pa.null(), pa.list_(pa.null()), pa.struct([("a", pa.null())])):
         with pytest.raises(InvalidJob, match="'odd' holds only nulls"):
-            row_schema([pa.field("odd", kind)], TASK)
+            build_row_schema([pa.field("odd", kind)], TASK)
         with pytest.raises(InvalidJob, match="odd"):
             PartWriter(tmp_path / "part", pa.schema([pa.field("odd", kind)]))
 
@@ -261,19 +261,19 @@ def test_a_column_without_a_type_is_refused(tmp_path: Path) -> None:
 )
 def test_names_that_readers_would_mix_are_refused(name: str, output: str, words: str) -> None:
     with pytest.raises(InvalidJob) as caught:
-        row_schema([pa.field(name, pa.string())], TASK, output=output)
+        build_row_schema([pa.field(name, pa.string())], TASK, output_uri=output)
     assert words in caught.value.message
 
 
 def test_words_from_anywhere_become_one_line_of_valid_text() -> None:
-    fault = Fault("transform", "ValueError", "bad \udcff byte\n" + "x" * 5000)
-    found = rows(
+    fault = ErrorRecord("transform", "ValueError", "bad \udcff byte\n" + "x" * 5000)
+    found = build_rows(
         SCHEMA,
         shard=shard(1),
         start=0,
-        facts=[ImageFacts(fault=fault)],
+        image_infos=[ImageInfo(error=fault)],
         columns=[],
-        faults=[],
+        error_records=[],
         run_id="r",
         model_id="m",
     )

@@ -170,7 +170,7 @@ class TestFormats:
         sources: list[Source] = [manifest(put(tmp_path / "m.csv", "image\na.jpg\n")), PrefixSource(uri=str(tmp_path))]
         for source in sources:
             source.check(READER)
-            assert source.missing(READER) is None
+            assert source.explain_missing(READER) is None
             assert [field.name for field in source.fields(READER)] == []
 
 
@@ -467,9 +467,9 @@ class TestPartFiles:
             put(tmp_path / "in" / name, f"image\n{name}.jpg\n")
         source, out = manifest(f"{tmp_path}/in/**/*.csv"), f"{tmp_path}/in/out"
         assert read(source, outside=out).column("uri").to_pylist() == ["a/m.csv.jpg"]
-        before = source.version(READER, outside=out)
+        before = source.version(READER, excluded_folder=out)
         put(tmp_path / "in/out/predictions/n.csv", "image\nx.jpg\n")
-        assert source.version(READER, outside=out) == before != source.version(READER)
+        assert source.version(READER, excluded_folder=out) == before != source.version(READER)
 
     def test_parts_may_store_a_column_each_in_its_way(self, tmp_path: Path) -> None:
         kinds = [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string()), pa.null()]
@@ -531,7 +531,7 @@ class TestPartFiles:
         assert whole.column("location").to_pylist() == [f"{root}index/{image}" for image in images]
         assert read(source, Cursor(5)).equals(whole.slice(5))
         assert read(manifest(f"{root}index/part-1*")).num_rows == 7
-        assert source.missing(READER) is None
+        assert source.explain_missing(READER) is None
         assert source.version(READER) == source.version(READER)
 
 
@@ -561,11 +561,11 @@ class TestSentences:
 
     def test_the_marker_lies_beside_a_single_file(self, tmp_path: Path) -> None:
         source = manifest(tmp_path / "m.csv", require={"marker": "_SUCCESS"})
-        assert source.missing(READER) == f"input.uri {tmp_path}/m.csv: nothing there yet"
+        assert source.explain_missing(READER) == f"input.uri {tmp_path}/m.csv: nothing there yet"
         put(tmp_path / "m.csv", "image\na.jpg\n")
-        assert source.missing(READER) == f"input.require.marker: {tmp_path}/_SUCCESS is not there yet"
+        assert source.explain_missing(READER) == f"input.require.marker: {tmp_path}/_SUCCESS is not there yet"
         put(tmp_path / "_SUCCESS", "")
-        assert source.missing(READER) is None
+        assert source.explain_missing(READER) is None
 
     @pytest.mark.parametrize(
         ("settings", "said"),

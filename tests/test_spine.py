@@ -112,7 +112,7 @@ def test_a_killed_driver_resumes_and_redoes_nothing(
     arguments = cifar(test_data, output, images=images)
     store = open_store(output)
     process = start(arguments)  # killed once: tests/faults does so at every point
-    while len(commit.parts(store)) < 2 and process.poll() is None:
+    while len(commit.list_parts(store)) < 2 and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     wait(process)
@@ -217,12 +217,12 @@ def test_on_ray_a_killed_actor_and_a_killed_driver_lose_nothing(test_data: Path,
     job = slow_job(tmp_path, test_data, output)
     store = open_store(output)
     first = start([job, "runtime.pool=ray"])
-    until(lambda: len(commit.parts(store)) >= 1 or first.poll() is not None, 120)
+    until(lambda: len(commit.list_parts(store)) >= 1 or first.poll() is not None, 120)
     actors = ray_workers(first.pid)
     assert actors
     os.kill(actors[0], signal.SIGKILL)
-    before = len(commit.parts(store))
-    until(lambda: len(commit.parts(store)) >= before + 2 or first.poll() is not None, 120)
+    before = len(commit.list_parts(store))
+    until(lambda: len(commit.list_parts(store)) >= before + 2 or first.poll() is not None, 120)
     first.send_signal(signal.SIGKILL)
     _, said = first.communicate(timeout=60)
     assert "was lost" in said

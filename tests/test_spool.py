@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from batchjob.errors import InvalidJob
-from batchjob.output.scratch import Spool
+from batchjob.output.scratch import ScratchFolder
 
 HOLD = """\
 import sys
-from batchjob.output.scratch import Spool
-spool = Spool()
+from batchjob.output.scratch import ScratchFolder
+spool = ScratchFolder()
 (spool.path / "7-abc.parquet").write_bytes(b"half a part")
 print(spool.path, flush=True)
 sys.stdin.read()
@@ -55,7 +55,7 @@ def age(path: Path) -> None:
 
 
 def test_it_is_there_until_closed(temporary: Path) -> None:
-    spool = Spool()
+    spool = ScratchFolder()
     assert spool.path.parent == temporary
     (spool.path / "part").write_bytes(b"rows")
     spool.close()
@@ -65,20 +65,20 @@ def test_it_is_there_until_closed(temporary: Path) -> None:
 
 def test_what_a_killed_process_left_is_swept_and_what_a_living_one_holds_is_not() -> None:
     with held() as (_, living), held() as (victim, left):
-        Spool().close()
+        ScratchFolder().close()
         assert living.is_dir()
         assert left.is_dir()
         victim.kill()
         victim.wait()
-        Spool().close()
+        ScratchFolder().close()
         assert (living / "7-abc.parquet").is_file()
         assert not left.exists()
 
 
 def test_one_of_this_process_is_not_swept() -> None:
-    first = Spool()
+    first = ScratchFolder()
     age(first.path)
-    Spool().close()
+    ScratchFolder().close()
     assert first.path.is_dir()
     first.close()
 
@@ -89,7 +89,7 @@ def test_a_young_one_is_left_alone() -> None:
         process.kill()
         process.wait()
         os.utime(path / "held")
-        Spool().close()
+        ScratchFolder().close()
         assert path.is_dir()
 
 
@@ -103,7 +103,7 @@ def test_nothing_else_is_swept(temporary: Path) -> None:
     (temporary / "batchjob-link").symlink_to(target)
     for folder in (other, target):
         age(folder)
-    Spool().close()
+    ScratchFolder().close()
     assert (other / "notes.txt").is_file()
     assert (temporary / "batchjob-file").is_file()
     assert (target / "held").is_file()
@@ -112,4 +112,4 @@ def test_nothing_else_is_swept(temporary: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(temporary / "not there"))
     with pytest.raises(InvalidJob, match=r"not there: cannot be written .* set TMPDIR"):
-        Spool()
+        ScratchFolder()

@@ -27,23 +27,23 @@ from faulty import LOSE_ANSWER, RESET, TRUNCATE, Faulty, Reply, Weather, between
 from seaweed import Seaweed
 
 from batchjob.errors import (
+    AccessDenied,
+    AddressRefused,
     AlreadyExists,
     BatchjobError,
-    Changed,
-    Denied,
     InvalidJob,
     NotFound,
-    Refused,
-    Unaddressable,
+    PreconditionFailed,
+    UnaddressableKey,
     Unavailable,
 )
 from batchjob.storage import local_backend
-from batchjob.storage.objects import Blob, Stat
+from batchjob.storage.objects import ObjectData, ObjectInfo
 from batchjob.storage.options import StorageOptions
 from batchjob.storage.outage import Outage
 from batchjob.storage.probe import probe
 from batchjob.storage.reader import Reader
-from batchjob.storage.store import Store, open_store, settle
+from batchjob.storage.store import Store, open_store, put_or_get
 
 # Keys that people have, in the order of their UTF-8 bytes. No two are the same file to a local disk either.
 ODD_NAMES = sorted(
@@ -91,7 +91,7 @@ def through(faulty: Faulty) -> dict[str, StorageOptions]:
     return {"s3://": StorageOptions(endpoint=faulty.endpoint)}
 
 
-def keys(found: Iterator[Stat]) -> list[str]:
+def keys(found: Iterator[ObjectInfo]) -> list[str]:
     return [one.uri for one in found]
 
 
@@ -139,11 +139,11 @@ def test_replace_needs_the_version_that_is_there(store: Store) -> None:
     first = store.put_if_absent("a", b"1")
     second = store.replace_if_match("a", b"2", str(first.version))
     assert second.version != first.version
-    with pytest.raises(Changed):
+    with pytest.raises(PreconditionFailed):
         store.replace_if_match("a", b"3", str(first.version))
     assert store.read("a").data == b"2"
     store.delete("a")
-    with pytest.raises(Changed):
+    with pytest.raises(PreconditionFailed):
         store.replace_if_match("a", b"3", str(second.version))
     with pytest.raises(NotFound):
         store.read("a")
@@ -191,7 +191,7 @@ def count_up(uri: str, times: int) -> int:
         try:
             store.replace_if_match("count", b"%06d" % (int(blob.data) + 1), str(blob.version))
             done += 1
-        except Changed:
+        except PreconditionFailed:
             lost += 1
     return lost
 
@@ -240,12 +240,12 @@ class Careless:
     def __init__(self, within: Store, times: int) -> None:
         self.uri, self._within, self._times = within.uri, within, times
 
-    def put_if_absent(self, key: str, body: bytes | Path) -> Stat:
+    def put_if_absent(self, key: str, body: bytes | Path) -> ObjectInfo:
         if key.endswith("/twice") and self._times:  # honest with one writer at a time
             return self._within.put_if_absent(key, body)
         with suppress(AlreadyExists):
             return self._within.put_if_absent(key, body)
-        return Stat(key, len(body) if isinstance(body, bytes) else 0)
+        return ObjectInfo(key, len(body) if isinstance(body, bytes) else 0)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._within, name)
@@ -294,8 +294,8 @@ def test_the_other_clouds_are_read_by_the_same_verbs(faulty: Faulty, uri: str) -
     options = {uri.partition("://")[0] + "://": StorageOptions(endpoint=faulty.endpoint, anonymous=True)}
     store, reader = open_store(uri.rpartition("/")[0], options), Reader(options)
     version = "77" if uri.startswith("gs") else '"tag"'
-    assert reader.read(uri) == Blob(b"1", "tag", version)
-    assert store.stat("a") == Stat("a", 1, "tag", version)
+    assert reader.read(uri) == ObjectData(b"1", "tag", version)
+    assert store.stat("a") == ObjectInfo("a", 1, "tag", version)
     with pytest.raises(NotFound):
         store.read("absent")
 
@@ -430,7 +430,7 @@ def test_names_that_are_not_text_or_no_names_at_all(tmp_path: Path) -> None:
     assert os.fsencode(found.uri).endswith(name)
     assert Reader().read(found.uri).data == b"latin"
     for impossible in ("nul\0", "x" * 300, "\ud800"):
-        with pytest.raises(Unaddressable):
+        with pytest.raises(UnaddressableKey):
             Reader().read(f"{tmp_path}/{impossible}")
 
 
@@ -449,7 +449,7 @@ def test_an_object_that_changed_is_told_apart(root: str) -> None:
     first = store.put_if_absent("a", b"1")
     assert reader.read(f"{root}/a", first.etag).data == b"1"
     store.replace_if_match("a", b"2", str(first.version))
-    with pytest.raises(Changed, match="changed since the plan was made"):
+    with pytest.raises(PreconditionFailed, match="changed since the plan was made"):
         reader.read(f"{root}/a", first.etag)
 
 
@@ -470,7 +470,7 @@ def test_odd_names_are_listed_and_read(root: str, request: pytest.FixtureRequest
         assert reader.stat(found.uri) == found
         assert reader.read(found.uri).data == ODD_NAMES[number].encode()
         assert keys(reader.list(root, after=found.uri)) == expected[number + 1 :]
-    assert [blob.data for blob in reader.read_many(expected) if isinstance(blob, Blob)] == list(
+    assert [blob.data for blob in reader.read_many(expected) if isinstance(blob, ObjectData)] == list(
         map(str.encode, ODD_NAMES)
     )
 
@@ -484,9 +484,11 @@ def test_many_reads_answer_in_order_each_for_itself(s3: Seaweed, tmp_path: Path)
     uris = [f"{root}{number}" for number in range(40)] + [f"{root}absent", f"{root}x/../y", "memory://many/1"]
     uris += [str(tmp_path / "local"), str(tmp_path / "absent")]
     answers = Reader().read_many(uris)
-    assert [blob.data for blob in answers[:40] if isinstance(blob, Blob)] == [b"%d" % number for number in range(40)]
+    assert [blob.data for blob in answers[:40] if isinstance(blob, ObjectData)] == [
+        b"%d" % number for number in range(40)
+    ]
     kinds = [type(answer) for answer in answers[40:]]
-    assert kinds == [NotFound, Unaddressable, Blob, Blob, NotFound]
+    assert kinds == [NotFound, UnaddressableKey, ObjectData, ObjectData, NotFound]
     assert Reader().read_many([]) == []
 
 
@@ -552,10 +554,10 @@ def test_the_longest_option_prefix_wins_and_stops_at_names(s3: Seaweed) -> None:
     bucket = uri.rpartition("/")[0]
     dead = StorageOptions(endpoint="http://127.0.0.1:9")
     right = StorageOptions(endpoint=s3.endpoint)
-    assert Reader({"s3://": dead, bucket: right}, patience=0).read(uri).data == b"1"
+    assert Reader({"s3://": dead, bucket: right}, retry_timeout=0).read(uri).data == b"1"
     assert Reader({"s3://tes": dead, "s3://tests-2": dead, "gs://": dead}).read(uri).data == b"1"
     with pytest.raises(Unavailable):
-        Reader({"s3://": right, bucket: dead}, patience=0).read(uri)
+        Reader({"s3://": right, bucket: dead}, retry_timeout=0).read(uri)
 
 
 def test_an_option_wins_over_the_environment(s3: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -563,10 +565,10 @@ def test_an_option_wins_over_the_environment(s3: Seaweed, monkeypatch: pytest.Mo
     s3.put(uri, b"1")
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    assert Reader({"s3://": StorageOptions(endpoint=s3.endpoint)}, patience=0).read(uri).data == b"1"
+    assert Reader({"s3://": StorageOptions(endpoint=s3.endpoint)}, retry_timeout=0).read(uri).data == b"1"
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3.endpoint)
-    assert Reader(patience=0).read(uri).data == b"1"
-    assert keys(Reader(patience=0).list(uri.rpartition("/")[0])) == [uri]
+    assert Reader(retry_timeout=0).read(uri).data == b"1"
+    assert keys(Reader(retry_timeout=0).list(uri.rpartition("/")[0])) == [uri]
 
 
 def test_anonymous_and_requester_pays_reach_the_server(s3: Seaweed, faulty: Faulty) -> None:
@@ -701,7 +703,7 @@ def test_transient_faults_are_retried(s3: Seaweed, faulty: Faulty, action: Reply
 def test_faults_that_last_end_as_unavailable_in_bounded_time(s3: Seaweed, faulty: Faulty, action: Reply | str) -> None:
     root = s3.bucket()
     faulty.decide = lambda method, path: action
-    reader, store = Reader(through(faulty), patience=0.2), open_store(root, through(faulty), patience=0.2)
+    reader, store = Reader(through(faulty), retry_timeout=0.2), open_store(root, through(faulty), retry_timeout=0.2)
     asks: list[Callable[[], object]] = [
         lambda: reader.read(root + "a"),
         lambda: reader.stat(root + "a//b"),
@@ -719,7 +721,7 @@ def test_a_dead_server_costs_many_reads_one_window(s3: Seaweed) -> None:
         taken.bind(("127.0.0.1", 0))  # bound, never listening: refuses
         options = {"s3://": StorageOptions(endpoint=f"http://127.0.0.1:{taken.getsockname()[1]}")}
         start = time.monotonic()
-        answers = Reader(options, patience=0.5).read_many([f"s3://tests/{number}" for number in range(300)])
+        answers = Reader(options, retry_timeout=0.5).read_many([f"s3://tests/{number}" for number in range(300)])
     assert {type(answer) for answer in answers} == {Unavailable}
     assert time.monotonic() - start < 30  # 300 windows in 32 threads, with back-off, would be far over
 
@@ -754,9 +756,9 @@ def silent(clock: Clock, times: int, seconds: float) -> Callable[[], str]:
 def test_an_outage_is_ridden_out_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
     outage = Outage(300, clock, clock.sleep)
-    assert outage.ridden_out(silent(clock, 9, 30)) == "answer"
+    assert outage.retry_until_answered(silent(clock, 9, 30)) == "answer"
     assert 270 <= clock.now - 100 < 300
-    assert not outage.lasting
+    assert not outage.is_ongoing
     (said,) = caplog.messages
     assert said == "s3://b/a: the store does not answer (reset); it is asked again for up to 300 s"
 
@@ -765,15 +767,15 @@ def test_a_longer_one_is_raised_and_whoever_asks_next_asks_once() -> None:
     clock = Clock()
     outage = Outage(300, clock, clock.sleep)
     with pytest.raises(Unavailable, match=r"the store does not answer \(reset\), for 3\d\d s now; check the network"):
-        outage.ridden_out(silent(clock, 99, 30))
+        outage.retry_until_answered(silent(clock, 99, 30))
     assert 300 <= clock.now - 100 <= 335
-    assert outage.spent
+    assert outage.timed_out
     before = clock.now
     with pytest.raises(Unavailable):
-        outage.ridden_out(silent(clock, 99, 30))
+        outage.retry_until_answered(silent(clock, 99, 30))
     assert clock.now == before + 30
-    assert outage.ridden_out(silent(clock, 0, 0)) == "answer"
-    assert not outage.spent
+    assert outage.retry_until_answered(silent(clock, 0, 0)) == "answer"
+    assert not outage.timed_out
 
 
 def test_one_question_ends_though_the_store_answers_others() -> None:
@@ -782,11 +784,11 @@ def test_one_question_ends_though_the_store_answers_others() -> None:
     unanswered = silent(clock, 99, 5)
 
     def ask() -> str:
-        outage.ended()  # somebody else has an answer
+        outage.record_answer()  # somebody else has an answer
         return unanswered()
 
     with pytest.raises(Unavailable):
-        outage.ridden_out(ask)
+        outage.retry_until_answered(ask)
     assert clock.now - 100 <= 70
 
 
@@ -797,9 +799,9 @@ def test_refused_credentials_and_answers_are_not_waited_for() -> None:
     def answer(error: BatchjobError) -> None:
         raise error
 
-    for error in (Denied("s3://b/a: access denied"), NotFound("s3://b/a: not there")):
+    for error in (AccessDenied("s3://b/a: access denied"), NotFound("s3://b/a: not there")):
         with pytest.raises(type(error)):
-            outage.ridden_out(lambda error=error: answer(error))  # type: ignore[misc]
+            outage.retry_until_answered(lambda error=error: answer(error))  # type: ignore[misc]
     assert clock.now == 100
 
 
@@ -808,15 +810,15 @@ def test_a_store_that_falls_silent_is_asked_until_it_answers(s3: Seaweed, faulty
     """Every verb, with a window for each request that is far too short."""
     root = s3.bucket()
     s3.put(root + "in/a", b"12")
-    reader = Reader(through(faulty), patience=0.01, outage=30)
-    store = open_store(root, through(faulty), patience=0.01, outage=30)
+    reader = Reader(through(faulty), retry_timeout=0.01, outage_timeout=30)
+    store = open_store(root, through(faulty), retry_timeout=0.01, outage=30)
     asks: list[Callable[[], object]] = [
         lambda: reader.read(root + "in/a").data == b"12",
         lambda: reader.stat(root + "in/a").size == 2,
         lambda: keys(reader.list(root + "in")) == [root + "in/a"],
         lambda: keys(reader.list(root + "in", recursive=False)) == [root + "in/a"],
         lambda: store.read_tail("in/a", 1) == b"2",
-        lambda: settle(store, "settled", b"1") == b"1",
+        lambda: put_or_get(store, "settled", b"1") == b"1",
     ]
     for ask in asks:
         faulty.decide = first_times(2, action)
@@ -831,7 +833,7 @@ def test_a_listing_that_breaks_off_goes_on_where_it_was(odd: tuple[Faulty, dict[
     held.update({f"in/{number:04}": b"1" for number in range(3000)})
     serve, breaks = faulty.decide, Weather(7, throttled=0.3, reset=0.3)
     faulty.decide = lambda method, path: breaks(method, path) or serve(method, path)
-    found = keys(Reader(through(faulty), patience=0.1, outage=60).list("s3://odd/in"))
+    found = keys(Reader(through(faulty), retry_timeout=0.1, outage_timeout=60).list("s3://odd/in"))
     assert found == [f"s3://odd/in/{number:04}" for number in range(3000)]
 
 
@@ -855,7 +857,7 @@ def test_a_lost_answer_to_a_replace_is_left_to_the_caller(s3: Seaweed, faulty: F
     store = open_store(s3.bucket(), through(faulty))
     first = store.put_if_absent("a", b"1")
     faulty.decide = first_times(1, LOSE_ANSWER, "PUT")
-    with pytest.raises((Changed, Unavailable)):
+    with pytest.raises((PreconditionFailed, Unavailable)):
         store.replace_if_match("a", b"2", str(first.version))
     assert store.read("a").data == b"2"
 
@@ -863,12 +865,12 @@ def test_a_lost_answer_to_a_replace_is_left_to_the_caller(s3: Seaweed, faulty: F
 @pytest.mark.parametrize("status", [409, 412])
 def test_a_refusal_that_stored_nothing_is_already_exists(s3: Seaweed, faulty: Faulty, status: int) -> None:
     root = s3.bucket()
-    store = open_store(root, through(faulty), patience=0.5)
+    store = open_store(root, through(faulty), retry_timeout=0.5)
     body = b"<Error><Code>ConditionalRequestConflict</Code><Message>being written</Message></Error>"
     faulty.decide = lambda method, path: Reply(status, body) if method == "PUT" else None
     with pytest.raises((AlreadyExists, Unavailable)):
         store.put_if_absent("a", b"1")
-    with pytest.raises((Changed, Unavailable)):
+    with pytest.raises((PreconditionFailed, Unavailable)):
         store.replace_if_match("a", b"1", '"x"')
     assert s3.keys(root) == []
 
@@ -947,7 +949,7 @@ def test_files_inside_an_archive_are_read(tmp_path: Path) -> None:
         archive.writestr("in/1.jpg", b"one")
     found = keys(Reader().list(f"zip://in::file://{tmp_path}/images.zip"))
     assert found == [f"zip://in/{number}.jpg::file://{tmp_path}/images.zip" for number in (1, 2)]
-    assert [blob.data for blob in Reader().read_many(found) if isinstance(blob, Blob)] == [b"one", b"two"]
+    assert [blob.data for blob in Reader().read_many(found) if isinstance(blob, ObjectData)] == [b"one", b"two"]
 
 
 def test_a_web_server_is_read(faulty: Faulty) -> None:
@@ -964,21 +966,21 @@ def test_a_web_server_is_read(faulty: Faulty) -> None:
 
     faulty.decide = decide
     named = {faulty.endpoint: StorageOptions(private=True)}
-    reader = Reader(named, patience=2)
+    reader = Reader(named, retry_timeout=2)
     image = f"{faulty.endpoint}/images/a%20b.jpg?size=1"
     assert reader.read(image).data == b"image"
     assert (reader.stat(image).size, reader.stat(image).etag) == (5, "tag")
     assert reader.read(image, "tag").data == b"image"
-    with pytest.raises(Changed):
+    with pytest.raises(PreconditionFailed):
         reader.read(image, "another")
     with reader.open(f"{faulty.endpoint}/manifest.csv.gz") as file:
         assert gzip.decompress(file.read()) == b"uri\n1\n"
     with pytest.raises(NotFound):
         reader.read(f"{faulty.endpoint}/absent")
-    with pytest.raises(Refused, match="the host refuses it"):
+    with pytest.raises(AddressRefused, match="the host refuses it"):
         reader.read(f"{faulty.endpoint}/denied")
     with pytest.raises(Unavailable, match="does not answer"):
-        Reader(named, patience=0.3).read(f"{faulty.endpoint}/broken")
+        Reader(named, retry_timeout=0.3).read(f"{faulty.endpoint}/broken")
     faulty.seen.clear()
     assert reader.read(f"{faulty.endpoint}/throttled").data == b""
 
@@ -1018,7 +1020,7 @@ def test_an_answer_that_another_thread_hears_amid_a_look_does_no_harm() -> None:
 
     outage = Heard(60.0, clock=lambda: 5.0)
     outage._since = 1.0
-    outage.endured(Unavailable("away"), 2.0)
+    outage.record_silence(Unavailable("away"), 2.0)
     assert outage._begun == 1.0
 
 
@@ -1028,11 +1030,11 @@ def test_readers_and_an_output_of_one_bucket_share_what_they_know_of_its_silence
     for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("REGION", "us-east-1")):
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    silence = Reader(outage=0.2).outage("s3://lake/in/a.png")
+    silence = Reader(outage_timeout=0.2).outage("s3://lake/in/a.png")
     store = pickle.loads(pickle.dumps(open_store("s3://lake/out", outage=0.2)))
     with pytest.raises(Unavailable):
         store.read("a")
-    assert not silence.lasting
+    assert not silence.is_ongoing
     with pytest.raises(Unavailable):
         open_store("s3://lake/out", outage=silence).read("a")
-    assert silence.lasting
+    assert silence.is_ongoing

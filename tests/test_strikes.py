@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from batchjob.pool.device_bans import Strikes
+from batchjob.pool.device_bans import DeviceBans
 
 
 def test_a_device_is_banned_with_its_second_fault() -> None:
-    strikes = Strikes()
-    assert not strikes.blame("a", [range(8)])
-    assert not strikes.blame("b")
-    assert strikes.blame("a", [range(80, 88)])
+    strikes = DeviceBans()
+    assert not strikes.record_fault("a", [range(8)])
+    assert not strikes.record_fault("b")
+    assert strikes.record_fault("a", [range(80, 88)])
     assert strikes.banned == {"a"}
 
 
 def test_a_fault_that_follows_its_images_is_no_strike() -> None:
-    strikes = Strikes()
-    strikes.blame("a", [range(8), range(8, 16)])
-    strikes.acquit([range(9, 10)])
-    assert not strikes.blame("a", [range(80, 88)])
-    strikes.acquit([range(9, 10)])
-    assert strikes.blame("a"), "that other one stands"
+    strikes = DeviceBans()
+    strikes.record_fault("a", [range(8), range(8, 16)])
+    strikes.clear_faults([range(9, 10)])
+    assert not strikes.record_fault("a", [range(80, 88)])
+    strikes.clear_faults([range(9, 10)])
+    assert strikes.record_fault("a"), "that other one stands"
 
 
 def test_a_ban_is_lifted_where_images_were_to_blame() -> None:
-    strikes = Strikes()
-    strikes.blame("a", [range(8)])
-    strikes.blame("a", [range(16, 24)])
+    strikes = DeviceBans()
+    strikes.record_fault("a", [range(8)])
+    strikes.record_fault("a", [range(16, 24)])
     assert strikes.banned == {"a"}
-    strikes.acquit([range(17, 18)])
+    strikes.clear_faults([range(17, 18)])
     assert not strikes.banned

@@ -9,13 +9,13 @@ import pytest
 from pools import ScriptedPool, fail, job
 
 from batchjob.driver import driver
-from batchjob.driver.progress import Quiet
+from batchjob.driver.progress import NoProgress
 from batchjob.errors import CheckFailed, InvalidJob
 from batchjob.job.job import Job
 from batchjob.output import commit
-from batchjob.plan.head import current
+from batchjob.plan.head import read_current_head
 from batchjob.report import output_status
-from batchjob.report.output_status import ErrorCounts, error_counts, error_rows, status
+from batchjob.report.output_status import ErrorCounts, count_errors, read_errors, read_status
 from batchjob.storage.store import Store, open_store
 
 # Five shards of two; the third image and the last two are broken.
@@ -34,18 +34,18 @@ def store(tmp_path: Path) -> Store:
 
 def run(the: Job, *, without: int | None = None) -> None:
     pool = ScriptedPool({} if without is None else {without: [fail()]})
-    driver.run(the, lambda: pool, allow_empty=False, progress=Quiet())
+    driver.run(the, lambda: pool, allow_empty=False, progress=NoProgress())
 
 
 def plan_only(the: Job) -> None:
-    driver.plan_only(the, allow_empty=False, progress=Quiet())
+    driver.plan_only(the, allow_empty=False, progress=NoProgress())
 
 
 # --- status ---------------------------------------------------------------------------------------------------------
 
 
 def test_where_nothing_was_planned(store: Store) -> None:
-    for look in (status, error_counts, error_rows):
+    for look in (read_status, count_errors, read_errors):
         with pytest.raises(
             InvalidJob, match=r"no plan here \(yet\); `batchjob run` makes one, in the folder that output\.uri names"
         ):
@@ -54,11 +54,11 @@ def test_where_nothing_was_planned(store: Store) -> None:
 
 def test_planned(the: Job, store: Store) -> None:
     plan_only(the)
-    seen = status(store)
+    seen = read_status(store)
     assert (seen.status, seen.plan_finished) == ("incomplete", True)
     assert (seen.planned, seen.shards, seen.parts, seen.rows, seen.failed) == (10, 5, 0, 0, 0)
-    assert list(error_rows(store)) == []
-    assert error_counts(store) == ErrorCounts(0, {})
+    assert list(read_errors(store)) == []
+    assert count_errors(store) == ErrorCounts(0, {})
 
 
 def test_planned_in_part(the: Job, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,31 +67,31 @@ def test_planned_in_part(the: Job, store: Store, monkeypatch: pytest.MonkeyPatch
     chunks = sorted(stat.uri for stat in store.list("_batchjob/plans/0000/") if "chunk-" in stat.uri)
     assert len(chunks) == 3
     store.delete(chunks[2])
-    seen = status(store)
+    seen = read_status(store)
     assert (seen.plan_finished, seen.planned, seen.shards) == (False, 8, 4)
     assert "8 images in 4 shards, and growing" in seen.lines()[1]
     store.delete(chunks[1])
     store.delete(chunks[0])
-    seen = status(store)
+    seen = read_status(store)
     assert (seen.plan_finished, seen.planned, seen.shards) == (False, 0, 0)
 
 
 def test_half_done(the: Job, store: Store) -> None:
     run(the, without=4)
-    seen = status(store)
+    seen = read_status(store)
     assert seen.status == "incomplete"
     assert (seen.planned, seen.shards, seen.parts, seen.rows, seen.failed) == (10, 5, 4, 8, 1)
     assert seen.lines()[0] == f"{store.uri}: incomplete"
     assert seen.lines()[2] == "committed 8 rows in 4 parts, 1 with an error"
-    assert [row["position"] for row in error_rows(store)] == [2]
+    assert [row["position"] for row in read_errors(store)] == [2]
 
 
 def test_finished(the: Job, store: Store) -> None:
     run(the)
-    seen = status(store)
+    seen = read_status(store)
     assert seen.status == "complete"
     assert (seen.planned, seen.shards, seen.parts, seen.rows, seen.failed) == (10, 5, 5, 10, 3)
-    _, head = current(store)
+    _, head = read_current_head(store)
     assert head is not None
     assert seen.lines() == [
         f"{store.uri}: complete",
@@ -102,21 +102,21 @@ def test_finished(the: Job, store: Store) -> None:
 
 def test_over_budget_is_not_complete(tmp_path: Path, store: Store) -> None:
     run(job(tmp_path, IMAGES, errors={"abort_early": False}))
-    seen = status(store)
+    seen = read_status(store)
     assert (seen.status, seen.rows, seen.failed) == ("incomplete", 10, 3)
     assert "errors.max_rate" in seen.lines()[-1]
-    assert error_counts(store).total == 3
+    assert count_errors(store).total == 3
 
 
 @pytest.mark.parametrize("added", [True, False])
 def test_damaged(the: Job, store: Store, added: bool) -> None:
     run(the)
-    part = min(commit.parts(store))
+    part = min(commit.list_parts(store))
     if added:
         store.put_if_absent("predictions/part-9999999-stranger.parquet", b"")
     else:
         store.delete(part)
-    seen = status(store)
+    seen = read_status(store)
     assert (seen.status, seen.parts) == ("damaged", 5 if added else 4)
 
 
@@ -124,22 +124,22 @@ def test_with_very_many_parts_their_footers_are_not_read(
     the: Job, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(the, without=0)
-    monkeypatch.setattr(output_status, "_FOOTERS_AT_MOST", 3)
-    seen = status(store)
+    monkeypatch.setattr(output_status, "_MAX_FOOTERS_READ", 3)
+    seen = read_status(store)
     assert (seen.parts, seen.failed) == (4, None)
     assert seen.lines()[2] == "committed 8 rows in 4 parts"
     run(the)
-    assert status(store).failed == 3  # _SUCCESS says it
+    assert read_status(store).failed == 3  # _SUCCESS says it
 
 
 def test_discarded(the: Job, store: Store) -> None:
     run(the)
     driver.discard(store.uri)
-    for look in (status, error_counts, error_rows):
+    for look in (read_status, count_errors, read_errors):
         with pytest.raises(InvalidJob, match="its plan was discarded and nothing was planned since; run the job again"):
             look(store)
     plan_only(the)
-    assert (status(store).status, status(store).parts) == ("incomplete", 0)
+    assert (read_status(store).status, read_status(store).parts) == ("incomplete", 0)
 
 
 def test_the_success_of_a_discarded_plan_says_nothing(the: Job, store: Store) -> None:
@@ -148,14 +148,14 @@ def test_the_success_of_a_discarded_plan_says_nothing(the: Job, store: Store) ->
     driver.discard(store.uri)
     plan_only(the)
     store.put_if_absent(commit.SUCCESS, old)
-    assert status(store).status == "incomplete"
+    assert read_status(store).status == "incomplete"
 
 
 def test_a_plan_of_a_later_version(tmp_path: Path, the: Job, store: Store) -> None:
     run(the)
     head = tmp_path / "out/_batchjob/plans/0000/head.json"
     head.write_text(json.dumps({**json.loads(head.read_text()), "format": 99, "batchjob": "9.1", "more": True}))
-    for look in (status, error_counts, error_rows):
+    for look in (read_status, count_errors, read_errors):
         with pytest.raises(InvalidJob, match=r"format 99, this version knows 1; finish it with batchjob 9\.1"):
             look(store)
 
@@ -163,9 +163,9 @@ def test_a_plan_of_a_later_version(tmp_path: Path, the: Job, store: Store) -> No
 def test_looking_writes_nothing(the: Job, tmp_path: Path, store: Store) -> None:
     run(the, without=1)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    status(store)
-    error_counts(store)
-    list(error_rows(store))
+    read_status(store)
+    count_errors(store)
+    list(read_errors(store))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -174,7 +174,7 @@ def test_looking_writes_nothing(the: Job, tmp_path: Path, store: Store) -> None:
 
 def test_error_rows_come_in_plan_order(the: Job, store: Store) -> None:
     run(the)
-    found = list(error_rows(store))
+    found = list(read_errors(store))
     assert [row["position"] for row in found] == [2, 8, 9]
     assert [Path(row["uri"]).name for row in found] == ["2-bad.png", "8-bad.png", "9-bad.png"]
     assert (
@@ -190,11 +190,11 @@ def test_error_rows_come_in_plan_order(the: Job, store: Store) -> None:
 
 def test_errors_are_counted_by_their_kind(the: Job, store: Store) -> None:
     run(the)
-    assert error_counts(store) == ErrorCounts(3, {"decode/truncated": 3})
+    assert count_errors(store) == ErrorCounts(3, {"decode/truncated": 3})
 
 
 def test_a_part_that_is_none_is_named(the: Job, store: Store) -> None:
     run(the)
     store.put_if_absent("predictions/part-9999999-stranger.parquet", b"nothing")
     with pytest.raises(CheckFailed, match=r"stranger\.parquet was not written by batchjob"):
-        error_counts(store)
+        count_errors(store)

@@ -19,18 +19,18 @@ from batchjob.storage.reader import Reader
 from batchjob.tasks.classification import ClassificationTask
 from batchjob.tasks.embedding import EmbeddingTask
 from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess
-from batchjob.types import Fault
+from batchjob.types import ErrorRecord
 
 READER, BASE = Reader(), Path()
 NAN, INF = float("nan"), float("inf")
 
 
 def classification(classes: int = 3, own: tuple[str, ...] | None = None, **settings: Any) -> Postprocess:
-    return ClassificationTask(**settings).prepare(torch.zeros(EXAMPLE_ROWS, classes), own, READER, BASE)
+    return ClassificationTask(**settings).build_postprocess(torch.zeros(EXAMPLE_ROWS, classes), own, READER, BASE)
 
 
 def embedding(*shape: int, **settings: Any) -> Postprocess:
-    return EmbeddingTask(**settings).prepare(torch.zeros(EXAMPLE_ROWS, *shape), None, READER, BASE)
+    return EmbeddingTask(**settings).build_postprocess(torch.zeros(EXAMPLE_ROWS, *shape), None, READER, BASE)
 
 
 def rows(post: Postprocess, output: torch.Tensor, tmp_path: Path) -> list[dict[str, Any]]:
@@ -50,8 +50,8 @@ def rows(post: Postprocess, output: torch.Tensor, tmp_path: Path) -> list[dict[s
     return found
 
 
-def faults(post: Postprocess, output: torch.Tensor) -> list[Fault | None]:
-    return post.faults(post.on_device(output))
+def faults(post: Postprocess, output: torch.Tensor) -> list[ErrorRecord | None]:
+    return post.find_errors(post.on_device(output))
 
 
 # --------------------------------------------------------------------------------------------------- classification
@@ -132,7 +132,7 @@ def test_labels_from_a_file(file: str, tmp_path: Path) -> None:
     (tmp_path / file).write_bytes(LABEL_FILES[file].encode())
     task = ClassificationTask(labels=str(tmp_path / file))
     task.check(READER, BASE)
-    post = task.prepare(torch.zeros(EXAMPLE_ROWS, 3), ("x", "y"), READER, BASE)
+    post = task.build_postprocess(torch.zeros(EXAMPLE_ROWS, 3), ("x", "y"), READER, BASE)
     found = rows(post, torch.eye(3), tmp_path)
     assert [row["label"] for row in found] == ["tench", "goldfish", "white shark"]
 
@@ -194,7 +194,7 @@ def test_labels_are_text_and_digits_are_too() -> None:
 )
 def test_output_that_is_no_row_of_logits_is_refused_with_its_shape(output: Any, said: str) -> None:
     with pytest.raises(InvalidJob) as caught:
-        ClassificationTask().prepare(output, None, READER, BASE)
+        ClassificationTask().build_postprocess(output, None, READER, BASE)
     assert said in caught.value.message
     assert "model.type: python" in caught.value.message
 
@@ -209,7 +209,7 @@ def test_more_classes_than_there_are_cannot_be_listed() -> None:
 def test_rows_have_a_bound_before_the_model_is_known(tmp_path: Path) -> None:
     labels = [f"label number {n}" for n in range(10)]
     task = ClassificationTask(top_k=5, labels=labels)
-    post = task.prepare(torch.zeros(EXAMPLE_ROWS, 10), None, READER, BASE)
+    post = task.build_postprocess(torch.zeros(EXAMPLE_ROWS, 10), None, READER, BASE)
     columns = post.columns(post.on_device(torch.randn(1000, 10)), [])
     assert sum(column.nbytes for column in columns) / 1000 <= task.row_bytes < ClassificationTask(top_k=5).row_bytes
     assert EmbeddingTask().row_bytes >= 4 * 2048
@@ -263,7 +263,7 @@ def test_output_that_is_no_vector_is_refused_with_its_shape(shape: tuple[int, ..
     assert said in caught.value.message
     assert "task.layer" in caught.value.message
     with pytest.raises(InvalidJob, match="a tuple of 1"):
-        EmbeddingTask().prepare((torch.zeros(2, 3),), None, READER, BASE)
+        EmbeddingTask().build_postprocess((torch.zeros(2, 3),), None, READER, BASE)
 
 
 def resnet() -> nn.Module:
@@ -280,7 +280,7 @@ def test_a_named_layer_gives_what_the_truncated_model_gives(tmp_path: Path) -> N
     adapted = task.adapt(net)
     assert not any(part.training for part in adapted.modules())
     with torch.inference_mode():
-        post = task.prepare(adapted(x), None, READER, BASE)
+        post = task.build_postprocess(adapted(x), None, READER, BASE)
         found = rows(post, adapted(x), tmp_path)
     torch.testing.assert_close(torch.tensor([row["embedding"] for row in found]), want)
     assert EmbeddingTask().adapt(net) is net

@@ -24,7 +24,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def prepared(task: Any, output: Any, own: tuple[str, ...] | None = None) -> Postprocess:
-    post: Postprocess = task.prepare(output, own, READER, BASE)
+    post: Postprocess = task.build_postprocess(output, own, READER, BASE)
     return post
 
 
@@ -37,7 +37,7 @@ def rows(post: Postprocess, output: Any) -> list[dict[str, Any]]:
 
 
 def kinds(post: Postprocess, output: Any) -> list[str | None]:
-    return [fault.type if fault else None for fault in post.faults(post.on_device(output))]
+    return [fault.type if fault else None for fault in post.find_errors(post.on_device(output))]
 
 
 # -------------------------------------------------------------------------------------------------------- regression

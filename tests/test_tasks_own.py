@@ -16,11 +16,11 @@ from pydantic import ValidationError
 
 import batchjob
 from batchjob.errors import InvalidJob
-from batchjob.preprocessing.geometry import Frame
+from batchjob.preprocessing.geometry import ImageGeometry
 from batchjob.storage.reader import Reader
 from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess
 from batchjob.tasks.python import PythonTask
-from batchjob.types import Fault
+from batchjob.types import ErrorRecord
 
 READER = Reader()
 
@@ -30,7 +30,7 @@ def prepared(base: Path, code: str, output: Any = None, **settings: Any) -> Post
     base.mkdir(exist_ok=True)
     (base / "post.py").write_text(code)
     task = PythonTask(target="post:own", **settings)
-    return task.prepare(torch.ones(EXAMPLE_ROWS, 3) if output is None else output, None, READER, base)
+    return task.build_postprocess(torch.ones(EXAMPLE_ROWS, 3) if output is None else output, None, READER, base)
 
 
 def refused(base: Path, code: str, output: Any = None, **settings: Any) -> str:
@@ -40,14 +40,14 @@ def refused(base: Path, code: str, output: Any = None, **settings: Any) -> str:
     return caught.value.message
 
 
-def outcome(post: Postprocess, output: Any) -> tuple[list[dict[str, Any]], list[Fault | None]]:
+def outcome(post: Postprocess, output: Any) -> tuple[list[dict[str, Any]], list[ErrorRecord | None]]:
     with torch.inference_mode():
         tensors = post.on_device(output)
-    frames = [Frame(640, 480, 224, 224, 0.35, 0.47)] * len(tensors["finite"])
+    frames = [ImageGeometry(640, 480, 224, 224, 0.35, 0.47)] * len(tensors["finite"])
     table = pa.Table.from_arrays(post.columns(tensors, frames), schema=pa.schema(post.fields))
     table.validate(full=True)
     found: list[dict[str, Any]] = table.to_pylist()
-    return found, post.faults(tensors)
+    return found, post.find_errors(tensors)
 
 
 def test_a_function_of_five_lines_is_a_task(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_it_sees_what_it_may_write_into_and_no_image_that_is_not_finite(tmp_path
     lenient = prepared(
         tmp_path, code.replace("    assert output.isfinite().all()\n", ""), fields={"v": "float32"}, allow_nan=True
     )
-    assert lenient.faults(lenient.on_device(output)) == [None] * 3
+    assert lenient.find_errors(lenient.on_device(output)) == [None] * 3
 
 
 def test_only_the_images_that_it_fails_on_are_error_rows(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ ANIMALS = ("cat", "dog", "fish")
 
 def tallied(task: Any, output: torch.Tensor, truths: dict[str, Any], cuts: Sequence[int] = ()) -> dict[str, Any]:
     """The summary of rows that were counted in pieces and added up, as JSON gives it back."""
-    post = task.prepare(output[:1].repeat(EXAMPLE_ROWS, *[1] * (output.ndim - 1)), None, READER, BASE)
+    post = task.build_postprocess(output[:1].repeat(EXAMPLE_ROWS, *[1] * (output.ndim - 1)), None, READER, BASE)
     assert post.truths == task.truths
     tensors = post.on_device(output)
     columns = pa.Table.from_arrays(post.columns(tensors, []), schema=pa.schema(post.fields))
@@ -156,9 +156,9 @@ def test_above_a_hundred_classes_only_counts_by_class_are_kept() -> None:
 
 
 def test_without_truth_nothing_is_told_and_without_rows_no_rate() -> None:
-    assert ClassificationTask().summary({}) == {} == EmbeddingTask().summary({})
-    assert ClassificationTask().truths == () == EmbeddingTask().truths
-    none = ClassificationTask(truth="t", top_k=5).summary({})
+    assert ClassificationTask().compute_metrics({}) == {} == EmbeddingTask().compute_metrics({})
+    assert ClassificationTask().truth_columns == () == EmbeddingTask().truth_columns
+    none = ClassificationTask(truth="t", top_k=5).compute_metrics({})
     assert none == {"truth": "t", "images": 0, "unknown_truth": 0, "accuracy": None, "top_5_accuracy": None}
 
 
@@ -185,7 +185,7 @@ def test_r2_stands_where_the_mean_is_far_above_the_spread() -> None:
 
 def test_several_outputs_each_with_its_truth_or_none() -> None:
     task = RegressionTask(outputs=["x", "y", "z"], truth={"y": "height", "x": "width"})
-    assert task.truths == ("height", "width")
+    assert task.truth_columns == ("height", "width")
     output = torch.tensor([[1.0, 10.0, 0.0], [2.0, 20.0, 0.0]])
     found = tallied(task, output, {"width": [1, 4], "height": [10.0, None]})
     assert list(found) == ["y", "x"]
@@ -282,10 +282,10 @@ def fields(**types: pa.DataType) -> list[pa.Field]:
 @pytest.mark.parametrize("task", [ClassificationTask, RegressionTask, MultilabelTask])
 def test_a_truth_that_is_no_passthrough_column_is_refused(task: Any) -> None:
     with pytest.raises(InvalidJob, match=r"task\.truth: 'lable' is no passthrough column; did you mean 'label'\?"):
-        task(truth="lable").check_truths(fields(label=pa.string()))
+        task(truth="lable").check_truth_columns(fields(label=pa.string()))
     with pytest.raises(InvalidJob, match=r"write input\.passthrough: \[t\]"):
-        task(truth="t").check_truths([])
-    task().check_truths([])
+        task(truth="t").check_truth_columns([])
+    task().check_truth_columns([])
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_a_truth_that_is_no_passthrough_column_is_refused(task: Any) -> None:
 )
 def test_a_truth_of_another_type_is_refused(task: Any, kind: pa.DataType, wants: str) -> None:
     with pytest.raises(InvalidJob, match=rf"task\.truth: column 't' holds .*but this task wants {wants}"):
-        task(truth="t").check_truths(fields(t=kind))
+        task(truth="t").check_truth_columns(fields(t=kind))
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_a_truth_of_another_type_is_refused(task: Any, kind: pa.DataType, wants:
     ],
 )
 def test_a_truth_of_a_fitting_type_is_taken(task: Any, kind: pa.DataType) -> None:
-    task(truth="t").check_truths(fields(t=kind))
+    task(truth="t").check_truth_columns(fields(t=kind))
 
 
 # ------------------------------------------------------------------------------------------------------ in a real job
@@ -360,6 +360,6 @@ def test_the_sums_lie_in_the_footers_and_error_rows_are_not_in_them(tmp_path: Pa
     sums: Counter[str] = Counter()
     for made in parts.values():
         sums.update(made.truth)
-    found = job.task.summary(sums)["brightness"]
+    found = job.task.compute_metrics(sums)["brightness"]
     assert (found["truth"], found["images"]) == ("gray", 4)
     assert found["mean_absolute_error"] == pytest.approx(0.1)

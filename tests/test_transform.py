@@ -12,12 +12,12 @@ import torch
 from torchvision.transforms import InterpolationMode, functional
 from torchvision.transforms._presets import ImageClassification
 
-from batchjob.errors import ImageFault, InvalidJob
-from batchjob.preprocessing.geometry import frame
-from batchjob.preprocessing.normalize import normalizer
-from batchjob.preprocessing.settings import Preprocess, merge
-from batchjob.preprocessing.transforms import Geometry
-from batchjob.types import ImageFacts
+from batchjob.errors import ImageError, InvalidJob
+from batchjob.preprocessing.geometry import compute_image_geometry
+from batchjob.preprocessing.normalize import make_normalizer
+from batchjob.preprocessing.settings import Preprocess, merge_preprocess
+from batchjob.preprocessing.transforms import ResizeCrop
+from batchjob.types import ImageInfo
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OWN = Preprocess(resize=256, crop=224, mean=MEAN, std=STD)
@@ -29,7 +29,7 @@ def picture(height: int, width: int, channels: int = 3) -> np.ndarray:
 
 def ready(preprocess: Preprocess, pixels: np.ndarray) -> torch.Tensor:
     """As the model gets it, `[c, h, w]`."""
-    return normalizer(preprocess)(Geometry(preprocess)(pixels)[None], torch.float32)[0]
+    return make_normalizer(preprocess)(ResizeCrop(preprocess)(pixels)[None], torch.float32)[0]
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
@@ -41,7 +41,7 @@ def test_images_come_out_as_from_torchvisions_preset(size: tuple[int, int], inte
     )
     image = torch.from_numpy(pixels).permute(2, 0, 1)
     preprocess = Preprocess(resize=256, crop=224, mean=MEAN, std=STD, interpolation=interpolation)
-    geometry = Geometry(preprocess)
+    geometry = ResizeCrop(preprocess)
     made = geometry(pixels)
     uint8 = functional.center_crop(
         functional.resize(image, [256], interpolation=InterpolationMode(interpolation), antialias=True), [224]
@@ -56,7 +56,7 @@ def test_images_come_out_as_from_torchvisions_preset(size: tuple[int, int], inte
 
 def test_images_smaller_than_the_crop_are_padded() -> None:
     pixels = picture(30, 45)
-    made = Geometry(Preprocess(crop=(40, 41)))(pixels)
+    made = ResizeCrop(Preprocess(crop=(40, 41)))(pixels)
     assert torch.equal(made, functional.center_crop(torch.from_numpy(pixels).permute(2, 0, 1), [40, 41]))
     assert made.shape == (3, 40, 41)
 
@@ -73,14 +73,14 @@ def test_images_smaller_than_the_crop_are_padded() -> None:
 def test_the_size_is_told_where_it_is_fixed(
     preprocess: Preprocess, size: tuple[int, int] | None, out: tuple[int, int]
 ) -> None:
-    geometry = Geometry(preprocess)
+    geometry = ResizeCrop(preprocess)
     assert geometry.size == size
     assert geometry(picture(20, 30)).shape[1:] == out
 
 
 def test_a_sliver_is_refused_before_it_eats_the_memory() -> None:
-    with pytest.raises(ImageFault, match="5000x1 is too narrow") as caught:
-        Geometry(OWN)(picture(1, 5000))
+    with pytest.raises(ImageError, match="5000x1 is too narrow") as caught:
+        ResizeCrop(OWN)(picture(1, 5000))
     assert (caught.value.stage, caught.value.type) == ("transform", "too_large")
 
 
@@ -96,7 +96,7 @@ def test_channels_and_scale() -> None:
     gray = Preprocess(channels="gray", mean=(0.5,), std=(0.25,))
     assert ready(gray, picture(4, 5, 1)).shape == (1, 4, 5)
     uint8 = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    assert normalizer(OWN)(uint8, torch.bfloat16).dtype == torch.bfloat16
+    assert make_normalizer(OWN)(uint8, torch.bfloat16).dtype == torch.bfloat16
     assert uint8.sum() == 0, "the batch itself is left as it was"
 
 
@@ -133,16 +133,16 @@ def job_folder(tmp_path: Path) -> Path:
 
 def test_a_users_transform_gives_what_the_model_gets(job_folder: Path) -> None:
     preprocess = Preprocess(transform="steps:halved")
-    geometry = pickle.loads(pickle.dumps(Geometry(preprocess, job_folder)))
+    geometry = pickle.loads(pickle.dumps(ResizeCrop(preprocess, job_folder)))
     pixels = picture(4, 5)
     made = geometry(pixels)
     assert geometry.size is None
     assert made.dtype == torch.float32
     assert torch.equal(made, torch.from_numpy(pixels).permute(2, 0, 1) * 0.5)
-    assert normalizer(preprocess)(made[None], torch.float32) is not None
-    assert torch.equal(normalizer(preprocess)(made[None], torch.float32)[0], made)
-    same = Geometry(Preprocess(transform="steps:same"), job_folder)(pixels)
-    assert normalizer(preprocess)(same[None], torch.float32).dtype == torch.uint8
+    assert make_normalizer(preprocess)(made[None], torch.float32) is not None
+    assert torch.equal(make_normalizer(preprocess)(made[None], torch.float32)[0], made)
+    same = ResizeCrop(Preprocess(transform="steps:same"), job_folder)(pixels)
+    assert make_normalizer(preprocess)(same[None], torch.float32).dtype == torch.uint8
 
 
 @pytest.mark.parametrize(
@@ -152,38 +152,40 @@ def test_a_users_transform_gives_what_the_model_gets(job_folder: Path) -> None:
 def test_a_users_transform_that_fails_is_a_fault_of_the_image(
     job_folder: Path, name: str, type: str, words: str
 ) -> None:
-    with pytest.raises(ImageFault, match=words) as caught:
-        Geometry(Preprocess(transform=f"steps:{name}"), job_folder)(picture(4, 5))
+    with pytest.raises(ImageError, match=words) as caught:
+        ResizeCrop(Preprocess(transform=f"steps:{name}"), job_folder)(picture(4, 5))
     assert (caught.value.stage, caught.value.type) == ("transform", type)
 
 
 @pytest.mark.parametrize("target", ["steps:absent", "nothere:f", "steps:number"])
 def test_a_transform_that_is_not_there_ends_the_job_first(job_folder: Path, target: str) -> None:
     with pytest.raises(InvalidJob):
-        Geometry(Preprocess(transform=target), job_folder)
+        ResizeCrop(Preprocess(transform=target), job_folder)
 
 
 def test_geometry_pickles() -> None:
-    geometry = pickle.loads(pickle.dumps(Geometry(OWN)))
+    geometry = pickle.loads(pickle.dumps(ResizeCrop(OWN)))
     assert geometry.size == (224, 224)
-    assert torch.equal(geometry(picture(300, 400)), Geometry(OWN)(picture(300, 400)))
+    assert torch.equal(geometry(picture(300, 400)), ResizeCrop(OWN)(picture(300, 400)))
 
 
 def test_given_keys_override_and_absent_ones_keep_the_weights_own() -> None:
-    assert merge(None, OWN) == OWN
-    assert merge(Preprocess(exif="apply"), OWN) == OWN.model_copy(update={"exif": "apply"})
-    assert merge(Preprocess(resize=None), OWN) == OWN.model_copy(update={"resize": None})
-    assert merge(Preprocess(mean=None, std=None), OWN).mean is None
-    assert merge(Preprocess(resize=None, crop=None, mean=MEAN, std=STD), None) == Preprocess(mean=MEAN, std=STD)
+    assert merge_preprocess(None, OWN) == OWN
+    assert merge_preprocess(Preprocess(exif="apply"), OWN) == OWN.model_copy(update={"exif": "apply"})
+    assert merge_preprocess(Preprocess(resize=None), OWN) == OWN.model_copy(update={"resize": None})
+    assert merge_preprocess(Preprocess(mean=None, std=None), OWN).mean is None
+    assert merge_preprocess(Preprocess(resize=None, crop=None, mean=MEAN, std=STD), None) == Preprocess(
+        mean=MEAN, std=STD
+    )
 
 
 def test_a_transform_takes_the_place_of_the_steps() -> None:
     own = Preprocess(transform="net:prepare")
-    assert merge(Preprocess(transform="net:other"), OWN) == Preprocess(transform="net:other")
-    assert merge(Preprocess(transform="net:other", exif="apply"), None).exif == "apply"
-    assert merge(None, own) == own
-    assert merge(Preprocess(exif="apply"), own).transform == "net:prepare"
-    assert merge(Preprocess(resize=8, crop=8, mean=None, std=None), own).transform is None
+    assert merge_preprocess(Preprocess(transform="net:other"), OWN) == Preprocess(transform="net:other")
+    assert merge_preprocess(Preprocess(transform="net:other", exif="apply"), None).exif == "apply"
+    assert merge_preprocess(None, own) == own
+    assert merge_preprocess(Preprocess(exif="apply"), own).transform == "net:prepare"
+    assert merge_preprocess(Preprocess(resize=8, crop=8, mean=None, std=None), own).transform is None
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,7 @@ def test_a_transform_takes_the_place_of_the_steps() -> None:
 )
 def test_what_does_not_fit_together_names_the_keys(job: Preprocess | None, own: Preprocess | None, words: str) -> None:
     with pytest.raises(InvalidJob) as caught:
-        merge(job, own)
+        merge_preprocess(job, own)
     assert words in caught.value.message
     assert caught.value.message.startswith("preprocess")
 
@@ -224,9 +226,9 @@ def test_a_frame_leads_back_to_the_image(size: tuple[int, int], preprocess: Prep
     height, width = size
     top, left = height // 2 - 10, width // 2 - 10
     pixels[top : top + 20, left : left + 20] = 255
-    made = Geometry(preprocess)(pixels)
+    made = ResizeCrop(preprocess)(pixels)
     rows, columns = (made[0] > 127).nonzero(as_tuple=True)
-    found = frame(preprocess, ImageFacts(None, width, height))
+    found = compute_image_geometry(preprocess, ImageInfo(None, width, height))
     if preprocess.pad is None:
         assert made.shape[1:] == (found.input_height, found.input_width)
     else:
@@ -239,18 +241,18 @@ def test_a_frame_leads_back_to_the_image(size: tuple[int, int], preprocess: Prep
 
 
 def test_a_frame_of_a_turned_image_is_the_upright_one() -> None:
-    found = frame(Preprocess(), ImageFacts(None, 40, 30, turned=True))
+    found = compute_image_geometry(Preprocess(), ImageInfo(None, 40, 30, axes_swapped=True))
     assert (found.width, found.height, found.input_width) == (30, 40, 30)
 
 
 def test_padding_asks_for_groups() -> None:
     with pytest.raises(InvalidJob, match=r"preprocess\.sizes: group"):
-        merge(Preprocess(pad=32), OWN)
+        merge_preprocess(Preprocess(pad=32), OWN)
 
 
 def test_images_with_their_channels_last_are_normalised_to_the_same_bits() -> None:
     merged = Preprocess(resize=None, crop=None, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    normalize = normalizer(merged)
+    normalize = make_normalizer(merged)
     for side in (7, 32, 7):
         planes = torch.randint(0, 256, (3, 3, side, side + 1), dtype=torch.uint8)
         last = normalize(planes.contiguous(memory_format=torch.channels_last), torch.float32)

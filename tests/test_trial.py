@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchjob
 from batchjob.errors import InvalidJob
-from batchjob.inference.autotune.trial_process import Images
+from batchjob.inference.autotune.trial_process import EngineTrialModel
 from batchjob.inference.engine import Engine
-from batchjob.inference.execution_config import Recipe
+from batchjob.inference.execution_config import ExecutionConfig
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.storage.reader import Reader
 
@@ -187,17 +187,17 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def subject(**preprocess: Any) -> Images:
+def subject(**preprocess: Any) -> EngineTrialModel:
     given = job("out")
     if preprocess:
         given = given.model_copy(update={"preprocess": Preprocess(**preprocess)})
     sample = [str(path) for path in sorted(Path("images").iterdir())]
-    return Images(Engine(given, Reader(given.storage), sample), sample, 4)
+    return EngineTrialModel(Engine(given, Reader(given.storage), sample), sample, 4)
 
 
 def test_what_is_timed_is_the_forward_pass_alone() -> None:
     """The batch is made and moved before: per image, that is work which a run's loader does."""
-    run = subject().build(Recipe())
+    run = subject().build(ExecutionConfig())
     with Operations() as noted:
         output = run()
     assert output.shape == (4, 5)
@@ -214,7 +214,7 @@ def prepare(image):
     return to_dtype(resize(image, [16, 16]), torch.float32, scale=True)
 """
     (tmp_path / "net.py").write_text(writing + transform)
-    run = subject(transform="net:prepare").build(Recipe())
+    run = subject(transform="net:prepare").build(ExecutionConfig())
     np.testing.assert_array_equal(run().numpy(), run().numpy())
 
 

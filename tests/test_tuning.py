@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from batchjob.inference.autotune.candidates import candidates, wished
-from batchjob.inference.autotune.decision import Decision, choose
-from batchjob.inference.autotune.trials import Subject, Trial, tried
-from batchjob.inference.devices import Traits
-from batchjob.inference.execution_config import Recipe
+from batchjob.inference.autotune.candidates import list_candidates, requested
+from batchjob.inference.autotune.decision import TuningDecision, choose_config
+from batchjob.inference.autotune.trials import Trial, TrialModel, run_trials
+from batchjob.inference.devices import DeviceCapabilities
+from batchjob.inference.execution_config import ExecutionConfig
 from batchjob.job.acceleration import Acceleration
 
-CPU, CPU_BF16 = Traits("cpu", "cpu"), Traits("cpu", "cpu", bf16=True)
-GPU = Traits("NVIDIA H100", "cuda", bf16=True, fp16=True)
-EAGER = Recipe()
-COMPILED = Recipe(compile="default", freeze=True)
-FOLDED = Recipe(channels_last=True, fold=True)
+CPU, CPU_BF16 = DeviceCapabilities("cpu", "cpu"), DeviceCapabilities("cpu", "cpu", bf16=True)
+GPU = DeviceCapabilities("NVIDIA H100", "cuda", bf16=True, fp16=True)
+EAGER = ExecutionConfig()
+COMPILED = ExecutionConfig(compile="default", freeze=True)
+FOLDED = ExecutionConfig(channels_last=True, fold=True)
 
 
 def asked(**given: Any) -> Acceleration:
@@ -29,8 +29,8 @@ def asked(**given: Any) -> Acceleration:
 
 
 @pytest.mark.parametrize("device", [CPU, CPU_BF16, GPU])
-def test_auto_goes_no_lower_than_autocast(device: Traits) -> None:
-    tried_there = candidates(asked(), device)
+def test_auto_goes_no_lower_than_autocast(device: DeviceCapabilities) -> None:
+    tried_there = list_candidates(asked(), device)
     assert tried_there[0] == EAGER
     assert len(set(tried_there)) == len(tried_there) > 3
     assert all(recipe.quantize == "none" and not recipe.half for recipe in tried_there)
@@ -39,11 +39,11 @@ def test_auto_goes_no_lower_than_autocast(device: Traits) -> None:
 
 
 def test_what_a_job_names_holds_for_every_candidate() -> None:
-    for recipe in candidates(asked(compile="off", precision="bf16", channels_last="on"), GPU):
+    for recipe in list_candidates(asked(compile="off", precision="bf16", channels_last="on"), GPU):
         assert (recipe.compile, recipe.precision, recipe.channels_last) == ("off", "bf16", True)
-    assert candidates(asked(compile="off", channels_last="off", fold="off", precision="fp32"), CPU) == [EAGER]
-    assert wished(asked(precision="fp16", half_weights="on")) == Recipe(precision="fp16", half=True)
-    static = candidates(asked(quantize="int8-static"), CPU_BF16)
+    assert list_candidates(asked(compile="off", channels_last="off", fold="off", precision="fp32"), CPU) == [EAGER]
+    assert requested(asked(precision="fp16", half_weights="on")) == ExecutionConfig(precision="fp16", half=True)
+    static = list_candidates(asked(quantize="int8-static"), CPU_BF16)
     assert all(recipe.quantize == "int8-static" and recipe.precision == "fp32" for recipe in static)
     assert {recipe.compile for recipe in static} == {"off", "default"}
 
@@ -55,16 +55,18 @@ def test_a_bare_on_or_off_is_understood(word: str, value: bool) -> None:
     assert asked(quantize=False).quantize == "off"
 
 
-class Pretended(Subject):
+class Pretended(TrialModel):
     """Takes the seconds it is told for a recipe, and gives the outputs it is told."""
 
-    images = 10
+    batch_size = 10
 
-    def __init__(self, seconds: dict[Recipe, float], outputs: dict[Recipe, Any] | None = None) -> None:
+    def __init__(
+        self, seconds: dict[ExecutionConfig, float], outputs: dict[ExecutionConfig, Any] | None = None
+    ) -> None:
         self.seconds, self.outputs = seconds, outputs or {}
-        self.built: list[Recipe] = []
+        self.built: list[ExecutionConfig] = []
 
-    def build(self, recipe: Recipe) -> Callable[[], Any]:
+    def build(self, recipe: ExecutionConfig) -> Callable[[], Any]:
         self.built.append(recipe)
         given = self.outputs.get(recipe, torch.eye(4))
         if isinstance(given, Exception):
@@ -80,13 +82,13 @@ class Pretended(Subject):
 
 
 def test_the_table_has_a_line_for_everything_that_was_tried() -> None:
-    broken = Recipe(precision="bf16")
-    wrong = Recipe(channels_last=True)
+    broken = ExecutionConfig(precision="bf16")
+    wrong = ExecutionConfig(channels_last=True)
     subject = Pretended(
         {EAGER: 0.004, COMPILED: 0.001},
         {broken: RuntimeError("no kernel\nfor this"), wrong: torch.eye(4).flip(0)},
     )
-    lines = list(tried(subject, [EAGER, broken, wrong, COMPILED]))
+    lines = list(run_trials(subject, [EAGER, broken, wrong, COMPILED]))
     assert [line.recipe for line in lines] == [EAGER, broken, wrong, COMPILED]
     assert [line.passed for line in lines] == [True, False, False, True]
     assert lines[1].verdict == "failed: RuntimeError: no kernel for this"
@@ -96,7 +98,7 @@ def test_the_table_has_a_line_for_everything_that_was_tried() -> None:
     assert subject.built.count(EAGER) == 1
 
 
-def line(recipe: Recipe, speedup: float, warm_up: float = 0.0, passed: bool = True) -> Trial:
+def line(recipe: ExecutionConfig, speedup: float, warm_up: float = 0.0, passed: bool = True) -> Trial:
     return Trial(recipe, "passed", passed, speedup, 100 * speedup, None, warm_up)
 
 
@@ -105,29 +107,31 @@ def test_the_fastest_that_passed_is_chosen() -> None:
         line(EAGER, 1.0),
         line(FOLDED, 1.2),
         line(COMPILED, 1.6, 5.0),
-        line(Recipe(precision="bf16"), 9, passed=False),
+        line(ExecutionConfig(precision="bf16"), 9, passed=False),
     ]
-    assert choose(asked(), table, 1e6) == (COMPILED, "1.60 times eager fp32")
-    assert choose(asked(), table, 500)[0] == FOLDED, "so few images do not pay for compiling"
-    assert choose(asked(), table[:1], 1e6) == (EAGER, "nothing that passed is faster")
-    assert choose(asked(), [line(EAGER, 1.0), line(FOLDED, 1.02)], 1e9)[0] == EAGER, "that is noise"
-    assert choose(asked(), [], 1e9) == (EAGER, "as the job says")
-    assert choose(asked(), table, 300, checked=30)[0] == EAGER, "the check costs more than they gain"
-    assert choose(asked(), table, 600, checked=30)[0] == FOLDED
+    assert choose_config(asked(), table, 1e6) == (COMPILED, "1.60 times eager fp32")
+    assert choose_config(asked(), table, 500)[0] == FOLDED, "so few images do not pay for compiling"
+    assert choose_config(asked(), table[:1], 1e6) == (EAGER, "nothing that passed is faster")
+    assert choose_config(asked(), [line(EAGER, 1.0), line(FOLDED, 1.02)], 1e9)[0] == EAGER, "that is noise"
+    assert choose_config(asked(), [], 1e9) == (EAGER, "as the job says")
+    assert choose_config(asked(), table, 300, check_images=30)[0] == EAGER, "the check costs more than they gain"
+    assert choose_config(asked(), table, 600, check_images=30)[0] == FOLDED
 
 
 def test_what_a_job_names_is_kept_where_it_loses() -> None:
-    named = Recipe(precision="bf16")
+    named = ExecutionConfig(precision="bf16")
     table = [line(EAGER, 1.0), line(named, 0.2), line(replace(named, channels_last=True), 0.3)]
-    assert choose(asked(precision="bf16"), table, 1e6)[0] == replace(named, channels_last=True)
+    assert choose_config(asked(precision="bf16"), table, 1e6)[0] == replace(named, channels_last=True)
     failed = [line(EAGER, 1.0), line(named, 0, passed=False)]
-    assert choose(asked(precision="bf16"), failed, 1e6) == (named, "as the job says")
+    assert choose_config(asked(precision="bf16"), failed, 1e6) == (named, "as the job says")
 
 
 def test_a_decision_survives_its_file() -> None:
     subject = Pretended({EAGER: 0.001})
-    made = Decision("cpu Intel(R) Xeon", "2.11.0+cu128", COMPILED, "1.60 times", tuple(tried(subject, [FOLDED])), 3.5)
-    assert Decision.parse(made.dump()) == made
+    made = TuningDecision(
+        "cpu Intel(R) Xeon", "2.11.0+cu128", COMPILED, "1.60 times", tuple(run_trials(subject, [FOLDED])), 3.5
+    )
+    assert TuningDecision.parse(made.dump()) == made
     assert made.key == "tuning/cpu-Intel-R--Xeon-torch-2-11-0-cu128.json"
     with pytest.raises((ValueError, KeyError, TypeError)):
-        Decision.parse(b'{"device": "x"}')
+        TuningDecision.parse(b'{"device": "x"}')

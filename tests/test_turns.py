@@ -17,18 +17,18 @@ from pools import ScriptedPool, job
 from stores import MemoryStore
 
 from batchjob.driver import driver
-from batchjob.driver.control_loop import Drain, Turns
+from batchjob.driver.control_loop import ControlLoop, StopSignals
 from batchjob.driver.lease import Lease
-from batchjob.driver.progress import Quiet
+from batchjob.driver.progress import NoProgress
 from batchjob.errors import Temporary, Unavailable
 from batchjob.job.job import Job
 from batchjob.output import commit
-from batchjob.plan.head import Head
-from batchjob.plan.head import current as current_of_head
-from batchjob.report.run_result import Outcome
-from batchjob.sources.listing import Input
+from batchjob.plan.head import PlanHead
+from batchjob.plan.head import read_current_head as current_of_head
+from batchjob.report.run_result import RunResult
+from batchjob.sources.listing import SourceListing
 from batchjob.storage.local_backend import DiskStore
-from batchjob.storage.objects import Stat
+from batchjob.storage.objects import ObjectInfo
 from batchjob.storage.store import Store
 
 PATIENCE = 60.0  # seconds, for what another thread does at once
@@ -43,11 +43,11 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each turn beats."""
-    monkeypatch.setattr("batchjob.driver.lease.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("batchjob.driver.lease.HEARTBEAT_SECONDS", 0.0)
 
 
-def run(the: Job) -> Outcome:
-    return driver.run(the, ScriptedPool, allow_empty=False, progress=Quiet())
+def run(the: Job) -> RunResult:
+    return driver.run(the, ScriptedPool, allow_empty=False, progress=NoProgress())
 
 
 def beats(output: Path) -> int:
@@ -83,7 +83,7 @@ def slowed(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, waits: Calla
 
 def test_discarding_many_parts_shows_life(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(job(tmp_path, TWELVE))
-    deleting = [key.removeprefix("predictions/") for key in sorted(commit.parts(DiskStore(out)))]
+    deleting = [key.removeprefix("predictions/") for key in sorted(commit.list_parts(DiskStore(out)))]
     real = DiskStore.delete
 
     def delete(self: DiskStore, key: str) -> None:
@@ -126,18 +126,18 @@ def test_a_discard_that_was_stopped_while_another_driver_took_over_buries_nothin
     run(job(tmp_path, TWELVE))
     real, looks = current_of_head, list[int]()
 
-    def current(store: Store) -> tuple[int, Head | None]:
+    def current(store: Store) -> tuple[int, PlanHead | None]:
         looks.append(len(looks))
         if len(looks) == 2:  # the look under the lease
-            Lease.acquire(DiskStore(out), silence=0.0)
+            Lease.acquire(DiskStore(out), expiry_seconds=0.0)
         return real(store)
 
     with monkeypatch.context() as patched:
-        patched.setattr("batchjob.driver.existing_output.current", current)
+        patched.setattr("batchjob.driver.existing_output.read_current_head", current)
         with pytest.raises(Temporary, match="another driver"):
             driver.discard(str(out))
     assert real(DiskStore(out))[1] is not None
-    assert len(commit.parts(DiskStore(out))) == 6
+    assert len(commit.list_parts(DiskStore(out))) == 6
     assert (out / "_SUCCESS").exists()
 
 
@@ -149,7 +149,7 @@ def released(output: Path) -> bool:
 def test_a_signal_as_soon_as_the_lease_is_taken_gives_it_back(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, came = Lease._sweep, list[int]()
+    real, came = Lease._delete_old_epochs, list[int]()
 
     def sweep(self: Lease) -> None:
         came.append(1)
@@ -157,7 +157,7 @@ def test_a_signal_as_soon_as_the_lease_is_taken_gives_it_back(
         threading.Event().wait(1.0)  # as long as a slow listing takes
         real(self)
 
-    monkeypatch.setattr(Lease, "_sweep", sweep)
+    monkeypatch.setattr(Lease, "_delete_old_epochs", sweep)
     with pytest.raises(Temporary, match="stopped by a signal; the same command resumes"):
         run(job(tmp_path, TWELVE))
     assert len(came) == 1
@@ -167,14 +167,14 @@ def test_a_signal_as_soon_as_the_lease_is_taken_gives_it_back(
 def test_a_signal_while_the_lease_is_given_back_changes_nothing(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, came = Turns.leave, list[int]()
+    real, came = ControlLoop.release_lease, list[int]()
 
-    def leave(self: Turns) -> None:
+    def leave(self: ControlLoop) -> None:
         came.append(1)
         os.kill(os.getpid(), signal.SIGTERM)
         real(self)
 
-    monkeypatch.setattr(Turns, "leave", leave)
+    monkeypatch.setattr(ControlLoop, "release_lease", leave)
     assert run(job(tmp_path, TWELVE)).status == "complete"
     assert len(came) == 1
     assert released(out)
@@ -185,34 +185,34 @@ def test_a_signal_ends_the_wait_for_another_drivers_lease(
 ) -> None:
     the, other = job(tmp_path, TWELVE), Lease.acquire(DiskStore(out))
 
-    def waits(self: Quiet, text: str) -> None:
+    def waits(self: NoProgress, text: str) -> None:
         if "waiting up to" in text:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Quiet, "note", waits)
+    monkeypatch.setattr(NoProgress, "note", waits)
     with pytest.raises(Temporary, match="stopped by a signal"):
         run(the)
-    other.confirm()
+    other.confirm_ownership()
 
 
-@pytest.mark.parametrize("call", ["refs", "require"])
+@pytest.mark.parametrize("call", ["refs", "check_requirements"])
 def test_a_slow_listing_keeps_the_lease(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    slowed(monkeypatch, Input, call, lambda: until_beaten(out))
-    assert driver.plan_only(job(tmp_path, TWELVE), allow_empty=False, progress=Quiet()).images == 12
+    slowed(monkeypatch, SourceListing, call, lambda: until_beaten(out))
+    assert driver.plan_only(job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress()).images == 12
     assert run(job(tmp_path, TWELVE)).status == "complete"
 
 
 def test_a_chunk_that_is_long_in_coming_keeps_the_lease(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Input.check_unchanged  # called by the feeder, before it lists
+    real = SourceListing.check_unchanged  # called by the feeder, before it lists
 
-    def slow(self: Input, head: Any) -> None:
+    def slow(self: SourceListing, head: Any) -> None:
         until_beaten(out)
         real(self, head)
 
-    monkeypatch.setattr(Input, "check_unchanged", slow)
-    assert driver.plan_only(job(tmp_path, TWELVE), allow_empty=False, progress=Quiet()).images == 12
+    monkeypatch.setattr(SourceListing, "check_unchanged", slow)
+    assert driver.plan_only(job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress()).images == 12
 
 
 def test_a_signal_is_heard_while_a_chunk_is_long_in_coming(
@@ -220,16 +220,16 @@ def test_a_signal_is_heard_while_a_chunk_is_long_in_coming(
 ) -> None:
     go_on = threading.Event()
 
-    def hangs(self: Input, head: Any) -> None:
+    def hangs(self: SourceListing, head: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         go_on.wait(PATIENCE)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Input, "check_unchanged", hangs)
+        patched.setattr(SourceListing, "check_unchanged", hangs)
         with pytest.raises(Temporary, match="stopped by a signal"):
-            driver.plan_only(job(tmp_path, TWELVE), allow_empty=False, progress=Quiet())
+            driver.plan_only(job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress())
     go_on.set()
-    assert driver.plan_only(job(tmp_path, TWELVE), allow_empty=False, progress=Quiet()).images == 12
+    assert driver.plan_only(job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress()).images == 12
 
 
 def test_foreign_parts_are_looked_at_beside_the_turns(
@@ -271,7 +271,7 @@ class Silent(MemoryStore):
         self.silent, self.asked, self.answer = False, threading.Event(), threading.Event()
         self.times = 1 << 30  # that it is asked in vain
 
-    def list(self, prefix: str) -> Iterator[Stat]:
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
         if self.silent:
             self.asked.set()
             self.answer.wait(PATIENCE)
@@ -286,86 +286,86 @@ def silent() -> Silent:
     return Silent()
 
 
-def turns(store: Silent, drain: Drain, outage: float) -> Turns:
-    return Turns(Lease.acquire(store), drain, store.uri, outage)
+def turns(store: Silent, drain: StopSignals, outage: float) -> ControlLoop:
+    return ControlLoop(Lease.acquire(store), drain, store.uri, outage)
 
 
-def go_round(going: Turns) -> None:
+def go_round(going: ControlLoop) -> None:
     for _ in range(100):
-        going.turn(0.01)
+        going.tick(0.01)
 
 
 def test_a_store_that_falls_silent_keeps_no_turn_waiting(silent: Silent) -> None:
-    drain = Drain()
+    drain = StopSignals()
     going = turns(silent, drain, 300.0)
-    going.beat()
+    going.heartbeat()
     silent.silent = True
     for _ in range(3):
-        going.turn(0.0)
+        going.tick(0.0)
     assert silent.asked.wait(PATIENCE)
-    drain.asked.set()
+    drain.requested.set()
     with pytest.raises(Temporary, match="stopped by a signal"):
-        going.beat()
-    going.leave()  # though it cannot be given back
+        going.heartbeat()
+    going.release_lease()  # though it cannot be given back
     silent.answer.set()
 
 
 def test_a_lease_that_cannot_be_written_is_forgiven_until_it_lasts(silent: Silent) -> None:
-    forgiving = turns(silent, Drain(), 300.0)
-    forgiving.beat()
+    forgiving = turns(silent, StopSignals(), 300.0)
+    forgiving.heartbeat()
     silent.silent = True
     silent.answer.set()
     for _ in range(10):
-        forgiving.turn(0.0)
+        forgiving.tick(0.0)
     silent.silent = False
     before = len(silent.written())
     while len(silent.written()) == before:
-        forgiving.turn(0.01)
-    forgiving.leave()
+        forgiving.tick(0.01)
+    forgiving.release_lease()
     assert json.loads(silent.read(silent.held()[-1]).data)["released"]
 
 
 def test_a_look_at_the_lease_waits_for_an_outage_to_end(silent: Silent) -> None:
-    going = turns(silent, Drain(), 300.0)
+    going = turns(silent, StopSignals(), 300.0)
     silent.silent, silent.times = True, 2
     silent.answer.set()
-    going.confirm()
+    going.confirm_lease()
     assert not silent.silent
-    going.leave()
+    going.release_lease()
 
 
 def test_a_signal_in_an_outage_waits_for_no_commit(silent: Silent) -> None:
-    drain = Drain()
+    drain = StopSignals()
     going = turns(silent, drain, 300.0)
-    going.before_stop = lambda: pytest.fail("nothing can be committed")
-    going.beat()
+    going.on_stop = lambda: pytest.fail("nothing can be committed")
+    going.heartbeat()
     silent.silent = True
     silent.answer.set()
     go_round(going)
-    drain.asked.set()
+    drain.requested.set()
     with pytest.raises(Temporary, match="stopped by a signal"):
-        going.beat()
-    going.leave()
+        going.heartbeat()
+    going.release_lease()
 
 
 def test_a_lease_that_is_unwritten_for_too_long_ends_the_run(silent: Silent) -> None:
-    going = turns(silent, Drain(), 0.0)
+    going = turns(silent, StopSignals(), 0.0)
     silent.silent = True
     silent.answer.set()
     with pytest.raises(Unavailable, match="does not answer"):
         go_round(going)
-    going.leave()
+    going.release_lease()
 
 
 COUNTING = """
 import sys, time
 from batchjob.cli.main import main
-from batchjob.sources.listing import Input
+from batchjob.sources.listing import SourceListing
 def refs(self, after):
     print("counting", flush=True)
     time.sleep(600)
     yield
-Input.refs = refs
+SourceListing.refs = refs
 sys.exit(main(["plan", "job.yaml", "--quiet"]))
 """
 

@@ -20,13 +20,13 @@ from lost import write_harmful_job
 from stores import MemoryStore
 
 from batchjob import Job, run
-from batchjob.errors import AttemptFailed, Stalled, StorageError, Unavailable
+from batchjob.errors import AttemptFailed, StorageError, Unavailable, WorkerStalled
 from batchjob.loader.loader import Loader
-from batchjob.loader.settings import LoaderPlan
-from batchjob.storage.objects import Blob
+from batchjob.loader.settings import LoaderConfig
+from batchjob.storage.objects import ObjectData
 from batchjob.storage.reader import Reader
-from batchjob.types import ImageRef, Prepared, Shard, ShardKey
-from batchjob.worker.watchdog import AttendedStore, Stopwatch
+from batchjob.types import ImageRef, PreparedImage, Shard, ShardKey
+from batchjob.worker.watchdog import MonitoredStore, Watchdog
 
 IMAGES = 16
 
@@ -56,7 +56,7 @@ def test_a_store_that_never_answers_ends_a_run_on_the_local_pool_as_temporary(
     tmp_path: Path, store: MemoryStore, released: threading.Event
 ) -> None:
     store.inject("put_if_absent", "predictions/*", released.wait, skip=1)
-    with pytest.raises(Stalled) as told:
+    with pytest.raises(WorkerStalled) as told:
         run(the_job(tmp_path, "runtime.stall_seconds=1", "errors.outage_seconds=0"))
     print(told.value.message)
     assert (told.value.exit_code, told.value.status, told.value.storage) == (75, "temporary", True)
@@ -79,13 +79,15 @@ def test_a_loader_that_neither_loads_nor_dies_ends_the_run_too(
 ) -> None:
     read_many = Reader.read_many
 
-    def stuck(self: Reader, uris: Sequence[str], *how: Any, **more: Any) -> list[Blob | StorageError | Unavailable]:
+    def stuck(
+        self: Reader, uris: Sequence[str], *how: Any, **more: Any
+    ) -> list[ObjectData | StorageError | Unavailable]:
         released.wait()
         return read_many(self, uris, *how, **more)
 
     job = the_job(tmp_path, "runtime.stall_seconds=1", "errors.outage_seconds=0")
     monkeypatch.setattr(Reader, "read_many", stuck)
-    with pytest.raises(Stalled, match=r"the wait for a batch has not ended for \d+ s") as told:
+    with pytest.raises(WorkerStalled, match=r"the wait for a batch has not ended for \d+ s") as told:
         run(job)
     assert told.value.storage
 
@@ -93,7 +95,7 @@ def test_a_loader_that_neither_loads_nor_dies_ends_the_run_too(
 class Stopped(Reader):
     """A storage client in which its process comes to a halt, without an end."""
 
-    def read_many(self, uris: Sequence[str], *how: Any, **more: Any) -> list[Blob | StorageError | Unavailable]:
+    def read_many(self, uris: Sequence[str], *how: Any, **more: Any) -> list[ObjectData | StorageError | Unavailable]:
         os.kill(os.getpid(), signal.SIGSTOP)
         return super().read_many(uris, *how, **more)
 
@@ -101,30 +103,30 @@ class Stopped(Reader):
 class Slow(Reader):
     """A store from which each object comes after a while."""
 
-    def _try(self, *asked: Any) -> Blob | StorageError | Unavailable:
+    def _try(self, *asked: Any) -> ObjectData | StorageError | Unavailable:
         time.sleep(1.0)
         return super()._try(*asked)
 
 
-def prepare(data: bytes) -> Prepared:
-    return Prepared(torch.full((3, 2, 2), len(data), dtype=torch.uint8), 2, 2)
+def prepare(data: bytes) -> PreparedImage:
+    return PreparedImage(torch.full((3, 2, 2), len(data), dtype=torch.uint8), 2, 2)
 
 
 class OneShard:
     def __init__(self, shard: Shard) -> None:
         self._left = [shard]
 
-    def take(self) -> Shard | None:
+    def next_shard(self) -> Shard | None:
         return self._left.pop() if self._left else None
 
-    def wants(self, shard: Shard) -> bool:  # noqa: ARG002 - the face of a feed
+    def is_wanted(self, shard: Shard) -> bool:
         return True
 
 
 class StoppedOnce(Stopped):
     """The same, in the first process that reads."""
 
-    def read_many(self, uris: Sequence[str], *how: Any, **more: Any) -> list[Blob | StorageError | Unavailable]:
+    def read_many(self, uris: Sequence[str], *how: Any, **more: Any) -> list[ObjectData | StorageError | Unavailable]:
         mark = Path(uris[0]).with_name("mark")
         if mark.exists():
             return Reader.read_many(self, uris, *how, **more)
@@ -133,8 +135,8 @@ class StoppedOnce(Stopped):
 
 
 def loader(reader: Reader, image_seconds: float = 60.0) -> Loader:
-    plan = LoaderPlan(1, 2, False, image_seconds)
-    return Loader(reader=reader, prepare=prepare, batch_size=8, plan=plan, size=(2, 2))
+    plan = LoaderConfig(1, 2, False, image_seconds)
+    return Loader(reader=reader, transform=prepare, batch_size=8, config=plan, size=(2, 2))
 
 
 def shard(folder: Path, images: int = 8) -> Shard:
@@ -149,14 +151,14 @@ def shard(folder: Path, images: int = 8) -> Shard:
 @contextmanager
 def watched(loading: Loader, seconds: float) -> Iterator[threading.Event]:
     """Have somebody look whether this thread's step, which is loading, shows no life for so long."""
-    stopwatch, late, over = Stopwatch(), threading.Event(), threading.Event()
+    stopwatch, late, over = Watchdog(), threading.Event(), threading.Event()
 
     def look() -> None:
         while not over.wait(0.05):
-            if stopwatch.overdue(seconds, seconds) is not None:
+            if stopwatch.stalled_step(seconds, seconds) is not None:
                 late.set()
 
-    with stopwatch.step("the wait for a batch", sign=loading.last_sign):
+    with stopwatch.step("the wait for a batch", last_progress=loading.last_progress):
         thread = threading.Thread(target=look)
         thread.start()
         try:
@@ -172,7 +174,7 @@ def test_objects_that_come_one_by_one_are_signs_of_life(tmp_path: Path) -> None:
     with watched(slow, 4.0) as late:
         (batch,) = slow.batches(OneShard(shard(tmp_path)))
     slow.close()
-    assert len(batch.facts) == 8
+    assert len(batch.image_infos) == 8
     assert not late.is_set(), "8 s for the batch, no 4 s without a sign"
 
 
@@ -187,7 +189,7 @@ def test_a_process_that_was_stopped_gives_none(tmp_path: Path) -> None:
     with watched(stopped, 1.0) as late:
         thread.start()
         assert late.wait(60)
-    assert stopped.deaths == 0
+    assert stopped.process_deaths == 0
     stopped.close()
     thread.join()
 
@@ -195,17 +197,17 @@ def test_a_process_that_was_stopped_gives_none(tmp_path: Path) -> None:
 def test_a_process_that_was_stopped_for_too_long_is_replaced(tmp_path: Path) -> None:
     stopped = loader(StoppedOnce(), image_seconds=1.0)
     found = list(stopped.batches(OneShard(shard(tmp_path))))
-    assert [facts.fault for batch in found for facts in batch.facts] == [None] * 8
-    assert stopped.deaths == 1
+    assert [facts.error for batch in found for facts in batch.image_infos] == [None] * 8
+    assert stopped.process_deaths == 1
     stopped.close()
 
 
 def test_each_verb_of_a_store_is_a_step(tmp_path: Path) -> None:
-    store, seen, stopwatch = MemoryStore(), list[str](), Stopwatch(Hours())
-    attended = AttendedStore(store, stopwatch)
+    store, seen, stopwatch = MemoryStore(), list[str](), Watchdog(Hours())
+    attended = MonitoredStore(store, stopwatch)
 
     def look() -> None:
-        step = stopwatch.overdue(0.0, 0.0)
+        step = stopwatch.stalled_step(0.0, 0.0)
         assert step is not None
         assert step.storage
         seen.append(step.name)
@@ -225,7 +227,7 @@ def test_each_verb_of_a_store_is_a_step(tmp_path: Path) -> None:
     attended.delete_if_match("a/b", changed.version or "")
     attended.delete("a/b")
     assert store.held() == []
-    assert stopwatch.overdue(0.0, 0.0) is None
+    assert stopwatch.stalled_step(0.0, 0.0) is None
     assert len(seen) == 10
     assert all(name.split(" memory://out/a/")[0].split()[-1] in {"of", "at"} for name in seen), seen
 

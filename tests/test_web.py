@@ -13,17 +13,25 @@ import pyarrow as pa
 import pytest
 from websites import Page, Website, website
 
-from batchjob.errors import Changed, InvalidJob, NotFound, Refused, StorageError, Unaddressable, Unavailable
+from batchjob.errors import (
+    AddressRefused,
+    InvalidJob,
+    NotFound,
+    PreconditionFailed,
+    StorageError,
+    UnaddressableKey,
+    Unavailable,
+)
 from batchjob.loader.fetch import Fetcher
 from batchjob.sources.manifest import ManifestSource
 from batchjob.sources.prefix import PrefixSource
-from batchjob.storage.address_check import why_not
-from batchjob.storage.http_backend import Web, refusal
-from batchjob.storage.objects import Blob
+from batchjob.storage.address_check import explain_address_refusal
+from batchjob.storage.http_backend import HttpBackend, explain_url_refusal
+from batchjob.storage.objects import ObjectData
 from batchjob.storage.options import StorageOptions
 from batchjob.storage.outage import Outage
 from batchjob.storage.reader import Reader
-from batchjob.types import Cursor, Fault, ImageRef
+from batchjob.types import Cursor, ErrorRecord, ImageRef
 
 OPEN = StorageOptions(private=True)
 
@@ -35,7 +43,7 @@ def site() -> Iterator[Website]:
 
 
 def reader(site: Website, **options: Any) -> Reader:
-    return Reader({site.url: StorageOptions(private=True, **options)}, patience=0.0)
+    return Reader({site.url: StorageOptions(private=True, **options)}, retry_timeout=0.0)
 
 
 def test_the_web_is_off_unless_the_job_names_the_host(site: Website) -> None:
@@ -48,11 +56,11 @@ def test_the_web_is_off_unless_the_job_names_the_host(site: Website) -> None:
         {"s3://": OPEN},
     ):
         with pytest.raises(
-            Refused, match=r"on the web, which is read only where the job names the host, storage: \{'http"
+            AddressRefused, match=r"on the web, which is read only where the job names the host, storage: \{'http"
         ):
-            Reader(options, patience=0.0).read(f"{site.url}/a.jpg")
+            Reader(options, retry_timeout=0.0).read(f"{site.url}/a.jpg")
     asked = len(site.asked)
-    assert reader(site).read(f"{site.url}/a.jpg") == Blob(b"bytes", "v1")
+    assert reader(site).read(f"{site.url}/a.jpg") == ObjectData(b"bytes", "v1")
     assert len(site.asked) == asked + 1
     headers = site.asked[-1][1]
     assert headers["Host"] == site.url.removeprefix("http://")
@@ -69,13 +77,13 @@ def test_a_name_that_only_looks_like_the_host_is_another(site: Website) -> None:
         "https://evil.example\u2044good.example/a.jpg",
         "http://good.example/a.jpg",
     ):
-        with pytest.raises((Refused, Unaddressable)):
-            Reader(options, patience=0.0).read(url)
-    assert refusal("HTTPS://Good.Example./a.jpg", options) is None
-    assert refusal("https://good.example:443/a b.jpg", options) is None
+        with pytest.raises((AddressRefused, UnaddressableKey)):
+            Reader(options, retry_timeout=0.0).read(url)
+    assert explain_url_refusal("HTTPS://Good.Example./a.jpg", options) is None
+    assert explain_url_refusal("https://good.example:443/a b.jpg", options) is None
     for url in ("https://good.example\\@evil.example/a", "https://good.example/a\r\nX: y", "https:///a", "https://[/a"):
-        with pytest.raises(Unaddressable, match="no URL that can be read"):
-            Reader(options, patience=0.0).read(url)
+        with pytest.raises(UnaddressableKey, match="no URL that can be read"):
+            Reader(options, retry_timeout=0.0).read(url)
 
 
 @pytest.mark.parametrize(
@@ -105,11 +113,11 @@ def test_a_name_that_only_looks_like_the_host_is_another(site: Website) -> None:
     ],
 )
 def test_addresses_that_no_name_may_lead_to(address: str, said: str) -> None:
-    assert said in str(why_not(address, private=False))
-    allowed = why_not(address, private=True)
+    assert said in str(explain_address_refusal(address, allow_private=False))
+    allowed = explain_address_refusal(address, allow_private=True)
     assert (allowed is None) == (said == "private network")
-    assert why_not("93.184.215.14", private=False) is None
-    assert why_not("2606:2800:21f:cb07:6820:80da:af6b:8b2c", private=False) is None
+    assert explain_address_refusal("93.184.215.14", allow_private=False) is None
+    assert explain_address_refusal("2606:2800:21f:cb07:6820:80da:af6b:8b2c", allow_private=False) is None
 
 
 def test_every_address_of_a_name_is_looked_at_and_the_one_that_was_is_used(site: Website) -> None:
@@ -122,16 +130,16 @@ def test_every_address_of_a_name_is_looked_at_and_the_one_that_was_is_used(site:
 
     options = {f"http://images.example:{site.port}": OPEN}
     url = f"http://images.example:{site.port}/a.jpg"
-    web = Web(options, 0.0, Outage(0.0), rebinding)
+    web = HttpBackend(options, 0.0, Outage(0.0), rebinding)
     asked = len(site.asked)
     assert web.get(url).data == b"bytes"
     assert web.get(url).data == b"bytes", "no second question to the name server in between"
     assert site.asked[asked][1]["Host"] == f"images.example:{site.port}"
     for addresses in (["127.0.0.1", "169.254.169.254"], ["93.184.215.14", "fe80::1"]):
-        with pytest.raises(Refused, match="where a cloud hands credentials"):
-            Web(options, 0.0, Outage(0.0), lambda *_, found=addresses: found).get(url)
-    with pytest.raises(Refused, match="private: true for this host in storage"):
-        Web({key: StorageOptions() for key in options}, 0.0, Outage(0.0), lambda *_: ["127.0.0.1"]).get(url)
+        with pytest.raises(AddressRefused, match="where a cloud hands credentials"):
+            HttpBackend(options, 0.0, Outage(0.0), lambda *_, found=addresses: found).get(url)
+    with pytest.raises(AddressRefused, match="private: true for this host in storage"):
+        HttpBackend({key: StorageOptions() for key in options}, 0.0, Outage(0.0), lambda *_: ["127.0.0.1"]).get(url)
     assert len(site.asked) == asked + 2
 
 
@@ -139,8 +147,8 @@ def test_every_address_of_a_name_is_looked_at_and_the_one_that_was_is_used(site:
     "spelled", ["2130706433", "0x7f000001", "127.1", "0177.0.0.1", "[::ffff:127.0.0.1]", "localhost"]
 )
 def test_odd_spellings_of_this_machine_are_seen_through(spelled: str) -> None:
-    with pytest.raises((Refused, Unavailable)) as caught:
-        Reader({"http://": StorageOptions()}, patience=0.0).read(f"http://{spelled}/latest/meta-data/")
+    with pytest.raises((AddressRefused, Unavailable)) as caught:
+        Reader({"http://": StorageOptions()}, retry_timeout=0.0).read(f"http://{spelled}/latest/meta-data/")
     assert "private network" in caught.value.message or isinstance(caught.value, Unavailable)
 
 
@@ -164,13 +172,13 @@ def test_each_redirect_is_looked_at_as_the_first_step(site: Website) -> None:
             ("/user", "holds user information"),
             ("/round", "redirects more than 5 times"),
         ):
-            with pytest.raises(Refused, match=said) as caught:
+            with pytest.raises(AddressRefused, match=said) as caught:
                 reader(site).read(f"{site.url}{path}")
             assert "hunter2" not in str(caught.value)
         assert other.asked == []
-        every = Reader({site.url: OPEN, "http://": StorageOptions()}, patience=0.0)
+        every = Reader({site.url: OPEN, "http://": StorageOptions()}, retry_timeout=0.0)
         for path, said in (("/out", "in a private network"), ("/inside", "where a cloud hands credentials")):
-            with pytest.raises(Refused, match=said):
+            with pytest.raises(AddressRefused, match=said):
                 every.read(f"{site.url}{path}")
         assert other.asked == []
 
@@ -179,12 +187,12 @@ def test_bytes_and_seconds_have_limits(site: Website) -> None:
     site.pages["/large"] = Page(b"x" * 5001)
     site.pages["/slow"] = Page(pieces=tuple(b"x" for _ in range(100)), pause=0.1)
     assert len(reader(site, max_bytes=5001).read(f"{site.url}/large").data) == 5001
-    with pytest.raises(Refused, match="has more than 5,000 bytes"):
+    with pytest.raises(AddressRefused, match="has more than 5,000 bytes"):
         reader(site, max_bytes=5000).read(f"{site.url}/large")
     for patience in (0.0, 30.0):
         slow = Reader({site.url: StorageOptions(private=True, seconds=0.5)}, patience)
         asked = len(site.asked)
-        with pytest.raises(Refused, match=r"longer than 0\.5 s"):
+        with pytest.raises(AddressRefused, match=r"longer than 0\.5 s"):
             slow.read(f"{site.url}/slow")
         assert len(site.asked) == asked + 1
 
@@ -200,13 +208,13 @@ def test_answers_are_told_apart(site: Website) -> None:
     }
     refused = (400, 401, 402, 403, 405, 451)
     site.pages |= {f"/{status}": Page(status=status) for status in (*refused, 408, 429)}
-    kinds = [("/absent", NotFound), ("/gone", NotFound), ("/denied", Refused), ("/broken", Unavailable)]
-    kinds += [(f"/{status}", Refused) for status in refused]
+    kinds = [("/absent", NotFound), ("/gone", NotFound), ("/denied", AddressRefused), ("/broken", Unavailable)]
+    kinds += [(f"/{status}", AddressRefused) for status in refused]
     for path, kind in (*kinds, ("/408", Unavailable), ("/429", Unavailable), ("/short", Unavailable)):
         with pytest.raises(kind):
             reader(site).read(f"{site.url}{path}")
     assert reader(site).read(f"{site.url}/weak").etag is None
-    with pytest.raises(Changed):
+    with pytest.raises(PreconditionFailed):
         reader(site).read(f"{site.url}/tagged", etag="y")
     assert reader(site).stat(f"{site.url}/tagged").size == 3
     with reader(site).open(f"{site.url}/tagged") as file:
@@ -218,7 +226,7 @@ def test_answers_are_told_apart(site: Website) -> None:
 def test_a_fault_that_passes_is_asked_again(site: Website) -> None:
     answers = iter([Page(status=503), Page(status=429), Page(b"bytes")])
     site.pages["/flaky"] = lambda _: next(answers)
-    assert Reader({site.url: OPEN}, patience=20.0).read(f"{site.url}/flaky").data == b"bytes"
+    assert Reader({site.url: OPEN}, retry_timeout=20.0).read(f"{site.url}/flaky").data == b"bytes"
 
 
 def certified(folder: Path, name: str) -> ssl.SSLContext:
@@ -244,9 +252,9 @@ def certified(folder: Path, name: str) -> ssl.SSLContext:
 def test_a_certificate_is_that_of_the_name_though_an_address_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def secure(host: str) -> Web:
+    def secure(host: str) -> HttpBackend:
         place = f"https://{host}:{secured.port}"
-        return Web({place: OPEN}, 0.0, Outage(0.0), lambda *_: ["127.0.0.1"])
+        return HttpBackend({place: OPEN}, 0.0, Outage(0.0), lambda *_: ["127.0.0.1"])
 
     with website(certified(tmp_path, "images.example")) as secured:
         secured.pages["/a.jpg"] = Page(b"bytes")
@@ -262,8 +270,10 @@ def test_many_reads_answer_each_for_itself(site: Website) -> None:
     site.pages |= {f"/{number}.jpg": Page(f"{number}".encode()) for number in range(50)}
     uris = [f"{site.url}/{number}.jpg" for number in range(50)]
     found = reader(site).read_many([*uris, f"{site.url}/absent", "http://elsewhere.example/a.jpg"])
-    assert [answer.data for answer in found[:50] if isinstance(answer, Blob)] == [f"{n}".encode() for n in range(50)]
-    assert [type(answer) for answer in found[50:]] == [NotFound, Refused]
+    assert [answer.data for answer in found[:50] if isinstance(answer, ObjectData)] == [
+        f"{n}".encode() for n in range(50)
+    ]
+    assert [type(answer) for answer in found[50:]] == [NotFound, AddressRefused]
 
 
 def test_what_is_refused_while_reading_is_an_error_row(site: Website) -> None:
@@ -271,8 +281,8 @@ def test_what_is_refused_while_reading_is_an_error_row(site: Website) -> None:
     site.pages["/fine.jpg"] = Page(b"bytes")
     locations = [f"{site.url}/{name}.jpg" for name in ("fine", "inside")]
     fine, inside = Fetcher(reader(site)).fetch([ImageRef(n, uri, uri) for n, uri in enumerate(locations)])
-    assert isinstance(fine, Blob)
-    assert isinstance(inside, Fault)
+    assert isinstance(fine, ObjectData)
+    assert isinstance(inside, ErrorRecord)
     assert (inside.stage, inside.type) == ("fetch", "refused")
 
 
@@ -286,25 +296,25 @@ def test_a_host_that_is_gone_is_the_fault_of_its_images_while_another_answers(si
         unheard.bind(("127.0.0.1", 0))  # and does not listen
         dead = f"http://127.0.0.1:{unheard.getsockname()[1]}"
         other.pages["/c.jpg"] = Page(b"c")
-        fetcher = Fetcher(Reader({site.url: OPEN, other.url: OPEN, dead: OPEN}, patience=0.05))
+        fetcher = Fetcher(Reader({site.url: OPEN, other.url: OPEN, dead: OPEN}, retry_timeout=0.05))
         read = fetcher.fetch(refs(f"{site.url}/a.jpg", f"{other.url}/c.jpg"))
-        assert [type(answer) for answer in read] == [Blob, Blob]
+        assert [type(answer) for answer in read] == [ObjectData, ObjectData]
         found, *faults = fetcher.fetch(refs(f"{site.url}/b.jpg", f"{site.url}/broken.jpg", f"{dead}/d.jpg"))
-        assert isinstance(found, Blob)
+        assert isinstance(found, ObjectData)
         other.pages["/c.jpg"] = Page(status=500)  # the last that was read
         faults += fetcher.fetch(refs(f"{other.url}/c.jpg"))
         for fault in faults:
-            assert isinstance(fault, Fault)
+            assert isinstance(fault, ErrorRecord)
             assert (fault.stage, fault.type) == ("fetch", "unreadable")
             assert "others on the web can be read" in fault.message
         with pytest.raises(Unavailable, match="does not answer"):
-            Fetcher(Reader({dead: OPEN}, patience=0.05)).fetch(refs(f"{dead}/d.jpg"))
+            Fetcher(Reader({dead: OPEN}, retry_timeout=0.05)).fetch(refs(f"{dead}/d.jpg"))
 
 
 def test_an_image_that_is_too_large_is_not_read(site: Website) -> None:
     site.pages["/huge.jpg"] = Page(b"", length=20_000_000_000)
     (fault,) = Fetcher(reader(site), max_bytes=1000).fetch(refs(f"{site.url}/huge.jpg"))
-    assert fault == Fault("fetch", "too_large", "the file has 20,000,000,000 bytes, over decode.max_bytes 1,000")
+    assert fault == ErrorRecord("fetch", "too_large", "the file has 20,000,000,000 bytes, over decode.max_bytes 1,000")
 
 
 def test_all_hosts_share_one_set_of_trusted_certificates(site: Website, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +327,7 @@ def test_all_hosts_share_one_set_of_trusted_certificates(site: Website, monkeypa
 
     monkeypatch.setattr(ssl, "create_default_context", counted)
     hosts = [f"https://{host}:{site.port}" for host in ("127.0.0.1", "localhost")]
-    one = Reader(dict.fromkeys(hosts, OPEN), patience=0.0)
+    one = Reader(dict.fromkeys(hosts, OPEN), retry_timeout=0.0)
     for host in hosts:  # which speaks no TLS
         with pytest.raises(Unavailable):
             one.read(f"{host}/a.jpg")
@@ -379,7 +389,7 @@ def test_a_plan_takes_rows_of_hosts_and_protocols_that_the_job_names(tmp_path: P
 def test_other_protocols_do_not_lead_to_the_web_either() -> None:
     for uri in ("simplecache://::https://named.example/a.jpg", "zip://a::http://named.example/a.zip"):
         with pytest.raises(StorageError, match="reaches the web through another protocol"):
-            Reader({"https://": OPEN}, patience=0.0).read(uri)
+            Reader({"https://": OPEN}, retry_timeout=0.0).read(uri)
 
 
 def test_a_manifest_on_the_web_is_read_where_its_host_is_named(site: Website) -> None:
@@ -391,7 +401,7 @@ def test_a_manifest_on_the_web_is_read_where_its_host_is_named(site: Website) ->
     with pytest.raises(
         InvalidJob, match=r"input\.uri http://127.*: is on the web, which is read only where the job names"
     ):
-        source.check(Reader(patience=0.0))
+        source.check(Reader(retry_timeout=0.0))
     moved = ManifestSource.model_validate({"uri": f"{site.url}/index/moved.csv", "uri_column": "image"})
     with pytest.raises(InvalidJob, match=r"redirects to http://10\.0\.0\.1/m\.csv"):
         moved.check(reader(site))

@@ -11,25 +11,25 @@ from pathlib import Path
 from tempfile import gettempdir
 
 from batchjob import system
-from batchjob.bench.bench_worker import Listed, Rig, look, rigged
-from batchjob.bench.bottleneck import ceilings, verdict
-from batchjob.bench.grad_modes import modes
-from batchjob.bench.machine_stats import MemoryWatch, calibrate
-from batchjob.bench.profiler_trace import profile
-from batchjob.bench.results import Calibration, Findings, Peak, Running
-from batchjob.bench.stages import alone, disk_bytes_per_second, fetched_by_all
-from batchjob.bench.throughput import ladder, running
+from batchjob.bench.bench_worker import BenchWorker, InputSample, open_bench_worker, sample_input
+from batchjob.bench.bottleneck import compute_ceilings, explain_bottleneck
+from batchjob.bench.grad_modes import measure_grad_modes
+from batchjob.bench.machine_stats import MemorySampler, calibrate
+from batchjob.bench.profiler_trace import write_profile
+from batchjob.bench.results import BenchResult, Calibration, MemoryPeak, RunMetrics
+from batchjob.bench.stages import measure_disk_rate, measure_fetch_rate, measure_stages
+from batchjob.bench.throughput import compute_run_metrics, measure_throughput_steps
 from batchjob.errors import AttemptFailed, InvalidJob, Temporary
 from batchjob.job.job import Job
-from batchjob.text import counted
+from batchjob.text import format_count
 
-__all__ = ["Wanted", "bench"]
+__all__ = ["BenchOptions", "bench"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class BenchOptions:
     """What to measure.
 
     Attributes:
@@ -41,7 +41,7 @@ class Wanted:
     profile: Path | None = None
 
 
-def bench(job: Job, wanted: Wanted) -> Findings:
+def bench(job: Job, options: BenchOptions) -> BenchResult:
     """Measure a job's path from storage to Parquet, through the parts that a run uses. Its output is not touched.
 
     Raises:
@@ -51,23 +51,25 @@ def bench(job: Job, wanted: Wanted) -> Findings:
     """
     with _disk_may_be_full():
         before = calibrate()
-        listed = look(job, wanted.images)
-        with rigged(job, wanted.images, _cores(job), listed) as rig:
-            return _found(rig, wanted, listed, before)
+        listed = sample_input(job, options.images)
+        with open_bench_worker(job, options.images, _cores(job), listed) as rig:
+            return _found(rig, options, listed, before)
 
 
-def _found(rig: Rig, wanted: Wanted, listed: Listed, before: float) -> Findings:
+def _found(rig: BenchWorker, wanted: BenchOptions, listed: InputSample, before: float) -> BenchResult:
     run, memory = _run(rig)
-    batches = rig.batches(rig.sample)
-    stages = (listed.stage, *alone(rig, batches))
-    found = ceilings(stages, rig.cores, store=fetched_by_all(rig), disk=disk_bytes_per_second(rig))
-    rungs, side_by_side = ladder(rig, batches, run), modes(rig, batches)
-    files = () if wanted.profile is None else profile(rig, wanted.profile)
-    processes, engine = rig.parts.loader.plan.processes, rig.parts.engine
-    return Findings(
+    batches = rig.load_batches(rig.sample_shard)
+    stages = (listed.stage, *measure_stages(rig, batches))
+    found = compute_ceilings(
+        stages, rig.cores, store_images_per_second=measure_fetch_rate(rig), disk_bytes_per_second=measure_disk_rate(rig)
+    )
+    rungs, side_by_side = measure_throughput_steps(rig, batches, run), measure_grad_modes(rig, batches)
+    files = () if wanted.profile is None else write_profile(rig, wanted.profile)
+    processes, engine = rig.parts.loader.config.processes, rig.parts.engine
+    return BenchResult(
         model=rig.loaded.model,
         device=rig.loaded.device,
-        recipe=rig.parts.predictor.forward.recipe.words,
+        recipe=rig.parts.predictor.forward.config.description,
         batch_size=rig.batch_size,
         cores=rig.cores,
         loader_processes=processes,
@@ -81,36 +83,37 @@ def _found(rig: Rig, wanted: Wanted, listed: Listed, before: float) -> Findings:
         modes=side_by_side,
         memory=memory,
         calibration=Calibration(before, calibrate()),
-        verdict=verdict(
+        verdict=explain_bottleneck(
             run.images_per_second,
             found,
             stages,
             starvation=run.starvation,
-            processes=processes,
+            loader_processes=processes,
             on_cpu=engine.device.type == "cpu",
             cores=rig.cores,
-            busy=run.cores_busy,
-            exact=rig.job.decode.mode == "exact",
+            cores_busy=run.cores_busy,
+            exact_decode=rig.job.decode.mode == "exact",
         ),
         profile=files,
     )
 
 
-def _run(rig: Rig) -> tuple[Running, tuple[Peak, ...]]:
+def _run(rig: BenchWorker) -> tuple[RunMetrics, tuple[MemoryPeak, ...]]:
     """The run itself. Raises InvalidJob where not one image came through it."""
-    with MemoryWatch(lambda: {span.process for span in list(rig.spans) if span.stage == "decode"}) as watch:
+    with MemorySampler(lambda: {span.pid for span in list(rig.timings) if span.stage == "decode"}) as watch:
         ran = rig.run(rig.shards)
     if ran.failed == ran.images:
         raise InvalidJob(
-            f"{rig.job.input.uri}: {counted(ran.failed, 'image')} tried, each an error row: nothing can be measured; "
+            f"{rig.job.input.uri}: {format_count(ran.failed, 'image')} tried, each an error row: "
+            "nothing can be measured; "
             "`batchjob run` and `batchjob errors` say why"
         )
-    return running(rig, ran), watch.peaks()
+    return compute_run_metrics(rig, ran), watch.peaks()
 
 
 def _cores(job: Job) -> int:
     asked = job.runtime.cpus_per_worker
-    return system.cores() if asked == "auto" else max(1, int(asked))
+    return system.available_cores() if asked == "auto" else max(1, int(asked))
 
 
 @contextmanager

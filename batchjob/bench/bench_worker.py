@@ -14,23 +14,23 @@ from pathlib import Path
 import pyarrow as pa
 
 import batchjob
-from batchjob.bench.machine_stats import cpu_seconds
-from batchjob.bench.results import Stage
-from batchjob.driver.planner import shard_size
+from batchjob.bench.machine_stats import read_cpu_seconds
+from batchjob.bench.results import StageMeasurement
+from batchjob.driver.planner import choose_shard_size
 from batchjob.errors import AttemptFailed, InvalidJob
 from batchjob.job.job import Job
 from batchjob.output.provenance import ShardResult
-from batchjob.output.scratch import Spool
+from batchjob.output.scratch import ScratchFolder
 from batchjob.plan import chunks
-from batchjob.plan.head import freeze, new_head
-from batchjob.sources.listing import FEW_IMAGES, Input, Peek, encoded_bytes
+from batchjob.plan.head import new_head, put_head
+from batchjob.sources.listing import SMALL_INPUT_IMAGES, InputPreview, SourceListing, encoded_bytes
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import open_store
-from batchjob.types import Batch, Cursor, ImageRef, Shard, ShardKey, Span
-from batchjob.worker.messages import Done, Event, Failed, Loaded, Setup
-from batchjob.worker.worker import Parts, Worker
+from batchjob.types import Batch, Cursor, ImageRef, Shard, ShardKey, StageTiming
+from batchjob.worker.messages import ShardCommitted, ShardFailed, WorkerEvent, WorkerInfo, WorkerSetup
+from batchjob.worker.worker import Worker, WorkerComponents
 
-__all__ = ["Feed", "Listed", "Ran", "Rig", "look", "rigged"]
+__all__ = ["BenchWorker", "FixedShardQueue", "InputSample", "RunRecord", "open_bench_worker", "sample_input"]
 
 _SAMPLE = 256
 _SAMPLE_BYTES = 256 << 20  # of prepared pixels that are held
@@ -39,7 +39,7 @@ _PATIENCE_SECONDS = 600.0  # for the last commits of a run
 
 
 @dataclass(frozen=True)
-class Listed:
+class InputSample:
     """The first images of a job: as many as decide how a run would be tuned.
 
     Attributes:
@@ -50,53 +50,53 @@ class Listed:
 
     batches: tuple[pa.RecordBatch, ...]
     rows: int
-    stage: Stage
+    stage: StageMeasurement
 
 
 @dataclass(frozen=True)
-class Ran:
+class RunRecord:
     """A run through the worker, by `time.perf_counter`."""
 
     began: float
     ended: float
     cpu_s: float | None
-    spans: tuple[Span, ...]
+    timings: tuple[StageTiming, ...]
     results: tuple[ShardResult, ...]
 
     @property
     def images(self) -> int:
-        return sum(result.made.rows for result in self.results)
+        return sum(result.footer.rows for result in self.results)
 
     @property
     def failed(self) -> int:
         """Error rows among them."""
-        return sum(result.made.failed for result in self.results)
+        return sum(result.footer.failed for result in self.results)
 
-    def of(self, stage: str) -> list[Span]:
+    def timings_of(self, stage: str) -> list[StageTiming]:
         """Its stretches, in the order they ended."""
-        return sorted((span for span in self.spans if span.stage == stage), key=lambda span: span.ended)
+        return sorted((span for span in self.timings if span.stage == stage), key=lambda span: span.ended)
 
 
-class Feed:
+class FixedShardQueue:
     """Shards that a worker or a loader takes one after the other; none after `until`, by `time.perf_counter`."""
 
     def __init__(self, shards: Sequence[Shard], until: float = float("inf")) -> None:
         self._left, self._until = deque(shards), until
 
-    def take(self) -> Shard | None:
+    def next_shard(self) -> Shard | None:
         return self._left.popleft() if self._left and time.perf_counter() < self._until else None
 
-    def wants(self, shard: Shard) -> bool:  # noqa: ARG002 - the face of a feed
+    def is_wanted(self, shard: Shard) -> bool:  # noqa: ARG002 - the face of a feed
         return time.perf_counter() < self._until
 
 
-def look(job: Job, images: int) -> Listed:
+def sample_input(job: Job, images: int) -> InputSample:
     """The job's list, as far as a bench and the decision on a recipe need it.
 
     Raises:
         InvalidJob: there are no images.
     """
-    source = Input(job, Reader(job.storage))
+    source = SourceListing(job, Reader(job.storage))
     most = max(images, chunks.CHUNK_ROWS)
     found: list[pa.RecordBatch] = []
     rows, began, cpu = 0, time.perf_counter(), time.process_time()
@@ -109,10 +109,10 @@ def look(job: Job, images: int) -> Listed:
     if not rows:
         raise InvalidJob(f"{job.input.uri}: no images there, so there is nothing to measure; look at input")
     note = "in the driver, once"
-    return Listed(tuple(found), rows, Stage("list", rows / seconds, spent / rows * 1e3, note=note))
+    return InputSample(tuple(found), rows, StageMeasurement("list", rows / seconds, spent / rows * 1e3, note=note))
 
 
-class Rig:
+class BenchWorker:
     """What a bench measures with.
 
     Attributes:
@@ -126,20 +126,22 @@ class Rig:
         folder: for whatever must lie on a disk meanwhile.
     """
 
-    def __init__(self, job: Job, images: int, cores: int, listed: Listed, folder: Path) -> None:
+    def __init__(self, job: Job, images: int, cores: int, listed: InputSample, folder: Path) -> None:
         self.job, self.cores, self.folder = job, cores, folder
-        self.spans: list[Span] = []
-        self._events: queue.Queue[Event] = queue.Queue()
+        self.timings: list[StageTiming] = []
+        self._events: queue.Queue[WorkerEvent] = queue.Queue()
         self._indices = count(1_000_000)  # of shards that are no longer the plan's own
         rows = max(images, listed.rows)
         table = pa.Table.from_batches(listed.batches)
         locations = tuple(table.column("location").slice(0, _SAMPLE).to_pylist())
         size = encoded_bytes(table.column("size")) * rows // listed.rows
-        setup = Setup(job.portable(), str(job.base), None, locations, size if rows <= FEW_IMAGES else None)
+        setup = WorkerSetup(
+            job.serialize(), str(job.folder), None, locations, size if rows <= SMALL_INPUT_IMAGES else None
+        )
         self.began = time.perf_counter()
-        self._worker = Worker(job, setup, cores, self._events.put, self.spans.append)
+        self._worker = Worker(job, setup, cores, self._events.put, self.timings.append)
         try:
-            self.loaded: Loaded = self._worker.load()
+            self.loaded: WorkerInfo = self._worker.load()
             self._check_enough(images, listed.rows)
             self.shards = self._planned(images, rows, listed)
         except BaseException:
@@ -148,8 +150,8 @@ class Rig:
         self.load_s = time.perf_counter() - self.began
 
     @property
-    def parts(self) -> Parts:
-        return self._worker.parts
+    def parts(self) -> WorkerComponents:
+        return self._worker.components
 
     @property
     def batch_size(self) -> int:
@@ -162,52 +164,52 @@ class Rig:
         return sum(shard.key.rows for shard in self.shards)
 
     @property
-    def sample(self) -> Shard:
+    def sample_shard(self) -> Shard:
         """The first batches of the first shard, as many as may be held in memory."""
         first = self.shards[0]
-        held = max(1, _SAMPLE_BYTES // max(1, self.parts.engine.example.nbytes * self.batch_size))
+        held = max(1, _SAMPLE_BYTES // max(1, self.parts.engine.example_image.nbytes * self.batch_size))
         rows = min(first.key.rows, min(held, _SAMPLE_BATCHES) * self.batch_size)
-        return self.again(replace(first, refs=first.refs[:rows], passthrough=first.passthrough.slice(0, rows)))
+        return self.clone_shard(replace(first, refs=first.refs[:rows], passthrough=first.passthrough.slice(0, rows)))
 
-    def again(self, shard: Shard, refs: Sequence[ImageRef] | None = None) -> Shard:
+    def clone_shard(self, shard: Shard, refs: Sequence[ImageRef] | None = None) -> Shard:
         """A shard under a number that no part has yet, maybe of images that lie elsewhere."""
         members = tuple(refs or shard.refs)
         return replace(shard, key=replace(shard.key, index=next(self._indices), rows=len(members)), refs=members)
 
-    def run(self, shards: Sequence[Shard]) -> Ran:
+    def run(self, shards: Sequence[Shard]) -> RunRecord:
         """Shards through the worker into parts.
 
         Raises:
             BatchjobError: what an attempt at one of them failed by.
         """
-        del self.spans[:]
-        cpu, began = cpu_seconds(), time.perf_counter()
-        self._worker.run(Feed(shards))
-        results = tuple(self.settled() for _ in shards)
-        ended, spent = time.perf_counter(), cpu_seconds()
+        del self.timings[:]
+        cpu, began = read_cpu_seconds(), time.perf_counter()
+        self._worker.run(FixedShardQueue(shards))
+        results = tuple(self.next_result() for _ in shards)
+        ended, spent = time.perf_counter(), read_cpu_seconds()
         used = None if cpu is None or spent is None else spent - cpu
-        return Ran(began, ended, used, tuple(self.spans), results)
+        return RunRecord(began, ended, used, tuple(self.timings), results)
 
-    def settled(self) -> ShardResult:
+    def next_result(self) -> ShardResult:
         """What the next shard came to. Raises what its attempt failed by."""
         while True:
             try:
                 event = self._events.get(timeout=_PATIENCE_SECONDS)
             except queue.Empty:
                 raise AttemptFailed(f"no part was committed within {_PATIENCE_SECONDS:.0f} s") from None
-            if isinstance(event, Failed):
+            if isinstance(event, ShardFailed):
                 raise event.error
-            if isinstance(event, Done):
+            if isinstance(event, ShardCommitted):
                 return event.result
 
-    def batches(self, shard: Shard) -> list[Batch]:
+    def load_batches(self, shard: Shard) -> list[Batch]:
         """A shard as the loader gives it, all decoded there, held in memory of this process."""
-        feed = Feed([replace(shard, take=-1, on_host=True)])
+        feed = FixedShardQueue([replace(shard, attempt_number=-1, decode_on_cpu=True)])
         return [_kept(batch) for batch in self.parts.loader.batches(feed)]
 
     def part_bytes(self, result: ShardResult) -> int:
         """Of a committed part."""
-        return (self.folder / "out" / result.key.part).stat().st_size
+        return (self.folder / "out" / result.key.part_key).stat().st_size
 
     def close(self) -> None:
         """End the worker and its processes."""
@@ -222,36 +224,40 @@ class Rig:
                     "or a smaller runtime.batch_size"
                 )
 
-    def _planned(self, images: int, rows: int, listed: Listed) -> tuple[Shard, ...]:
+    def _planned(self, images: int, rows: int, listed: InputSample) -> tuple[Shard, ...]:
         """Freeze a plan as a run of that many images would, and join it."""
         job, store = self.job, open_store(self.job.output.uri, self.job.storage)
-        seen = Peek(rows, rows < chunks.CHUNK_ROWS, (), sum(batch.nbytes for batch in listed.batches) // listed.rows)
-        most = shard_size(job, seen, 1, self.loaded.row_bytes)
+        seen = InputPreview(
+            rows, rows < chunks.CHUNK_ROWS, (), sum(batch.nbytes for batch in listed.batches) // listed.rows
+        )
+        most = choose_shard_size(job, seen, 1, self.loaded.row_bytes)
         number = -(-images // most)
         size = -(-images // number)
-        head = freeze(
+        head = put_head(
             store,
             new_head(
                 0,
-                job=job.portable(),
+                job=job.serialize(),
                 fingerprint=job.fingerprint(),
                 shard_size=size,
                 source_version=None,
                 batchjob=batchjob.__version__,
-                defaults=job.resolved(),
+                defaults=job.resolved_settings(),
             ),
         )
-        found = chunks.extend(store, head, lambda _: _repeated(listed.batches, max(rows, number * size)), lambda: None)
+        found = chunks.extend_plan(
+            store, head, lambda _: _repeated(listed.batches, max(rows, number * size)), lambda: None
+        )
         keys = islice((key for chunk in found for key in chunk.shards), number)
         return self._begun(list(keys))
 
     def _begun(self, keys: Sequence[ShardKey]) -> tuple[Shard, ...]:
-        self._worker.begin(0)
-        return tuple(self._worker.shard(key) for key in keys)
+        self._worker.join_plan(0)
+        return tuple(self._worker.read_shard(key) for key in keys)
 
 
 @contextmanager
-def rigged(job: Job, images: int, cores: int, listed: Listed) -> Iterator[Rig]:
+def open_bench_worker(job: Job, images: int, cores: int, listed: InputSample) -> Iterator[BenchWorker]:
     """A rig, and nothing left of it afterwards.
 
     Args:
@@ -264,10 +270,10 @@ def rigged(job: Job, images: int, cores: int, listed: Listed) -> Iterator[Rig]:
         InvalidJob: model, preprocessing or device do not fit, or there are fewer than two batches.
         Temporary: the disk is full.
     """
-    spool = Spool()
+    spool = ScratchFolder()
     try:
         output = job.output.model_copy(update={"uri": str(spool.path / "out")})
-        rig = Rig(job.model_copy(update={"output": output}), images, cores, listed, spool.path)
+        rig = BenchWorker(job.model_copy(update={"output": output}), images, cores, listed, spool.path)
         try:
             yield rig
         finally:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["Ceiling", "ceilings", "verdict"]
+__all__ = ["Ceiling", "compute_ceilings", "explain_bottleneck"]
 
 _NEAR = 0.9  # of the tightest ceiling: there only that ceiling can be moved
 _STARVED = 0.1
@@ -16,7 +16,7 @@ _WITHIN = "D2H"  # forward is timed until its results are on the host
 _NEEDED = ("fetch", "decode", "transform", "collate", "forward", "write")  # the copies may have nothing to do
 
 
-class Measured(Protocol):
+class StageFigures(Protocol):
     """What is needed of a stage."""
 
     @property
@@ -46,8 +46,12 @@ class Ceiling:
     words: str
 
 
-def ceilings(
-    stages: Sequence[Measured], cores: int, *, store: float | None = None, disk: float | None = None
+def compute_ceilings(
+    stages: Sequence[StageFigures],
+    cores: int,
+    *,
+    store_images_per_second: float | None = None,
+    disk_bytes_per_second: float | None = None,
 ) -> tuple[Ceiling, ...]:
     """The joint ceilings, the tightest first; one whose figures were not all measured is left out.
 
@@ -59,16 +63,16 @@ def ceilings(
     """
     by_name = {stage.name: stage for stage in stages}
     found = [_cpu(stages, cores), _gpu(by_name), _link(by_name)]
-    if store:
-        found.append(Ceiling("store", store, "fetching alone, all loader processes at once"))
+    if store_images_per_second:
+        found.append(Ceiling("store", store_images_per_second, "fetching alone, all loader processes at once"))
     written = by_name["write"].bytes if "write" in by_name else None
-    if disk and written:
-        words = f"{disk / 1e6:,.0f} MB/s ÷ {written / 1e3:,.2f} kB an image"
-        found.append(Ceiling("disk", disk / written, words))
+    if disk_bytes_per_second and written:
+        words = f"{disk_bytes_per_second / 1e6:,.0f} MB/s ÷ {written / 1e3:,.2f} kB an image"
+        found.append(Ceiling("disk", disk_bytes_per_second / written, words))
     return tuple(sorted((one for one in found if one is not None), key=lambda one: one.images_per_second))
 
 
-def _cpu(stages: Sequence[Measured], cores: int) -> Ceiling | None:
+def _cpu(stages: Sequence[StageFigures], cores: int) -> Ceiling | None:
     spent = _cpu_ms(stages)
     total = sum(ms for ms in spent.values() if ms is not None)
     if total <= 0 or any(spent.get(name) is None for name in _NEEDED):
@@ -83,32 +87,32 @@ def _cpu(stages: Sequence[Measured], cores: int) -> Ceiling | None:
     return Ceiling("cpu", min(shared, none_left), f"{words}, up to {beside:,.0f} images/s decoded on the device")
 
 
-def _cpu_ms(stages: Sequence[Measured]) -> dict[str, float | None]:
+def _cpu_ms(stages: Sequence[StageFigures]) -> dict[str, float | None]:
     """What an image takes of the CPU, nothing twice."""
     return {stage.name: stage.cpu_ms for stage in stages if stage.name != _WITHIN}
 
 
-def _gpu(stages: Mapping[str, Measured]) -> Ceiling | None:
+def _gpu(stages: Mapping[str, StageFigures]) -> Ceiling | None:
     spent = stages["forward"].gpu_ms if "forward" in stages else None
     return Ceiling("gpu", 1e3 / spent, f"{spent:,.3f} ms of the GPU an image") if spent else None
 
 
-def _link(stages: Mapping[str, Measured]) -> Ceiling | None:
+def _link(stages: Mapping[str, StageFigures]) -> Ceiling | None:
     spent = stages["H2D"].gpu_ms if "H2D" in stages else None
     return Ceiling("link", 1e3 / spent, f"{spent:,.3f} ms to the device an image") if spent else None
 
 
-def verdict(  # noqa: PLR0913 - most by keyword, from the one place that has measured them
-    rate: float,
-    found: Sequence[Ceiling],
-    stages: Sequence[Measured],
+def explain_bottleneck(  # noqa: PLR0913 - most by keyword, from the one place that has measured them
+    images_per_second: float,
+    ceilings: Sequence[Ceiling],
+    stages: Sequence[StageFigures],
     *,
     starvation: float | None,
-    processes: int,
+    loader_processes: int,
     on_cpu: bool,
     cores: int = 0,
-    busy: float | None = None,
-    exact: bool = True,
+    cores_busy: float | None = None,
+    exact_decode: bool = True,
 ) -> str:
     """One sentence: what holds the run back, and the setting that would move it.
 
@@ -123,26 +127,27 @@ def verdict(  # noqa: PLR0913 - most by keyword, from the one place that has mea
         busy: that it did use, on average.
         exact: whether images are decoded so; else as fast as can be.
     """
-    if not found:
+    if not ceilings:
         return "bottleneck: not measured, for no ceiling could be"
-    tightest = found[0]
-    share = rate / tightest.images_per_second
+    tightest = ceilings[0]
+    share = images_per_second / tightest.images_per_second
     held = f"the run reaches {share:.0%} of the tightest ceiling ({tightest.name})"
     if share >= _NEAR:
-        return f"bottleneck: {_bound(tightest.name, stages, on_cpu, exact)}; {held}"
+        return f"bottleneck: {_bound(tightest.name, stages, on_cpu, exact_decode)}; {held}"
     starved = starvation is not None and starvation > _STARVED
-    if busy is not None and busy >= _BUSY * cores > 0 and (on_cpu or starved or tightest.name == "cpu"):
-        said = f"all cores are busy ({busy:.2f} of {cores}), so more processes or threads would only share them"
-        return f"bottleneck: {_bound('cpu', stages, on_cpu, exact)}; {said}; {held}"
+    if cores_busy is not None and cores_busy >= _BUSY * cores > 0 and (on_cpu or starved or tightest.name == "cpu"):
+        said = f"all cores are busy ({cores_busy:.2f} of {cores}), so more processes or threads would only share them"
+        return f"bottleneck: {_bound('cpu', stages, on_cpu, exact_decode)}; {said}; {held}"
     if starved:
-        more = "runtime.loader.processes" if processes else "runtime.loader.processes (none are in use)"
+        more = "runtime.loader.processes" if loader_processes else "runtime.loader.processes (none are in use)"
         return (
             f"bottleneck: loading; the forward loop waited {starvation:.0%} of its time for pixels and {held}: raise "
             f"{more} or runtime.loader.prefetch"
         )
-    if on_cpu and busy is not None and busy < _IDLE * cores:
+    if on_cpu and cores_busy is not None and cores_busy < _IDLE * cores:
         return (
-            f"bottleneck: cores; the run had {busy:.1f} of {cores} on average though it rarely waited for pixels, and "
+            f"bottleneck: cores; the run had {cores_busy:.1f} of {cores} on average though it "
+            "rarely waited for pixels, and "
             f"{held}: run again when no other program takes them, or raise runtime.batch_size"
         )
     return (
@@ -168,7 +173,7 @@ _SMALLER = {
 }
 
 
-def _bound(name: str, stages: Sequence[Measured], on_cpu: bool, exact: bool) -> str:
+def _bound(name: str, stages: Sequence[StageFigures], on_cpu: bool, exact: bool) -> str:
     if name != "cpu":
         return _MOVES[name]
     spent = {stage: ms or 0.0 for stage, ms in _cpu_ms(stages).items()}

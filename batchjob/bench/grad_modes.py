@@ -11,25 +11,25 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from batchjob.bench.bench_worker import Rig
-from batchjob.bench.profiler_trace import profiled
-from batchjob.bench.results import Mode
-from batchjob.bench.stages import on_device, whole
-from batchjob.inference.execution_config import Recipe
-from batchjob.inference.forward import Forward
+from batchjob.bench.bench_worker import BenchWorker
+from batchjob.bench.profiler_trace import torch_profiler
+from batchjob.bench.results import GradModeResult
+from batchjob.bench.stages import move_to_device, select_full_batches
+from batchjob.inference.execution_config import ExecutionConfig
+from batchjob.inference.forward import ForwardPass
 from batchjob.types import Batch
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["modes"]
+__all__ = ["measure_grad_modes"]
 
 _ROUNDS = range(3, 10)  # at least and at most
 _SECONDS = 6.0
 _NAMES = ("gradients on", "no_grad", "inference_mode")
 
 
-def modes(rig: Rig, batches: Sequence[Batch]) -> tuple[Mode, ...]:
+def measure_grad_modes(rig: BenchWorker, batches: Sequence[Batch]) -> tuple[GradModeResult, ...]:
     """The three, taken in turn so that the machine's moods hit them alike; eager fp32, whatever the recipe.
 
     Args:
@@ -39,17 +39,17 @@ def modes(rig: Rig, batches: Sequence[Batch]) -> tuple[Mode, ...]:
     engine = rig.parts.engine
     if not engine.model.eager:
         note = f"model.type {rig.job.model.type} runs as it was saved"
-        return tuple(Mode(name, None, None, note) for name in _NAMES)
-    forward = engine.forward(Recipe())
-    pixels, batch = on_device(rig, whole(rig, batches))[0]
+        return tuple(GradModeResult(name, None, None, note) for name in _NAMES)
+    forward = engine.build_forward(ExecutionConfig())
+    pixels, batch = move_to_device(rig, select_full_batches(rig, batches))[0]
     if batch.shapes is not None:
-        return tuple(Mode(name, None, None, "images differ in size") for name in _NAMES)
-    values = list(pixels) if forward.takes == "list" else pixels
+        return tuple(GradModeResult(name, None, None, "images differ in size") for name in _NAMES)
+    values = list(pixels) if forward.input_kind == "list" else pixels
     with _wanting_gradients(engine.model.module):
         return _side_by_side(rig, forward, values, len(pixels))
 
 
-def _side_by_side(rig: Rig, forward: Forward, values: Any, images: int) -> tuple[Mode, ...]:
+def _side_by_side(rig: BenchWorker, forward: ForwardPass, values: Any, images: int) -> tuple[GradModeResult, ...]:
     ways = _ways()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     faults: dict[str, str] = {}
@@ -64,9 +64,9 @@ def _side_by_side(rig: Rig, forward: Forward, values: Any, images: int) -> tuple
         if rounds >= _ROUNDS.start and (rounds * images >= rig.images or time.perf_counter() - began > _SECONDS):
             break
     return tuple(
-        Mode(name, None, None, faults[name])
+        GradModeResult(name, None, None, faults[name])
         if name in faults
-        else Mode(name, median(seconds[name]) / images * 1e3, _peak(rig, forward, values, mode))
+        else GradModeResult(name, median(seconds[name]) / images * 1e3, _peak(rig, forward, values, mode))
         for name, mode in ways.items()
     )
 
@@ -91,7 +91,7 @@ def _wanting_gradients(module: torch.nn.Module) -> Iterator[None]:
             one.requires_grad_(False)
 
 
-def _clocked(forward: Forward, values: Any, mode: Callable[[], AbstractContextManager[Any]]) -> float:
+def _clocked(forward: ForwardPass, values: Any, mode: Callable[[], AbstractContextManager[Any]]) -> float:
     import torch
 
     began = time.perf_counter()
@@ -102,7 +102,7 @@ def _clocked(forward: Forward, values: Any, mode: Callable[[], AbstractContextMa
     return time.perf_counter() - began
 
 
-def _peak(rig: Rig, forward: Forward, values: Any, mode: Callable[[], AbstractContextManager[Any]]) -> int:
+def _peak(rig: BenchWorker, forward: ForwardPass, values: Any, mode: Callable[[], AbstractContextManager[Any]]) -> int:
     """Bytes of tensors at most, above what stood before."""
     import torch
 
@@ -112,7 +112,7 @@ def _peak(rig: Rig, forward: Forward, values: Any, mode: Callable[[], AbstractCo
         _clocked(forward, values, mode)
         return torch.cuda.max_memory_allocated(forward.device) - before
     path = rig.folder / "memory.json"
-    with profiled(profile_memory=True) as profile:
+    with torch_profiler(profile_memory=True) as profile:
         _clocked(forward, values, mode)
     profile.export_chrome_trace(str(path))
     return _most_held(path)

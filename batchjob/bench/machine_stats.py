@@ -14,16 +14,16 @@ from statistics import median
 from types import TracebackType
 from typing import Self
 
-from batchjob.bench.results import Peak
+from batchjob.bench.results import MemoryPeak
 
-__all__ = ["MemoryWatch", "calibrate", "cpu_seconds"]
+__all__ = ["MemorySampler", "calibrate", "read_cpu_seconds"]
 
 _PROC = Path("/proc")
 _EVERY_SECONDS = 0.5
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
-def cpu_seconds() -> float | None:
+def read_cpu_seconds() -> float | None:
     """Of this process and its descendants that live; None where the system does not say."""
     if not _PROC.is_dir():
         return None
@@ -35,15 +35,15 @@ def cpu_seconds() -> float | None:
     return spent
 
 
-class MemoryWatch:
+class MemorySampler:
     """Looks twice a second at what processes hold, as long as it is entered.
 
     Args:
         loaders: process ids of loader processes, as far as they are known by now.
     """
 
-    def __init__(self, loaders: Callable[[], Iterable[int]]) -> None:
-        self._loaders = loaders
+    def __init__(self, loader_pids: Callable[[], Iterable[int]]) -> None:
+        self._loaders = loader_pids
         self._most: dict[str, tuple[int, int, int | None]] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory-watch", daemon=True)
@@ -58,9 +58,9 @@ class MemoryWatch:
         self._over.set()
         self._thread.join()
 
-    def peaks(self) -> tuple[Peak, ...]:
+    def peaks(self) -> tuple[MemoryPeak, ...]:
         """By kind of process; none where the system does not say."""
-        return tuple(Peak(name, count, rss, pss) for name, (count, rss, pss) in self._most.items())
+        return tuple(MemoryPeak(name, count, rss, pss) for name, (count, rss, pss) in self._most.items())
 
     def _watch(self) -> None:
         while not self._over.wait(_EVERY_SECONDS):

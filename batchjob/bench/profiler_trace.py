@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchjob.bench.bench_worker import Rig
+from batchjob.bench.bench_worker import BenchWorker
 from batchjob.errors import InvalidJob
-from batchjob.inference.predictor import MARK
-from batchjob.types import Span
+from batchjob.inference.predictor import PROFILER_PREFIX
+from batchjob.types import StageTiming
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ANCHOR", "TRACKS", "profile", "profiled", "tracks"]
+__all__ = ["ANCHOR", "TRACKS", "build_track_events", "torch_profiler", "write_profile"]
 
 TRACKS = ("fetch", "decode", "device decode", "wait", "H2D", "forward", "D2H", "write", "commit")
 """Stages from top to bottom; others lie below them."""
-ANCHOR = f"{MARK}anchor"
+ANCHOR = f"{PROFILER_PREFIX}anchor"
 """A moment that both clocks know."""
 _TRACK_IDS = 900_000_001  # far from the numbers of threads
 _LANES = 64  # at most
@@ -34,7 +34,7 @@ _ANCHORS = 5
 _TABLE_ROWS = 60
 
 
-def profile(rig: Rig, folder: Path) -> tuple[str, ...]:
+def write_profile(rig: BenchWorker, folder: Path) -> tuple[str, ...]:
     """Run a few batches under torch's profiler; returns the files that it wrote.
 
     Args:
@@ -51,17 +51,17 @@ def profile(rig: Rig, folder: Path) -> tuple[str, ...]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         every = _ExperimentalConfig(profile_all_threads=True)  # lanes are threads of their own
-        with profiled(record_shapes=True, experimental_config=every) as made:
+        with torch_profiler(record_shapes=True, experimental_config=every) as made:
             for _ in range(_ANCHORS):  # the first takes longer
                 with torch.profiler.record_function(ANCHOR):
                     anchor = time.perf_counter()
-            ran = rig.run([rig.sample])
+            ran = rig.run([rig.sample_shard])
         by_shape = made.key_averages(group_by_input_shape=True)
         order = "self_cuda_time_total" if rig.parts.engine.device.type == "cuda" else "self_cpu_time_total"
         table.write_text(by_shape.table(sort_by=order, row_limit=_TABLE_ROWS) + "\n")
         made.export_chrome_trace(str(trace))
         whole = json.loads(trace.read_text())
-        whole["traceEvents"] += list(tracks(whole["traceEvents"], ran.spans, anchor))
+        whole["traceEvents"] += list(build_track_events(whole["traceEvents"], ran.timings, anchor))
         trace.write_text(json.dumps(whole))
     except OSError as error:
         raise InvalidJob(f"--profile {folder}: cannot be written ({error.strerror or error})") from error
@@ -69,7 +69,7 @@ def profile(rig: Rig, folder: Path) -> tuple[str, ...]:
 
 
 @contextmanager
-def profiled(**options: Any) -> Iterator[torch.profiler.profile]:
+def torch_profiler(**options: Any) -> Iterator[torch.profiler.profile]:
     """torch's profiler, of the CPU and where there is one the GPU."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would speak to people of its own beginning and end
     import torch
@@ -80,7 +80,9 @@ def profiled(**options: Any) -> Iterator[torch.profiler.profile]:
         yield made
 
 
-def tracks(events: Sequence[dict[str, Any]], spans: Sequence[Span], anchor: float) -> Iterator[dict[str, Any]]:
+def build_track_events(
+    events: Sequence[dict[str, Any]], spans: Sequence[StageTiming], anchor: float
+) -> Iterator[dict[str, Any]]:
     """Events of Chrome's format: what torch timed of a stage, on the GPU where it did, else our spans; and their names.
 
     Args:
@@ -88,13 +90,13 @@ def tracks(events: Sequence[dict[str, Any]], spans: Sequence[Span], anchor: floa
         spans: of the same run.
         anchor: when the last anchor was, by `time.perf_counter`.
     """
-    marked = [event for event in events if str(event.get("name", "")).startswith(MARK) and "dur" in event]
+    marked = [event for event in events if str(event.get("name", "")).startswith(PROFILER_PREFIX) and "dur" in event]
     last = max((event for event in marked if event["name"] == ANCHOR), key=lambda event: float(event["ts"]))
     zero = float(last["ts"]) + float(last["dur"]) / 2
     rows = {stage: row for row, stage in enumerate(dict.fromkeys((*TRACKS, *(span.stage for span in spans))))}
     used: set[_Track] = set()
     for span, lane in _laned([span for span in spans if span.stage not in _STEPS]):
-        used.add(track := _Track(span.process, rows[span.stage], span.stage, lane))
+        used.add(track := _Track(span.pid, rows[span.stage], span.stage, lane))
         yield _event(track, zero + (span.began - anchor) * 1e6, (span.ended - span.began) * 1e6, span.images)
     for step in _STEPS:
         for event, lane in _timed(marked, step):
@@ -103,11 +105,11 @@ def tracks(events: Sequence[dict[str, Any]], spans: Sequence[Span], anchor: floa
     yield from _names(used, len(rows))
 
 
-def _laned(spans: Iterable[Span]) -> Iterator[tuple[Span, int]]:
+def _laned(spans: Iterable[StageTiming]) -> Iterator[tuple[StageTiming, int]]:
     """Each with the first lane of its process's stage that is free by then: a stage may be at two batches at once."""
     ends: dict[tuple[int, str], list[float]] = defaultdict(list)
     for span in sorted(spans, key=lambda span: span.began):
-        lanes = ends[span.process, span.stage]
+        lanes = ends[span.pid, span.stage]
         lane = next((lane for lane, end in enumerate(lanes) if end <= span.began), len(lanes))
         lanes[lane : lane + 1] = [span.ended]
         yield span, lane
@@ -115,7 +117,7 @@ def _laned(spans: Iterable[Span]) -> Iterator[tuple[Span, int]]:
 
 def _timed(marked: Sequence[dict[str, Any]], step: str) -> Iterator[tuple[dict[str, Any], int]]:
     """What torch timed of a step, each with its lane: that of the GPU's stream, or of the thread."""
-    found = [event for event in marked if event["name"] == f"{MARK}{step}"]
+    found = [event for event in marked if event["name"] == f"{PROFILER_PREFIX}{step}"]
     gpu = [event for event in found if event.get("cat") == _ON_GPU]
     lanes: dict[Any, int] = {}
     if not gpu:  # a thread has the same lane in all steps

@@ -8,11 +8,20 @@ from typing import Any
 
 from batchjob.bench.bottleneck import Ceiling
 
-__all__ = ["Calibration", "Findings", "Mode", "Peak", "Rung", "Running", "Service", "Stage"]
+__all__ = [
+    "BenchResult",
+    "Calibration",
+    "GradModeResult",
+    "MemoryPeak",
+    "RunMetrics",
+    "StageMeasurement",
+    "StageUtilization",
+    "ThroughputStep",
+]
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageMeasurement:
     """One stage alone, in one thread of one process unless `note` says otherwise.
 
     Attributes:
@@ -33,7 +42,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Rung:
+class ThroughputStep:
     """The path from one place on to its end, each rung with one thing more to do than the one above it."""
 
     name: str
@@ -42,7 +51,7 @@ class Rung:
 
 
 @dataclass(frozen=True)
-class Service:
+class StageUtilization:
     """A stage within the run.
 
     Attributes:
@@ -55,7 +64,7 @@ class Service:
 
 
 @dataclass(frozen=True)
-class Running:
+class RunMetrics:
     """The run itself: from storage, through the worker, into Parquet.
 
     Attributes:
@@ -82,11 +91,11 @@ class Running:
     starvation: float | None
     ready: float | None
     cores_busy: float | None
-    services: Mapping[str, Service]
+    services: Mapping[str, StageUtilization]
 
 
 @dataclass(frozen=True)
-class Mode:
+class GradModeResult:
     """Eager fp32 with gradients on, under `no_grad`, under `inference_mode`: milliseconds an image, and peak bytes of
     tensors for a batch, weights left out.
     """
@@ -98,7 +107,7 @@ class Mode:
 
 
 @dataclass(frozen=True)
-class Peak:
+class MemoryPeak:
     """The most memory that processes held during the run: RSS counts shared pages in each, PSS once. Bytes."""
 
     processes: str
@@ -126,7 +135,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Findings:
+class BenchResult:
     """All of it.
 
     Attributes:
@@ -144,18 +153,18 @@ class Findings:
     loader_processes: int
     images: int
     distinct: int
-    stages: tuple[Stage, ...]
+    stages: tuple[StageMeasurement, ...]
     ceilings: tuple[Ceiling, ...]
-    ladder: tuple[Rung, ...]
-    run: Running
+    ladder: tuple[ThroughputStep, ...]
+    run: RunMetrics
     share: float | None
-    modes: tuple[Mode, ...]
-    memory: tuple[Peak, ...]
+    modes: tuple[GradModeResult, ...]
+    memory: tuple[MemoryPeak, ...]
     calibration: Calibration
     verdict: str
     profile: tuple[str, ...] = field(default=())
 
-    def facts(self) -> dict[str, Any]:
+    def to_json_dict(self) -> dict[str, Any]:
         """For a machine: null is `not measured`."""
         tightest = self.ceilings[0].name if self.ceilings else None
         steady = {"drift": self.calibration.drift, "noisy": self.calibration.noisy}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from batchjob.bench.results import Findings, Mode, Peak, Running, Stage
+from batchjob.bench.results import BenchResult, GradModeResult, MemoryPeak, RunMetrics, StageMeasurement
 
-__all__ = ["NOT_MEASURED", "lines"]
+__all__ = ["NOT_MEASURED", "format_report"]
 
 NOT_MEASURED = "not measured"
 
 
-def lines(found: Findings) -> list[str]:
+def format_report(found: BenchResult) -> list[str]:
     """The report, section by section."""
     return [
         f"{found.model} on {found.device}, {found.recipe}, batches of {found.batch_size}",
@@ -34,7 +34,7 @@ def lines(found: Findings) -> list[str]:
     ]
 
 
-def _calibration(found: Findings) -> Iterator[str]:
+def _calibration(found: BenchResult) -> Iterator[str]:
     steady = found.calibration
     yield (
         f"calibration {steady.before_ms:.2f} ms before, {steady.after_ms:.2f} ms after ({steady.drift:+.1%})"
@@ -42,7 +42,7 @@ def _calibration(found: Findings) -> Iterator[str]:
     )
 
 
-def _stages(stages: Sequence[Stage]) -> Iterator[str]:
+def _stages(stages: Sequence[StageMeasurement]) -> Iterator[str]:
     yield f"{'each stage alone':<18}{'images/s':>14}{'CPU ms':>14}{'GPU ms':>14}{'bytes/image':>14}"
     for one in stages:
         cells = (
@@ -54,7 +54,7 @@ def _stages(stages: Sequence[Stage]) -> Iterator[str]:
         yield f"  {one.name:<16}{''.join(cells)}{f'   {one.note}' if one.note else ''}"
 
 
-def _run(found: Findings) -> Iterator[str]:
+def _run(found: BenchResult) -> Iterator[str]:
     run = found.run
     kind = "in steady state" if run.steady else "over the whole run, too short for a steady state"
     yield f"the run: {run.images:,} images, {run.failed:,} error rows, {run.images_per_second:,.1f} images/s {kind}"
@@ -71,12 +71,12 @@ def _run(found: Findings) -> Iterator[str]:
     yield from _services(run)
 
 
-def _services(run: Running) -> Iterator[str]:
+def _services(run: RunMetrics) -> Iterator[str]:
     for stage, service in run.services.items():
         yield f"  {stage:<10}{service.images_per_second:>12,.1f} images/s while at it, busy {service.busy:.0%}"
 
 
-def _memory(peaks: Sequence[Peak]) -> Iterator[str]:
+def _memory(peaks: Sequence[MemoryPeak]) -> Iterator[str]:
     if not peaks:
         yield f"  {NOT_MEASURED}: this system has no /proc"
     for one in peaks:
@@ -84,7 +84,7 @@ def _memory(peaks: Sequence[Peak]) -> Iterator[str]:
         yield f"  {one.processes:<32}{one.count:>3}   RSS {one.rss / 2**20:>8,.0f}   PSS {pss:>8}"
 
 
-def _mode(one: Mode) -> str:
+def _mode(one: GradModeResult) -> str:
     held = None if one.bytes is None else one.bytes / 2**20
     return f"  {one.name:<38}{_number(one.ms, 12, 3)}{_number(held, 17, 1)}{f'   {one.note}' if one.note else ''}"
 

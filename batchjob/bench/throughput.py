@@ -11,19 +11,19 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
-from batchjob.bench.bench_worker import Ran, Rig
-from batchjob.bench.forward_loop import paced
-from batchjob.bench.results import Rung, Running, Service
-from batchjob.bench.stages import on_device, whole
+from batchjob.bench.bench_worker import BenchWorker, RunRecord
+from batchjob.bench.forward_loop import measure_forward_rate
+from batchjob.bench.results import RunMetrics, StageUtilization, ThroughputStep
+from batchjob.bench.stages import move_to_device, select_full_batches
 from batchjob.inference.predictor import random_pixels
-from batchjob.loader.fetch import Fetcher, together
-from batchjob.storage.objects import Blob
-from batchjob.types import Batch, ImageRef, Shard, Span
+from batchjob.loader.fetch import Fetcher, group_refs
+from batchjob.storage.objects import ObjectData
+from batchjob.types import Batch, ImageRef, Shard, StageTiming
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ladder", "running", "steady"]
+__all__ = ["compute_run_metrics", "compute_steady_rate", "measure_throughput_steps"]
 
 _MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory, where there is one
 _MEMORY_SPARE = 512 << 20  # that loader processes may need of it
@@ -31,7 +31,9 @@ _HELD_BYTES = 256 << 20
 _READY_SECONDS = 0.002
 
 
-def ladder(rig: Rig, batches: Sequence[Batch], full: Running) -> tuple[Rung, ...]:
+def measure_throughput_steps(
+    rig: BenchWorker, batches: Sequence[Batch], full: RunMetrics
+) -> tuple[ThroughputStep, ...]:
     """From the device up to storage.
 
     Args:
@@ -42,42 +44,48 @@ def ladder(rig: Rig, batches: Sequence[Batch], full: Running) -> tuple[Rung, ...
     Raises:
         BatchjobError: the model or the disk fails.
     """
-    known = whole(rig, batches)
+    known = select_full_batches(rig, batches)
     return (
-        Rung("synthetic batch on the device", _synthetic(rig), "forward pass and copy back"),
-        Rung("decoded pixels in memory", paced(rig, [(_pixels(one), one.shapes) for one in known]), "and copy there"),
+        ThroughputStep("synthetic batch on the device", _synthetic(rig), "forward pass and copy back"),
+        ThroughputStep(
+            "decoded pixels in memory",
+            measure_forward_rate(rig, [(_pixels(one), one.shapes) for one in known]),
+            "and copy there",
+        ),
         _encoded(rig),
-        Rung("full, from storage", full.images_per_second, "and fetching"),
+        ThroughputStep("full, from storage", full.images_per_second, "and fetching"),
     )
 
 
-def _synthetic(rig: Rig) -> float | None:
+def _synthetic(rig: BenchWorker) -> float | None:
     engine = rig.parts.engine
-    if engine.varying:
-        pixels, batch = on_device(rig, whole(rig, rig.batches(rig.sample)))[0]
-        return paced(rig, [(pixels, batch.shapes)])
-    pixels = random_pixels(tuple(engine.example.shape), rig.batch_size, engine.example.dtype)
-    return paced(rig, [(pixels.to(engine.device), None)])
+    if engine.variable_size:
+        pixels, batch = move_to_device(rig, select_full_batches(rig, rig.load_batches(rig.sample_shard)))[0]
+        return measure_forward_rate(rig, [(pixels, batch.shapes)])
+    pixels = random_pixels(tuple(engine.example_image.shape), rig.batch_size, engine.example_image.dtype)
+    return measure_forward_rate(rig, [(pixels.to(engine.device), None)])
 
 
-def _encoded(rig: Rig) -> Rung:
+def _encoded(rig: BenchWorker) -> ThroughputStep:
     """The whole path, but the images lie in memory, as they are stored."""
     with _in_memory(rig) as (refs, where):
         if not refs:
-            return Rung("encoded bytes in memory", None, "no image could be read")
+            return ThroughputStep("encoded bytes in memory", None, "no image could be read")
         again = cycle(refs)
         shards = [_moved(rig, shard, again) for shard in rig.shards]
-        rate, _ = steady(rig.run(shards), rig.loaded.ahead)
-    return Rung("encoded bytes in memory", rate, f"and decoding, rows and commits; {len(refs):,} images in {where}")
+        rate, _ = compute_steady_rate(rig.run(shards), rig.loaded.ahead)
+    return ThroughputStep(
+        "encoded bytes in memory", rate, f"and decoding, rows and commits; {len(refs):,} images in {where}"
+    )
 
 
-def _moved(rig: Rig, shard: Shard, refs: Iterator[ImageRef]) -> Shard:
+def _moved(rig: BenchWorker, shard: Shard, refs: Iterator[ImageRef]) -> Shard:
     members = [replace(next(refs), position=ref.position) for ref in shard.refs]
-    return rig.again(shard, members)
+    return rig.clone_shard(shard, members)
 
 
 @contextmanager
-def _in_memory(rig: Rig) -> Iterator[tuple[list[ImageRef], str]]:
+def _in_memory(rig: BenchWorker) -> Iterator[tuple[list[ImageRef], str]]:
     """The run's images as files in memory, as many as may be held there; removed afterwards."""
     room = shutil.disk_usage(_MEMORY).free - _MEMORY_SPARE if _MEMORY.is_dir() else 0
     inside = room > 2 * _HELD_BYTES
@@ -93,16 +101,16 @@ def _in_memory(rig: Rig) -> Iterator[tuple[list[ImageRef], str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _blobs(rig: Rig) -> Iterator[tuple[ImageRef, Blob]]:
+def _blobs(rig: BenchWorker) -> Iterator[tuple[ImageRef, ObjectData]]:
     """Distinct images of the run, up to the bytes that may be held."""
     fetcher, held, seen = Fetcher(rig.parts.reader, rig.job.decode.max_bytes), 0, set[str]()
     for shard in rig.shards:
         fresh = [ref for ref in {ref.location: ref for ref in shard.refs}.values() if ref.location not in seen]
         seen |= {ref.location for ref in fresh}
         for start in range(0, len(fresh), rig.batch_size):
-            for refs in together(fresh[start : start + rig.batch_size]):
+            for refs in group_refs(fresh[start : start + rig.batch_size]):
                 for ref, blob in zip(refs, fetcher.fetch(refs), strict=True):
-                    if isinstance(blob, Blob):
+                    if isinstance(blob, ObjectData):
                         held += len(blob.data)
                         yield ref, blob
             if held > _HELD_BYTES:
@@ -114,16 +122,16 @@ def _pixels(batch: Batch) -> torch.Tensor:
     return batch.pixels
 
 
-def running(rig: Rig, ran: Ran) -> Running:
+def compute_run_metrics(rig: BenchWorker, ran: RunRecord) -> RunMetrics:
     """The figures of a run."""
-    rate, is_steady = steady(ran, rig.loaded.ahead)
-    forward = ran.of("forward")
+    rate, is_steady = compute_steady_rate(ran, rig.loaded.ahead)
+    forward = ran.timings_of("forward")
     first, last = forward[0].ended, forward[-1].ended
-    asked = [span for span in ran.of("wait") if span.images and span.ended > first]
+    asked = [span for span in ran.timings_of("wait") if span.images and span.ended > first]
     between = last - first
     waited = sum(span.ended - span.began for span in asked)
     ready = [span.ended - span.began < _READY_SECONDS for span in asked]
-    return Running(
+    return RunMetrics(
         images=ran.images,
         failed=ran.failed,
         images_per_second=rate,
@@ -131,27 +139,29 @@ def running(rig: Rig, ran: Ran) -> Running:
         load_s=rig.load_s,
         first_batch_s=rig.load_s + first - ran.began,
         total_s=rig.load_s + ran.ended - ran.began,
-        starvation=_idle(forward[1:], rig.parts.lanes.count, between, waited) if between > 0 else None,
+        starvation=_idle(forward[1:], rig.parts.cpu_parallelism.parallel_batches, between, waited)
+        if between > 0
+        else None,
         ready=sum(ready) / len(ready) if ready else None,
         cores_busy=None if ran.cpu_s is None else ran.cpu_s / (ran.ended - ran.began),
-        services=_services(ran, rig.parts.lanes.count),
+        services=_services(ran, rig.parts.cpu_parallelism.parallel_batches),
     )
 
 
-def _idle(forward: Sequence[Span], lanes: int, between: float, waited: float) -> float:
+def _idle(forward: Sequence[StageTiming], lanes: int, between: float, waited: float) -> float:
     """Share of the time that there were no pixels. Lanes, or a GPU, may be at work while they are waited for."""
     free = between - sum(span.ended - span.began for span in forward) / lanes
     return max(0.0, min(1.0, (free if lanes > 1 else min(waited, free)) / between))
 
 
-def steady(ran: Ran, ahead: int) -> tuple[float, bool]:
+def compute_steady_rate(ran: RunRecord, ahead: int) -> tuple[float, bool]:
     """Images/s between 10 % of the images (or what was loaded ahead) and 90 %; of the whole run where it is too short.
 
     Args:
         ran: the run.
         ahead: images that the loader keeps under way.
     """
-    done = list(_summed(ran.of("forward")))
+    done = list(_summed(ran.timings_of("forward")))
     total = done[-1][1] if done else 0
     window = [(at, images) for at, images in done if max(ahead, total * 0.1) <= images <= total * 0.9]
     if len(window) >= 2 and window[-1][0] > window[0][0]:
@@ -160,7 +170,7 @@ def steady(ran: Ran, ahead: int) -> tuple[float, bool]:
     return ran.images / (ran.ended - ran.began), False
 
 
-def _summed(spans: Iterable[Span]) -> Iterator[tuple[float, int]]:
+def _summed(spans: Iterable[StageTiming]) -> Iterator[tuple[float, int]]:
     """When how many images were through."""
     images = 0
     for span in spans:
@@ -168,13 +178,15 @@ def _summed(spans: Iterable[Span]) -> Iterator[tuple[float, int]]:
         yield span.ended, images
 
 
-def _services(ran: Ran, lanes: int) -> dict[str, Service]:
+def _services(ran: RunRecord, lanes: int) -> dict[str, StageUtilization]:
     found = {}
     for stage in ("fetch", "decode", "device decode", "forward", "write"):
-        spans = ran.of(stage)
+        spans = ran.timings_of(stage)
         seconds = sum(span.ended - span.began for span in spans)
         if seconds > 0:
-            hands = lanes if stage == "forward" else len({span.process for span in spans})
+            hands = lanes if stage == "forward" else len({span.pid for span in spans})
             took = ran.ended - ran.began
-            found[stage] = Service(sum(span.images for span in spans) / seconds, min(1.0, seconds / hands / took))
+            found[stage] = StageUtilization(
+                sum(span.images for span in spans) / seconds, min(1.0, seconds / hands / took)
+            )
     return found

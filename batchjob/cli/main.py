@@ -18,9 +18,10 @@ from batchjob import __version__, api
 from batchjob.cli.options import (
     AllowEmpty,
     AsJson,
+    ConversionFormat,
     Endpoint,
-    FormatName,
     JobFile,
+    OutputOrJobFile,
     Overrides,
     Params,
     PoolName,
@@ -28,20 +29,19 @@ from batchjob.cli.options import (
     RayAddress,
     Region,
     RunPool,
-    Where,
-    output_of,
     read_job,
+    resolve_output,
 )
-from batchjob.concurrency import end_children, leave_threads
+from batchjob.concurrency import exit_past_daemon_threads, kill_child_processes
 from batchjob.driver import driver
-from batchjob.driver.control_loop import deaf
+from batchjob.driver.control_loop import ignore_stop_signals
 from batchjob.errors import BatchjobError, Temporary
 from batchjob.report import output_status
-from batchjob.report.run_result import Outcome
-from batchjob.text import counted, presentable
+from batchjob.report.run_result import RunResult
+from batchjob.text import format_count, sanitize
 
 if TYPE_CHECKING:
-    from batchjob.driver.progress import Progress
+    from batchjob.driver.progress import ProgressReporter
     from batchjob.job.job import Job
 
 __all__ = ["app", "main"]
@@ -65,11 +65,11 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs one command line (`sys.argv` by default) and returns its exit code."""
     if args is not None:
         return _obeyed(list(args))
-    _at_the_end.append(deaf)
+    _at_the_end.append(ignore_stop_signals)
     code = _obeyed(sys.argv[1:])
     if code:  # after success all threads have ended in order
-        end_children()
-        leave_threads(code)
+        kill_child_processes()
+        exit_past_daemon_threads(code)
     return code
 
 
@@ -79,7 +79,7 @@ def _obeyed(given: list[str]) -> int:
     except _UsageError as error:
         error.show()
         if "--json" in given:
-            print(Outcome("invalid", exit_code=2, message=error.format_message()).dump())
+            print(RunResult("invalid", exit_code=2, message=error.format_message()).to_json())
         return 2
     return code if isinstance(code, int) else 0
 
@@ -115,7 +115,7 @@ def run(  # noqa: PLR0913, PLR0917 - typer makes a parameter of each flag
 ) -> int:
     """Run a job, or resume it. Exit 0 complete, 2 invalid, 3 over budget, 4 incomplete, 75 try again later."""
 
-    def work(loaded: Job, progress: Progress) -> Outcome:
+    def work(loaded: Job, progress: ProgressReporter) -> RunResult:
 
         return api.run(loaded, address=address, allow_empty=allow_empty, repair=repair, progress=progress)
 
@@ -134,7 +134,7 @@ def retry(
 ) -> int:
     """Read the images again that failed, and replace their rows; do what a run has left undone. Exits as run does."""
 
-    def work(loaded: Job, progress: Progress) -> Outcome:
+    def work(loaded: Job, progress: ProgressReporter) -> RunResult:
 
         return api.retry(loaded, address=address, progress=progress)
 
@@ -168,7 +168,7 @@ def plan(
         loaded = read_job(job, param, overrides)
         from batchjob.driver.progress import pick_progress
 
-        summary = api.plan(loaded, allow_empty=allow_empty, progress=pick_progress(quiet))
+        summary = api.make_plan(loaded, allow_empty=allow_empty, progress=pick_progress(quiet))
         return {"status": "planned", **asdict(summary)}, summary.lines()
 
     return _answer(work, as_json)
@@ -176,7 +176,7 @@ def plan(
 
 @app.command()
 def status(
-    where: Where,
+    where: OutputOrJobFile,
     overrides: Overrides = None,
     param: Params = None,
     endpoint: Endpoint = None,
@@ -188,7 +188,7 @@ def status(
     def work() -> tuple[dict[str, Any], list[str]]:
         from batchjob.storage.store import open_store
 
-        found = output_status.status(open_store(*output_of(where, param, overrides, endpoint, region)))
+        found = output_status.read_status(open_store(*resolve_output(where, param, overrides, endpoint, region)))
         return asdict(found), found.lines()
 
     return _answer(work, as_json)
@@ -196,7 +196,7 @@ def status(
 
 @app.command()
 def errors(
-    where: Where,
+    where: OutputOrJobFile,
     overrides: Overrides = None,
     param: Params = None,
     limit: Annotated[int, typer.Option(min=0, help="Error rows to show; 0 shows all.")] = 20,
@@ -209,16 +209,16 @@ def errors(
     def work() -> tuple[dict[str, Any], list[str]]:
         from batchjob.storage.store import open_store
 
-        store = open_store(*output_of(where, param, overrides, endpoint, region))
-        for row in islice(output_status.error_rows(store), limit or None):
+        store = open_store(*resolve_output(where, param, overrides, endpoint, region))
+        for row in islice(output_status.read_errors(store), limit or None):
             if as_json:
                 print(json.dumps(row, default=str))
             else:
                 said = f"{row['uri']}: {row['error_stage']}/{row['error_type']}: {row['error_message']}"
                 _say(said.replace("\n", "\\n"))
-        counts = output_status.error_counts(store)
+        counts = output_status.count_errors(store)
         sums = ", ".join(f"{kind} {count:,}" for kind, count in counts.by_type.items())
-        said = counted(counts.total, "error row")
+        said = format_count(counts.total, "error row")
         return {"output": store.uri, **asdict(counts)}, [f"{said}: {sums}" if sums else said]
 
     return _answer(work, as_json)
@@ -226,7 +226,7 @@ def errors(
 
 @app.command()
 def discard(
-    where: Where,
+    where: OutputOrJobFile,
     overrides: Overrides = None,
     param: Params = None,
     yes: Annotated[bool, typer.Option("--yes", help="Really delete.")] = False,
@@ -238,7 +238,7 @@ def discard(
 
     def work() -> tuple[dict[str, Any], list[str]]:
 
-        uri, options = output_of(where, param, overrides, endpoint, region)
+        uri, options = resolve_output(where, param, overrides, endpoint, region)
         if not yes:
             raise typer.BadParameter(f"this deletes every row in {uri}; add --yes to do so")
         said = driver.discard(uri, options)
@@ -252,7 +252,7 @@ def convert(  # noqa: PLR0913, PLR0917 - typer makes a parameter of each flag
     job: JobFile,
     overrides: Overrides = None,
     param: Params = None,
-    to: Annotated[FormatName, typer.Option("--to", help="The format to write.")] = FormatName.exported,
+    to: Annotated[ConversionFormat, typer.Option("--to", help="The format to write.")] = ConversionFormat.exported,
     file: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to.")] = Path("model.pt2"),
     images: Annotated[int, typer.Option(min=2, help="Images of the job to calibrate on and to compare.")] = 32,
     tolerance: Annotated[float | None, typer.Option(min=0, help="Largest deviation, of the largest output.")] = None,
@@ -265,11 +265,11 @@ def convert(  # noqa: PLR0913, PLR0917 - typer makes a parameter of each flag
 
     def work() -> tuple[dict[str, Any], list[str]]:
         loaded = read_job(job, param, overrides)
-        from batchjob.inference.convert import Conversion, convert
+        from batchjob.inference.convert import ConversionOptions, convert_model
 
-        wanted = Conversion(to.value, file.absolute(), images, tolerance, amount, structured, force)
-        done = convert(loaded, wanted)
-        return {"status": "converted", **done.facts()}, done.lines()
+        wanted = ConversionOptions(to.value, file.absolute(), images, tolerance, amount, structured, force)
+        done = convert_model(loaded, wanted)
+        return {"status": "converted", **done.to_dict()}, done.lines()
 
     return _answer(work, as_json)
 
@@ -289,11 +289,11 @@ def bench(
 
     def work() -> tuple[dict[str, Any], list[str]]:
         loaded = read_job(job, param, overrides)
-        from batchjob.bench.bench import Wanted, bench
-        from batchjob.bench.text_report import lines
+        from batchjob.bench.bench import BenchOptions, bench
+        from batchjob.bench.text_report import format_report
 
-        found = bench(loaded, Wanted(images, None if profile is None else profile.absolute()))
-        return {"status": "measured", **found.facts()}, lines(found)
+        found = bench(loaded, BenchOptions(images, None if profile is None else profile.absolute()))
+        return {"status": "measured", **found.to_json_dict()}, format_report(found)
 
     return _answer(work, as_json)
 
@@ -301,9 +301,9 @@ def bench(
 @app.command()
 def schema() -> int:
     """Print the JSON schema of job files, for editors: batchjob schema > batchjob.schema.json"""
-    from batchjob.job.json_schema import job_schema
+    from batchjob.job.json_schema import job_json_schema
 
-    print(json.dumps(job_schema(), indent=2))
+    print(json.dumps(job_json_schema(), indent=2))
     return 0
 
 
@@ -312,10 +312,10 @@ def env(as_json: AsJson = False) -> int:
     """Say what a bug report needs: versions, devices, cores, memory, shared memory, Ray."""
 
     def work() -> tuple[dict[str, Any], list[str]]:
-        from batchjob.system import describe, facts
+        from batchjob.system import collect_environment, format_environment
 
-        found = facts()
-        return found, describe(found)
+        found = collect_environment()
+        return found, format_environment(found)
 
     return _answer(work, as_json)
 
@@ -324,7 +324,9 @@ def _pooled(overrides: Sequence[str] | None, pool: PoolName | None) -> list[str]
     return [*(overrides or ()), *([f"runtime.pool={pool.value}"] if pool else ())]
 
 
-def _carried_out(work: Callable[[Job, Progress], Outcome], read: Callable[[], Job], as_json: bool, quiet: bool) -> int:
+def _carried_out(
+    work: Callable[[Job, ProgressReporter], RunResult], read: Callable[[], Job], as_json: bool, quiet: bool
+) -> int:
     """Reads the job, does `work` and says how it ended."""
     from batchjob.driver.progress import pick_progress
 
@@ -338,12 +340,12 @@ def _carried_out(work: Callable[[Job, Progress], Outcome], read: Callable[[], Jo
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # explained, and turned into an exit code
         _last_words()
         _explain(error)
-        outcome = Outcome.of_error(error, output, time.monotonic() - began)
+        outcome = RunResult.from_error(error, output, time.monotonic() - began)
     else:
         _last_words()
-        _say(outcome.sentence())
+        _say(outcome.to_text())
     if as_json:
-        print(outcome.dump(), flush=True)
+        print(outcome.to_json(), flush=True)
     return outcome.exit_code
 
 
@@ -362,7 +364,7 @@ def _answer(work: Callable[[], tuple[Mapping[str, Any], Iterable[str]]], as_json
         if isinstance(error, KeyboardInterrupt):
             error = Temporary("interrupted; nothing is lost, the same command begins again")
         _explain(error)
-        outcome = Outcome.of_error(error)
+        outcome = RunResult.from_error(error)
         if as_json:
             said = {"status": outcome.status, "exit_code": outcome.exit_code, "message": outcome.message}
             print(json.dumps(said), flush=True)
@@ -377,12 +379,12 @@ def _answer(work: Callable[[], tuple[Mapping[str, Any], Iterable[str]]], as_json
 
 def _say(text: str) -> None:
     if text:
-        print(presentable(text), file=sys.stderr, flush=True)
+        print(sanitize(text), file=sys.stderr, flush=True)
 
 
 def _explain(error: BaseException) -> None:
     if isinstance(error, BatchjobError | KeyboardInterrupt):
-        _say(Outcome.of_error(error).message)
+        _say(RunResult.from_error(error).message)
         _say("\n".join(getattr(error, "__notes__", ())))  # a crashed worker's traceback
     else:
         _say("".join(traceback.format_exception(error)).rstrip())

@@ -13,14 +13,15 @@ from batchjob.errors import InvalidJob
 
 if TYPE_CHECKING:
     from batchjob.job.job import Job
-    from batchjob.storage.options import Options
+    from batchjob.storage.options import OptionsByPrefix
 
 __all__ = [
     "AllowEmpty",
     "AsJson",
+    "ConversionFormat",
     "Endpoint",
-    "FormatName",
     "JobFile",
+    "OutputOrJobFile",
     "Overrides",
     "Params",
     "PoolName",
@@ -28,13 +29,12 @@ __all__ = [
     "RayAddress",
     "Region",
     "RunPool",
-    "Where",
-    "output_of",
     "read_job",
+    "resolve_output",
 ]
 
 
-class FormatName(StrEnum):
+class ConversionFormat(StrEnum):
     """What `convert` writes."""
 
     onnx = "onnx"
@@ -54,7 +54,9 @@ class PoolName(StrEnum):
 
 
 JobFile = Annotated[str, typer.Argument(metavar="JOB.yaml", help="The job file.")]
-Where = Annotated[str, typer.Argument(metavar="OUT", help="An output's path or URI, or the job file that writes it.")]
+OutputOrJobFile = Annotated[
+    str, typer.Argument(metavar="OUT", help="An output's path or URI, or the job file that writes it.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="section.key=value", help="Settings that replace the job file's.")
 ]
@@ -85,9 +87,9 @@ def read_job(job: str, params: Sequence[str] | None, overrides: Sequence[str] | 
     return Job.from_file(job, given, overrides or ())
 
 
-def output_of(
+def resolve_output(
     where: str, params: Sequence[str] | None, overrides: Sequence[str] | None, endpoint: str | None, region: str | None
-) -> tuple[str, Options]:
+) -> tuple[str, OptionsByPrefix]:
     """The output's URI and storage options, from a job file or as typed."""
     if where.endswith((".yaml", ".yml")) and not Path(where).exists() and "://" not in where:
         raise InvalidJob(f"{where}: no such file; name a job file, or an output's folder or URI")

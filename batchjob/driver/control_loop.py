@@ -9,21 +9,21 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any, Self, TypeVar
 
-from batchjob.concurrency import Threads, aside
+from batchjob.concurrency import DaemonThreadPool, run_in_background
 from batchjob.driver.lease import Lease
 from batchjob.errors import Temporary, Unavailable
 from batchjob.storage.outage import Outage
 from batchjob.storage.store import Store
 
-__all__ = ["TURN_SECONDS", "Drain", "Turns", "deaf", "take_lease"]
+__all__ = ["TICK_SECONDS", "ControlLoop", "StopSignals", "acquire_lease", "ignore_stop_signals"]
 
 T = TypeVar("T")
-TURN_SECONDS = 0.2
+TICK_SECONDS = 0.2
 _BEAT_SECONDS = 1.0  # that a beat is waited for, so that nothing is done that it would have prevented
 _FAREWELL_SECONDS = 3.0
 
 
-class Turns:
+class ControlLoop:
     """What every wait of the control thread goes through.
 
     The lease is beaten beside it, for a store that does not answer must not keep it from hearing signals. Nobody beats
@@ -40,26 +40,26 @@ class Turns:
         before_stop: called once when a signal has asked to stop, before that ends the run; not in an outage.
     """
 
-    def __init__(self, lease: Lease, drain: Drain, output: str, outage: float = 0.0) -> None:
-        self._lease, self._drain, self._output = lease, drain, output
-        self._outage = Outage(outage)
-        self._beside = Threads(1, "lease")
+    def __init__(self, lease: Lease, signals: StopSignals, output: str, outage_seconds: float = 0.0) -> None:
+        self._lease, self._drain, self._output = lease, signals, output
+        self._outage = Outage(outage_seconds)
+        self._beside = DaemonThreadPool(1, "lease")
         self._beating: Future[None] | None = None
         self._begun = 0.0
         self._stopping = False
-        self.listen: Callable[[float], object] = time.sleep
-        self.before_stop: Callable[[], object] = lambda: None
+        self.collect_events: Callable[[float], object] = time.sleep
+        self.on_stop: Callable[[], object] = lambda: None
 
     @property
-    def witness(self) -> tuple[str, str]:
+    def visibility_check(self) -> tuple[str, str]:
         """See `Lease.witness`."""
-        return self._lease.witness
+        return self._lease.visibility_check
 
-    def listen_to_signals(self) -> None:
+    def install_signal_handlers(self) -> None:
         """Once more: a library may have taken them for itself."""
-        self._drain.listen()
+        self._drain.install()
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Show life and hear signals, without waiting.
 
         Raises:
@@ -67,40 +67,40 @@ class Turns:
                 long.
         """
         self._show_life()
-        if self._drain.asked.is_set() and not self._stopping:
+        if self._drain.requested.is_set() and not self._stopping:
             self._stopping = True
-            if not self._outage.lasting:  # or else nothing could be committed
-                self.before_stop()
-            self._drain.heed(self._output)
+            if not self._outage.is_ongoing:  # or else nothing could be committed
+                self.on_stop()
+            self._drain.raise_if_stopping(self._output)
 
-    def turn(self, seconds: float = TURN_SECONDS) -> None:
+    def tick(self, timeout: float = TICK_SECONDS) -> None:
         """Beat, then listen for so long at most. Raises: see `beat`; and what was reported may end the run."""
-        self.beat()
-        self.listen(seconds)
+        self.heartbeat()
+        self.collect_events(timeout)
 
-    def during(self, work: Callable[[], T]) -> T:
+    def run_blocking(self, work: Callable[[], T]) -> T:
         """Do something that may block while the turns go on. What ends them leaves it to itself."""
-        return aside(work, lambda: self.turn(0.0))
+        return run_in_background(work, lambda: self.tick(0.0))
 
-    def confirm(self) -> None:
+    def confirm_lease(self) -> None:
         """Look now whether the lease is still ours; an outage is waited for.
 
         Raises:
             Temporary: another driver has taken over, a signal has asked to stop, or the outage lasts too long.
         """
-        aside(lambda: self._outage.ridden_out(self._lease.confirm), self.beat)
+        run_in_background(lambda: self._outage.retry_until_answered(self._lease.confirm_ownership), self.heartbeat)
 
-    def leave(self) -> None:
+    def release_lease(self) -> None:
         """Give the lease back, unless that takes long: then it falls silent by itself."""
         until = time.monotonic() + _FAREWELL_SECONDS
         if self._beating is None or wait([self._beating], _FAREWELL_SECONDS).done:
             wait([self._beside.submit(self._lease.release)], max(0.0, until - time.monotonic()))
-        self._beside.leave()
+        self._beside.shutdown()
 
     def _show_life(self) -> None:
-        if self._beating is None and self._lease.due:
+        if self._beating is None and self._lease.heartbeat_due:
             self._begun = time.monotonic()
-            self._beating = self._beside.submit(self._lease.beat)
+            self._beating = self._beside.submit(self._lease.heartbeat)
             wait([self._beating], _BEAT_SECONDS)
         if self._beating is not None and self._beating.done():
             beating, self._beating = self._beating, None
@@ -110,12 +110,12 @@ class Turns:
         """What became of a beat. Raises what ends the run."""
         try:
             beating.result()
-            self._outage.ended()
+            self._outage.record_answer()
         except Unavailable as error:  # safety does not rest on the lease
-            self._outage.endured(error, self._begun)
+            self._outage.record_silence(error, self._begun)
 
 
-def take_lease(store: Store, drain: Drain, note: Callable[[str], None]) -> Lease:
+def acquire_lease(store: Store, signals: StopSignals, note: Callable[[str], None]) -> Lease:
     """The lease, however long that takes, while signals are heard; a signal gives back what is taken meanwhile.
 
     Args:
@@ -128,43 +128,43 @@ def take_lease(store: Store, drain: Drain, note: Callable[[str], None]) -> Lease
     """
 
     def pause(seconds: float) -> None:
-        drain.heed(store.uri)
+        signals.raise_if_stopping(store.uri)
         time.sleep(seconds)
 
     def take() -> Lease:
         lease = Lease.acquire(store, sleep=pause, note=note)
-        if drain.asked.is_set():
+        if signals.requested.is_set():
             lease.release()
         return lease
 
-    beside = Threads(1, "lease")
+    beside = DaemonThreadPool(1, "lease")
     taking = beside.submit(take)
-    while not wait([taking], TURN_SECONDS).done:
-        if drain.asked.is_set() and not wait([taking], _FAREWELL_SECONDS).done:
-            drain.heed(store.uri)
-    beside.leave()
+    while not wait([taking], TICK_SECONDS).done:
+        if signals.requested.is_set() and not wait([taking], _FAREWELL_SECONDS).done:
+            signals.raise_if_stopping(store.uri)
+    beside.shutdown()
     return taking.result()
 
 
 _SIGNALS = signal.SIGTERM, signal.SIGINT
 
 
-class Drain:
+class StopSignals:
     """A context in which the two signals set `asked`. Does nothing outside the main thread."""
 
     def __init__(self) -> None:
-        self.asked = threading.Event()
+        self.requested = threading.Event()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        self.listen()
+        self.install()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def listen(self) -> None:
+    def install(self) -> None:
         """(Re)install the handlers: Ray takes SIGTERM for itself when it starts.
 
         It does so below Python, which does not know; its handler calls ours, and aborts the process 3 s later.
@@ -174,18 +174,18 @@ class Drain:
         for number in _SIGNALS:
             self._before.setdefault(number, signal.signal(number, self._ask))
 
-    def heed(self, output: str) -> None:
+    def raise_if_stopping(self, output: str) -> None:
         """Raises Temporary where a signal has asked to stop."""
-        if self.asked.is_set():
+        if self.requested.is_set():
             raise Temporary(f"{output}: stopped by a signal; the same command resumes")
 
     def _ask(self, *_: object) -> None:
-        if self.asked.is_set():
+        if self.requested.is_set():
             raise Temporary("stopped at once on the second signal; the same command resumes")
-        self.asked.set()
+        self.requested.set()
 
 
-def deaf() -> None:
+def ignore_stop_signals() -> None:
     """Ignore the two signals from now on: all is done and said, and the exit code is to say the same."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)

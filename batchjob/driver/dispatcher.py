@@ -5,24 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from batchjob.driver.control_loop import TURN_SECONDS
-from batchjob.driver.progress import Progress
-from batchjob.driver.scheduler import Schedule
-from batchjob.errors import BatchjobError, Interrupted, JobError, Unavailable
+from batchjob.driver.control_loop import TICK_SECONDS
+from batchjob.driver.progress import ProgressReporter
+from batchjob.driver.scheduler import Scheduler
+from batchjob.errors import AttemptInterrupted, BatchjobError, JobError, Unavailable
 from batchjob.output.provenance import ShardResult
 from batchjob.pool.pool import Pool
-from batchjob.text import counted
+from batchjob.text import format_count
 from batchjob.types import ShardKey
-from batchjob.worker.messages import Done, Event, Failed, Loaded, Ready, Setup, WorkerFailed
+from batchjob.worker.messages import (
+    ShardCommitted,
+    ShardFailed,
+    WorkerEvent,
+    WorkerFailed,
+    WorkerInfo,
+    WorkerReady,
+    WorkerSetup,
+)
 
-__all__ = ["DRAIN_SECONDS", "Dispatch", "MakePool"]
+__all__ = ["DRAIN_SECONDS", "Dispatcher", "MakePool"]
 
 MakePool = Callable[[], Pool]
 DRAIN_SECONDS = 8.0  # of the 20 s in all: the pool's end, the lease's farewell and the exit take their share
 _UNAVAILABLE_IN_A_ROW = 3
 
 
-class Dispatch:
+class Dispatcher:
     """One pool of workers, started when it is first needed, and the shards that it is given.
 
     Args:
@@ -38,14 +46,18 @@ class Dispatch:
     """
 
     def __init__(
-        self, attempts: int, make_pool: MakePool, progress: Progress, committed: Callable[[ShardResult], object]
+        self,
+        max_attempts: int,
+        make_pool: MakePool,
+        progress: ProgressReporter,
+        on_commit: Callable[[ShardResult], object],
     ) -> None:
-        self._make_pool, self._progress, self._committed = make_pool, progress, committed
+        self._make_pool, self._progress, self._committed = make_pool, progress, on_commit
         self._pool: Pool | None = None
         self._unavailable = 0
-        self.schedule = Schedule(attempts)
-        self.workers: list[Loaded] = []
-        self.starting: Callable[[], object] = lambda: None
+        self.scheduler = Scheduler(max_attempts)
+        self.workers: list[WorkerInfo] = []
+        self.on_starting: Callable[[], object] = lambda: None
 
     @property
     def started(self) -> bool:
@@ -53,74 +65,74 @@ class Dispatch:
         return self._pool is not None
 
     @property
-    def size(self) -> int:
+    def pool_size(self) -> int:
         """Workers wanted, 0 as long as that is not known."""
         return self._pool.size if self._pool else 0
 
-    def start(self, setup: Setup) -> None:
+    def start(self, setup: WorkerSetup) -> None:
         """Begin to start workers."""
         self._pool = self._make_pool()
         self._pool.start(setup)
 
-    def listen(self, seconds: float) -> None:
+    def collect_events(self, timeout: float) -> None:
         """Take in what happened, at the latest after so many seconds. Raises what ends the run."""
         if self._pool is None:
-            time.sleep(seconds)
+            time.sleep(timeout)
             return
-        for event in self._pool.wait(seconds):
-            self._handle(event)
+        for event in self._pool.wait(timeout):
+            self._handle_event(event)
         if not self.workers:
-            self.starting()
+            self.on_starting()
 
-    def hand_out(self, plan: int) -> None:
+    def dispatch(self, plan_number: int) -> None:
         """Give workers of plan number `plan` as many shards as they take."""
         assert self._pool is not None, "start comes before hand_out"
-        while self._pool.free() > 0 and (key := self.schedule.take()) is not None:
-            self._pool.submit(key, plan)
+        while self._pool.free_slots() > 0 and (key := self.scheduler.take_next()) is not None:
+            self._pool.submit(key, plan_number)
 
-    def back_up(self, plan: int) -> None:
+    def speculate(self, plan_number: int) -> None:
         """Where a worker has nothing to do and a shard is late with another one, have both try it: the first counts."""
         assert self._pool is not None, "start comes before back_up"
-        while self._pool.idle() > 0 and (key := self.schedule.take_late()) is not None:
+        while self._pool.idle_workers() > 0 and (key := self.scheduler.take_straggler()) is not None:
             self._progress.note(f"shard {key.index} is late: a second worker begins it too")
-            self._pool.back_up(key, plan)
+            self._pool.submit_speculative(key, plan_number)
 
-    def drain(self, beat: Callable[[], object]) -> None:
+    def drain(self, heartbeat: Callable[[], object]) -> None:
         """Hand out no more, and give what runs a moment to commit."""
-        if running := self.schedule.running:
-            self._progress.note(f"stopping: up to {DRAIN_SECONDS:.0f} s for {counted(running, 'running shard')}")
+        if running := self.scheduler.running:
+            self._progress.note(f"stopping: up to {DRAIN_SECONDS:.0f} s for {format_count(running, 'running shard')}")
         until = time.monotonic() + DRAIN_SECONDS
-        while self._pool is not None and self.schedule.running and time.monotonic() < until:
-            beat()
-            self.listen(TURN_SECONDS)
+        while self._pool is not None and self.scheduler.running and time.monotonic() < until:
+            heartbeat()
+            self.collect_events(TICK_SECONDS)
 
     def close(self) -> None:
         """Stop all workers."""
         if self._pool is not None:
             self._pool.close()
 
-    def _handle(self, event: Event) -> None:
+    def _handle_event(self, event: WorkerEvent) -> None:
         match event:
-            case Ready(worker, loaded):
+            case WorkerReady(worker, loaded):
                 self.workers.append(loaded)
-                self.starting()
+                self.on_starting()
                 self._progress.note(
                     f"worker {worker}: {loaded.model} on {loaded.device}, {loaded.precision}, batches of "
                     f"{loaded.batch_size}, after {loaded.seconds:.1f} s"
                 )
-            case Done(result):
+            case ShardCommitted(result):
                 self._unavailable = 0
-                if self.schedule.finish(result.key):
+                if self.scheduler.finish(result.key):
                     self._committed(result)
-                    self._progress.advance(result.key.images, result.made.failed)
-            case Failed(key, error):
+                    self._progress.advance(result.key.images_to_read, result.footer.failed)
+            case ShardFailed(key, error):
                 self._attempt_failed(key, error)
             case WorkerFailed(error):
                 raise error
 
     def _attempt_failed(self, key: ShardKey, error: BatchjobError) -> None:
         """Network and credentials use up no attempt, but end the run when they persist; other job errors end it now."""
-        if not self.schedule.is_running(key) and (isinstance(error, Unavailable) or not isinstance(error, JobError)):
+        if not self.scheduler.is_running(key) and (isinstance(error, Unavailable) or not isinstance(error, JobError)):
             return  # another attempt at it was quicker
         if isinstance(error, Unavailable):
             self._unavailable += 1
@@ -128,7 +140,7 @@ class Dispatch:
                 raise error
         elif isinstance(error, JobError):
             raise error
-        interrupted = isinstance(error, Interrupted)
+        interrupted = isinstance(error, AttemptInterrupted)
         counts = not interrupted and not isinstance(error, Unavailable)
-        gave_up = self.schedule.fail(key, error.message, counts=counts, first=interrupted)
+        gave_up = self.scheduler.fail(key, error.message, uses_attempt=counts, to_front=interrupted)
         self._progress.note(f"shard {key.index} failed{', given up' if gave_up else ''}: {error.message}")

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from batchjob.driver.control_loop import TURN_SECONDS, Drain, Turns, take_lease
-from batchjob.driver.dispatcher import Dispatch, MakePool
+from batchjob.driver.control_loop import TICK_SECONDS, ControlLoop, StopSignals, acquire_lease
+from batchjob.driver.dispatcher import Dispatcher, MakePool
 from batchjob.driver.existing_output import (
     _already_complete,
     _as_planned,
@@ -16,30 +16,30 @@ from batchjob.driver.existing_output import (
     _leftovers,
     _nothing_planned,
     _something_to_discard,
-    clear_foreign,
+    delete_stale_parts,
 )
-from batchjob.driver.finalize import Run, conclude
-from batchjob.driver.plan_prefetcher import Feeder
-from batchjob.driver.planner import Planning
-from batchjob.driver.progress import Progress
-from batchjob.driver.run_state import Books
+from batchjob.driver.finalize import RunSummary, finalize_run
+from batchjob.driver.plan_prefetcher import PlanPrefetcher
+from batchjob.driver.planner import Planner
+from batchjob.driver.progress import ProgressReporter
+from batchjob.driver.run_state import RunState
 from batchjob.errors import BatchjobError
 from batchjob.job.job import Job
 from batchjob.output import commit
-from batchjob.output.success import read_success, withdraw_success
+from batchjob.output.success import delete_success, read_success
 from batchjob.plan import reader
-from batchjob.plan.head import Head, current
-from batchjob.report.run_result import Outcome, PlanSummary
-from batchjob.sources.listing import FEW_IMAGES, TYPICAL_BYTES, Peek
-from batchjob.storage.objects import Stat
-from batchjob.storage.options import Options
+from batchjob.plan.head import PlanHead, read_current_head
+from batchjob.report.run_result import PlanSummary, RunResult
+from batchjob.sources.listing import DEFAULT_IMAGE_BYTES, SMALL_INPUT_IMAGES, InputPreview
+from batchjob.storage.objects import ObjectInfo
+from batchjob.storage.options import OptionsByPrefix
 from batchjob.storage.store import Store, open_store
-from batchjob.text import counted
-from batchjob.worker.messages import Setup
+from batchjob.text import format_count
+from batchjob.worker.messages import WorkerSetup
 
 __all__ = ["discard", "plan_only", "run"]
 
-_WAITING_ENOUGH = 10_000
+_MAX_WAITING_SHARDS = 10_000
 
 
 def run(
@@ -47,10 +47,10 @@ def run(
     make_pool: MakePool,
     *,
     allow_empty: bool,
-    progress: Progress,
+    progress: ProgressReporter,
     repair: bool = False,
     retry: bool = False,
-) -> Outcome:
+) -> RunResult:
     """Run a job to its end, or up to where it can go; what is committed already is not done again.
 
     Args:
@@ -69,7 +69,7 @@ def run(
     if (outcome := _already_complete(store, job, repair, retry)) is not None:
         return outcome
     with _in_control(store, progress, job.errors.outage_seconds) as turns:
-        session = _Session(job, _patient(job), turns, make_pool, progress, retry)
+        session = _Driver(job, _patient(job), turns, make_pool, progress, retry)
         try:
             head = session.work(allow_empty, repair)
             return session.finish(head, began)
@@ -78,7 +78,7 @@ def run(
             raise
 
 
-def plan_only(job: Job, *, allow_empty: bool, progress: Progress) -> PlanSummary:
+def plan_only(job: Job, *, allow_empty: bool, progress: ProgressReporter) -> PlanSummary:
     """Freeze a job's plan without running it.
 
     Raises:
@@ -88,14 +88,14 @@ def plan_only(job: Job, *, allow_empty: bool, progress: Progress) -> PlanSummary
     store = open_store(job.output.uri, job.storage)
     with _in_control(store, progress, job.errors.outage_seconds) as turns:
         store = _patient(job)
-        number, head = turns.during(lambda: current(store))
-        planning = Planning(_as_planned(job, store, head), store, turns, progress.note)
+        number, head = turns.run_blocking(lambda: read_current_head(store))
+        planning = Planner(_as_planned(job, store, head), store, turns, progress.note)
         progress.start(None)
         try:
             if head is None:
-                seen = planning.look_further(planning.look(allow_empty), 0)
-                Books(store, turns.beat).clear_foreign(turns.beat)
-                head = planning.freeze(number, seen, 0, 0, partial(clear_foreign, store))
+                seen = planning.extend_preview(planning.preview_input(allow_empty), 0)
+                RunState(store, turns.heartbeat).delete_stale_parts(turns.heartbeat)
+                head = planning.freeze(number, seen, 0, 0, partial(delete_stale_parts, store))
             images, shards = _write(planning, head, turns, progress)
         finally:
             progress.stop()
@@ -103,7 +103,7 @@ def plan_only(job: Job, *, allow_empty: bool, progress: Progress) -> PlanSummary
     return PlanSummary(head.plan, images, shards, head.shard_size, store.uri, time.monotonic() - began)
 
 
-def discard(uri: str, options: Options | None = None, progress: Progress | None = None) -> str:
+def discard(uri: str, options: OptionsByPrefix | None = None, progress: ProgressReporter | None = None) -> str:
     """Bury the plan in force and delete its parts; the next run plans anew. Returns a sentence saying what went.
 
     Raises:
@@ -113,25 +113,25 @@ def discard(uri: str, options: Options | None = None, progress: Progress | None 
     store = open_store(uri, options)
     _something_to_discard(store)  # before the lease leaves a trace in a folder that is not ours
     with _in_control(store, progress) as turns:
-        _, head = turns.during(lambda: _something_to_discard(store))
-        turns.confirm()  # who was stopped for long would bury what another driver has finished since
-        turns.during(lambda: _bury(store, head))
-        leftovers = turns.during(lambda: _leftovers(store))
-        deleted = commit.delete_all(store, leftovers, turns.beat)
+        _, head = turns.run_blocking(lambda: _something_to_discard(store))
+        turns.confirm_lease()  # who was stopped for long would bury what another driver has finished since
+        turns.run_blocking(lambda: _bury(store, head))
+        leftovers = turns.run_blocking(lambda: _leftovers(store))
+        deleted = commit.delete_objects(store, leftovers, turns.heartbeat)
     name = f"plan {head.plan} (number {head.number})" if head else "an earlier plan's leftovers"
-    return f"{store.uri}: discarded {name}, deleted {counted(deleted, 'part')}"
+    return f"{store.uri}: discarded {name}, deleted {format_count(deleted, 'part')}"
 
 
 @contextmanager
-def _in_control(store: Store, progress: Progress | None, outage: float = 0.0) -> Iterator[Turns]:
+def _in_control(store: Store, progress: ProgressReporter | None, outage: float = 0.0) -> Iterator[ControlLoop]:
     """The lease on an output, and signals as requests to stop. Raises Temporary where another driver is at work."""
-    with Drain() as drain:  # around the lease, which nobody is to leave behind
-        lease = take_lease(store, drain, progress.note if progress else lambda text: None)
-        turns = Turns(lease, drain, store.uri, outage)
+    with StopSignals() as drain:  # around the lease, which nobody is to leave behind
+        lease = acquire_lease(store, drain, progress.note if progress else lambda text: None)
+        turns = ControlLoop(lease, drain, store.uri, outage)
         try:
             yield turns
         finally:
-            turns.leave()
+            turns.release_lease()
 
 
 def _patient(job: Job) -> Store:
@@ -139,52 +139,57 @@ def _patient(job: Job) -> Store:
     return open_store(job.output.uri, job.storage, outage=job.errors.outage_seconds)
 
 
-def _write(planning: Planning, head: Head, turns: Turns, progress: Progress) -> tuple[int, int]:
+def _write(planning: Planner, head: PlanHead, turns: ControlLoop, progress: ProgressReporter) -> tuple[int, int]:
     """Write a plan to its end; its images and shards."""
     images = shards = 0
-    feeder = Feeder(planning.chunks(head))
+    feeder = PlanPrefetcher(planning.iter_chunks(head))
     try:
         while not feeder.finished:
-            turns.beat()
-            if (chunk := feeder.take(TURN_SECONDS)) is not None:
-                images, shards = chunk.cursor.rows, shards + len(chunk.shards)
-                progress.planned(images, chunk.last)
+            turns.heartbeat()
+            if (chunk := feeder.next_chunk(TICK_SECONDS)) is not None:
+                images, shards = chunk.end_cursor.rows, shards + len(chunk.shards)
+                progress.set_planned(images, chunk.is_last)
     finally:
         feeder.close()
     return images, shards
 
 
-class _Session:
+class _Driver:
     """One driver's work on one job, under the lease."""
 
     def __init__(
-        self, job: Job, store: Store, turns: Turns, make_pool: MakePool, progress: Progress, retry: bool
+        self, job: Job, store: Store, turns: ControlLoop, make_pool: MakePool, progress: ProgressReporter, retry: bool
     ) -> None:
-        self._books = Books(store, turns.beat, retry)  # before the look at the plan: what it finds is of no later one
-        self._number, self._resumed = turns.during(lambda: current(store))
+        self._books = RunState(
+            store, turns.heartbeat, retry
+        )  # before the look at the plan: what it finds is of no later one
+        self._number, self._resumed = turns.run_blocking(lambda: read_current_head(store))
         self._job = _as_planned(job, store, self._resumed)
         self._store, self._turns, self._progress = store, turns, progress
-        self._planning = Planning(self._job, store, turns, progress.note)
-        self._dispatch = Dispatch(job.errors.attempts, make_pool, progress, self._books.commit)
-        self._dispatch.starting = turns.listen_to_signals
-        turns.listen, turns.before_stop = self._dispatch.listen, lambda: self._dispatch.drain(turns.beat)
+        self._planning = Planner(self._job, store, turns, progress.note)
+        self._dispatch = Dispatcher(job.errors.attempts, make_pool, progress, self._books.record_commit)
+        self._dispatch.on_starting = turns.install_signal_handlers
+        turns.collect_events, turns.on_stop = (
+            self._dispatch.collect_events,
+            lambda: self._dispatch.drain(turns.heartbeat),
+        )
         self._stopped_early = False
         self._retry = retry
-        self._success: Stat | None = None  # as a retry or a repair has found it
+        self._success: ObjectInfo | None = None  # as a retry or a repair has found it
 
     @property
     def counts(self) -> tuple[int, int, int]:
         """Images planned so far, rows predicted, rows failed."""
         return self._books.counts
 
-    def work(self, allow_empty: bool, repair: bool) -> Head:
+    def work(self, allow_empty: bool, repair: bool) -> PlanHead:
         """Plan or resume, and do every shard that is left; the plan's head."""
         self._progress.start(None)
         try:
             head = self._resumed or (_nothing_planned(self._store) if self._retry else self._new_plan(allow_empty))
             if self._resumed:
                 self._look_back(head, repair)
-            feeder = Feeder(self._planning.chunks(head))
+            feeder = PlanPrefetcher(self._planning.iter_chunks(head))
             try:
                 self._loop(feeder, head)
             finally:
@@ -195,94 +200,102 @@ class _Session:
             self._planning.close()
             self._dispatch.close()
 
-    def finish(self, head: Head, began: float) -> Outcome:
+    def finish(self, head: PlanHead, began: float) -> RunResult:
         """Verify what lies there against the plan, write the report, and `_SUCCESS` when the budget holds."""
         books = self._books
-        ran = Run(
-            books.expected,
-            books.fresh,
-            tuple(self._dispatch.schedule.given_up),
+        ran = RunSummary(
+            books.expected_rows,
+            books.new_parts,
+            tuple(self._dispatch.scheduler.given_up),
             tuple(self._dispatch.workers),
             time.monotonic() - began,
-            books.older,
-            books.whole,
+            books.existing_parts,
+            books.plan_complete,
             self._stopped_early,
         )
-        job, beat = self._job, self._turns.beat
-        self._turns.confirm()  # who has slept through another driver's work is not the one to say how it ended
-        return conclude(self._store, head, ran, budget=job.errors, summary=job.task.summary, beat=beat)
+        job, beat = self._job, self._turns.heartbeat
+        self._turns.confirm_lease()  # who has slept through another driver's work is not the one to say how it ended
+        return finalize_run(
+            self._store, head, ran, budget=job.errors, summarize=job.task.compute_metrics, heartbeat=beat
+        )
 
-    def _new_plan(self, allow_empty: bool) -> Head:
+    def _new_plan(self, allow_empty: bool) -> PlanHead:
         """Freeze a plan, but only once the input is known to be there and the model to stand on its device."""
-        few = self._planning.look(allow_empty)
+        few = self._planning.preview_input(allow_empty)
         self._start_workers(few)
-        seen = self._planning.look_further(few, self._dispatch.size)
+        seen = self._planning.extend_preview(few, self._dispatch.pool_size)
         while not (workers := self._dispatch.workers):
-            self._turns.turn()
-        seen = self._planning.look_further(seen, self._dispatch.size)  # how many they are may have shown only now
+            self._turns.tick()
+        seen = self._planning.extend_preview(
+            seen, self._dispatch.pool_size
+        )  # how many they are may have shown only now
         self._planning.check_columns(name for loaded in workers for name in loaded.columns)
-        self._books.clear_foreign(self._turns.beat)
+        self._books.delete_stale_parts(self._turns.heartbeat)
         row_bytes = max(loaded.row_bytes for loaded in workers)
-        clear = partial(clear_foreign, self._store)  # what a worker of a discarded plan has put there since
-        return self._planning.freeze(self._number, seen, self._dispatch.size, row_bytes, clear)
+        clear = partial(delete_stale_parts, self._store)  # what a worker of a discarded plan has put there since
+        return self._planning.freeze(self._number, seen, self._dispatch.pool_size, row_bytes, clear)
 
-    def _look_back(self, head: Head, repair: bool) -> None:
-        self._progress.note(f"resuming plan {head.plan}: {counted(self._books.parts, 'part')} committed")
-        if (repair or self._retry) and (found := self._turns.during(lambda: read_success(self._store))):
+    def _look_back(self, head: PlanHead, repair: bool) -> None:
+        self._progress.note(f"resuming plan {head.plan}: {format_count(self._books.part_count, 'part')} committed")
+        if (repair or self._retry) and (found := self._turns.run_blocking(lambda: read_success(self._store))):
             _, self._success = found
         if repair:
             self._withdraw_success()
-        self._books.look_back(head, self._turns.beat)
+        self._books.read_existing_parts(head, self._turns.heartbeat)
         if self._retry:
-            self._progress.note(f"to be retried: {counted(self._books.pending, 'error row')}")
+            self._progress.note(f"to be retried: {format_count(self._books.rows_to_retry, 'error row')}")
         if self._books.failed:
             self._progress.advance(0, self._books.failed)  # of images that are counted as the plan is read
 
-    def _loop(self, feeder: Feeder, head: Head) -> None:
+    def _loop(self, feeder: PlanPrefetcher, head: PlanHead) -> None:
         """Hand out shards until all are done or given up, or too much has failed."""
-        schedule = self._dispatch.schedule
+        schedule = self._dispatch.scheduler
         while not (feeder.finished and schedule.idle):
             self._absorb(feeder)
-            if self._job.errors.abort_early and self._books.exceeded(self._job.errors):
+            if self._job.errors.abort_early and self._books.find_exceeded_limit(self._job.errors):
                 self._stopped_early = True
-                self._dispatch.drain(self._turns.beat)
+                self._dispatch.drain(self._turns.heartbeat)
                 return
             if schedule.waiting:
                 self._hand_out(head)
             elif feeder.finished and self._dispatch.started:
-                self._dispatch.back_up(head.number)
-            self._turns.turn() if self._dispatch.started else self._turns.beat()
+                self._dispatch.speculate(head.number)
+            self._turns.tick() if self._dispatch.started else self._turns.heartbeat()
 
-    def _absorb(self, feeder: Feeder) -> None:
+    def _absorb(self, feeder: PlanPrefetcher) -> None:
         """Take in confirmed chunks as long as few shards wait; look for foreign parts once all are known."""
-        schedule, all_known_before = self._dispatch.schedule, feeder.finished
-        patience = 0.0 if self._dispatch.started else TURN_SECONDS
-        while schedule.waiting < _WAITING_ENOUGH and (chunk := feeder.take(patience)) is not None:
-            done, left = self._books.add(chunk)
+        schedule, all_known_before = self._dispatch.scheduler, feeder.finished
+        patience = 0.0 if self._dispatch.started else TICK_SECONDS
+        while schedule.waiting < _MAX_WAITING_SHARDS and (chunk := feeder.next_chunk(patience)) is not None:
+            done, left = self._books.add_chunk(chunk)
             schedule.add(left)
-            self._progress.planned(chunk.cursor.rows, chunk.last)
-            self._progress.resumed(done)
-            self._turns.beat()
+            self._progress.set_planned(chunk.end_cursor.rows, chunk.is_last)
+            self._progress.add_resumed(done)
+            self._turns.heartbeat()
         if feeder.finished and not all_known_before:
-            self._books.clear_foreign(self._turns.beat)
+            self._books.delete_stale_parts(self._turns.heartbeat)
 
-    def _hand_out(self, head: Head) -> None:
+    def _hand_out(self, head: PlanHead) -> None:
         if not self._dispatch.started:
-            first = self._turns.during(lambda: reader.PlanReader(self._store, head).first(FEW_IMAGES + 1))
-            sample = tuple(ref.location for ref in first[:FEW_IMAGES])
-            size = sum(TYPICAL_BYTES if ref.size is None else ref.size for ref in first)
-            self._start_workers(Peek(len(first), len(first) <= FEW_IMAGES, sample, image_bytes=size))
+            first = self._turns.run_blocking(
+                lambda: reader.PlanReader(self._store, head).read_first_refs(SMALL_INPUT_IMAGES + 1)
+            )
+            sample = tuple(ref.location for ref in first[:SMALL_INPUT_IMAGES])
+            size = sum(DEFAULT_IMAGE_BYTES if ref.size is None else ref.size for ref in first)
+            self._start_workers(InputPreview(len(first), len(first) <= SMALL_INPUT_IMAGES, sample, image_bytes=size))
         if self._dispatch.workers:
             self._withdraw_success()
-            self._dispatch.hand_out(head.number)
+            self._dispatch.dispatch(head.number)
 
     def _withdraw_success(self) -> None:
         """Before the first part is replaced or made anew; at a retry not before somebody stands ready to do it."""
         if self._success is not None:
             version, self._success = self._success.version or "", None
-            self._turns.confirm()  # so that what was read before is no later driver's
-            self._turns.during(lambda: withdraw_success(self._store, version))
+            self._turns.confirm_lease()  # so that what was read before is no later driver's
+            self._turns.run_blocking(lambda: delete_success(self._store, version))
 
-    def _start_workers(self, seen: Peek) -> None:
-        job, few_bytes = self._job, seen.image_bytes if seen.whole else None
-        self._dispatch.start(Setup(job.portable(), str(job.base), self._turns.witness, seen.sample, few_bytes))
+    def _start_workers(self, seen: InputPreview) -> None:
+        job, few_bytes = self._job, seen.image_bytes if seen.complete else None
+        self._dispatch.start(
+            WorkerSetup(job.serialize(), str(job.folder), self._turns.visibility_check, seen.sample, few_bytes)
+        )

@@ -8,32 +8,32 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import batchjob
-from batchjob.concurrency import aside
-from batchjob.driver.existing_output import Beat, clear_foreign
-from batchjob.driver.run_state import exceeded
-from batchjob.driver.scheduler import GivenUp
+from batchjob.concurrency import run_in_background
+from batchjob.driver.existing_output import Heartbeat, delete_stale_parts
+from batchjob.driver.run_state import find_exceeded_limit
+from batchjob.driver.scheduler import AbandonedShard
 from batchjob.errors import CheckFailed, Incomplete, Temporary
 from batchjob.job.runtime import ErrorBudget
 from batchjob.output import success
-from batchjob.output.commit import inspect_all
-from batchjob.output.commit import parts as parts_of_commit
-from batchjob.output.provenance import Provenance, ShardResult
+from batchjob.output.commit import list_parts as parts_of_commit
+from batchjob.output.commit import read_footers
+from batchjob.output.provenance import PartFooter, ShardResult
 from batchjob.output.success import Part, Totals
-from batchjob.plan.head import Head, is_discarded
-from batchjob.report.run_result import Outcome
-from batchjob.storage.objects import Stat
+from batchjob.plan.head import PlanHead, is_discarded
+from batchjob.report.run_result import RunResult
+from batchjob.storage.objects import ObjectInfo
 from batchjob.storage.store import Store
-from batchjob.text import counted
+from batchjob.text import format_count
 from batchjob.types import ShardKey
-from batchjob.worker.messages import Loaded
+from batchjob.worker.messages import WorkerInfo
 
-__all__ = ["Run", "conclude"]
+__all__ = ["RunSummary", "finalize_run"]
 
-Summary = Callable[[Mapping[str, float]], dict[str, Any]]
+Summarize = Callable[[Mapping[str, float]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSummary:
     """What a driver did.
 
     Attributes:
@@ -46,17 +46,19 @@ class Run:
         stopped_early: it handed out no more because it was over the error budget.
     """
 
-    expected: Mapping[str, int]
-    fresh: Mapping[str, ShardResult]
-    given_up: tuple[GivenUp, ...]
-    workers: tuple[Loaded, ...]
+    expected_rows: Mapping[str, int]
+    new_parts: Mapping[str, ShardResult]
+    given_up: tuple[AbandonedShard, ...]
+    workers: tuple[WorkerInfo, ...]
     seconds: float
-    older: Mapping[str, tuple[Provenance, str | None]] = field(default_factory=dict)
-    whole: bool = True
+    existing_parts: Mapping[str, tuple[PartFooter, str | None]] = field(default_factory=dict)
+    plan_complete: bool = True
     stopped_early: bool = False
 
 
-def conclude(store: Store, head: Head, run: Run, *, budget: ErrorBudget, summary: Summary, beat: Beat) -> Outcome:
+def finalize_run(
+    store: Store, head: PlanHead, run: RunSummary, *, budget: ErrorBudget, summarize: Summarize, heartbeat: Heartbeat
+) -> RunResult:
     """Verify, report, and put `_SUCCESS` when every shard is there and the budget holds.
 
     Args:
@@ -67,12 +69,12 @@ def conclude(store: Store, head: Head, run: Run, *, budget: ErrorBudget, summary
     Raises:
         CheckFailed: parts and plan disagree.
     """
-    there = aside(lambda: parts_of_commit(store), beat)
+    there = run_in_background(lambda: parts_of_commit(store), heartbeat)
     # A worker lost between its PUT and its answer has committed all the same.
     run = replace(run, given_up=tuple(gone for gone in run.given_up if not _stands(gone.key, run, there)))
-    there = _checked_names(store, run, there, beat)
-    parts, totals = _add_up(store, head, run, there, beat)
-    outcome = replace(_outcome(store, run, totals, budget), truth=summary(totals.truth))
+    there = _checked_names(store, run, there, heartbeat)
+    parts, totals = _add_up(store, head, run, there, heartbeat)
+    outcome = replace(_outcome(store, run, totals, budget), truth=summarize(totals.truth))
     facts = _facts(head, run, totals, outcome)
 
     def wanted() -> None:
@@ -84,54 +86,64 @@ def conclude(store: Store, head: Head, run: Run, *, budget: ErrorBudget, summary
         if outcome.exit_code == 0:
             success.write_success(store, facts, parts, wanted)
 
-    aside(write, beat)
+    run_in_background(write, heartbeat)
     return outcome
 
 
-def _stands(key: ShardKey, run: Run, there: Mapping[str, Stat]) -> bool:
+def _stands(key: ShardKey, run: RunSummary, there: Mapping[str, ObjectInfo]) -> bool:
     """Whether the shard's part is there, at a retry the new one."""
-    return key.part in there and not (key.revision and run.older[key.part][1] == there[key.part].etag)
+    return key.part_key in there and not (
+        key.revision and run.existing_parts[key.part_key][1] == there[key.part_key].etag
+    )
 
 
-def _checked_names(store: Store, run: Run, there: Mapping[str, Stat], beat: Beat) -> dict[str, Stat]:
+def _checked_names(
+    store: Store, run: RunSummary, there: Mapping[str, ObjectInfo], beat: Heartbeat
+) -> dict[str, ObjectInfo]:
     """The plan's own parts. Raises CheckFailed where one is missing, or a foreign one lies beside them."""
-    given_up = {gone.key.part for gone in run.given_up}
-    missing = sorted(run.expected.keys() - there.keys() - given_up)
-    if gone := [name for name in missing if not run.stopped_early or name in run.fresh or name in run.older]:
+    given_up = {gone.key.part_key for gone in run.given_up}
+    missing = sorted(run.expected_rows.keys() - there.keys() - given_up)
+    if gone := [
+        name for name in missing if not run.stopped_early or name in run.new_parts or name in run.existing_parts
+    ]:
         raise CheckFailed(f"{store.uri}: {', '.join(gone[:3])} vanished after its commit; run again to redo it")
-    if run.whole:
-        clear_foreign(store, there.keys() - run.expected.keys(), beat)
-    return {key: stat for key, stat in there.items() if key in run.expected}
+    if run.plan_complete:
+        delete_stale_parts(store, there.keys() - run.expected_rows.keys(), beat)
+    return {key: stat for key, stat in there.items() if key in run.expected_rows}
 
 
-def _add_up(store: Store, head: Head, run: Run, there: Mapping[str, Stat], beat: Beat) -> tuple[list[Part], Totals]:
+def _add_up(
+    store: Store, head: PlanHead, run: RunSummary, there: Mapping[str, ObjectInfo], beat: Heartbeat
+) -> tuple[list[Part], Totals]:
     parts, totals = [], Totals()
     for key, made in _made(store, run, there, beat):
-        if (made.plan, made.rows) != (head.plan, run.expected[key]):
+        if (made.plan, made.rows) != (head.plan, run.expected_rows[key]):
             raise CheckFailed(
                 f"{store.uri}/{key} says {made.rows} rows of plan {made.plan}, the plan {head.plan} says "
-                f"{run.expected[key]} rows; remove it and run again"
+                f"{run.expected_rows[key]} rows; remove it and run again"
             )
         totals.add(made)
-        if key in run.fresh:
-            totals.examples = {**run.fresh[key].examples, **totals.examples}
+        if key in run.new_parts:
+            totals.examples = {**run.new_parts[key].error_examples, **totals.examples}
         parts.append(Part(key, made.rows, made.failed, there[key].etag, there[key].size))
         beat()
     return sorted(parts, key=lambda part: part.name), totals
 
 
-def _made(store: Store, run: Run, there: Mapping[str, Stat], beat: Beat) -> Iterator[tuple[str, Provenance]]:
+def _made(
+    store: Store, run: RunSummary, there: Mapping[str, ObjectInfo], beat: Heartbeat
+) -> Iterator[tuple[str, PartFooter]]:
     """Provenance of every part: as this run learned it while the tag still stands, else read from its footer."""
-    seen = {**run.older, **{key: (result.made, result.etag) for key, result in run.fresh.items()}}
+    seen = {**run.existing_parts, **{key: (result.footer, result.etag) for key, result in run.new_parts.items()}}
     known = {key: made for key, (made, etag) in seen.items() if key in there and etag and etag == there[key].etag}
-    yield from inspect_all(store, sorted(there.keys() - known.keys()), beat)
+    yield from read_footers(store, sorted(there.keys() - known.keys()), beat)
     yield from sorted(known.items())
 
 
-def _outcome(store: Store, run: Run, totals: Totals, budget: ErrorBudget) -> Outcome:
-    planned = sum(run.expected.values())
+def _outcome(store: Store, run: RunSummary, totals: Totals, budget: ErrorBudget) -> RunResult:
+    planned = sum(run.expected_rows.values())
     status, code, message = "complete", 0, ""
-    limit = exceeded(budget, totals.failed, planned)
+    limit = find_exceeded_limit(budget, totals.failed, planned)
     unfinished = run.stopped_early and totals.rows < planned
     if run.given_up and not unfinished:
         status, code, message = Incomplete.status, Incomplete.exit_code, _given_up(run)
@@ -140,21 +152,22 @@ def _outcome(store: Store, run: Run, totals: Totals, budget: ErrorBudget) -> Out
         message = f"{said}, {limit}; {_worst(totals)}; see `batchjob errors {store.uri}`"
         message += "; errors.abort_early=false does the rest all the same" if unfinished else ""
         status, code = CheckFailed.status, CheckFailed.exit_code
-    rate = sum(result.key.images for result in run.fresh.values()) / max(run.seconds, 1e-9)
+    rate = sum(result.key.images_to_read for result in run.new_parts.values()) / max(run.seconds, 1e-9)
     good = totals.rows - totals.failed
-    return Outcome(status, planned, good, totals.failed, run.seconds, rate, store.uri, code, message)
+    return RunResult(status, planned, good, totals.failed, run.seconds, rate, store.uri, code, message)
 
 
-def _given_up(run: Run) -> str:
+def _given_up(run: RunSummary) -> str:
     first = run.given_up[0]
     return (
-        f"{counted(len(run.given_up), 'shard')} gave up after all attempts, the first, number {first.key.index}, with: "
+        f"{format_count(len(run.given_up), 'shard')} gave up after all attempts, the first, number "
+        f"{first.key.index}, with: "
         f"{first.reason}; the same command tries again"
     )
 
 
 def _over_budget(totals: Totals, planned: int) -> str:
-    return f"{totals.failed:,} of {counted(planned, 'image')} failed"
+    return f"{totals.failed:,} of {format_count(planned, 'image')} failed"
 
 
 def _stopped_early(totals: Totals, planned: int) -> str:
@@ -167,13 +180,13 @@ def _worst(totals: Totals) -> str:
     return f"most often {worst} ({count:,}{f', such as {example}' if example else ''})"
 
 
-def _decisions(store: Store, head: Head) -> list[Any]:
+def _decisions(store: Store, head: PlanHead) -> list[Any]:
     """How each kind of device was tuned, as it lies beside the plan."""
     found = sorted(stat.uri for stat in store.list(f"{head.folder}tuning/"))
     return [json.loads(store.read(key).data) for key in found]
 
 
-def _facts(head: Head, run: Run, totals: Totals, outcome: Outcome) -> dict[str, Any]:
+def _facts(head: PlanHead, run: RunSummary, totals: Totals, outcome: RunResult) -> dict[str, Any]:
     """What `report.json` and `_SUCCESS` say."""
     return {
         "status": outcome.status,
@@ -188,7 +201,7 @@ def _facts(head: Head, run: Run, totals: Totals, outcome: Outcome) -> dict[str, 
         },
         "images_per_second": outcome.images_per_second,
         "truth": outcome.truth,
-        "recipes": dict(totals.recipes.most_common()),
+        "recipes": dict(totals.execution_configs.most_common()),
         "workers": [asdict(worker) for worker in run.workers],
         "batchjob": batchjob.__version__,
     }

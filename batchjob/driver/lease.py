@@ -15,13 +15,21 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from batchjob.errors import AlreadyExists, BatchjobError, Changed, CheckFailed, NotFound, Temporary, Unavailable
+from batchjob.errors import (
+    AlreadyExists,
+    BatchjobError,
+    CheckFailed,
+    NotFound,
+    PreconditionFailed,
+    Temporary,
+    Unavailable,
+)
 from batchjob.storage.store import Store
 
-__all__ = ["BEAT_SECONDS", "SILENCE_SECONDS", "Lease"]
+__all__ = ["EXPIRY_SECONDS", "HEARTBEAT_SECONDS", "Lease"]
 
-BEAT_SECONDS = 2.0
-SILENCE_SECONDS = 20.0
+HEARTBEAT_SECONDS = 2.0
+EXPIRY_SECONDS = 20.0
 _POLL_SECONDS = 0.5
 _FOLDER = "_batchjob/lease/"
 _NAME = re.compile(r"(\d{10})\.json")
@@ -29,7 +37,7 @@ _LOOKS = 4
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _LeaseState:
     epoch: int
     version: str
     owner: str
@@ -52,7 +60,7 @@ class Lease:
         cls,
         store: Store,
         *,
-        silence: float = SILENCE_SECONDS,
+        expiry_seconds: float = EXPIRY_SECONDS,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         note: Callable[[str], None] = lambda text: None,
@@ -65,37 +73,40 @@ class Lease:
         owner = secrets.token_hex(8)
         newest = _newest(store)
         if newest is not None and not newest.released:
-            note(f"a driver ({newest.where}) holds {store.uri}; waiting up to {silence:.0f} s to see whether it lives")
-            _watch(store, newest, silence, clock, sleep)
+            note(
+                f"a driver ({newest.where}) holds {store.uri}; waiting up to {expiry_seconds:.0f} s "
+                "to see whether it lives"
+            )
+            _watch(store, newest, expiry_seconds, clock, sleep)
         epoch = newest.epoch + 1 if newest else 1
         lease = cls(store, epoch, owner, _create(store, epoch, owner), clock)
-        lease._sweep()
+        lease._delete_old_epochs()
         return lease
 
     @property
-    def witness(self) -> tuple[str, str]:
+    def visibility_check(self) -> tuple[str, str]:
         """Key of the epoch object and a word in it: who can read it sees the same output as this driver."""
         return _key(self.epoch), self._owner
 
     @property
-    def due(self) -> bool:
+    def heartbeat_due(self) -> bool:
         """Whether the last beat is two seconds old."""
-        return self._clock() - self._last >= BEAT_SECONDS
+        return self._clock() - self._last >= HEARTBEAT_SECONDS
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Show life, at most every two seconds.
 
         Raises:
             Temporary: another driver has taken over.
         """
-        if not self.due:
+        if not self.heartbeat_due:
             return
         self._last = self._clock()
         self._beats += 1
-        self.confirm()
+        self.confirm_ownership()
         self._rewrite(released=False)
 
-    def confirm(self) -> None:
+    def confirm_ownership(self) -> None:
         """Look whether it is still ours.
 
         Raises:
@@ -117,7 +128,7 @@ class Lease:
             try:
                 self._version = self._store.replace_if_match(_key(self.epoch), body, self._version).version or ""
                 return
-            except (Changed, NotFound, Unavailable) as error:
+            except (PreconditionFailed, NotFound, Unavailable) as error:
                 doubt = error
             seen = _look(self._store, self.epoch)
             if seen is None or seen.owner != self._owner:
@@ -129,7 +140,7 @@ class Lease:
                 raise doubt
         raise Temporary(f"{self._store.uri}/{_key(self.epoch)}: the lease cannot be rewritten; run again")
 
-    def _sweep(self) -> None:
+    def _delete_old_epochs(self) -> None:
         """Delete epochs of long ago. Raises Temporary where ours is one: whoever looked before, and slept, is late."""
         epochs = _epochs(self._store)
         if max(epochs, default=0) > self.epoch:
@@ -159,7 +170,7 @@ def _create(store: Store, epoch: int, owner: str) -> str:
 
 
 def _watch(
-    store: Store, seen: _Seen, silence: float, clock: Callable[[], float], sleep: Callable[[float], None]
+    store: Store, seen: _LeaseState, silence: float, clock: Callable[[], float], sleep: Callable[[float], None]
 ) -> None:
     """Return when the owner released or stayed silent; only successful reads count as silence."""
     quiet_since = clock()
@@ -174,12 +185,12 @@ def _watch(
         quiet_since += max(0.0, clock() - before - _POLL_SECONDS)  # a slow read says nothing about the owner
 
 
-def _busy(store: Store, seen: _Seen | None) -> Temporary:
+def _busy(store: Store, seen: _LeaseState | None) -> Temporary:
     who = f" ({seen.where})" if seen else ""
     return Temporary(f"another driver{who} is at work on {store.uri}; let it finish, or try again later")
 
 
-def _newest(store: Store) -> _Seen | None:
+def _newest(store: Store) -> _LeaseState | None:
     """The highest epoch, however often the listing and the read disagree."""
     while True:
         epochs = _epochs(store)
@@ -190,14 +201,14 @@ def _newest(store: Store) -> _Seen | None:
             return seen
 
 
-def _look(store: Store, epoch: int) -> _Seen | None:
+def _look(store: Store, epoch: int) -> _LeaseState | None:
     try:
         blob = store.read(_key(epoch))
     except NotFound:
         return None
     try:
         facts = json.loads(blob.data)
-        return _Seen(epoch, blob.version or "", facts["owner"], facts["where"], facts["released"], blob.data)
+        return _LeaseState(epoch, blob.version or "", facts["owner"], facts["where"], facts["released"], blob.data)
     except (ValueError, LookupError, TypeError) as error:
         raise CheckFailed(f"{store.uri}/{_key(epoch)} is no lease of batchjob's; remove it and run again") from error
 

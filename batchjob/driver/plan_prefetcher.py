@@ -8,12 +8,12 @@ from collections.abc import Iterable
 
 from batchjob.plan.chunks import Chunk
 
-__all__ = ["Feeder"]
+__all__ = ["PlanPrefetcher"]
 
 _CHUNKS_AHEAD = 4
 
 
-class Feeder:
+class PlanPrefetcher:
     """Yields confirmed chunks of the plan, read or written a few ahead in a thread of its own."""
 
     def __init__(self, chunks: Iterable[Chunk]) -> None:
@@ -24,10 +24,10 @@ class Feeder:
         self._thread.start()
         self.finished = False
 
-    def take(self, seconds: float = 0.0) -> Chunk | None:
+    def next_chunk(self, timeout: float = 0.0) -> Chunk | None:
         """The next confirmed chunk if one comes that soon; `finished` is set after the last. Raises what stopped it."""
         try:
-            item = self._queue.get(timeout=seconds) if seconds and not self.finished else self._queue.get_nowait()
+            item = self._queue.get(timeout=timeout) if timeout and not self.finished else self._queue.get_nowait()
         except queue.Empty:
             return None
         if isinstance(item, BaseException):

@@ -8,23 +8,23 @@ from functools import cached_property
 import pyarrow as pa
 
 import batchjob
-from batchjob.driver.control_loop import Turns
-from batchjob.driver.existing_output import compare
+from batchjob.driver.control_loop import ControlLoop
+from batchjob.driver.existing_output import check_fingerprint
 from batchjob.errors import InvalidJob
 from batchjob.job.job import Job
 from batchjob.job.runtime import Workers
 from batchjob.output import success
-from batchjob.output.schema import row_schema
-from batchjob.plan.chunks import CHUNK_BYTES, Chunk, extend
-from batchjob.plan.head import Head, current, new_head
-from batchjob.plan.head import freeze as freeze_of_head
-from batchjob.sources.listing import FEW_IMAGES, Input, Peek, peek
+from batchjob.output.schema import build_row_schema
+from batchjob.plan.chunks import CHUNK_BYTES, Chunk, extend_plan
+from batchjob.plan.head import PlanHead, new_head, read_current_head
+from batchjob.plan.head import put_head as freeze_of_head
+from batchjob.sources.listing import SMALL_INPUT_IMAGES, InputPreview, SourceListing, preview_listing
 from batchjob.storage.probe import probe
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import Store
 from batchjob.types import Cursor
 
-__all__ = ["Planning", "check_columns", "no_images", "shard_size"]
+__all__ = ["Planner", "check_columns", "choose_shard_size", "no_images_error"]
 
 _PART_BYTES = 512 << 20
 _PART_LIMIT = 4 << 30
@@ -32,7 +32,7 @@ _SHARD_ROWS = (64, 8192)
 _SHARDS_A_WORKER = 4
 
 
-def no_images(job: Job) -> InvalidJob:
+def no_images_error(job: Job) -> InvalidJob:
     """What is said of an input that lists none."""
     return InvalidJob(
         f"{job.input.uri}: no images there (input.uri, its extensions, include and exclude); "
@@ -40,7 +40,7 @@ def no_images(job: Job) -> InvalidJob:
     )
 
 
-class Planning:
+class Planner:
     """A job's input on its way into the plan. What may block does so aside, while the turns go on.
 
     Args:
@@ -50,49 +50,56 @@ class Planning:
         note: told what people may want to know.
     """
 
-    def __init__(self, job: Job, store: Store, turns: Turns, note: Callable[[str], None]) -> None:
-        self._job, self._store, self._turns, self._note = job, store, turns, note
+    def __init__(self, job: Job, store: Store, control_loop: ControlLoop, note: Callable[[str], None]) -> None:
+        self._job, self._store, self._turns, self._note = job, store, control_loop, note
 
     @cached_property
-    def _input(self) -> Input:
-        return Input(self._job, Reader(self._job.storage))
+    def _input(self) -> SourceListing:
+        return SourceListing(self._job, Reader(self._job.storage))
 
     @cached_property
-    def _patient_input(self) -> Input:
+    def _patient_input(self) -> SourceListing:
         """The same, once it is known to be there: an outage is waited for."""
-        return Input(self._job, Reader(self._job.storage, outage=self._job.errors.outage_seconds))
+        return SourceListing(self._job, Reader(self._job.storage, outage_timeout=self._job.errors.outage_seconds))
 
-    def look(self, allow_empty: bool) -> Peek:
+    def preview_input(self, allow_empty: bool) -> InputPreview:
         """Everything that can be said of job, input and store without a model. Nothing is frozen by it.
 
         Raises:
             JobError: what does not hold; InvalidJob or Temporary.
         """
-        for step in (lambda: probe(self._store), self._check_files, lambda: self._input.require(self._note)):
-            self._turns.during(step)
-        self._turns.during(lambda: self._input.fields)
+        for step in (lambda: probe(self._store), self._check_files, lambda: self._input.check_requirements(self._note)):
+            self._turns.run_blocking(step)
+        self._turns.run_blocking(lambda: self._input.fields)
         self.check_columns()
-        few = self._turns.during(lambda: peek(self._input, FEW_IMAGES))
+        few = self._turns.run_blocking(lambda: preview_listing(self._input, SMALL_INPUT_IMAGES))
         if few.rows == 0 and not allow_empty:
-            raise no_images(self._job)
+            raise no_images_error(self._job)
         return few
 
-    def look_further(self, seen: Peek, workers: int) -> Peek:
+    def extend_preview(self, preview: InputPreview, workers: int) -> InputPreview:
         """As far as it takes to know how large shards should be for so many workers."""
         enough = (workers or _asked(self._job)) * _SHARDS_A_WORKER * _SHARD_ROWS[1]
-        if seen.whole or seen.rows > enough:
-            return seen
-        return self._turns.during(lambda: peek(self._input, enough))
+        if preview.complete or preview.rows > enough:
+            return preview
+        return self._turns.run_blocking(lambda: preview_listing(self._input, enough))
 
-    def check_columns(self, task: Iterable[str] = ()) -> None:
+    def check_columns(self, task_columns: Iterable[str] = ()) -> None:
         """See `check_columns`.
 
         Args:
             task: names of the task's columns, once they are known.
         """
-        check_columns(self._job, self._input, task)
+        check_columns(self._job, self._input, task_columns)
 
-    def freeze(self, number: int, seen: Peek, workers: int, row_bytes: int, clear: Callable[[list[str]], None]) -> Head:
+    def freeze(
+        self,
+        number: int,
+        preview: InputPreview,
+        workers: int,
+        row_bytes: int,
+        delete_stale: Callable[[list[str]], None],
+    ) -> PlanHead:
         """Write the head of plan number `number`; or adopt the one that another driver wrote meanwhile.
 
         Args:
@@ -105,25 +112,27 @@ class Planning:
         Raises:
             InvalidJob: shards would be too large, or the plan that stands is another job's.
         """
-        size = shard_size(self._job, seen, workers, row_bytes)
+        size = choose_shard_size(self._job, preview, workers, row_bytes)
         head = new_head(
             number,
-            job=self._job.portable(),
+            job=self._job.serialize(),
             fingerprint=self._job.fingerprint(),
             shard_size=size,
-            source_version=self._turns.during(lambda: self._input.version),
+            source_version=self._turns.run_blocking(lambda: self._input.version),
             batchjob=batchjob.__version__,
-            defaults=self._job.resolved(),
+            defaults=self._job.resolved_settings(),
         )
         if number:  # a discard that was cut short may have left it
-            self._turns.during(lambda: success.clear_success(self._store, lambda: current(self._store)[1] is None))
-        stands = self._turns.during(lambda: freeze_of_head(self._store, head, clear))
-        compare(self._store, self._job, stands)
+            self._turns.run_blocking(
+                lambda: success.delete_orphaned_success(self._store, lambda: read_current_head(self._store)[1] is None)
+            )
+        stands = self._turns.run_blocking(lambda: freeze_of_head(self._store, head, delete_stale))
+        check_fingerprint(self._store, self._job, stands)
         return stands
 
-    def chunks(self, head: Head) -> Iterator[Chunk]:
+    def iter_chunks(self, head: PlanHead) -> Iterator[Chunk]:
         """The plan's chunks, those that are there and those that are written now; for a thread of its own."""
-        return extend(self._store, head, self._refs, lambda: self._unchanged(head))
+        return extend_plan(self._store, head, self._refs, lambda: self._unchanged(head))
 
     def close(self) -> None:
         """End what may still be listing aside."""
@@ -133,17 +142,17 @@ class Planning:
     def _refs(self, after: Cursor) -> Iterator[pa.RecordBatch]:
         return self._patient_input.refs(after)
 
-    def _unchanged(self, head: Head) -> None:
+    def _unchanged(self, head: PlanHead) -> None:
         self._patient_input.check_unchanged(head)
 
     def _check_files(self) -> None:
         """Weights, code and labels are there, as far as that shows without torch."""
         reader = Reader(self._job.storage)
-        self._job.model.check(reader, self._job.base)
-        self._job.task.check(reader, self._job.base)
+        self._job.model.check(reader, self._job.folder)
+        self._job.task.check(reader, self._job.folder)
 
 
-def check_columns(job: Job, source: Input, task: Iterable[str] = ()) -> None:
+def check_columns(job: Job, listing: SourceListing, task_columns: Iterable[str] = ()) -> None:
     """Do the output's columns go together, and are those there that the task takes as the truth?
 
     Args:
@@ -154,12 +163,12 @@ def check_columns(job: Job, source: Input, task: Iterable[str] = ()) -> None:
     Raises:
         InvalidJob: a passthrough column clashes with ours, the task's or the output path's; `task.truth` is none.
     """
-    columns = [pa.field(name, pa.string()) for name in dict.fromkeys(task)]
-    row_schema(source.fields, columns, job.input.has_id, job.output.uri)
-    job.task.check_truths([field for field in source.fields if not (job.input.has_id and field.name == "id")])
+    columns = [pa.field(name, pa.string()) for name in dict.fromkeys(task_columns)]
+    build_row_schema(listing.fields, columns, job.input.has_id, job.output.uri)
+    job.task.check_truth_columns([field for field in listing.fields if not (job.input.has_id and field.name == "id")])
 
 
-def shard_size(job: Job, seen: Peek, workers: int, row_bytes: int) -> int:
+def choose_shard_size(job: Job, preview: InputPreview, workers: int, row_bytes: int) -> int:
     """Images a shard: as the job says, else small enough to share out and to keep a part near 512 MiB.
 
     Args:
@@ -171,12 +180,12 @@ def shard_size(job: Job, seen: Peek, workers: int, row_bytes: int) -> int:
     Raises:
         InvalidJob: what the job says may exceed 4 GiB a part.
     """
-    row_bytes = (row_bytes or job.task.row_bytes) + seen.row_bytes
+    row_bytes = (row_bytes or job.task.row_bytes) + preview.row_bytes
     wanted = job.runtime.shard_size
     if wanted == "auto":
         least, most = _SHARD_ROWS
-        share = -(-seen.rows // ((workers or _asked(job)) * _SHARDS_A_WORKER)) if seen.whole else most
-        in_chunk = CHUNK_BYTES // max(1, seen.row_bytes)  # a chunk of the plan holds whole shards
+        share = -(-preview.rows // ((workers or _asked(job)) * _SHARDS_A_WORKER)) if preview.complete else most
+        in_chunk = CHUNK_BYTES // max(1, preview.row_bytes)  # a chunk of the plan holds whole shards
         return max(1, min(max(least, share), most, _PART_BYTES // max(1, row_bytes), in_chunk))
     if wanted * row_bytes > _PART_LIMIT:
         raise InvalidJob(

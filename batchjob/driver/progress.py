@@ -9,26 +9,26 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from batchjob.text import counted, presentable
+from batchjob.text import format_count, sanitize
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Bar", "Lines", "Meter", "Progress", "Quiet", "pick_progress"]
+__all__ = ["NoProgress", "ProgressBar", "ProgressLog", "ProgressMeter", "ProgressReporter", "pick_progress"]
 
 Clock = Callable[[], float]
 
 
-class Progress(Protocol):
+class ProgressReporter(Protocol):
     """What a run tells a person while it goes on. Calls may come from any thread."""
 
     def start(self, planned: int | None) -> None:
         """The run begins; `planned` images if that is known yet."""
 
-    def planned(self, n: int, final: bool) -> None:
+    def set_planned(self, images: int, final: bool) -> None:
         """The plan holds `n` images by now; no more when `final`."""
 
-    def resumed(self, images: int) -> None:
+    def add_resumed(self, images: int) -> None:
         """So many images were committed before this run: done, and no measure of its speed."""
 
     def advance(self, images: int, failed: int) -> None:
@@ -41,14 +41,14 @@ class Progress(Protocol):
         """The run has ended."""
 
 
-class Quiet:
+class NoProgress:
     """Says nothing."""
 
     def start(self, planned: int | None) -> None: ...
 
-    def planned(self, n: int, final: bool) -> None: ...
+    def set_planned(self, images: int, final: bool) -> None: ...
 
-    def resumed(self, images: int) -> None: ...
+    def add_resumed(self, images: int) -> None: ...
 
     def advance(self, images: int, failed: int) -> None: ...
 
@@ -57,13 +57,13 @@ class Quiet:
     def stop(self) -> None: ...
 
 
-class Meter:
+class ProgressMeter:
     """Counts, rate and time to go.
 
     The rate is over the last minutes, so that neither the start-up nor an old slow stretch spoils it.
     """
 
-    WINDOW = 180.0
+    WINDOW_SECONDS = 180.0
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
@@ -73,17 +73,17 @@ class Meter:
         self.total: int | None = None
         self.final = False
 
-    def skip(self, images: int) -> None:
+    def add_resumed(self, images: int) -> None:
         """Counts images as done, as if they had been so from the start."""
         self.done += images
         self._marks = deque((then, done + images) for then, done in self._marks)
 
-    def add(self, images: int, failed: int) -> None:
+    def advance(self, images: int, failed: int) -> None:
         now = self._clock()
         self.done += images
         self.failed += failed
         self._marks.append((now, self.done))
-        while len(self._marks) > 2 and self._marks[1][0] <= now - self.WINDOW:
+        while len(self._marks) > 2 and self._marks[1][0] <= now - self.WINDOW_SECONDS:
             self._marks.popleft()
 
     @property
@@ -98,7 +98,7 @@ class Meter:
         return (self.done - done) / elapsed if elapsed > 0 else 0.0
 
     @property
-    def left(self) -> float | None:
+    def eta_seconds(self) -> float | None:
         """Seconds to go; None while the end or the rate is unknown."""
         if self.total is None or not self.final or self.rate <= 0:
             return None
@@ -107,23 +107,23 @@ class Meter:
     def describe(self) -> str:
         """`1,200/5,000 images, 3 errors, 84.1 images/s, ETA 0:00:45`; before the first image what is known by then."""
         if self.total is None:
-            return "starting" if not self.done else self._pace(counted(self.done, "image"))
+            return "starting" if not self.done else self._pace(format_count(self.done, "image"))
         if not self.done:
-            return f"{counted(self.total, 'image')} planned{'' if self.final else ' so far'}"
+            return f"{format_count(self.total, 'image')} planned{'' if self.final else ' so far'}"
         return self._pace(f"{self.done:,}/{self.total:,}{'' if self.final else '+'} images")
 
-    def conclude(self) -> str:
+    def summarize(self) -> str:
         """`5,000 images, 3 errors, in 0:01:00`; what was planned where nothing was done."""
         if not self.done and self.total:
             return f"{self.describe()}, in {_span(self.seconds)}"
-        return f"{counted(self.done, 'image')}, {counted(self.failed, 'error')}, in {_span(self.seconds)}"
+        return f"{format_count(self.done, 'image')}, {format_count(self.failed, 'error')}, in {_span(self.seconds)}"
 
     def _pace(self, done: str) -> str:
-        eta = "" if self.left is None else f", ETA {_span(self.left)}"
-        return f"{done}, {counted(self.failed, 'error')}, {self.rate:,.1f} images/s{eta}"
+        eta = "" if self.eta_seconds is None else f", ETA {_span(self.eta_seconds)}"
+        return f"{done}, {format_count(self.failed, 'error')}, {self.rate:,.1f} images/s{eta}"
 
 
-class Lines:
+class ProgressLog:
     """For logs: a line every `every` seconds, also when nothing moves, and one at the end.
 
     Args:
@@ -132,39 +132,39 @@ class Lines:
         every: seconds between lines; 0 writes them only when `beat` is called.
     """
 
-    def __init__(self, stream: TextIO | None = None, clock: Clock = time.monotonic, every: float = 30.0) -> None:
+    def __init__(self, stream: TextIO | None = None, clock: Clock = time.monotonic, interval: float = 30.0) -> None:
         self._stream = stream or sys.stderr
-        self._clock, self._every = clock, every
-        self._meter = Meter(clock)
+        self._clock, self._every = clock, interval
+        self._meter = ProgressMeter(clock)
         self._lock = threading.RLock()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self, planned: int | None) -> None:
         with self._lock:
-            self._meter = Meter(self._clock)
+            self._meter = ProgressMeter(self._clock)
             self._meter.total, self._meter.final = planned, planned is not None
         if self._every and self._thread is None:
             self._over.clear()
             self._thread = threading.Thread(target=self._run, name="batchjob-progress", daemon=True)
             self._thread.start()
 
-    def planned(self, n: int, final: bool) -> None:
+    def set_planned(self, images: int, final: bool) -> None:
         with self._lock:
-            self._meter.total, self._meter.final = n, final
+            self._meter.total, self._meter.final = images, final
 
-    def resumed(self, images: int) -> None:
+    def add_resumed(self, images: int) -> None:
         with self._lock:
-            self._meter.skip(images)
+            self._meter.add_resumed(images)
 
     def advance(self, images: int, failed: int) -> None:
         with self._lock:
-            self._meter.add(images, failed)
+            self._meter.advance(images, failed)
 
     def note(self, text: str) -> None:
-        self._write(presentable(text))
+        self._write(sanitize(text))
 
-    def beat(self) -> None:
+    def write_line(self) -> None:
         """Writes the line that is due."""
         with self._lock:
             self._write(self._meter.describe())
@@ -175,18 +175,18 @@ class Lines:
             self._thread.join()
             self._thread = None
         if self._meter.done or self._meter.total:  # of a run that found fault with its job, the fault says it all
-            self._write(self._meter.conclude())
+            self._write(self._meter.summarize())
 
     def _run(self) -> None:
         while not self._over.wait(self._every):
-            self.beat()
+            self.write_line()
 
     def _write(self, text: str) -> None:
         with self._lock:
             print(text, file=self._stream, flush=True)
 
 
-class Bar:
+class ProgressBar:
     """For terminals: one line that moves."""
 
     def __init__(self, console: Console | None = None, clock: Clock = time.monotonic) -> None:
@@ -196,7 +196,7 @@ class Bar:
 
         self._clock = clock
         self._lock = threading.RLock()
-        self._meter = Meter(clock)
+        self._meter = ProgressMeter(clock)
         self._rich = RichProgress(
             SpinnerColumn(),
             BarColumn(bar_width=30),
@@ -209,28 +209,28 @@ class Bar:
 
     def start(self, planned: int | None) -> None:
         with self._lock:
-            self._meter = Meter(self._clock)
+            self._meter = ProgressMeter(self._clock)
             self._meter.total, self._meter.final = planned, planned is not None
             self._rich.reset(self._task, total=planned, description="starting")
             self._rich.start()
 
-    def planned(self, n: int, final: bool) -> None:
+    def set_planned(self, images: int, final: bool) -> None:
         with self._lock:
-            self._meter.total, self._meter.final = n, final
+            self._meter.total, self._meter.final = images, final
             self._show()
 
-    def resumed(self, images: int) -> None:
+    def add_resumed(self, images: int) -> None:
         with self._lock:
-            self._meter.skip(images)
+            self._meter.add_resumed(images)
             self._show()
 
     def advance(self, images: int, failed: int) -> None:
         with self._lock:
-            self._meter.add(images, failed)
+            self._meter.advance(images, failed)
             self._show()
 
     def note(self, text: str) -> None:
-        self._rich.console.print(presentable(text), markup=False, highlight=False)
+        self._rich.console.print(sanitize(text), markup=False, highlight=False)
 
     def stop(self) -> None:
         with self._lock:
@@ -242,16 +242,16 @@ class Bar:
         self._rich.update(self._task, total=meter.total, completed=meter.done, description=meter.describe())
 
 
-def pick_progress(quiet: bool = False, stream: TextIO | None = None) -> Progress:
+def pick_progress(quiet: bool = False, stream: TextIO | None = None) -> ProgressReporter:
     """The view that fits: nothing if `quiet`, a bar where `stream` (stderr) is a terminal, else lines."""
     stream = stream or sys.stderr
     if quiet:
-        return Quiet()
+        return NoProgress()
     if stream.isatty():
         from rich.console import Console
 
-        return Bar(Console(file=stream))
-    return Lines(stream)
+        return ProgressBar(Console(file=stream))
+    return ProgressLog(stream)
 
 
 def _span(seconds: float) -> str:

@@ -10,7 +10,7 @@ from statistics import median
 
 from batchjob.types import ShardKey
 
-__all__ = ["GivenUp", "Schedule"]
+__all__ = ["AbandonedShard", "Scheduler"]
 
 _LATE = 2.0  # times as long as shards usually take
 _LATE_SECONDS = 5.0  # at least: a second attempt has its own beginning to make
@@ -18,7 +18,7 @@ _REMEMBERED = 101  # shards from whose times the usual one is told
 
 
 @dataclass(frozen=True)
-class GivenUp:
+class AbandonedShard:
     """A shard that failed as often as it may."""
 
     key: ShardKey
@@ -26,7 +26,7 @@ class GivenUp:
 
 
 @dataclass(slots=True)
-class _Running:
+class _RunningShard:
     """A shard that is with one worker, or with two.
 
     Attributes:
@@ -38,11 +38,11 @@ class _Running:
     key: ShardKey
     since: float
     attempts: int = 1
-    backed_up: bool = False
+    speculated: bool = False
 
 
 @dataclass
-class Schedule:
+class Scheduler:
     """Shards waiting, running, done and given up.
 
     A shard is handed out in plan order; one that failed goes to the back, so that a poisoned shard holds up nobody,
@@ -55,13 +55,13 @@ class Schedule:
         clock: seconds, monotonic.
     """
 
-    attempts: int
+    max_attempts: int
     clock: Callable[[], float] = time.monotonic
     _waiting: deque[ShardKey] = field(default_factory=deque)
-    _running: dict[int, _Running] = field(default_factory=dict)  # the one handed out first is the first
+    _running: dict[int, _RunningShard] = field(default_factory=dict)  # the one handed out first is the first
     _failures: dict[int, int] = field(default_factory=dict)
     _took: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
-    given_up: list[GivenUp] = field(default_factory=list)
+    given_up: list[AbandonedShard] = field(default_factory=list)
     done: int = 0
 
     def add(self, keys: Iterable[ShardKey]) -> None:
@@ -85,15 +85,15 @@ class Schedule:
         """Whether it matters what becomes of an attempt at this shard."""
         return key.index in self._running
 
-    def take(self) -> ShardKey | None:
+    def take_next(self) -> ShardKey | None:
         """The next shard to hand out, now running; None when none waits."""
         if not self._waiting:
             return None
         key = self._waiting.popleft()
-        self._running[key.index] = _Running(key, self.clock())
+        self._running[key.index] = _RunningShard(key, self.clock())
         return key
 
-    def take_late(self) -> ShardKey | None:
+    def take_straggler(self) -> ShardKey | None:
         """The shard that is late for longest, now running twice; None when none is, or others wait still.
 
         Late is what has been out twice as long as half of the last shards took; each has one such second attempt.
@@ -104,8 +104,8 @@ class Schedule:
         for shard in self._running.values():
             if shard.since > since:
                 return None
-            if not shard.backed_up:
-                shard.backed_up, shard.attempts = True, shard.attempts + 1
+            if not shard.speculated:
+                shard.speculated, shard.attempts = True, shard.attempts + 1
                 return shard.key
         return None
 
@@ -119,7 +119,7 @@ class Schedule:
         self.done += 1
         return True
 
-    def fail(self, key: ShardKey, reason: str, counts: bool = True, first: bool = False) -> bool:
+    def fail(self, key: ShardKey, reason: str, uses_attempt: bool = True, to_front: bool = False) -> bool:
         """An attempt failed; True when the shard is given up with it. As long as another one is under way, it is not.
 
         Args:
@@ -130,14 +130,14 @@ class Schedule:
         shard = self._running.get(key.index)
         if shard is None:
             return False
-        failures = self._failures[key.index] = self._failures.get(key.index, 0) + counts
+        failures = self._failures[key.index] = self._failures.get(key.index, 0) + uses_attempt
         shard.attempts -= 1
         if shard.attempts:
             return False
         del self._running[key.index]
-        if failures >= self.attempts:
+        if failures >= self.max_attempts:
             del self._failures[key.index]
-            self.given_up.append(GivenUp(key, reason))
+            self.given_up.append(AbandonedShard(key, reason))
             return True
-        self._waiting.appendleft(key) if first else self._waiting.append(key)
+        self._waiting.appendleft(key) if to_front else self._waiting.append(key)
         return False

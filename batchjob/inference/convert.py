@@ -19,20 +19,20 @@ import yaml
 
 from batchjob.errors import CheckFailed, InvalidJob
 from batchjob.inference.engine import Engine
-from batchjob.inference.execution_config import Recipe
-from batchjob.inference.optimize import pruned, quantized, zeros
-from batchjob.inference.output_comparison import Likeness, compare
+from batchjob.inference.execution_config import ExecutionConfig
+from batchjob.inference.optimize import measure_sparsity, prune_weights, quantize_module
+from batchjob.inference.output_comparison import OutputComparison, compare_outputs
 from batchjob.job.job import Job
-from batchjob.sources.listing import Input, peek
+from batchjob.sources.listing import SourceListing, preview_listing
 from batchjob.storage.reader import Reader
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Conversion", "Converted", "convert"]
+__all__ = ["ConversionOptions", "ConversionResult", "convert_model"]
 
-Format = Literal["onnx", "exported", "aoti", "torchscript", "int8", "pruned", "tensorrt"]
+ConversionFormat = Literal["onnx", "exported", "aoti", "torchscript", "int8", "pruned", "tensorrt"]
 _CODE = {"exported", "aoti", "torchscript", "int8", "tensorrt"}
 _TYPES = {"aoti": "exported", "int8": "exported"}
 _TOLERANCES = {"onnx": 1e-3, "exported": 1e-3, "aoti": 1e-3, "torchscript": 1e-3, "tensorrt": 5e-2, "int8": 0.2}
@@ -42,7 +42,7 @@ _LARGEST_BATCH = 4096
 
 
 @dataclass(frozen=True)
-class Conversion:
+class ConversionOptions:
     """What is wanted.
 
     Attributes:
@@ -55,7 +55,7 @@ class Conversion:
         force: a file that is there may be replaced.
     """
 
-    to: Format
+    to: ConversionFormat
     file: Path
     images: int = 32
     tolerance: float | None = None
@@ -65,12 +65,12 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConversionResult:
     """What came of it: the file, its digest, how near it is on so many images, and images/s before and after."""
 
     file: str
     sha256: str
-    likeness: Likeness
+    likeness: OutputComparison
     images: int
     before: float
     after: float
@@ -93,12 +93,12 @@ class Converted:
             *job.splitlines(),
         ]
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """For a machine."""
         return asdict(self)
 
 
-def convert(job: Job, wanted: Conversion) -> Converted:
+def convert_model(job: Job, options: ConversionOptions) -> ConversionResult:
     """Write the model of a job as another format, and check it as a job would load it.
 
     Raises:
@@ -106,34 +106,34 @@ def convert(job: Job, wanted: Conversion) -> Converted:
         CheckFailed: it deviates by more than the tolerance; no file is left.
         Unavailable: a store cannot be reached.
     """
-    if not wanted.file.parent.is_dir():
-        raise InvalidJob(f"-o {wanted.file}: there is no folder {wanted.file.parent}; create it")
-    if wanted.file.exists() and not wanted.force:
-        raise InvalidJob(f"-o {wanted.file}: there is such a file already; take another name, or add --force")
+    if not options.file.parent.is_dir():
+        raise InvalidJob(f"-o {options.file}: there is no folder {options.file.parent}; create it")
+    if options.file.exists() and not options.force:
+        raise InvalidJob(f"-o {options.file}: there is such a file already; take another name, or add --force")
     reader = Reader(job.storage)
-    engine = Engine(job, reader, _locations(job, reader, wanted.images))
-    engine.try_out()
-    if engine.model.takes != "batch" or engine.varying:
+    engine = Engine(job, reader, _locations(job, reader, options.images))
+    engine.build_postprocess()
+    if engine.model.input_kind != "batch" or engine.variable_size:
         raise InvalidJob("model: it takes images of different sizes, which cannot be converted; run it as it is")
-    pixels = _pixels(engine, _locations(job, reader, wanted.images), wanted.images)
-    forward = engine.forward(Recipe())
-    with forward.modes():
-        inputs = forward.inputs(pixels)
-    with _beside(wanted.file) as path, _quiet():
-        note = _written(engine.model.module, wanted, inputs, path)
-        found = _checked(job, engine, wanted, path, pixels, note)
-        path.replace(wanted.file)
+    pixels = _pixels(engine, _locations(job, reader, options.images), options.images)
+    forward = engine.build_forward(ExecutionConfig())
+    with forward.disable_gradients():
+        inputs = forward.prepare_inputs(pixels)
+    with _beside(options.file) as path, _quiet():
+        note = _written(engine.model.module, options, inputs, path)
+        found = _checked(job, engine, options, path, pixels, note)
+        path.replace(options.file)
     return found
 
 
 def _locations(job: Job, reader: Reader, images: int) -> tuple[str, ...]:
-    return peek(Input(job, reader), images).sample
+    return preview_listing(SourceListing(job, reader), images).sample
 
 
 def _pixels(engine: Engine, locations: tuple[str, ...], images: int) -> torch.Tensor:
     import torch
 
-    alike = (pixels for pixels in engine.prepared(locations) if pixels.shape == engine.example.shape)
+    alike = (pixels for pixels in engine.load_images(locations) if pixels.shape == engine.example_image.shape)
     found = [pixels for pixels, _ in zip(alike, range(images), strict=False)]
     if not found:
         raise InvalidJob("input: none of the job's first images can be decoded, and a conversion is checked on them")
@@ -165,7 +165,7 @@ def _quiet() -> Iterator[None]:
             logging.disable(level)
 
 
-def _written(module: nn.Module, wanted: Conversion, inputs: torch.Tensor, path: Path) -> str:
+def _written(module: nn.Module, wanted: ConversionOptions, inputs: torch.Tensor, path: Path) -> str:
     """Write the file; returns what else is to be said of it."""
     import torch
 
@@ -245,17 +245,18 @@ def _torchscript(module: nn.Module, inputs: torch.Tensor, path: Path) -> str:
 
 def _int8(module: nn.Module, inputs: torch.Tensor, path: Path) -> str:
     """Compiled, for int8 kernels come with the compiler alone."""
-    return _aoti(quantized(module, "int8-static", inputs), inputs, path)
+    return _aoti(quantize_module(module, "int8-static", inputs), inputs, path)
 
 
-def _pruned(module: nn.Module, wanted: Conversion, path: Path) -> str:
+def _pruned(module: nn.Module, wanted: ConversionOptions, path: Path) -> str:
     from safetensors.torch import save_file
 
-    made = pruned(module, wanted.amount, structured=wanted.structured)
+    made = prune_weights(module, wanted.amount, structured=wanted.structured)
     save_file({name: value.contiguous() for name, value in made.state_dict().items()}, path)
     what = "channels" if wanted.structured else "single weights"
     return (
-        f"{zeros(made):.0%} of the weights are zero ({what}); the shapes are the same, so that dense kernels compute "
+        f"{measure_sparsity(made):.0%} of the weights are zero ({what}); the shapes are the same, "
+        "so that dense kernels compute "
         "as long as before: train on to win accuracy back, and compress the file to win space"
     )
 
@@ -274,7 +275,9 @@ def _tensorrt(module: nn.Module, inputs: torch.Tensor, path: Path) -> str:
     return "built for this kind of GPU and this TensorRT; its precision is that of the graph"
 
 
-def _checked(job: Job, engine: Engine, wanted: Conversion, path: Path, pixels: torch.Tensor, note: str) -> Converted:
+def _checked(
+    job: Job, engine: Engine, wanted: ConversionOptions, path: Path, pixels: torch.Tensor, note: str
+) -> ConversionResult:
     """The file as a job loads it, against the original. Raises CheckFailed."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     settings = _settings(job, wanted, digest, len(pixels))
@@ -284,10 +287,10 @@ def _checked(job: Job, engine: Engine, wanted: Conversion, path: Path, pixels: t
         )
     preprocess = engine.preprocess.model_dump(mode="json", exclude_defaults=True)
     preprocess = {"resize": None, "crop": None, "mean": None, "std": None, **preprocess}
-    doc = {**job.portable(), "model": {**settings, "weights": str(path)}, "preprocess": preprocess}
-    other = Engine(Job.from_portable(doc, job.base, job.base), Reader(job.storage), ())
+    doc = {**job.serialize(), "model": {**settings, "weights": str(path)}, "preprocess": preprocess}
+    other = Engine(Job.deserialize(doc, job.folder, job.folder), Reader(job.storage), ())
     before, after = (_runner(each, pixels) for each in (engine, other))
-    likeness = compare(before(), after(), classes=engine.classes)
+    likeness = compare_outputs(before(), after(), argmax_is_class=engine.argmax_is_class)
     tolerance = wanted.tolerance if wanted.tolerance is not None else _TOLERANCES.get(wanted.to)
     if tolerance is not None and not (likeness.deviation <= tolerance and likeness.agreement >= _AGREEMENT):
         raise CheckFailed(
@@ -296,7 +299,7 @@ def _checked(job: Job, engine: Engine, wanted: Conversion, path: Path, pixels: t
             "--tolerance allows more"
         )
     paces = [(_clocked(before), _clocked(after)) for _ in range(_PAIRS)]
-    return Converted(
+    return ConversionResult(
         file=str(wanted.file),
         sha256=digest,
         likeness=likeness,
@@ -309,13 +312,13 @@ def _checked(job: Job, engine: Engine, wanted: Conversion, path: Path, pixels: t
     )
 
 
-def _settings(job: Job, wanted: Conversion, digest: str, images: int) -> dict[str, Any] | None:
+def _settings(job: Job, wanted: ConversionOptions, digest: str, images: int) -> dict[str, Any] | None:
     """The `model` of a job that runs the file, `weights` left out. TensorRT was built for so many images a batch."""
     if wanted.to != "pruned":
         trust = {"trust": True, "sha256": digest} if wanted.to in _CODE else {}
         size = {"batch_size": images} if wanted.to == "tensorrt" else {}
         return {"type": _TYPES.get(wanted.to, wanted.to), **trust, **size}
-    own = job.portable()["model"]
+    own = job.serialize()["model"]
     if own["type"] not in {"torchvision", "checkpoint"}:
         return None
     return {key: value for key, value in own.items() if key not in {"weights", "seed", "sha256", "mirror"}}
@@ -326,14 +329,14 @@ def _runner(engine: Engine, pixels: torch.Tensor) -> Callable[[], Any]:
     import torch
     from torch.utils._pytree import tree_map
 
-    forward, size = engine.forward(Recipe()), engine.model.batch_size or len(pixels)
+    forward, size = engine.build_forward(ExecutionConfig()), engine.model.batch_size or len(pixels)
     padded = torch.cat([pixels, pixels[:1].expand(-len(pixels) % size, *pixels.shape[1:])])
 
     def joined(*parts: torch.Tensor) -> torch.Tensor:
         return torch.cat(parts)[: len(pixels)]
 
     def run() -> Any:
-        with forward.modes():
+        with forward.disable_gradients():
             return tree_map(joined, *(forward(part) for part in padded.to(forward.device).split(size)))
 
     return run

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Lanes", "give_back", "keep", "keeps_state", "lanes"]
+__all__ = ["CpuParallelism", "choose_cpu_parallelism", "is_stateful", "release_freed_memory", "retain_freed_memory"]
 
 _MOST = 16  # each holds a batch and what the model makes of it
 _BYTES = 3 << 29  # of memory for each, since what does not fit there ends the process
 
 
 @dataclass(frozen=True)
-class Lanes:
+class CpuParallelism:
     """What runs at once.
 
     Attributes:
@@ -26,11 +26,13 @@ class Lanes:
         threads: of torch, for each of them.
     """
 
-    count: int
-    threads: int
+    parallel_batches: int
+    threads_per_batch: int
 
 
-def lanes(device: str, cores: int, *, alone: bool = False, memory: int | None = None) -> Lanes:
+def choose_cpu_parallelism(
+    device: str, cores: int, *, sequential: bool = False, memory: int | None = None
+) -> CpuParallelism:
     """A batch for each core of a CPU: threads that share one batch wait for each other after each layer.
 
     They do so the longer the more the loader's processes take of the same cores.
@@ -41,14 +43,14 @@ def lanes(device: str, cores: int, *, alone: bool = False, memory: int | None = 
         alone: the module can compute but one batch at a time, see `keeps_state`.
         memory: bytes that may be used, where that is known.
     """
-    if device != "cpu" or alone:
-        return Lanes(1, cores)
+    if device != "cpu" or sequential:
+        return CpuParallelism(1, cores)
     room = _MOST if memory is None else memory // _BYTES
     count = max(1, min(cores, _MOST, room))
-    return Lanes(count, max(1, cores // count))
+    return CpuParallelism(count, max(1, cores // count))
 
 
-def keeps_state(module: nn.Module, run: Callable[[], object]) -> bool:
+def is_stateful(module: nn.Module, run: Callable[[], object]) -> bool:
     """Whether a module writes to itself, or to whoever hooked into it, while it computes.
 
     Two batches at once in such a module might meet each other's notes.
@@ -97,7 +99,7 @@ _KEPT = {_MMAP_THRESHOLD: (1 << 30, 32 << 20), _TRIM_THRESHOLD: ((1 << 31) - 1,)
 _USUAL = {_MMAP_THRESHOLD: (32 << 20,), _TRIM_THRESHOLD: (128 << 10,), _TOP_PAD: (128 << 10,)}
 
 
-def keep() -> None:
+def retain_freed_memory() -> None:
     """Keep what is freed for the next who asks.
 
     A batch's activations are tens of megabytes, taken and freed again for each layer. As fresh pages of the system,
@@ -107,7 +109,7 @@ def keep() -> None:
     _set(_KEPT)
 
 
-def give_back() -> None:
+def release_freed_memory() -> None:
     """Give the system what is free, and keep no more of it than usual from now on."""
     if _set(_USUAL):
         ctypes.CDLL(None).malloc_trim(0)

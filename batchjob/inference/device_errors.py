@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Literal
 
-from batchjob.errors import out_of_memory
+from batchjob.errors import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Breakage", "breakage", "identity"]
+__all__ = ["DeviceErrorKind", "classify_device_error", "identify_device"]
 
-Breakage = Literal["context", "hardware"]
+DeviceErrorKind = Literal["context", "hardware"]
 # The words are the CUDA runtime's own, in which every library on top of it repeats them, from torch 2.11 to 2.15 as
 # torch.AcceleratorError or RuntimeError; those of HIP are the same. None of these errors leaves a context that works.
 _HARDWARE = re.compile(
@@ -30,7 +30,7 @@ _CONTEXT = re.compile(
 )
 
 
-def breakage(error: BaseException, device: torch.device | None = None) -> Breakage | None:
+def classify_device_error(error: BaseException, device: torch.device | None = None) -> DeviceErrorKind | None:
     """What is broken, `hardware` where that is certain; None where the device can be used as before.
 
     Args:
@@ -42,12 +42,12 @@ def breakage(error: BaseException, device: torch.device | None = None) -> Breaka
         return "hardware"
     if any(_CONTEXT.search(text) for text in texts):
         return "context"
-    if device is None or device.type != "cuda" or any(out_of_memory(found) for found in _chain(error)):
+    if device is None or device.type != "cuda" or any(is_out_of_memory(found) for found in _chain(error)):
         return None
     return _asked(device)
 
 
-def identity(device: torch.device) -> str:
+def identify_device(device: torch.device) -> str:
     """The device's name, by which it is known again in another process of its machine."""
     import torch
 
@@ -57,7 +57,7 @@ def identity(device: torch.device) -> str:
     return f"{device} ({found.name}, GPU-{getattr(found, 'uuid', 'unknown')})"
 
 
-def _asked(device: torch.device) -> Breakage | None:
+def _asked(device: torch.device) -> DeviceErrorKind | None:
     """A broken context says so whatever it is asked."""
     import torch
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Link"]
+__all__ = ["DeviceTransfer"]
 
 
-class Link:
+class DeviceTransfer:
     """Copies to the device and back. On CUDA those there have a stream of their own, beside the computation; what goes
     back is small, and goes in turn with it.
     """
@@ -20,7 +20,7 @@ class Link:
         self._device = device
         self._stream: torch.cuda.Stream | None = None
 
-    def there(self, pixels: torch.Tensor) -> torch.Tensor:
+    def to_device(self, pixels: torch.Tensor) -> torch.Tensor:
         import torch
 
         if self._device.type != "cuda":
@@ -34,7 +34,7 @@ class Link:
         moved.record_stream(current)
         return moved
 
-    def back(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def to_host(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """To the host; on CUDA they have arrived once `arrival()` says so."""
         import torch
 
@@ -45,7 +45,7 @@ class Link:
         landed = {name: torch.empty(made.shape, dtype=made.dtype, pin_memory=True) for name, made in full.items()}
         return {name: landed[name].copy_(made, non_blocking=True) for name, made in full.items()}
 
-    def arrival(self) -> Callable[[], None] | None:
+    def sync(self) -> Callable[[], None] | None:
         """A wait for all that was sent back so far; None where copies are through when they return."""
         import torch
 

@@ -14,13 +14,13 @@ from batchjob.inference.execution_config import Precision
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Traits", "check_precision", "pick_device", "traits"]
+__all__ = ["DeviceCapabilities", "check_precision", "get_device_capabilities", "pick_device"]
 
 _TELLING = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "bf16", "sve")  # CPUs of one name may differ
 
 
 @dataclass(frozen=True)
-class Traits:
+class DeviceCapabilities:
     """What a device can do, as far as candidates depend on it; `name` tells devices that differ apart."""
 
     name: str
@@ -29,7 +29,7 @@ class Traits:
     fp16: bool = False
 
 
-def pick_device(name: str, among: Sequence[str] | None = None) -> torch.device:
+def pick_device(name: str, supported: Sequence[str] | None = None) -> torch.device:
     """The device a job asks for. `auto` takes the first that is there of CUDA, XPU, MPS and the CPU.
 
     Args:
@@ -42,10 +42,12 @@ def pick_device(name: str, among: Sequence[str] | None = None) -> torch.device:
     import torch
 
     if name == "auto":
-        there = [kind for kind in ("cuda", "xpu", "mps", "cpu") if _is_there(kind) and (not among or kind in among)]
+        there = [
+            kind for kind in ("cuda", "xpu", "mps", "cpu") if _is_there(kind) and (not supported or kind in supported)
+        ]
         if not there:
             raise InvalidJob(
-                f"model: it runs on {' or '.join(among or ())} only, which is not there; give another file"
+                f"model: it runs on {' or '.join(supported or ())} only, which is not there; give another file"
             )
         return torch.device(there[0])
     if not re.fullmatch(r"cpu|mps|xpu|cuda(:\d+)?", name):
@@ -55,8 +57,8 @@ def pick_device(name: str, among: Sequence[str] | None = None) -> torch.device:
         _check_cuda(device)
     elif not _is_there(device.type):
         raise InvalidJob(f"runtime.device: {device.type} is not there; write runtime.device=auto or cpu")
-    if among and device.type not in among:
-        raise InvalidJob(f"runtime.device: the model runs on {' or '.join(among)} only, not on {name}; write auto")
+    if supported and device.type not in supported:
+        raise InvalidJob(f"runtime.device: the model runs on {' or '.join(supported)} only, not on {name}; write auto")
     return device
 
 
@@ -90,17 +92,17 @@ def check_precision(precision: Precision, device: torch.device) -> None:
         raise InvalidJob(f"runtime.precision: tf32 is for CUDA devices, this one is {device}; write fp32 or auto")
 
 
-def traits(device: torch.device) -> Traits:
+def get_device_capabilities(device: torch.device) -> DeviceCapabilities:
     """What a device can do, and the name that tells it from others of its type."""
     import torch
 
     if device.type == "cuda":
         with torch.cuda.device(device):
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Traits(torch.cuda.get_device_name(device), "cuda", bf16, fp16=True)
+        return DeviceCapabilities(torch.cuda.get_device_name(device), "cuda", bf16, fp16=True)
     if device.type == "cpu":
         able = getattr(torch.cpu, "get_capabilities", dict[str, Any])()  # torch 2.11 may not have it
         bf16 = bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16"))
         name = able.get("cpu_name") or able.get("architecture") or platform.machine()
-        return Traits(" ".join(["cpu", name, *(flag for flag in _TELLING if able.get(flag))]), "cpu", bf16)
-    return Traits(device.type, device.type)
+        return DeviceCapabilities(" ".join(["cpu", name, *(flag for flag in _TELLING if able.get(flag))]), "cpu", bf16)
+    return DeviceCapabilities(device.type, device.type)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Precision", "Recipe"]
+__all__ = ["ExecutionConfig", "Precision"]
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ExecutionConfig:
     """How a module is run on a device; `tuning.py` chooses.
 
     Attributes:
@@ -37,7 +37,7 @@ class Recipe:
     cudnn_benchmark: bool = False
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """For people: `bf16 channels_last compile`, or `eager fp32`."""
         half = f"{self.precision} weights" if self.half else self.precision
         flags = [name for name in ("channels_last", "fold", "freeze", "cudnn_benchmark") if getattr(self, name)]

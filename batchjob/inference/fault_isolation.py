@@ -10,21 +10,21 @@ from contextlib import suppress
 from functools import partial
 from threading import get_ident
 
-from batchjob.concurrency import Threads
-from batchjob.errors import AttemptFailed, BatchjobError, DeviceFault, Stalled, Unavailable
-from batchjob.inference.device_errors import breakage
+from batchjob.concurrency import DaemonThreadPool
+from batchjob.errors import AttemptFailed, BatchjobError, DeviceFault, Unavailable, WorkerStalled
+from batchjob.inference.device_errors import classify_device_error
 from batchjob.inference.predictor import Predictor
 from batchjob.loader.quarantine import Quarantine
-from batchjob.types import Batch, Fault, ImageFacts, Piece, Predicted
-from batchjob.worker.watchdog import Stopwatch
+from batchjob.types import Batch, ErrorRecord, ImageInfo, PartialOutput, Prediction
+from batchjob.worker.watchdog import Watchdog
 
-__all__ = ["Guard"]
+__all__ = ["FaultIsolatingPredictor"]
 
 _log = logging.getLogger(__name__)
 _TRACE_SECONDS = 30.0  # that the news of a hang waits until its images are remembered
 
 
-class Guard:
+class FaultIsolatingPredictor:
     """The predictor as a worker calls it.
 
     A batch at which the model raises is predicted again image by image. Images that were with the model when it hung,
@@ -39,15 +39,15 @@ class Guard:
         stopwatch: shows for how long a call has been under way.
     """
 
-    def __init__(self, predictor: Predictor, quarantine: Quarantine, device: str, stopwatch: Stopwatch) -> None:
+    def __init__(self, predictor: Predictor, quarantine: Quarantine, device: str, watchdog: Watchdog) -> None:
         self._predictor, self._quarantine = predictor, quarantine
-        self._device, self._stopwatch = device, stopwatch
+        self._device, self._stopwatch = device, watchdog
         self._lock = threading.Lock()
         self._under_way: deque[range] = deque()
         self._alone: dict[int, tuple[int, str | None]] = {}  # in that thread, the image of that position and tag
         self._broken: DeviceFault | None = None
 
-    def predicted(self, batch: Batch, positions: Sequence[int]) -> Predicted | None:
+    def predict(self, batch: Batch, positions: Sequence[int]) -> Prediction | None:
         """The batch's results, None where it holds no good image; on a GPU they may still be under way.
 
         Args:
@@ -59,14 +59,14 @@ class Guard:
             DeviceFault: the device or its context is broken, now or since an earlier batch; end this process.
             Exception: whatever the model raises.
         """
-        if batch.trouble is not None:
-            raise Unavailable(batch.trouble)
+        if batch.attempt_error is not None:
+            raise Unavailable(batch.attempt_error)
         if self._broken is not None:
             raise self._broken
         if batch.pixels is None:
             return None
         run = range(positions[0], positions[-1] + 1)
-        if self._quarantine.suspects(run):
+        if self._quarantine.has_suspect(run):
             return self._one_by_one(batch, positions)
         with self._lock:
             self._under_way.append(run)
@@ -74,27 +74,27 @@ class Guard:
             with self._stopwatch.step("a batch in the model", model=True):
                 predicted = self._predictor(batch.pixels, batch.shapes)
         except Exception as error:
-            if isinstance(error, BatchjobError) or breakage(error, self._predictor.forward.device):
+            if isinstance(error, BatchjobError) or classify_device_error(error, self._predictor.forward.device):
                 raise self._judged(error, run) from error
             self._ended(run)
             return self._one_by_one(batch, positions)
         if predicted.pending:
-            return predicted.landing(partial(self._landing, run))
+            return predicted.on_ready(partial(self._landing, run))
         self._ended(run)  # now, for nobody may want its results any more
         return predicted
 
     def as_device_fault(self, error: BatchjobError) -> BatchjobError:
         """A fault that showed elsewhere (in page-locking memory, for one): a DeviceFault if that is what it is."""
-        return self._lost(error) if breakage(error, self._predictor.forward.device) else error
+        return self._lost(error) if classify_device_error(error, self._predictor.forward.device) else error
 
-    def overdue(self, seconds: float, at_storage: float) -> Stalled | None:
+    def find_stall(self, seconds: float, storage_seconds: float) -> WorkerStalled | None:
         """What is to be told when a step has taken longer than it may; None as long as none has.
 
         Args:
             seconds: that a step may take.
             at_storage: that one at a store may take, whose silence is ridden out.
         """
-        step = self._stopwatch.overdue(seconds, at_storage)
+        step = self._stopwatch.stalled_step(seconds, storage_seconds)
         if step is None:
             return None
         limits = "runtime.stall_seconds" + (" and errors.outage_seconds" if step.storage else "")
@@ -102,10 +102,10 @@ class Guard:
         found, images = False, tuple[range, ...]()
         if step.model:
             alone = f"alone in the model, it has not ended for {seconds:g} s"
-            tracing = Threads(1, "trace").submit(partial(self._traced, step.thread, "hang", alone, words))
+            tracing = DaemonThreadPool(1, "trace").submit(partial(self._traced, step.thread, "hang", alone, words))
             with suppress(TimeoutError):  # the store may be as stuck as the model
                 found, images = tracing.result(_TRACE_SECONDS)
-        return Stalled(f"{words}; the same command resumes", self._device, images, found, step.storage)
+        return WorkerStalled(f"{words}; the same command resumes", self._device, images, found, step.storage)
 
     # -- several at once ---------------------------------------------------------------------------------------
 
@@ -126,18 +126,18 @@ class Guard:
 
     def _judged(self, error: Exception, run: range) -> Exception:
         """What is raised in its place. Its images are suspects now, and those that are with a broken device too."""
-        if breakage(error, self._predictor.forward.device):
+        if classify_device_error(error, self._predictor.forward.device):
             return self._lost(error)
         self._ended(run)
         if not isinstance(error, BatchjobError):
-            self._remember(lambda: self._quarantine.suspect(run, _brief(error)))
+            self._remember(lambda: self._quarantine.record_suspects(run, _brief(error)))
         return error
 
     def _lost(self, error: Exception) -> DeviceFault:
         """The device, or this process's part of it, is of no more use."""
         if self._broken is not None:
             return self._broken
-        kind, words = breakage(error, self._predictor.forward.device), _brief(error)
+        kind, words = classify_device_error(error, self._predictor.forward.device), _brief(error)
         found, images = False, tuple[range, ...]()
         if kind == "context":
             found, images = self._traced(get_ident(), "device", f"alone on the device, it broke it: {words}", words)
@@ -149,49 +149,49 @@ class Guard:
         """The image that this thread has alone in the model, remembered as having done it; else all under way."""
         if (image := self._alone.get(thread)) is not None:
             position, etag = image
-            facts = ImageFacts(etag, fault=Fault("predict", kind, alone))
-            if self._remember(lambda: self._quarantine.remember(position, facts)):
+            facts = ImageInfo(etag, error=ErrorRecord("predict", kind, alone))
+            if self._remember(lambda: self._quarantine.record(position, facts)):
                 return True, (range(position, position + 1),)
         with self._lock:
             runs = tuple(self._under_way)
         for run in runs:
-            self._remember(partial(self._quarantine.suspect, run, why))
+            self._remember(partial(self._quarantine.record_suspects, run, why))
         return False, runs
 
     # -- one by one --------------------------------------------------------------------------------------------
 
-    def _one_by_one(self, batch: Batch, positions: Sequence[int]) -> Predicted:
+    def _one_by_one(self, batch: Batch, positions: Sequence[int]) -> Prediction:
         """Each image in a call of its own; one that the model raises at is a fault of that image.
 
         Raises:
             AttemptFailed: it raises at all of several.
         """
-        pixels, good = batch.pixels, [row for row, facts in enumerate(batch.facts) if facts.fault is None]
+        pixels, good = batch.pixels, [row for row, facts in enumerate(batch.image_infos) if facts.error is None]
         assert pixels is not None
         try:
             self._predictor.wait()  # else what an earlier batch has broken would be laid to one of these
         except Exception as error:
             raise self._lost(error) from error
-        pieces: list[Piece] = []
-        lost: dict[int, Fault] = {}
+        pieces: list[PartialOutput] = []
+        lost: dict[int, ErrorRecord] = {}
         for number, row in enumerate(good):
-            self._alone[get_ident()] = positions[row], batch.facts[row].etag
+            self._alone[get_ident()] = positions[row], batch.image_infos[row].etag
             try:
                 with self._stopwatch.step("an image alone in the model", model=True):
-                    made = self._predictor.alone(pixels, batch.shapes, number)
-                pieces += made.pieces
-                lost |= made.lost
+                    made = self._predictor.predict_single(pixels, batch.shapes, number)
+                pieces += made.outputs
+                lost |= made.errors
             except Exception as error:
-                if breakage(error, self._predictor.forward.device):
+                if classify_device_error(error, self._predictor.forward.device):
                     raise self._lost(error) from error
                 if isinstance(error, BatchjobError):
                     raise
-                lost[number] = Fault("predict", "error", _brief(error))
+                lost[number] = ErrorRecord("predict", "error", _brief(error))
             finally:
                 del self._alone[get_ident()]
         if len(lost) > 1 and not pieces:
             raise AttemptFailed(f"the model fails at every image: {lost[0].message}")
-        return Predicted(tuple(pieces), lost)
+        return Prediction(tuple(pieces), lost)
 
     def _remember(self, put: Callable[[], object]) -> bool:
         """Whether that worked: where the store is away too, what has happened is the more important news."""

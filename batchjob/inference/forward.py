@@ -7,21 +7,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from batchjob.errors import InvalidJob, out_of_memory
-from batchjob.inference.execution_config import Recipe
+from batchjob.errors import InvalidJob, is_out_of_memory
+from batchjob.inference.execution_config import ExecutionConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Forward", "Modes"]
+__all__ = ["ForwardOptions", "ForwardPass"]
 
 GradMode = Literal["inference", "no_grad"]
 Normalize = Callable[["torch.Tensor", "torch.dtype"], "torch.Tensor"]
 
 
 @dataclass(frozen=True)
-class Modes:
+class ForwardOptions:
     """How a module is called.
 
     Attributes:
@@ -32,12 +32,12 @@ class Modes:
     """
 
     grad_mode: GradMode = "inference"
-    takes: Literal["batch", "list"] = "batch"
-    recipe: Recipe = field(default_factory=Recipe)
+    input_kind: Literal["batch", "list"] = "batch"
+    config: ExecutionConfig = field(default_factory=ExecutionConfig)
     batch_size: int | None = None
 
 
-class Forward:
+class ForwardPass:
     """A module on its device with its numeric modes. The program's own torch settings stay as they are.
 
     Args:
@@ -47,14 +47,14 @@ class Forward:
         modes: how it is called.
     """
 
-    def __init__(self, module: nn.Module, normalize: Normalize, device: torch.device, modes: Modes) -> None:
-        self.device, self.takes = device, modes.takes
+    def __init__(self, module: nn.Module, normalize: Normalize, device: torch.device, options: ForwardOptions) -> None:
+        self.device, self.input_kind = device, options.input_kind
         self._module = _placed(module, device)
         self._normalize = normalize
-        self._modes, self._recipe = modes, modes.recipe
+        self._modes, self._recipe = options, options.config
 
     @property
-    def recipe(self) -> Recipe:
+    def config(self) -> ExecutionConfig:
         """By which it runs."""
         return self._recipe
 
@@ -64,37 +64,37 @@ class Forward:
         with self._autocast(), self._backends():
             return self._module(values)
 
-    def with_module(self, module: nn.Module) -> Forward:
+    def with_module(self, module: nn.Module) -> ForwardPass:
         """The same around a module that was made of this one."""
-        return Forward(module, self._normalize, self.device, self._modes)
+        return ForwardPass(module, self._normalize, self.device, self._modes)
 
-    def inputs(self, pixels: torch.Tensor) -> torch.Tensor:
+    def prepare_inputs(self, pixels: torch.Tensor) -> torch.Tensor:
         """What the module is given for images `[n, c, h, w]`, wherever they lie. To be called under `modes()`."""
         values: torch.Tensor = self._values(pixels.to(self.device))
         return values
 
-    def modes(self, grad_mode: GradMode | None = None) -> contextlib.AbstractContextManager[Any]:
+    def disable_gradients(self, grad_mode: GradMode | None = None) -> contextlib.AbstractContextManager[Any]:
         """The mode without gradients that everything from pixels to results runs in."""
         import torch
 
         inference = (grad_mode or self._modes.grad_mode) == "inference"
         return torch.inference_mode() if inference else torch.no_grad()
 
-    def tried(self, pixels: torch.Tensor) -> Any:
+    def run_example(self, pixels: torch.Tensor) -> Any:
         """Run the module for the first time, on example images `[n, c, h, w]`.
 
         Raises:
             InvalidJob: it fails; where only inference mode is to blame, the sentence names `runtime.grad_mode`.
         """
         try:
-            with self.modes():
+            with self.disable_gradients():
                 return self._on_example(pixels)
         except InvalidJob:
             raise
         except Exception as error:
-            raise self.complaint(pixels, error) from error
+            raise self.explain_failure(pixels, error) from error
 
-    def complaint(self, pixels: torch.Tensor, error: Exception) -> InvalidJob:
+    def explain_failure(self, pixels: torch.Tensor, error: Exception) -> InvalidJob:
         """What is said of a module that failed on example images: why, and what to write."""
         if self._modes.grad_mode == "inference" and self._works_with_no_grad(pixels):
             return InvalidJob(
@@ -109,11 +109,11 @@ class Forward:
 
     def _on_example(self, pixels: torch.Tensor) -> Any:
         moved = pixels.to(self.device)
-        return self(list(moved) if self.takes == "list" else moved)
+        return self(list(moved) if self.input_kind == "list" else moved)
 
     def _works_with_no_grad(self, pixels: torch.Tensor) -> bool:
         try:
-            with self.modes("no_grad"):
+            with self.disable_gradients("no_grad"):
                 self._on_example(pixels)
         except Exception:  # noqa: BLE001 - the first failure is the one that is told
             return False
@@ -168,7 +168,7 @@ def _placed(module: nn.Module, device: torch.device) -> nn.Module:
     try:
         return module.to(device)
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise InvalidJob(
             f"model: it does not fit into the memory of {device} ({_brief(error)}); is something else using it? "

@@ -14,23 +14,23 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from batchjob.concurrency import side_by_side
-from batchjob.errors import AttemptFailed, InvalidJob, as_ours, out_of_memory
-from batchjob.inference.device_errors import breakage
-from batchjob.loader.gpu_share import Balance
-from batchjob.loader.loader import Loader, ShardFeed
-from batchjob.loader.sample import Once
+from batchjob.concurrency import parallel_map
+from batchjob.errors import AttemptFailed, InvalidJob, as_batchjob_error, is_out_of_memory
+from batchjob.inference.device_errors import classify_device_error
+from batchjob.loader.gpu_share import GpuShareController
+from batchjob.loader.loader import Loader, ShardQueue
+from batchjob.loader.sample import SingleShardQueue
 from batchjob.preprocessing.settings import Preprocess
-from batchjob.preprocessing.transforms import Geometry
-from batchjob.types import Batch, Encoded, Shard, Span
-from batchjob.worker.watchdog import Stopwatch
+from batchjob.preprocessing.transforms import ResizeCrop
+from batchjob.types import Batch, EncodedImages, Shard, StageTiming
+from batchjob.worker.watchdog import Watchdog
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Decode", "DeviceDecoding", "check_fit", "device_decoder"]
+__all__ = ["GpuDecodingLoader", "JpegDecoder", "check_gpu_decode_supported", "create_jpeg_decoder"]
 
-Decode = Callable[[Sequence["torch.Tensor"]], Sequence["torch.Tensor"]]
+JpegDecoder = Callable[[Sequence["torch.Tensor"]], Sequence["torch.Tensor"]]
 """JPEG files, uint8 `[bytes]` each, to uint8 `[3, h, w]` on the device; an exception where it cannot do them all."""
 _log = logging.getLogger(__name__)
 _AT_ONCE = 64 << 20  # pixels that lie decoded on the device, before they are made small
@@ -39,14 +39,14 @@ _AHEAD = 3
 _REFUSALS = 8  # one after the other: then it is not the files
 
 
-def check_fit(preprocess: Preprocess, geometry: Geometry, takes: str) -> None:
+def check_gpu_decode_supported(preprocess: Preprocess, geometry: ResizeCrop, input_kind: str) -> None:
     """Raises InvalidJob where images cannot be prepared on a device as the job wants them."""
     why = None
     if preprocess.transform is not None:
         why = "preprocess.transform gets its images on the CPU"
     elif preprocess.channels == "gray":
         why = "preprocess.channels is gray"
-    elif takes == "list" or geometry.size is None or preprocess.sizes == "group":
+    elif input_kind == "list" or geometry.size is None or preprocess.sizes == "group":
         why = "images come out in different sizes (preprocess.resize and crop)"
     if why is not None:
         raise InvalidJob(
@@ -54,7 +54,7 @@ def check_fit(preprocess: Preprocess, geometry: Geometry, takes: str) -> None:
         )
 
 
-def device_decoder(device: torch.device) -> Decode:
+def create_jpeg_decoder(device: torch.device) -> JpegDecoder:
     """The GPU's JPEG decoder (nvJPEG), tried on a small file.
 
     Raises:
@@ -82,7 +82,7 @@ def device_decoder(device: torch.device) -> Decode:
 
 
 @dataclass(frozen=True)
-class _File:
+class _EncodedFile:
     """An encoded image: its row in the batch, uint8 `[bytes]`, and its size in pixels."""
 
     row: int
@@ -91,14 +91,14 @@ class _File:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _DecodedRows:
     """Prepared images of a batch: their rows, in order, and uint8 `[n, c, h, w]`."""
 
     rows: tuple[int, ...]
     pixels: torch.Tensor
 
 
-class DeviceDecoding:
+class GpuDecodingLoader:
     """A loader's batches, with what it left encoded decoded on the device.
 
     What the decoder refuses is read again and decoded on the CPU, in a loader process as ever. A decoder that refuses
@@ -118,34 +118,34 @@ class DeviceDecoding:
         self,
         *,
         loader: Loader,
-        host: Loader,
-        decode: Decode,
-        geometry: Geometry,
+        cpu_loader: Loader,
+        decode: JpegDecoder,
+        geometry: ResizeCrop,
         device: torch.device,
-        balance: Balance,
-        stopwatch: Stopwatch,
+        share_controller: GpuShareController,
+        watchdog: Watchdog,
     ) -> None:
-        self._loader, self._host, self._decode, self._geometry = loader, host, decode, geometry
-        self._device, self._balance, self._stopwatch = device, balance, stopwatch
+        self._loader, self._host, self._decode, self._geometry = loader, cpu_loader, decode, geometry
+        self._device, self._balance, self._stopwatch = device, share_controller, watchdog
         self._lock, self._ending, self._closed = threading.Lock(), threading.Lock(), threading.Event()
         self._streams: queue.SimpleQueue[torch.cuda.Stream] = queue.SimpleQueue()  # that nobody is on
         self.decoded = self.refused = self._in_vain = 0
 
-    def batches(self, feed: ShardFeed) -> Iterator[Batch]:
+    def batches(self, queue: ShardQueue) -> Iterator[Batch]:
         """Those of `Loader.batches`, a few of them ahead; raises what that raises."""
         self._host.quarantine = self._loader.quarantine
-        noted = _Noted(feed)
-        given = self._balance.over(self._loader.batches(noted))
-        return side_by_side(partial(self._whole, noted), given, threads=_THREADS, ahead=_AHEAD)
+        noted = _RecordingQueue(queue)
+        given = self._balance.observe(self._loader.batches(noted))
+        return parallel_map(partial(self._whole, noted), given, threads=_THREADS, prefetch=_AHEAD)
 
-    def tried(self, files: Sequence[torch.Tensor], pixels: Sequence[int]) -> bool:
+    def can_decode(self, files: Sequence[torch.Tensor], pixels: Sequence[int]) -> bool:
         """Whether the device decodes and prepares such files, as many at once as in a run; to see how long that takes.
 
         Args:
             files: uint8 `[bytes]` each.
             pixels: of each image.
         """
-        each = [_File(*file) for file in zip(range(len(files)), files, pixels, strict=True)]
+        each = [_EncodedFile(*file) for file in zip(range(len(files)), files, pixels, strict=True)]
         return all(self._tried(some) is not None for some in _together(each))
 
     def close(self) -> None:
@@ -155,49 +155,49 @@ class DeviceDecoding:
             _log.info("JPEG files decoded on %s: %d, refused there: %d", self._device, self.decoded, self.refused)
         self._end_host()
 
-    def _whole(self, noted: _Noted, batch: Batch) -> Batch:
+    def _whole(self, noted: _RecordingQueue, batch: Batch) -> Batch:
         """The batch with the pixels of all its good images. Raises AttemptFailed."""
-        encoded, shard = batch.encoded, noted.shard_of(batch)
+        encoded, shard = batch.encoded, noted.find_shard(batch)
         if encoded is None or shard is None:  # nobody will look at a batch of a shard that has failed meanwhile
             return batch
         began = time.perf_counter()
         try:
             whole = self._completed(shard, batch, encoded)
         except Exception as error:
-            raise as_ours(error) from error
-        spent = Span("device decode", began, time.perf_counter(), os.getpid(), len(encoded.places))
-        seconds = {**batch.seconds, spent.stage: spent.ended - spent.began}
-        return replace(whole, seconds=seconds, spans=(*batch.spans, spent))
+            raise as_batchjob_error(error) from error
+        spent = StageTiming("device decode", began, time.perf_counter(), os.getpid(), len(encoded.indices))
+        seconds = {**batch.stage_seconds, spent.stage: spent.ended - spent.began}
+        return replace(whole, stage_seconds=seconds, timings=(*batch.timings, spent))
 
-    def _completed(self, shard: Shard, batch: Batch, encoded: Encoded) -> Batch:
-        good = [row for row, facts in enumerate(batch.facts) if facts.fault is None]
-        left = [good[place] for place in encoded.places]
-        sizes = [(batch.facts[row].width or 0) * (batch.facts[row].height or 0) for row in left]
-        parts = self._decoded([_File(*file) for file in zip(left, encoded.files(), sizes, strict=True)])
+    def _completed(self, shard: Shard, batch: Batch, encoded: EncodedImages) -> Batch:
+        good = [row for row, facts in enumerate(batch.image_infos) if facts.error is None]
+        left = [good[place] for place in encoded.indices]
+        sizes = [(batch.image_infos[row].width or 0) * (batch.image_infos[row].height or 0) for row in left]
+        parts = self._decoded([_EncodedFile(*file) for file in zip(left, encoded.files(), sizes, strict=True)])
         if batch.pixels is not None:
-            parts.append(_Part(tuple(sorted({*good} - {*left})), batch.pixels))
-        facts = dict(enumerate(batch.facts))
+            parts.append(_DecodedRows(tuple(sorted({*good} - {*left})), batch.pixels))
+        facts = dict(enumerate(batch.image_infos))
         refused = sorted({*left} - {row for part in parts for row in part.rows})
         self._count(len(left), len(refused))
         for again in self._again(shard, batch, refused):
-            if again.trouble is not None:
-                return replace(batch, facts=(), pixels=None, encoded=None, trouble=again.trouble)
-            rows, refused = refused[: len(again.facts)], refused[len(again.facts) :]
-            facts.update(zip(rows, again.facts, strict=True))
+            if again.attempt_error is not None:
+                return replace(batch, image_infos=(), pixels=None, encoded=None, attempt_error=again.attempt_error)
+            rows, refused = refused[: len(again.image_infos)], refused[len(again.image_infos) :]
+            facts.update(zip(rows, again.image_infos, strict=True))
             if again.pixels is not None:
-                parts.append(_Part(tuple(row for row in rows if facts[row].fault is None), again.pixels))
-        return replace(batch, facts=tuple(facts.values()), pixels=self._joined(parts), encoded=None)
+                parts.append(_DecodedRows(tuple(row for row in rows if facts[row].error is None), again.pixels))
+        return replace(batch, image_infos=tuple(facts.values()), pixels=self._joined(parts), encoded=None)
 
     # -- on the device -----------------------------------------------------------------------------------------
 
-    def _decoded(self, files: Sequence[_File]) -> list[_Part]:
+    def _decoded(self, files: Sequence[_EncodedFile]) -> list[_DecodedRows]:
         """What the device makes of them, as many at once as it has room for; those that it refuses are left out."""
-        parts: list[_Part] = []
+        parts: list[_DecodedRows] = []
         for some in _together(files):
             parts += self._halved(some)
         return parts
 
-    def _halved(self, files: Sequence[_File]) -> list[_Part]:
+    def _halved(self, files: Sequence[_EncodedFile]) -> list[_DecodedRows]:
         """All at once; where that is refused in halves, until those alone are left out that are to blame."""
         part = self._tried(files)
         if part is not None or len(files) == 1:
@@ -205,21 +205,21 @@ class DeviceDecoding:
         middle = len(files) // 2
         return [*self._halved(files[:middle]), *self._halved(files[middle:])]
 
-    def _tried(self, files: Sequence[_File]) -> _Part | None:
+    def _tried(self, files: Sequence[_EncodedFile]) -> _DecodedRows | None:
         """None where the decoder, or the device's memory, does not take them. Raises AttemptFailed."""
         try:
             with self._settled():
                 decoded = self._decode([file.data for file in files])
-                made = self._geometry.on_device(decoded)
+                made = self._geometry.resize_on_device(decoded)
         except Exception as error:
             # Asked whether it still works, the device waits for the model too: done for one file, and not for many.
-            if breakage(error, self._device if len(files) == 1 else None):
+            if classify_device_error(error, self._device if len(files) == 1 else None):
                 raise
             _log.debug("%d JPEG files refused on %s: %s", len(files), self._device, error)
             return None
-        return _Part(tuple(file.row for file in files), made)
+        return _DecodedRows(tuple(file.row for file in files), made)
 
-    def _joined(self, parts: Sequence[_Part]) -> torch.Tensor | None:
+    def _joined(self, parts: Sequence[_DecodedRows]) -> torch.Tensor | None:
         """In the order of their rows; on the device if it has room."""
         import torch
 
@@ -233,7 +233,7 @@ class DeviceDecoding:
                     pixels = torch.cat([part.pixels.to(device, non_blocking=device.type != "cpu") for part in parts])
                     return pixels[order.to(device, non_blocking=True)]
             except Exception as error:
-                if not out_of_memory(error) or device.type == "cpu":
+                if not is_out_of_memory(error) or device.type == "cpu":
                     raise
         return None
 
@@ -275,7 +275,7 @@ class DeviceDecoding:
             if self._closed.is_set():
                 raise AttemptFailed("decoding on the device was closed")
             try:
-                return list(self._host.batches(Once(replace(shard, refs=refs, on_host=True))))
+                return list(self._host.batches(SingleShardQueue(replace(shard, refs=refs, decode_on_cpu=True))))
             finally:
                 if self._closed.is_set():  # meanwhile, and maybe before its processes were there
                     self._end_host()
@@ -293,33 +293,33 @@ class DeviceDecoding:
             _log.warning(
                 "the JPEG decoder of %s refuses one file after the other: the CPU does it all now", self._device
             )
-            self._balance.end()
+            self._balance.disable()
 
 
-class _Noted:
+class _RecordingQueue:
     """A feed, and the shards that it gave."""
 
-    def __init__(self, feed: ShardFeed) -> None:
+    def __init__(self, feed: ShardQueue) -> None:
         self._feed = feed
         self._given: dict[int, Shard] = {}
 
-    def take(self) -> Shard | None:
-        shard = self._feed.take()
+    def next_shard(self) -> Shard | None:
+        shard = self._feed.next_shard()
         if shard is not None:
-            self._given[shard.take] = shard
-            self._given = {take: one for take, one in self._given.items() if self._feed.wants(one)}
+            self._given[shard.attempt_number] = shard
+            self._given = {take: one for take, one in self._given.items() if self._feed.is_wanted(one)}
         return shard
 
-    def wants(self, shard: Shard) -> bool:
-        return self._feed.wants(shard)
+    def is_wanted(self, shard: Shard) -> bool:
+        return self._feed.is_wanted(shard)
 
-    def shard_of(self, batch: Batch) -> Shard | None:
+    def find_shard(self, batch: Batch) -> Shard | None:
         """None where nobody wants it any more."""
-        shard = self._given.get(batch.take)
-        return shard if shard is not None and self._feed.wants(shard) else None
+        shard = self._given.get(batch.attempt_number)
+        return shard if shard is not None and self._feed.is_wanted(shard) else None
 
 
-def _together(files: Sequence[_File]) -> Iterator[Sequence[_File]]:
+def _together(files: Sequence[_EncodedFile]) -> Iterator[Sequence[_EncodedFile]]:
     """Runs of files that are decoded at once: as many as there is room for, at least one."""
     start, held = 0, 0
     for index, file in enumerate(files):

@@ -10,18 +10,18 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from batchjob.errors import InvalidJob
-from batchjob.inference.execution_config import Recipe
+from batchjob.inference.execution_config import ExecutionConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["applied", "folded", "pruned", "quantized", "zeros"]
+__all__ = ["fold_batch_norms", "measure_sparsity", "optimize", "prune_weights", "quantize_module"]
 
 _REPEATED = 2  # blocks of one class that are worth compiling once for all
 
 
-def applied(module: nn.Module, recipe: Recipe, example: torch.Tensor) -> nn.Module:
+def optimize(module: nn.Module, config: ExecutionConfig, example: torch.Tensor) -> nn.Module:
     """The module prepared for a recipe; the given one stays as it is, and may share its weights.
 
     Args:
@@ -35,17 +35,17 @@ def applied(module: nn.Module, recipe: Recipe, example: torch.Tensor) -> nn.Modu
     """
     import torch
 
-    made = folded(module) if recipe.fold else module
-    if recipe.half:
-        made = copy.deepcopy(made).to({"bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision])
-    if recipe.channels_last:
+    made = fold_batch_norms(module) if config.fold else module
+    if config.half:
+        made = copy.deepcopy(made).to({"bf16": torch.bfloat16, "fp16": torch.float16}[config.precision])
+    if config.channels_last:
         made = copy.deepcopy(made).to(memory_format=torch.channels_last)
-    if recipe.quantize != "none":
-        made = quantized(made, recipe.quantize, example)
-    return _compiled(made, recipe)
+    if config.quantize != "none":
+        made = quantize_module(made, config.quantize, example)
+    return _compiled(made, config)
 
 
-def folded(module: nn.Module) -> nn.Module:
+def fold_batch_norms(module: nn.Module) -> nn.Module:
     """A copy whose batch norms are folded into the convolutions before them, by torch.fx.
 
     Raises:
@@ -57,7 +57,7 @@ def folded(module: nn.Module) -> nn.Module:
     return made.eval().requires_grad_(False)
 
 
-def quantized(module: nn.Module, how: str, example: torch.Tensor) -> nn.Module:
+def quantize_module(module: nn.Module, mode: str, example: torch.Tensor) -> nn.Module:
     """A copy that computes in eight bits, by torchao.
 
     Args:
@@ -76,7 +76,7 @@ def quantized(module: nn.Module, how: str, example: torch.Tensor) -> nn.Module:
     except ImportError as error:
         raise InvalidJob("runtime.quantize needs torchao; pip install 'batchjob[quant]'") from error
     with _quiet():
-        return _static(module, example) if how == "int8-static" else _dynamic(module, how)
+        return _static(module, example) if mode == "int8-static" else _dynamic(module, mode)
 
 
 def _dynamic(module: nn.Module, how: str) -> nn.Module:
@@ -111,7 +111,7 @@ def _static(module: nn.Module, example: torch.Tensor) -> nn.Module:
         return made
 
 
-def _compiled(module: nn.Module, recipe: Recipe) -> nn.Module:
+def _compiled(module: nn.Module, recipe: ExecutionConfig) -> nn.Module:
     if recipe.compile == "off":
         return module
     if recipe.compile == "regional":
@@ -156,7 +156,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def pruned(module: nn.Module, amount: float, *, structured: bool = False) -> nn.Module:
+def prune_weights(module: nn.Module, amount: float, *, structured: bool = False) -> nn.Module:
     """A copy in which the smallest weights of each convolution and linear layer are zero, by magnitude.
 
     Args:
@@ -178,7 +178,7 @@ def pruned(module: nn.Module, amount: float, *, structured: bool = False) -> nn.
     return made.requires_grad_(False)
 
 
-def zeros(module: nn.Module) -> float:
+def measure_sparsity(module: nn.Module) -> float:
     """Share of the weights of convolutions and linear layers that are zero."""
     import torch
 

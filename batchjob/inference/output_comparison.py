@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from batchjob.inference.execution_config import Precision, Recipe
+from batchjob.inference.execution_config import ExecutionConfig, Precision
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Likeness", "compare"]
+__all__ = ["OutputComparison", "compare_outputs"]
 
 _DEVIATION: dict[Precision, float] = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2}
 _COSINE: dict[Precision, float] = {"fp32": 0.9999, "tf32": 0.999, "bf16": 0.99, "fp16": 0.999}
@@ -25,7 +25,7 @@ _SEEN_BOX = 0.3  # score from which a box must be found again
 
 
 @dataclass(frozen=True)
-class Likeness:
+class OutputComparison:
     """How far outputs are from the reference.
 
     Attributes:
@@ -39,10 +39,10 @@ class Likeness:
     cosine: float
     agreement: float
 
-    def fault(self, recipe: Recipe) -> str | None:
+    def rejection(self, config: ExecutionConfig) -> str | None:
         """Why that is too far for a recipe, None where it is not."""
-        most, least = _DEVIATION[recipe.precision], _COSINE[recipe.precision]
-        if recipe.quantize != "none":
+        most, least = _DEVIATION[config.precision], _COSINE[config.precision]
+        if config.quantize != "none":
             most, least = _EIGHT_BITS
         if not self.deviation <= most:  # NaN is not
             return f"deviates by {self.deviation:.1e} of the largest value, {most:.0e} is allowed"
@@ -53,7 +53,7 @@ class Likeness:
         return None
 
 
-def compare(reference: Any, output: Any, *, classes: bool = True) -> Likeness:
+def compare_outputs(reference: Any, output: Any, *, argmax_is_class: bool = True) -> OutputComparison:
     """Hold one output of a model against another: tensors, tuples, dicts, or lists of boxes with labels and scores.
 
     Args:
@@ -69,8 +69,8 @@ def compare(reference: Any, output: Any, *, classes: bool = True) -> Likeness:
         raise ValueError("gives no tensor that could be compared")
     if [leaf.shape for leaf in ours] != [leaf.shape for leaf in theirs]:
         raise ValueError(f"gives {[list(leaf.shape) for leaf in theirs]} for {[list(leaf.shape) for leaf in ours]}")
-    each = [_leaf(a.detach().cpu(), b.detach().cpu(), classes) for a, b in zip(ours, theirs, strict=True)]
-    return Likeness(
+    each = [_leaf(a.detach().cpu(), b.detach().cpu(), argmax_is_class) for a, b in zip(ours, theirs, strict=True)]
+    return OutputComparison(
         max((one.deviation for one in each), default=0.0),
         min((one.cosine for one in each), default=1.0),
         min((one.agreement for one in each), default=1.0),
@@ -90,18 +90,18 @@ def _leaves(output: Any) -> Iterator[torch.Tensor]:
             yield from _leaves(value)
 
 
-def _leaf(reference: torch.Tensor, output: torch.Tensor, classes: bool) -> Likeness:
+def _leaf(reference: torch.Tensor, output: torch.Tensor, classes: bool) -> OutputComparison:
     """Numbers by their size; classes, masks and counts by how many are the same."""
     if reference.is_floating_point() or reference.numel() == 0:
         return _tensors(reference.float(), output.float(), classes)
-    return Likeness(0.0, 1.0, float((reference == output).float().mean()))
+    return OutputComparison(0.0, 1.0, float((reference == output).float().mean()))
 
 
-def _tensors(reference: torch.Tensor, output: torch.Tensor, classes: bool) -> Likeness:
+def _tensors(reference: torch.Tensor, output: torch.Tensor, classes: bool) -> OutputComparison:
     import torch
 
     if reference.numel() == 0:
-        return Likeness(0.0, 1.0, 1.0)
+        return OutputComparison(0.0, 1.0, 1.0)
     same = torch.where(reference == output, torch.zeros(()), reference - output)  # infinities may be alike too
     finite = reference[reference.isfinite()]
     scale = finite.abs().max().clamp_min(torch.finfo(torch.float32).tiny) if len(finite) else torch.ones(())
@@ -111,7 +111,7 @@ def _tensors(reference: torch.Tensor, output: torch.Tensor, classes: bool) -> Li
     deviation = float((same / scale).abs().nan_to_num(torch.inf, torch.inf, torch.inf).max())
     named = classes and reference.ndim == 2
     agreement = _same_class(reference / scale, output / scale, deviation) if named else 1.0
-    return Likeness(deviation, float(torch.where(nothing, torch.ones(()), alike).min()), agreement)
+    return OutputComparison(deviation, float(torch.where(nothing, torch.ones(()), alike).min()), agreement)
 
 
 def _same_class(reference: torch.Tensor, output: torch.Tensor, noise: float) -> float:
@@ -130,11 +130,11 @@ def _is_boxes(output: Any) -> bool:
     )
 
 
-def _boxes(reference: Sequence[Mapping[str, Any]], output: Sequence[Mapping[str, Any]]) -> Likeness:
+def _boxes(reference: Sequence[Mapping[str, Any]], output: Sequence[Mapping[str, Any]]) -> OutputComparison:
     pairs = list(zip(reference, output, strict=True))
     found = [_found(*pair) for pair in pairs] + [_found(*pair[::-1]) for pair in pairs]
     seen, again, worst = (sum(n for n, _, _ in found), sum(n for _, n, _ in found), max(w for _, _, w in found))
-    return Likeness(worst, 1.0, again / seen if seen else 1.0)
+    return OutputComparison(worst, 1.0, again / seen if seen else 1.0)
 
 
 def _found(reference: Mapping[str, Any], output: Mapping[str, Any]) -> tuple[int, int, float]:

@@ -10,22 +10,22 @@ from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
-from batchjob.errors import AttemptFailed, InvalidJob, out_of_memory
-from batchjob.inference.device_transfer import Link
-from batchjob.inference.forward import Forward
-from batchjob.types import Fault, Piece, Predicted
+from batchjob.errors import AttemptFailed, InvalidJob, is_out_of_memory
+from batchjob.inference.device_transfer import DeviceTransfer
+from batchjob.inference.forward import ForwardPass
+from batchjob.types import ErrorRecord, PartialOutput, Prediction
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MARK", "Predictor", "random_pixels"]
+__all__ = ["PROFILER_PREFIX", "Predictor", "random_pixels"]
 
 Shapes = Sequence[tuple[int, ...]]
-MARK = "batchjob."  # before the names of steps in a profile
+PROFILER_PREFIX = "batchjob."  # before the names of steps in a profile
 _CALM = 128  # pieces without trouble after which a larger one is tried again
 
 
-class Outputs(Protocol):
+class DevicePostprocess(Protocol):
     """What the forward loop needs of a task."""
 
     def on_device(self, output: Any) -> dict[str, torch.Tensor]:
@@ -43,15 +43,24 @@ class Predictor:
     """
 
     def __init__(
-        self, forward: Forward, post: Outputs, batch_size: int | None = None, rather: int | None = None
+        self,
+        forward: ForwardPass,
+        postprocess: DevicePostprocess,
+        fixed_batch_size: int | None = None,
+        preferred_batch_size: int | None = None,
     ) -> None:
-        self._forward, self._post, self._fixed, self._rather = forward, post, batch_size, rather
+        self._forward, self._post, self._fixed, self._rather = (
+            forward,
+            postprocess,
+            fixed_batch_size,
+            preferred_batch_size,
+        )
         self._limit: int | None = None  # images that fit at once, once more have not
         self._calm = 0
-        self._link = Link(forward.device)
+        self._link = DeviceTransfer(forward.device)
 
     @property
-    def forward(self) -> Forward:
+    def forward(self) -> ForwardPass:
         """The module that it calls."""
         return self._forward
 
@@ -71,11 +80,11 @@ class Predictor:
         pixels = random_pixels(size, max(rows, self._fixed or 0), dtype)
         began = time.perf_counter()
         try:
-            fits = not self(pixels).wait().lost
+            fits = not self(pixels).wait().errors
         except AttemptFailed:
             fits = False
         except Exception as error:
-            raise self._forward.complaint(pixels, error) from error
+            raise self._forward.explain_failure(pixels, error) from error
         took = time.perf_counter() - began
         if not fits:
             raise InvalidJob(
@@ -84,7 +93,7 @@ class Predictor:
             )
         return took
 
-    def largest_batch(self, size: Sequence[int], first: int, most: int, dtype: torch.dtype | None = None) -> int:
+    def find_largest_batch(self, size: Sequence[int], start: int, limit: int, dtype: torch.dtype | None = None) -> int:
         """The largest batch that fits with a quarter to spare: `first` halved or doubled, `most` at the utmost.
 
         Args:
@@ -93,12 +102,12 @@ class Predictor:
             most: not more than this.
             dtype: uint8, unless the job's own transform makes another.
         """
-        rows = first
+        rows = start
         while rows > 1 and not self._fits(size, rows, dtype):
             rows //= 2
-        if rows < first:
+        if rows < start:
             return rows
-        while rows * 2 <= most and self._fits(size, rows * 2, dtype):
+        while rows * 2 <= limit and self._fits(size, rows * 2, dtype):
             rows *= 2
         return rows
 
@@ -106,7 +115,7 @@ class Predictor:
         rows += rows // 4
         return self._tried(random_pixels(size, rows, dtype), None, 0, rows) is not None
 
-    def __call__(self, pixels: torch.Tensor, shapes: Shapes | None = None) -> Predicted:
+    def __call__(self, pixels: torch.Tensor, shapes: Shapes | None = None) -> Prediction:
         """Predict `[n, c, h, w]`, or flat pixels of `n` images of these shapes.
 
         A batch that does not fit into memory is halved, as often as needed; the size that fits is kept for a while.
@@ -115,8 +124,8 @@ class Predictor:
             AttemptFailed: not one image of several fits.
         """
         count = len(shapes) if shapes is not None else len(pixels)
-        pieces: list[Piece] = []
-        lost: dict[int, Fault] = {}
+        pieces: list[PartialOutput] = []
+        lost: dict[int, ErrorRecord] = {}
         start, before = 0, self._limit
         while start < count:
             size = min(self._limit or count, count - start)
@@ -140,34 +149,34 @@ class Predictor:
             raise AttemptFailed(
                 f"not even one image fits into the memory of {self._forward.device}: is something else using it?"
             )
-        return Predicted(tuple(pieces), lost, self._link.arrival())
+        return Prediction(tuple(pieces), lost, self._link.sync())
 
-    def alone(self, pixels: torch.Tensor, shapes: Shapes | None, row: int) -> Predicted:
+    def predict_single(self, pixels: torch.Tensor, shapes: Shapes | None, row: int) -> Prediction:
         """One image of such a batch, by itself, and waited for; it keeps its row."""
         made = self(*_part(pixels, shapes, row, 1)).wait()
-        pieces = tuple(Piece((row,), piece.tensors) for piece in made.pieces)
-        return Predicted(pieces, {row: made.lost[0]} if made.lost else {})
+        pieces = tuple(PartialOutput((row,), piece.tensors) for piece in made.outputs)
+        return Prediction(pieces, {row: made.errors[0]} if made.errors else {})
 
     def wait(self) -> None:
         """Until all that was begun has ended. Raises what went wrong on the device."""
-        if (arrival := self._link.arrival()) is not None:
+        if (arrival := self._link.sync()) is not None:
             arrival()
 
-    def _too_large(self) -> Fault:
-        return Fault("predict", "memory", f"it alone does not fit into the memory of {self._forward.device}")
+    def _too_large(self) -> ErrorRecord:
+        return ErrorRecord("predict", "memory", f"it alone does not fit into the memory of {self._forward.device}")
 
-    def _tried(self, pixels: torch.Tensor, shapes: Shapes | None, start: int, size: int) -> list[Piece] | None:
+    def _tried(self, pixels: torch.Tensor, shapes: Shapes | None, start: int, size: int) -> list[PartialOutput] | None:
         """The results of some images, None where memory does not suffice."""
         import torch
 
         try:
-            with self._forward.modes():
+            with self._forward.disable_gradients():
                 return [
                     self._piece(inputs, rows)
                     for inputs, rows in self._calls(*_part(pixels, shapes, start, size), start)
                 ]
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         # Only here, with the traceback and the tensors it holds gone, can memory be given back.
         if self._forward.device.type == "cuda":
@@ -181,9 +190,9 @@ class Predictor:
         import torch
 
         with self._named("H2D"):
-            moved = self._link.there(pixels)
+            moved = self._link.to_device(pixels)
         rows = tuple(range(start, start + len(shapes if shapes is not None else moved)))
-        if self._forward.takes == "list":
+        if self._forward.input_kind == "list":
             yield list(moved) if shapes is None else _apart(moved, shapes), rows
         elif shapes is None:
             yield moved, rows
@@ -192,7 +201,7 @@ class Predictor:
             for alike in _by_shape(shapes):
                 yield torch.stack([images[index] for index in alike]), tuple(rows[index] for index in alike)
 
-    def _piece(self, inputs: torch.Tensor | list[torch.Tensor], rows: tuple[int, ...]) -> Piece:
+    def _piece(self, inputs: torch.Tensor | list[torch.Tensor], rows: tuple[int, ...]) -> PartialOutput:
         with self._named("forward"):
             wanted = self._call_size
             if wanted is None or isinstance(inputs, list) or len(inputs) == wanted:
@@ -200,7 +209,7 @@ class Predictor:
             else:
                 found = self._padded(inputs, wanted)
         with self._named("D2H"):
-            return Piece(rows, self._link.back(found))
+            return PartialOutput(rows, self._link.to_host(found))
 
     @property
     def _call_size(self) -> int | None:
@@ -228,11 +237,11 @@ class Predictor:
         """Around a step, so that profilers (torch's, and on CUDA Nsight) show it under its name."""
         import torch
 
-        with torch.profiler.record_function(f"{MARK}{step}"):
+        with torch.profiler.record_function(f"{PROFILER_PREFIX}{step}"):
             if self._forward.device.type != "cuda":
                 yield
                 return
-            with torch.cuda.nvtx.range(f"{MARK}{step}"):
+            with torch.cuda.nvtx.range(f"{PROFILER_PREFIX}{step}"):
                 yield
 
     def _relax(self) -> None:

@@ -10,10 +10,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["difference"]
+__all__ = ["diff_fingerprints"]
 
 
-def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def diff_fingerprints(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """What differs between two fingerprints, a line a key: `model.weights: V1 there, V2 here`."""
     a, b = dict(_leaves(there)), dict(_leaves(here))
     keys = dict.fromkeys([*a, *b])

@@ -18,8 +18,8 @@ from batchjob.errors import InvalidJob
 from batchjob.job import job_file
 from batchjob.job.parameters import Param
 from batchjob.job.runtime import ErrorBudget, Output, Runtime
-from batchjob.job.serialization import explicit, refilled, whole
-from batchjob.job.validation_errors import complain
+from batchjob.job.serialization import fill_unset_fields, serialize_all_fields, serialize_set_fields
+from batchjob.job.validation_errors import add_validation_errors
 from batchjob.models.checkpoint import CheckpointModel
 from batchjob.models.exported import ExportedModel
 from batchjob.models.huggingface import HuggingfaceModel
@@ -47,8 +47,8 @@ from batchjob.tasks.segmentation import SegmentationTask
 __all__ = ["Job"]
 
 # The extension points: a new kind of source, model or task is one file in its folder, and its name here.
-Source = Annotated[PrefixSource | ManifestSource, Field(discriminator="type")]
-Model = Annotated[
+AnySource = Annotated[PrefixSource | ManifestSource, Field(discriminator="type")]
+AnyModel = Annotated[
     TorchvisionModel
     | CheckpointModel
     | PythonModel
@@ -61,7 +61,7 @@ Model = Annotated[
     | TensorrtModel,
     Field(discriminator="type"),
 ]
-Task = Annotated[
+AnyTask = Annotated[
     ClassificationTask
     | MultilabelTask
     | RegressionTask
@@ -104,10 +104,10 @@ class Job(Settings):
 
     name: Annotated[str, AfterValidator(_check_name)] = "job"
     params: dict[str, Param] = Field(default={})
-    input: Source
-    model: Model
+    input: AnySource
+    model: AnyModel
     preprocess: Preprocess | None = None
-    task: Task
+    task: AnyTask
     runtime: Runtime = Runtime()
     errors: ErrorBudget = ErrorBudget()
     output: Output
@@ -119,7 +119,7 @@ class Job(Settings):
     _taken: Mapping[str, Any] = PrivateAttr(default={})
 
     @property
-    def base(self) -> Path:
+    def folder(self) -> Path:
         """The job's folder: the one its file lies in, or the working directory it was built in."""
         return self._base
 
@@ -137,18 +137,18 @@ class Job(Settings):
                 `job.yaml:7:3: model.nmae: not a field of this model; did you mean 'name'?`.
         """
         base = Path(os.path.normpath(Path.cwd() / path)).parent
-        text = job_file.read(Path(path), params, overrides)
+        text = job_file.read_job_file(Path(path), params, overrides)
         job: Job | None = None
         try:
             job = cls._built(text.tree, base)
         except ValidationError as error:
-            complain(error, cls, text)
-        text.complain()
+            add_validation_errors(error, cls, text)
+        text.raise_if_invalid()
         assert job is not None
         return job
 
     @classmethod
-    def from_portable(cls, doc: Mapping[str, Any], base: Path, data_base: Path) -> Job:
+    def deserialize(cls, doc: Mapping[str, Any], folder: Path, data_folder: Path) -> Job:
         """The job that `portable` wrote, in another place.
 
         Args:
@@ -161,20 +161,20 @@ class Job(Settings):
         """
         given, taken = {key: value for key, value in doc.items() if key != _TAKEN}, doc.get(_TAKEN, {})
         try:
-            job, there = cls._built(given, base), cls._built(given, data_base)
+            job, there = cls._built(given, folder), cls._built(given, data_folder)
         except ValidationError as error:
             raise InvalidJob(f"this job was written by another version of batchjob: {error}") from None
         moved = job.model_copy(update={"input": there.input, "output": there.output})
-        moved._data_base = data_base
+        moved._data_base = data_folder
         return moved._with(taken)
 
-    def portable(self) -> dict[str, Any]:
+    def serialize(self) -> dict[str, Any]:
         """All that was explicitly set, as JSON holds it, with `./` before paths inside the job's folder.
 
         Beside it, where `completed` found any, the defaults that are not this version's.
         """
-        doc = explicit(self, self.base)
-        data = explicit(self, self._data_base or self.base)
+        doc = serialize_set_fields(self, self.folder)
+        data = serialize_set_fields(self, self._data_base or self.folder)
         taken = {_TAKEN: dict(self._taken)} if self._taken else {}
         return doc | {name: data[name] for name in ("input", "output")} | taken
 
@@ -184,22 +184,24 @@ class Job(Settings):
         Not in it: what says when, where or how fast (`input.require`, workers, batches, output), what is only checked
         (`model.sha256`), and versions. The same job in another folder has the same fingerprint.
         """
-        given = self.portable()
+        given = self.serialize()
         for section, keys in _UNDECIDING.items():
             for key in keys:
                 given[section].pop(key, None)
         given["runtime"] = {key: value for key, value in given.get("runtime", {}).items() if key in _ALTERING}
         return {name: given[name] for name in _DECIDING if given.get(name)}
 
-    def resolved(self) -> dict[str, Any]:
+    def resolved_settings(self) -> dict[str, Any]:
         """All fields of what decides the predictions, set or not, by section: what `completed` goes by."""
         found = {}
         for name, settings in self._deciding():
-            fields = whole(settings, (self._data_base or self.base) if name == "input" else self.base)
+            fields = serialize_all_fields(
+                settings, (self._data_base or self.folder) if name == "input" else self.folder
+            )
             found[name] = {key: value for key, value in fields.items() if key not in _UNDECIDING.get(name, ())}
         return found | {"runtime": {key: getattr(self.runtime, key) for key in _ALTERING}}
 
-    def completed(self, resolved: Mapping[str, Any]) -> Job:
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Job:
         """The job as it was planned: what it does not set itself is what `resolved` said then, not today's default.
 
         Fields that this version no longer knows are passed over. The fingerprint stays the same.
@@ -207,9 +209,9 @@ class Job(Settings):
         Raises:
             InvalidJob: a value is none that this version takes.
         """
-        now, taken = self.resolved(), {}
+        now, taken = self.resolved_settings(), {}
         for name, settings in self._deciding():
-            then = {key: value for key, value in resolved.get(name, {}).items() if key in now[name]}
+            then = {key: value for key, value in defaults.get(name, {}).items() if key in now[name]}
             other = {key: value for key, value in then.items() if value != now[name][key]}
             if more := {key: value for key, value in other.items() if key not in settings.model_fields_set}:
                 taken[name] = more
@@ -224,7 +226,7 @@ class Job(Settings):
     def _with(self, taken: Mapping[str, Mapping[str, Any]]) -> Job:
         """The same job with other defaults; the fields that count as set stay the same."""
         try:
-            sections = {name: refilled(getattr(self, name), more, self.base) for name, more in taken.items()}
+            sections = {name: fill_unset_fields(getattr(self, name), more, self.folder) for name, more in taken.items()}
         except ValidationError as error:
             raise InvalidJob(f"this job was planned by another version of batchjob: {error}") from None
         job = self.model_copy(update=sections)

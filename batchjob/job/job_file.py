@@ -15,51 +15,55 @@ from typing import Any
 import yaml
 
 from batchjob.errors import InvalidJob
-from batchjob.job.parameters import fill_in
-from batchjob.job.source_map import JobText, KeyPath, Place, Problem
+from batchjob.job.parameters import substitute_parameters
+from batchjob.job.source_map import KeyPath, Problem, SourceMap, TextLocation
 from batchjob.settings import CommandLineText
-from batchjob.text import held_secret, typed, without_queries
+from batchjob.text import find_held_secret, redact_assignment, redact_queries
 
-__all__ = ["read"]
+__all__ = ["read_job_file"]
 
 SIZE_LIMIT = 1 << 20
 VALUE_LIMIT = 200_000
 DEPTH_LIMIT = 50
 
 
-def read(path: Path, params: Mapping[str, str], overrides: Sequence[str], file: str | None = None) -> JobText:
+def read_job_file(
+    path: Path, params: Mapping[str, str], overrides: Sequence[str], file: str | None = None
+) -> SourceMap:
     """The job file at `path` with overrides laid over it and parameters put in.
 
     Raises:
         InvalidJob: there is no such file, or it is not YAML. Every other fault is in `problems`.
     """
-    text = JobText(file or str(path))
+    text = SourceMap(file or str(path))
     root = _compose(_content(path, text.file), text.file)
     if root is not None:
-        tree = _Reading(text).read(root)
+        tree = _TreeReader(text).read(root)
         if isinstance(tree, dict):
             text.tree = tree
         else:
-            text.report((), "must be a mapping of sections: input, model, task, output")
+            text.add_problem((), "must be a mapping of sections: input, model, task, output")
     for number, override in enumerate(overrides):
         _override(text, override, number)
-    fill_in(text, params)
+    substitute_parameters(text, params)
     _refuse_held(text, text.tree, ())
     return text
 
 
-class _Yaml12(yaml.SafeLoader):
+class _Yaml12Loader(yaml.SafeLoader):
     """YAML with the plain scalars of its 1.2 core schema: `no` is text, a date is text, `010` is ten."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # declared so by yaml
 
 
-_Yaml12.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Yaml12.add_implicit_resolver(
+_Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]
+)
+_Yaml12Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"]
 )
-_Yaml12.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), [*"-+0123456789"])
-_Yaml12.add_implicit_resolver(
+_Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), [*"-+0123456789"])
+_Yaml12Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
         r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
@@ -88,7 +92,7 @@ def _content(path: Path, file: str) -> str:
 
 def _compose(content: str, file: str) -> yaml.Node | None:
     try:
-        return yaml.compose(content, Loader=_Yaml12)
+        return yaml.compose(content, Loader=_Yaml12Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
@@ -99,10 +103,10 @@ def _compose(content: str, file: str) -> yaml.Node | None:
         raise InvalidJob(f"{file}: is nested too deeply; a job needs no more than {DEPTH_LIMIT} levels") from None
 
 
-class _Reading:
+class _TreeReader:
     """Nodes → plain values. Aliases are followed; number and depth are bounded, for a few lines can mean billions."""
 
-    def __init__(self, text: JobText) -> None:
+    def __init__(self, text: SourceMap) -> None:
         self.text = text
         self.sizes: dict[yaml.Node, float] = {}
 
@@ -128,7 +132,7 @@ class _Reading:
     def value(self, node: yaml.Node, path: KeyPath) -> Any:
         if len(path) > DEPTH_LIMIT:
             raise self.beyond(node)
-        self.text.values[path] = self.place(node)
+        self.text.value_locations[path] = self.place(node)
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
@@ -144,10 +148,10 @@ class _Reading:
             key: str = key_node.value
             here = (*path, key)
             if key in result:
-                first = self.text.keys[here].order[1]
+                first = self.text.key_locations[here].sort_key[1]
                 self.problem(key_node, here, f"is given twice, first in line {first}; keep one")
                 continue
-            self.text.keys[here] = self.place(key_node)
+            self.text.key_locations[here] = self.place(key_node)
             result[key] = self.value(value_node, here)
         return result
 
@@ -177,29 +181,29 @@ class _Reading:
     def problem(self, node: yaml.Node, path: KeyPath, sentence: str) -> None:
         self.text.problems.append(Problem(self.place(node), path, sentence))
 
-    def place(self, node: yaml.Node) -> Place:
+    def place(self, node: yaml.Node) -> TextLocation:
         mark = node.start_mark
-        return Place(self.label(node), (0, mark.line + 1, mark.column + 1))
+        return TextLocation(self.label(node), (0, mark.line + 1, mark.column + 1))
 
     def label(self, node: yaml.Node) -> str:
         return f"{self.text.file}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
 
 
-def _refuse_held(text: JobText, value: Any, path: KeyPath) -> None:
+def _refuse_held(text: SourceMap, value: Any, path: KeyPath) -> None:
     """What stands in a job goes into its plan; a secret of the environment must not."""
     if isinstance(value, dict | list):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             _refuse_held(text, item, (*path, key))
-    elif isinstance(value, str) and (name := held_secret(value)):
+    elif isinstance(value, str) and (name := find_held_secret(value)):
         sentence = f"holds the value of the environment variable {name}; a job never holds credentials: leave it there"
-        text.report(path, sentence)
+        text.add_problem(path, sentence)
 
 
-def _override(text: JobText, override: str, number: int) -> None:
+def _override(text: SourceMap, override: str, number: int) -> None:
     """Lays one `section.key=value` over the tree; sections that are not there are made."""
     key, equals, raw = override.partition("=")
     path: KeyPath = tuple(key.strip().split("."))
-    place = Place(typed(key, raw) if equals else without_queries(override), (1, number, 0), path)
+    place = TextLocation(redact_assignment(key, raw) if equals else redact_queries(override), (1, number, 0), path)
     if not equals or not all(path):
         sentence = "is no override; write section.key=value, for instance runtime.batch_size=64"
         text.problems.append(Problem(place, (), sentence))
@@ -208,7 +212,7 @@ def _override(text: JobText, override: str, number: int) -> None:
     for depth, name in enumerate(path[:-1], start=1):
         if section.get(name) is None:
             section[name] = {}
-            text.keys[path[:depth]] = text.values[path[:depth]] = place
+            text.key_locations[path[:depth]] = text.value_locations[path[:depth]] = place
         section = section[name]
         if not isinstance(section, dict):
             sentence = (
@@ -216,21 +220,21 @@ def _override(text: JobText, override: str, number: int) -> None:
             )
             text.problems.append(Problem(place, path, sentence))
             return
-    for written in (text.keys, text.values):
+    for written in (text.key_locations, text.value_locations):
         for old in [old for old in written if old[: len(path)] == path]:
             del written[old]
     section[path[-1]] = _typed(raw)
-    text.keys[path] = text.values[path] = place
+    text.key_locations[path] = text.value_locations[path] = place
 
 
 def _typed(raw: str) -> Any:
     """A value as YAML would read it on one line; what is no such thing (`*.png`) is text."""
-    scratch = JobText("")
+    scratch = SourceMap("")
     try:
         node = _compose(raw, "")
         if node is None:
             return None
-        value = _Reading(scratch).read(node)
+        value = _TreeReader(scratch).read(node)
     except InvalidJob:
         return CommandLineText(raw)
     block = isinstance(node, yaml.CollectionNode) and not node.flow_style

@@ -14,10 +14,10 @@ from typing import Any, get_args
 from batchjob.job.job import Job
 from batchjob.settings import Settings
 
-__all__ = ["job_schema"]
+__all__ = ["job_json_schema"]
 
 
-def job_schema() -> dict[str, Any]:
+def job_json_schema() -> dict[str, Any]:
     """JSON schema of a job file, with descriptions, for editors."""
     schema = Job.model_json_schema()
     documented = {kind.__name__: kind for kind in _kinds_in(Job)}

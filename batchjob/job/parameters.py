@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from batchjob.job.source_map import JobText, KeyPath, Place, Problem
+from batchjob.job.source_map import KeyPath, Problem, SourceMap, TextLocation
 from batchjob.settings import Settings
-from batchjob.text import did_you_mean, typed
+from batchjob.text import did_you_mean, redact_assignment
 
-__all__ = ["Param", "fill_in"]
+__all__ = ["Param", "substitute_parameters"]
 
 _REFERENCE = re.compile(r"\$(\$\{[^}]*\})|\$\{([^}]*)\}")
 
@@ -30,20 +30,20 @@ class Param(Settings):
     default: str | int | float | bool | None = None
 
 
-def fill_in(text: JobText, given: Mapping[str, str]) -> None:
+def substitute_parameters(source_map: SourceMap, given: Mapping[str, str]) -> None:
     """Replaces `${name}` in every string of the tree; what is wrong with a parameter is said once, where it belongs."""
-    declared = _declared(text)
+    declared = _declared(source_map)
     values: dict[str, str] = {}
     for number, (name, raw) in enumerate(given.items()):
-        place = Place(f"-p {typed(name, raw)}", (2, number, 0), ())
+        place = TextLocation(f"-p {redact_assignment(name, raw)}", (2, number, 0), ())
         if name not in declared:
             known = f"it has {', '.join(declared)}" if declared else "it declares none; add it under params"
             sentence = f"is no parameter of this job{did_you_mean(name, list(declared)) or '; ' + known}"
-            text.problems.append(Problem(place, (), sentence))
+            source_map.problems.append(Problem(place, (), sentence))
             continue
         converted = _convert(raw, declared[name])
         if converted is None:
-            text.problems.append(Problem(place, (), f"must be {_KINDS[declared[name].type]}"))
+            source_map.problems.append(Problem(place, (), f"must be {_KINDS[declared[name].type]}"))
             values[name] = raw
             continue
         values[name] = converted
@@ -51,19 +51,23 @@ def fill_in(text: JobText, given: Mapping[str, str]) -> None:
         if name in values:
             continue
         if param.default is None:
-            text.report(("params", name), f"needs a value: add -p {name}={_EXAMPLES[param.type]}", at_key=True)
+            source_map.add_problem(
+                ("params", name), f"needs a value: add -p {name}={_EXAMPLES[param.type]}", at_key=True
+            )
             values[name] = f"${{{name}}}"
             continue
         default = _convert(_spelled(param.default), param)
         if default is None:
-            text.report(("params", name, "default"), f"must be {_KINDS[param.type]}")
+            source_map.add_problem(("params", name, "default"), f"must be {_KINDS[param.type]}")
         values[name] = default if default is not None else ""
-    for key in text.tree:
+    for key in source_map.tree:
         if key != "params":
-            text.tree[key] = _Filling(text, values, declared).value(text.tree[key], (key,))
+            source_map.tree[key] = _ParameterSubstitution(source_map, values, declared).value(
+                source_map.tree[key], (key,)
+            )
 
 
-def _declared(text: JobText) -> dict[str, Param]:
+def _declared(text: SourceMap) -> dict[str, Param]:
     """The parameters as far as they are well-formed; `Job` itself says what is wrong with the others."""
     declared = text.tree.get("params")
     found: dict[str, Param] = {}
@@ -108,10 +112,10 @@ def _convert(raw: str, param: Param) -> str | None:
         return None
 
 
-class _Filling:
+class _ParameterSubstitution:
     """One walk over the tree that puts parameters in."""
 
-    def __init__(self, text: JobText, values: Mapping[str, str], declared: Mapping[str, Param]) -> None:
+    def __init__(self, text: SourceMap, values: Mapping[str, str], declared: Mapping[str, Param]) -> None:
         self.text, self.values, self.declared = text, values, declared
 
     def value(self, value: Any, path: KeyPath) -> Any:
@@ -130,7 +134,7 @@ class _Filling:
         if name not in self.values:
             advice = f"; declare it under params, or write $${{{name}}} for itself"
             hint = did_you_mean(name, list(self.declared)) or advice
-            self.text.report(path, f"${{{name}}} is no parameter of this job{hint}")
+            self.text.add_problem(path, f"${{{name}}} is no parameter of this job{hint}")
             self.text.unresolved.add(path)
             return match.group()
         if self.values[name] == match.group():

@@ -10,28 +10,28 @@ from pydantic import BaseModel, BeforeValidator
 
 from batchjob.settings import Settings, is_local
 
-__all__ = ["explicit", "refilled", "whole"]
+__all__ = ["fill_unset_fields", "serialize_all_fields", "serialize_set_fields"]
 
 
-def explicit(settings: BaseModel, base: Path) -> dict[str, Any]:
+def serialize_set_fields(settings: BaseModel, folder: Path) -> dict[str, Any]:
     """Fields that were given (and every `type`), in the order the class declares them; `base` is the job's folder."""
     given = settings.model_fields_set | {"type"}
-    return {name: value for name, value in whole(settings, base).items() if name in given}
+    return {name: value for name, value in serialize_all_fields(settings, folder).items() if name in given}
 
 
-def whole(settings: BaseModel, base: Path) -> dict[str, Any]:
+def serialize_all_fields(settings: BaseModel, folder: Path) -> dict[str, Any]:
     """All fields, those that were not given too, as JSON holds them."""
     return {
-        name: _plain(getattr(settings, name), base, _holds_path(field.annotation) or _is_path(field.metadata))
+        name: _plain(getattr(settings, name), folder, _holds_path(field.annotation) or _is_path(field.metadata))
         for name, field in type(settings).model_fields.items()
     }
 
 
-def refilled(settings: Settings, more: Mapping[str, Any], base: Path) -> Settings:
+def fill_unset_fields(settings: Settings, defaults: Mapping[str, Any], folder: Path) -> Settings:
     """The same settings with these values in fields that are not set, and go on not being set."""
     kind = type(settings)
     given = {name: getattr(settings, name) for name in settings.model_fields_set}
-    filled = kind.model_validate(given | dict(more), context={"base": base})
+    filled = kind.model_validate(given | dict(defaults), context={"base": folder})
     values = {name: getattr(filled, name) for name in kind.model_fields}
     return kind.model_construct(_fields_set=set(settings.model_fields_set), **values)
 
@@ -39,7 +39,7 @@ def refilled(settings: Settings, more: Mapping[str, Any], base: Path) -> Setting
 def _plain(value: Any, base: Path, path: bool) -> Any:
     match value:
         case BaseModel():
-            return explicit(value, base)
+            return serialize_set_fields(value, base)
         case Mapping():
             return {str(key): _plain(item, base, path) for key, item in value.items()}
         case list() | tuple():

@@ -7,13 +7,13 @@ from typing import Any
 
 from batchjob.errors import InvalidJob
 
-__all__ = ["JobText", "KeyPath", "Place", "Problem"]
+__all__ = ["KeyPath", "Problem", "SourceMap", "TextLocation"]
 
 KeyPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TextLocation:
     """Where a value was written.
 
     Attributes:
@@ -23,7 +23,7 @@ class Place:
     """
 
     label: str
-    order: tuple[int, int, int]
+    sort_key: tuple[int, int, int]
     path: KeyPath | None = None
 
 
@@ -31,18 +31,18 @@ class Place:
 class Problem:
     """One fault: where, in which key, and the rest of the sentence."""
 
-    place: Place
+    location: TextLocation
     path: KeyPath
-    sentence: str
+    message: str
 
     def __str__(self) -> str:
-        if not self.path or self.path == self.place.path:
-            return f"{self.place.label}: {self.sentence}"
-        return f"{self.place.label}: {'.'.join(map(str, self.path))}: {self.sentence}"
+        if not self.path or self.path == self.location.path:
+            return f"{self.location.label}: {self.message}"
+        return f"{self.location.label}: {'.'.join(map(str, self.path))}: {self.message}"
 
 
 @dataclass
-class JobText:
+class SourceMap:
     """A job as it was written: `tree` of plain values, and the place of every key and value in it.
 
     Attributes:
@@ -51,25 +51,25 @@ class JobText:
 
     file: str
     tree: dict[str, Any] = field(default_factory=dict)
-    keys: dict[KeyPath, Place] = field(default_factory=dict)
-    values: dict[KeyPath, Place] = field(default_factory=dict)
+    key_locations: dict[KeyPath, TextLocation] = field(default_factory=dict)
+    value_locations: dict[KeyPath, TextLocation] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     unresolved: set[KeyPath] = field(default_factory=set)
 
-    def report(self, path: KeyPath, sentence: str, at_key: bool = False) -> None:
+    def add_problem(self, path: KeyPath, message: str, at_key: bool = False) -> None:
         """Keeps a fault, placed at the nearest thing that was written down."""
-        self.problems.append(Problem(self.place(path, at_key), path, sentence))
+        self.problems.append(Problem(self.locate(path, at_key), path, message))
 
-    def place(self, path: KeyPath, at_key: bool = False) -> Place:
+    def locate(self, path: KeyPath, at_key: bool = False) -> TextLocation:
         for depth in range(len(path), -1, -1):
-            if at_key and path[:depth] in self.keys:
-                return self.keys[path[:depth]]
-            if path[:depth] in self.values:
-                return self.values[path[:depth]]
-        return Place(f"{self.file}:1:1", (0, 1, 1))
+            if at_key and path[:depth] in self.key_locations:
+                return self.key_locations[path[:depth]]
+            if path[:depth] in self.value_locations:
+                return self.value_locations[path[:depth]]
+        return TextLocation(f"{self.file}:1:1", (0, 1, 1))
 
-    def complain(self) -> None:
+    def raise_if_invalid(self) -> None:
         """Raises InvalidJob with every fault, a line each, in the order a reader meets them."""
         if self.problems:
-            ordered = sorted(self.problems, key=lambda problem: problem.place.order)
+            ordered = sorted(self.problems, key=lambda problem: problem.location.sort_key)
             raise InvalidJob("\n".join(dict.fromkeys(map(str, ordered))))

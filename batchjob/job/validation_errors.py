@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
-from batchjob.job.source_map import JobText, KeyPath
+from batchjob.job.source_map import KeyPath, SourceMap
 from batchjob.settings import Settings
-from batchjob.text import did_you_mean, nearest
+from batchjob.text import closest_match, did_you_mean
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
     from pydantic_core import ErrorDetails
 
-__all__ = ["complain"]
+__all__ = ["add_validation_errors"]
 
 _NAMES_A_KEY = {"missing", "extra_forbidden"}
 # What a value must be, by the kind of the error; the sentence is "must be … or …, not …".
@@ -54,7 +54,7 @@ _SAID = {
 
 
 @dataclass(frozen=True)
-class _Fault:
+class _FieldError:
     """One error of pydantic's: the key to blame, and a whole `sentence`, or what the value was `wanted` to be."""
 
     path: KeyPath
@@ -64,12 +64,12 @@ class _Fault:
     meant: KeyPath | None = None
 
 
-def complain(error: ValidationError, job: type[Settings], text: JobText) -> None:
+def add_validation_errors(error: ValidationError, job_class: type[Settings], source_map: SourceMap) -> None:
     """Adds a problem to `text` for each key that `error` finds fault with."""
-    faults: dict[KeyPath, list[_Fault]] = {}
+    faults: dict[KeyPath, list[_FieldError]] = {}
     for detail in error.errors(include_url=False):
-        fault = _fault(detail, job, text.tree)
-        if not any(fault.path[:depth] in text.unresolved for depth in range(len(fault.path) + 1)):
+        fault = _fault(detail, job_class, source_map.tree)
+        if not any(fault.path[:depth] in source_map.unresolved for depth in range(len(fault.path) + 1)):
             faults.setdefault(fault.path, []).append(fault)
     meant = {fault.meant for found in faults.values() for fault in found}
     for path, found in faults.items():
@@ -81,10 +81,10 @@ def complain(error: ValidationError, job: type[Settings], text: JobText) -> None
             continue
         at_key = found[0].meant is not None
         for sentence in dict.fromkeys(sentences or [_wrong_value(found)]):
-            text.report(path, sentence, at_key)
+            source_map.add_problem(path, sentence, at_key)
 
 
-def _wrong_value(found: Sequence[_Fault]) -> str:
+def _wrong_value(found: Sequence[_FieldError]) -> str:
     value = found[0].value
     choices = list(dict.fromkeys(fault.wanted for fault in found))
     hint = did_you_mean(value, re.findall(r"'([^']+)'", " ".join(choices))) if isinstance(value, str) else ""
@@ -93,21 +93,21 @@ def _wrong_value(found: Sequence[_Fault]) -> str:
     return f"must be {' or '.join(choices)}, not {_shown(value)}{hint}"
 
 
-def _fault(detail: ErrorDetails, job: type[Settings], tree: Mapping[str, Any]) -> _Fault:
+def _fault(detail: ErrorDetails, job: type[Settings], tree: Mapping[str, Any]) -> _FieldError:
     kind, details, path = detail["type"], detail.get("ctx", {}), _path(detail, tree)
     if kind == "extra_forbidden":
         return _unknown_key(path, job, tree)
     if kind in {"union_tag_not_found", "union_tag_invalid"}:
         return _unknown_type(path, details.get("tag"), _tags(path, job))
     if kind == "missing" and path and isinstance(path[-1], int):
-        return _Fault(path[:-1], "has too few values")
+        return _FieldError(path[:-1], "has too few values")
     if kind in {"value_error", "assertion_error"}:
-        return _Fault(path, str(details.get("error", detail["msg"])))
+        return _FieldError(path, str(details.get("error", detail["msg"])))
     if kind in _SAID:
-        return _Fault(path, _SAID[kind].format(**details))
+        return _FieldError(path, _SAID[kind].format(**details))
     if kind in _WANTED:
-        return _Fault(path, wanted=_WANTED[kind].format(**details), value=detail["input"])
-    return _Fault(path, detail["msg"][:1].lower() + detail["msg"][1:])
+        return _FieldError(path, wanted=_WANTED[kind].format(**details), value=detail["input"])
+    return _FieldError(path, detail["msg"][:1].lower() + detail["msg"][1:])
 
 
 def _path(detail: ErrorDetails, tree: Mapping[str, Any]) -> KeyPath:
@@ -126,23 +126,23 @@ def _path(detail: ErrorDetails, tree: Mapping[str, Any]) -> KeyPath:
     return tuple(path)
 
 
-def _unknown_type(path: KeyPath, given: str | None, choices: Sequence[str]) -> _Fault:
+def _unknown_type(path: KeyPath, given: str | None, choices: Sequence[str]) -> _FieldError:
     if given is None:
-        return _Fault((*path, "type"), f"is missing; it is one of {', '.join(choices)}")
+        return _FieldError((*path, "type"), f"is missing; it is one of {', '.join(choices)}")
     has = f"{str(given)!r} is no {path[-1]} that this version has; it has {', '.join(choices)}"
-    return _Fault((*path, "type"), has + did_you_mean(given, choices))
+    return _FieldError((*path, "type"), has + did_you_mean(given, choices))
 
 
-def _unknown_key(path: KeyPath, job: type[Settings], tree: Mapping[str, Any]) -> _Fault:
+def _unknown_key(path: KeyPath, job: type[Settings], tree: Mapping[str, Any]) -> _FieldError:
     key, section = str(path[-1]), ".".join(map(str, path[:-1])) or "job"
     section = f"this {section}" if section in {"job", "input", "model", "task", "output"} else section
     fields = _fields_at(path, job, tree)
-    near = nearest(key, fields)
+    near = closest_match(key, fields)
     meant = (*path[:-1], near or key)
     if near is None and len(path) == 1:
         near = next((f"{name}.{key}" for name in job.model_fields if key in _fields_at((name, key), job, tree)), None)
     hint = f"did you mean {near!r}?" if near else f"it has {', '.join(fields)}"
-    return _Fault(path, f"not a field of {section}; {hint}", meant=meant)
+    return _FieldError(path, f"not a field of {section}; {hint}", meant=meant)
 
 
 def _fields_at(path: KeyPath, job: type[Settings], tree: Mapping[str, Any]) -> list[str]:

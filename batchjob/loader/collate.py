@@ -8,15 +8,15 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from batchjob.errors import AttemptFailed
-from batchjob.types import Encoded, Fault
+from batchjob.types import EncodedImages, ErrorRecord
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Mixed", "Pixels", "Ragged"]
+__all__ = ["GpuSplitBatch", "RaggedBatch", "StackedBatch"]
 
 
-class Pixels:
+class StackedBatch:
     """The batch's tensor, made for the first good image and filled in place.
 
     Args:
@@ -30,48 +30,48 @@ class Pixels:
         self._tensor: torch.Tensor | None = None
         self._used = 0
 
-    def add(self, image: torch.Tensor) -> Fault | None:
+    def add(self, image: torch.Tensor) -> ErrorRecord | None:
         """Put one image behind the others, or say why it does not go with them."""
         shape = tuple(image.shape)
         size = self._size or (shape if self._tensor is None else tuple(self._tensor.shape[1:]))
         if shape[-len(size) :] != size or (self._tensor is not None and shape != self._tensor.shape[1:]):
             message = f"comes out as {_shape(shape)}, the others as {_shape(size)}: give resize and crop in preprocess"
-            return Fault("transform", "size", message)
+            return ErrorRecord("transform", "size", message)
         if self._tensor is None:
             self._tensor = _room_for(self._rows, image, self._shared)
         if image.dtype != self._tensor.dtype:
-            return Fault("transform", "type", f"comes out as {image.dtype}, the others as {self._tensor.dtype}")
+            return ErrorRecord("transform", "type", f"comes out as {image.dtype}, the others as {self._tensor.dtype}")
         self._tensor[self._used] = image
         self._used += 1
         return None
 
-    def filled(self) -> torch.Tensor | None:
+    def to_tensor(self) -> torch.Tensor | None:
         """`[n, c, h, w]` of the images that were added; None of none."""
         return None if self._tensor is None else self._tensor[: self._used]
 
     def shapes(self) -> None:
         """All alike."""
 
-    def encoded(self) -> Encoded | None:
+    def encoded(self) -> EncodedImages | None:
         """The images that a device is to decode."""
         return None
 
 
-class Mixed(Pixels):
+class GpuSplitBatch(StackedBatch):
     """Prepared images and, flat among them, such as a device is still to decode."""
 
     def __init__(self, rows: int, size: tuple[int, ...] | None, shared: bool) -> None:
         super().__init__(rows, size, shared)
         self._files: dict[int, torch.Tensor] = {}  # by place among the good images
 
-    def add(self, image: torch.Tensor) -> Fault | None:
+    def add(self, image: torch.Tensor) -> ErrorRecord | None:
         """Put one image behind the others, or say why it does not go with them."""
         if image.ndim != 1:
             return super().add(image)
         self._files[self._used + len(self._files)] = image
         return None
 
-    def encoded(self) -> Encoded | None:
+    def encoded(self) -> EncodedImages | None:
         """The images that a device is to decode."""
         import torch
 
@@ -79,26 +79,30 @@ class Mixed(Pixels):
             return None
         ends = tuple(accumulate(file.numel() for file in self._files.values()))
         room = _room((ends[-1],), torch.uint8, self._shared)
-        return Encoded(tuple(self._files), torch.cat(list(self._files.values()), out=room), ends)
+        return EncodedImages(tuple(self._files), torch.cat(list(self._files.values()), out=room), ends)
 
 
-class Ragged:
+class RaggedBatch:
     """Images of different sizes, one behind the other in one flat tensor."""
 
     def __init__(self, shared: bool) -> None:
         self._images: list[torch.Tensor] = []
         self._shared = shared
 
-    def add(self, image: torch.Tensor) -> Fault | None:
+    def add(self, image: torch.Tensor) -> ErrorRecord | None:
         """Put one image behind the others, or say why it does not go with them."""
         if self._images and image.dtype != self._images[0].dtype:
-            return Fault("transform", "type", f"comes out as {image.dtype}, the others as {self._images[0].dtype}")
+            return ErrorRecord(
+                "transform", "type", f"comes out as {image.dtype}, the others as {self._images[0].dtype}"
+            )
         if image.ndim != 3:
-            return Fault("transform", "size", f"comes out as {_shape(image.shape)}, not as channels x height x width")
+            return ErrorRecord(
+                "transform", "size", f"comes out as {_shape(image.shape)}, not as channels x height x width"
+            )
         self._images.append(image)
         return None
 
-    def filled(self) -> torch.Tensor | None:
+    def to_tensor(self) -> torch.Tensor | None:
         """All values, image after image; None of none."""
         import torch
 

@@ -10,20 +10,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from batchjob.errors import BatchjobError, ImageFault, Unavailable, out_of_memory
-from batchjob.loader.collate import Mixed, Pixels, Ragged
-from batchjob.loader.fetch import Fetcher, oversized, together
-from batchjob.storage.objects import Blob
-from batchjob.types import Batch, Fault, ImageFacts, ImageRef, Prepared, Span
+from batchjob.errors import BatchjobError, ImageError, Unavailable, is_out_of_memory
+from batchjob.loader.collate import GpuSplitBatch, RaggedBatch, StackedBatch
+from batchjob.loader.fetch import Fetcher, check_file_size, group_refs
+from batchjob.storage.objects import ObjectData
+from batchjob.types import Batch, ErrorRecord, ImageInfo, ImageRef, PreparedImage, StageTiming
 
-__all__ = ["Images", "Prepare", "Request"]
+__all__ = ["BatchRequest", "ImageDataset", "TransformFn"]
 
-Prepare = Callable[[bytes], Prepared]
+TransformFn = Callable[[bytes], PreparedImage]
 """An encoded image to what goes into the batch. Raises ImageFault."""
 
 
 @dataclass(frozen=True)
-class Request:
+class BatchRequest:
     """One batch to load.
 
     Attributes:
@@ -34,51 +34,51 @@ class Request:
         on_host: nothing is left for a device to decode.
     """
 
-    shard: int
-    take: int
+    shard_index: int
+    attempt_number: int
     start: int
     refs: tuple[ImageRef, ...]
-    known: Mapping[int, ImageFacts] = field(default_factory=dict)
-    on_host: bool = False
+    known_errors: Mapping[int, ImageInfo] = field(default_factory=dict)
+    decode_on_cpu: bool = False
 
-    def knowing(self, row: int, facts: ImageFacts) -> Request:
+    def with_known_error(self, row: int, facts: ImageInfo) -> BatchRequest:
         """The same, with that row not to be tried."""
-        return replace(self, known={**self.known, row: facts})
+        return replace(self, known_errors={**self.known_errors, row: facts})
 
-    def only(self, rows: range) -> Request:
+    def select_rows(self, rows: range) -> BatchRequest:
         """The batch of these rows."""
-        known = {row - rows.start: facts for row, facts in self.known.items() if row in rows}
-        return replace(self, start=self.start + rows.start, refs=self.refs[rows.start : rows.stop], known=known)
+        known = {row - rows.start: facts for row, facts in self.known_errors.items() if row in rows}
+        return replace(self, start=self.start + rows.start, refs=self.refs[rows.start : rows.stop], known_errors=known)
 
-    def halves(self) -> tuple[Request, Request]:
+    def split(self) -> tuple[BatchRequest, BatchRequest]:
         """Two batches in place of this one."""
         middle, end = len(self.refs) // 2, len(self.refs)
-        return self.only(range(middle)), self.only(range(middle, end))
+        return self.select_rows(range(middle)), self.select_rows(range(middle, end))
 
 
-class Progress(Protocol):
+class LoadCallback(Protocol):
     """Told what is at work."""
 
-    def fetch(self) -> None:
+    def on_fetch(self) -> None:
         """No image is in work; told again as each object arrives, from any thread."""
 
-    def image(self, row: int, etag: str | None) -> None:
+    def on_image(self, row: int, etag: str | None) -> None:
         """The image of this row of the request is in work."""
 
-    def send(self) -> None:
+    def on_send(self) -> None:
         """All images are through."""
 
 
-class _Unwatched:
-    def fetch(self) -> None: ...
+class _NoOpCallback:
+    def on_fetch(self) -> None: ...
 
-    def send(self) -> None: ...
+    def on_send(self) -> None: ...
 
-    def image(self, row: int, etag: str | None) -> None: ...
+    def on_image(self, row: int, etag: str | None) -> None: ...
 
 
 @dataclass(frozen=True)
-class Images:
+class ImageDataset:
     """Loads what is requested.
 
     Attributes:
@@ -90,95 +90,108 @@ class Images:
     """
 
     fetcher: Fetcher
-    prepare: Prepare
+    transform: TransformFn
     size: tuple[int, ...] | None
-    varying: bool
-    divided: Prepare | None = None
+    variable_size: bool
+    split_transform: TransformFn | None = None
 
-    def collation(self, rows: int, shared: bool = False) -> Pixels | Ragged:
+    def make_collator(self, rows: int, shared: bool = False) -> StackedBatch | RaggedBatch:
         """Room for so many prepared images."""
-        if self.varying:
-            return Ragged(shared)
-        return (Pixels if self.divided is None else Mixed)(rows, self.size, shared)
+        if self.variable_size:
+            return RaggedBatch(shared)
+        return (StackedBatch if self.split_transform is None else GpuSplitBatch)(rows, self.size, shared)
 
-    def load(
+    def load_batch(
         self,
-        request: Request,
-        progress: Progress | None = None,
+        request: BatchRequest,
+        callback: LoadCallback | None = None,
         shared: bool = False,
     ) -> Batch | BatchjobError:
         """The batch, or what ends the job, given and not raised; `shared` where it travels to another process."""
-        progress = progress or _Unwatched()
-        spans: list[Span] = []
-        pixels = self.collation(len(request.refs), shared)
-        prepare = self.prepare if request.on_host else self.divided or self.prepare
-        facts = dict(request.known)
+        callback = callback or _NoOpCallback()
+        spans: list[StageTiming] = []
+        pixels = self.make_collator(len(request.refs), shared)
+        prepare = self.transform if request.decode_on_cpu else self.split_transform or self.transform
+        facts = dict(request.known_errors)
         rows = [row for row in range(len(request.refs)) if row not in facts]
         left = iter(rows)
         try:
-            for refs in together([request.refs[row] for row in rows]):
-                progress.fetch()
+            for refs in group_refs([request.refs[row] for row in rows]):
+                callback.on_fetch()
                 with _timed(spans, "fetch", len(refs)):
-                    found = self.fetcher.fetch(refs, progress.fetch)[::-1]  # so that each can be let go once decoded
+                    found = self.fetcher.fetch(refs, callback.on_fetch)[::-1]  # so that each can be let go once decoded
                 with _timed(spans, "decode", len(refs)):
                     while found:
                         row = next(left)
-                        facts[row] = self._prepared(row, found.pop(), prepare, pixels, progress)
+                        facts[row] = self._prepared(row, found.pop(), prepare, pixels, callback)
         except Unavailable as trouble:
-            return Batch(request.shard, request.start, (), None, trouble.message, _summed(spans), take=request.take)
+            return Batch(
+                request.shard_index,
+                request.start,
+                (),
+                None,
+                trouble.message,
+                _summed(spans),
+                attempt_number=request.attempt_number,
+            )
         except BatchjobError as error:
             return error
-        progress.send()
+        callback.on_send()
         return Batch(
-            shard=request.shard,
+            shard_index=request.shard_index,
             start=request.start,
-            facts=tuple(facts[row] for row in range(len(request.refs))),
-            pixels=pixels.filled(),
-            seconds=_summed(spans),
+            image_infos=tuple(facts[row] for row in range(len(request.refs))),
+            pixels=pixels.to_tensor(),
+            stage_seconds=_summed(spans),
             shapes=pixels.shapes(),
-            take=request.take,
-            spans=tuple(spans),
+            attempt_number=request.attempt_number,
+            timings=tuple(spans),
             encoded=pixels.encoded(),
         )
 
     def _prepared(
-        self, row: int, found: Blob | Fault, prepare: Prepare, pixels: Pixels | Ragged, progress: Progress
-    ) -> ImageFacts:
-        if isinstance(found, Fault):
-            return ImageFacts(fault=found)
+        self,
+        row: int,
+        found: ObjectData | ErrorRecord,
+        prepare: TransformFn,
+        pixels: StackedBatch | RaggedBatch,
+        progress: LoadCallback,
+    ) -> ImageInfo:
+        if isinstance(found, ErrorRecord):
+            return ImageInfo(error=found)
         etag = found.etag
-        fault = oversized(len(found.data), self.fetcher.max_bytes)
+        fault = check_file_size(len(found.data), self.fetcher.max_bytes)
         if fault is not None:
-            return ImageFacts(etag, fault=fault)
-        progress.image(row, etag)
+            return ImageInfo(etag, error=fault)
+        progress.on_image(row, etag)
         try:
             made = prepare(found.data)
-            return ImageFacts(etag, made.width, made.height, pixels.add(made.pixels), made.turned)
-        except ImageFault as error:
-            fault = Fault(error.stage, error.type, error.message)
+            return ImageInfo(etag, made.width, made.height, pixels.add(made.pixels), made.axes_swapped)
+        except ImageError as error:
+            fault = ErrorRecord(error.stage, error.type, error.message)
         except BatchjobError:  # of the whole batch
             raise
         except Exception as error:  # noqa: BLE001 - one image's fault is that image's row
             fault = _fault(error)
-        return ImageFacts(etag, fault=fault)
+        return ImageInfo(etag, error=fault)
 
 
-def _fault(error: Exception) -> Fault:
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory(error)):
-        return Fault("decode", "memory", "there was not enough memory to decode it (runtime.loader.memory_mib)")
-    return Fault("transform", type(error).__name__, str(error) or type(error).__name__)
+def _fault(error: Exception) -> ErrorRecord:
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
+        return ErrorRecord("decode", "memory", "there was not enough memory to decode it (runtime.loader.memory_mib)")
+    return ErrorRecord("transform", type(error).__name__, str(error) or type(error).__name__)
 
 
 @contextlib.contextmanager
-def _timed(spans: list[Span], stage: str, images: int) -> Iterator[None]:
+def _timed(spans: list[StageTiming], stage: str, images: int) -> Iterator[None]:
     begun = time.perf_counter()
     try:
         yield
     finally:
-        spans.append(Span(stage, begun, time.perf_counter(), os.getpid(), images))
+        spans.append(StageTiming(stage, begun, time.perf_counter(), os.getpid(), images))
 
 
-def _summed(spans: Sequence[Span]) -> dict[str, float]:
+def _summed(spans: Sequence[StageTiming]) -> dict[str, float]:
     seconds: dict[str, float] = defaultdict(float)
     for span in spans:
         seconds[span.stage] += span.ended - span.began

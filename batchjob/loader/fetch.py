@@ -7,18 +7,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from batchjob.errors import Changed, NotFound, Refused, StorageError, TooLarge, Unaddressable, Unavailable
+from batchjob.errors import (
+    AddressRefused,
+    NotFound,
+    ObjectTooLarge,
+    PreconditionFailed,
+    StorageError,
+    UnaddressableKey,
+    Unavailable,
+)
 from batchjob.settings import is_local
-from batchjob.storage.objects import Blob
-from batchjob.types import Fault, ImageRef
+from batchjob.storage.objects import ObjectData
+from batchjob.types import ErrorRecord, ImageRef
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
 
-__all__ = ["Fetcher", "oversized", "together"]
+__all__ = ["Fetcher", "check_file_size", "group_refs"]
 
-_Answer = Blob | StorageError | Unavailable
-FETCH_BYTES = 128 * 1024 * 1024  # encoded bytes that one loader process holds at once, where sizes are known
+_Answer = ObjectData | StorageError | Unavailable
+MAX_FETCH_BYTES = 128 * 1024 * 1024  # encoded bytes that one loader process holds at once, where sizes are known
 _CANARIES = 4  # of the web, from as many hosts
 
 
@@ -42,15 +50,17 @@ class Fetcher:
     retries: int = 2
     _canaries: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def fetch(self, refs: Sequence[ImageRef], came: Callable[[], None] = lambda: None) -> list[Blob | Fault]:
+    def fetch(
+        self, refs: Sequence[ImageRef], on_result: Callable[[], None] = lambda: None
+    ) -> list[ObjectData | ErrorRecord]:
         """As many answers as refs, in order; `came` is called, from any thread, as each of them arrives.
 
         Raises:
             Unavailable: the store cannot be reached.
         """
-        faults = [oversized(ref.size, self.max_bytes) for ref in refs]
+        faults = [check_file_size(ref.size, self.max_bytes) for ref in refs]
         wanted = [ref for ref, fault in zip(refs, faults, strict=True) if fault is None]
-        found = self._read(wanted, came)
+        found = self._read(wanted, on_result)
         answers = iter([_as_planned(ref, answer) for ref, answer in zip(wanted, found, strict=True)])
         return [fault or next(answers) for fault in faults]
 
@@ -66,7 +76,7 @@ class Fetcher:
             else:
                 waits, waited = waits + 1, True
                 wanted = [list(refused)[waits % len(refused)]]  # one is enough to see that it is over
-                self.reader.outage(refs[wanted[0]].location).pause(waits)
+                self.reader.outage(refs[wanted[0]].location).back_off(waits)
             again = self._asked([refs[at] for at in wanted], not waited, came)
             for at, answer in zip(wanted, again, strict=True):
                 answers[at] = answer
@@ -76,7 +86,7 @@ class Fetcher:
         locations = [ref.location for ref in refs]
         answers = self.reader.read_many(locations, stubborn, [ref.etag for ref in refs], self.max_bytes, came)
         for location, answer in zip(locations, answers, strict=True):
-            if isinstance(answer, Blob):
+            if isinstance(answer, ObjectData):
                 self._keep(location)
         return answers
 
@@ -102,54 +112,58 @@ class Fetcher:
             trouble = silent[-1] if silent else trouble
             if is_local(location):
                 raise trouble
-            self.reader.outage(location).endured(trouble, asked)
+            self.reader.outage(location).record_silence(trouble, asked)
             return False
         return True
 
 
-def oversized(size: int | None, limit: int | None) -> Fault | None:
+def check_file_size(size: int | None, limit: int | None) -> ErrorRecord | None:
     """The fault of an image of more bytes than allowed."""
     if size is None or limit is None or size <= limit:
         return None
     return _too_large(size, limit)
 
 
-def _too_large(size: int, limit: int) -> Fault:
-    return Fault("fetch", "too_large", f"the file has {size:,} bytes, over decode.max_bytes {limit:,}")
+def _too_large(size: int, limit: int) -> ErrorRecord:
+    return ErrorRecord("fetch", "too_large", f"the file has {size:,} bytes, over decode.max_bytes {limit:,}")
 
 
-def together(refs: Sequence[ImageRef]) -> Iterator[Sequence[ImageRef]]:
+def group_refs(refs: Sequence[ImageRef]) -> Iterator[Sequence[ImageRef]]:
     """Runs of refs that are read at once: as many as `FETCH_BYTES` allow, at least one."""
     start, held = 0, 0
     for index, ref in enumerate(refs):
         held += ref.size or 0
-        if held > FETCH_BYTES and index > start:
+        if held > MAX_FETCH_BYTES and index > start:
             yield refs[start:index]
             start, held = index, ref.size or 0
     if start < len(refs):
         yield refs[start:]
 
 
-def _as_planned(ref: ImageRef, answer: _Answer) -> Blob | Fault:
+def _as_planned(ref: ImageRef, answer: _Answer) -> ObjectData | ErrorRecord:
     """The answer; a fault where the object is no longer the one that was planned, as far as its tags tell."""
     if isinstance(answer, NotFound) and ref.etag is not None:
-        return Fault("fetch", "deleted", f"{ref.location}: deleted since the plan was made ({ref.etag}, now absent)")
-    if isinstance(answer, Blob):
+        return ErrorRecord(
+            "fetch", "deleted", f"{ref.location}: deleted since the plan was made ({ref.etag}, now absent)"
+        )
+    if isinstance(answer, ObjectData):
         return answer
-    if isinstance(answer, TooLarge):
+    if isinstance(answer, ObjectTooLarge):
         return _too_large(answer.size, answer.limit)
-    if isinstance(answer, Changed):
-        return Fault("fetch", "changed", answer.message.rpartition("; ")[0])
+    if isinstance(answer, PreconditionFailed):
+        return ErrorRecord("fetch", "changed", answer.message.rpartition("; ")[0])
     return _fault(answer, ref.location)
 
 
-def _fault(error: StorageError | Unavailable, location: str) -> Fault:
+def _fault(error: StorageError | Unavailable, location: str) -> ErrorRecord:
     if isinstance(error, Unavailable):
         said = error.message.partition("; ")[0]
         others = "others on the web" if _is_web(location) else "other objects of the same store"
-        return Fault("fetch", "unreadable", f"{said}; {others} can be read")
-    words = ((NotFound, "not_found"), (Refused, "refused"), (Unaddressable, "unaddressable"))
-    return Fault("fetch", next((word for kind, word in words if isinstance(error, kind)), "storage"), error.message)
+        return ErrorRecord("fetch", "unreadable", f"{said}; {others} can be read")
+    words = ((NotFound, "not_found"), (AddressRefused, "refused"), (UnaddressableKey, "unaddressable"))
+    return ErrorRecord(
+        "fetch", next((word for kind, word in words if isinstance(error, kind)), "storage"), error.message
+    )
 
 
 def _store(location: str) -> str:

@@ -16,14 +16,14 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 
 from batchjob.errors import AttemptFailed
-from batchjob.loader.dataset import Images, Request
+from batchjob.loader.dataset import BatchRequest, ImageDataset
 from batchjob.loader.quarantine import Quarantine
-from batchjob.loader.settings import LoaderPlan
-from batchjob.loader.suspect_trial import tried
-from batchjob.loader.worker_process import Death, Item, LoaderProcess
+from batchjob.loader.settings import LoaderConfig
+from batchjob.loader.suspect_trial import try_image_alone
+from batchjob.loader.worker_process import LoaderProcess, LoadResult, WorkerExit
 from batchjob.types import Batch
 
-__all__ = ["Crew"]
+__all__ = ["LoaderProcessPool"]
 
 _log = logging.getLogger(__name__)
 _IN_HAND = 2  # requests a process has: one at work, one so that it need not wait for the next
@@ -32,22 +32,22 @@ _CLOSE_SECONDS = 5.0
 
 
 @dataclass(eq=False)
-class _Task:
+class _PendingBatch:
     """A request on its way; `spared` once it has cost a process that no image of it was to blame for."""
 
     number: int
-    request: Request
-    item: Item | None = None
+    request: BatchRequest
+    item: LoadResult | None = None
     spared: bool = False
 
 
 @dataclass(eq=False)
-class _Member:
+class _ProcessQueue:
     process: LoaderProcess
-    in_hand: deque[_Task] = field(default_factory=deque)
+    in_hand: deque[_PendingBatch] = field(default_factory=deque)
 
 
-class Crew:
+class LoaderProcessPool:
     """Starts its processes when it is made. One thread asks for batches; any may close it.
 
     Args:
@@ -60,17 +60,17 @@ class Crew:
         last_sign: when one of its processes was last seen to have come a step further, on the monotonic clock.
     """
 
-    def __init__(self, images: Images, plan: LoaderPlan, quarantine: Quarantine) -> None:
-        self._images, self._plan, self.quarantine = images, plan, quarantine
-        self.deaths, self.last_sign = 0, time.monotonic()
+    def __init__(self, dataset: ImageDataset, config: LoaderConfig, quarantine: Quarantine) -> None:
+        self._images, self._plan, self.quarantine = dataset, config, quarantine
+        self.process_deaths, self.last_progress = 0, time.monotonic()
         self._changed = threading.Condition()
-        self._tasks: deque[_Task] = deque()  # in the order of their batches, until those are handed out
-        self._waiting: deque[_Task] = deque()
+        self._tasks: deque[_PendingBatch] = deque()  # in the order of their batches, until those are handed out
+        self._waiting: deque[_PendingBatch] = deque()
         self._numbers = self._epoch = 0
         self._broken: Exception | None = None
         self._closed = threading.Event()
         self._ear, self._bell = multiprocessing.Pipe(duplex=False)
-        self._members = [_Member(self._process()) for _ in range(plan.processes)]
+        self._members = [_ProcessQueue(self._process()) for _ in range(config.processes)]
         self._suspects: dict[LoaderProcess, threading.Thread] = {}
         self._threads = [
             threading.Thread(target=target, name=f"batchjob-loader-{target.__name__.strip('_')}", daemon=True)
@@ -81,7 +81,7 @@ class Crew:
 
     # -- for the one who asks ----------------------------------------------------------------------------------
 
-    def batches(self, requests: Iterator[Request]) -> Iterator[Item]:
+    def batches(self, requests: Iterator[BatchRequest]) -> Iterator[LoadResult]:
         """What is loaded, in the order of the requests, so many of which are under way at a time.
 
         Raises:
@@ -100,7 +100,7 @@ class Crew:
                 self._forget()
 
     @property
-    def well(self) -> bool:
+    def healthy(self) -> bool:
         """Whether it can still be used."""
         return self._broken is None
 
@@ -122,7 +122,7 @@ class Crew:
         for thread in suspects.values():
             thread.join(_CLOSE_SECONDS)  # it may be at a store that does not answer
         for member in self._members:
-            member.process.dismiss()
+            member.process.request_exit()
         for member in self._members:
             member.process.close()
         self._ear.close()
@@ -133,7 +133,7 @@ class Crew:
             self._tasks.clear()
             self._waiting.clear()
 
-    def _ask(self, requests: Iterator[Request]) -> None:
+    def _ask(self, requests: Iterator[BatchRequest]) -> None:
         while len(self._tasks) < self._plan.processes * self._plan.prefetch:
             request = next(requests, None)
             if request is None:
@@ -144,7 +144,7 @@ class Crew:
                 self._waiting.append(task)
                 self._dispatch()
 
-    def _next(self) -> Item | None:
+    def _next(self) -> LoadResult | None:
         with self._changed:
             if not self._tasks:
                 return None
@@ -157,9 +157,9 @@ class Crew:
 
     # -- under the lock ----------------------------------------------------------------------------------------
 
-    def _task(self, request: Request, spared: bool = False) -> _Task:
+    def _task(self, request: BatchRequest, spared: bool = False) -> _PendingBatch:
         self._numbers += 1
-        return _Task(self._numbers, request, spared=spared)
+        return _PendingBatch(self._numbers, request, spared=spared)
 
     def _dispatch(self) -> None:
         """Hand what waits to the members that have the least in hand."""
@@ -171,18 +171,18 @@ class Crew:
             member.in_hand.append(task)
             member.process.send(task.number, task.request)
 
-    def _again(self, task: _Task) -> None:
+    def _again(self, task: _PendingBatch) -> None:
         """Before all others that wait: it is the oldest that anybody waits for."""
         if task in self._tasks:
             self._waiting.appendleft(task)
 
-    def _divide(self, task: _Task, death: Death) -> None:
+    def _divide(self, task: _PendingBatch, death: WorkerExit) -> None:
         """It cost a process, and nobody knows why: halve it; what is left of it at last fails the attempt."""
         if task not in self._tasks:
             return
         if len(task.request.refs) > 1:
             at = self._tasks.index(task)
-            halves = [self._task(half) for half in task.request.halves()]
+            halves = [self._task(half) for half in task.request.split()]
             del self._tasks[at]
             for half in reversed(halves):
                 self._tasks.insert(at, half)
@@ -191,7 +191,7 @@ class Crew:
             task.spared = True
             self._waiting.appendleft(task)
         else:
-            task.item = AttemptFailed(f"a loader process {death.words}, and no image is to blame; run again")
+            task.item = AttemptFailed(f"a loader process {death.description}, and no image is to blame; run again")
             self._changed.notify_all()
 
     # -- in a thread: what processes send, and their deaths ----------------------------------------------------
@@ -210,7 +210,7 @@ class Crew:
         except Exception as error:  # noqa: BLE001 - raised where batches are asked for
             self._break(error)
 
-    def _collect(self, member: _Member) -> None:
+    def _collect(self, member: _ProcessQueue) -> None:
         """Take in all that has arrived, even from one that has died since."""
         while (arrived := member.process.receive()) is not None:
             number, item = arrived
@@ -225,61 +225,64 @@ class Crew:
                 self._dispatch()
                 self._changed.notify_all()
 
-    def _bury(self, member: _Member) -> None:
+    def _bury(self, member: _ProcessQueue) -> None:
         """Replace one that died; what it was at is looked into, what it had not come to waits again."""
-        death = member.process.death()
-        self.deaths += 1
-        if not member.process.mark.started:
-            raise AttemptFailed(f"loader process {member.process.pid} {death.words} as it started")
-        fresh = _Member(self._process())
+        death = member.process.wait_for_exit()
+        self.process_deaths += 1
+        if not member.process.progress.started:
+            raise AttemptFailed(f"loader process {member.process.pid} {death.description} as it started")
+        fresh = _ProcessQueue(self._process())
         with self._changed:
             self._members[self._members.index(member)] = fresh
             at_work = None
             for task in reversed(member.in_hand):
-                if death.place is not None and task.number == death.place.task:
+                if death.snapshot is not None and task.number == death.snapshot.request_number:
                     at_work = task
                 else:
                     self._again(task)
-            _log.warning("loader process %s %s%s", member.process.pid, death.words, _over(at_work, death))
+            _log.warning("loader process %s %s%s", member.process.pid, death.description, _over(at_work, death))
             if at_work in self._tasks and at_work is not None:
                 self._look_into(at_work, death)
             self._dispatch()
         member.process.close()
 
-    def _look_into(self, task: _Task, death: Death) -> None:
-        assert death.place is not None
-        if death.place.row is None or task.spared:
+    def _look_into(self, task: _PendingBatch, death: WorkerExit) -> None:
+        assert death.snapshot is not None
+        if death.snapshot.row is None or task.spared:
             self._divide(task, death)
             return
         suspect = self._process()
         thread = threading.Thread(
-            target=self._judge, args=(suspect, task, death.place.row, death), name="batchjob-loader-trial", daemon=True
+            target=self._judge,
+            args=(suspect, task, death.snapshot.row, death),
+            name="batchjob-loader-trial",
+            daemon=True,
         )
         self._suspects[suspect] = thread
         thread.start()
 
     # -- in a thread for each suspect --------------------------------------------------------------------------
 
-    def _judge(self, suspect: LoaderProcess, task: _Task, row: int, death: Death) -> None:
+    def _judge(self, suspect: LoaderProcess, task: _PendingBatch, row: int, death: WorkerExit) -> None:
         """Try one image alone; the batch goes on without it, or in halves."""
         try:
             position = task.request.refs[row].position
             facts = self.quarantine.find(position)
             if facts is None:
-                alone = replace(task.request.only(range(row, row + 1)), known={})
-                verdict = tried(suspect, alone, self._plan.image_seconds)
-                self.deaths += verdict.death is not None
-                facts = verdict.facts
+                alone = replace(task.request.select_rows(range(row, row + 1)), known_errors={})
+                verdict = try_image_alone(suspect, alone, self._plan.image_seconds)
+                self.process_deaths += verdict.exit is not None
+                facts = verdict.info
                 if self._closed.is_set():
                     return
-                if facts is not None and verdict.death is not None:
-                    facts = self.quarantine.remember(position, facts)
+                if facts is not None and verdict.exit is not None:
+                    facts = self.quarantine.record(position, facts)
             with self._changed:
                 if facts is None:
                     self._divide(task, death)
                 else:
-                    _log.warning("image %s is an error row: %s", position, facts.fault and facts.fault.message)
-                    task.request = task.request.knowing(row, facts)
+                    _log.warning("image %s is an error row: %s", position, facts.error and facts.error.message)
+                    task.request = task.request.with_known_error(row, facts)
                     self._again(task)
                 self._dispatch()
         except Exception as error:  # noqa: BLE001 - raised where batches are asked for
@@ -297,13 +300,13 @@ class Crew:
         signs: list[tuple[float, ...]] = []
         while not self._closed.wait(_LOOK_SECONDS):
             processes = [*(member.process for member in list(self._members)), *list(self._suspects)]
-            signs, before = [process.mark.sign for process in processes], signs
+            signs, before = [process.progress.version for process in processes], signs
             if signs != before:
-                self.last_sign = time.monotonic()
+                self.last_progress = time.monotonic()
             for process in processes:
-                if process.mark.overdue(self._plan.image_seconds):
+                if process.progress.is_overdue(self._plan.image_seconds):
                     process.kill("hang")
-                elif process.halted(self._plan.image_seconds):
+                elif process.stopped_longer_than(self._plan.image_seconds):
                     process.kill("halt")
 
     def _break(self, error: Exception) -> None:
@@ -312,12 +315,12 @@ class Crew:
             self._changed.notify_all()
 
     def _process(self) -> LoaderProcess:
-        return LoaderProcess(self._images, self._plan.memory, self._plan.image_seconds)
+        return LoaderProcess(self._images, self._plan.memory_bytes, self._plan.image_seconds)
 
 
-def _over(task: _Task | None, death: Death) -> str:
-    if task is None or death.place is None:
+def _over(task: _PendingBatch | None, death: WorkerExit) -> str:
+    if task is None or death.snapshot is None:
         return ""
-    if death.place.row is None:
+    if death.snapshot.row is None:
         return " between images: its batch is loaded again, in halves"
-    return f" over image {task.request.refs[death.place.row].position}, which is tried alone now"
+    return f" over image {task.request.refs[death.snapshot.row].position}, which is tried alone now"

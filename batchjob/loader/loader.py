@@ -8,29 +8,29 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING, Protocol
 
-from batchjob.concurrency import preload
+from batchjob.concurrency import start_forkserver
 from batchjob.errors import AttemptFailed, BatchjobError
-from batchjob.loader.dataset import Images, Prepare, Request
+from batchjob.loader.dataset import BatchRequest, ImageDataset, TransformFn
 from batchjob.loader.fetch import Fetcher
-from batchjob.loader.isolation import Crew
+from batchjob.loader.isolation import LoaderProcessPool
 from batchjob.loader.quarantine import Quarantine
-from batchjob.loader.settings import LoaderPlan
+from batchjob.loader.settings import LoaderConfig
 from batchjob.storage.reader import Reader
 from batchjob.types import Batch, Shard
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Loader", "ShardFeed"]
+__all__ = ["Loader", "ShardQueue"]
 
 
-class ShardFeed(Protocol):
+class ShardQueue(Protocol):
     """Where the loader gets its next shard from."""
 
-    def take(self) -> Shard | None:
+    def next_shard(self) -> Shard | None:
         """The next shard if one is there now, else None, which ends the epoch. Never blocks, never raises."""
 
-    def wants(self, shard: Shard) -> bool:
+    def is_wanted(self, shard: Shard) -> bool:
         """Whether more batches of a shard that was taken are of use; asked before each. Never blocks, never raises."""
 
 
@@ -60,44 +60,46 @@ class Loader:
         self,
         *,
         reader: Reader,
-        prepare: Prepare,
+        transform: TransformFn,
         batch_size: int,
-        plan: LoaderPlan,
+        config: LoaderConfig,
         size: tuple[int, ...] | None,
-        varying: bool = False,
+        variable_size: bool = False,
         max_bytes: int | None = None,
         retries: int = 2,
-        divided: Prepare | None = None,
+        split_transform: TransformFn | None = None,
     ) -> None:
-        self._images = Images(Fetcher(reader, max_bytes, retries), prepare, size, varying, divided)
-        self._plan = plan
-        self._running: Future[Crew] | None = None
-        self._lost, self._own = 0, _Own()
+        self._images = ImageDataset(
+            Fetcher(reader, max_bytes, retries), transform, size, variable_size, split_transform
+        )
+        self._plan = config
+        self._running: Future[LoaderProcessPool] | None = None
+        self._lost, self._own = 0, _TimestampCallback()
         self.batch_size = batch_size
         self.quarantine = Quarantine()
 
     @property
-    def plan(self) -> LoaderPlan:
+    def config(self) -> LoaderConfig:
         """As it was given."""
         return self._plan
 
-    def collated(self, images: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    def collate(self, images: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """Prepared images as the pixels of one batch; what does not go with the first of them is left out."""
-        room = self._images.collation(len(images), shared=self._plan.processes > 0)
+        room = self._images.make_collator(len(images), shared=self._plan.processes > 0)
         for image in images:
             room.add(image)
-        return room.filled()
+        return room.to_tensor()
 
     @property
-    def deaths(self) -> int:
+    def process_deaths(self) -> int:
         """Processes that died so far, those in which suspects were tried alone included."""
         crew = self._crew_at_work()
-        return self._lost + (crew.deaths if crew is not None else 0)
+        return self._lost + (crew.process_deaths if crew is not None else 0)
 
-    def last_sign(self) -> float:
+    def last_progress(self) -> float:
         """When loading was last seen to have come a step further, on the monotonic clock; 0 before it began."""
         crew = self._crew_at_work()
-        return self._own.last_sign if crew is None else crew.last_sign
+        return self._own.last_progress if crew is None else crew.last_progress
 
     def start(self) -> None:
         """Begin starting the processes in the background. Calling it again does nothing."""
@@ -106,7 +108,7 @@ class Loader:
             self._running = starter.submit(self._start_crew)
             starter.shutdown(wait=False)
 
-    def batches(self, feed: ShardFeed) -> Iterator[Batch]:
+    def batches(self, queue: ShardQueue) -> Iterator[Batch]:
         """One epoch: batches of the shards that the feed gives, in order, until it gives None.
 
         A new shard is asked for as soon as the last one's batches are all under way. A shard of no images has no
@@ -118,7 +120,7 @@ class Loader:
             Unavailable: the output, where a deadly image has to be remembered, cannot be reached.
             InvalidJob: the images cannot be read as the job stands (a missing extra, for one).
         """
-        with closing(self._in_processes(feed) if self._plan.processes else self._in_this_process(feed)) as items:
+        with closing(self._in_processes(queue) if self._plan.processes else self._in_this_process(queue)) as items:
             for item in items:
                 if isinstance(item, BatchjobError):
                     raise item
@@ -130,18 +132,18 @@ class Loader:
         if running is not None and running.exception() is None:
             crew = running.result()
             crew.close()
-            self._lost += crew.deaths
+            self._lost += crew.process_deaths
 
-    def _start_crew(self) -> Crew:
-        preload(__name__)
-        return Crew(self._images, self._plan, self.quarantine)
+    def _start_crew(self) -> LoaderProcessPool:
+        start_forkserver(__name__)
+        return LoaderProcessPool(self._images, self._plan, self.quarantine)
 
-    def _in_this_process(self, feed: ShardFeed) -> Generator[Batch | BatchjobError, None, None]:
+    def _in_this_process(self, feed: ShardQueue) -> Generator[Batch | BatchjobError, None, None]:
         for request in self._requests(feed):
-            item = self._images.load(request, self._own)
+            item = self._images.load_batch(request, self._own)
             yield item.pin_memory() if self._plan.pin_memory and isinstance(item, Batch) else item
 
-    def _in_processes(self, feed: ShardFeed) -> Generator[Batch | BatchjobError, None, None]:
+    def _in_processes(self, feed: ShardQueue) -> Generator[Batch | BatchjobError, None, None]:
         crew = self._started()
         crew.quarantine = self.quarantine
         try:
@@ -153,20 +155,20 @@ class Loader:
             self.close()
             raise AttemptFailed(f"the loader failed and is started anew: {type(error).__name__}: {error}") from error
 
-    def _requests(self, feed: ShardFeed) -> Iterator[Request]:
-        while (shard := feed.take()) is not None:
+    def _requests(self, feed: ShardQueue) -> Iterator[BatchRequest]:
+        while (shard := feed.next_shard()) is not None:
             size = self.batch_size
             for start in range(0, len(shard.refs), size):
-                if not feed.wants(shard):
+                if not feed.is_wanted(shard):
                     break
                 refs = shard.refs[start : start + size]
-                known = self.quarantine.among(ref.position for ref in refs)
-                yield Request(shard.key.index, shard.take, start, refs, known, shard.on_host)
+                known = self.quarantine.errors_by_row(ref.position for ref in refs)
+                yield BatchRequest(shard.key.index, shard.attempt_number, start, refs, known, shard.decode_on_cpu)
 
-    def _started(self) -> Crew:
+    def _started(self) -> LoaderProcessPool:
         try:
             crew = self._crew_at_work()
-            if crew is not None and not crew.well:
+            if crew is not None and not crew.healthy:
                 self.close()
             self.start()
             assert self._running is not None
@@ -175,22 +177,22 @@ class Loader:
             self._running = None
             raise
 
-    def _crew_at_work(self) -> Crew | None:
+    def _crew_at_work(self) -> LoaderProcessPool | None:
         """The one that has been started, if that is so by now."""
         running = self._running
         return running.result() if running is not None and running.done() and running.exception() is None else None
 
 
-class _Own:
+class _TimestampCallback:
     """Told what is at work where this process loads."""
 
-    last_sign = 0.0
+    last_progress = 0.0
 
-    def fetch(self) -> None:
-        self.last_sign = time.monotonic()
+    def on_fetch(self) -> None:
+        self.last_progress = time.monotonic()
 
-    def image(self, row: int, etag: str | None) -> None:  # noqa: ARG002 - the face of who is told
-        self.last_sign = time.monotonic()
+    def on_image(self, row: int, etag: str | None) -> None:  # noqa: ARG002 - the face of who is told
+        self.last_progress = time.monotonic()
 
-    def send(self) -> None:
-        self.last_sign = time.monotonic()
+    def on_send(self) -> None:
+        self.last_progress = time.monotonic()

@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from batchjob.errors import Unavailable
-from batchjob.loader.dataset import Prepare
+from batchjob.loader.dataset import TransformFn
 from batchjob.loader.loader import Loader
-from batchjob.loader.settings import LoaderPlan
+from batchjob.loader.settings import LoaderConfig
 from batchjob.storage.reader import Reader
 from batchjob.types import ImageRef, Shard, ShardKey
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Once", "samples"]
+__all__ = ["SingleShardQueue", "load_samples"]
 
 
-def samples(reader: Reader, prepare: Prepare, locations: Iterable[str], plan: LoaderPlan) -> Iterator[torch.Tensor]:
+def load_samples(
+    reader: Reader, transform: TransformFn, locations: Iterable[str], config: LoaderConfig
+) -> Iterator[torch.Tensor]:
     """The images there as they go into a batch; those that cannot be read or decoded are left out.
 
     Args:
@@ -35,27 +37,27 @@ def samples(reader: Reader, prepare: Prepare, locations: Iterable[str], plan: Lo
         AttemptFailed: processes die, and no image is to blame.
     """
     refs = tuple(ImageRef(at, location, location) for at, location in enumerate(locations))
-    one = replace(plan, processes=min(plan.processes, 1), prefetch=1, pin_memory=False)
-    loader = Loader(reader=reader, prepare=prepare, batch_size=1, plan=one, size=None)
+    one = replace(config, processes=min(config.processes, 1), prefetch=1, pin_memory=False)
+    loader = Loader(reader=reader, transform=transform, batch_size=1, config=one, size=None)
     try:
-        for batch in loader.batches(Once(Shard(ShardKey(0, "", len(refs), 0, 0), refs, pa.table({})))):
-            if batch.trouble is not None:
-                raise Unavailable(batch.trouble)
+        for batch in loader.batches(SingleShardQueue(Shard(ShardKey(0, "", len(refs), 0, 0), refs, pa.table({})))):
+            if batch.attempt_error is not None:
+                raise Unavailable(batch.attempt_error)
             if batch.pixels is not None:
                 yield batch.pixels[0]
     finally:
         loader.close()
 
 
-class Once:
+class SingleShardQueue:
     """The feed of one shard."""
 
     def __init__(self, shard: Shard) -> None:
         self._shard: Shard | None = shard
 
-    def take(self) -> Shard | None:
+    def next_shard(self) -> Shard | None:
         shard, self._shard = self._shard, None
         return shard
 
-    def wants(self, shard: Shard) -> bool:  # noqa: ARG002 - the face of a feed
+    def is_wanted(self, shard: Shard) -> bool:  # noqa: ARG002 - the face of a feed
         return True

@@ -9,10 +9,10 @@ from pydantic import Field
 
 from batchjob.settings import Settings
 
-__all__ = ["LoaderPlan", "LoaderSettings", "settle"]
+__all__ = ["LoaderConfig", "LoaderSettings", "resolve_loader_settings"]
 
-MOST_PROCESSES = 32
-IMAGE_SECONDS = 60.0
+MAX_PROCESSES = 32
+DEFAULT_IMAGE_SECONDS = 60.0
 _PREFETCH = 2
 _MIB = 1 << 20
 _WORTH_A_PROCESS = 16 * _MIB  # of encoded images: half a second of decoding
@@ -36,32 +36,32 @@ class LoaderSettings(Settings):
     processes: Annotated[int, Field(ge=0, le=1024)] | Literal["auto"] = "auto"
     prefetch: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     pin_memory: bool | Literal["auto"] = "auto"
-    image_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = IMAGE_SECONDS
+    image_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = DEFAULT_IMAGE_SECONDS
     memory_mib: Annotated[int, Field(ge=2048)] | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
-class LoaderPlan:
+class LoaderConfig:
     """Loader settings with nothing left open; `memory` in bytes, None without a limit."""
 
     processes: int
     prefetch: int
     pin_memory: bool
-    image_seconds: float = IMAGE_SECONDS
-    memory: int | None = None
+    image_seconds: float = DEFAULT_IMAGE_SECONDS
+    memory_bytes: int | None = None
 
 
-def settle(
+def resolve_loader_settings(
     settings: LoaderSettings,
     *,
     cores: int,
-    few_bytes: int | None = None,
+    small_input_bytes: int | None = None,
     cuda: bool = False,
-    memory: int | None = None,
+    memory_bytes: int | None = None,
     max_pixels: int = 0,
     batch_bytes: int = 0,
-    shared: int | None = None,
-) -> LoaderPlan:
+    shared_memory_bytes: int | None = None,
+) -> LoaderConfig:
     """The rule behind `auto`: a process per core, or fewer for a few images; pinned where there is a CUDA device.
 
     There are fewer, too, where shared memory has no room for what they would keep ready.
@@ -76,18 +76,22 @@ def settle(
         batch_bytes: of the pixels of a batch.
         shared: bytes that are free in shared memory, where that is known.
     """
-    most = max(1, min(cores, MOST_PROCESSES))
-    wanted = most if few_bytes is None else min(most, 1 + few_bytes // _WORTH_A_PROCESS)
+    most = max(1, min(cores, MAX_PROCESSES))
+    wanted = most if small_input_bytes is None else min(most, 1 + small_input_bytes // _WORTH_A_PROCESS)
     each = wanted if settings.processes == "auto" else max(1, settings.processes)
-    room = shared // 2 // batch_bytes if shared is not None and batch_bytes else _PREFETCH * each
+    room = (
+        shared_memory_bytes // 2 // batch_bytes if shared_memory_bytes is not None and batch_bytes else _PREFETCH * each
+    )
     prefetch = max(1, min(_PREFETCH, room // each)) if settings.prefetch == "auto" else settings.prefetch
     processes = max(1, min(wanted, room // prefetch)) if settings.processes == "auto" else settings.processes
-    return LoaderPlan(
+    return LoaderConfig(
         processes=processes,
         prefetch=prefetch,
         pin_memory=cuda and settings.pin_memory in {True, "auto"},
         image_seconds=settings.image_seconds,
-        memory=_memory(memory, processes, max_pixels) if settings.memory_mib == "auto" else settings.memory_mib * _MIB,
+        memory_bytes=_memory(memory_bytes, processes, max_pixels)
+        if settings.memory_mib == "auto"
+        else settings.memory_mib * _MIB,
     )
 
 

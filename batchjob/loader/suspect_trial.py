@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 
 from batchjob.errors import AttemptFailed
-from batchjob.loader.dataset import Request
-from batchjob.loader.worker_process import Death, LoaderProcess
-from batchjob.types import Batch, Fault, ImageFacts
+from batchjob.loader.dataset import BatchRequest
+from batchjob.loader.worker_process import LoaderProcess, WorkerExit
+from batchjob.types import Batch, ErrorRecord, ImageInfo
 
-__all__ = ["Verdict", "tried"]
+__all__ = ["TrialResult", "try_image_alone"]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TrialResult:
     """What became of an image on its own.
 
     Attributes:
@@ -22,11 +22,11 @@ class Verdict:
         death: of the process, where it came to that.
     """
 
-    facts: ImageFacts | None
-    death: Death | None = None
+    info: ImageInfo | None
+    exit: WorkerExit | None = None
 
 
-def tried(process: LoaderProcess, request: Request, seconds: float) -> Verdict:
+def try_image_alone(process: LoaderProcess, request: BatchRequest, seconds: float) -> TrialResult:
     """Load a request of one image, in a process that serves nothing else. The clock is kept by who watches it.
 
     Args:
@@ -37,34 +37,34 @@ def tried(process: LoaderProcess, request: Request, seconds: float) -> Verdict:
     Raises:
         AttemptFailed: the process ended before it came to load anything.
     """
-    process.send(0, replace(request, on_host=True))
+    process.send(0, replace(request, decode_on_cpu=True))
     while True:
         ready = wait([process.pipe, process.sentinel])
         if (arrived := process.receive()) is not None:
-            return Verdict(_faulty(arrived[1]))
+            return TrialResult(_faulty(arrived[1]))
         if process.sentinel in ready:
             break
-    death = process.death()
-    if not process.mark.started:
-        raise AttemptFailed(f"a loader process {death.words} as it started")
-    if death.place is None or death.place.row is None:  # not over the image
-        return Verdict(None, death)
-    return Verdict(ImageFacts(death.place.etag, fault=_fault(death, seconds)), death)
+    death = process.wait_for_exit()
+    if not process.progress.started:
+        raise AttemptFailed(f"a loader process {death.description} as it started")
+    if death.snapshot is None or death.snapshot.row is None:  # not over the image
+        return TrialResult(None, death)
+    return TrialResult(ImageInfo(death.snapshot.etag, error=_fault(death, seconds)), death)
 
 
-def _faulty(item: object) -> ImageFacts | None:
+def _faulty(item: object) -> ImageInfo | None:
     """The facts of an image that has an ordinary fault of its own."""
-    if isinstance(item, Batch) and item.facts and item.facts[0].fault is not None:
-        return item.facts[0]
+    if isinstance(item, Batch) and item.image_infos and item.image_infos[0].error is not None:
+        return item.image_infos[0]
     return None
 
 
-def _fault(death: Death, seconds: float) -> Fault:
+def _fault(death: WorkerExit, seconds: float) -> ErrorRecord:
     match death.kind:
         case "hang":
             words = f"it was not decoded within {seconds:g} s (runtime.loader.image_seconds), alone neither"
         case "memory":
             words = "the process that decoded it was killed (SIGKILL), as for want of memory, alone too"
         case _:
-            words = f"the process that decoded it {death.words.partition(' (')[0]}, alone too"
-    return Fault("decode", death.kind, words)
+            words = f"the process that decoded it {death.description.partition(' (')[0]}, alone too"
+    return ErrorRecord("decode", death.kind, words)

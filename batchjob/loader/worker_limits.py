@@ -11,12 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from batchjob.loader.worker_progress import Mark
+from batchjob.loader.worker_progress import WorkerProgress
 
-__all__ = ["Watched", "confine"]
+__all__ = ["WorkerCallback", "apply_process_limits"]
 
 
-class Watched:
+class WorkerCallback:
     """Told what is at work in this process: the worker's clock reads it off the mark, the kernel's counts CPU seconds.
 
     The process may use so many of them for an image, or to send a batch, or the kernel ends it by SIGXCPU: also where
@@ -27,22 +27,22 @@ class Watched:
         seconds: of the worker's clock; the kernel counts whole ones, and up to one more.
     """
 
-    def __init__(self, mark: Mark, seconds: float) -> None:
-        self._mark, self._seconds = mark, seconds
+    def __init__(self, progress: WorkerProgress, seconds: float) -> None:
+        self._mark, self._seconds = progress, seconds
         _, self._hard = resource.getrlimit(resource.RLIMIT_CPU)
         signal.signal(signal.SIGXCPU, signal.SIG_DFL)  # who started us may have ignored it
 
-    def fetch(self) -> None:
+    def on_fetch(self) -> None:
         self._allow(math.inf)
-        self._mark.fetch()
+        self._mark.set_fetching()
 
-    def image(self, row: int, etag: str | None) -> None:
+    def on_image(self, row: int, etag: str | None) -> None:
         self._allow(self._seconds)
-        self._mark.image(row, etag)
+        self._mark.set_image(row, etag)
 
-    def send(self) -> None:
+    def on_send(self) -> None:
         self._allow(self._seconds)
-        self._mark.send()
+        self._mark.set_sending()
 
     def _allow(self, seconds: float) -> None:
         """From now on; the hard limit, which nobody can raise again, stays as it is."""
@@ -54,7 +54,7 @@ class Watched:
             resource.setrlimit(resource.RLIMIT_CPU, (bound, self._hard))
 
 
-def confine(memory: int | None) -> None:
+def apply_process_limits(memory: int | None) -> None:
     """Limit this process to so many bytes; where the system runs out of them nevertheless, it is the first to go."""
     _limit(resource.RLIMIT_CORE, 0)
     if memory is not None and sys.platform == "linux":  # elsewhere it counts no mapped memory, or all address space

@@ -15,22 +15,22 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal
 
-from batchjob.concurrency import end_with_parent, starting
+from batchjob.concurrency import clean_process_start, exit_with_parent
 from batchjob.errors import AttemptFailed, BatchjobError
-from batchjob.loader.dataset import Images, Request
-from batchjob.loader.worker_limits import Watched, confine
-from batchjob.loader.worker_progress import Mark, Place
+from batchjob.loader.dataset import BatchRequest, ImageDataset
+from batchjob.loader.worker_limits import WorkerCallback, apply_process_limits
+from batchjob.loader.worker_progress import ProgressSnapshot, WorkerProgress
 from batchjob.types import Batch
 
-__all__ = ["Death", "Item", "LoaderProcess"]
+__all__ = ["LoadResult", "LoaderProcess", "WorkerExit"]
 
-Item = Batch | BatchjobError
+LoadResult = Batch | BatchjobError
 _OUT_OF_MEMORY = 128 + errno.ENOMEM  # exit code of a process that found no memory between images
 _CLOSE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Death:
+class WorkerExit:
     """How a process ended.
 
     Attributes:
@@ -40,8 +40,8 @@ class Death:
     """
 
     kind: str
-    words: str
-    place: Place | None
+    description: str
+    snapshot: ProgressSnapshot | None
 
 
 class LoaderProcess:
@@ -57,17 +57,17 @@ class LoaderProcess:
         mark: what it is at.
     """
 
-    def __init__(self, images: Images, memory: int | None, seconds: float) -> None:
+    def __init__(self, dataset: ImageDataset, memory: int | None, seconds: float) -> None:
         context = multiprocessing.get_context("forkserver")
-        self.mark = Mark(context)
+        self.progress = WorkerProgress(context)
         self.pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(images, self.mark, theirs, memory, seconds), name="batchjob-loader", daemon=True
+            target=_serve, args=(dataset, self.progress, theirs, memory, seconds), name="batchjob-loader", daemon=True
         )
         self._killed_for: str | None = None
         self._halted: float | None = None
         try:
-            with starting():
+            with clean_process_start():
                 self._process.start()
         finally:
             theirs.close()
@@ -85,22 +85,22 @@ class LoaderProcess:
     def alive(self) -> bool:
         return self._process.is_alive()
 
-    def send(self, task: int, request: Request) -> None:
+    def send(self, number: int, request: BatchRequest) -> None:
         """One more batch to load, after those that were sent before. A dead process takes no notice."""
         with suppress(OSError):
-            self.pipe.send((task, request))
+            self.pipe.send((number, request))
 
-    def receive(self) -> tuple[int, Item] | None:
+    def receive(self) -> tuple[int, LoadResult] | None:
         """The next batch that has arrived whole, None if there is none (any more)."""
         try:
             if self.pipe.poll():
-                arrived: tuple[int, Item] = self.pipe.recv()
+                arrived: tuple[int, LoadResult] = self.pipe.recv()
                 return arrived
         except (EOFError, ConnectionError, FileNotFoundError):  # it died, maybe with what it had only announced
             self._process.kill()
         return None
 
-    def halted(self, seconds: float) -> bool:
+    def stopped_longer_than(self, seconds: float) -> bool:
         """Whether somebody stopped it (SIGSTOP) so long ago and it has not gone on since, as seen at each call."""
         if not _is_halted(self.pid):
             self._halted = None
@@ -108,23 +108,23 @@ class LoaderProcess:
         self._halted = time.monotonic() if self._halted is None else self._halted
         return time.monotonic() - self._halted > seconds
 
-    def kill(self, why: Literal["hang", "halt", "done", "closing"]) -> None:
+    def kill(self, reason: Literal["hang", "halt", "done", "closing"]) -> None:
         """End it at once; what for is remembered as what it died of."""
-        self._killed_for = self._killed_for or why
+        self._killed_for = self._killed_for or reason
         self._process.kill()
 
-    def death(self) -> Death:
+    def wait_for_exit(self) -> WorkerExit:
         """What it has died of; waits for the last of it."""
         self._process.join()
         code = self._process.exitcode
         if self._killed_for == "hang" or code == -signal.SIGXCPU:
-            return Death("hang", "took too long over one image or batch and was killed", self.mark.place)
+            return WorkerExit("hang", "took too long over one image or batch and was killed", self.progress.snapshot)
         if self._killed_for == "halt":
-            return Death("crash", "was stopped by a signal, did not go on and was killed", self.mark.place)
+            return WorkerExit("crash", "was stopped by a signal, did not go on and was killed", self.progress.snapshot)
         kind = "memory" if code in {-signal.SIGKILL, _OUT_OF_MEMORY} else "crash"
-        return Death(kind, _cause(code), self.mark.place)
+        return WorkerExit(kind, _cause(code), self.progress.snapshot)
 
-    def dismiss(self) -> None:
+    def request_exit(self) -> None:
         """Ask it to end once it is through with what it has."""
         with suppress(OSError):
             self.pipe.send(None)
@@ -163,28 +163,28 @@ def _cause(code: int | None) -> str:
     return f"was ended by {name}{hints.get(name, '')}"
 
 
-def _serve(images: Images, mark: Mark, pipe: Connection, memory: int | None, seconds: float) -> None:
+def _serve(images: ImageDataset, mark: WorkerProgress, pipe: Connection, memory: int | None, seconds: float) -> None:
     """Requests in, batches out, until it is told to end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver; it ends us in order
-    threading.Thread(target=end_with_parent, name="parent-watch", daemon=True).start()
-    confine(memory)
-    watched = Watched(mark, seconds)
-    requests: queue.SimpleQueue[tuple[int, Request] | None] = queue.SimpleQueue()
+    threading.Thread(target=exit_with_parent, name="parent-watch", daemon=True).start()
+    apply_process_limits(memory)
+    watched = WorkerCallback(mark, seconds)
+    requests: queue.SimpleQueue[tuple[int, BatchRequest] | None] = queue.SimpleQueue()
     threading.Thread(target=_take_in, args=(pipe, requests), name="requests", daemon=True).start()
     import torch
 
     torch.set_num_threads(1)
-    mark.rest()
+    mark.set_idle()
     with suppress(EOFError, ConnectionError):  # the worker is gone
         while (sent := requests.get()) is not None:
             task, request = sent
-            mark.begin(task)
+            mark.start_request(task)
             answer = _loaded(images, request, watched)
             pipe.send((task, answer))
-            mark.rest()
+            mark.set_idle()
 
 
-def _take_in(pipe: Connection, requests: queue.SimpleQueue[tuple[int, Request] | None]) -> None:
+def _take_in(pipe: Connection, requests: queue.SimpleQueue[tuple[int, BatchRequest] | None]) -> None:
     """As they come, for a large one does not fit into the pipe: whoever sends it would wait for the batch at work."""
     try:
         with suppress(EOFError, OSError):
@@ -196,9 +196,9 @@ def _take_in(pipe: Connection, requests: queue.SimpleQueue[tuple[int, Request] |
         requests.put(None)
 
 
-def _loaded(images: Images, request: Request, watched: Watched) -> Item:
+def _loaded(images: ImageDataset, request: BatchRequest, watched: WorkerCallback) -> LoadResult:
     try:
-        return images.load(request, watched, shared=True)
+        return images.load_batch(request, watched, shared=True)
     except MemoryError:  # no image's own: a process anew, and smaller batches, get further than this one
         os._exit(_OUT_OF_MEMORY)
     except Exception as error:  # noqa: BLE001 - fails the attempt, where the batch would have been

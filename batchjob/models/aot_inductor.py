@@ -15,13 +15,13 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from batchjob.errors import InvalidJob
-from batchjob.models.exported_input import GraphInput
+from batchjob.models.exported_input import ExportedInput
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["open_package"]
+__all__ = ["open_aoti_package"]
 
 _FOLDER = re.compile(r"(?:^|/)data/aotinductor/([^/]+)/")
 _FIXED = re.compile(r'input_handles\[0\]: unmatched dim value at (\d+), "\s*<< "expected: (\d+)')
@@ -33,7 +33,7 @@ _DTYPES = {"Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Doubl
 _INSTRUCTIONS = {"AVX2": "avx2", "AVX512": "avx512_f", "AVX512_VNNI": "avx512_vnni", "AMX_TILE": "amx_tile"}
 
 
-def open_package(data: bytes, where: str) -> tuple[nn.Module, GraphInput, tuple[str, ...]]:
+def open_aoti_package(data: bytes, where: str) -> tuple[nn.Module, ExportedInput, tuple[str, ...]]:
     """The module, what it takes and the types of device it runs on. Nothing of a package for another machine is run.
 
     Raises:
@@ -62,7 +62,7 @@ class _Package:
     source: str
     where: str
 
-    def input(self) -> GraphInput:
+    def input(self) -> ExportedInput:
         """From the checks that were generated; a compiled graph makes none of them by itself, and would read astray."""
         several = len(set(_INPUTS.findall(self.source)))
         if several != 1:
@@ -72,7 +72,7 @@ class _Package:
         rank = max([int(place) for place in _DIMENSION.findall(self.source)], default=3) + 1
         dtype = _DTYPE.search(self.source)
         name = dtype[1] if dtype else "Float"
-        return GraphInput(tuple(fixed.get(n) for n in range(rank)), f"torch.{_DTYPES.get(name, name)}", self.where)
+        return ExportedInput(tuple(fixed.get(n) for n in range(rank)), f"torch.{_DTYPES.get(name, name)}", self.where)
 
     def check_machine(self) -> None:
         """Raises InvalidJob where it was compiled for another platform, processor or GPU."""

@@ -16,11 +16,18 @@ from batchjob.user_code import load_target
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["build_torchvision", "call_target", "check_name", "ready", "takes", "undisturbed"]
+__all__ = [
+    "build_torchvision",
+    "call_target",
+    "check_torchvision_name",
+    "detect_input_kind",
+    "isolated_torch_state",
+    "prepare_for_inference",
+]
 
 
 @contextmanager
-def undisturbed(seed: int = 0) -> Iterator[None]:
+def isolated_torch_state(seed: int = 0) -> Iterator[None]:
     """Builds models alike in every process, whatever the caller set; torch's global state is afterwards as before."""
     import torch
 
@@ -36,7 +43,7 @@ def undisturbed(seed: int = 0) -> Iterator[None]:
             torch.set_grad_enabled(grad)
 
 
-def ready(module: nn.Module, where: str) -> nn.Module:
+def prepare_for_inference(module: nn.Module, where: str) -> nn.Module:
     """The module on the CPU, in eval mode, wanting no gradients. Raises InvalidJob where it holds no data (meta)."""
     try:
         return module.to("cpu").eval().requires_grad_(False)
@@ -52,7 +59,7 @@ def build_torchvision(name: str, key: str, arguments: Mapping[str, Any]) -> nn.M
     """
     from torchvision import models
 
-    check_name(name, key)
+    check_torchvision_name(name, key)
     given = dict(arguments)
     if name in {"googlenet", "inception_v3"}:
         given.setdefault("init_weights", False)  # left out, torchvision warns
@@ -65,7 +72,7 @@ def build_torchvision(name: str, key: str, arguments: Mapping[str, Any]) -> nn.M
     return module
 
 
-def check_name(name: str, key: str) -> None:
+def check_torchvision_name(name: str, key: str) -> None:
     """Raises InvalidJob where torchvision has no model of that name for classification, detection or segmentation."""
     from torchvision import models
 
@@ -80,7 +87,7 @@ def check_name(name: str, key: str) -> None:
     raise InvalidJob(f"{key}: {_unknown(name, known)} (or write 'module:function' with type checkpoint or python)")
 
 
-def takes(module: nn.Module) -> Literal["batch", "list"]:
+def detect_input_kind(module: nn.Module) -> Literal["batch", "list"]:
     """What a module is called with: torchvision's detectors take a list of images of any size."""
     from torchvision.models import detection
 

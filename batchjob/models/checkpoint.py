@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, TypeAdapter, field_validator
 
 from batchjob.errors import InvalidJob
-from batchjob.models.architecture import build_torchvision, call_target, ready, takes, undisturbed
+from batchjob.models.architecture import (
+    build_torchvision,
+    call_target,
+    detect_input_kind,
+    isolated_torch_state,
+    prepare_for_inference,
+)
 from batchjob.models.loaded_model import LoadedModel
-from batchjob.models.output_selection import SelectedOutput, select
-from batchjob.models.trusted_file import WeightsFile, verified
-from batchjob.models.weights import fit, parse_state, read_file, stat_file
+from batchjob.models.output_selection import OutputSelection, select_output
+from batchjob.models.trusted_file import WeightsFile, verify_digest
+from batchjob.models.weights import check_file_exists, load_weights, parse_state_dict, read_file
 from batchjob.settings import Target, Uri
 from batchjob.user_code import source_digest
 
@@ -27,7 +33,7 @@ __all__ = ["CheckpointModel"]
 _TARGET: TypeAdapter[str] = TypeAdapter(Target)
 
 
-class CheckpointModel(WeightsFile, SelectedOutput):
+class CheckpointModel(WeightsFile, OutputSelection):
     """Weights from a file, into an architecture.
 
     Attributes:
@@ -59,7 +65,7 @@ class CheckpointModel(WeightsFile, SelectedOutput):
         """Looks without torch whether the files are there. Raises InvalidJob, Unavailable."""
         if ":" in self.architecture:
             source_digest(self.architecture, base)
-        stat_file(reader, self.weights, "model.weights")
+        check_file_exists(reader, self.weights, "model.weights")
 
     def load(self, reader: Reader, base: Path) -> LoadedModel:
         """Builds and fills the model; no preprocessing and no labels of its own.
@@ -69,12 +75,12 @@ class CheckpointModel(WeightsFile, SelectedOutput):
             Unavailable: the store cannot be reached.
         """
         data = read_file(reader, self.weights, "model.weights")
-        digest = verified(data, self.weights, self.sha256)
-        with undisturbed():
-            state = parse_state(data, self.weights)
+        digest = verify_digest(data, self.weights, self.sha256)
+        with isolated_torch_state():
+            state = parse_state_dict(data, self.weights)
             del data
             module = self._build(base)
-            fit(
+            load_weights(
                 module,
                 state,
                 where=f"model.weights: {self.weights} does not fit {self.architecture}",
@@ -84,8 +90,8 @@ class CheckpointModel(WeightsFile, SelectedOutput):
             )
         if ":" in self.architecture:
             digest = hashlib.sha256(f"{digest} {source_digest(self.architecture, base)}".encode()).hexdigest()
-        module = ready(module, "model.architecture")
-        return LoadedModel(select(module, self.output), None, None, digest, takes(module))
+        module = prepare_for_inference(module, "model.architecture")
+        return LoadedModel(select_output(module, self.output), None, None, digest, detect_input_kind(module))
 
     def _build(self, base: Path) -> nn.Module:
         import torch

@@ -7,13 +7,13 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from batchjob.errors import InvalidJob
-from batchjob.models.aot_inductor import open_package
-from batchjob.models.architecture import undisturbed
-from batchjob.models.exported_input import GraphInput
-from batchjob.models.file_format import Kind
+from batchjob.models.aot_inductor import open_aoti_package
+from batchjob.models.architecture import isolated_torch_state
+from batchjob.models.exported_input import ExportedInput
+from batchjob.models.file_format import FileFormat
 from batchjob.models.loaded_model import LoadedModel
-from batchjob.models.output_selection import select
-from batchjob.models.trusted_file import CodeModel
+from batchjob.models.output_selection import select_output
+from batchjob.models.trusted_file import TrustedFileModel
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,12 +29,12 @@ __all__ = ["ExportedModel"]
 _TRAINS = {"aten.dropout.default": 2, "aten.batch_norm.default": 5}  # which argument says so
 
 
-class ExportedModel(CodeModel):
+class ExportedModel(TrustedFileModel):
     """A program that `torch.export.save` wrote, or a package of `torch._inductor.aoti_compile_and_package`."""
 
     type: Literal["exported"] = "exported"
-    what: ClassVar[str] = "a program of torch.export or a package of AOTInductor (.pt2)"
-    kinds: ClassVar[tuple[Kind, ...]] = ("exported", "aoti")
+    format_name: ClassVar[str] = "a program of torch.export or a package of AOTInductor (.pt2)"
+    accepted_formats: ClassVar[tuple[FileFormat, ...]] = ("exported", "aoti")
 
     def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002 - one face for all formats
         """Loads the program or the package; no preprocessing and no labels of its own.
@@ -47,15 +47,15 @@ class ExportedModel(CodeModel):
                 for another machine, or with inputs that are not one batch of images.
             Unavailable: the store cannot be reached.
         """
-        data, digest, kind = self.read(reader)
+        data, digest, kind = self.read_trusted(reader)
         devices: tuple[str, ...] | None = None
-        with undisturbed():
+        with isolated_torch_state():
             if kind == "aoti":
-                module, image, devices = open_package(data, self.where)
+                module, image, devices = open_aoti_package(data, self.where)
             else:
                 module, image = self._opened(data)
         return LoadedModel(
-            select(module, self.output),
+            select_output(module, self.output),
             None,
             None,
             digest,
@@ -64,7 +64,7 @@ class ExportedModel(CodeModel):
             batch_size=image.batch_size,
         )
 
-    def _opened(self, data: bytes) -> tuple[nn.Module, GraphInput]:
+    def _opened(self, data: bytes) -> tuple[nn.Module, ExportedInput]:
         import torch
 
         try:
@@ -84,7 +84,7 @@ class ExportedModel(CodeModel):
         return _runnable(program, image, keyword), image
 
 
-def _input_of(program: ExportedProgram, where: str) -> tuple[GraphInput, str | None]:
+def _input_of(program: ExportedProgram, where: str) -> tuple[ExportedInput, str | None]:
     """What it takes, and the keyword it takes it by, if any."""
     import torch
 
@@ -98,7 +98,7 @@ def _input_of(program: ExportedProgram, where: str) -> tuple[GraphInput, str | N
             "export a module that takes only that"
         )
     sizes: list[Any] = list(value.shape)  # a free one is a SymInt
-    image = GraphInput(tuple(size if isinstance(size, int) else None for size in sizes), str(value.dtype), where)
+    image = ExportedInput(tuple(size if isinstance(size, int) else None for size in sizes), str(value.dtype), where)
     given = program.call_spec.in_spec
     keywords = [] if given.child(0).num_children else given.child(1).context
     return image, str(keywords[0]) if keywords else None
@@ -115,7 +115,7 @@ def _check_mode(program: ExportedProgram, where: str) -> None:
             )
 
 
-def _runnable(program: ExportedProgram, image: GraphInput, keyword: str | None) -> nn.Module:
+def _runnable(program: ExportedProgram, image: ExportedInput, keyword: str | None) -> nn.Module:
     import torch
     from torch.export.passes import move_to_device_pass
 

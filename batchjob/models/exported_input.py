@@ -10,11 +10,11 @@ from batchjob.errors import InvalidJob
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["GraphInput"]
+__all__ = ["ExportedInput"]
 
 
 @dataclass(frozen=True)
-class GraphInput:
+class ExportedInput:
     """The one input of a graph. Raises InvalidJob where it is no batch of float32 images.
 
     Attributes:

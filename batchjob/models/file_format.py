@@ -10,9 +10,9 @@ from typing import Literal
 
 from batchjob.errors import InvalidJob
 
-__all__ = ["Kind", "expect", "kind_of"]
+__all__ = ["FileFormat", "detect_format", "require_format"]
 
-Kind = Literal["state", "safetensors", "module", "torchscript", "exported", "aoti", "onnx", "unknown"]
+FileFormat = Literal["state", "safetensors", "module", "torchscript", "exported", "aoti", "onnx", "unknown"]
 _IS = {
     "state": "a file of tensors",
     "safetensors": "a safetensors file",
@@ -36,7 +36,7 @@ _TENSORS = {"collections", "torch", "torch._utils", "torch._tensor", "torch.stor
 _MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # how torch.save began before it wrote zip archives
 
 
-def expect(data: bytes, where: str, *wanted: Kind, wish: str) -> Kind:
+def require_format(data: bytes, where: str, *wanted: FileFormat, expected: str) -> FileFormat:
     """The kind of a file that must be one of those wanted.
 
     Args:
@@ -49,15 +49,15 @@ def expect(data: bytes, where: str, *wanted: Kind, wish: str) -> Kind:
         InvalidJob: it is something else; where that is known, the sentence names the `type` it needs.
     """
     _arrived(data, where)
-    kind = kind_of(data)
+    kind = detect_format(data)
     if kind in wanted:
         return kind
     if kind == "unknown":
-        raise InvalidJob(f"{where} is not {wish}, or not a whole one; correct the path, or copy it there again")
-    raise InvalidJob(f"{where} is {_IS[kind]} and not {wish}; write model.type: {_TYPE[kind]}")
+        raise InvalidJob(f"{where} is not {expected}, or not a whole one; correct the path, or copy it there again")
+    raise InvalidJob(f"{where} is {_IS[kind]} and not {expected}; write model.type: {_TYPE[kind]}")
 
 
-def kind_of(data: bytes) -> Kind:
+def detect_format(data: bytes) -> FileFormat:
     """What the content looks like; no promise that it is whole, or harmless."""
     if data[8:9] == b"{" and int.from_bytes(data[:8], "little") < len(data):
         return "safetensors"
@@ -76,7 +76,7 @@ def _arrived(data: bytes, where: str) -> None:
         raise InvalidJob(f"{where} is a Git LFS pointer and not the weights; run 'git lfs pull' where it came from")
 
 
-def _kind_of_zip(data: bytes) -> Kind:
+def _kind_of_zip(data: bytes) -> FileFormat:
     try:
         with zipfile.ZipFile(BytesIO(data)) as archive:
             # Everything lies below one folder, named like the file once was; torch 2.7 wrote programs without it.

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import ValidationInfo, ValidatorFunctionWrapHandler, WrapValidator
 
 from batchjob.errors import InvalidJob
-from batchjob.models.architecture import ready, undisturbed
-from batchjob.models.huggingface_files import Files, at_hand, from_hub, look
-from batchjob.models.huggingface_hub import offline, quiet
-from batchjob.models.huggingface_preprocessing import as_preprocess
+from batchjob.models.architecture import isolated_torch_state, prepare_for_inference
+from batchjob.models.huggingface_files import ModelFiles, download_from_hub, list_model_files, local_copy
+from batchjob.models.huggingface_hub import hub_offline, silence_hub_libraries
+from batchjob.models.huggingface_preprocessing import convert_image_processor
 from batchjob.models.loaded_model import LoadedModel
-from batchjob.models.output_selection import SelectedOutput, select
+from batchjob.models.output_selection import OutputSelection, select_output
 from batchjob.models.trusted_file import WeightsFile
 from batchjob.settings import CommandLineText, Uri, is_local
-from batchjob.system import require
+from batchjob.system import require_packages
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ _CLASSES = {
     "detection": "AutoModelForObjectDetection",
     "features": "AutoModel",
 }
-Kind = Literal["classification", "detection", "features"]
+ModelKind = Literal["classification", "detection", "features"]
 
 
 def _hub_or_uri(value: Any, resolve: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
@@ -50,7 +50,7 @@ def _hub_or_uri(value: Any, resolve: ValidatorFunctionWrapHandler, info: Validat
     return resolve(value) if (base / value).is_dir() else str(value)
 
 
-class HuggingfaceModel(WeightsFile, SelectedOutput):
+class HuggingfaceModel(WeightsFile, OutputSelection):
     """A model of transformers. It brings its preprocessing and its labels; code of its own is never run.
 
     Attributes:
@@ -76,9 +76,9 @@ class HuggingfaceModel(WeightsFile, SelectedOutput):
 
     def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - one face for all formats
         """Looks without torch whether transformers and the folder are there. Raises InvalidJob, Unavailable."""
-        require("huggingface", "hf", "transformers")
+        require_packages("huggingface", "hf", "transformers")
         if not self._on_hub:
-            self._kind(look(reader, self.model))
+            self._kind(list_model_files(reader, self.model))
 
     def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002
         """Builds and fills the model.
@@ -88,18 +88,23 @@ class HuggingfaceModel(WeightsFile, SelectedOutput):
                 or weights that are not whole.
             Unavailable: store or Hub cannot be reached.
         """
-        require("huggingface", "hf", "transformers")
-        with quiet():
+        require_packages("huggingface", "hf", "transformers")
+        with silence_hub_libraries():
             import transformers  # noqa: F401 - now, so that its progress bars are silenced below
-        files = look(reader, from_hub(self.model, self.revision) if self._on_hub else self.model)
+        files = list_model_files(reader, download_from_hub(self.model, self.revision) if self._on_hub else self.model)
         kind = self._kind(files)
-        with at_hand(reader, files) as (folder, digest, weights), offline(), quiet(), undisturbed():
+        with (
+            local_copy(reader, files) as (folder, digest, weights),
+            hub_offline(),
+            silence_hub_libraries(),
+            isolated_torch_state(),
+        ):
             self._check_digest(weights, files)
             model, pooled = self._filled(folder, files, kind)
             preprocess = self._preprocess(folder, files)
-        module = ready(_wrapped(model, kind, pooled, self._where), "model.model")
+        module = prepare_for_inference(_wrapped(model, kind, pooled, self._where), "model.model")
         labels = None if kind == "features" else _labels(model.config)
-        return LoadedModel(select(module, self.output), preprocess, labels, digest)
+        return LoadedModel(select_output(module, self.output), preprocess, labels, digest)
 
     @property
     def _on_hub(self) -> bool:
@@ -109,7 +114,7 @@ class HuggingfaceModel(WeightsFile, SelectedOutput):
     def _where(self) -> str:
         return f"model.model: {self.model}"
 
-    def _kind(self, files: Files) -> Kind:
+    def _kind(self, files: ModelFiles) -> ModelKind:
         if self.kind != "auto":
             return self.kind
         architecture = next(iter(files.config.get("architectures") or ()), None)
@@ -129,14 +134,14 @@ class HuggingfaceModel(WeightsFile, SelectedOutput):
             )
         return "features"
 
-    def _check_digest(self, weights: str, files: Files) -> None:
+    def _check_digest(self, weights: str, files: ModelFiles) -> None:
         if self.sha256 not in {None, weights}:
             raise InvalidJob(
                 f"{self._where}: {' and '.join(files.weights)} has the sha256 {weights}, but model.sha256 is "
                 f"{self.sha256}; it is not the model you meant, or model.sha256 must be corrected"
             )
 
-    def _filled(self, folder: Path, files: Files, kind: Kind) -> tuple[Any, bool]:
+    def _filled(self, folder: Path, files: ModelFiles, kind: ModelKind) -> tuple[Any, bool]:
         """The model, and whether its pooled output was trained."""
         import torch
         import transformers
@@ -166,7 +171,7 @@ class HuggingfaceModel(WeightsFile, SelectedOutput):
             )
         return model, not pooler
 
-    def _diagnosed(self, error: Exception, files: Files, kind: Kind) -> str:
+    def _diagnosed(self, error: Exception, files: ModelFiles, kind: ModelKind) -> str:
         text = " ".join(str(error).split())
         name = files.config.get("model_type")
         if "trust_remote_code" in text or ("auto_map" in files.config and isinstance(error, ValueError | KeyError)):
@@ -177,18 +182,18 @@ class HuggingfaceModel(WeightsFile, SelectedOutput):
             return f"is a {name}, which this version of transformers does not know; pip install -U transformers"
         return f"cannot be loaded ({type(error).__name__}: {text[:300]}); save it again with model.save_pretrained()"
 
-    def _preprocess(self, folder: Path, files: Files) -> Preprocess | None:
+    def _preprocess(self, folder: Path, files: ModelFiles) -> Preprocess | None:
         import transformers
 
         loader: Any = transformers.AutoImageProcessor
-        if not set(files.others) - {"config.json"}:
+        if not set(files.other_files) - {"config.json"}:
             return None
         try:
             found = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # noqa: BLE001 - the job may say all of it itself
             _log.warning("%s: its image processor cannot be loaded (%s)", self._where, error)
             return None
-        return as_preprocess(found, self._where)
+        return convert_image_processor(found, self._where)
 
 
 def _labels(config: Any) -> tuple[str, ...] | None:
@@ -200,7 +205,7 @@ def _labels(config: Any) -> tuple[str, ...] | None:
     return tuple(by_id.get(key, "N/A") for key in range(max(by_id) + 1))
 
 
-def _wrapped(model: Any, kind: Kind, pooled: bool, where: str) -> nn.Module:
+def _wrapped(model: Any, kind: ModelKind, pooled: bool, where: str) -> nn.Module:
     """The model as a function from pixels to what its kind of task wants."""
     import torch
 

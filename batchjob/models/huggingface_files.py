@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchjob.errors import InvalidJob, StorageError
-from batchjob.models.huggingface_hub import hub_fault, quiet
+from batchjob.models.huggingface_hub import convert_hub_error, silence_hub_libraries
 from batchjob.models.weights import read_file
 from batchjob.settings import is_local, local_path
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
 
-__all__ = ["Files", "at_hand", "from_hub", "look"]
+__all__ = ["ModelFiles", "download_from_hub", "list_model_files", "local_copy"]
 
 _CONFIG = "config.json"
 _BESIDE = ("preprocessor_config.json", "processor_config.json")
@@ -27,7 +27,7 @@ _SAFE, _PICKLED = ("model.safetensors", "model-*.safetensors"), ("pytorch_model.
 
 
 @dataclass(frozen=True)
-class Files:
+class ModelFiles:
     """What a folder holds of a model.
 
     Attributes:
@@ -40,10 +40,10 @@ class Files:
     folder: str
     config: dict[str, Any]
     weights: tuple[str, ...]
-    others: tuple[str, ...]
+    other_files: tuple[str, ...]
 
 
-def look(reader: Reader, folder: str) -> Files:
+def list_model_files(reader: Reader, folder: str) -> ModelFiles:
     """Which files make up the model in a folder; reads only what is JSON.
 
     Raises:
@@ -65,13 +65,13 @@ def look(reader: Reader, folder: str) -> Files:
     index = next((f"{name}.index.json" for name in (_SAFE[0], _PICKLED[0]) if f"{name}.index.json" in names), None)
     for whole in (_SAFE[0], _PICKLED[0]):
         if whole in names:
-            return Files(folder, config, (whole,), _others(names))
+            return ModelFiles(folder, config, (whole,), _others(names))
         if index is not None and index.startswith(whole):
             weights = sorted({str(name) for name in _json(reader, folder + index).get("weight_map", {}).values()})
             lacking = [name for name in weights if name not in names]
             if lacking or not weights:
                 raise InvalidJob(f"model.model: {folder} lacks {', '.join(lacking) or 'weights'}, which {index} names")
-            return Files(folder, config, tuple(weights), (index, *_others(names)))
+            return ModelFiles(folder, config, tuple(weights), (index, *_others(names)))
     raise InvalidJob(
         f"model.model: {folder} holds neither {_SAFE[0]} nor {_PICKLED[0]}; save it from PyTorch with "
         "model.save_pretrained()"
@@ -93,7 +93,7 @@ def _json(reader: Reader, uri: str) -> dict[str, Any]:
 
 
 @contextmanager
-def at_hand(reader: Reader, files: Files) -> Iterator[tuple[Path, str, str]]:
+def local_copy(reader: Reader, files: ModelFiles) -> Iterator[tuple[Path, str, str]]:
     """The model's folder on this machine for a while, its digest, and that of its weights alone.
 
     A folder that lies on this machine is taken as it is; the files of any other are copied to a temporary one.
@@ -101,7 +101,7 @@ def at_hand(reader: Reader, files: Files) -> Iterator[tuple[Path, str, str]]:
     weights, everything = hashlib.sha256(), hashlib.sha256()
     with tempfile.TemporaryDirectory(prefix="batchjob-model-") as spool:
         here = local_path(files.folder) if is_local(files.folder) else Path(spool)
-        for name in (*files.weights, *files.others):
+        for name in (*files.weights, *files.other_files):
             data = read_file(reader, files.folder + name, "model.model")
             if name in files.weights:
                 weights.update(data)
@@ -114,7 +114,7 @@ def at_hand(reader: Reader, files: Files) -> Iterator[tuple[Path, str, str]]:
         yield here, everything.hexdigest(), weights.hexdigest()
 
 
-def from_hub(name: str, revision: str | None) -> str:
+def download_from_hub(name: str, revision: str | None) -> str:
     """The folder of a model of the Hugging Face Hub in the local cache, fetched there where it is not yet.
 
     Raises:
@@ -132,11 +132,11 @@ def _fetched(name: str, revision: str | None, weights: Sequence[str]) -> Path:
 
     wanted = [_CONFIG, *_BESIDE, *weights, f"{weights[0]}.index.json"]
     try:
-        with quiet():
+        with silence_hub_libraries():
             return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:
         advice = "fetch it elsewhere and set model.model to the folder that holds it"
-        fault = hub_fault(error, f"the model {name}", advice)
+        fault = convert_hub_error(error, f"the model {name}", advice)
         if fault is None:
             raise
         raise fault from error

@@ -11,13 +11,13 @@ from typing import Any
 
 from batchjob.errors import InvalidJob, JobError, Unavailable
 
-__all__ = ["hub_fault", "offline", "quiet"]
+__all__ = ["convert_hub_error", "hub_offline", "silence_hub_libraries"]
 
 _CHATTY = ("huggingface_hub", "timm", "torch.utils._pytree", "transformers")  # what importing torchao says, too
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_hub_libraries() -> Iterator[None]:
     """No warnings and no progress bars of these libraries; afterwards as before."""
     loggers = [logging.getLogger(name) for name in _CHATTY]
     levels = [logger.level for logger in loggers]
@@ -53,7 +53,7 @@ def _without_bars() -> Iterator[None]:
 
 
 @contextmanager
-def offline() -> Iterator[None]:
+def hub_offline() -> Iterator[None]:
     """Nothing is fetched from the Hub, as with HF_HUB_OFFLINE=1; afterwards as before."""
     from huggingface_hub import constants
 
@@ -65,7 +65,7 @@ def offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def hub_fault(error: Exception, what: str, advice: str) -> JobError | None:
+def convert_hub_error(error: Exception, what: str, advice: str) -> JobError | None:
     """What an exception from the Hub means to a job; None where it has nothing to do with the Hub.
 
     Args:

@@ -11,14 +11,14 @@ from batchjob.preprocessing.settings import Preprocess
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["as_preprocess"]
+__all__ = ["convert_image_processor"]
 
 _log = logging.getLogger(__name__)
 _INTERPOLATION: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 _TRIED = [(60, 90), (130, 72), (40, 260)]  # height and width: one so long that a limit on the longer side shows
 
 
-def as_preprocess(processor: Any, where: str) -> Preprocess | None:
+def convert_image_processor(processor: Any, where: str) -> Preprocess | None:
     """The settings that do what the image processor does; None, with a line in the log, where there are none.
 
     Processors follow rules of their own that their configuration does not tell (ConvNeXT crops to a part of the size),

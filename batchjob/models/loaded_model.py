@@ -34,7 +34,7 @@ class LoadedModel:
     preprocess: Preprocess | None
     labels: tuple[str, ...] | None
     digest: str
-    takes: Literal["batch", "list"] = "batch"
+    input_kind: Literal["batch", "list"] = "batch"
     eager: bool = True
     devices: tuple[str, ...] | None = None
     batch_size: int | None = None

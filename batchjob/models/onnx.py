@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
-from batchjob.models.file_format import expect
+from batchjob.models.file_format import require_format
 from batchjob.models.loaded_model import LoadedModel
-from batchjob.models.onnx_graph import Graph, data_files, parse_graph
-from batchjob.models.onnx_session import Provider, Runner, input_of, outputs_of
-from batchjob.models.output_selection import SelectedOutput
-from batchjob.models.trusted_file import WeightsFile, verified
-from batchjob.models.weights import read_file, stat_file
+from batchjob.models.onnx_graph import OnnxModelFiles, external_data_files, parse_onnx
+from batchjob.models.onnx_session import ExecutionProvider, OnnxRunner, find_image_input, select_output_names
+from batchjob.models.output_selection import OutputSelection
+from batchjob.models.trusted_file import WeightsFile, verify_digest
+from batchjob.models.weights import check_file_exists, read_file
 from batchjob.settings import Uri
-from batchjob.system import require
+from batchjob.system import require_packages
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["OnnxModel"]
 
 
-class OnnxModel(WeightsFile, SelectedOutput):
+class OnnxModel(WeightsFile, OutputSelection):
     """A graph that onnxruntime runs. It is data: neither it nor libraries of operators bring code.
 
     Attributes:
@@ -40,7 +40,7 @@ class OnnxModel(WeightsFile, SelectedOutput):
 
     type: Literal["onnx"] = "onnx"
     weights: Uri
-    providers: Literal["auto"] | Annotated[tuple[Provider, ...], Field(min_length=1)] = "auto"
+    providers: Literal["auto"] | Annotated[tuple[ExecutionProvider, ...], Field(min_length=1)] = "auto"
     input: str | None = None
     constants: dict[str, Any] = Field(default_factory=dict)
 
@@ -51,8 +51,8 @@ class OnnxModel(WeightsFile, SelectedOutput):
 
     def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - one face for all formats
         """Looks whether onnxruntime and the file are there. Raises InvalidJob, Unavailable."""
-        require("onnx", "onnx", "onnx", "onnxruntime")
-        stat_file(reader, self.weights, "model.weights")
+        require_packages("onnx", "onnx", "onnx", "onnxruntime")
+        check_file_exists(reader, self.weights, "model.weights")
 
     def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002
         """Opens the graph; no preprocessing and no labels of its own.
@@ -62,26 +62,26 @@ class OnnxModel(WeightsFile, SelectedOutput):
                 another digest, or a provider that is not there.
             Unavailable: the store cannot be reached.
         """
-        require("onnx", "onnx", "onnx", "onnxruntime")
+        require_packages("onnx", "onnx", "onnx", "onnxruntime")
         graph, digest = self._graph(reader)
-        runner = Runner(graph, self.providers)
+        runner = OnnxRunner(graph, self.providers)
         session = runner.session("cpu")
         where = f"model.weights: {self.weights}"
-        image = input_of(session, self.input, self.constants, where)
-        outputs = outputs_of(session, self.output, where)
-        module = runner.module(image, outputs)
+        image = find_image_input(session, self.input, self.constants, where)
+        outputs = select_output_names(session, self.output, where)
+        module = runner.build_module(image, outputs)
         return LoadedModel(module, None, None, digest, eager=False, devices=runner.devices, batch_size=image.shape[0])
 
-    def _graph(self, reader: Reader) -> tuple[Graph, str]:
+    def _graph(self, reader: Reader) -> tuple[OnnxModelFiles, str]:
         data = read_file(reader, self.weights, "model.weights")
         where = f"model.weights: {self.weights}"
-        expect(data, where, "onnx", "unknown", wish="an ONNX model")
+        require_format(data, where, "onnx", "unknown", expected="an ONNX model")
         external: dict[str, bytes] = {}
         folder = self.weights.rpartition("/")[0]
-        for location in data_files(parse_graph(data, where), where):
+        for location in external_data_files(parse_onnx(data, where), where):
             external[location] = read_file(reader, f"{folder}/{location}", f"{where} keeps its weights beside it")
         if not external:
-            return Graph(data, external, where), verified(data, self.weights, self.sha256)
+            return OnnxModelFiles(data, external, where), verify_digest(data, self.weights, self.sha256)
         digest = hashlib.sha256(data)
         for content in external.values():
             digest.update(content)
@@ -92,4 +92,4 @@ class OnnxModel(WeightsFile, SelectedOutput):
                 f"{where} with its data has the sha256 {found} (of {files}, one after the other), but model.sha256 is "
                 f"{self.sha256}; it is not the model you meant, or model.sha256 must be corrected"
             )
-        return Graph(data, external, where), found
+        return OnnxModelFiles(data, external, where), found

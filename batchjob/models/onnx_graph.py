@@ -13,11 +13,11 @@ from batchjob.errors import InvalidJob
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Graph", "data_files", "parse_graph", "refusal"]
+__all__ = ["OnnxModelFiles", "explain_open_error", "external_data_files", "parse_onnx"]
 
 
 @dataclass(frozen=True)
-class Graph:
+class OnnxModelFiles:
     """An ONNX model as it was read.
 
     Attributes:
@@ -31,7 +31,7 @@ class Graph:
     where: str
 
 
-def parse_graph(data: bytes, where: str) -> onnx.ModelProto:
+def parse_onnx(data: bytes, where: str) -> onnx.ModelProto:
     """The parsed file. Raises InvalidJob where it is none of ONNX."""
     import onnx
     from google.protobuf.message import DecodeError
@@ -45,7 +45,7 @@ def parse_graph(data: bytes, where: str) -> onnx.ModelProto:
     return model
 
 
-def data_files(model: onnx.ModelProto, where: str) -> list[str]:
+def external_data_files(model: onnx.ModelProto, where: str) -> list[str]:
     """Names of the files that hold weights outside the model, sorted. Raises InvalidJob where one lies elsewhere."""
     from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
@@ -80,7 +80,7 @@ def _of_nodes(nodes: Any) -> Iterator[onnx.TensorProto]:
                 yield from _of_graph(graph)
 
 
-def refusal(error: Exception, version: str) -> str:
+def explain_open_error(error: Exception, version: str) -> str:
     """What to say of a graph that onnxruntime of this version does not open."""
     text = " ".join(str(error).split())
     opset = re.search(r"Opset (\d+) is under development.*? is till opset (\d+)", text)

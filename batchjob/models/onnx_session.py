@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from batchjob.errors import InvalidJob
-from batchjob.models.onnx_graph import Graph, refusal
+from batchjob.models.onnx_graph import OnnxModelFiles, explain_open_error
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import nn
 
-__all__ = ["ImageInput", "Provider", "Runner", "input_of", "outputs_of"]
+__all__ = ["ExecutionProvider", "OnnxImageInput", "OnnxRunner", "find_image_input", "select_output_names"]
 
-Provider = Literal["cuda", "tensorrt", "openvino", "cpu"]
+ExecutionProvider = Literal["cuda", "tensorrt", "openvino", "cpu"]
 _NAMES: dict[str, str] = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
@@ -36,7 +36,7 @@ _TYPES = _IMAGE_TYPES | {"tensor(int64)": "int64", "tensor(int32)": "int32", "te
 
 
 @dataclass(frozen=True)
-class ImageInput:
+class OnnxImageInput:
     """Where a graph takes its images, and what else it takes.
 
     Attributes:
@@ -54,7 +54,7 @@ class ImageInput:
     repeated: frozenset[str] = frozenset()
 
 
-def input_of(session: Any, name: str | None, constants: Mapping[str, Any], where: str) -> ImageInput:
+def find_image_input(session: Any, name: str | None, constants: Mapping[str, Any], where: str) -> OnnxImageInput:
     """The input that gets the images.
 
     Args:
@@ -87,7 +87,7 @@ def input_of(session: Any, name: str | None, constants: Mapping[str, Any], where
     values = {key: _constant(inputs[key], value) for key, value in constants.items()}
     repeated = frozenset(key for key in values if inputs[key].shape and not isinstance(inputs[key].shape[0], int))
     shape = _image_shape(inputs[name], where)
-    return ImageInput(name, _IMAGE_TYPES[inputs[name].type], shape, values, repeated)
+    return OnnxImageInput(name, _IMAGE_TYPES[inputs[name].type], shape, values, repeated)
 
 
 def _image_shape(given: Any, where: str) -> tuple[int | None, ...]:
@@ -126,7 +126,7 @@ def _constant(given: Any, value: Any) -> np.ndarray[Any, Any]:
     return array
 
 
-def outputs_of(session: Any, output: str | int | None, where: str) -> tuple[str, ...]:
+def select_output_names(session: Any, output: str | int | None, where: str) -> tuple[str, ...]:
     """Names of the outputs that are wanted: the one the job names, or all. Raises InvalidJob where there is none."""
     outputs = {one.name: one.type for one in session.get_outputs()}
     names = tuple(outputs)
@@ -148,7 +148,7 @@ def outputs_of(session: Any, output: str | int | None, where: str) -> tuple[str,
     return names
 
 
-class Runner:
+class OnnxRunner:
     """Opens a graph on the device where the images turn out to be.
 
     Args:
@@ -159,7 +159,7 @@ class Runner:
         InvalidJob: a provider that is asked for is not in this onnxruntime.
     """
 
-    def __init__(self, graph: Graph, providers: Literal["auto"] | Sequence[Provider]) -> None:
+    def __init__(self, graph: OnnxModelFiles, providers: Literal["auto"] | Sequence[ExecutionProvider]) -> None:
         import onnxruntime
 
         self._graph = graph
@@ -196,7 +196,7 @@ class Runner:
         options = {"device_id": device.partition(":")[2] or "0"}
         return [(_NAMES[name], options if name in _ON_GPU else {}) for name in names]
 
-    def module(self, image: ImageInput, outputs: tuple[str, ...]) -> nn.Module:
+    def build_module(self, image: OnnxImageInput, outputs: tuple[str, ...]) -> nn.Module:
         """The graph as a module from `[n, c, h, w]` to its only output, or to a dict of several by name."""
         import torch
 
@@ -213,7 +213,7 @@ class Runner:
         return OnnxGraph().eval()
 
 
-def _opened(graph: Graph, providers: list[tuple[str, dict[str, str]]]) -> Any:
+def _opened(graph: OnnxModelFiles, providers: list[tuple[str, dict[str, str]]]) -> Any:
     import onnxruntime
     import torch
 
@@ -228,7 +228,7 @@ def _opened(graph: Graph, providers: list[tuple[str, dict[str, str]]]) -> Any:
             warnings.simplefilter("ignore")  # of providers that did not start: said below
             session = onnxruntime.InferenceSession(graph.data, options, providers=providers)
     except Exception as error:  # its exceptions have no ancestor of their own
-        raise InvalidJob(f"{graph.where} {refusal(error, onnxruntime.__version__)}") from error
+        raise InvalidJob(f"{graph.where} {explain_open_error(error, onnxruntime.__version__)}") from error
     silent = [name for name, _ in providers if name not in session.get_providers()]
     if silent:
         raise InvalidJob(
@@ -238,7 +238,7 @@ def _opened(graph: Graph, providers: list[tuple[str, dict[str, str]]]) -> Any:
     return session
 
 
-def _cast(pixels: torch.Tensor, image: ImageInput) -> torch.Tensor:
+def _cast(pixels: torch.Tensor, image: OnnxImageInput) -> torch.Tensor:
     import torch
 
     if any(wanted not in {None, got} for wanted, got in zip(image.shape, pixels.shape, strict=True)):
@@ -257,7 +257,7 @@ def _cast(pixels: torch.Tensor, image: ImageInput) -> torch.Tensor:
     return whole.to(torch.uint8).contiguous()
 
 
-def _run(session: Any, values: torch.Tensor, image: ImageInput, outputs: Sequence[str]) -> dict[str, torch.Tensor]:
+def _run(session: Any, values: torch.Tensor, image: OnnxImageInput, outputs: Sequence[str]) -> dict[str, torch.Tensor]:
     """Binds the tensors' own memory; what comes back is onnxruntime's, which lives as long as the tensors."""
     import numpy as np
     import torch

@@ -13,22 +13,22 @@ from batchjob.settings import Settings
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["SelectedOutput", "select"]
+__all__ = ["OutputSelection", "select_output"]
 
-Output = Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)]
+OutputKey = Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)]
 
 
-class SelectedOutput(Settings):
+class OutputSelection(Settings):
     """Settings of a model that may return more than one thing.
 
     Attributes:
         output: which of them the task gets: a key where it returns a dict, a number from 0 where it returns a tuple.
     """
 
-    output: Output | None = None
+    output: OutputKey | None = None
 
 
-def select(module: nn.Module, output: str | int | None) -> nn.Module:
+def select_output(module: nn.Module, output: str | int | None) -> nn.Module:
     """The module, returning only that output; as it is where `output` is None. Fails with InvalidJob when it runs."""
     import torch
 

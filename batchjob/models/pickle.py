@@ -11,12 +11,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from batchjob.errors import BatchjobError, InvalidJob
-from batchjob.models.architecture import ready, takes, undisturbed
-from batchjob.models.file_format import Kind
+from batchjob.models.architecture import detect_input_kind, isolated_torch_state, prepare_for_inference
+from batchjob.models.file_format import FileFormat
 from batchjob.models.loaded_model import LoadedModel
-from batchjob.models.output_selection import select
-from batchjob.models.trusted_file import CodeModel
-from batchjob.user_code import is_beside, load_target, source_digest
+from batchjob.models.output_selection import select_output
+from batchjob.models.trusted_file import TrustedFileModel
+from batchjob.user_code import is_user_module, load_target, source_digest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +28,7 @@ __all__ = ["PickleModel"]
 _ADVICE = "save its state_dict and use model.type: checkpoint"
 
 
-class PickleModel(CodeModel):
+class PickleModel(TrustedFileModel):
     """A whole module in a file.
 
     Attributes:
@@ -38,12 +38,12 @@ class PickleModel(CodeModel):
 
     type: Literal["pickle"] = "pickle"
     main: str | None = None
-    what: ClassVar[str] = "a pickled module"
-    kinds: ClassVar[tuple[Kind, ...]] = ("module",)
+    format_name: ClassVar[str] = "a pickled module"
+    accepted_formats: ClassVar[tuple[FileFormat, ...]] = ("module",)
 
     def check(self, reader: Reader, base: Path) -> None:
         """Looks without torch whether the file is there and trusted, and `main` too. Raises InvalidJob, Unavailable."""
-        if self.main is not None and not is_beside(self.main, base):
+        if self.main is not None and not is_user_module(self.main, base):
             raise InvalidJob(f"model.main: there is no module {self.main} in {base}; name the file without its '.py'")
         super().check(reader, base)
 
@@ -56,18 +56,18 @@ class PickleModel(CodeModel):
             InvalidJob: not there, not trusted, another digest, something else in it, or a class that is not found.
             Unavailable: the store cannot be reached.
         """
-        data, digest, _ = self.read(reader)
-        classes = _Classes(base, self.main)
-        with undisturbed():
+        data, digest, _ = self.read_trusted(reader)
+        classes = _ClassFinder(base, self.main)
+        with isolated_torch_state():
             module = self._module(self._unpickled(data, classes))
             del data
-            module = ready(module, self.where)
+            module = prepare_for_inference(module, self.where)
         if classes.used:
             sources = (source_digest(name, base) for name in sorted(classes.used))
             digest = hashlib.sha256(" ".join([digest, *sources]).encode()).hexdigest()
-        return LoadedModel(select(module, self.output), None, None, digest, takes(module))
+        return LoadedModel(select_output(module, self.output), None, None, digest, detect_input_kind(module))
 
-    def _unpickled(self, data: bytes, classes: _Classes) -> Any:
+    def _unpickled(self, data: bytes, classes: _ClassFinder) -> Any:
         import torch
 
         try:
@@ -98,7 +98,7 @@ class PickleModel(CodeModel):
         return found
 
 
-class _Classes:
+class _ClassFinder:
     """Finds what a pickle names: beside the job file first, as it would be for a script there.
 
     Attributes:
@@ -143,7 +143,7 @@ class _Classes:
                     "job file and write model.main: its name without '.py'"
                 )
             module = self._main
-        if not is_beside(module, self._base):
+        if not is_user_module(module, self._base):
             return None
         target = f"{module}:{name}"
         found = load_target(target, self._base)

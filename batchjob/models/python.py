@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationError
 
 from batchjob.errors import InvalidJob
-from batchjob.models.architecture import call_target, ready, takes, undisturbed
+from batchjob.models.architecture import call_target, detect_input_kind, isolated_torch_state, prepare_for_inference
 from batchjob.models.loaded_model import LoadedModel
-from batchjob.models.output_selection import SelectedOutput, select
-from batchjob.models.torchvision_weights import preset
-from batchjob.models.weights import state_digest
+from batchjob.models.output_selection import OutputSelection, select_output
+from batchjob.models.torchvision_weights import convert_preset
+from batchjob.models.weights import hash_state_dict
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.settings import Target
 from batchjob.user_code import load_target, source_digest
@@ -28,7 +28,7 @@ __all__ = ["PythonModel"]
 _WANTED = "a torch.nn.Module, or a pair of it and its preprocessing"
 
 
-class PythonModel(SelectedOutput):
+class PythonModel(OutputSelection):
     """A model that the user's own code builds and fills.
 
     Attributes:
@@ -58,14 +58,14 @@ class PythonModel(SelectedOutput):
             InvalidJob: no such function, it raised, or it returned something else.
             Unavailable: it raised a network fault.
         """
-        with undisturbed():
+        with isolated_torch_state():
             returned = call_target(self.target, base, "model.target", self.arguments)
             module, own = self._split(returned)
             preprocess = None if own is None else self._preprocess(own, base)
-            module = ready(module, f"model.target: {self.target}")
-        parts = f"{source_digest(self.target, base)} {state_digest(module)}"
+            module = prepare_for_inference(module, f"model.target: {self.target}")
+        parts = f"{source_digest(self.target, base)} {hash_state_dict(module)}"
         digest = hashlib.sha256(parts.encode()).hexdigest()
-        return LoadedModel(select(module, self.output), preprocess, None, digest, takes(module))
+        return LoadedModel(select_output(module, self.output), preprocess, None, digest, detect_input_kind(module))
 
     def _split(self, returned: Any) -> tuple[nn.Module, Any]:
         import torch
@@ -82,7 +82,7 @@ class PythonModel(SelectedOutput):
             return own
         if isinstance(own, dict):
             return self._checked(own)
-        known = preset(own)
+        known = convert_preset(own)
         if known is not None:
             return known
         target = self._target_of(own, base)

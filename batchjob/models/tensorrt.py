@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
-from batchjob.models.file_format import Kind
+from batchjob.models.file_format import FileFormat
 from batchjob.models.loaded_model import LoadedModel
-from batchjob.models.output_selection import select
-from batchjob.models.trusted_file import CodeModel
-from batchjob.system import require
+from batchjob.models.output_selection import select_output
+from batchjob.models.trusted_file import TrustedFileModel
+from batchjob.system import require_packages
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["TensorrtModel"]
 
 
-class TensorrtModel(CodeModel):
+class TensorrtModel(TrustedFileModel):
     """A model compiled by torch-tensorrt and saved by `torch_tensorrt.save`. It runs on CUDA only.
 
     Its precision stands in its graph: TensorRT 11 has no flags for it.
@@ -34,8 +34,8 @@ class TensorrtModel(CodeModel):
 
     type: Literal["tensorrt"] = "tensorrt"
     batch_size: int | None = Field(default=None, ge=1)
-    what: ClassVar[str] = "an engine of torch-tensorrt"
-    kinds: ClassVar[tuple[Kind, ...]] = ("exported", "torchscript", "unknown")
+    format_name: ClassVar[str] = "an engine of torch-tensorrt"
+    accepted_formats: ClassVar[tuple[FileFormat, ...]] = ("exported", "torchscript", "unknown")
 
     def check(self, reader: Reader, base: Path) -> None:
         """Looks without torch whether torch-tensorrt and the file are there. Raises InvalidJob, Unavailable."""
@@ -52,7 +52,7 @@ class TensorrtModel(CodeModel):
         """
         import torch
 
-        data, digest, _ = self.read(reader)
+        data, digest, _ = self.read_trusted(reader)
         if not torch.cuda.is_available():
             raise InvalidJob(
                 "model.type: tensorrt needs an NVIDIA GPU, and there is none; run it where one is, or give the model "
@@ -61,7 +61,7 @@ class TensorrtModel(CodeModel):
         _require_package()
         module = self._loaded(data)
         return LoadedModel(
-            select(module, self.output),
+            select_output(module, self.output),
             None,
             None,
             digest,
@@ -91,7 +91,7 @@ class TensorrtModel(CodeModel):
 
 def _require_package() -> None:
     try:
-        require("tensorrt", "tensorrt", "torch_tensorrt")
+        require_packages("tensorrt", "tensorrt", "torch_tensorrt")
     except InvalidJob as error:
         raise InvalidJob(
             "model.type: tensorrt needs torch-tensorrt, which fits one version of torch each; "

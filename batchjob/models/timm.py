@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from batchjob.errors import InvalidJob
-from batchjob.models.architecture import ready, undisturbed
-from batchjob.models.huggingface_hub import hub_fault, quiet
+from batchjob.models.architecture import isolated_torch_state, prepare_for_inference
+from batchjob.models.huggingface_hub import convert_hub_error, silence_hub_libraries
 from batchjob.models.loaded_model import LoadedModel
-from batchjob.models.output_selection import SelectedOutput, select
-from batchjob.models.trusted_file import WeightsFile, verified
-from batchjob.models.weights import fit, parse_state, read_file, stat_file, state_digest
+from batchjob.models.output_selection import OutputSelection, select_output
+from batchjob.models.trusted_file import WeightsFile, verify_digest
+from batchjob.models.weights import check_file_exists, hash_state_dict, load_weights, parse_state_dict, read_file
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.settings import Uri
-from batchjob.system import require
+from batchjob.system import require_packages
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +33,7 @@ _OWN = ("num_classes", "pretrained")
 _BEHIND = ("cache_dir", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
-class TimmModel(WeightsFile, SelectedOutput):
+class TimmModel(WeightsFile, OutputSelection):
     """A model of timm. It brings its evaluation preprocessing, and ImageNet's labels where it knows those classes.
 
     Attributes:
@@ -78,9 +78,9 @@ class TimmModel(WeightsFile, SelectedOutput):
 
     def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - one face for all formats
         """Looks without torch whether timm and the file are there. Raises InvalidJob, Unavailable."""
-        require("timm", "timm", "timm")
+        require_packages("timm", "timm", "timm")
         if self.weights is not None:
-            stat_file(reader, self.weights, "model.weights")
+            check_file_exists(reader, self.weights, "model.weights")
 
     def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002
         """Builds and fills the model.
@@ -89,16 +89,16 @@ class TimmModel(WeightsFile, SelectedOutput):
             InvalidJob: no timm, unknown name, weights that do not fit, another digest, a file that is not there.
             Unavailable: published weights are not in the cache, and there is no way out.
         """
-        require("timm", "timm", "timm")
+        require_packages("timm", "timm", "timm")
         if self.weights is None:
             module = self._built(self.seed or 0)
-            digest = state_digest(module)
+            digest = hash_state_dict(module)
         else:
             data = read_file(reader, self.weights, "model.weights")
-            digest = verified(data, self.weights, self.sha256)
+            digest = verify_digest(data, self.weights, self.sha256)
             module = self._filled(data, self.weights)
         preprocess, labels = self._preprocess(module), self._labels(module)
-        return LoadedModel(select(module, self.output), preprocess, labels, digest)
+        return LoadedModel(select_output(module, self.output), preprocess, labels, digest)
 
     def _built(self, seed: int = 0) -> nn.Module:
         import timm
@@ -109,12 +109,12 @@ class TimmModel(WeightsFile, SelectedOutput):
         if ":" not in self.name:
             self._check_name()
         try:
-            with quiet(), undisturbed(seed):
+            with silence_hub_libraries(), isolated_torch_state(seed):
                 module: nn.Module = timm.create_model(self.name, pretrained=self.pretrained, **given)
-                return ready(module, "model.name")
+                return prepare_for_inference(module, "model.name")
         except (TypeError, ValueError, KeyError, AssertionError, RuntimeError, OSError) as error:
             advice = "fetch the file elsewhere and set model.weights to its path"
-            fault = hub_fault(error, f"timm's {self.name}", advice)
+            fault = convert_hub_error(error, f"timm's {self.name}", advice)
             if fault is not None:
                 raise fault from error
             raise InvalidJob(
@@ -147,9 +147,9 @@ class TimmModel(WeightsFile, SelectedOutput):
 
     def _filled(self, data: bytes, place: str) -> nn.Module:
         module = self._built()
-        with undisturbed():
-            state = parse_state(data, place)
-            fit(
+        with isolated_torch_state():
+            state = parse_state_dict(data, place)
+            load_weights(
                 module,
                 _without_head(state, module) if self.num_classes == 0 else state,
                 where=f"model.weights: {place} does not fit timm's {self.name}",

@@ -8,11 +8,11 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from batchjob.errors import InvalidJob
-from batchjob.models.architecture import undisturbed
-from batchjob.models.file_format import Kind
+from batchjob.models.architecture import isolated_torch_state
+from batchjob.models.file_format import FileFormat
 from batchjob.models.loaded_model import LoadedModel
-from batchjob.models.output_selection import select
-from batchjob.models.trusted_file import CodeModel
+from batchjob.models.output_selection import select_output
+from batchjob.models.trusted_file import TrustedFileModel
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,12 +25,12 @@ _log = logging.getLogger(__name__)
 _TRAINS = {"aten::dropout": 2, "aten::batch_norm": 5}  # which argument says so
 
 
-class TorchScriptModel(CodeModel):
+class TorchScriptModel(TrustedFileModel):
     """A module that `torch.jit.trace` or `torch.jit.script` made and `torch.jit.save` wrote."""
 
     type: Literal["torchscript"] = "torchscript"
-    what: ClassVar[str] = "a TorchScript archive"
-    kinds: ClassVar[tuple[Kind, ...]] = ("torchscript",)
+    format_name: ClassVar[str] = "a TorchScript archive"
+    accepted_formats: ClassVar[tuple[FileFormat, ...]] = ("torchscript",)
 
     def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002 - one face for all formats
         """Loads the archive; no preprocessing and no labels of its own.
@@ -41,14 +41,14 @@ class TorchScriptModel(CodeModel):
             InvalidJob: not there, not trusted, another digest, no such archive, or traced in training mode.
             Unavailable: the store cannot be reached.
         """
-        data, digest, _ = self.read(reader)
+        data, digest, _ = self.read_trusted(reader)
         _log.warning("%s is TorchScript, which torch has deprecated; torch.export replaces it", self.weights)
-        with undisturbed():
+        with isolated_torch_state():
             module = self._loaded(data).eval()
             for parameter in module.parameters():
                 parameter.requires_grad_(False)
         self._check_mode(module)
-        return LoadedModel(select(module, self.output), None, None, digest, eager=False)
+        return LoadedModel(select_output(module, self.output), None, None, digest, eager=False)
 
     def _loaded(self, data: bytes) -> Any:
         import torch

@@ -9,12 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
 from batchjob.errors import InvalidJob, StorageError
-from batchjob.models.architecture import build_torchvision, check_name, ready, takes, undisturbed
+from batchjob.models.architecture import (
+    build_torchvision,
+    check_torchvision_name,
+    detect_input_kind,
+    isolated_torch_state,
+    prepare_for_inference,
+)
 from batchjob.models.loaded_model import LoadedModel
-from batchjob.models.output_selection import SelectedOutput, select
-from batchjob.models.torchvision_weights import Published, by_file, by_name, fetch
-from batchjob.models.trusted_file import WeightsFile, verified
-from batchjob.models.weights import fit, parse_state, read_file, stat_file, state_digest
+from batchjob.models.output_selection import OutputSelection, select_output
+from batchjob.models.torchvision_weights import (
+    PublishedWeights,
+    fetch_weights,
+    find_weights_by_file,
+    find_weights_by_name,
+)
+from batchjob.models.trusted_file import WeightsFile, verify_digest
+from batchjob.models.weights import check_file_exists, hash_state_dict, load_weights, parse_state_dict, read_file
 from batchjob.settings import Uri
 
 if TYPE_CHECKING:
@@ -43,7 +54,7 @@ def _name_or_uri(value: Any, resolve: ValidatorFunctionWrapHandler) -> Any:
     return str(value) if isinstance(value, str) and value and not _FILE.search(value) else resolve(value)
 
 
-class TorchvisionModel(WeightsFile, SelectedOutput):
+class TorchvisionModel(WeightsFile, OutputSelection):
     """A model of torchvision for classification, detection or segmentation.
 
     Attributes:
@@ -81,7 +92,7 @@ class TorchvisionModel(WeightsFile, SelectedOutput):
     def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - one face for all formats
         """Looks without torch whether the files are there. Raises InvalidJob, Unavailable."""
         if self._is_file:
-            stat_file(reader, str(self.weights), "model.weights")
+            check_file_exists(reader, str(self.weights), "model.weights")
         elif self.mirror is not None:
             try:
                 filled = next(iter(reader.list(self.mirror)), None)
@@ -97,17 +108,17 @@ class TorchvisionModel(WeightsFile, SelectedOutput):
             InvalidJob: unknown model or weights, weights that do not fit, a file that is not there.
             Unavailable: published weights are to be downloaded and there is no way out.
         """
-        check_name(self.name, "model.name")
+        check_torchvision_name(self.name, "model.name")
         if self.weights is None:
             return self._random()
         if not self._is_file:
-            published = by_name(self.name, self.weights)
-            data, place = fetch(published, reader, self.mirror)
+            published = find_weights_by_name(self.name, self.weights)
+            data, place = fetch_weights(published, reader, self.mirror)
             return self._filled(data, place, published)
         return self._filled(
             read_file(reader, self.weights, "model.weights"),
             self.weights,
-            by_file(self.name, self.weights.rsplit("/", 1)[-1]),
+            find_weights_by_file(self.name, self.weights.rsplit("/", 1)[-1]),
         )
 
     @property
@@ -115,16 +126,16 @@ class TorchvisionModel(WeightsFile, SelectedOutput):
         return self.weights is not None and bool(_FILE.search(self.weights))
 
     def _random(self) -> LoadedModel:
-        published = by_name(self.name, "DEFAULT")
+        published = find_weights_by_name(self.name, "DEFAULT")
         arguments: dict[str, Any] = {} if self.num_classes is None else {"num_classes": self.num_classes}
         if self.name in {"googlenet", "inception_v3"}:
             arguments["init_weights"] = True
         module = self._built(arguments, self.seed or 0)
         labels = published.labels if self.num_classes in {None, len(published.labels or ())} else None
-        return self._loaded(module, published.preprocess, labels, state_digest(module))
+        return self._loaded(module, published.preprocess, labels, hash_state_dict(module))
 
-    def _filled(self, data: bytes, place: str, published: Published | None) -> LoadedModel:
-        digest = verified(data, place, self.sha256)
+    def _filled(self, data: bytes, place: str, published: PublishedWeights | None) -> LoadedModel:
+        digest = verify_digest(data, place, self.sha256)
         arguments = dict(published.arguments) if published else {}
         if self.num_classes is not None:
             if arguments.get("num_classes", self.num_classes) != self.num_classes and published:
@@ -134,9 +145,9 @@ class TorchvisionModel(WeightsFile, SelectedOutput):
                 )
             arguments["num_classes"] = self.num_classes
         module = self._built(arguments)
-        with undisturbed():
-            state = parse_state(data, place)
-            fit(
+        with isolated_torch_state():
+            state = parse_state_dict(data, place)
+            load_weights(
                 module,
                 self._renamed(state),
                 where=f"model.weights: {place} does not fit torchvision's {self.name}",
@@ -151,11 +162,13 @@ class TorchvisionModel(WeightsFile, SelectedOutput):
     def _loaded(
         self, module: nn.Module, preprocess: Preprocess | None, labels: tuple[str, ...] | None, digest: str
     ) -> LoadedModel:
-        return LoadedModel(select(module, self.output), preprocess, labels, digest, takes(module))
+        return LoadedModel(select_output(module, self.output), preprocess, labels, digest, detect_input_kind(module))
 
     def _built(self, arguments: dict[str, Any], seed: int = 0) -> nn.Module:
-        with undisturbed(seed):
-            return ready(build_torchvision(self.name, "model.name", arguments | self.arguments), "model.name")
+        with isolated_torch_state(seed):
+            return prepare_for_inference(
+                build_torchvision(self.name, "model.name", arguments | self.arguments), "model.name"
+            )
 
     def _renamed(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The state as today's architecture, built for inference, knows it."""

@@ -21,14 +21,14 @@ from batchjob.preprocessing.settings import Preprocess
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
 
-__all__ = ["Published", "by_file", "by_name", "fetch", "preset"]
+__all__ = ["PublishedWeights", "convert_preset", "fetch_weights", "find_weights_by_file", "find_weights_by_name"]
 
 _log = logging.getLogger(__name__)
 _CONNECT_SECONDS = 10
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedWeights:
     """One set of weights that torchvision publishes.
 
     Attributes:
@@ -46,11 +46,11 @@ class Published:
     arguments: dict[str, Any]
 
     @property
-    def file(self) -> str:
+    def file_name(self) -> str:
         return self.url.rsplit("/", 1)[1]
 
 
-def by_name(model: str, weights: str) -> Published:
+def find_weights_by_name(model: str, weights: str) -> PublishedWeights:
     """`DEFAULT`, `IMAGENET1K_V2` or `ResNet50_Weights.IMAGENET1K_V2` of one model. Raises InvalidJob (which exist)."""
     from torchvision.models import get_model_weights
 
@@ -64,15 +64,15 @@ def by_name(model: str, weights: str) -> Published:
     raise InvalidJob(f"model.weights: torchvision's {model} has no weights {weights!r}; {hint} A file has a '/' in it")
 
 
-def by_file(model: str, file: str) -> Published | None:
+def find_weights_by_file(model: str, file: str) -> PublishedWeights | None:
     """The published weights of `model` that come in a file of this name, if any."""
     from torchvision.models import get_model_weights
 
     found = (_published(model, member) for member in get_model_weights(model))
-    return next((weights for weights in found if weights.file == file), None)
+    return next((weights for weights in found if weights.file_name == file), None)
 
 
-def _published(model: str, member: Any) -> Published:
+def _published(model: str, member: Any) -> PublishedWeights:
     labels = member.meta.get("categories")
     arguments: dict[str, Any] = {"num_classes": len(labels)} if labels else {}
     if model in {"googlenet", "inception_v3"}:
@@ -82,10 +82,12 @@ def _published(model: str, member: Any) -> Published:
     elif model.startswith("maxvit"):
         arguments["input_size"] = tuple(member.meta["min_size"])
     name = f"{type(member).__name__}.{member.name}"
-    return Published(name, member.url, preset(member.transforms()), tuple(labels) if labels else None, arguments)
+    return PublishedWeights(
+        name, member.url, convert_preset(member.transforms()), tuple(labels) if labels else None, arguments
+    )
 
 
-def preset(transforms: Any) -> Preprocess | None:
+def convert_preset(transforms: Any) -> Preprocess | None:
     """What a torchvision preset (`weights.transforms()`) does, as settings; None for those that do anything else.
 
     Presets of classification, detection (which leave everything to the model) and segmentation (which make images of
@@ -119,7 +121,7 @@ def _size(size: list[Any]) -> int | tuple[int, int]:
     return int(inner) if isinstance(inner, int) else (int(inner[0]), int(inner[-1]))
 
 
-def fetch(weights: Published, reader: Reader, mirror: str | None) -> tuple[bytes, str]:
+def fetch_weights(weights: PublishedWeights, reader: Reader, mirror: str | None) -> tuple[bytes, str]:
     """The file's bytes and where they came from: the mirror where there is one, else torch's cache, else the web.
 
     Raises:
@@ -129,10 +131,10 @@ def fetch(weights: Published, reader: Reader, mirror: str | None) -> tuple[bytes
     import torch
 
     if mirror is not None:
-        place = f"{mirror.rstrip('/')}/{weights.file}"
+        place = f"{mirror.rstrip('/')}/{weights.file_name}"
         data = read_file(reader, place, f"model.mirror, for {weights.name} as published at {weights.url}")
         return _verified(data, weights, place), place
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.file
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.file_name
     if cached.is_file():
         return _verified(cached.read_bytes(), weights, str(cached)), str(cached)
     data = _verified(_download(weights, cached.parent), weights, weights.url)
@@ -140,21 +142,22 @@ def fetch(weights: Published, reader: Reader, mirror: str | None) -> tuple[bytes
     return data, weights.url
 
 
-def _verified(data: bytes, weights: Published, place: str) -> bytes:
+def _verified(data: bytes, weights: PublishedWeights, place: str) -> bytes:
     """Published names end in the first digits of their content's sha256."""
-    said = re.search(r"-([0-9a-f]{8,})\.", weights.file)
+    said = re.search(r"-([0-9a-f]{8,})\.", weights.file_name)
     found = hashlib.sha256(data).hexdigest()
     if said and not found.startswith(said[1]):
         raise InvalidJob(
-            f"{place} is not what torchvision published as {weights.file}: its sha256 starts {found[: len(said[1])]}; "
+            f"{place} is not what torchvision published as {weights.file_name}: its sha256 starts "
+            f"{found[: len(said[1])]}; "
             f"copy it again from {weights.url}"
         )
     return data
 
 
-def _download(weights: Published, cache: Path) -> bytes:
+def _download(weights: PublishedWeights, cache: Path) -> bytes:
     """Own loop and not torch.hub's: that waits for ever on a network that swallows packets, and prints to stdout."""
-    wanted = f"the weights {weights.name} ({weights.file}) are not in {cache} and cannot be had from {weights.url}"
+    wanted = f"the weights {weights.name} ({weights.file_name}) are not in {cache} and cannot be had from {weights.url}"
     advice = "fetch the file elsewhere and set model.mirror to the folder that holds it, or model.weights to its path"
     try:
         with urlopen(weights.url, timeout=_CONNECT_SECONDS) as answer:  # noqa: S310 - torchvision's own https

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field, StringConstraints
 
 from batchjob.errors import InvalidJob
-from batchjob.models.file_format import Kind, expect
-from batchjob.models.output_selection import SelectedOutput
-from batchjob.models.weights import read_file, stat_file
+from batchjob.models.file_format import FileFormat, require_format
+from batchjob.models.output_selection import OutputSelection
+from batchjob.models.weights import check_file_exists, read_file
 from batchjob.settings import Settings, Uri
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
 
-__all__ = ["CodeFile", "CodeModel", "WeightsFile", "verified"]
+__all__ = ["CodeFile", "TrustedFileModel", "WeightsFile", "verify_digest"]
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$")]
 
@@ -41,7 +41,7 @@ class CodeFile(WeightsFile):
 
     trust: bool = Field(default=False)
 
-    def trusted(self, data: bytes, uri: str, what: str) -> str:
+    def require_trust(self, data: bytes, uri: str, what: str) -> str:
         """The file's digest, once the job has named and trusted it.
 
         Args:
@@ -53,7 +53,7 @@ class CodeFile(WeightsFile):
             InvalidJob: `trust` or `sha256` is missing (the sentence gives the digest), or the digest is another.
         """
         if self.trust and self.sha256 is not None:
-            return verified(data, uri, self.sha256)
+            return verify_digest(data, uri, self.sha256)
         found = hashlib.sha256(data).hexdigest()
         raise InvalidJob(
             f"model.weights: {uri} is {what}, which is code that runs when it is loaded; if you trust its author, "
@@ -61,7 +61,7 @@ class CodeFile(WeightsFile):
         )
 
 
-def verified(data: bytes, uri: str, sha256: str | None, key: str = "model.weights") -> str:
+def verify_digest(data: bytes, uri: str, sha256: str | None, key: str = "model.weights") -> str:
     """Hex sha256 of a file. Raises InvalidJob where the job names another."""
     found = hashlib.sha256(data).hexdigest()
     if sha256 is not None and found != sha256.lower():
@@ -72,7 +72,7 @@ def verified(data: bytes, uri: str, sha256: str | None, key: str = "model.weight
     return found
 
 
-class CodeModel(CodeFile, SelectedOutput):
+class TrustedFileModel(CodeFile, OutputSelection):
     """Settings of a model that is one file of code.
 
     Attributes:
@@ -80,8 +80,8 @@ class CodeModel(CodeFile, SelectedOutput):
     """
 
     weights: Uri
-    what: ClassVar[str]
-    kinds: ClassVar[tuple[Kind, ...]]
+    format_name: ClassVar[str]
+    accepted_formats: ClassVar[tuple[FileFormat, ...]]
 
     @property
     def title(self) -> str:
@@ -95,11 +95,11 @@ class CodeModel(CodeFile, SelectedOutput):
 
     def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - one face for all formats
         """Looks without torch whether the file is there and trusted. Raises InvalidJob, Unavailable."""
-        stat_file(reader, self.weights, "model.weights")
+        check_file_exists(reader, self.weights, "model.weights")
         if not self.trust or self.sha256 is None:
-            self.read(reader)  # it will be refused; read, so that the sentence can give its digest
+            self.read_trusted(reader)  # it will be refused; read, so that the sentence can give its digest
 
-    def read(self, reader: Reader) -> tuple[bytes, str, Kind]:
+    def read_trusted(self, reader: Reader) -> tuple[bytes, str, FileFormat]:
         """The file, its digest and its kind; of none that is not trusted.
 
         Raises:
@@ -107,8 +107,8 @@ class CodeModel(CodeFile, SelectedOutput):
             Unavailable: the store cannot be reached.
         """
         data = read_file(reader, self.weights, "model.weights")
-        digest = verified(data, self.weights, self.sha256)
-        kind = expect(data, self.where, *self.kinds, wish=self.what)
+        digest = verify_digest(data, self.weights, self.sha256)
+        kind = require_format(data, self.where, *self.accepted_formats, expected=self.format_name)
         if not self.trust or self.sha256 is None:
-            self.trusted(data, self.weights, self.what)
+            self.require_trust(data, self.weights, self.format_name)
         return data, digest, kind

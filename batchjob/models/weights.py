@@ -10,7 +10,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from batchjob.errors import InvalidJob, NotFound, StorageError
-from batchjob.models.file_format import expect
+from batchjob.models.file_format import require_format
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from batchjob.storage.reader import Reader
 
-__all__ = ["fit", "parse_state", "read_file", "stat_file", "state_digest"]
+__all__ = ["check_file_exists", "hash_state_dict", "load_weights", "parse_state_dict", "read_file"]
 
 _log = logging.getLogger(__name__)
 _NESTS = ("state_dict", "model_state_dict", "model")
@@ -39,7 +39,7 @@ def read_file(reader: Reader, uri: str, key: str) -> bytes:
     return data
 
 
-def stat_file(reader: Reader, uri: str, key: str) -> None:
+def check_file_exists(reader: Reader, uri: str, key: str) -> None:
     """Raises InvalidJob where the file is not there; reads none of it."""
     try:
         reader.stat(uri)
@@ -53,7 +53,7 @@ def _absent(error: StorageError, uri: str, key: str) -> InvalidJob:
     return InvalidJob(f"{key}: {uri} cannot be read: {error.message}")
 
 
-def parse_state(data: bytes, uri: str, key: str = "model.weights") -> dict[str, torch.Tensor]:
+def parse_state_dict(data: bytes, uri: str, key: str = "model.weights") -> dict[str, torch.Tensor]:
     """The state dict in a file of torch's format or safetensors, told apart by content.
 
     Nested under `state_dict`, `model_state_dict` or `model` it is taken from there. Tensors are on the CPU.
@@ -62,7 +62,7 @@ def parse_state(data: bytes, uri: str, key: str = "model.weights") -> dict[str, 
         InvalidJob: not such a file, broken, holding code, or holding no state dict.
     """
     where = f"{key}: {uri}"
-    kind = expect(data, where, "state", "safetensors", "module", "unknown", wish="a state dict")
+    kind = require_format(data, where, "state", "safetensors", "module", "unknown", expected="a state dict")
     content = _from_safetensors(data, where) if kind == "safetensors" else _from_torch(data, where)
     return _unnest(content, where)
 
@@ -144,7 +144,9 @@ class _Stated(dict[str, Any]):
         self._metadata = dict(metadata)
 
 
-def fit(module: nn.Module, state: Mapping[str, torch.Tensor], *, where: str, advice: str, strict: bool = True) -> None:
+def load_weights(
+    module: nn.Module, state: Mapping[str, torch.Tensor], *, where: str, advice: str, strict: bool = True
+) -> None:
     """Copies `state` into `module`; prefixes that wrappers leave (`module.`, `_orig_mod.`) are stripped.
 
     Args:
@@ -242,7 +244,7 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(listed[:_SHOWN]) + more if listed else "none"
 
 
-def state_digest(module: nn.Module) -> str:
+def hash_state_dict(module: nn.Module) -> str:
     """Hex sha256 over names, types, shapes and values of parameters and persistent buffers."""
     import torch
 

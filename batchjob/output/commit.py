@@ -9,23 +9,33 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchjob.concurrency import side_by_side
+from batchjob.concurrency import parallel_map
 from batchjob.errors import (
     AlreadyExists,
     AttemptFailed,
     BatchjobError,
-    Changed,
     CheckFailed,
     NotFound,
+    PreconditionFailed,
     Temporary,
     Unavailable,
 )
-from batchjob.output.provenance import Provenance
-from batchjob.storage.objects import Stat
+from batchjob.output.provenance import PartFooter
+from batchjob.storage.objects import ObjectInfo
 from batchjob.storage.store import Store
 from batchjob.types import ShardKey
 
-__all__ = ["SUCCESS", "Commit", "check_owner", "commit", "delete_all", "inspect", "inspect_all", "parts", "replace"]
+__all__ = [
+    "SUCCESS",
+    "CommitResult",
+    "check_owner",
+    "commit_part",
+    "commit_replacement",
+    "delete_objects",
+    "list_parts",
+    "read_footer",
+    "read_footers",
+]
 
 SUCCESS = "_SUCCESS"
 _FOOTER_BYTES = 1 << 16
@@ -33,15 +43,17 @@ _LOOKS = 4
 
 
 @dataclass(frozen=True)
-class Commit:
+class CommitResult:
     """How a commit ended: the part that stands, and whether it is this attempt's."""
 
-    stat: Stat
-    provenance: Provenance
+    info: ObjectInfo
+    footer: PartFooter
     ours: bool
 
 
-def commit(store: Store, key: ShardKey, path: Path, provenance: Provenance, wanted: Callable[[], None]) -> Commit:
+def commit_part(
+    store: Store, key: ShardKey, path: Path, footer: PartFooter, raise_if_discarded: Callable[[], None]
+) -> CommitResult:
     """Make the part at `path` the shard's: one create-if-absent PUT, and a look whenever the answer is in doubt.
 
     Args:
@@ -55,41 +67,41 @@ def commit(store: Store, key: ShardKey, path: Path, provenance: Provenance, want
     """
     doubt: Exception | None = None
     for _ in range(_LOOKS):
-        wanted()
+        raise_if_discarded()
         try:
-            stat = store.put_if_absent(key.part, path)
+            stat = store.put_if_absent(key.part_key, path)
         except (AlreadyExists, Unavailable) as error:
             doubt = error
         else:
-            return _kept(store, key, Commit(stat, provenance, ours=True), wanted)
+            return _kept(store, key, CommitResult(stat, footer, ours=True), raise_if_discarded)
         try:
-            found, stat = inspect(store, key.part), store.stat(key.part)
+            found, stat = read_footer(store, key.part_key), store.stat(key.part_key)
         except NotFound:
             continue  # a 409 with nothing stored, or a PUT that never arrived
-        check_owner(store, key, found, provenance)
-        return _kept(store, key, Commit(stat, found, ours=found.attempt == provenance.attempt), wanted)
+        check_owner(store, key, found, footer)
+        return _kept(store, key, CommitResult(stat, found, ours=found.attempt == footer.attempt), raise_if_discarded)
     if isinstance(doubt, Unavailable):
         raise doubt
     raise AttemptFailed(
-        f"{store.uri}/{key.part}: the store answers 'exists' to each of {_LOOKS} PUTs and shows nothing; run again"
+        f"{store.uri}/{key.part_key}: the store answers 'exists' to each of {_LOOKS} PUTs and shows nothing; run again"
     )
 
 
-def _kept(store: Store, key: ShardKey, made: Commit, wanted: Callable[[], None]) -> Commit:
+def _kept(store: Store, key: ShardKey, made: CommitResult, wanted: Callable[[], None]) -> CommitResult:
     """The same; the part of a plan that is discarded by now is deleted, and what `wanted` raises is raised."""
     try:
         wanted()
     except Unavailable:
         pass  # whoever meets such a part deletes it
     except BatchjobError:
-        store.delete(key.part)
+        store.delete(key.part_key)
         raise
     return made
 
 
-def replace(
-    store: Store, key: ShardKey, path: Path, provenance: Provenance, version: str, wanted: Callable[[], None]
-) -> Commit:
+def commit_replacement(
+    store: Store, key: ShardKey, path: Path, footer: PartFooter, version: str, raise_if_discarded: Callable[[], None]
+) -> CommitResult:
     """Put the part at `path` in place of an older revision: only that very version of it is replaced.
 
     After a doubtful answer the part is there if its revision is, be it this attempt's or a rival's.
@@ -108,25 +120,25 @@ def replace(
     doubt: Exception | None = None
     for _ in range(_LOOKS):
         _check_open(store)
-        wanted()
+        raise_if_discarded()
         try:
-            return Commit(store.replace_if_match(key.part, path, version), provenance, ours=True)
-        except (Changed, Unavailable) as error:
+            return CommitResult(store.replace_if_match(key.part_key, path, version), footer, ours=True)
+        except (PreconditionFailed, Unavailable) as error:
             doubt = error
         try:
-            found, stat = inspect(store, key.part), store.stat(key.part)
+            found, stat = read_footer(store, key.part_key), store.stat(key.part_key)
         except NotFound as error:
-            wanted()
-            raise AttemptFailed(f"{store.uri}/{key.part} is gone; run again to make it anew") from error
-        check_owner(store, key, found, provenance)
-        if found.revision >= provenance.revision:
-            return Commit(stat, found, ours=found.attempt == provenance.attempt)
+            raise_if_discarded()
+            raise AttemptFailed(f"{store.uri}/{key.part_key} is gone; run again to make it anew") from error
+        check_owner(store, key, found, footer)
+        if found.revision >= footer.revision:
+            return CommitResult(stat, found, ours=found.attempt == footer.attempt)
         if stat.version != version:
-            raise AttemptFailed(f"{store.uri}/{key.part} was changed while it was being retried; run again")
+            raise AttemptFailed(f"{store.uri}/{key.part_key} was changed while it was being retried; run again")
     if isinstance(doubt, Unavailable):
         raise doubt
     raise AttemptFailed(
-        f"{store.uri}/{key.part}: the store refuses each of {_LOOKS} PUTs and shows no other writer; run again"
+        f"{store.uri}/{key.part_key}: the store refuses each of {_LOOKS} PUTs and shows no other writer; run again"
     )
 
 
@@ -139,16 +151,16 @@ def _check_open(store: Store) -> None:
     raise Temporary(f"{store.uri}: another driver has finished it meanwhile; retry again for what is still failed")
 
 
-def check_owner(store: Store, key: ShardKey, found: Provenance, wanted: Provenance) -> None:
+def check_owner(store: Store, key: ShardKey, found: PartFooter, expected: PartFooter) -> None:
     """Raises CheckFailed where the part that was found is not of this plan and shard."""
-    if (found.plan, found.shard) != (wanted.plan, wanted.shard):
+    if (found.plan, found.shard) != (expected.plan, expected.shard):
         raise CheckFailed(
-            f"{store.uri}/{key.part} holds shard {found.shard} of plan {found.plan}, not {wanted.shard} of "
-            f"{wanted.plan}: someone else writes here; find out who before running again"
+            f"{store.uri}/{key.part_key} holds shard {found.shard} of plan {found.plan}, not {expected.shard} of "
+            f"{expected.plan}: someone else writes here; find out who before running again"
         )
 
 
-def inspect(store: Store, key: str) -> Provenance:
+def read_footer(store: Store, key: str) -> PartFooter:
     """The provenance in a part's footer.
 
     Raises:
@@ -163,23 +175,23 @@ def inspect(store: Store, key: str) -> Provenance:
         if needed > len(tail):
             tail = store.read_tail(key, needed)
         metadata = pq.read_metadata(pa.BufferReader(tail)).metadata or {}
-        return Provenance.parse(metadata[Provenance.KEY.encode()])
+        return PartFooter.from_json(metadata[PartFooter.KEY.encode()])
     except (pa.ArrowException, KeyError, ValueError, TypeError, OSError) as error:
         raise CheckFailed(f"{store.uri}/{key} was not written by batchjob ({error}); remove it from there") from error
 
 
-def parts(store: Store) -> dict[str, Stat]:
+def list_parts(store: Store) -> dict[str, ObjectInfo]:
     """What lies in `predictions/`, by key."""
     return {stat.uri: stat for stat in store.list("predictions/")}
 
 
-def inspect_all(
-    store: Store, keys: Iterable[str], meanwhile: Callable[[], object] = lambda: None
-) -> Iterator[tuple[str, Provenance]]:
+def read_footers(
+    store: Store, keys: Iterable[str], heartbeat: Callable[[], object] = lambda: None
+) -> Iterator[tuple[str, PartFooter]]:
     """Footers of many parts, read side by side, in the order asked; `meanwhile` is called all along. See `inspect`."""
-    return side_by_side(lambda key: (key, inspect(store, key)), keys, meanwhile)
+    return parallel_map(lambda key: (key, read_footer(store, key)), keys, heartbeat)
 
 
-def delete_all(store: Store, keys: Iterable[str], meanwhile: Callable[[], object] = lambda: None) -> int:
+def delete_objects(store: Store, keys: Iterable[str], heartbeat: Callable[[], object] = lambda: None) -> int:
     """Delete objects side by side, calling `meanwhile` all along; how many there were. Raises Unavailable."""
-    return sum(1 for _ in side_by_side(store.delete, keys, meanwhile))
+    return sum(1 for _ in parallel_map(store.delete, keys, heartbeat))

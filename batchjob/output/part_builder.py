@@ -18,29 +18,29 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchjob.concurrency import Threads
-from batchjob.errors import BatchjobError, as_ours
+from batchjob.concurrency import DaemonThreadPool
+from batchjob.errors import BatchjobError, as_batchjob_error
 from batchjob.output import commit, retry
-from batchjob.output.part_writer import PartWriter, rows
-from batchjob.output.provenance import Provenance, ShardResult
-from batchjob.output.scratch import no_room
-from batchjob.preprocessing.geometry import Frame
+from batchjob.output.part_writer import PartWriter, build_rows
+from batchjob.output.provenance import PartFooter, ShardResult
+from batchjob.output.scratch import as_disk_full_error
+from batchjob.preprocessing.geometry import ImageGeometry
 from batchjob.storage.store import Store
 from batchjob.tasks.postprocess import Postprocess
-from batchjob.types import Batch, Fault, ImageFacts, Predicted, Shard, Watch, spent
-from batchjob.worker.messages import Done, Event, Failed
-from batchjob.worker.watchdog import Stopwatch
+from batchjob.types import Batch, ErrorRecord, ImageInfo, Prediction, Shard, TimingSink, record_timing
+from batchjob.worker.messages import ShardCommitted, ShardFailed, WorkerEvent
+from batchjob.worker.watchdog import Watchdog
 
-__all__ = ["Assembly", "Imprint"]
+__all__ = ["PartBuilder", "PartMetadata"]
 
 _BATCHES_WAITING = 2
 _COMMITS_PENDING = 2
 _RECORDED = ("batchjob", "torch", "torchvision", "pyarrow", "pillow")
-Frames = Callable[[ImageFacts], Frame]
+GetGeometry = Callable[[ImageInfo], ImageGeometry]
 
 
 @dataclass(frozen=True)
-class Imprint:
+class PartMetadata:
     """What every row and every footer of this worker says.
 
     Attributes:
@@ -51,26 +51,26 @@ class Imprint:
         schema: of every part.
     """
 
-    plan: str
+    plan_id: str
     fingerprint: str
-    model: str
+    model_digest: str
     model_id: str
-    recipe: str
+    execution_config: str
     schema: pa.Schema
 
 
 @dataclass(frozen=True)
-class _Item:
+class _QueuedBatch:
     """One batch on its way into its part."""
 
     shard: Shard
     batch: Batch
-    predicted: Predicted | None
+    predicted: Prediction | None
     seconds: float
     last: bool
 
 
-class Assembly:
+class PartBuilder:
     """Takes batches in the order they were predicted; tells what became of each shard.
 
     Args:
@@ -89,27 +89,29 @@ class Assembly:
         self,
         *,
         store: Store,
-        spool: Path,
-        imprint: Imprint,
-        post: Postprocess,
-        frames: Frames,
-        wanted: Callable[[], None],
-        tell: Callable[[Event], None],
-        watch: Watch = lambda span: None,
-        stopwatch: Stopwatch | None = None,
+        scratch_folder: Path,
+        metadata: PartMetadata,
+        postprocess: Postprocess,
+        get_geometry: GetGeometry,
+        raise_if_discarded: Callable[[], None],
+        on_event: Callable[[WorkerEvent], None],
+        timing_sink: TimingSink = lambda span: None,
+        watchdog: Watchdog | None = None,
     ) -> None:
-        self._stopwatch = stopwatch or Stopwatch()
-        self._store, self._spool, self._imprint, self._post = store, spool, imprint, post
-        self._frames, self._wanted, self._tell, self._watch = frames, wanted, tell, watch
-        self._drafts: dict[int, _Draft] = {}
+        self._stopwatch = watchdog or Watchdog()
+        self._store, self._spool, self._imprint, self._post = store, scratch_folder, metadata, postprocess
+        self._frames, self._wanted, self._tell, self._watch = get_geometry, raise_if_discarded, on_event, timing_sink
+        self._drafts: dict[int, _PartInProgress] = {}
         self._failed: set[int] = set()
-        self._waiting: queue.Queue[_Item | Callable[[], None] | None] = queue.Queue(_BATCHES_WAITING)
+        self._waiting: queue.Queue[_QueuedBatch | Callable[[], None] | None] = queue.Queue(_BATCHES_WAITING)
         self._room = threading.Semaphore(_COMMITS_PENDING)
-        self._committer = Threads(1, "commit")
+        self._committer = DaemonThreadPool(1, "commit")
         self._thread = threading.Thread(target=self._work, name="assembly", daemon=True)
         self._thread.start()
 
-    def add(self, shard: Shard, batch: Batch, predicted: Predicted | None, *, seconds: float, last: bool) -> None:
+    def add(
+        self, shard: Shard, batch: Batch, prediction: Prediction | None, *, forward_seconds: float, is_last: bool
+    ) -> None:
         """The next batch of a shard; waits while others are still in the queue.
 
         Args:
@@ -119,19 +121,19 @@ class Assembly:
             seconds: that the prediction took here.
             last: no more of this shard will come.
         """
-        self._waiting.put(_Item(shard, batch, predicted, seconds, last))
+        self._waiting.put(_QueuedBatch(shard, batch, prediction, forward_seconds, is_last))
 
-    def add_empty(self, shard: Shard) -> None:
+    def add_empty_shard(self, shard: Shard) -> None:
         """A shard of no images."""
         self._waiting.put(lambda: self._begin_empty(shard))
 
-    def fail(self, shard: Shard, error: BatchjobError) -> None:
+    def fail_attempt(self, shard: Shard, error: BatchjobError) -> None:
         """This attempt has ended; it is told once."""
         self._waiting.put(lambda: self._drop(shard, error))
 
-    def failed(self, take: int) -> bool:
+    def has_failed(self, attempt: int) -> bool:
         """Whether the attempt of that number has ended without a part, as far as is known here by now."""
-        return take in self._failed
+        return attempt in self._failed
 
     def close(self) -> None:
         """Finish what was added, commits included."""
@@ -139,22 +141,22 @@ class Assembly:
         self._thread.join()
         for _ in range(_COMMITS_PENDING):
             self._room.acquire()
-        self._committer.leave()
+        self._committer.shutdown()
 
     # -- in the thread -----------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         while (item := self._waiting.get()) is not None:
-            if isinstance(item, _Item):
+            if isinstance(item, _QueuedBatch):
                 self._advance(item)
             else:
                 item()
         for draft in self._drafts.values():
             draft.give_up()
 
-    def _advance(self, item: _Item) -> None:
+    def _advance(self, item: _QueuedBatch) -> None:
         """One batch further. What is still to come of an attempt that has failed is passed over."""
-        take = item.shard.take
+        take = item.shard.attempt_number
         if take in self._failed:
             return
         try:
@@ -166,60 +168,62 @@ class Assembly:
         if item.last:
             self._seal(self._drafts.pop(take))
 
-    def _draft(self, shard: Shard) -> _Draft:
-        if shard.take not in self._drafts:
-            self._drafts[shard.take] = _Draft(self._spool, shard, self._imprint.schema)
-        return self._drafts[shard.take]
+    def _draft(self, shard: Shard) -> _PartInProgress:
+        if shard.attempt_number not in self._drafts:
+            self._drafts[shard.attempt_number] = _PartInProgress(self._spool, shard, self._imprint.schema)
+        return self._drafts[shard.attempt_number]
 
     def _drop(self, shard: Shard, error: BatchjobError) -> None:
         """No more of this attempt."""
-        if shard.take in self._failed:
+        if shard.attempt_number in self._failed:
             return
-        self._failed.add(shard.take)
-        if (draft := self._drafts.pop(shard.take, None)) is not None:
+        self._failed.add(shard.attempt_number)
+        if (draft := self._drafts.pop(shard.attempt_number, None)) is not None:
             draft.give_up()
-        self._tell(Failed(shard.key, error))
+        self._tell(ShardFailed(shard.key, error))
 
-    def _enter(self, draft: _Draft, item: _Item) -> None:
+    def _enter(self, draft: _PartInProgress, item: _QueuedBatch) -> None:
         """Rows of one batch into the part."""
-        draft.spend(item.batch.seconds)
+        draft.spend(item.batch.stage_seconds)
         columns: list[pa.Array] = []
-        faults: list[Fault | None] = []
+        faults: list[ErrorRecord | None] = []
         began = time.perf_counter()
         if item.predicted is not None:
             predicted = item.predicted.wait()
-            frames = [self._frames(fact) for fact in item.batch.facts if fact.fault is None]
+            frames = [self._frames(fact) for fact in item.batch.image_infos if fact.error is None]
             began, waited = time.perf_counter(), time.perf_counter() - began
             draft.spend({"forward": item.seconds + waited})
             columns, faults = self._outcome(predicted, frames)
-        made = rows(
+        made = build_rows(
             self._imprint.schema,
             shard=draft.shard,
             start=item.batch.start,
-            facts=item.batch.facts,
+            image_infos=item.batch.image_infos,
             columns=columns,
-            faults=faults,
-            run_id=self._imprint.plan,
+            error_records=faults,
+            run_id=self._imprint.plan_id,
             model_id=self._imprint.model_id,
         )
         draft.writer.add(made)
-        if self._post.truths:
-            draft.truth.update(self._post.tally(made.filter(pc.is_null(made.column("error_stage")))))
-        draft.spend({"write": spent(self._watch, "write", began, made.num_rows)})
+        if self._post.truth_columns:
+            draft.truth.update(self._post.sum_metrics(made.filter(pc.is_null(made.column("error_stage")))))
+        draft.spend({"write": record_timing(self._watch, "write", began, made.num_rows)})
 
-    def _outcome(self, predicted: Predicted, frames: Sequence[Frame]) -> tuple[list[pa.Array], list[Fault | None]]:
+    def _outcome(
+        self, predicted: Prediction, frames: Sequence[ImageGeometry]
+    ) -> tuple[list[pa.Array], list[ErrorRecord | None]]:
         """The task's columns and faults, a row for each image, in the batch's order."""
         order: list[int] = []
         parts: list[list[pa.Array]] = []
-        found: list[Fault | None] = []
-        for piece in predicted.pieces:
+        found: list[ErrorRecord | None] = []
+        for piece in predicted.outputs:
             order += piece.rows
             parts.append(self._post.columns(piece.tensors, [frames[row] for row in piece.rows]))
-            found += self._post.faults(piece.tensors)
-        if predicted.lost:
-            order += predicted.lost
-            parts.append([pa.nulls(len(predicted.lost), field.type) for field in self._post.fields])
-            found += predicted.lost.values()
+            found += self._post.find_errors(piece.tensors)
+        if predicted.errors:
+            order += predicted.errors
+            parts.append([pa.nulls(len(predicted.errors), field.type) for field in self._post.fields])
+            found += predicted.errors.values()
         columns = parts[0] if len(parts) == 1 else [pa.concat_arrays(same) for same in zip(*parts, strict=True)]
         if order == sorted(order):
             return columns, found
@@ -228,22 +232,22 @@ class Assembly:
 
     def _begin_empty(self, shard: Shard) -> None:
         try:
-            self._seal(_Draft(self._spool, shard, self._imprint.schema))
+            self._seal(_PartInProgress(self._spool, shard, self._imprint.schema))
         except Exception as error:  # noqa: BLE001 - likewise
-            self._tell(Failed(shard.key, self._fault(error)))
+            self._tell(ShardFailed(shard.key, self._fault(error)))
 
-    def _seal(self, draft: _Draft) -> None:
+    def _seal(self, draft: _PartInProgress) -> None:
         """Finish the part and commit it, beside the next one."""
         self._room.acquire()
         self._committer.submit(partial(self._commit, draft)).add_done_callback(self._committed)
 
-    def _committed(self, future: Future[Event]) -> None:
+    def _committed(self, future: Future[WorkerEvent]) -> None:
         try:
             self._tell(future.result())
         finally:
             self._room.release()
 
-    def _commit(self, draft: _Draft) -> Event:
+    def _commit(self, draft: _PartInProgress) -> WorkerEvent:
         key, began = draft.shard.key, time.perf_counter()
         try:
             with self._stopwatch.step("the end of a part"):
@@ -252,20 +256,22 @@ class Assembly:
             if key.revision:
                 done, examples = retry.replace_part(self._store, key, path, made, self._wanted)
             else:
-                done = commit.commit(self._store, key, path, made, self._wanted)
-            return Done(ShardResult(key, done.provenance, examples if done.ours else {}, done.ours, done.stat.etag))
+                done = commit.commit_part(self._store, key, path, made, self._wanted)
+            return ShardCommitted(
+                ShardResult(key, done.footer, examples if done.ours else {}, done.ours, done.info.etag)
+            )
         except Exception as error:  # noqa: BLE001 - ends this attempt
-            return Failed(key, self._fault(error))
+            return ShardFailed(key, self._fault(error))
         finally:
             with suppress(OSError):  # the spool is swept at the end
                 draft.writer.path.unlink(missing_ok=True)
-            spent(self._watch, "commit", began, len(draft.shard.refs))
+            record_timing(self._watch, "commit", began, len(draft.shard.refs))
 
     def _fault(self, error: Exception) -> BatchjobError:
-        return no_room(error, self._spool) or as_ours(error)
+        return as_disk_full_error(error, self._spool) or as_batchjob_error(error)
 
 
-class _Draft:
+class _PartInProgress:
     """A part in the making: one attempt at one shard."""
 
     def __init__(self, spool: Path, shard: Shard, schema: pa.Schema) -> None:
@@ -287,21 +293,21 @@ class _Draft:
         with suppress(OSError):
             self.writer.path.unlink(missing_ok=True)
 
-    def close(self, imprint: Imprint) -> Provenance:
+    def close(self, imprint: PartMetadata) -> PartFooter:
         """Write the footer; the file is the part, or at a retry the rows that were retried."""
         key, images = self.shard.key, len(self.shard.refs)
         if self.writer.rows != images:
             raise BatchjobError(f"shard {key.index} has {images} images, {self.writer.rows} rows")
         self.spend({"wall": time.perf_counter() - self._began})
-        made = Provenance(
-            plan=imprint.plan,
+        made = PartFooter(
+            plan=imprint.plan_id,
             shard=key.id,
             index=key.index,
             attempt=self.attempt,
             revision=key.revision,
             fingerprint=imprint.fingerprint,
-            model=imprint.model,
-            recipe=imprint.recipe,
+            model=imprint.model_digest,
+            recipe=imprint.execution_config,
             rows=self.writer.rows,
             failed=self.writer.failed,
             errors=self.writer.errors,

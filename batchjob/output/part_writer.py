@@ -11,15 +11,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchjob.errors import BatchjobError, InvalidJob
-from batchjob.output.provenance import Provenance
+from batchjob.output.provenance import PartFooter
 from batchjob.output.schema import _children, _is_untyped
-from batchjob.types import Fault, ImageFacts, Shard
+from batchjob.types import ErrorRecord, ImageInfo, Shard
 
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-__all__ = ["PartWriter", "rows"]
+__all__ = ["PartWriter", "build_rows"]
 
 ROW_GROUP_ROWS = 65_536
 ROW_GROUP_BYTES = 64 * 1024 * 1024
@@ -27,14 +27,14 @@ MESSAGE_LENGTH = 1000
 _DISTINCT = {"id", "uri", "etag", "position"}  # a dictionary of values that never repeat is a second copy
 
 
-def rows(
+def build_rows(
     schema: pa.Schema,
     *,
     shard: Shard,
     start: int,
-    facts: Sequence[ImageFacts],
+    image_infos: Sequence[ImageInfo],
     columns: Sequence[pa.Array],
-    faults: Sequence[Fault | None],
+    error_records: Sequence[ErrorRecord | None],
     run_id: str,
     model_id: str,
 ) -> pa.RecordBatch:
@@ -50,16 +50,16 @@ def rows(
         run_id: of this run.
         model_id: of this model.
     """
-    refs = shard.refs[start : start + len(facts)]
-    if len(refs) != len(facts):
-        raise BatchjobError(f"{len(facts)} rows from {start} on do not lie in a shard of {len(shard.refs)}")
-    final, picked = _settled(facts, faults)
+    refs = shard.refs[start : start + len(image_infos)]
+    if len(refs) != len(image_infos):
+        raise BatchjobError(f"{len(image_infos)} rows from {start} on do not lie in a shard of {len(shard.refs)}")
+    final, picked = _settled(image_infos, error_records)
     values: dict[str, Any] = {
         "position": [ref.position for ref in refs],
         "uri": [ref.uri for ref in refs],
-        "etag": [fact.etag for fact in facts],
-        "width": [fact.width for fact in facts],
-        "height": [fact.height for fact in facts],
+        "etag": [fact.etag for fact in image_infos],
+        "width": [fact.width for fact in image_infos],
+        "height": [fact.height for fact in image_infos],
         "run_id": [run_id] * len(refs),
         "model_id": [model_id] * len(refs),
         "error_stage": [fault and fault.stage for fault in final],
@@ -77,17 +77,17 @@ def rows(
 
 
 def _settled(
-    facts: Sequence[ImageFacts], faults: Sequence[Fault | None]
-) -> tuple[list[Fault | None], list[int | None]]:
+    facts: Sequence[ImageInfo], faults: Sequence[ErrorRecord | None]
+) -> tuple[list[ErrorRecord | None], list[int | None]]:
     """Per row, its fault if any, and else the entry of the task's columns that belongs to it."""
-    loaded = sum(fact.fault is None for fact in facts)
+    loaded = sum(fact.error is None for fact in facts)
     if loaded != len(faults):
         raise BatchjobError(f"{len(faults)} predictions came for {loaded} images")
     entries = enumerate(faults)
-    final: list[Fault | None] = []
+    final: list[ErrorRecord | None] = []
     picked: list[int | None] = []
     for fact in facts:
-        entry, fault = (None, fact.fault) if fact.fault is not None else next(entries)
+        entry, fault = (None, fact.error) if fact.error is not None else next(entries)
         picked.append(entry if fault is None else None)
         final.append(fault)
     return final, picked
@@ -169,18 +169,18 @@ class PartWriter:
         if self._waiting_rows >= self._group_rows or self._waiting_bytes >= ROW_GROUP_BYTES:
             self._flush()
 
-    def close(self, provenance: Provenance) -> None:
+    def close(self, footer: PartFooter) -> None:
         """Write the footer and look at it. Raises BatchjobError where its counts are not the rows' own."""
-        if (provenance.rows, provenance.failed, dict(provenance.errors)) != (self.rows, self.failed, self.errors):
+        if (footer.rows, footer.failed, dict(footer.errors)) != (self.rows, self.failed, self.errors):
             raise BatchjobError(
-                f"the part holds {self.rows} rows and {self.failed} errors, its provenance says {provenance.rows} "
-                f"and {provenance.failed}"
+                f"the part holds {self.rows} rows and {self.failed} errors, its provenance says {footer.rows} "
+                f"and {footer.failed}"
             )
         self._flush()
-        self._writer.add_key_value_metadata({Provenance.KEY: provenance.dump()})
+        self._writer.add_key_value_metadata({PartFooter.KEY: footer.to_json()})
         self._writer.close()
         written = pq.read_metadata(self.path)
-        if written.num_rows != self.rows or written.metadata.get(Provenance.KEY.encode()) is None:
+        if written.num_rows != self.rows or written.metadata.get(PartFooter.KEY.encode()) is None:
             raise BatchjobError(f"the part at {self.path} does not hold what was written to it: is the disk full?")
 
     def abandon(self) -> None:

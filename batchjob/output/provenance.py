@@ -11,11 +11,11 @@ from typing import Any
 
 from batchjob.types import ShardKey
 
-__all__ = ["Provenance", "ShardResult"]
+__all__ = ["PartFooter", "ShardResult"]
 
 
 @dataclass(frozen=True, slots=True)
-class Provenance:
+class PartFooter:
     """What a part's footer says of its making, under one key, as JSON. No hosts, no secrets.
 
     Attributes:
@@ -49,11 +49,11 @@ class Provenance:
 
     KEY = "batchjob"
 
-    def dump(self) -> str:
+    def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
-    def parse(cls, text: str | bytes) -> Provenance:
+    def from_json(cls, text: str | bytes) -> PartFooter:
         """What a later version has added is passed over.
 
         Raises:
@@ -63,7 +63,7 @@ class Provenance:
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in found.items() if name in known})
 
-    def compact(self) -> Provenance:
+    def compact(self) -> PartFooter:
         """The same, holding but once what the parts of a run say alike: a driver keeps one of these a part."""
         return replace(
             self,
@@ -100,7 +100,7 @@ class ShardResult:
     """
 
     key: ShardKey
-    made: Provenance
-    examples: Mapping[str, str]
-    ours: bool
+    footer: PartFooter
+    error_examples: Mapping[str, str]
+    committed_here: bool
     etag: str | None

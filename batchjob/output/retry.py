@@ -13,18 +13,18 @@ import pyarrow.parquet as pq
 
 from batchjob.errors import AttemptFailed, CheckFailed, NotFound
 from batchjob.output import commit, error_rows
-from batchjob.output.commit import Commit
+from batchjob.output.commit import CommitResult
 from batchjob.output.part_writer import PartWriter
-from batchjob.output.provenance import Provenance
+from batchjob.output.provenance import PartFooter
 from batchjob.storage.store import Store
 from batchjob.types import ImageRef, Shard, ShardKey
 
-__all__ = ["outstanding", "replace_part"]
+__all__ = ["replace_part", "select_error_rows"]
 
 _ROWS_AT_ONCE = 8192
 
 
-def outstanding(store: Store, shard: Shard, limit: int | None = None) -> Shard:
+def select_error_rows(store: Store, shard: Shard, max_bytes: int | None = None) -> Shard:
     """The shard cut down to the images whose rows hold an error, to be read as they are by now.
 
     There are none where the part has the revision already that is to be made: another attempt was quicker.
@@ -40,16 +40,18 @@ def outstanding(store: Store, shard: Shard, limit: int | None = None) -> Shard:
     """
     key = shard.key
     with _steady(store, key):
-        made = commit.inspect(store, key.part)
-        failed = error_rows.error_positions(store, key.part) if made.revision < key.revision else frozenset[int]()
+        made = commit.read_footer(store, key.part_key)
+        failed = (
+            error_rows.read_error_positions(store, key.part_key) if made.revision < key.revision else frozenset[int]()
+        )
     kept = [row for row, ref in enumerate(shard.refs) if ref.position in failed]
-    refs = tuple(_untagged(shard.refs[row], limit) for row in kept)
+    refs = tuple(_untagged(shard.refs[row], max_bytes) for row in kept)
     return replace(shard, refs=refs, passthrough=shard.passthrough.take(kept))
 
 
 def replace_part(
-    store: Store, key: ShardKey, retried: Path, made: Provenance, wanted: Callable[[], None]
-) -> tuple[Commit, dict[str, str]]:
+    store: Store, key: ShardKey, retried_rows: Path, footer: PartFooter, raise_if_discarded: Callable[[], None]
+) -> tuple[CommitResult, dict[str, str]]:
     """Replace the shard's part by one in which the retried rows stand in the place of the error rows.
 
     Args:
@@ -65,28 +67,30 @@ def replace_part(
         AttemptFailed: the part is gone, or its error rows are others than those that were retried.
         BatchjobError: see `ledger.replace`.
     """
-    old, new = retried.with_suffix(".old"), retried.with_suffix(".new")
+    old, new = retried_rows.with_suffix(".old"), retried_rows.with_suffix(".new")
     try:
         version, stands = _fetched(store, key, old)
-        commit.check_owner(store, key, stands, made)
+        commit.check_owner(store, key, stands, footer)
         if stands.revision >= key.revision:
-            return Commit(store.stat(key.part), stands, ours=False), {}
-        with PartWriter(new, pq.read_schema(retried).remove_metadata()) as writer:
-            for batch in _merged(store, key, old, pq.read_table(retried)):
+            return CommitResult(store.stat(key.part_key), stands, ours=False), {}
+        with PartWriter(new, pq.read_schema(retried_rows).remove_metadata()) as writer:
+            for batch in _merged(store, key, old, pq.read_table(retried_rows)):
                 writer.add(batch)
             whole = replace(
-                made,
+                footer,
                 rows=writer.rows,
                 failed=writer.failed,
                 errors=dict(writer.errors),
-                seconds=_summed(stands.seconds, made.seconds),
-                truth=_summed(stands.truth, made.truth),
-                recipe=_both(stands.recipe, made.recipe),
+                seconds=_summed(stands.seconds, footer.seconds),
+                truth=_summed(stands.truth, footer.truth),
+                recipe=_both(stands.recipe, footer.recipe),
             )
             if whole.rows != key.rows:
-                raise AttemptFailed(f"{store.uri}/{key.part} would have {whole.rows} rows, not {key.rows}; run again")
+                raise AttemptFailed(
+                    f"{store.uri}/{key.part_key} would have {whole.rows} rows, not {key.rows}; run again"
+                )
             writer.close(whole)
-        return commit.replace(store, key, new, whole, version, wanted), writer.examples
+        return commit.commit_replacement(store, key, new, whole, version, raise_if_discarded), writer.examples
     finally:
         for path in (old, new):
             with suppress(OSError):  # the spool is swept at the end
@@ -99,17 +103,17 @@ def _untagged(ref: ImageRef, limit: int | None) -> ImageRef:
     return replace(ref, size=ref.size if known else None, etag=None)
 
 
-def _fetched(store: Store, key: ShardKey, path: Path) -> tuple[str, Provenance]:
+def _fetched(store: Store, key: ShardKey, path: Path) -> tuple[str, PartFooter]:
     """The part as it stands, read at once into a local file; its version and its footer."""
     try:
-        blob = store.read(key.part)
+        blob = store.read(key.part_key)
     except NotFound as error:
-        raise AttemptFailed(f"{store.uri}/{key.part} is gone; run again to make it anew") from error
+        raise AttemptFailed(f"{store.uri}/{key.part_key} is gone; run again to make it anew") from error
     path.write_bytes(blob.data)
     try:
-        stands = Provenance.parse((pq.read_metadata(path).metadata or {})[Provenance.KEY.encode()])
+        stands = PartFooter.from_json((pq.read_metadata(path).metadata or {})[PartFooter.KEY.encode()])
     except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
-        raise error_rows.damaged(store, key.part, error) from error
+        raise error_rows.damaged_part_error(store, key.part_key, error) from error
     return blob.version or "", stands
 
 
@@ -136,7 +140,7 @@ def _positions(batch: pa.RecordBatch) -> list[int]:
 
 
 def _other_rows(store: Store, key: ShardKey) -> AttemptFailed:
-    return AttemptFailed(f"{store.uri}/{key.part} holds other error rows than those that were retried; run again")
+    return AttemptFailed(f"{store.uri}/{key.part_key} holds other error rows than those that were retried; run again")
 
 
 @contextmanager
@@ -147,13 +151,13 @@ def _steady(store: Store, key: ShardKey) -> Iterator[None]:
         AttemptFailed: it is.
     """
     try:
-        before = store.stat(key.part).version
+        before = store.stat(key.part_key).version
         yield
     except NotFound as error:
-        raise AttemptFailed(f"{store.uri}/{key.part} is gone; run again to make it anew") from error
+        raise AttemptFailed(f"{store.uri}/{key.part_key} is gone; run again to make it anew") from error
     except CheckFailed as error:
-        if store.stat(key.part).version != before:
-            raise AttemptFailed(f"{store.uri}/{key.part} was changed while it was read; run again") from error
+        if store.stat(key.part_key).version != before:
+            raise AttemptFailed(f"{store.uri}/{key.part_key} was changed while it was read; run again") from error
         raise
 
 

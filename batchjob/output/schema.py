@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from batchjob.errors import InvalidJob
 
-__all__ = ["row_schema"]
+__all__ = ["build_row_schema"]
 
 _FACTS = (pa.field("etag", pa.string()), pa.field("width", pa.int32()), pa.field("height", pa.int32()))
 _RUN = (pa.field("run_id", pa.string(), nullable=False), pa.field("model_id", pa.string(), nullable=False))
@@ -18,8 +18,8 @@ _ERROR = tuple(pa.field(f"error_{name}", pa.string()) for name in ("stage", "typ
 _HIVE_SEGMENT = re.compile(r"([^/=]+)=[^/]*")
 
 
-def row_schema(
-    passthrough: Sequence[pa.Field], task: Sequence[pa.Field], has_id: bool = False, output: str = ""
+def build_row_schema(
+    passthrough_fields: Sequence[pa.Field], task_fields: Sequence[pa.Field], has_id: bool = False, output_uri: str = ""
 ) -> pa.Schema:
     """The schema of all parts, columns in their order.
 
@@ -32,11 +32,13 @@ def row_schema(
     Raises:
         InvalidJob: two columns have one name, a reader would mix a column with a folder, or a column has no type.
     """
-    first, rest = (list(passthrough[:1]), list(passthrough[1:])) if has_id else ([], list(passthrough))
+    first, rest = (
+        (list(passthrough_fields[:1]), list(passthrough_fields[1:])) if has_id else ([], list(passthrough_fields))
+    )
     position = pa.field("position", pa.int64(), nullable=False)
     uri = pa.field("uri", pa.string(), nullable=False)
-    fields = [position, *first, uri, *rest, *_FACTS, *task, *_RUN, *_ERROR]
-    _check_names([*first, *rest], fields, output)
+    fields = [position, *first, uri, *rest, *_FACTS, *task_fields, *_RUN, *_ERROR]
+    _check_names([*first, *rest], fields, output_uri)
     for field in fields:
         if _is_untyped(field.type):
             raise InvalidJob(f"input.passthrough: column {field.name!r} holds only nulls, so it has no type: drop it")

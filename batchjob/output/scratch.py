@@ -13,7 +13,7 @@ from pathlib import Path
 
 from batchjob.errors import AttemptFailed, InvalidJob, Temporary
 
-__all__ = ["Spool", "no_room"]
+__all__ = ["ScratchFolder", "as_disk_full_error"]
 
 _PREFIX = "batchjob-"
 _MARK = "held"
@@ -21,7 +21,7 @@ _YOUNG_SECONDS = 60.0  # between making a folder and locking its mark lies a mom
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-class Spool:
+class ScratchFolder:
     """A folder in the system's temporary one, held for as long as this process lives or until it is closed.
 
     The hold is a lock on a file in it, which the kernel lets go with the process: it says more than a process id, which
@@ -52,7 +52,7 @@ class Spool:
             os.close(mark)
 
 
-def no_room(error: Exception, folder: Path) -> AttemptFailed | None:
+def as_disk_full_error(error: Exception, folder: Path) -> AttemptFailed | None:
     """What a part in the making failed of where that is for want of room in this folder, else None."""
     if not isinstance(error, OSError) or error.errno not in _FULL:
         return None

@@ -13,24 +13,24 @@ from batchjob.errors import (
     AlreadyExists,
     AttemptFailed,
     BatchjobError,
-    Changed,
     CheckFailed,
     NotFound,
+    PreconditionFailed,
     Temporary,
     Unavailable,
 )
 from batchjob.output.commit import _LOOKS, SUCCESS
-from batchjob.output.provenance import Provenance
-from batchjob.storage.objects import Stat
+from batchjob.output.provenance import PartFooter
+from batchjob.storage.objects import ObjectInfo
 from batchjob.storage.store import Store
 
 __all__ = [
     "Part",
     "Totals",
-    "clear_success",
-    "missing_from_success",
+    "delete_orphaned_success",
+    "delete_success",
+    "find_part_mismatches",
     "read_success",
-    "withdraw_success",
     "write_report",
     "write_success",
 ]
@@ -59,20 +59,20 @@ class Totals:
     examples: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     truth: dict[str, float] = field(default_factory=dict)
-    recipes: Counter[str] = field(default_factory=Counter)
+    execution_configs: Counter[str] = field(default_factory=Counter)
 
-    def add(self, made: Provenance) -> None:
+    def add(self, footer: PartFooter) -> None:
         """Count one part."""
-        self.rows += made.rows
-        self.failed += made.failed
-        self.errors.update(made.errors)
-        self.recipes[made.recipe or "not recorded"] += made.rows
-        for sums, more in ((self.seconds, made.seconds), (self.truth, made.truth)):
+        self.rows += footer.rows
+        self.failed += footer.failed
+        self.errors.update(footer.errors)
+        self.execution_configs[footer.recipe or "not recorded"] += footer.rows
+        for sums, more in ((self.seconds, footer.seconds), (self.truth, footer.truth)):
             for name, amount in more.items():
                 sums[name] = sums.get(name, 0) + amount
 
 
-def read_success(store: Store) -> tuple[dict[str, Any], Stat] | None:
+def read_success(store: Store) -> tuple[dict[str, Any], ObjectInfo] | None:
     """`_SUCCESS` and its stat, None when it is not there."""
     try:
         blob = store.read(SUCCESS)
@@ -86,10 +86,10 @@ def read_success(store: Store) -> tuple[dict[str, Any], Stat] | None:
             part["name"], part["etag"]
     except (ValueError, LookupError, TypeError) as error:
         raise CheckFailed(f"{store.uri}/{SUCCESS} is not batchjob's: {error}; remove it and run again") from error
-    return facts, Stat(SUCCESS, len(blob.data), blob.etag, blob.version)
+    return facts, ObjectInfo(SUCCESS, len(blob.data), blob.etag, blob.version)
 
 
-def withdraw_success(store: Store, version: str) -> None:
+def delete_success(store: Store, version: str) -> None:
     """Delete `_SUCCESS` as it was read: from now on readers wait.
 
     Raises:
@@ -97,12 +97,12 @@ def withdraw_success(store: Store, version: str) -> None:
     """
     try:
         store.delete_if_match(SUCCESS, version)
-    except Changed as error:
+    except PreconditionFailed as error:
         if read_success(store) is not None:  # else it was ours that deleted it, and the answer was lost
             raise Temporary(f"{store.uri}: another driver has finished it meanwhile; retry again") from error
 
 
-def clear_success(store: Store, orphaned: Callable[[], bool]) -> None:
+def delete_orphaned_success(store: Store, is_orphaned: Callable[[], bool]) -> None:
     """Delete `_SUCCESS` where it belongs to no plan in force.
 
     Args:
@@ -112,13 +112,16 @@ def clear_success(store: Store, orphaned: Callable[[], bool]) -> None:
         version = store.stat(SUCCESS).version or ""
     except NotFound:
         return
-    if orphaned():
-        with suppress(Changed):
+    if is_orphaned():
+        with suppress(PreconditionFailed):
             store.delete_if_match(SUCCESS, version)
 
 
 def write_success(
-    store: Store, facts: Mapping[str, Any], found: Iterable[Part], wanted: Callable[[], None] = lambda: None
+    store: Store,
+    summary: Mapping[str, Any],
+    committed_parts: Iterable[Part],
+    raise_if_discarded: Callable[[], None] = lambda: None,
 ) -> None:
     """Put `_SUCCESS`; one that is there and says something else is replaced under its version.
 
@@ -127,28 +130,28 @@ def write_success(
         found: the parts that it lists.
         wanted: raises when the plan has been discarded; asked before each PUT, and afterwards: then it is taken back.
     """
-    body = json.dumps({**facts, "parts": [asdict(part) for part in found]}, indent=1).encode()
-    _put_or_replace(store, SUCCESS, body, wanted)
+    body = json.dumps({**summary, "parts": [asdict(part) for part in committed_parts]}, indent=1).encode()
+    _put_or_replace(store, SUCCESS, body, raise_if_discarded)
     try:
-        wanted()
+        raise_if_discarded()
     except Unavailable:
         pass  # the next plan's driver deletes it
     except BatchjobError:
-        if (stands := read_success(store)) is not None and stands[0].get("plan") == facts["plan"]:
-            with suppress(Changed):
+        if (stands := read_success(store)) is not None and stands[0].get("plan") == summary["plan"]:
+            with suppress(PreconditionFailed):
                 store.delete_if_match(SUCCESS, stands[1].version or "")
         raise
 
 
-def write_report(store: Store, facts: Mapping[str, Any]) -> None:
+def write_report(store: Store, report: Mapping[str, Any]) -> None:
     """Put `_batchjob/report.json`, in place of an older one."""
-    _put_or_replace(store, _REPORT, json.dumps(facts, indent=1).encode())
+    _put_or_replace(store, _REPORT, json.dumps(report, indent=1).encode())
 
 
-def missing_from_success(success: Mapping[str, Any], found: Mapping[str, Stat]) -> list[str]:
+def find_part_mismatches(success: Mapping[str, Any], listing: Mapping[str, ObjectInfo]) -> list[str]:
     """Parts that `_SUCCESS` lists and that are gone, changed, or there without being listed."""
     listed = {part["name"]: part["etag"] for part in success["parts"]}
-    present = {name: stat.etag for name, stat in found.items()}
+    present = {name: stat.etag for name, stat in listing.items()}
     return sorted(name for name in listed.keys() | present.keys() if listed.get(name, "") != present.get(name, ""))
 
 
@@ -167,6 +170,6 @@ def _put_or_replace(store: Store, key: str, body: bytes, wanted: Callable[[], No
             wanted()
             store.replace_if_match(key, body, there.version or "")
             return
-        except (NotFound, Changed):
+        except (NotFound, PreconditionFailed):
             continue
     raise AttemptFailed(f"{store.uri}/{key} could not be written: it changes under every try; run again")

@@ -12,18 +12,18 @@ from typing import Any
 import pyarrow as pa
 
 from batchjob.errors import InvalidJob, NotFound
-from batchjob.plan.head import Head, sound
-from batchjob.storage.store import Store, settle
+from batchjob.plan.head import PlanHead, report_damage
+from batchjob.storage.store import Store, put_or_get
 from batchjob.types import Cursor, ShardKey
 
-__all__ = ["CHUNK_BYTES", "CHUNK_ROWS", "Chunk", "chunks", "extend"]
+__all__ = ["CHUNK_BYTES", "CHUNK_ROWS", "Chunk", "extend_plan", "read_chunks"]
 
 CHUNK_ROWS = 65_536
 CHUNK_BYTES = 64 << 20  # of Arrow data, so that wide passthrough columns fill no driver's memory
 _REF_COLUMNS = ("uri", "location", "size", "etag")
 _CHUNK_META = b"batchjob.chunk"
 _HEAD_BYTES = 1 << 16
-Refs = Callable[[Cursor], Iterator[pa.RecordBatch]]
+ReadRefs = Callable[[Cursor], Iterator[pa.RecordBatch]]
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Chunk:
     """A confirmed piece of a plan: its shards, where the source stood after it, its predecessor's digest."""
 
     number: int
-    start: int
-    cursor: Cursor
-    last: bool
+    first_row: int
+    end_cursor: Cursor
+    is_last: bool
     shards: tuple[ShardKey, ...]
-    previous: str = ""
+    previous_digest: str = ""
 
 
-def chunks(store: Store, head: Head) -> Iterator[Chunk]:
+def read_chunks(store: Store, head: PlanHead) -> Iterator[Chunk]:
     """The chunks written so far, in order; the plan is whole when the final one says `last`.
 
     Raises:
@@ -50,13 +50,15 @@ def chunks(store: Store, head: Head) -> Iterator[Chunk]:
             chunk = _peek(store, head, number)
         except NotFound:
             return
-        if chunk.start != rows:
+        if chunk.first_row != rows:
             raise _broken(store, head, number)
         yield chunk
-        rows, number = chunk.cursor.rows, number + 1
+        rows, number = chunk.end_cursor.rows, number + 1
 
 
-def extend(store: Store, head: Head, refs: Refs, unchanged: Callable[[], None]) -> Iterator[Chunk]:
+def extend_plan(
+    store: Store, head: PlanHead, read_refs: ReadRefs, check_unchanged: Callable[[], None]
+) -> Iterator[Chunk]:
     """Every chunk of the plan, confirmed: those that are there, then those written now from where they end.
 
     Args:
@@ -68,32 +70,32 @@ def extend(store: Store, head: Head, refs: Refs, unchanged: Callable[[], None]) 
         InvalidJob: the source changed, or the chunks that are there do not follow each other.
     """
     cursor, number = Cursor(), 0
-    for chunk in chunks(store, head):
+    for chunk in read_chunks(store, head):
         yield chunk
-        if chunk.last:
+        if chunk.is_last:
             return
-        cursor, number = chunk.cursor, chunk.number + 1
-    unchanged()
+        cursor, number = chunk.end_cursor, chunk.number + 1
+    check_unchanged()
     while True:
         previous = _digest(store, head, number - 1)
-        for rows, last in _cut(refs(cursor), head.shard_size):
+        for rows, last in _cut(read_refs(cursor), head.shard_size):
             if last:
-                unchanged()
+                check_unchanged()
             body = _encode(head, number, cursor, previous, rows, last)
-            ours = settle(store, _chunk_key(head, number), body) == body
+            ours = put_or_get(store, _chunk_key(head, number), body) == body
             chunk = _peek(store, head, number)
-            if chunk.previous != previous:
+            if chunk.previous_digest != previous:
                 raise _broken(store, head, number)
             yield chunk
-            if chunk.last:
+            if chunk.is_last:
                 return
-            cursor, number = chunk.cursor, number + 1
+            cursor, number = chunk.end_cursor, number + 1
             if not ours:
                 break
             previous = hashlib.sha256(body).hexdigest()
 
 
-def _chunk_key(head: Head, number: int) -> str:
+def _chunk_key(head: PlanHead, number: int) -> str:
     return f"{head.folder}chunk-{number:07d}.arrow"
 
 
@@ -126,7 +128,7 @@ def _chunk_rows(shard: int, row_bytes: float) -> int:
     return max(1, most // shard) * shard
 
 
-def _encode(head: Head, number: int, cursor: Cursor, previous: str, rows: pa.Table, last: bool) -> bytes:
+def _encode(head: PlanHead, number: int, cursor: Cursor, previous: str, rows: pa.Table, last: bool) -> bytes:
     """A chunk as an Arrow IPC stream: schema message first, so that a reader of shards needs only its beginning."""
     end = Cursor(cursor.rows + rows.num_rows, rows.column("location")[-1].as_py() if rows.num_rows else cursor.last)
     facts = {
@@ -145,7 +147,7 @@ def _encode(head: Head, number: int, cursor: Cursor, previous: str, rows: pa.Tab
     return sink.getvalue()
 
 
-def _shards(head: Head, start: int, rows: pa.Table) -> list[tuple[str, int]]:
+def _shards(head: PlanHead, start: int, rows: pa.Table) -> list[tuple[str, int]]:
     """Id and number of rows of each shard. An empty plan has one shard of no rows; an empty end of a plan has none."""
     found = []
     for offset in range(0, rows.num_rows or (start == 0), head.shard_size):
@@ -154,33 +156,33 @@ def _shards(head: Head, start: int, rows: pa.Table) -> list[tuple[str, int]]:
     return found
 
 
-def _shard_id(head: Head, index: int, members: pa.Table) -> str:
+def _shard_id(head: PlanHead, index: int, members: pa.Table) -> str:
     digest = hashlib.sha256(f"{head.plan}\0{index}\0".encode())
     for name in ("location", "size", "etag"):
         digest.update("\0".join(map(str, members.column(name).to_pylist())).encode())
     return digest.hexdigest()[:16]
 
 
-def _broken(store: Store, head: Head, number: int) -> InvalidJob:
+def _broken(store: Store, head: PlanHead, number: int) -> InvalidJob:
     return InvalidJob(
         f"{store.uri}/{_chunk_key(head, number)} does not follow the chunk before it: the plan is damaged; "
         f"`batchjob discard {store.uri} --yes` and run again"
     )
 
 
-def _digest(store: Store, head: Head, number: int) -> str:
+def _digest(store: Store, head: PlanHead, number: int) -> str:
     return hashlib.sha256(store.read(_chunk_key(head, number)).data).hexdigest() if number >= 0 else ""
 
 
-def _peek(store: Store, head: Head, number: int) -> Chunk:
+def _peek(store: Store, head: PlanHead, number: int) -> Chunk:
     key = _chunk_key(head, number)
     try:
         schema = pa.ipc.open_stream(store.read_head(key, _HEAD_BYTES)).schema
     except (pa.ArrowInvalid, OSError):  # more shards than fit in the first bytes
         data = store.read(key).data
-        with sound(store, key):
+        with report_damage(store, key):
             schema = pa.ipc.open_stream(data).schema
-    with sound(store, key):
+    with report_damage(store, key):
         facts = json.loads(schema.metadata[_CHUNK_META])
         owner, chunk = facts["plan"], _chunk(head, facts)
     if owner != head.plan:
@@ -190,7 +192,7 @@ def _peek(store: Store, head: Head, number: int) -> Chunk:
     return chunk
 
 
-def _chunk(head: Head, facts: dict[str, Any]) -> Chunk:
+def _chunk(head: PlanHead, facts: dict[str, Any]) -> Chunk:
     keys, offset = [], 0
     for i, (shard, rows) in enumerate(facts["shards"]):
         keys.append(ShardKey(facts["start"] // head.shard_size + i, shard, rows, facts["number"], offset))

@@ -13,15 +13,25 @@ from typing import Any
 import pyarrow as pa
 
 from batchjob.errors import InvalidJob, NotFound
-from batchjob.storage.store import Store, settle
+from batchjob.storage.store import Store, put_or_get
 
-__all__ = ["FORMAT", "Head", "bury", "current", "freeze", "is_buried", "is_discarded", "new_head", "sound"]
+__all__ = [
+    "FORMAT_VERSION",
+    "PlanHead",
+    "discard_plan",
+    "is_discarded",
+    "is_plan_id_discarded",
+    "new_head",
+    "put_head",
+    "read_current_head",
+    "report_damage",
+]
 
-FORMAT = 1
+FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Head:
+class PlanHead:
     """What a plan is: written first, compared before anything else.
 
     Attributes:
@@ -42,7 +52,7 @@ class Head:
     source_version: str | None
     batchjob: str
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    format: int = FORMAT
+    format: int = FORMAT_VERSION
     defaults: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -50,12 +60,12 @@ class Head:
         return _folder(self.number)
 
 
-def new_head(number: int, **facts: Any) -> Head:
+def new_head(number: int, **facts: Any) -> PlanHead:
     """A head with a fresh random plan id."""
-    return Head(plan=secrets.token_hex(8), number=number, **facts)
+    return PlanHead(plan=secrets.token_hex(8), number=number, **facts)
 
 
-def current(store: Store) -> tuple[int, Head | None]:
+def read_current_head(store: Store) -> tuple[int, PlanHead | None]:
     """The number of the plan in force and its head; head None when none is written yet.
 
     Raises:
@@ -70,7 +80,7 @@ def current(store: Store) -> tuple[int, Head | None]:
     return number, None
 
 
-def freeze(store: Store, head: Head, clear: Callable[[list[str]], None] | None = None) -> Head:
+def put_head(store: Store, head: PlanHead, delete_stale_parts: Callable[[list[str]], None] | None = None) -> PlanHead:
     """Put the head if absent, while `predictions/` is empty; another driver's head is adopted instead.
 
     Args:
@@ -84,50 +94,50 @@ def freeze(store: Store, head: Head, clear: Callable[[list[str]], None] | None =
     key = f"{head.folder}head.json"
     foreign = [stat.uri for stat in store.list("predictions/")]
     if foreign and _read(store, key) is None:  # with a head, another driver has begun meanwhile
-        if clear is None:
+        if delete_stale_parts is None:
             raise InvalidJob(
                 f"{store.uri}: {foreign[0]} is there but no plan is; output.uri must be empty or hold this job's own "
                 "output: choose another folder, or remove it"
             )
-        clear(foreign)
-    return _parse_head(settle(store, key, json.dumps(asdict(head), indent=1).encode()), store, head.number)
+        delete_stale_parts(foreign)
+    return _parse_head(put_or_get(store, key, json.dumps(asdict(head), indent=1).encode()), store, head.number)
 
 
-def is_discarded(store: Store, head: Head) -> bool:
+def is_discarded(store: Store, head: PlanHead) -> bool:
     """Whether the plan's tombstone stands."""
     return _read(store, f"{head.folder}discarded") is not None
 
 
-def is_buried(store: Store, plan: str) -> bool:
+def is_plan_id_discarded(store: Store, plan_id: str) -> bool:
     """Whether `plan` is the id of a discarded plan of this output."""
     number = 0
     while (data := _read(store, f"{_folder(number)}head.json")) is not None:
-        if _facts(data, store, number)["plan"] == plan:
+        if _facts(data, store, number)["plan"] == plan_id:
             return _read(store, f"{_folder(number)}discarded") is not None
         number += 1
     return False
 
 
-def bury(store: Store, head: Head) -> None:
+def discard_plan(store: Store, head: PlanHead) -> None:
     """Put the tombstone: from now on no worker commits a part of this plan."""
-    settle(store, f"{head.folder}discarded", b"{}\n")
+    put_or_get(store, f"{head.folder}discarded", b"{}\n")
 
 
-def _parse_head(data: bytes, store: Store, number: int) -> Head:
+def _parse_head(data: bytes, store: Store, number: int) -> PlanHead:
     facts = _facts(data, store, number)
-    if facts.get("format") != FORMAT:
+    if facts.get("format") != FORMAT_VERSION:
         raise InvalidJob(
-            f"{store.uri}: its plan has format {facts.get('format')}, this version knows {FORMAT}; "
+            f"{store.uri}: its plan has format {facts.get('format')}, this version knows {FORMAT_VERSION}; "
             f"finish it with batchjob {facts.get('batchjob')}"
         )
     try:
-        return Head(**facts)
+        return PlanHead(**facts)
     except TypeError as error:
         raise _damaged(store, number, error) from error
 
 
 @contextmanager
-def sound(store: Store, key: str) -> Iterator[None]:
+def report_damage(store: Store, key: str) -> Iterator[None]:
     """Around the reading of a plan's bytes: whatever is wrong with them is an InvalidJob that names them."""
     try:
         yield

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from batchjob.types import meet
+from batchjob.types import overlaps
 
-__all__ = ["Strikes"]
+__all__ = ["DeviceBans"]
 
 _MOST = 2
 
 
 @dataclass
-class Strikes:
+class DeviceBans:
     """Faults of devices.
 
     A fault that follows images into a second process was theirs: it is no strike, and the first one is taken back.
@@ -26,12 +26,12 @@ class Strikes:
         """Devices that are not to be used."""
         return {device for device, faults in self._faults.items() if len(faults) >= _MOST}
 
-    def blame(self, device: str, images: Iterable[range] = ()) -> bool:
+    def record_fault(self, device: str, images: Iterable[range] = ()) -> bool:
         """A fault of that device, while these images were with it. True when it is banned now."""
         self._faults.setdefault(device, []).append(tuple(images))
         return device in self.banned
 
-    def acquit(self, images: Iterable[range]) -> None:
+    def clear_faults(self, images: Iterable[range]) -> None:
         """One of these images did it, and has done it before: faults of any device with them were not the device's."""
         known = tuple(images)
         for device, faults in self._faults.items():
@@ -39,4 +39,4 @@ class Strikes:
 
 
 def _any_meet(some: Iterable[range], others: Iterable[range]) -> bool:
-    return any(meet(one, other) for one in some for other in others)
+    return any(overlaps(one, other) for one in some for other in others)

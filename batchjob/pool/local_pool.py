@@ -5,10 +5,10 @@ from __future__ import annotations
 import queue
 from pathlib import Path
 
-from batchjob.pool.placement import Placement, account
+from batchjob.pool.placement import Placement, apply_event
 from batchjob.types import ShardKey
-from batchjob.worker.messages import Event, Setup
-from batchjob.worker.worker_thread import _NAME, _Loop
+from batchjob.worker.messages import WorkerEvent, WorkerSetup
+from batchjob.worker.worker_thread import _NAME, WorkerThread
 
 __all__ = ["LocalPool"]
 
@@ -23,31 +23,31 @@ class LocalPool:
 
     size = 1
 
-    def __init__(self, cores: int, base: Path | None = None) -> None:
-        self._cores, self._base = cores, base
-        self._events: queue.Queue[Event] = queue.Queue()  # a SimpleQueue's get may never end (test_local.py)
-        self._loop: _Loop | None = None
+    def __init__(self, cores: int, job_folder: Path | None = None) -> None:
+        self._cores, self._base = cores, job_folder
+        self._events: queue.Queue[WorkerEvent] = queue.Queue()  # a SimpleQueue's get may never end (test_local.py)
+        self._loop: WorkerThread | None = None
         self._placement = Placement()
 
-    def start(self, setup: Setup) -> None:
-        base = self._base or Path(setup.folder)
-        self._loop = _Loop(setup, base, self._cores, self._events.put)
+    def start(self, setup: WorkerSetup) -> None:
+        base = self._base or Path(setup.job_folder)
+        self._loop = WorkerThread(setup, base, self._cores, self._events.put)
 
-    def free(self) -> int:
-        return self._placement.free()
+    def free_slots(self) -> int:
+        return self._placement.free_slots()
 
-    def submit(self, key: ShardKey, plan: int, again: bool = False) -> None:
-        self._placement.submit(key, plan, again)
+    def submit(self, key: ShardKey, plan_number: int, reattempt: bool = False) -> None:
+        self._placement.submit(key, plan_number, reattempt)
         self._hand_over()
 
-    def idle(self) -> int:
+    def idle_workers(self) -> int:
         return 0  # nobody is beside the one
 
-    def back_up(self, key: ShardKey, plan: int) -> None:
-        raise AssertionError(f"shard {key.index} of plan {plan} has nowhere else to go")
+    def submit_speculative(self, key: ShardKey, plan_number: int) -> None:
+        raise AssertionError(f"shard {key.index} of plan {plan_number} has nowhere else to go")
 
-    def wait(self, timeout: float) -> list[Event]:
-        events: list[Event] = []
+    def wait(self, timeout: float) -> list[WorkerEvent]:
+        events: list[WorkerEvent] = []
         try:
             events.append(self._events.get(timeout=timeout))
             while True:
@@ -55,7 +55,7 @@ class LocalPool:
         except queue.Empty:
             pass
         for event in events:
-            account(self._placement, _NAME, event)
+            apply_event(self._placement, _NAME, event)
         self._hand_over()
         return events
 
@@ -65,5 +65,5 @@ class LocalPool:
 
     def _hand_over(self) -> None:
         assert self._loop is not None, "start comes before all else"
-        for due in self._placement.due():
+        for due in self._placement.take_assignments():
             self._loop.submit(due)

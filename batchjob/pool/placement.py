@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from batchjob.errors import Unavailable
 from batchjob.types import ShardKey
-from batchjob.worker.messages import Done, Event, Failed, Ready
+from batchjob.worker.messages import ShardCommitted, ShardFailed, WorkerEvent, WorkerReady
 
-__all__ = ["Assignment", "Placement", "account"]
+__all__ = ["Assignment", "Placement", "apply_event"]
 
 # One at work, one on its way into the output, and two queued, so that the pipeline never runs dry between shards. Where
 # more than one waits for the store, the store sets the pace and not the queue.
@@ -22,12 +22,12 @@ class Assignment:
 
     worker: str
     key: ShardKey
-    plan: int
-    again: bool = False
+    plan_number: int
+    reattempt: bool = False
 
 
 @dataclass(slots=True, eq=False)
-class _Desk:
+class _WorkerQueue:
     """What one worker has in hand, oldest first.
 
     Attributes:
@@ -54,24 +54,24 @@ class _Desk:
 
     def take(self, key: ShardKey) -> None:
         self.shards[key.index] = key
-        self.rows += key.images
+        self.rows += key.images_to_read
 
     def put_down(self, key: ShardKey) -> None:
         if self.shards.pop(key.index, None) is not None:
-            self.rows -= key.images
+            self.rows -= key.images_to_read
             self.alone = False
 
 
-class _Openings:
+class _FreeSlots:
     """Desks with room, by the shards they have in hand; found, entered and left without a look at the others."""
 
     def __init__(self) -> None:
-        self._by_load: defaultdict[int, dict[str, _Desk]] = defaultdict(dict)
+        self._by_load: defaultdict[int, dict[str, _WorkerQueue]] = defaultdict(dict)
         self._where: dict[str, tuple[int, int]] = {}
         self._least = 0
         self.room = 0
 
-    def enter(self, desk: _Desk) -> None:
+    def enter(self, desk: _WorkerQueue) -> None:
         """As it is now; it stays unchanged until it leaves."""
         if not (room := desk.room):
             return
@@ -81,12 +81,12 @@ class _Openings:
         self._least = min(self._least, load)
         self.room += room
 
-    def leave(self, desk: _Desk) -> None:
+    def leave(self, desk: _WorkerQueue) -> None:
         load, room = self._where.pop(desk.worker, (0, 0))
         self._by_load[load].pop(desk.worker, None)
         self.room -= room
 
-    def least_busy(self) -> _Desk:
+    def least_busy(self) -> _WorkerQueue:
         """The one with the fewest shards. There must be one."""
         assert self._where, "room is asked for first"
         while not self._by_load[self._least]:
@@ -110,10 +110,10 @@ class Placement:
         least: workers that must be there before work begins. Once they were, a lost one holds up nobody.
     """
 
-    def __init__(self, least: int = 1) -> None:
-        self._least = least
-        self._desks: dict[str, _Desk] = {}
-        self._openings = _Openings()
+    def __init__(self, min_workers: int = 1) -> None:
+        self._least = min_workers
+        self._desks: dict[str, _WorkerQueue] = {}
+        self._openings = _FreeSlots()
         self._suspects: set[int] = set()
         self._tried: set[int] = set()  # in vain, whatever the reason
         self._held: deque[tuple[ShardKey, int]] = deque()
@@ -123,24 +123,24 @@ class Placement:
     # -- workers -----------------------------------------------------------------------------------------------
 
     @property
-    def ready(self) -> int:
+    def ready_workers(self) -> int:
         """Workers that are there."""
         return len(self._desks)
 
     @property
-    def wanted(self) -> int:
+    def required_workers(self) -> int:
         """Workers without which nothing is handed out."""
         return self._least
 
-    def enter(self, worker: str, ahead: int = 0) -> None:
+    def add_worker(self, worker: str, images_in_flight: int = 0) -> None:
         """A worker is ready, whose loader keeps so many images under way."""
-        desk = self._desks[worker] = _Desk(worker, ahead)
+        desk = self._desks[worker] = _WorkerQueue(worker, images_in_flight)
         self._openings.enter(desk)
         self._clear_for_suspects()
         if len(self._desks) >= self._least:
             self._least = 1
 
-    def leave(self, worker: str) -> list[ShardKey]:
+    def remove_worker(self, worker: str) -> list[ShardKey]:
         """A worker is gone; returns what it had in hand, the one at work first. All of them are suspects now."""
         desk = self._desks.pop(worker, None)
         self._due = [due for due in self._due if due.worker != worker]
@@ -154,27 +154,27 @@ class Placement:
 
     # -- shards ------------------------------------------------------------------------------------------------
 
-    def free(self) -> int:
+    def free_slots(self) -> int:
         """Shards that would be taken on now."""
-        return self._openings.room if self.ready >= self._least else 0
+        return self._openings.room if self.ready_workers >= self._least else 0
 
-    def idle(self) -> int:
+    def idle_workers(self) -> int:
         """Workers that have nothing in hand, and could make a second attempt at what another one is late with."""
-        return self._openings.idle() if self.ready >= self._least else 0
+        return self._openings.idle() if self.ready_workers >= self._least else 0
 
-    def submit(self, key: ShardKey, plan: int, again: bool = False) -> None:
+    def submit(self, key: ShardKey, plan_number: int, reattempt: bool = False) -> None:
         """Find a worker for a shard, at once or, for a suspect, when one has nothing else; `again` as others know."""
         if key.index in self._suspects:
-            self._held.append((key, plan))
+            self._held.append((key, plan_number))
             self._clear_for_suspects()
         else:
-            self._assign(self._openings.least_busy(), key, plan, again=again)
+            self._assign(self._openings.least_busy(), key, plan_number, again=reattempt)
 
-    def back_up(self, key: ShardKey, plan: int) -> None:
+    def submit_speculative(self, key: ShardKey, plan_number: int) -> None:
         """Give a shard that another worker has in hand to one that has nothing; see `idle`."""
-        self._assign(self._openings.least_busy(), key, plan, alone=key.index in self._suspects, again=True)
+        self._assign(self._openings.least_busy(), key, plan_number, alone=key.index in self._suspects, again=True)
 
-    def due(self) -> list[Assignment]:
+    def take_assignments(self) -> list[Assignment]:
         """What is to be handed over now, told once."""
         while self._held and (desk := self._idle_desk()) is not None:
             self._assign(desk, *self._held.popleft(), alone=True, again=True)
@@ -195,7 +195,7 @@ class Placement:
             self._suspects.add(key.index)
         self._put_down(worker, key)
 
-    def _assign(self, desk: _Desk, key: ShardKey, plan: int, alone: bool = False, again: bool = False) -> None:
+    def _assign(self, desk: _WorkerQueue, key: ShardKey, plan: int, alone: bool = False, again: bool = False) -> None:
         self._openings.leave(desk)
         desk.take(key)
         desk.alone, desk.cleared = alone, False
@@ -211,7 +211,7 @@ class Placement:
 
     # -- suspects: few, so that a look at all workers costs little ----------------------------------------------
 
-    def _idle_desk(self) -> _Desk | None:
+    def _idle_desk(self) -> _WorkerQueue | None:
         return next((desk for desk in self._desks.values() if not desk.shards), None)
 
     def _clear_for_suspects(self) -> None:
@@ -226,12 +226,12 @@ class Placement:
         self._clearing = bool(self._held)
 
 
-def account(placement: Placement, worker: str, event: Event) -> None:
+def apply_event(placement: Placement, worker: str, event: WorkerEvent) -> None:
     """Enter into the placement what a worker told."""
     match event:
-        case Ready(_, loaded):
-            placement.enter(worker, loaded.ahead)
-        case Done(result):
+        case WorkerReady(_, loaded):
+            placement.add_worker(worker, loaded.ahead)
+        case ShardCommitted(result):
             placement.finish(worker, result.key)
-        case Failed(key, error):
+        case ShardFailed(key, error):
             placement.fail(worker, key, suspect=not isinstance(error, Unavailable))

@@ -13,20 +13,20 @@ from pathlib import Path
 from batchjob.pool.local_pool import LocalPool
 from batchjob.pool.ray_cluster import NODE_DIGITS
 from batchjob.types import ShardKey
-from batchjob.worker.messages import Event, Setup
+from batchjob.worker.messages import WorkerEvent, WorkerSetup
 
 
-class _Worker:
+class RayWorker:
     """The actor: a `LocalPool` at the other end of a wire."""
 
-    def __init__(self, cores: int, folder: str | None, setup: Setup) -> None:
-        self._pool = LocalPool(cores, base=None if folder is None else _home() / folder)
+    def __init__(self, cores: int, job_folder: str | None, setup: WorkerSetup) -> None:
+        self._pool = LocalPool(cores, job_folder=None if job_folder is None else _home() / job_folder)
         self._pool.start(setup)
 
-    def submit(self, key: ShardKey, plan: int, again: bool) -> None:
-        self._pool.submit(key, plan, again)
+    def submit(self, key: ShardKey, plan_number: int, reattempt: bool) -> None:
+        self._pool.submit(key, plan_number, reattempt)
 
-    def wait(self, timeout: float) -> tuple[str, list[Event]]:
+    def wait(self, timeout: float) -> tuple[str, list[WorkerEvent]]:
         """Where it is, and what happened."""
         told = self._pool.wait(timeout)
         _home()

@@ -15,7 +15,7 @@ from batchjob.errors import InvalidJob
 from batchjob.job.job import Job
 from batchjob.job.runtime import Workers
 
-__all__ = ["NODE_DIGITS", "Layout", "Node", "Pulse", "landing", "plan_layout", "shipment"]
+__all__ = ["NODE_DIGITS", "ClusterHealth", "Node", "WorkerSizing", "remote_job_dir", "runtime_env", "size_workers"]
 
 
 NODE_DIGITS = 12  # of a node's id: enough to tell nodes apart
@@ -31,7 +31,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Layout:
+class WorkerSizing:
     """What is asked for.
 
     Attributes:
@@ -41,17 +41,17 @@ class Layout:
     """
 
     workers: int
-    least: int
+    min_workers: int
     cpus: float
     gpus: float
 
-    def devices(self, nodes: Sequence[Node]) -> int:
+    def count_devices(self, nodes: Sequence[Node]) -> int:
         """Devices that workers may run on: GPUs where they ask for any, else the nodes themselves."""
         if self.gpus:
             return sum(int(node.gpus) for node in nodes)
         return sum(node.cpus >= self.cpus for node in nodes)
 
-    def asked(self, nodes: Sequence[Node]) -> str:
+    def describe_shortage(self, nodes: Sequence[Node]) -> str:
         """What is asked for, what is there, and what to do about it."""
         there = f"{sum(node.cpus for node in nodes):g} CPUs, {sum(node.gpus for node in nodes):g} GPUs"
         return (
@@ -61,7 +61,7 @@ class Layout:
         )
 
 
-def plan_layout(job: Job, nodes: Sequence[Node]) -> Layout:
+def size_workers(job: Job, nodes: Sequence[Node]) -> WorkerSizing:
     """One worker a GPU where there are any, else one a node with all its cores.
 
     Raises:
@@ -78,11 +78,11 @@ def plan_layout(job: Job, nodes: Sequence[Node]) -> Layout:
     fit = sum(int(node.gpus // gpus if gpus else node.cpus // cpus) for node in hosts)
     match runtime.workers:
         case "auto":
-            return Layout(max(1, fit), 1, cpus, gpus)
+            return WorkerSizing(max(1, fit), 1, cpus, gpus)
         case Workers(min=least, max=most):
-            return Layout(most, least, cpus, gpus)
+            return WorkerSizing(most, least, cpus, gpus)
         case count:
-            return Layout(count, 1, cpus, gpus)
+            return WorkerSizing(count, 1, cpus, gpus)
 
 
 def _gpus_each(job: Job, nodes: Sequence[Node]) -> float:
@@ -101,7 +101,7 @@ _PULSE_SECONDS = 5.0
 _SILENT_SECONDS = 30.0  # without a head, Ray ends the driver's process after 60, with an exit code of its own
 
 
-class Pulse(Generic[NodeT]):
+class ClusterHealth(Generic[NodeT]):
     """Asks every few seconds.
 
     Args:
@@ -112,13 +112,13 @@ class Pulse(Generic[NodeT]):
         nodes: the last answer.
     """
 
-    def __init__(self, ask: Callable[[], Sequence[NodeT]], nodes: Sequence[NodeT]) -> None:
-        self._ask, self.nodes = ask, nodes
+    def __init__(self, list_nodes: Callable[[], Sequence[NodeT]], nodes: Sequence[NodeT]) -> None:
+        self._ask, self.nodes = list_nodes, nodes
         self._answered = time.monotonic()
         self._stopped = threading.Event()
         threading.Thread(target=self._beat, name="pulse", daemon=True).start()
 
-    def lost(self) -> str | None:
+    def find_failure(self) -> str | None:
         """What befell the cluster, if something did."""
         if not self.nodes:
             return "has lost all its nodes"
@@ -138,18 +138,18 @@ class Pulse(Generic[NodeT]):
 _UNSHIPPED = (".git", ".venv", "__pycache__", "*.pyc")
 
 
-def shipment(job: Job) -> dict[str, Any] | None:
+def runtime_env(job: Job) -> dict[str, Any] | None:
     """Ray's `runtime_env` with the job's folder; None where Ray has it already (`ray job submit --working-dir`)."""
     if _submitted():
         return None
     data = (Path(uri) for uri in (job.input.uri, job.output.uri))
-    inside = [f"/{path.relative_to(job.base)}" for path in data if path.is_relative_to(job.base)]
-    return {"working_dir": str(job.base), "excludes": [*_UNSHIPPED, *inside]}
+    inside = [f"/{path.relative_to(job.folder)}" for path in data if path.is_relative_to(job.folder)]
+    return {"working_dir": str(job.folder), "excludes": [*_UNSHIPPED, *inside]}
 
 
-def landing(job: Job) -> str:
+def remote_job_dir(job: Job) -> str:
     """The job's folder on the cluster, relative to a worker's working directory."""
-    return os.path.relpath(job.base, Path.cwd()) if _submitted() else "."
+    return os.path.relpath(job.folder, Path.cwd()) if _submitted() else "."
 
 
 def _submitted() -> bool:

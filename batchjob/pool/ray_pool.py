@@ -19,23 +19,31 @@ from typing import Any
 
 from batchjob.errors import (
     AttemptFailed,
+    AttemptInterrupted,
     BatchjobError,
     DeviceFault,
-    Interrupted,
     InvalidJob,
-    Stalled,
     Temporary,
     WorkerLost,
-    as_crash,
-    crash,
+    WorkerStalled,
+    as_crash_error,
+    with_traceback,
 )
 from batchjob.job.job import Job
-from batchjob.pool.device_bans import Strikes
-from batchjob.pool.placement import Placement, account
-from batchjob.pool.ray_actor import _Worker
-from batchjob.pool.ray_cluster import NODE_DIGITS, Layout, Node, Pulse, landing, plan_layout, shipment
+from batchjob.pool.device_bans import DeviceBans
+from batchjob.pool.placement import Placement, apply_event
+from batchjob.pool.ray_actor import RayWorker
+from batchjob.pool.ray_cluster import (
+    NODE_DIGITS,
+    ClusterHealth,
+    Node,
+    WorkerSizing,
+    remote_job_dir,
+    runtime_env,
+    size_workers,
+)
 from batchjob.types import ShardKey
-from batchjob.worker.messages import Done, Event, Failed, Ready, Setup, WorkerFailed
+from batchjob.worker.messages import ShardCommitted, ShardFailed, WorkerEvent, WorkerFailed, WorkerReady, WorkerSetup
 
 __all__ = ["RayPool"]
 
@@ -51,7 +59,7 @@ _OBJECT_STORE_BYTES = 128 << 20  # events only; what plasma takes of /dev/shm, t
 
 
 @dataclass
-class _Slot:
+class _ActorState:
     """One actor, the open question what happened there, the device it is ready on, and when it last answered."""
 
     name: str
@@ -75,16 +83,16 @@ class RayPool:
                 "runtime.pool: ray is not installed here; pip install 'ray[default]', or run with --pool local"
             )
         self._job, self._address = job, address
-        self._slots: list[_Slot] = []
+        self._slots: list[_ActorState] = []
         self._retired: dict[str, list[Any]] = defaultdict(list)  # actors that do nothing but keep a device occupied
-        self._strikes = Strikes()
-        self._events: list[Event] = []
-        self._layout: Layout | None = None
-        self._setup: Setup | None = None
+        self._strikes = DeviceBans()
+        self._events: list[WorkerEvent] = []
+        self._layout: WorkerSizing | None = None
+        self._setup: WorkerSetup | None = None
         self._placement = Placement()
         self._enough_at = time.monotonic()
         self._deaths = 0
-        self._pulse: Pulse[Node] | None = None
+        self._pulse: ClusterHealth[Node] | None = None
         self._started = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._live, name="ray", daemon=True)
@@ -93,29 +101,29 @@ class RayPool:
     def size(self) -> int:
         return self._layout.workers if self._layout else 0
 
-    def start(self, setup: Setup) -> None:
+    def start(self, setup: WorkerSetup) -> None:
         self._setup = setup
         self._thread.start()
 
-    def free(self) -> int:
-        return self._placement.free()
+    def free_slots(self) -> int:
+        return self._placement.free_slots()
 
-    def submit(self, key: ShardKey, plan: int) -> None:
-        self._placement.submit(key, plan)
+    def submit(self, key: ShardKey, plan_number: int) -> None:
+        self._placement.submit(key, plan_number)
         self._hand_over()
 
-    def idle(self) -> int:
-        return self._placement.idle()
+    def idle_workers(self) -> int:
+        return self._placement.idle_workers()
 
-    def back_up(self, key: ShardKey, plan: int) -> None:
-        self._placement.back_up(key, plan)
+    def submit_speculative(self, key: ShardKey, plan_number: int) -> None:
+        self._placement.submit_speculative(key, plan_number)
         self._hand_over()
 
-    def wait(self, timeout: float) -> list[Event]:
+    def wait(self, timeout: float) -> list[WorkerEvent]:
         if not self._started.wait(timeout):
             return self._too_few()
         events, self._events = self._events, []
-        if self._pulse is not None and (lost := self._pulse.lost()):
+        if self._pulse is not None and (lost := self._pulse.find_failure()):
             return [*events, WorkerFailed(Temporary(f"{self._where} {lost}; the same command resumes"))]
         if self._slots:
             events += self._poll(0.0 if events else timeout)
@@ -132,7 +140,7 @@ class RayPool:
         try:
             self._start()
         except Exception as error:  # noqa: BLE001 - the driver is told, not this thread's stderr
-            self._events.append(WorkerFailed(as_crash(error)))
+            self._events.append(WorkerFailed(as_crash_error(error)))
         self._started.set()
         self._closed.wait()
         self._leave()
@@ -158,9 +166,9 @@ class RayPool:
     def _start(self) -> None:
         with self._usable():
             self._connect()
-            self._pulse = Pulse(_nodes, _nodes())
-        self._layout = plan_layout(self._job, self._pulse.nodes)
-        self._placement = Placement(self._layout.least)
+            self._pulse = ClusterHealth(_nodes, _nodes())
+        self._layout = size_workers(self._job, self._pulse.nodes)
+        self._placement = Placement(self._layout.min_workers)
         for number in range(self._layout.workers):
             self._slots.append(self._hire(f"{number}"))
 
@@ -178,11 +186,11 @@ class RayPool:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a worker without GPUs must see none
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
         if self._address:
-            ray.init(address=self._address, runtime_env=shipment(self._job), **quiet)
+            ray.init(address=self._address, runtime_env=runtime_env(self._job), **quiet)
         else:
             ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
 
-    def _hire(self, name: str) -> _Slot:
+    def _hire(self, name: str) -> _ActorState:
         import ray
 
         assert self._layout is not None
@@ -190,14 +198,14 @@ class RayPool:
         options |= {"max_concurrency": 4, "max_restarts": 0}
         if self._address:  # a local Ray has this from us; without a word on it, its workers begin with Ray itself
             options["runtime_env"] = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}}
-        cores, folder = max(1, int(self._layout.cpus)), landing(self._job) if self._address else None
+        cores, folder = max(1, int(self._layout.cpus)), remote_job_dir(self._job) if self._address else None
         with self._usable():
-            actor: Any = ray.remote(**options)(_Worker).remote(cores, folder, self._setup)
-            return _Slot(name, actor, actor.wait.remote(_POLL_SECONDS))
+            actor: Any = ray.remote(**options)(RayWorker).remote(cores, folder, self._setup)
+            return _ActorState(name, actor, actor.wait.remote(_POLL_SECONDS))
 
     # -- listening ---------------------------------------------------------------------------------------------
 
-    def _poll(self, timeout: float) -> list[Event]:
+    def _poll(self, timeout: float) -> list[WorkerEvent]:
         import ray
 
         polls = [slot.poll for slot in self._slots]
@@ -205,7 +213,7 @@ class RayPool:
         with self._usable():
             ray.wait(polls, timeout=timeout)
             answered, _ = ray.wait(polls, num_returns=len(polls), timeout=0)
-        events: list[Event] = []
+        events: list[WorkerEvent] = []
         for slot in list(self._slots):
             if slot.poll in answered:
                 try:
@@ -224,50 +232,52 @@ class RayPool:
 
     def _hand_over(self) -> None:
         actors = {slot.name: slot.actor for slot in self._slots}
-        for due in self._placement.due():
+        for due in self._placement.take_assignments():
             with self._usable():
-                actors[due.worker].submit.remote(due.key, due.plan, due.again)
+                actors[due.worker].submit.remote(due.key, due.plan_number, due.reattempt)
 
-    def _take_in(self, slot: _Slot, where: str, told: list[Event]) -> list[Event]:
+    def _take_in(self, slot: _ActorState, where: str, told: list[WorkerEvent]) -> list[WorkerEvent]:
         """What an actor on that node has told; if it can do no more, that takes the place of what befell its shards."""
-        events: list[Event] = []
-        for event in sorted(told, key=lambda event: not isinstance(event, Done)):  # what is committed comes first
+        events: list[WorkerEvent] = []
+        for event in sorted(
+            told, key=lambda event: not isinstance(event, ShardCommitted)
+        ):  # what is committed comes first
             match event:
-                case Failed(_, WorkerLost() as lost) | WorkerFailed(WorkerLost() as lost):
+                case ShardFailed(_, WorkerLost() as lost) | WorkerFailed(WorkerLost() as lost):
                     return events + self._give_up(slot, where, lost)
-                case Ready(_, loaded):
+                case WorkerReady(_, loaded):
                     slot.device = f"{loaded.device} on {where}"
                     if slot.device in self._strikes.banned:
                         return events + self._retire(slot)
-                    events.append(Ready(slot.name, loaded))
-                case Done():
+                    events.append(WorkerReady(slot.name, loaded))
+                case ShardCommitted():
                     self._deaths = 0
                     events.append(event)
                 case _:
                     events.append(event)
-            account(self._placement, slot.name, event)
+            apply_event(self._placement, slot.name, event)
         return events
 
     # -- replacing ---------------------------------------------------------------------------------------------
 
-    def _lost(self, slot: _Slot, error: Exception) -> list[Event]:
+    def _lost(self, slot: _ActorState, error: Exception) -> list[WorkerEvent]:
         """An actor that died, or cannot be reached."""
         blamed = 0 if getattr(error, "preempted", False) else 1
         return self._replace(slot, f"worker {slot.name} was lost: {_first_line(error)}", blamed)
 
-    def _give_up(self, slot: _Slot, where: str, lost: WorkerLost) -> list[Event]:
+    def _give_up(self, slot: _ActorState, where: str, lost: WorkerLost) -> list[WorkerEvent]:
         """An actor that can do no more, as it says itself."""
         device, reason = f"{lost.device} on {where}", f"worker {slot.name} on {where}: {lost.message}"
-        if lost.found:
-            self._strikes.acquit(lost.images)
+        if lost.culprit_known:
+            self._strikes.clear_faults(lost.suspect_positions)
             for freed in self._retired.keys() - self._strikes.banned:
                 self._dismiss(*self._retired.pop(freed))
-        elif isinstance(lost, DeviceFault) and self._strikes.blame(device, lost.images):
+        elif isinstance(lost, DeviceFault) and self._strikes.record_fault(device, lost.suspect_positions):
             reason += "; after two such faults this device is used no more in this run"
-        blamed = isinstance(lost, Stalled) and not lost.found and not lost.storage
+        blamed = isinstance(lost, WorkerStalled) and not lost.culprit_known and not lost.storage
         return self._replace(slot, reason, int(blamed)) + self._none_left()
 
-    def _replace(self, slot: _Slot, reason: str, blamed: int) -> list[Event]:
+    def _replace(self, slot: _ActorState, reason: str, blamed: int) -> list[WorkerEvent]:
         """Its shards fail this attempt, a new actor takes its place; too many lost without a shard done end the run.
 
         Only the attempt at the oldest counts, which was at work, where any does. That may be a mistake: then it shows,
@@ -275,9 +285,9 @@ class RayPool:
         """
         self._slots.remove(slot)
         self._dismiss(slot.actor)
-        shards = self._placement.leave(slot.name)
-        events: list[Event] = [Failed(key, Interrupted(reason)) for key in reversed(shards[blamed:])]
-        events += [Failed(key, AttemptFailed(reason)) for key in shards[:blamed]]
+        shards = self._placement.remove_worker(slot.name)
+        events: list[WorkerEvent] = [ShardFailed(key, AttemptInterrupted(reason)) for key in reversed(shards[blamed:])]
+        events += [ShardFailed(key, AttemptFailed(reason)) for key in shards[:blamed]]
         self._deaths += 1
         if self._deaths > max(_DEATHS_IN_A_ROW * self.size, _DEATHS_AT_WORK if shards else 1):
             often = f"{self._deaths} workers were lost and no shard was done meanwhile; look at device and model"
@@ -286,24 +296,26 @@ class RayPool:
             self._slots.append(self._hire(slot.name))
         return events
 
-    def _retire(self, slot: _Slot) -> list[Event]:
+    def _retire(self, slot: _ActorState) -> list[WorkerEvent]:
         """An actor on a device that is used no more rests there, so that the next lands elsewhere; nobody blames it."""
         self._slots.remove(slot)
         self._retired[slot.device].append(slot.actor)
         with self._usable():
             slot.actor.close.remote()
         reason = f"worker {slot.name} was put to rest: {slot.device} is used no more in this run"
-        events: list[Event] = [Failed(key, Interrupted(reason)) for key in reversed(self._placement.leave(slot.name))]
+        events: list[WorkerEvent] = [
+            ShardFailed(key, AttemptInterrupted(reason)) for key in reversed(self._placement.remove_worker(slot.name))
+        ]
         self._slots.append(self._hire(slot.name))
         return events + self._none_left()
 
-    def _none_left(self) -> list[Event]:
+    def _none_left(self) -> list[WorkerEvent]:
         """The end of the run, when every device there is is used no more: another day they may be well."""
         assert self._layout is not None
         assert self._pulse is not None
         nodes = self._pulse.nodes
         banned = [device for device in sorted(self._strikes.banned) if any(node.name in device for node in nodes)]
-        if not banned or len(banned) < self._layout.devices(nodes):
+        if not banned or len(banned) < self._layout.count_devices(nodes):
             return []
         those = f"{banned[0]}{f' and {len(banned) - 1} more' if banned[1:] else ''}"
         said = f"{self._where}: no device is left that works, {those} failed twice; look at device and model"
@@ -316,16 +328,16 @@ class RayPool:
             with suppress(Exception):  # one that is out of reach ends with its last handle
                 ray.kill(actor)
 
-    def _too_few(self) -> list[Event]:
+    def _too_few(self) -> list[WorkerEvent]:
         """The end of the run, when too few workers have been there for too long."""
-        ready, wanted, now = self._placement.ready, self._placement.wanted, time.monotonic()
+        ready, wanted, now = self._placement.ready_workers, self._placement.required_workers, time.monotonic()
         if ready >= wanted:
             self._enough_at = now
         if now - self._enough_at <= _SCHEDULE_SECONDS:
             return []
         asked = "Ray did not answer; run again when it does"
         if self._layout is not None and self._pulse is not None:
-            asked = self._layout.asked(self._pulse.nodes)
+            asked = self._layout.describe_shortage(self._pulse.nodes)
         found = f"{ready} of {wanted}" if ready else "no"
         workers = f"{found} worker{'s' if wanted > 1 else ''} came up in {_SCHEDULE_SECONDS:.0f} s"
         return [WorkerFailed(Temporary(f"{self._where}: {workers}; {asked}"))]
@@ -349,11 +361,11 @@ def _is_bug(error: Exception) -> bool:
     return isinstance(error, ray.exceptions.RayTaskError) or bool(getattr(error, "actor_init_failed", False))
 
 
-def _crashed(slot: _Slot, error: Exception) -> WorkerFailed:
+def _crashed(slot: _ActorState, error: Exception) -> WorkerFailed:
     """A bug in an actor ends the run as one; Ray's text holds the traceback, its last line what it was."""
     text = str(error).strip()
     last = text.splitlines()[-1] if text else type(error).__name__
-    return WorkerFailed(crash(BatchjobError(f"worker {slot.name} crashed: {last}"), text))
+    return WorkerFailed(with_traceback(BatchjobError(f"worker {slot.name} crashed: {last}"), text))
 
 
 def _first_line(error: Exception) -> str:

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from batchjob.errors import ImageFault
-from batchjob.preprocessing.image_formats import Format, listed, make_ready, pillow_names, told
-from batchjob.preprocessing.jpeg import Least, jpeg_pixels, jpeg_size, shrinking
+from batchjob.errors import ImageError
+from batchjob.preprocessing.image_formats import ImageFormat, format_list, pillow_names, register_decoders, sniff_format
+from batchjob.preprocessing.jpeg import MinSize, choose_scale_denominator, decode_jpeg, read_jpeg_size
 from batchjob.preprocessing.settings import DecodeSettings
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from PIL.ImageFile import ImageFile
 
-__all__ = ["Decoded", "decode", "jpeg_orientation"]
+__all__ = ["DecodedImage", "decode", "read_jpeg_orientation"]
 
 _ORIENTATION = 0x0112
 _LAST_UNTURNED = 4  # orientations above it swap width and height
@@ -34,7 +34,7 @@ _TORN = ("truncated", "unexpected end", "premature", "not enough")  # Pillow's w
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodedImage:
     """`pixels` uint8 `[h, w, c]` (RGB, or one grey channel), and the size in pixels as the file stores it.
 
     With `turned`, EXIF has swapped width and height; and it was decoded `shrunk` times smaller than these two say.
@@ -43,22 +43,22 @@ class Decoded:
     pixels: np.ndarray
     width: int
     height: int
-    turned: bool = False
-    shrunk: int = 1
+    axes_swapped: bool = False
+    scale_denominator: int = 1
 
     @property
-    def upright(self) -> tuple[int, int]:
+    def upright_size(self) -> tuple[int, int]:
         """Height and width of the image as it stands, all of its pixels counted."""
-        return (self.width, self.height) if self.turned else (self.height, self.width)
+        return (self.width, self.height) if self.axes_swapped else (self.height, self.width)
 
 
 def decode(
     data: bytes,
     settings: DecodeSettings,
     channels: Literal["rgb", "bgr", "gray"],
-    exif: bool,
-    least: Least | None = None,
-) -> Decoded:
+    apply_exif: bool,
+    min_size: MinSize | None = None,
+) -> DecodedImage:
     """Decode one image; of an animation the first frame.
 
     For ordinary images this is `Image.open(...).convert("RGB")`: alpha is dropped, palettes and CMYK are converted.
@@ -82,13 +82,13 @@ def decode(
     if len(data) > settings.max_bytes:
         raise _fault("too_large", f"the file has {len(data):,} bytes, over decode.max_bytes {settings.max_bytes:,}")
     if "jpeg" in settings.formats:
-        quick = _jpeg(data, settings, channels, exif, least if settings.mode == "fast" else None)
+        quick = _jpeg(data, settings, channels, apply_exif, min_size if settings.mode == "fast" else None)
         if quick is not None:
             return quick
-    with _ruled(settings), _deaf() if told(data[:64])[0] == "tiff" else contextlib.nullcontext():
+    with _ruled(settings), _deaf() if sniff_format(data[:64])[0] == "tiff" else contextlib.nullcontext():
         try:
-            return _decode(data, settings, channels, exif)
-        except ImageFault:
+            return _decode(data, settings, channels, apply_exif)
+        except ImageError:
             raise
         except MemoryError:
             raise _fault("memory", "there was not enough memory to decode it") from None
@@ -96,36 +96,38 @@ def decode(
             raise _classify(error, data, settings) from None
 
 
-def _jpeg(data: bytes, settings: DecodeSettings, channels: str, exif: bool, least: Least | None) -> Decoded | None:
+def _jpeg(
+    data: bytes, settings: DecodeSettings, channels: str, exif: bool, least: MinSize | None
+) -> DecodedImage | None:
     """An ordinary JPEG file by libjpeg-turbo; None leaves the file, and all there is to say of it, to Pillow."""
     import numpy as np
     from PIL import Image
 
-    size = jpeg_size(data)
+    size = read_jpeg_size(data)
     if size is None or size[0] * size[1] > settings.max_pixels:
         return None
     try:
-        orientation = jpeg_orientation(data, settings) if exif else 1
+        orientation = read_jpeg_orientation(data, settings) if exif else 1
     except Exception:  # noqa: BLE001 - Pillow, when its turn comes, says what it is
         return None
     turned = orientation > _LAST_UNTURNED
     if turned and isinstance(least, tuple):
         least = least[1], least[0]
-    shrunk = 1 if least is None else shrinking(size, least)
-    pixels = jpeg_pixels(data, size, shrunk)
+    shrunk = 1 if least is None else choose_scale_denominator(size, least)
+    pixels = decode_jpeg(data, size, shrunk)
     if pixels is None:
         return None
     if channels == "gray" or orientation != 1:
         image = Image.fromarray(pixels)
         pixels = np.array(_turned(_converted(image, "L" if channels == "gray" else "RGB"), orientation))
-    return Decoded(_channelled(pixels), size[1], size[0], turned, shrunk)
+    return DecodedImage(_channelled(pixels), size[1], size[0], turned, shrunk)
 
 
-def _decode(data: bytes, settings: DecodeSettings, channels: str, exif: bool) -> Decoded:
+def _decode(data: bytes, settings: DecodeSettings, channels: str, exif: bool) -> DecodedImage:
     import numpy as np
     from PIL import Image
 
-    make_ready(settings.formats)
+    register_decoders(settings.formats)
     with Image.open(io.BytesIO(data), formats=pillow_names(settings.formats)) as image:
         width, height = image.size
         if width * height > settings.max_pixels:
@@ -135,7 +137,7 @@ def _decode(data: bytes, settings: DecodeSettings, channels: str, exif: bool) ->
         pixels = np.array(_converted(upright, "L" if channels == "gray" else "RGB"))
     if pixels.size == 0:
         raise _fault("corrupt", f"it has no pixels: {width}x{height}")
-    return Decoded(_channelled(pixels), width, height, turned=pixels.shape[1] != width)
+    return DecodedImage(_channelled(pixels), width, height, axes_swapped=pixels.shape[1] != width)
 
 
 def _channelled(pixels: np.ndarray) -> np.ndarray:
@@ -209,7 +211,7 @@ def _orientation(image: ImageFile) -> int:
     return orientation if 1 <= orientation <= 8 else 1
 
 
-def jpeg_orientation(data: bytes, settings: DecodeSettings) -> int:
+def read_jpeg_orientation(data: bytes, settings: DecodeSettings) -> int:
     """1 to 8 as EXIF counts; 1 is upright. Raises whatever Pillow meets in the file."""
     from PIL import Image
 
@@ -217,7 +219,7 @@ def jpeg_orientation(data: bytes, settings: DecodeSettings) -> int:
         return _orientation(image)
 
 
-class _Rules:
+class _PillowLimits:
     """Pillow's switches belong to the whole process. The first thread that decodes sets them, the last puts them back.
 
     Threads of one job decode side by side; one that goes by other rules waits for them to end.
@@ -253,7 +255,7 @@ class _Rules:
                     self._turn.notify_all()
 
 
-_rules = _Rules()
+_rules = _PillowLimits()
 _deafness = threading.Lock()
 
 
@@ -280,7 +282,7 @@ def _deaf() -> Iterator[None]:
                 os.close(kept)
 
 
-def _classify(error: Exception, data: bytes, settings: DecodeSettings) -> ImageFault:
+def _classify(error: Exception, data: bytes, settings: DecodeSettings) -> ImageError:
     """What an exception from Pillow means, in our few words."""
     from PIL import Image, UnidentifiedImageError
 
@@ -300,18 +302,19 @@ def _classify(error: Exception, data: bytes, settings: DecodeSettings) -> ImageF
     return _fault("corrupt", f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
 
-def _unidentified(data: bytes, formats: Sequence[Format]) -> ImageFault:
-    kind, other = told(data[:64])
+def _unidentified(data: bytes, formats: Sequence[ImageFormat]) -> ImageError:
+    kind, other = sniff_format(data[:64])
     if kind in formats:
         return _fault("corrupt", "the header of the file is damaged")
     if kind is not None:
         return _fault(
-            "unsupported", f"the file is {listed([kind])}, which is not among decode.formats: {listed(formats)}"
+            "unsupported",
+            f"the file is {format_list([kind])}, which is not among decode.formats: {format_list(formats)}",
         )
     if other is not None:
-        return _fault("unsupported", f"the file is {other}; {listed(formats)} are read")
-    return _fault("not_an_image", f"no image in any of the formats that are read: {listed(formats)}")
+        return _fault("unsupported", f"the file is {other}; {format_list(formats)} are read")
+    return _fault("not_an_image", f"no image in any of the formats that are read: {format_list(formats)}")
 
 
-def _fault(type: str, message: str) -> ImageFault:
-    return ImageFault("decode", type, message)
+def _fault(type: str, message: str) -> ImageError:
+    return ImageError("decode", type, message)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from batchjob.preprocessing.resize import Box
+from batchjob.preprocessing.resize import CropBox
 from batchjob.preprocessing.settings import Preprocess
-from batchjob.types import ImageFacts
+from batchjob.types import ImageInfo
 
-__all__ = ["Frame", "frame"]
+__all__ = ["ImageGeometry", "compute_image_geometry"]
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class ImageGeometry:
     """Where the model's input lies in its image: `x` of the image is `(x of the input + left) / scale_x`.
 
     Attributes:
@@ -48,14 +48,14 @@ def _fixed_size(preprocess: Preprocess) -> tuple[int, int] | None:
     return height + -height % multiple, width + -width % multiple
 
 
-def _box(size: tuple[int, int], crop: tuple[int, int] | None) -> Box:
+def _box(size: tuple[int, int], crop: tuple[int, int] | None) -> CropBox:
     """What the centre crop leaves; everything where it must pad."""
     if crop is None or crop[0] > size[0] or crop[1] > size[1]:
         return 0, 0, *size
     return int(_cut(size[0], crop[0])), int(_cut(size[1], crop[1])), *crop
 
 
-def frame(preprocess: Preprocess, facts: ImageFacts) -> Frame:
+def compute_image_geometry(preprocess: Preprocess, facts: ImageInfo) -> ImageGeometry:
     """Where the model's input lies in an image that was prepared so. A user's own transform is not seen through.
 
     Args:
@@ -63,10 +63,10 @@ def frame(preprocess: Preprocess, facts: ImageFacts) -> Frame:
         facts: of a good image, so with width and height.
     """
     width, height = facts.width or 1, facts.height or 1
-    if facts.turned:
+    if facts.axes_swapped:
         width, height = height, width
     if preprocess.transform is not None:
-        return Frame(width, height, width, height)
+        return ImageGeometry(width, height, width, height)
     wide, high = _resized_size(preprocess.resize, width, height)
     scale_x, scale_y = wide / width, high / height
     left = top = 0.0
@@ -75,7 +75,7 @@ def frame(preprocess: Preprocess, facts: ImageFacts) -> Frame:
         left, top = _cut(wide, crop_wide), _cut(high, crop_high)
         wide, high = crop_wide, crop_high
     multiple = preprocess.pad or 1
-    return Frame(width, height, wide, high, scale_x, scale_y, left, top, -wide % multiple, -high % multiple)
+    return ImageGeometry(width, height, wide, high, scale_x, scale_y, left, top, -wide % multiple, -high % multiple)
 
 
 def _resized_size(resize: int | tuple[int, int] | None, width: int, height: int) -> tuple[int, int]:

@@ -8,15 +8,24 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Literal
 
-__all__ = ["FORMATS", "ORDINARY", "Format", "listed", "make_ready", "pillow_names", "told", "unavailable"]
+__all__ = [
+    "DEFAULT_FORMATS",
+    "FORMATS",
+    "ImageFormat",
+    "format_list",
+    "pillow_names",
+    "register_decoders",
+    "sniff_format",
+    "unavailable_reason",
+]
 
-Format = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "heif"]
-ORDINARY: tuple[Format, ...] = ("jpeg", "png", "webp", "gif", "bmp", "tiff")
-FORMATS: tuple[Format, ...] = (*ORDINARY, "avif", "heif")
+ImageFormat = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "heif"]
+DEFAULT_FORMATS: tuple[ImageFormat, ...] = ("jpeg", "png", "webp", "gif", "bmp", "tiff")
+FORMATS: tuple[ImageFormat, ...] = (*DEFAULT_FORMATS, "avif", "heif")
 _SPOKEN = {"jpeg": "JPEG", "png": "PNG", "webp": "WebP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF"}
 # First bytes, and where they stand.
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+", b"II\x00*", b"MM*\x00")
-_KNOWN: dict[Format, tuple[tuple[int, bytes], ...]] = {
+_KNOWN: dict[ImageFormat, tuple[tuple[int, bytes], ...]] = {
     "jpeg": ((0, b"\xff\xd8\xff"),),
     "png": ((0, b"\x89PNG\r\n\x1a\n"),),
     "webp": ((8, b"WEBP"),),
@@ -48,18 +57,18 @@ _OTHERS = (
 _registering = threading.Lock()
 
 
-def pillow_names(formats: Sequence[Format]) -> tuple[str, ...]:
+def pillow_names(formats: Sequence[ImageFormat]) -> tuple[str, ...]:
     """What Pillow calls them."""
     return tuple(name.upper() for name in formats)
 
 
-def listed(formats: Sequence[Format]) -> str:
+def format_list(formats: Sequence[ImageFormat]) -> str:
     """For a sentence: `JPEG, PNG and WebP`."""
     *most, last = [_SPOKEN.get(name, name.upper()) for name in formats]
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def told(data: bytes) -> tuple[Format | None, str | None]:
+def sniff_format(data: bytes) -> tuple[ImageFormat | None, str | None]:
     """What the first bytes say: a format that can be read, or the name of one that cannot; neither for the rest."""
     for kind, marks in _KNOWN.items():
         if any(data.startswith(magic, offset) for offset, magic in marks):
@@ -67,7 +76,7 @@ def told(data: bytes) -> tuple[Format | None, str | None]:
     return None, next((name for offset, magic, name in _OTHERS if data.startswith(magic, offset)), None)
 
 
-def unavailable(format: Format) -> str | None:
+def unavailable_reason(format: ImageFormat) -> str | None:
     """Why this installation cannot read it, and what helps, to follow `heif, which`; None where it can."""
     if format == "heif" and find_spec("pillow_heif") is None:
         return "needs an extra: pip install 'batchjob[heif]'"
@@ -79,7 +88,7 @@ def unavailable(format: Format) -> str | None:
     return None
 
 
-def make_ready(formats: Sequence[Format]) -> None:
+def register_decoders(formats: Sequence[ImageFormat]) -> None:
     """Tell Pillow of the decoders that it does not find by itself. Once is enough; more does no harm."""
     if "heif" not in formats:
         return

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Least", "jpeg_pixels", "jpeg_size", "plain_jpeg_size", "shrinking"]
+__all__ = ["MinSize", "choose_scale_denominator", "decode_jpeg", "read_baseline_jpeg_size", "read_jpeg_size"]
 
-Least = int | tuple[int, int]
+MinSize = int | tuple[int, int]
 """Pixels that are needed: of the shorter side, or height and width."""
 _COLOURS = {"Gray", "YCbCr"}  # of the others Pillow makes something else
 _FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}  # by cosines; a lossless one may have any number of bits
@@ -19,7 +19,7 @@ _NO_FRAMES = {0xC4, 0xC8, 0xCC}  # between the markers of frames
 _SHRUNK = (8, 4, 2)  # of what libjpeg can, that which it is fast at
 
 
-def jpeg_size(data: bytes) -> tuple[int, int] | None:
+def read_jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Height and width of a file that `jpeg_pixels` may decode; None where that is hopeless."""
     from simplejpeg import decode_jpeg_header
 
@@ -32,7 +32,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     return (int(height), int(width)) if colours in _COLOURS else None
 
 
-def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+def read_baseline_jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Height and width of a file that a GPU's decoder may be trusted with; None of all others.
 
     That is a baseline file in YCbCr that ends as it should: such a decoder may fill up a torn one without a word.
@@ -48,7 +48,7 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     return (int(height), int(width)) if colours == "YCbCr" else None
 
 
-def jpeg_pixels(data: bytes, size: tuple[int, int], shrunk: int = 1) -> np.ndarray | None:
+def decode_jpeg(data: bytes, size: tuple[int, int], scale_denominator: int = 1) -> np.ndarray | None:
     """RGB, uint8 `[h, w, 3]`, bit for bit as Pillow decodes it; None where libjpeg-turbo has any complaint at all.
 
     Args:
@@ -58,7 +58,7 @@ def jpeg_pixels(data: bytes, size: tuple[int, int], shrunk: int = 1) -> np.ndarr
     """
     from simplejpeg import decode_jpeg
 
-    height, width = (-(-side // shrunk) for side in size)
+    height, width = (-(-side // scale_denominator) for side in size)
     try:
         pixels: np.ndarray = decode_jpeg(data, "RGB", min_height=height, min_width=width)
     except Exception:  # noqa: BLE001 - likewise
@@ -66,11 +66,11 @@ def jpeg_pixels(data: bytes, size: tuple[int, int], shrunk: int = 1) -> np.ndarr
     return pixels
 
 
-def shrinking(size: tuple[int, int], least: Least) -> int:
+def choose_scale_denominator(size: tuple[int, int], min_size: MinSize) -> int:
     """How many times smaller an image may be decoded and still have so many pixels."""
-    if isinstance(least, int):
-        size, least = (min(size), min(size)), (least, least)
-    return next((n for n in _SHRUNK if size[0] >= n * least[0] and size[1] >= n * least[1]), 1)
+    if isinstance(min_size, int):
+        size, min_size = (min(size), min(size)), (min_size, min_size)
+    return next((n for n in _SHRUNK if size[0] >= n * min_size[0] and size[1] >= n * min_size[1]), 1)
 
 
 def _frame(data: bytes) -> int | None:

@@ -11,16 +11,26 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Band", "Box", "Filter", "band", "product", "resample", "resample_in_integers"]
+__all__ = [
+    "BandMatrix",
+    "CropBox",
+    "Interpolation",
+    "make_band_matrix",
+    "resize_and_crop",
+    "resize_and_crop_uint8",
+    "resize_with_bands",
+]
 
-Box = tuple[int, int, int, int]
+CropBox = tuple[int, int, int, int]
 """Top, left, height and width."""
-Filter = Literal["bilinear", "bicubic"]
+Interpolation = Literal["bilinear", "bicubic"]
 _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}  # half the filter's width, in pixels of the smaller image
 _STRIP = 1 << 16  # pixels that are float at once: so few stay in the processor's cache
 
 
-def resample(image: torch.Tensor, size: tuple[int, int], box: Box, by: Filter) -> torch.Tensor:
+def resize_and_crop(
+    image: torch.Tensor, size: tuple[int, int], box: CropBox, interpolation: Interpolation
+) -> torch.Tensor:
     """The part `box` of the image resized to `size`: bit for bit `torchvision.transforms.functional.resize`.
 
     Torch goes along the rows, then along the columns, and each output sample is by itself. So rows below and columns
@@ -36,22 +46,26 @@ def resample(image: torch.Tensor, size: tuple[int, int], box: Box, by: Filter) -
     Returns:
         uint8 `[c, height, width]`.
     """
-    bands = _bands(image, size, box) if by == "bilinear" else None
-    return _by_torch(image, size, box, by) if bands is None or not _alike() else product(image, *bands)
+    bands = _bands(image, size, box) if interpolation == "bilinear" else None
+    return (
+        _by_torch(image, size, box, interpolation)
+        if bands is None or not _matches_torch()
+        else resize_with_bands(image, *bands)
+    )
 
 
-def _bands(image: torch.Tensor, size: tuple[int, int], box: Box) -> tuple[Band, Band] | None:
+def _bands(image: torch.Tensor, size: tuple[int, int], box: CropBox) -> tuple[BandMatrix, BandMatrix] | None:
     """Those of rows and columns, where both can be had."""
     if 1 in size:  # torch resizes to a single row or column in an order of its own
         return None
     top, left, high, wide = box
-    rows = band(image.shape[1], size[0], top, top + high)
-    columns = None if rows is None else band(image.shape[2], size[1], left, left + wide)
+    rows = make_band_matrix(image.shape[1], size[0], top, top + high)
+    columns = None if rows is None else make_band_matrix(image.shape[2], size[1], left, left + wide)
     return None if rows is None or columns is None else (rows, columns)
 
 
 @cache
-def _alike() -> bool:
+def _matches_torch() -> bool:
     """Whether this build of torch makes the same bits both ways: looked at once a process, on noise."""
     import torch
 
@@ -61,7 +75,7 @@ def _alike() -> bool:
         box = (1, 2, size[0] - 3, size[1] - 5)
         bands = _bands(noise, size, box)
         try:
-            made = None if bands is None else product(noise, *bands)
+            made = None if bands is None else resize_with_bands(noise, *bands)
         except RuntimeError:  # a torch without sparse products
             return False
         if made is None or not made.equal(_by_torch(noise, size, box, "bilinear")):
@@ -69,7 +83,7 @@ def _alike() -> bool:
     return True
 
 
-def _by_torch(image: torch.Tensor, size: tuple[int, int], box: Box, by: Filter) -> torch.Tensor:
+def _by_torch(image: torch.Tensor, size: tuple[int, int], box: CropBox, by: Interpolation) -> torch.Tensor:
     import torch
 
     top, left, high, wide = box
@@ -86,13 +100,13 @@ def _by_torch(image: torch.Tensor, size: tuple[int, int], box: Box, by: Filter) 
     return values.clamp(0, 255).round_().to(torch.uint8)
 
 
-def resample_in_integers(
+def resize_and_crop_uint8(
     image: torch.Tensor,
     size: tuple[int, int],
-    box: Box,
-    by: Filter,
-    shrunk: int = 1,
-    whole: tuple[int, int] | None = None,
+    box: CropBox,
+    interpolation: Interpolation,
+    scale_denominator: int = 1,
+    full_size: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """`resample` in 16-bit integers, as torchvision's `v2`: several times as fast, `bilinear` at most a level away.
 
@@ -108,17 +122,19 @@ def resample_in_integers(
         uint8 `[c, height, width]`.
     """
     top, left, high, wide = box
-    sides = image.shape[1:] if whole is None else (whole[0] / shrunk, whole[1] / shrunk)
+    sides = (
+        image.shape[1:] if full_size is None else (full_size[0] / scale_denominator, full_size[1] / scale_denominator)
+    )
     down, across = size[0] / sides[0], size[1] / sides[1]
-    rows = _used(image.shape[1], sides[0], size[0], top + high, by)
-    columns = _used(image.shape[2], sides[1], size[1], left + wide, by)
+    rows = _used(image.shape[1], sides[0], size[0], top + high, interpolation)
+    columns = _used(image.shape[2], sides[1], size[1], left + wide, interpolation)
     reached = int(rows * down) >= top + high and int(columns * across) >= left + wide
     used = image[None, :, :rows, :columns]
-    made = _scaled(used, down, across, by) if reached else _resized(image[None], size, by)
+    made = _scaled(used, down, across, interpolation) if reached else _resized(image[None], size, interpolation)
     return made[0, :, top : top + high, left : left + wide]
 
 
-def _used(pixels: int, side: float, resized: int, end: int, by: Filter) -> int:
+def _used(pixels: int, side: float, resized: int, end: int, by: Interpolation) -> int:
     """How many of a side's pixels decide the first `end` of the resized ones; a few more do no harm."""
     scale = side / resized
     used = int(scale * end + _SUPPORT[by] * max(scale, 1.0)) + 3
@@ -132,7 +148,7 @@ def _strips(image: torch.Tensor) -> Iterator[torch.Tensor]:
     return iter(image.split(rows, 2))
 
 
-def _along(image: torch.Tensor, dim: int, sides: tuple[int, int], by: Filter) -> torch.Tensor:
+def _along(image: torch.Tensor, dim: int, sides: tuple[int, int], by: Interpolation) -> torch.Tensor:
     """Resized along one dimension from one length to another, where the end of the image may be missing."""
     whole, resized = sides
     if whole == resized:
@@ -145,13 +161,13 @@ def _along(image: torch.Tensor, dim: int, sides: tuple[int, int], by: Filter) ->
     return _resized(image, (size[0], size[1]), by)
 
 
-def _resized(image: torch.Tensor, size: tuple[int, int], by: Filter) -> torch.Tensor:
+def _resized(image: torch.Tensor, size: tuple[int, int], by: Interpolation) -> torch.Tensor:
     from torch.nn.functional import interpolate
 
     return interpolate(image, size=size, mode=by, align_corners=False, antialias=True)
 
 
-def _scaled(image: torch.Tensor, down: float, across: float, by: Filter) -> torch.Tensor:
+def _scaled(image: torch.Tensor, down: float, across: float, by: Interpolation) -> torch.Tensor:
     from torch.nn.functional import interpolate
 
     return interpolate(image, scale_factor=(down, across), mode=by, align_corners=False, antialias=True)
@@ -163,7 +179,7 @@ _MOST_TAPS = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Band:
+class BandMatrix:
     """How some neighbouring samples of a resized side follow from its pixels.
 
     Attributes:
@@ -171,13 +187,13 @@ class Band:
         weights: sparse (CSR) float32 `[samples, end - first]`.
     """
 
-    first: int
-    end: int
+    start: int
+    stop: int
     weights: torch.Tensor
 
 
 @lru_cache(maxsize=256)  # images of a dataset share a few sizes; a band takes some ten KB
-def band(whole: int, resized: int, low: int, high: int) -> Band | None:
+def make_band_matrix(input_size: int, output_size: int, start: int, stop: int) -> BandMatrix | None:
     """The band of a bilinear, antialiased resize; None where a sample hangs on more pixels than sum up alike.
 
     Args:
@@ -187,16 +203,16 @@ def band(whole: int, resized: int, low: int, high: int) -> Band | None:
     """
     import torch
 
-    scale = whole / resized
+    scale = input_size / output_size
     reach = max(scale, 1.0)
     if 2 * reach > _MOST_TAPS:
         return None
     taps = int(2 * reach) + 4
-    seen = _seen(whole, resized, taps)[low:high]
-    middles = (torch.arange(low, high, dtype=torch.float64) + 0.5) * scale
+    seen = _seen(input_size, output_size, taps)[start:stop]
+    middles = (torch.arange(start, stop, dtype=torch.float64) + 0.5) * scale
     first = (middles - reach - 1).floor().long().clamp_(min=0)
     pixels = first[:, None] + torch.arange(taps)
-    weights = seen.gather(1, pixels % taps) * (pixels < whole)
+    weights = seen.gather(1, pixels % taps) * (pixels < input_size)
     used = weights != 0
     if int(used.sum(1).max()) > _MOST_TAPS:
         return None
@@ -214,7 +230,7 @@ def _seen(whole: int, resized: int, taps: int) -> torch.Tensor:
     return interpolate(units, size=(resized, taps), mode="bilinear", align_corners=False, antialias=True)[0, 0]
 
 
-def _packed(pixels: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -> Band:
+def _packed(pixels: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -> BandMatrix:
     import torch
 
     first, end = int(pixels.min()), int(pixels.max()) + 1
@@ -225,10 +241,10 @@ def _packed(pixels: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -
         matrix = torch.sparse_csr_tensor(
             rows, pixels - first, weights, size=(len(counts), end - first), check_invariants=False
         )
-    return Band(first, end, matrix)
+    return BandMatrix(first, end, matrix)
 
 
-def product(image: torch.Tensor, rows: Band, columns: Band) -> torch.Tensor:
+def resize_with_bands(image: torch.Tensor, rows: BandMatrix, columns: BandMatrix) -> torch.Tensor:
     """The image resized along its rows, then along its columns, of the pixels that count alone.
 
     Args:
@@ -241,7 +257,7 @@ def product(image: torch.Tensor, rows: Band, columns: Band) -> torch.Tensor:
     """
     import torch
 
-    used = image[:, rows.first : rows.end, columns.first : columns.end]
+    used = image[:, rows.start : rows.stop, columns.start : columns.stop]
     channels, high, wide = used.shape
     # A product runs along memory where what it sums over comes first.
     across = torch.empty(wide, channels, high).copy_(used.permute(2, 0, 1))

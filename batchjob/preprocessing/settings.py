@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from batchjob.errors import InvalidJob
-from batchjob.preprocessing.image_formats import FORMATS, ORDINARY, Format, unavailable
+from batchjob.preprocessing.image_formats import DEFAULT_FORMATS, FORMATS, ImageFormat, unavailable_reason
 from batchjob.settings import Settings, Target
 
-__all__ = ["DecodeSettings", "Preprocess", "merge"]
+__all__ = ["DecodeSettings", "Preprocess", "merge_preprocess"]
 
 
 class Preprocess(Settings):
@@ -46,10 +46,10 @@ class Preprocess(Settings):
     pad: int | None = Field(default=None, ge=1, le=4096)
 
 
-def _choose(formats: tuple[Format, ...]) -> tuple[Format, ...]:
+def _choose(formats: tuple[ImageFormat, ...]) -> tuple[ImageFormat, ...]:
     """The same formats, each once and in one order. Raises ValueError for one that is not installed."""
     for name in formats:
-        if why := unavailable(name):
+        if why := unavailable_reason(name):
             raise ValueError(f"names {name}, which {why}")
     return tuple(name for name in FORMATS if name in formats)
 
@@ -72,7 +72,7 @@ class DecodeSettings(Settings):
 
     max_pixels: Annotated[int, Field(ge=1)] = 178_956_970
     max_bytes: Annotated[int, Field(ge=1)] = 256 * 1024 * 1024
-    formats: Annotated[tuple[Format, ...], Field(min_length=1), AfterValidator(_choose)] = ORDINARY
+    formats: Annotated[tuple[ImageFormat, ...], Field(min_length=1), AfterValidator(_choose)] = DEFAULT_FORMATS
     truncated: Literal["error", "accept"] = "error"
     mode: Literal["exact", "fast"] = "exact"
     device: Literal["cpu", "cuda"] = "cpu"
@@ -90,7 +90,7 @@ _STEPS = ("resize", "crop", "mean", "std")
 _BESIDE_TRANSFORM = {"transform", "exif", "sizes"}
 
 
-def merge(job: Preprocess | None, own: Preprocess | None) -> Preprocess:
+def merge_preprocess(job: Preprocess | None, own: Preprocess | None) -> Preprocess:
     """What a job says over what the weights bring: given keys override, absent ones keep the weights' own.
 
     Args:

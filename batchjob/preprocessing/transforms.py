@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchjob.errors import ImageFault, InvalidJob
-from batchjob.preprocessing.decode import Decoded, decode
+from batchjob.errors import ImageError, InvalidJob
+from batchjob.preprocessing.decode import DecodedImage, decode
 from batchjob.preprocessing.geometry import _box, _fixed_size, _resized_size
-from batchjob.preprocessing.resize import Box, Filter, resample, resample_in_integers
+from batchjob.preprocessing.resize import CropBox, Interpolation, resize_and_crop, resize_and_crop_uint8
 from batchjob.preprocessing.settings import DecodeSettings, Preprocess
-from batchjob.types import Prepared
+from batchjob.types import PreparedImage
 from batchjob.user_code import load_target
 
 if TYPE_CHECKING:
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    Resample = Callable[[torch.Tensor, tuple[int, int], Box, Filter], torch.Tensor]
+    Resample = Callable[[torch.Tensor, tuple[int, int], CropBox, Interpolation], torch.Tensor]
 
-__all__ = ["Geometry", "Prepare"]
+__all__ = ["ImageTransform", "ResizeCrop"]
 
 # A resize by the shorter side makes a 1x5000 sliver 256x1280000: such an image is refused, not tried.
-MAX_RESIZED = 32 * 1024 * 1024
+MAX_RESIZED_PIXELS = 32 * 1024 * 1024
 
 
-class Geometry:
+class ResizeCrop:
     """Resize and centre crop as torchvision's presets do them on uint8 tensors, bit for bit; or the user's transform.
 
     Picklable: loader processes get it, a user's transform is looked up again there.
@@ -51,7 +51,7 @@ class Geometry:
         self._transform = self._load()
 
     @property
-    def least(self) -> int | tuple[int, int] | None:
+    def min_size(self) -> int | tuple[int, int] | None:
         """Pixels that it needs of an image (shorter side, or height and width); None where it needs them all."""
         if self._transform is not None or self._preprocess.interpolation == "nearest":
             return None
@@ -63,9 +63,9 @@ class Geometry:
         Raises:
             ImageFault: stage `transform`: the user's function failed, or the image is too narrow to resize.
         """
-        return self._made(pixels, resample, pixels.shape[:2])
+        return self._made(pixels, resize_and_crop, pixels.shape[:2])
 
-    def fast(self, pixels: np.ndarray, upright: tuple[int, int], shrunk: int) -> torch.Tensor:
+    def resize_fast(self, pixels: np.ndarray, upright_size: tuple[int, int], scale_denominator: int) -> torch.Tensor:
         """The same, but that a level of 255 may be between this and torchvision's.
 
         Args:
@@ -76,9 +76,13 @@ class Geometry:
         Raises:
             ImageFault: likewise.
         """
-        return self._made(pixels, partial(resample_in_integers, shrunk=shrunk, whole=upright), upright)
+        return self._made(
+            pixels,
+            partial(resize_and_crop_uint8, scale_denominator=scale_denominator, full_size=upright_size),
+            upright_size,
+        )
 
-    def on_device(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+    def resize_on_device(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         """The same for images that a device has decoded, computed there: as `fast` in what it promises.
 
         Args:
@@ -93,9 +97,9 @@ class Geometry:
         made = [_placed(*one, self._preprocess, _resized) for one in zip(images, upright, strict=True)]
         return torch.stack(made).clamp_(0, 255).round_().to(torch.uint8)
 
-    def resized_pixels(self, upright: tuple[int, int]) -> int:
+    def resized_pixels(self, upright_size: tuple[int, int]) -> int:
         """How many there would be between resize and crop, of an image of that height and width."""
-        wide, high = _resized_size(self._preprocess.resize, upright[1], upright[0])
+        wide, high = _resized_size(self._preprocess.resize, upright_size[1], upright_size[0])
         return wide * high
 
     def _made(self, pixels: np.ndarray, resize: Resample, upright: tuple[int, ...]) -> torch.Tensor:
@@ -140,7 +144,7 @@ def _placed(image: torch.Tensor, upright: tuple[int, int], preprocess: Preproces
     return image if crop is None or tuple(image.shape[1:]) == crop else _centred(image, crop)
 
 
-def _resized(image: torch.Tensor, size: tuple[int, int], box: Box, by: Filter) -> torch.Tensor:
+def _resized(image: torch.Tensor, size: tuple[int, int], box: CropBox, by: Interpolation) -> torch.Tensor:
     """`resample` in a few large steps, as a GPU wants them, and left in float."""
     from torch.nn.functional import interpolate
 
@@ -167,9 +171,9 @@ def _centred(image: torch.Tensor, crop: tuple[int, int]) -> torch.Tensor:
 def _refuse_sliver(resize: int | tuple[int, int] | None, width: int, height: int) -> None:
     if isinstance(resize, int):
         grown = resize * resize * max(height, width) // min(height, width)
-        if grown > MAX_RESIZED:
+        if grown > MAX_RESIZED_PIXELS:
             message = f"{width}x{height} is too narrow: with a shorter side of {resize} it would have {grown:,} pixels"
-            raise ImageFault("transform", "too_large", message)
+            raise ImageError("transform", "too_large", message)
 
 
 def _padded(image: torch.Tensor, multiple: int | None) -> torch.Tensor:
@@ -187,20 +191,20 @@ def _transformed(transform: Callable[[torch.Tensor], Any], image: torch.Tensor) 
     try:
         made = transform(image)
     except MemoryError:
-        raise ImageFault("transform", "memory", "there was not enough memory to transform it") from None
+        raise ImageError("transform", "memory", "there was not enough memory to transform it") from None
     except Exception as error:  # noqa: BLE001 - the user's function failed on this image: its row says so
-        raise ImageFault("transform", type(error).__name__, str(error) or type(error).__name__) from None
+        raise ImageError("transform", type(error).__name__, str(error) or type(error).__name__) from None
     if not isinstance(made, torch.Tensor):
-        raise ImageFault("transform", "type", f"preprocess.transform returned a {type(made).__name__}, not a tensor")
+        raise ImageError("transform", "type", f"preprocess.transform returned a {type(made).__name__}, not a tensor")
     if made.dtype == torch.uint8:
         return made.detach()
     if not made.is_floating_point():
-        raise ImageFault("transform", "type", f"preprocess.transform returned {made.dtype}, neither uint8 nor float")
+        raise ImageError("transform", "type", f"preprocess.transform returned {made.dtype}, neither uint8 nor float")
     return made.detach().float()
 
 
 @dataclass(frozen=True)
-class Prepare:
+class ImageTransform:
     """What a loader process does to each image.
 
     Attributes:
@@ -211,21 +215,21 @@ class Prepare:
     """
 
     settings: DecodeSettings
-    geometry: Geometry
+    resize_crop: ResizeCrop
     gray: bool
-    turn: bool
+    apply_exif: bool
 
-    def __call__(self, data: bytes) -> Prepared:
+    def __call__(self, data: bytes) -> PreparedImage:
         """One encoded image. Raises ImageFault."""
-        decoded = self.decoded(data)
-        return Prepared(self.transformed(decoded), decoded.width, decoded.height, decoded.turned)
+        decoded = self.decode(data)
+        return PreparedImage(self.transform(decoded), decoded.width, decoded.height, decoded.axes_swapped)
 
-    def decoded(self, data: bytes) -> Decoded:
+    def decode(self, data: bytes) -> DecodedImage:
         """The first half: pixels as the geometry takes them. Raises ImageFault."""
-        return decode(data, self.settings, "gray" if self.gray else "rgb", self.turn, self.geometry.least)
+        return decode(data, self.settings, "gray" if self.gray else "rgb", self.apply_exif, self.resize_crop.min_size)
 
-    def transformed(self, decoded: Decoded) -> torch.Tensor:
+    def transform(self, decoded: DecodedImage) -> torch.Tensor:
         """The second half: what goes into the batch. Raises ImageFault."""
         if self.settings.mode == "exact":
-            return self.geometry(decoded.pixels)
-        return self.geometry.fast(decoded.pixels, decoded.upright, decoded.shrunk)
+            return self.resize_crop(decoded.pixels)
+        return self.resize_crop.resize_fast(decoded.pixels, decoded.upright_size, decoded.scale_denominator)

@@ -9,20 +9,20 @@ from typing import Any
 
 from batchjob.errors import InvalidJob
 from batchjob.output import commit
-from batchjob.output.error_rows import error_rows as error_rows_of_error_rows
-from batchjob.output.success import missing_from_success, read_success
-from batchjob.plan.chunks import chunks as chunks_of_chunks
-from batchjob.plan.head import Head, current
+from batchjob.output.error_rows import read_error_rows as error_rows_of_error_rows
+from batchjob.output.success import find_part_mismatches, read_success
+from batchjob.plan.chunks import read_chunks as chunks_of_chunks
+from batchjob.plan.head import PlanHead, read_current_head
 from batchjob.storage.store import Store
-from batchjob.text import counted
+from batchjob.text import format_count
 
-__all__ = ["ErrorCounts", "Status", "error_counts", "error_rows", "status"]
+__all__ = ["ErrorCounts", "OutputStatus", "count_errors", "read_errors", "read_status"]
 
-_FOOTERS_AT_MOST = 2_000  # more would take longer than a status may
+_MAX_FOOTERS_READ = 2_000  # more would take longer than a status may
 
 
 @dataclass(frozen=True)
-class Status:
+class OutputStatus:
     """An output at a glance.
 
     Attributes:
@@ -46,11 +46,11 @@ class Status:
         """For a person."""
         grows = "" if self.plan_finished else ", and growing"
         failed = "" if self.failed is None else f", {self.failed:,} with an error"
-        planned = f"{counted(self.planned, 'image')} in {counted(self.shards, 'shard')}{grows}"
+        planned = f"{format_count(self.planned, 'image')} in {format_count(self.shards, 'shard')}{grows}"
         return [
             f"{self.output}: {self.status}",
             f"plan      {self.plan} of {self.created}: {planned}",
-            f"committed {counted(self.rows, 'row')} in {counted(self.parts, 'part')}{failed}",
+            f"committed {format_count(self.rows, 'row')} in {format_count(self.parts, 'part')}{failed}",
             *([self._next_step] if self._without_success else []),
         ]
 
@@ -77,31 +77,31 @@ class ErrorCounts:
     by_type: dict[str, int]
 
 
-def status(store: Store) -> Status:
+def read_status(store: Store) -> OutputStatus:
     """Look at an output.
 
     Raises:
         InvalidJob: there is no plan, or one in a format that this version does not know.
     """
     head = _head(store)
-    there = commit.parts(store)
+    there = commit.list_parts(store)
     chunks = list(chunks_of_chunks(store, head))
-    keys = {key.part: key.rows for chunk in chunks for key in chunk.shards}
+    keys = {key.part_key: key.rows for chunk in chunks for key in chunk.shards}
     mine = [name for name in there if name in keys]
     success = read_success(store)
     if success is not None and success[0].get("plan") == head.plan:
-        state = "damaged" if missing_from_success(success[0], there) else "complete"
+        state = "damaged" if find_part_mismatches(success[0], there) else "complete"
         failed: int | None = success[0]["counts"]["failed"]
     else:
         state = "incomplete"
         failed = _failed(store, mine)
-    return Status(
+    return OutputStatus(
         status=state,
         output=store.uri,
         plan=head.plan,
         created=head.created,
-        plan_finished=bool(chunks) and chunks[-1].last,
-        planned=chunks[-1].cursor.rows if chunks else 0,
+        plan_finished=bool(chunks) and chunks[-1].is_last,
+        planned=chunks[-1].end_cursor.rows if chunks else 0,
         shards=len(keys),
         parts=len(mine),
         rows=sum(keys[name] for name in mine),
@@ -109,23 +109,23 @@ def status(store: Store) -> Status:
     )
 
 
-def error_rows(store: Store) -> Iterator[dict[str, Any]]:
+def read_errors(store: Store) -> Iterator[dict[str, Any]]:
     """Every error row: `position, uri, error_stage, error_type, error_message`, in plan order. Raises: see `status`."""
     _head(store)
     return error_rows_of_error_rows(store)
 
 
-def error_counts(store: Store) -> ErrorCounts:
+def count_errors(store: Store) -> ErrorCounts:
     """How many error rows of which kind, by the parts' footers alone. Raises: see `status`."""
     _head(store)
     counts: Counter[str] = Counter()
-    for _, made in commit.inspect_all(store, sorted(commit.parts(store))):
+    for _, made in commit.read_footers(store, sorted(commit.list_parts(store))):
         counts.update(made.errors)
     return ErrorCounts(counts.total(), dict(counts.most_common()))
 
 
-def _head(store: Store) -> Head:
-    number, head = current(store)
+def _head(store: Store) -> PlanHead:
+    number, head = read_current_head(store)
     if head is not None:
         return head
     if number:
@@ -134,6 +134,6 @@ def _head(store: Store) -> Head:
 
 
 def _failed(store: Store, names: list[str]) -> int | None:
-    if len(names) > _FOOTERS_AT_MOST:
+    if len(names) > _MAX_FOOTERS_READ:
         return None
-    return sum(made.failed for _, made in commit.inspect_all(store, names))
+    return sum(made.failed for _, made in commit.read_footers(store, names))

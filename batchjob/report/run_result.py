@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from batchjob.errors import BatchjobError
-from batchjob.text import counted, presentable
+from batchjob.text import format_count, sanitize
 
-__all__ = ["Outcome", "PlanSummary"]
+__all__ = ["PlanSummary", "RunResult"]
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RunResult:
     """How a run ended.
 
     Attributes:
@@ -41,7 +41,7 @@ class Outcome:
     truth: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of_error(cls, error: BaseException, output: str | None = None, seconds: float = 0.0) -> Outcome:
+    def from_error(cls, error: BaseException, output: str | None = None, seconds: float = 0.0) -> RunResult:
         """The outcome of a run that an error ended, with the counts that it carries. An interrupt is temporary."""
         counts = (0, 0, 0)
         if isinstance(error, BatchjobError):
@@ -49,23 +49,25 @@ class Outcome:
         elif isinstance(error, KeyboardInterrupt):
             status, code, message = "temporary", 75, "interrupted; the same command resumes"
         else:
-            status, code, message = "crashed", 1, presentable(f"{type(error).__name__}: {error}")
+            status, code, message = "crashed", 1, sanitize(f"{type(error).__name__}: {error}")
         return cls(status, *counts, seconds=seconds, output=output, exit_code=code, message=message)
 
-    def dump(self) -> str:
+    def to_json(self) -> str:
         """One line of JSON."""
         fields = asdict(self)
         for name, digits in (("seconds", 3), ("images_per_second", 2)):
             fields[name] = round(fields[name], digits)
         return json.dumps(fields)
 
-    def sentence(self) -> str:
+    def to_text(self) -> str:
         """What a person reads at the end: the message, or the sums where there is none; and how right the rows were."""
         said = self.message or self._sums()
         return f"{said}\n{_flat(self.truth)}" if _flat(self.truth) else said
 
     def _sums(self) -> str:
-        sums = f"{counted(self.planned, 'image')}, {self.predicted:,} predicted, {self.failed:,} failed{self._pace()}"
+        sums = (
+            f"{format_count(self.planned, 'image')}, {self.predicted:,} predicted, {self.failed:,} failed{self._pace()}"
+        )
         return f"{self.output}: {self.status.replace('_', ' ')}: {sums}"
 
     def _pace(self) -> str:
@@ -92,8 +94,8 @@ class PlanSummary:
         """For a person."""
         return [
             (
-                f"plan {self.plan} in {self.output}: {counted(self.images, 'image')} in "
-                f"{counted(self.shards, 'shard')} of {self.shard_size:,}, written in {self.seconds:.1f} s"
+                f"plan {self.plan} in {self.output}: {format_count(self.images, 'image')} in "
+                f"{format_count(self.shards, 'shard')} of {self.shard_size:,}, written in {self.seconds:.1f} s"
             )
         ]
 
@@ -104,6 +106,6 @@ def _flat(truth: Mapping[str, Any]) -> str:
     sums = {name: value for name, value in truth.items() if isinstance(value, int) and not isinstance(value, bool)}
     rows = sums.pop("images", None)
     if rows is not None:
-        told = f"{', '.join(rates)} over {counted(rows, 'row')} with truth" if rates else "no rows with truth"
+        told = f"{', '.join(rates)} over {format_count(rows, 'row')} with truth" if rates else "no rows with truth"
         rates = [told]
     return ", ".join([*rates, *(f"{name} {value:,}" for name, value in sums.items() if value)])

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from batchjob.errors import InvalidJob
 
-__all__ = ["arrow_type", "cast", "castable", "find_column", "is_text", "plain", "require_type"]
+__all__ = ["can_cast", "cast_column", "is_text", "parse_type", "plain_type", "require_column", "require_known_type"]
 
 _NAMES = [
     *("string", "binary", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -24,7 +24,7 @@ _DECIMAL = re.compile(r"decimal128\((\d+), ?(-?\d+)\)")
 _SHOWN = 30
 
 
-def arrow_type(name: str) -> pa.DataType:
+def parse_type(name: str) -> pa.DataType:
     """The Arrow type of a name such as `int64`, `timestamp[us, tz=UTC]`, `decimal128(10, 2)`.
 
     Raises ValueError with the nearest name where there is none.
@@ -45,12 +45,12 @@ def arrow_type(name: str) -> pa.DataType:
     raise ValueError(f"{name!r} is not a type{hint}; there are: {', '.join(_NAMES)}")
 
 
-def plain(stored: pa.DataType) -> pa.DataType:
+def plain_type(stored: pa.DataType) -> pa.DataType:
     """The type that a column of `stored` has in the output: values in place of dictionaries, views and extensions."""
     if isinstance(stored, pa.BaseExtensionType):
-        return plain(stored.storage_type)
+        return plain_type(stored.storage_type)
     if pa.types.is_dictionary(stored):
-        return plain(stored.value_type)
+        return plain_type(stored.value_type)
     if pa.types.is_string_view(stored):
         return pa.string()
     if pa.types.is_binary_view(stored):
@@ -60,17 +60,17 @@ def plain(stored: pa.DataType) -> pa.DataType:
 
 def _plain_inside(stored: pa.DataType) -> pa.DataType:
     if pa.types.is_struct(stored):
-        return pa.struct([field.with_type(plain(field.type)) for field in stored])
+        return pa.struct([field.with_type(plain_type(field.type)) for field in stored])
     if pa.types.is_map(stored):
-        return pa.map_(plain(stored.key_type), plain(stored.item_type))
+        return pa.map_(plain_type(stored.key_type), plain_type(stored.item_type))
     if pa.types.is_fixed_size_list(stored):
-        return pa.list_(plain(stored.value_type), stored.list_size)
+        return pa.list_(plain_type(stored.value_type), stored.list_size)
     if pa.types.is_large_list(stored):
-        return pa.large_list(plain(stored.value_type))
-    return pa.list_(plain(stored.value_type)) if pa.types.is_list(stored) else stored
+        return pa.large_list(plain_type(stored.value_type))
+    return pa.list_(plain_type(stored.value_type)) if pa.types.is_list(stored) else stored
 
 
-def find_column(names: Iterable[str], wanted: str, file: str, said: str) -> None:
+def require_column(names: Iterable[str], column: str, file: str, job_key: str) -> None:
     """Nothing where `wanted` is in `names` once.
 
     Args:
@@ -80,22 +80,22 @@ def find_column(names: Iterable[str], wanted: str, file: str, said: str) -> None
         InvalidJob: with the nearest name and the columns that are there.
     """
     there = Counter(names)
-    if there[wanted] == 1:
+    if there[column] == 1:
         return
-    if there[wanted] > 1:
-        raise InvalidJob(f"{said}: {file} has {there[wanted]} columns called {wanted!r}; rename all but one")
+    if there[column] > 1:
+        raise InvalidJob(f"{job_key}: {file} has {there[column]} columns called {column!r}; rename all but one")
     folded = {name.lower(): name for name in there}
-    near = difflib.get_close_matches(wanted.lower(), folded, 1)
+    near = difflib.get_close_matches(column.lower(), folded, 1)
     hint = f" (did you mean {folded[near[0]]!r}?)" if near else ""
     shown = ", ".join(list(there)[:_SHOWN]) + (", …" if len(there) > _SHOWN else "")
-    raise InvalidJob(f"{said}: {file} has no column {wanted!r}{hint}; it has: {shown}")
+    raise InvalidJob(f"{job_key}: {file} has no column {column!r}{hint}; it has: {shown}")
 
 
-def require_type(stored: pa.DataType, file: str, column: str, said: str) -> None:
+def require_known_type(stored: pa.DataType, file: str, column: str, job_key: str) -> None:
     """Raises InvalidJob where some part of the type is null: no reader of the output could tell what it is."""
     if _has_null(stored):
         raise InvalidJob(
-            f"{said}: column {column!r} of {file} holds only nulls and has no type; "
+            f"{job_key}: column {column!r} of {file} holds only nulls and has no type; "
             f"give it one, as in passthrough: {{{column}: string}}, or leave it out"
         )
 
@@ -106,16 +106,16 @@ def is_text(stored: pa.DataType) -> bool:
     return any(test(stored) for test in tests)
 
 
-def castable(stored: pa.DataType, target: pa.DataType) -> bool:
+def can_cast(stored: pa.DataType, target: pa.DataType) -> bool:
     """True where Arrow has a way from the plain form of one type to the other."""
     try:
-        pa.nulls(0, plain(stored)).cast(target)
+        pa.nulls(0, plain_type(stored)).cast(target)
     except pa.ArrowNotImplementedError:
         return False
     return True
 
 
-def cast(values: pa.Array, target: pa.DataType, file: str, column: str, start: int) -> pa.Array:
+def cast_column(values: pa.Array, target: pa.DataType, file: str, column: str, first_row: int) -> pa.Array:
     """The values as `target`, none of them altered. Text that is empty is null in any type but text.
 
     Args:
@@ -129,7 +129,7 @@ def cast(values: pa.Array, target: pa.DataType, file: str, column: str, start: i
     if values.type == target:
         return values
     try:
-        values = values.cast(plain(values.type))
+        values = values.cast(plain_type(values.type))
         if is_text(values.type) and not is_text(target):
             values = pc.utf8_trim_whitespace(values.cast(pa.string()))
             values = pc.if_else(pc.equal(values, pa.scalar("")), pa.scalar(None, pa.string()), values)
@@ -140,7 +140,7 @@ def cast(values: pa.Array, target: pa.DataType, file: str, column: str, start: i
         row = _first_bad(values, target)
         hint = "; give the type a time zone, or none, as the values have it" if "zone offset" in str(error) else ""
         raise InvalidJob(
-            f"{file}, row {start + row + 1}: {_shown(values[row])} in column {column!r} is no {target}{hint}; "
+            f"{file}, row {first_row + row + 1}: {_shown(values[row])} in column {column!r} is no {target}{hint}; "
             f"correct it, or give the column another type"
         ) from error
 

@@ -10,33 +10,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchjob.errors import InvalidJob, NotFound, Refused, Unaddressable
+from batchjob.errors import AddressRefused, InvalidJob, NotFound, UnaddressableKey
 from batchjob.settings import is_local, local_path
-from batchjob.storage.objects import Stat
+from batchjob.storage.objects import ObjectInfo
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
 
 __all__ = [
-    "Place",
-    "as_folder",
-    "filter_by",
-    "find",
-    "folder_of",
-    "forbidden",
+    "InputLocation",
+    "excluded_prefix",
+    "explain_missing_input",
+    "find_location",
+    "glob_to_regex",
     "has_magic",
-    "literal_start",
-    "locate",
-    "plain_uri",
-    "split",
-    "translate",
-    "unmet",
-    "walk",
+    "list_location",
+    "literal_prefix",
+    "make_path_filter",
+    "normalize_uri",
+    "parent_folder",
+    "require_location",
+    "split_glob",
+    "with_trailing_slash",
 ]
 
 
 @dataclass(frozen=True)
-class Place:
+class InputLocation:
     """An input that is there.
 
     Attributes:
@@ -48,72 +48,74 @@ class Place:
 
     uri: str
     folder: str
-    file: Stat | None = None
+    file: ObjectInfo | None = None
     pattern: str | None = None
 
 
-def find(reader: Reader, uri: str) -> Place | None:
+def find_location(reader: Reader, uri: str) -> InputLocation | None:
     """Tell file, folder and glob apart; None where nothing is there. Raises InvalidJob for what no name can be."""
-    uri = plain_uri(uri)
+    uri = normalize_uri(uri)
     if _is_glob(uri):
-        folder, pattern = split(uri)
+        folder, pattern = split_glob(uri)
         try:
-            re.compile(translate(pattern))
+            re.compile(glob_to_regex(pattern))
         except re.error as error:
             raise InvalidJob(f"input.uri {uri}: not a glob pattern ({error}); write '[[]' for a literal '['") from error
-        place = Place(uri, folder, pattern=pattern)
+        place = InputLocation(uri, folder, pattern=pattern)
     elif (file := _file(reader, uri)) is not None:
-        return Place(uri, folder_of(uri), file=file)
+        return InputLocation(uri, parent_folder(uri), file=file)
     else:
-        place = Place(uri, as_folder(uri))
+        place = InputLocation(uri, with_trailing_slash(uri))
     return place if _folder_there(reader, place.folder) else None
 
 
-def locate(reader: Reader, uri: str) -> Place:
+def require_location(reader: Reader, uri: str) -> InputLocation:
     """Like `find`. Raises InvalidJob where nothing is there."""
-    place = find(reader, uri)
+    place = find_location(reader, uri)
     if place is None:
         raise InvalidJob(f"input.uri {uri}: nothing there; check its spelling, or what should have written it")
     return place
 
 
-def walk(reader: Reader, place: Place, after: str | None, recursive: bool, outside: str | None) -> Iterator[Stat]:
+def list_location(
+    reader: Reader, location: InputLocation, after: str | None, recursive: bool, excluded_folder: str | None
+) -> Iterator[ObjectInfo]:
     """The place's objects in the order of a listing (UTF-8 bytes of keys), after `after`; nothing below `outside`.
 
     Folder markers (keys that end with `/`) are no objects. A glob says itself how deep it reaches.
     """
-    hidden = forbidden(place, outside)
-    if place.file is not None:
+    hidden = excluded_prefix(location, excluded_folder)
+    if location.file is not None:
         if after is None:
-            yield place.file
+            yield location.file
         return
-    found = _matches(reader, place, after) if place.pattern else reader.list(place.folder, after, recursive)
+    found = _matches(reader, location, after) if location.pattern else reader.list(location.folder, after, recursive)
     for stat in found:
         if not stat.uri.endswith("/") and not (hidden and stat.uri.startswith(hidden)):
             yield stat
 
 
-def forbidden(place: Place, outside: str | None) -> str | None:
+def excluded_prefix(location: InputLocation, excluded_folder: str | None) -> str | None:
     """`outside` as a listing of the place spells it (ends with `/`); None where the two do not meet.
 
     Raises InvalidJob when the place itself lies there.
     """
-    if outside is None or is_local(outside) != is_local(place.folder):
+    if excluded_folder is None or is_local(excluded_folder) != is_local(location.folder):
         return None
-    home, out = as_folder(place.folder), as_folder(plain_uri(outside))
+    home, out = with_trailing_slash(location.folder), with_trailing_slash(normalize_uri(excluded_folder))
     if is_local(out):
-        home, out = (as_folder(os.path.realpath(folder)) for folder in (home, out))
+        home, out = (with_trailing_slash(os.path.realpath(folder)) for folder in (home, out))
     if home.startswith(out):
         raise InvalidJob(
-            f"input.uri {place.uri} lies in the output {outside}, which is never read as input; "
+            f"input.uri {location.uri} lies in the output {excluded_folder}, which is never read as input; "
             f"give output.uri a folder of its own"
         )
-    return place.folder + out.removeprefix(home) if out.startswith(home) else None
+    return location.folder + out.removeprefix(home) if out.startswith(home) else None
 
 
-def unmet(reader: Reader, uri: str, marker: str | None) -> str | None:
+def explain_missing_input(reader: Reader, uri: str, marker: str | None) -> str | None:
     """Why the input is not there yet: nothing at all, or its marker, which lies in the input's folder."""
-    place = find(reader, uri)
+    place = find_location(reader, uri)
     if place is None:
         return f"input.uri {uri}: nothing there yet"
     if marker is not None:
@@ -124,26 +126,26 @@ def unmet(reader: Reader, uri: str, marker: str | None) -> str | None:
     return None
 
 
-def plain_uri(uri: str) -> str:
+def normalize_uri(uri: str) -> str:
     """The URI as listings spell it: local ones as a path, with the last `/` kept."""
     return str(local_path(uri)) + ("/" if uri.endswith("/") and uri != "/" else "") if is_local(uri) else uri
 
 
-def as_folder(uri: str) -> str:
+def with_trailing_slash(uri: str) -> str:
     """The URI with exactly the `/` that names what lies below it."""
     return uri if uri.endswith("/") else uri + "/"
 
 
-def folder_of(uri: str) -> str:
+def parent_folder(uri: str) -> str:
     """The folder an object lies in; ends with `/`."""
     return uri[: uri.rfind("/") + 1]
 
 
-def _matches(reader: Reader, place: Place, after: str | None) -> Iterator[Stat]:
+def _matches(reader: Reader, place: InputLocation, after: str | None) -> Iterator[ObjectInfo]:
     """Only what can match is listed: from the pattern's literal beginning on, and none after the last one with it."""
     pattern = place.pattern or ""
-    matches = re.compile(translate(pattern) + ("(?s:.*)" if pattern.endswith("/") else "")).fullmatch
-    literal = literal_start(pattern)
+    matches = re.compile(glob_to_regex(pattern) + ("(?s:.*)" if pattern.endswith("/") else "")).fullmatch
+    literal = literal_prefix(pattern)
     if after is None and len(literal) > 1:
         after = place.folder + literal[:-1]
     deep = "/" in pattern or "**" in pattern
@@ -160,7 +162,7 @@ def _key(uri: str) -> bytes:
     return uri.encode("utf-8", "surrogateescape")
 
 
-def _file(reader: Reader, uri: str) -> Stat | None:
+def _file(reader: Reader, uri: str) -> ObjectInfo | None:
     if uri.endswith("/"):
         return None
     if is_local(uri):
@@ -169,12 +171,12 @@ def _file(reader: Reader, uri: str) -> Stat | None:
         stat = reader.stat(uri)
     except NotFound:
         return None
-    except Unaddressable as error:
+    except UnaddressableKey as error:
         raise InvalidJob(f"input.uri {uri}: no client can address this ({error.message}); correct it") from error
-    except Refused as error:
+    except AddressRefused as error:
         raise InvalidJob(f"input.uri {error.message}") from error
     # Stores with real folders answer for one as for an object of no bytes.
-    return stat if stat.size or not _anything(reader, as_folder(uri)) else None
+    return stat if stat.size or not _anything(reader, with_trailing_slash(uri)) else None
 
 
 def _folder_there(reader: Reader, folder: str) -> bool:
@@ -202,20 +204,20 @@ def has_magic(text: str) -> bool:
     return _MAGIC.search(text) is not None
 
 
-def split(pattern: str) -> tuple[str, str]:
+def split_glob(pattern: str) -> tuple[str, str]:
     """The folder before the first segment with magic (ends with `/`), and the pattern below it."""
     first = _MAGIC.search(pattern)
     cut = pattern.rfind("/", 0, first.start() if first else len(pattern)) + 1
     return pattern[:cut], pattern[cut:]
 
 
-def literal_start(pattern: str) -> str:
+def literal_prefix(pattern: str) -> str:
     """What every match begins with."""
     first = _MAGIC.search(pattern)
     return pattern[: first.start()] if first else pattern
 
 
-def translate(pattern: str) -> str:
+def glob_to_regex(pattern: str) -> str:
     """The pattern as a regular expression for `fullmatch`. A segment `**` stands for any number of segments."""
     out, at = "", 0
     while at < len(pattern):
@@ -234,7 +236,7 @@ def translate(pattern: str) -> str:
     return f"(?s:{out})"
 
 
-def filter_by(include: tuple[str, ...], exclude: tuple[str, ...]) -> Callable[[str], bool]:
+def make_path_filter(include: tuple[str, ...], exclude: tuple[str, ...]) -> Callable[[str], bool]:
     """A test of paths relative to the input: matched by one of `include` (where given) and by none of `exclude`.
 
     As in `.gitignore`: a pattern with a `/` before its end is matched from the input's folder on, any other one
@@ -258,7 +260,7 @@ def _anchored(pattern: str) -> str:
     name = pattern.rstrip("/")
     below = "/.*" if pattern.endswith("/") else "(?:/.*)?"
     above = "" if "/" in name else "(?:.*/)?"
-    return f"(?s:{above}{translate(name.removeprefix('/'))}{below})"
+    return f"(?s:{above}{glob_to_regex(name.removeprefix('/'))}{below})"
 
 
 def _class(inside: str) -> str:

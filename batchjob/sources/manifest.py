@@ -15,12 +15,27 @@ from pydantic import AfterValidator, Field, model_validator
 
 from batchjob.errors import InvalidJob
 from batchjob.settings import Settings, Uri, is_local
-from batchjob.sources.column_types import arrow_type, cast, castable, find_column, is_text, plain, require_type
-from batchjob.sources.locations import Place, as_folder, folder_of, locate, plain_uri, walk
-from batchjob.sources.source import REF_FIELDS, Require, at_least_one
-from batchjob.sources.table_files import Format, RowsFile, format_of, open_rows
-from batchjob.storage.objects import Stat
-from batchjob.text import secret_in, without_queries
+from batchjob.sources.column_types import (
+    can_cast,
+    cast_column,
+    is_text,
+    parse_type,
+    plain_type,
+    require_column,
+    require_known_type,
+)
+from batchjob.sources.locations import (
+    InputLocation,
+    list_location,
+    normalize_uri,
+    parent_folder,
+    require_location,
+    with_trailing_slash,
+)
+from batchjob.sources.source import REF_FIELDS, Require, skip_empty_batches
+from batchjob.sources.table_files import TableFile, TableFormat, guess_table_format, open_table
+from batchjob.storage.objects import ObjectInfo
+from batchjob.text import explain_uri_secret, redact_queries
 from batchjob.types import Cursor
 
 if TYPE_CHECKING:
@@ -37,7 +52,7 @@ _OURS = {"uri", "location", "size", "etag", "id"}
 
 
 def _is_type(name: str) -> str:
-    arrow_type(name)
+    parse_type(name)
     return name
 
 
@@ -97,20 +112,20 @@ class ManifestSource(Settings):
         """Whether the first of `fields` is the user's own id."""
         return self.id_column is not None
 
-    def fields(self, reader: Reader, outside: str | None = None) -> list[pa.Field]:
+    def fields(self, reader: Reader, excluded_folder: str | None = None) -> list[pa.Field]:
         """`id` where there is one, then the passthrough columns, all nullable.
 
         Raises:
             InvalidJob: nothing there, not readable, a column is not there, has no type or cannot become the one given.
         """
-        return self._fields(reader, self._parts(reader, outside))
+        return self._fields(reader, self._parts(reader, excluded_folder))
 
-    def version(self, reader: Reader, outside: str | None = None) -> str | None:
+    def version(self, reader: Reader, excluded_folder: str | None = None) -> str | None:
         """sha256 over URI, size and etag of each file."""
-        facts = [[stat.uri, stat.size, stat.etag] for stat, _ in self._parts(reader, outside)]
+        facts = [[stat.uri, stat.size, stat.etag] for stat, _ in self._parts(reader, excluded_folder)]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def refs(self, reader: Reader, after: Cursor, outside: str | None = None) -> Iterator[pa.RecordBatch]:
+    def refs(self, reader: Reader, after: Cursor, excluded_folder: str | None = None) -> Iterator[pa.RecordBatch]:
         """Batches of REF_FIELDS + `fields()`, at least one; `uri` as the manifest gives it.
 
         Args:
@@ -121,13 +136,13 @@ class ManifestSource(Settings):
         Raises:
             InvalidJob: as `fields()`; a row without URI, or with a value that does not fit its type.
         """
-        parts = self._parts(reader, outside)
+        parts = self._parts(reader, excluded_folder)
         schema = pa.schema([*REF_FIELDS, *self._fields(reader, parts)])
-        return at_least_one(self._batches(reader, parts, schema, after.rows, outside), schema)
+        return skip_empty_batches(self._batches(reader, parts, schema, after.rows, excluded_folder), schema)
 
-    def missing(self, reader: Reader) -> str | None:
+    def explain_missing(self, reader: Reader) -> str | None:
         """Why the input is not there yet, as a sentence; None when it may be planned (or nothing is required)."""
-        return self.require.unmet(reader, self.uri) if self.require else None
+        return self.require.explain_missing(reader, self.uri) if self.require else None
 
     @property
     def _columns(self) -> dict[str, str]:
@@ -135,16 +150,20 @@ class ManifestSource(Settings):
         named = {"uri": self.uri_column, "size": self.size_column, "etag": self.etag_column, "id": self.id_column}
         return {name: column for name, column in named.items() if column} | {name: name for name in self.passthrough}
 
-    def _parts(self, reader: Reader, outside: str | None) -> list[tuple[Stat, Format]]:
-        place = locate(reader, self.uri)
-        stats = [stat for stat in walk(reader, place, None, False, outside) if place.file or not _hidden(stat, place)]
+    def _parts(self, reader: Reader, outside: str | None) -> list[tuple[ObjectInfo, TableFormat]]:
+        place = require_location(reader, self.uri)
+        stats = [
+            stat
+            for stat in list_location(reader, place, None, False, outside)
+            if place.file or not _hidden(stat, place)
+        ]
         if self.format != "auto":
             fits = {None, self.format}
-            parts: list[tuple[Stat, Format]] = [
-                (stat, self.format) for stat in stats if place.file or format_of(stat.uri) in fits
+            parts: list[tuple[ObjectInfo, TableFormat]] = [
+                (stat, self.format) for stat in stats if place.file or guess_table_format(stat.uri) in fits
             ]
         else:
-            parts = [(stat, kind) for stat in stats if (kind := format_of(stat.uri))]
+            parts = [(stat, kind) for stat in stats if (kind := guess_table_format(stat.uri))]
         if place.file and not parts:
             raise InvalidJob(f"input.uri {place.uri}: no known ending; give input.format: parquet, csv or jsonl")
         if not parts:
@@ -158,10 +177,10 @@ class ManifestSource(Settings):
             )
         return parts
 
-    def _fields(self, reader: Reader, parts: list[tuple[Stat, Format]]) -> list[pa.Field]:
+    def _fields(self, reader: Reader, parts: list[tuple[ObjectInfo, TableFormat]]) -> list[pa.Field]:
         """By the first file that has columns at all."""
         for stat, kind in parts:
-            with open_rows(reader, stat.uri, kind) as file:
+            with open_table(reader, stat.uri, kind) as file:
                 if file.schema.names:
                     self._check_columns(file, stat.uri)
                     return [
@@ -174,45 +193,50 @@ class ManifestSource(Settings):
         names = [name for name in self._columns if name not in {"uri", "size", "etag"}]
         return [pa.field(name, self._given(name) or pa.string()) for name in names]
 
-    def _check_columns(self, file: RowsFile, uri: str) -> None:
-        where = uri if file.whole else f"{uri} (in its first rows)"
+    def _check_columns(self, file: TableFile, uri: str) -> None:
+        where = uri if file.schema_is_complete else f"{uri} (in its first rows)"
         for name, column in self._columns.items():
-            find_column(file.schema.names, column, where, self._key(name))
-        stored = plain(file.schema.field(self.uri_column).type)
+            require_column(file.schema.names, column, where, self._key(name))
+        stored = plain_type(file.schema.field(self.uri_column).type)
         if not is_text(stored) and not pa.types.is_null(stored):
             raise InvalidJob(f"input.uri_column: column {self.uri_column!r} of {uri} is {stored}; it must be text")
 
-    def _target(self, file: RowsFile, uri: str, name: str, column: str) -> pa.DataType:
+    def _target(self, file: TableFile, uri: str, name: str, column: str) -> pa.DataType:
         stored = file.schema.field(column).type
         target = self._given(name)
         if target is None:
-            require_type(stored, uri, column, self._key(name))
-            return plain(stored)
-        if not castable(stored, target):
+            require_known_type(stored, uri, column, self._key(name))
+            return plain_type(stored)
+        if not can_cast(stored, target):
             raise InvalidJob(f"{self._key(name)}: column {column!r} of {uri} is {stored} and cannot become {target}")
         return target
 
     def _given(self, name: str) -> pa.DataType | None:
         typed = self.passthrough if isinstance(self.passthrough, dict) else {}
-        return arrow_type(typed[name]) if name in typed else None
+        return parse_type(typed[name]) if name in typed else None
 
     def _key(self, name: str) -> str:
         return "input.passthrough" if name in self.passthrough else f"input.{name}_column"
 
     def _batches(
-        self, reader: Reader, parts: list[tuple[Stat, Format]], schema: pa.Schema, skip: int, outside: str | None
+        self,
+        reader: Reader,
+        parts: list[tuple[ObjectInfo, TableFormat]],
+        schema: pa.Schema,
+        skip: int,
+        outside: str | None,
     ) -> Iterator[pa.RecordBatch]:
         for stat, kind in parts:
             rows = yield from self._part(reader, stat, kind, schema, skip, outside)
             skip = max(0, skip - rows)
 
     def _part(
-        self, reader: Reader, stat: Stat, kind: Format, schema: pa.Schema, skip: int, outside: str | None
+        self, reader: Reader, stat: ObjectInfo, kind: TableFormat, schema: pa.Schema, skip: int, outside: str | None
     ) -> Generator[pa.RecordBatch, None, int]:
-        with open_rows(reader, stat.uri, kind) as file:
-            if file.whole and file.schema.names:
+        with open_table(reader, stat.uri, kind) as file:
+            if file.schema_is_complete and file.schema.names:
                 self._check_columns(file, stat.uri)
-            batches = file.rows(list(dict.fromkeys(self._columns.values())), skip)
+            batches = file.read_rows(list(dict.fromkeys(self._columns.values())), skip)
             while True:
                 try:
                     start, batch = next(batches)
@@ -228,14 +252,14 @@ class ManifestSource(Settings):
         arrays = {}
         for field in schema:
             if (column := self._columns.get(field.name)) is not None:
-                arrays[field.name] = cast(batch.column(column), field.type, file, column, start)
+                arrays[field.name] = cast_column(batch.column(column), field.type, file, column, start)
             else:
                 arrays[field.name] = pa.nulls(batch.num_rows, field.type)
         self._check_rows(arrays, file, start)
         arrays["etag"] = pc.utf8_trim(arrays["etag"], '"')
-        arrays["location"] = locations(arrays["uri"], folder_of(file))
+        arrays["location"] = resolve_locations(arrays["uri"], parent_folder(file))
         if outside is not None:
-            inside = pc.starts_with(arrays["location"], as_folder(plain_uri(outside)))
+            inside = pc.starts_with(arrays["location"], with_trailing_slash(normalize_uri(outside)))
             if (row := _first(inside)) >= 0:
                 raise InvalidJob(
                     f"{file}, row {start + row + 1}: {arrays['uri'][row]} lies in the output {outside}, which is never "
@@ -258,18 +282,18 @@ class ManifestSource(Settings):
         locations = refs.column("location")
         asked: dict[str, str | None] = {}
         for row in _rows(pc.match_substring_regex(locations, _WITH_MORE)):
-            if not is_local(uri := locations[row].as_py()) and (why := secret_in(uri)):
-                raise InvalidJob(f"{file}, row {start + row + 1}: {without_queries(uri)} {why}")
+            if not is_local(uri := locations[row].as_py()) and (why := explain_uri_secret(uri)):
+                raise InvalidJob(f"{file}, row {start + row + 1}: {redact_queries(uri)} {why}")
         for row in _rows(pc.invert(pc.match_substring_regex(locations, _LOCAL_OR_CLOUD))):
             uri = locations[row].as_py()
             site = uri if "::" in uri else "/".join(uri.split("/", 3)[:3])
             if site not in asked:
-                asked[site] = reader.refusal(uri, self.uri)
+                asked[site] = reader.explain_refusal(uri, self.uri)
             if why := asked[site]:
                 raise InvalidJob(f"{file}, row {start + row + 1}: {uri} {why}")
 
 
-def locations(uris: pa.StringArray, folder: str) -> pa.StringArray:
+def resolve_locations(uris: pa.StringArray, folder: str) -> pa.StringArray:
     """Where each image is read: what is absolute as it stands, the rest below `folder` (ends with `/`)."""
     absolute = pc.match_substring_regex(uris, _ABSOLUTE)
     joined = pc.if_else(absolute, uris, pc.binary_join_element_wise(pa.scalar(folder), uris, _EMPTY))
@@ -305,5 +329,5 @@ def _straight(uri: str) -> str:
     return root + "/".join(kept)
 
 
-def _hidden(stat: Stat, place: Place) -> bool:
+def _hidden(stat: ObjectInfo, place: InputLocation) -> bool:
     return any(name.startswith(("_", ".")) for name in PurePosixPath(stat.uri.removeprefix(place.folder)).parts)

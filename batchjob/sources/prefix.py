@@ -12,9 +12,9 @@ from pydantic import AfterValidator, Field
 
 from batchjob.settings import Settings, Uri
 from batchjob.sources import locations
-from batchjob.sources.locations import Place, locate, walk
-from batchjob.sources.source import BATCH_ROWS, REF_FIELDS, Require, at_least_one
-from batchjob.storage.objects import Stat
+from batchjob.sources.locations import InputLocation, list_location, require_location
+from batchjob.sources.source import BATCH_ROWS, REF_FIELDS, Require, skip_empty_batches
+from batchjob.storage.objects import ObjectInfo
 from batchjob.types import Cursor
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def _compiles(pattern: str) -> str:
     if not pattern.strip("/"):
         raise ValueError("has an empty pattern")
     try:
-        re.compile(locations.translate(pattern))
+        re.compile(locations.glob_to_regex(pattern))
     except re.error as error:
         raise ValueError(f"{pattern!r} is not a glob pattern ({error}); write '[[]' for a literal '['") from error
     return pattern
@@ -73,22 +73,22 @@ class PrefixSource(Settings):
 
     def check(self, reader: Reader) -> None:
         """Look whether anything is there. Raises InvalidJob."""
-        locate(reader, self.uri)
+        require_location(reader, self.uri)
 
     @property
     def has_id(self) -> bool:
         """Whether the first of `fields` is the user's own id."""
         return False
 
-    def fields(self, reader: Reader, outside: str | None = None) -> list[pa.Field]:  # noqa: ARG002 - the noun's face
+    def fields(self, reader: Reader, excluded_folder: str | None = None) -> list[pa.Field]:  # noqa: ARG002 - the noun's face
         """No columns beyond REF_FIELDS."""
         return []
 
-    def version(self, reader: Reader, outside: str | None = None) -> str | None:  # noqa: ARG002 - the noun's face
+    def version(self, reader: Reader, excluded_folder: str | None = None) -> str | None:  # noqa: ARG002 - the noun's face
         """None: only listing again would tell."""
         return None
 
-    def refs(self, reader: Reader, after: Cursor, outside: str | None = None) -> Iterator[pa.RecordBatch]:
+    def refs(self, reader: Reader, after: Cursor, excluded_folder: str | None = None) -> Iterator[pa.RecordBatch]:
         """Batches of REF_FIELDS, at least one; `uri` and `location` are the listed URI.
 
         Args:
@@ -98,18 +98,18 @@ class PrefixSource(Settings):
         Raises:
             InvalidJob: nothing there, or all of it lies in `outside`.
         """
-        place = locate(reader, self.uri)
+        place = require_location(reader, self.uri)
         last = None if after.last is None else _ESCAPED.sub(lambda odd: chr(0xDC00 + int(odd[1], 16)), after.last)
-        stats = self._images(place, walk(reader, place, last, self.recursive, outside))
-        return at_least_one(map(_batch, iter(lambda: list(itertools.islice(stats, BATCH_ROWS)), [])), _SCHEMA)
+        stats = self._images(place, list_location(reader, place, last, self.recursive, excluded_folder))
+        return skip_empty_batches(map(_batch, iter(lambda: list(itertools.islice(stats, BATCH_ROWS)), [])), _SCHEMA)
 
-    def missing(self, reader: Reader) -> str | None:
+    def explain_missing(self, reader: Reader) -> str | None:
         """Why the input is not there yet, as a sentence; None when it may be planned (or nothing is required)."""
-        return self.require.unmet(reader, self.uri) if self.require else None
+        return self.require.explain_missing(reader, self.uri) if self.require else None
 
-    def _images(self, place: Place, stats: Iterator[Stat]) -> Iterator[Stat]:
+    def _images(self, place: InputLocation, stats: Iterator[ObjectInfo]) -> Iterator[ObjectInfo]:
         endings = None if self.extensions == "all" else self.extensions
-        chosen = locations.filter_by(self.include, self.exclude) if self.include or self.exclude else None
+        chosen = locations.make_path_filter(self.include, self.exclude) if self.include or self.exclude else None
         marker = place.folder + self.require.marker if self.require and self.require.marker else None
         cut = len(place.folder)
         for stat in stats:
@@ -119,7 +119,7 @@ class PrefixSource(Settings):
                 yield stat
 
 
-def _batch(stats: list[Stat]) -> pa.RecordBatch:
+def _batch(stats: list[ObjectInfo]) -> pa.RecordBatch:
     uris = _texts([stat.uri for stat in stats])
     sizes = pa.array([stat.size for stat in stats], pa.int64())
     etags = pa.array([stat.etag for stat in stats], pa.string())

@@ -9,13 +9,13 @@ import pyarrow as pa
 from pydantic import Field
 
 from batchjob.settings import Settings
-from batchjob.sources.locations import unmet
+from batchjob.sources.locations import explain_missing_input
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
     from batchjob.types import Cursor
 
-__all__ = ["BATCH_ROWS", "REF_FIELDS", "Require", "Source", "at_least_one"]
+__all__ = ["BATCH_ROWS", "REF_FIELDS", "Require", "Source", "skip_empty_batches"]
 
 BATCH_ROWS = 8192
 REF_FIELDS: tuple[pa.Field, ...] = (
@@ -38,10 +38,10 @@ class Require(Settings):
     marker: str | None = Field(default=None, min_length=1)
     min_images: int | None = Field(default=None, ge=1)
 
-    def unmet(self, reader: Reader, uri: str) -> str | None:
+    def explain_missing(self, reader: Reader, uri: str) -> str | None:
         """Why the input at `uri` is not there yet, as a sentence. Images are counted by whoever plans."""
         asked = self.marker is not None or self.min_images is not None
-        return unmet(reader, uri, self.marker) if asked else None
+        return explain_missing_input(reader, uri, self.marker) if asked else None
 
 
 class Source(Protocol):
@@ -50,13 +50,13 @@ class Source(Protocol):
     def check(self, reader: Reader) -> None:
         """Look whether the input is there and has what the settings name. Raises InvalidJob."""
 
-    def fields(self, reader: Reader, outside: str | None = None) -> list[pa.Field]:
+    def fields(self, reader: Reader, excluded_folder: str | None = None) -> list[pa.Field]:
         """The columns after REF_FIELDS: `id` where there is one, then the passthrough, all nullable."""
 
-    def version(self, reader: Reader, outside: str | None = None) -> str | None:
+    def version(self, reader: Reader, excluded_folder: str | None = None) -> str | None:
         """Digest that changes when the list of images may have; None where only listing again would tell."""
 
-    def refs(self, reader: Reader, after: Cursor, outside: str | None = None) -> Iterator[pa.RecordBatch]:
+    def refs(self, reader: Reader, after: Cursor, excluded_folder: str | None = None) -> Iterator[pa.RecordBatch]:
         """Batches of REF_FIELDS + `fields()`, at least one, each of at most BATCH_ROWS rows.
 
         Args:
@@ -67,14 +67,14 @@ class Source(Protocol):
             InvalidJob: nothing there, or a row that cannot be read.
         """
 
-    def missing(self, reader: Reader) -> str | None:
+    def explain_missing(self, reader: Reader) -> str | None:
         """Why the input is not there yet, as a sentence, where `require` asks for more than there is.
 
         `min_images` is counted by the caller.
         """
 
 
-def at_least_one(batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def skip_empty_batches(batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """The same batches without empty ones; a single empty one where there are no rows, for its schema."""
     found = False
     for batch in batches:

@@ -18,18 +18,18 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from batchjob.errors import InvalidJob, NotFound, Refused, Unavailable
+from batchjob.errors import AddressRefused, InvalidJob, NotFound, Unavailable
 from batchjob.sources.source import BATCH_ROWS
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
 
-__all__ = ["Format", "Rows", "RowsFile", "format_of", "open_rows"]
+__all__ = ["RowBatches", "TableFile", "TableFormat", "guess_table_format", "open_table"]
 
-Format = Literal["parquet", "csv", "jsonl"]
-Rows = Generator[tuple[int, pa.RecordBatch], None, int]
+TableFormat = Literal["parquet", "csv", "jsonl"]
+RowBatches = Generator[tuple[int, pa.RecordBatch], None, int]
 """Batches with the row they start at, from 0; in the end the number of rows in the file."""
-_ENDINGS: dict[str, Format] = {
+_ENDINGS: dict[str, TableFormat] = {
     ".parquet": "parquet",
     ".pq": "parquet",
     ".csv": "csv",
@@ -48,7 +48,7 @@ _LONGEST_LINE = 64 << 20
 _PEEKED_ROWS = 1000
 
 
-class RowsFile(Protocol):
+class TableFile(Protocol):
     """An open file of rows.
 
     Attributes:
@@ -56,56 +56,56 @@ class RowsFile(Protocol):
         schema: columns and their types; text formats have text only. No columns where the file is empty.
     """
 
-    whole: bool
+    schema_is_complete: bool
     schema: pa.Schema
 
-    def rows(self, names: Sequence[str], skip: int) -> Rows:
+    def read_rows(self, names: Sequence[str], skip: int) -> RowBatches:
         """Those columns, in that order, from row `skip` on; at most BATCH_ROWS rows a batch."""
 
 
-def format_of(uri: str) -> Format | None:
+def guess_table_format(uri: str) -> TableFormat | None:
     """What the name says; None where it says nothing."""
     name = uri.lower()
     return next((kind for ending, kind in _ENDINGS.items() if name.endswith(ending)), None)
 
 
 @contextmanager
-def open_rows(reader: Reader, uri: str, kind: Format) -> Iterator[RowsFile]:
+def open_table(reader: Reader, uri: str, table_format: TableFormat) -> Iterator[TableFile]:
     """Open a file of rows; whatever is wrong with it, also while rows are read, is an InvalidJob that names it."""
     try:
         with reader.open(uri) as stream:
-            if kind == "parquet":
-                yield _Parquet(stream)
-            elif kind == "csv":
-                yield _Csv(stream, zipped=uri.lower().endswith(".gz"))
+            if table_format == "parquet":
+                yield _ParquetFile(stream)
+            elif table_format == "csv":
+                yield _CsvFile(stream, zipped=uri.lower().endswith(".gz"))
             else:
-                yield _JsonLines(stream, uri, zipped=uri.lower().endswith(".gz"))
+                yield _JsonLinesFile(stream, uri, zipped=uri.lower().endswith(".gz"))
     except NotFound as error:
         raise InvalidJob(f"input.uri: {uri} is gone since it was listed; run again when it is written") from error
-    except Refused as error:
+    except AddressRefused as error:
         raise InvalidJob(f"input.uri {error.message}") from error
     except (pa.ArrowException, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
-        raise _unreadable(uri, kind, error) from error
+        raise _unreadable(uri, table_format, error) from error
     except OSError as error:
         if error.errno:  # the disk's own; what Arrow raises for damaged bytes has no number
             raise Unavailable(f"{uri}: {error.strerror}; make the file readable, and run again") from error
-        raise _unreadable(uri, kind, error) from error
+        raise _unreadable(uri, table_format, error) from error
 
 
-def _unreadable(uri: str, kind: Format, error: Exception) -> InvalidJob:
+def _unreadable(uri: str, kind: TableFormat, error: Exception) -> InvalidJob:
     said = re.sub(r"\s+", " ", str(error)).strip(" .")[:200]
     advice = "save it as UTF-8" if "UTF8" in said else "write it again, or give its format in input.format"
     return InvalidJob(f"input.uri: {uri} cannot be read as {kind} ({said}); {advice}")
 
 
-class _Parquet:
-    whole = True
+class _ParquetFile:
+    schema_is_complete = True
 
     def __init__(self, stream: BinaryIO) -> None:
         self._file = pq.ParquetFile(stream, buffer_size=_PARQUET_BUFFER, pre_buffer=False)
         self.schema: pa.Schema = self._file.schema_arrow
 
-    def rows(self, names: Sequence[str], skip: int) -> Rows:
+    def read_rows(self, names: Sequence[str], skip: int) -> RowBatches:
         metadata = self._file.metadata
         start, first = 0, 0
         while first < metadata.num_row_groups and start + metadata.row_group(first).num_rows <= skip:
@@ -121,16 +121,16 @@ class _Parquet:
         return int(metadata.num_rows)
 
 
-class _Csv:
+class _CsvFile:
     """Text as it stands: an empty value is null, a quoted empty one is empty text."""
 
-    whole = True
+    schema_is_complete = True
 
     def __init__(self, stream: BinaryIO, zipped: bool) -> None:
         self._stream, self._zipped = stream, zipped
         self.schema: pa.Schema = pa.schema([pa.field(name, pa.string()) for name in self._names()])
 
-    def rows(self, names: Sequence[str], skip: int) -> Rows:
+    def read_rows(self, names: Sequence[str], skip: int) -> RowBatches:
         start = 0
         for block in self._blocks(list(names)):
             end = start + block.num_rows
@@ -173,10 +173,10 @@ class _Csv:
         return gzip.GzipFile(fileobj=self._stream) if self._zipped else self._stream
 
 
-class _JsonLines:
+class _JsonLinesFile:
     """Every value as text: numbers as they are written, `true` and `false`, the JSON text of what is nested."""
 
-    whole = False
+    schema_is_complete = False
 
     def __init__(self, stream: BinaryIO, uri: str, zipped: bool) -> None:
         self._stream, self._uri, self._zipped = stream, uri, zipped
@@ -188,7 +188,7 @@ class _JsonLines:
         )
         self.schema: pa.Schema = pa.schema([pa.field(name, pa.string()) for name in names])
 
-    def rows(self, names: Sequence[str], skip: int) -> Rows:
+    def read_rows(self, names: Sequence[str], skip: int) -> RowBatches:
         lines, start = self._lines(), 0
         while held := list(itertools.islice(lines, BATCH_ROWS)):
             end = start + len(held)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 
-__all__ = ["resolve", "why_not"]
+__all__ = ["explain_address_refusal", "resolve_host"]
 
 _Address = IPv4Address | IPv6Address
 # Where clouds hand their machines credentials. Some of these look like ordinary addresses.
@@ -19,13 +19,13 @@ _METADATA = {
 _TRANSLATED = (IPv6Network("64:ff9b::/96"), IPv6Network("64:ff9b:1::/48"))  # an IPv4 address stands in the last bits
 
 
-def resolve(host: str, port: int) -> list[str]:
+def resolve_host(host: str, port: int) -> list[str]:
     """All addresses of a host, each once. Raises OSError where it has none, or nobody tells."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
-def why_not(address: str, private: bool) -> str | None:
+def explain_address_refusal(address: str, allow_private: bool) -> str | None:
     """Why nothing is fetched from an address, to follow "it"; None where something may be.
 
     Args:
@@ -37,7 +37,7 @@ def why_not(address: str, private: bool) -> str | None:
         return f"leads to {address}, where a cloud hands credentials to its machines"
     if meant.is_multicast or meant.is_unspecified or (meant.is_reserved and not meant.is_loopback):
         return f"leads to {address}, which is no address of a server"
-    if not meant.is_global and not private:
+    if not meant.is_global and not allow_private:
         return f"leads to {address} in a private network; if that is meant, say private: true for this host in storage"
     return None
 

@@ -8,19 +8,19 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from batchjob.errors import (
+    AccessDenied,
     AlreadyExists,
     BatchjobError,
-    Changed,
-    Denied,
     InvalidJob,
     NotFound,
+    ObjectTooLarge,
+    PreconditionFailed,
     StorageError,
-    TooLarge,
-    Unaddressable,
+    UnaddressableKey,
     Unavailable,
 )
 
-__all__ = ["expect", "faults", "or_empty", "retrying", "stall", "within"]
+__all__ = ["check_etag", "check_size", "read_timeout", "retry_transient", "translate_errors", "treat_416_as_empty"]
 
 T = TypeVar("T")
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -35,16 +35,16 @@ _WRONG_REGION = re.compile(r"PermanentRedirect|AuthorizationHeaderMalformed|Ille
 _LOST = {"HTTPClientError", "ClientConnectionError", "ClientPayloadError", "ServiceRequestError", "TimeoutError"}
 
 
-def retrying(patience: float, question: Callable[[], T]) -> T:
+def retry_transient(retry_timeout: float, request: Callable[[], T]) -> T:
     from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
     attempts = Retrying(
         retry=retry_if_exception(_is_transient),
-        stop=stop_after_delay(patience),
+        stop=stop_after_delay(retry_timeout),
         wait=wait_random_exponential(multiplier=0.1, max=5),
         reraise=True,
     )
-    return attempts(question)
+    return attempts(request)
 
 
 def _is_transient(error: BaseException) -> bool:
@@ -57,8 +57,8 @@ def _is_transient(error: BaseException) -> bool:
 
 
 @contextmanager
-def faults(
-    uri: str, *, writing: bool = False, odd_key: bool = False, let: type[Exception] | None = None
+def translate_errors(
+    uri: str, *, writing: bool = False, unaddressable_on_400: bool = False, reraise: type[Exception] | None = None
 ) -> Iterator[None]:
     """Turns what any client raises into ours."""
     try:
@@ -66,9 +66,9 @@ def faults(
     except (BatchjobError, ImportError, TypeError, AttributeError, NameError, AssertionError):
         raise
     except Exception as error:
-        if let is not None and isinstance(error, let):
+        if reraise is not None and isinstance(error, reraise):
             raise
-        raise _fault(error, uri, writing, odd_key) from error
+        raise _fault(error, uri, writing, unaddressable_on_400) from error
 
 
 def _fault(error: Exception, uri: str, writing: bool, odd_key: bool) -> BatchjobError:
@@ -81,11 +81,11 @@ def _fault(error: Exception, uri: str, writing: bool, odd_key: bool) -> Batchjob
     # An answer to HEAD has no body: expired credentials are a bare 400 there.
     bare = status == 400 and (code == "400" or not (code or odd_key))
     if bare or status in (401, 403) or _CREDENTIALS.search(f"{code} {' '.join(kinds)}") or "PermissionError" in kinds:
-        return Denied(f"{uri}: access denied ({reason}); renew or correct the credentials, then run again")
+        return AccessDenied(f"{uri}: access denied ({reason}); renew or correct the credentials, then run again")
     if kinds & {"InvalidPathError", "ValueError", "ParamValidationError"} or (odd_key and status == 400):
-        return Unaddressable(f"{uri}: no client can name this key ({reason})")
+        return UnaddressableKey(f"{uri}: no client can name this key ({reason})")
     if code == "KeyTooLongError" or "NotImplementedError" in kinds:
-        return Unaddressable(f"{uri}: the store cannot do this ({reason})")
+        return UnaddressableKey(f"{uri}: the store cannot do this ({reason})")
     lost = Unavailable(f"{uri}: the store does not answer ({reason}); check network and endpoint, then run again")
     return _definite(kinds, status, uri, reason) or lost
 
@@ -96,7 +96,7 @@ def _definite(kinds: set[str], status: int, uri: str, reason: str) -> StorageErr
     if "AlreadyExistsError" in kinds:
         return AlreadyExists(f"{uri}: already there, or being written ({reason})")
     if "PreconditionError" in kinds:
-        return Changed(f"{uri}: replaced by another writer ({reason})")
+        return PreconditionFailed(f"{uri}: replaced by another writer ({reason})")
     return None
 
 
@@ -129,27 +129,27 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first}"[:300] if first else type(error).__name__
 
 
-def or_empty(ask: Callable[[], bytes]) -> bytes:
+def treat_416_as_empty(request: Callable[[], bytes]) -> bytes:
     """An object of no bytes has no range."""
     try:
-        return ask()
+        return request()
     except Exception as error:
         if _status(error) == 416:
             return b""
         raise
 
 
-def expect(wanted: str | None, found: str | None, uri: str) -> None:
-    if wanted is not None and found is not None and wanted != found:
-        said = f"{uri}: changed since the plan was made ({wanted}, now {found})"
-        raise Changed(f"{said}; run the job on a new output to plan it anew")
+def check_etag(expected: str | None, found: str | None, uri: str) -> None:
+    if expected is not None and found is not None and expected != found:
+        said = f"{uri}: changed since the plan was made ({expected}, now {found})"
+        raise PreconditionFailed(f"{said}; run the job on a new output to plan it anew")
 
 
-def within(limit: int | None, size: int, uri: str) -> None:
+def check_size(limit: int | None, size: int, uri: str) -> None:
     if limit is not None and size > limit:
-        raise TooLarge(uri, size, limit)
+        raise ObjectTooLarge(uri, size, limit)
 
 
-def stall(patience: float) -> float:
+def read_timeout(retry_timeout: float) -> float:
     """Seconds without a byte after which a connection is given up."""
-    return max(5.0, min(20.0, patience))
+    return max(5.0, min(20.0, retry_timeout))

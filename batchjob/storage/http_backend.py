@@ -19,18 +19,24 @@ from threading import Lock
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-from batchjob.errors import InvalidJob, Refused, TooLarge, Unaddressable
-from batchjob.storage.address_check import resolve, why_not
-from batchjob.storage.backend import THREADS, tag
-from batchjob.storage.client_errors import expect, faults, or_empty, retrying, stall
-from batchjob.storage.objects import Blob, Stat
-from batchjob.storage.options import Options, StorageOptions
+from batchjob.errors import AddressRefused, InvalidJob, ObjectTooLarge, UnaddressableKey
+from batchjob.storage.address_check import explain_address_refusal, resolve_host
+from batchjob.storage.backend import READ_THREADS, unquote_etag
+from batchjob.storage.client_errors import (
+    check_etag,
+    read_timeout,
+    retry_transient,
+    translate_errors,
+    treat_416_as_empty,
+)
+from batchjob.storage.objects import ObjectData, ObjectInfo
+from batchjob.storage.options import OptionsByPrefix, StorageOptions
 from batchjob.storage.outage import Outage
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse, HTTPConnectionPool
 
-__all__ = ["Web", "is_web", "refusal"]
+__all__ = ["HttpBackend", "explain_url_refusal", "is_http_uri"]
 
 T = TypeVar("T")
 _PORTS = {"http": 80, "https": 443}
@@ -43,7 +49,7 @@ _NO_REFUSALS = {404, 408, 410, 429}  # of 4xx: not there, and not now
 _CONNECT_SECONDS = 5.0
 
 
-class Web:
+class HttpBackend:
     """Any host that the job's `storage` names. Keys are whole URLs.
 
     Args:
@@ -54,21 +60,25 @@ class Web:
     """
 
     def __init__(
-        self, options: Options, patience: float, outage: Outage, names: Callable[[str, int], Sequence[str]] = resolve
+        self,
+        options: OptionsByPrefix,
+        retry_timeout: float,
+        outage: Outage,
+        resolver: Callable[[str, int], Sequence[str]] = resolve_host,
     ) -> None:
-        self._options, self._patience, self._outage = options, patience, outage
-        self._connections = _Connections(names)
+        self._options, self._patience, self._outage = options, retry_timeout, outage
+        self._connections = _Connections(resolver)
 
-    def asked(self, patience: float, outage: Outage) -> Web:
+    def with_timeouts(self, retry_timeout: float, outage: Outage) -> HttpBackend:
         """The same, over the same connections, for who has another patience."""
         other = copy.copy(self)
-        other._patience, other._outage = patience, outage
+        other._patience, other._outage = retry_timeout, outage
         return other
 
-    def get(self, key: str, etag: str | None = None, limit: int | None = None) -> Blob:
+    def get(self, key: str, etag: str | None = None, limit: int | None = None) -> ObjectData:
         answer = self._ask(key, lambda: self._whole(key, {}, limit))
-        expect(etag, answer.etag, key)
-        return Blob(answer.data, answer.etag)
+        check_etag(etag, answer.etag, key)
+        return ObjectData(answer.data, answer.etag)
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
         def ask() -> bytes:
@@ -76,13 +86,13 @@ class Web:
             # A server may answer with all there is, which its status tells.
             return answer.data if answer.version == "206" else answer.data[start:end]
 
-        return self._ask(key, lambda: or_empty(ask))
+        return self._ask(key, lambda: treat_416_as_empty(ask))
 
-    def head(self, key: str) -> Stat:
+    def head(self, key: str) -> ObjectInfo:
         found = self.get(key)  # many servers answer HEAD otherwise than GET
-        return Stat(key, len(found.data), found.etag)
+        return ObjectInfo(key, len(found.data), found.etag)
 
-    def list(self, prefix: str, after: str | None, recursive: bool) -> Iterator[Stat]:  # noqa: ARG002 - as all places
+    def list(self, prefix: str, after: str | None, recursive: bool) -> Iterator[ObjectInfo]:  # noqa: ARG002 - as all places
         raise InvalidJob(f"{prefix}: the web has no listing; name its images in a manifest")
 
     def open(self, key: str) -> BinaryIO:
@@ -90,27 +100,29 @@ class Web:
 
     def _ask(self, key: str, question: Callable[[], T]) -> T:
         def once() -> T:
-            with faults(key):
+            with translate_errors(key):
                 try:
-                    return retrying(self._patience, question)
-                except HttpStatus as error:  # no credentials are sent that could be renewed: it is the image's fault
+                    return retry_transient(self._patience, question)
+                except (
+                    HttpStatusError
+                ) as error:  # no credentials are sent that could be renewed: it is the image's fault
                     if 400 <= error.status < 500 and error.status not in _NO_REFUSALS:
-                        raise Refused(f"{key}: the host refuses it ({error})") from error
+                        raise AddressRefused(f"{key}: the host refuses it ({error})") from error
                     raise
 
-        return self._outage.ridden_out(once)
+        return self._outage.retry_until_answered(once)
 
-    def _whole(self, url: str, headers: Mapping[str, str], limit: int | None = None) -> Blob:
+    def _whole(self, url: str, headers: Mapping[str, str], limit: int | None = None) -> ObjectData:
         """The answer's body; its status in place of a version."""
         target = _target(url, self._options)
         deadline = time.monotonic() + target.options.seconds
         response = self._answered(target, headers, deadline)
         try:
             if not _is_good(response):
-                raise HttpStatus(response.status, response.reason)
+                raise HttpStatusError(response.status, response.reason)
             given = response.headers.get("ETag")
             strong = given if given and not given.startswith("W/") else None
-            return Blob(_body(response, target, deadline, limit), tag(strong), str(response.status))
+            return ObjectData(_body(response, target, deadline, limit), unquote_etag(strong), str(response.status))
         finally:
             response.release_conn() if _is_good(response) else response.close()
 
@@ -126,9 +138,9 @@ class Web:
             there = urljoin(target.url, where)
             try:
                 target = _target(there, self._options)
-            except (Refused, Unaddressable) as error:
-                raise Refused(f"{first}: redirects to {error.message}") from error
-        raise Refused(f"{first}: redirects more than {_HOPS} times")
+            except (AddressRefused, UnaddressableKey) as error:
+                raise AddressRefused(f"{first}: redirects to {error.message}") from error
+        raise AddressRefused(f"{first}: redirects more than {_HOPS} times")
 
     def _sent(self, target: _Target, headers: Mapping[str, str], deadline: float) -> BaseHTTPResponse:
         from urllib3 import Timeout
@@ -144,7 +156,7 @@ class Web:
                     "GET",
                     target.path,
                     headers={"Host": target.site, "User-Agent": "batchjob", "Accept-Encoding": "identity", **headers},
-                    timeout=Timeout(connect=min(_CONNECT_SECONDS, left), read=min(stall(self._patience), left)),
+                    timeout=Timeout(connect=min(_CONNECT_SECONDS, left), read=min(read_timeout(self._patience), left)),
                     retries=False,
                     redirect=False,
                     preload_content=False,
@@ -176,8 +188,8 @@ class _Connections:
                 self._known.clear()
             self._known[place] = found, time.monotonic() + _NAME_SECONDS
         for address in found:
-            if why := why_not(address, target.options.private):
-                raise Refused(f"{target.url}: {target.host} {why}")
+            if why := explain_address_refusal(address, target.options.private):
+                raise AddressRefused(f"{target.url}: {target.host} {why}")
         return found
 
     @cached_property
@@ -195,12 +207,12 @@ class _Connections:
                     HTTPSConnectionPool(
                         address,
                         target.port,
-                        maxsize=THREADS,
+                        maxsize=READ_THREADS,
                         ssl_context=self._trusted,
                         server_hostname=target.host,
                     )
                     if target.scheme == "https"
-                    else HTTPConnectionPool(address, target.port, maxsize=THREADS)
+                    else HTTPConnectionPool(address, target.port, maxsize=READ_THREADS)
                 )
                 self._pools[name] = pool
                 if len(self._pools) > _POOLS:
@@ -222,7 +234,7 @@ class _Target:
     options: StorageOptions
 
 
-class HttpStatus(Exception):
+class HttpStatusError(Exception):
     """A status that is no success."""
 
     def __init__(self, status: int, reason: str | None) -> None:
@@ -230,17 +242,17 @@ class HttpStatus(Exception):
         self.status = status
 
 
-def is_web(uri: str) -> bool:
+def is_http_uri(uri: str) -> bool:
     """Whether a URI is one of this place."""
     return uri[:8].lower().startswith(("http://", "https://"))
 
 
-def refusal(uri: str, options: Options) -> str | None:
+def explain_url_refusal(uri: str, options: OptionsByPrefix) -> str | None:
     """Why a URL is not read, as far as it tells by itself, to follow "which"; None where it may be.
 
     Raises ValueError for what is no URL.
     """
-    if not is_web(uri):
+    if not is_http_uri(uri):
         return "is neither http nor https"
     parts = _split(uri)
     host, port = _host(parts), parts.port
@@ -251,17 +263,17 @@ def refusal(uri: str, options: Options) -> str | None:
     if found is None:
         place = f"{parts.scheme}://{site}"
         return f"is on the web, which is read only where the job names the host, storage: {{'{place}': {{}}}}"
-    return why_not(host, found.private) if _is_address(host) else None
+    return explain_address_refusal(host, found.private) if _is_address(host) else None
 
 
-def _target(url: str, options: Options) -> _Target:
+def _target(url: str, options: OptionsByPrefix) -> _Target:
     """Raises Refused, or Unaddressable for what is no URL."""
     try:
-        why = refusal(url, options)
+        why = explain_url_refusal(url, options)
     except ValueError as error:
-        raise Unaddressable(f"{url}: no URL that can be read ({error})") from error
+        raise UnaddressableKey(f"{url}: no URL that can be read ({error})") from error
     if why:
-        raise Refused(f"{url}: {why}")
+        raise AddressRefused(f"{url}: {why}")
     parts = _split(url)
     host = _host(parts)
     site = _site(parts.scheme, host, parts.port)
@@ -290,7 +302,7 @@ def _site(scheme: str, host: str, port: int | None) -> str:
     return bracketed if port in (None, _PORTS[scheme]) else f"{bracketed}:{port}"
 
 
-def _named(scheme: str, site: str, options: Options) -> StorageOptions | None:
+def _named(scheme: str, site: str, options: OptionsByPrefix) -> StorageOptions | None:
     """What the job says of a host, or of all hosts (`https://`); None where it says nothing."""
     spelled = {prefix.lower().rstrip("/"): found for prefix, found in options.items()}
     return spelled.get(f"{scheme}://{site}") or spelled.get(f"{scheme}:")
@@ -316,16 +328,16 @@ def _body(response: BaseHTTPResponse, target: _Target, deadline: float, most: in
     size = int(response.headers.get("Content-Length") or 0)
     if most is not None and size > most:
         response.close()
-        raise TooLarge(target.url, size, most)
+        raise ObjectTooLarge(target.url, size, most)
     if size > limit:
         response.close()
-        raise Refused(f"{target.url}: has more than {limit:,} bytes, the host's max_bytes in storage")
+        raise AddressRefused(f"{target.url}: has more than {limit:,} bytes, the host's max_bytes in storage")
     try:
         while chunk := response.read1(_CHUNK, decode_content=False):  # what has come, without waiting for more
             found.write(chunk)
             if found.tell() > limit:
                 response.close()
-                raise Refused(f"{target.url}: has more than {limit:,} bytes, the host's max_bytes in storage")
+                raise AddressRefused(f"{target.url}: has more than {limit:,} bytes, the host's max_bytes in storage")
             if time.monotonic() > deadline:
                 response.close()
                 raise _too_slow(target)
@@ -340,8 +352,8 @@ def _ended(error: Exception, target: _Target, deadline: float) -> Exception:
     return _too_slow(target) if time.monotonic() >= deadline else _lost(error)
 
 
-def _too_slow(target: _Target) -> Refused:
-    return Refused(f"{target.url}: took longer than {target.options.seconds:g} s, the host's seconds in storage")
+def _too_slow(target: _Target) -> AddressRefused:
+    return AddressRefused(f"{target.url}: took longer than {target.options.seconds:g} s, the host's seconds in storage")
 
 
 def _lost(error: Exception) -> OSError:

@@ -19,14 +19,14 @@ from batchjob.errors import (
     AlreadyExists,
     AttemptFailed,
     BatchjobError,
-    Changed,
     InvalidJob,
     NotFound,
-    TooLarge,
-    Unaddressable,
+    ObjectTooLarge,
+    PreconditionFailed,
+    UnaddressableKey,
     Unavailable,
 )
-from batchjob.storage.objects import Blob, Stat
+from batchjob.storage.objects import ObjectData, ObjectInfo
 
 __all__ = ["DiskStore", "open_file", "read_file", "stat_file", "walk"]
 
@@ -40,7 +40,7 @@ _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISD
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
 
 
-def read_file(path: str | os.PathLike[str], etag: str | None = None, limit: int | None = None) -> Blob:
+def read_file(path: str | os.PathLike[str], etag: str | None = None, limit: int | None = None) -> ObjectData:
     """All bytes of a regular file.
 
     Raises:
@@ -51,11 +51,11 @@ def read_file(path: str | os.PathLike[str], etag: str | None = None, limit: int 
         found = os.fstat(file.fileno())
         if etag is not None and etag != _etag(found):
             said = f"{os.fspath(path)}: changed since the plan was made ({etag}, now {_etag(found)})"
-            raise Changed(f"{said}; run the job on a new output to plan it anew")
+            raise PreconditionFailed(f"{said}; run the job on a new output to plan it anew")
         if limit is not None and found.st_size > limit:
-            raise TooLarge(os.fspath(path), found.st_size, limit)
+            raise ObjectTooLarge(os.fspath(path), found.st_size, limit)
         with _reading(path):
-            return Blob(file.read(), _etag(found), _version(found))
+            return ObjectData(file.read(), _etag(found), _version(found))
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
@@ -72,7 +72,7 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
         raise
 
 
-def stat_file(path: str | os.PathLike[str], uri: str) -> Stat:
+def stat_file(path: str | os.PathLike[str], uri: str) -> ObjectInfo:
     """Size and tag of a regular file, under the name `uri`. Raises NotFound, Unaddressable, Unavailable."""
     with _reading(path):
         found = Path(path).stat()
@@ -81,7 +81,7 @@ def stat_file(path: str | os.PathLike[str], uri: str) -> Stat:
     return _stat(uri, found)
 
 
-def walk(root: str | os.PathLike[str], after: str | None = None, recursive: bool = True) -> Iterator[Stat]:
+def walk(root: str | os.PathLike[str], after: str | None = None, recursive: bool = True) -> Iterator[ObjectInfo]:
     """Files below a folder, named relative to it with `/`, in the byte order of these names, strictly after `after`.
 
     Links to files and folders are followed, but never into a folder that is being walked already. A link to nothing
@@ -120,7 +120,7 @@ class DiskStore:
         self._root = root
         self._swept = False
 
-    def read(self, key: str) -> Blob:
+    def read(self, key: str) -> ObjectData:
         """Raises NotFound, Unavailable."""
         return read_file(self._root / key)
 
@@ -139,19 +139,19 @@ class DiskStore:
         """The object as a seekable file. Raises NotFound, Unavailable."""
         return open_file(self._root / key)
 
-    def stat(self, key: str) -> Stat:
+    def stat(self, key: str) -> ObjectInfo:
         """Raises NotFound, Unavailable."""
         return stat_file(self._root / key, key)
 
-    def list(self, prefix: str) -> Iterator[Stat]:
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Objects whose key starts with `prefix`, in key order. Temporary files are no objects."""
         folder = prefix[: prefix.rfind("/") + 1]
         for found in walk(self._root / folder):
             key = folder + found.uri
             if key.startswith(prefix) and not key.startswith(_TMP):
-                yield Stat(key, found.size, found.etag, found.version)
+                yield ObjectInfo(key, found.size, found.etag, found.version)
 
-    def put_if_absent(self, key: str, body: bytes | Path) -> Stat:
+    def put_if_absent(self, key: str, body: bytes | Path) -> ObjectInfo:
         """Raises AlreadyExists; InvalidJob where the disk cannot be written, AttemptFailed where it is full."""
         target = self._root / key
         with self._writing(key):
@@ -169,7 +169,7 @@ class DiskStore:
             _sync_folder(target.parent)
         return _stat(key, found)
 
-    def replace_if_match(self, key: str, body: bytes | Path, version: str) -> Stat:
+    def replace_if_match(self, key: str, body: bytes | Path, version: str) -> ObjectInfo:
         """Raises Changed where the object is absent or of another version; else as `put_if_absent`."""
         target = self._root / key
         with self._writing(key), self._temporary(body) as temporary, self._locked():
@@ -178,9 +178,9 @@ class DiskStore:
                 with open_file(target) as current:
                     before = os.fstat(current.fileno())
             except NotFound as error:
-                raise Changed(f"{target}: no longer there") from error
+                raise PreconditionFailed(f"{target}: no longer there") from error
             if _version(before) != version:
-                raise Changed(f"{target}: replaced by another writer")
+                raise PreconditionFailed(f"{target}: replaced by another writer")
             # A time that only grows keeps two versions apart that were written within one tick of the clock.
             modified = max(time.time_ns(), before.st_mtime_ns + 1)
             os.utime(temporary, ns=(modified, modified))
@@ -201,7 +201,7 @@ class DiskStore:
         if os.path.lexists(target):
             with self._writing(key), self._locked(), suppress(NotFound):
                 if stat_file(target, key).version != version:
-                    raise Changed(f"{target}: replaced by another writer")
+                    raise PreconditionFailed(f"{target}: replaced by another writer")
                 target.unlink()
 
     @contextmanager
@@ -306,16 +306,16 @@ def _identity(folder: bytes, above: frozenset[tuple[int, int]]) -> frozenset[tup
     return above if here in above else above | {here}
 
 
-def _file(path: bytes, key: str) -> Stat | None:
+def _file(path: bytes, key: str) -> ObjectInfo | None:
     try:
         found = os.stat(path)  # noqa: PTH116 - bytes
     except OSError:
-        return Stat(key, 0) if os.path.islink(path) else None  # noqa: PTH114 - bytes
+        return ObjectInfo(key, 0) if os.path.islink(path) else None  # noqa: PTH114 - bytes
     return _stat(key, found) if stat.S_ISREG(found.st_mode) else None
 
 
-def _stat(name: str, found: os.stat_result) -> Stat:
-    return Stat(name, found.st_size, _etag(found), _version(found))
+def _stat(name: str, found: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(name, found.st_size, _etag(found), _version(found))
 
 
 def _etag(found: os.stat_result) -> str:
@@ -334,14 +334,14 @@ def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         raise _read_fault(error, os.fspath(path)) from error
     except ValueError as error:  # a NUL, or a lone surrogate
-        raise Unaddressable(f"{os.fspath(path)!r}: no file can have this name") from error
+        raise UnaddressableKey(f"{os.fspath(path)!r}: no file can have this name") from error
 
 
 def _read_fault(error: OSError, path: str) -> BatchjobError:
     if error.errno in _ABSENT:
         return NotFound(f"{path}: not there ({error.strerror})")
     if error.errno in _UNNAMEABLE:
-        return Unaddressable(f"{path}: no file can have this name ({error.strerror})")
+        return UnaddressableKey(f"{path}: no file can have this name ({error.strerror})")
     return Unavailable(f"{path}: cannot be read ({error.strerror}); check disk and permissions, then run again")
 
 

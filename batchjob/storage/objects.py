@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Blob", "Stat"]
+__all__ = ["ObjectData", "ObjectInfo"]
 
 
 @dataclass(frozen=True, slots=True)
-class Stat:
+class ObjectInfo:
     """An object as a listing shows it.
 
     Attributes:
@@ -25,7 +25,7 @@ class Stat:
 
 
 @dataclass(frozen=True, slots=True)
-class Blob:
+class ObjectData:
     """An object's bytes, with the tag and the version they were read under."""
 
     data: bytes

@@ -9,13 +9,13 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from batchjob.settings import Settings
-from batchjob.text import secret_in
+from batchjob.text import explain_uri_secret
 
-__all__ = ["Options", "StorageOptions", "options_for", "window"]
+__all__ = ["OptionsByPrefix", "StorageOptions", "options_for", "resolve_retry_timeout"]
 
 
 def _without_secrets(uri: str) -> str:
-    if why := secret_in(uri):
+    if why := explain_uri_secret(uri):
         raise ValueError(why)
     return uri
 
@@ -43,14 +43,14 @@ class StorageOptions(Settings):
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
 
 
-Options = Mapping[str, StorageOptions]
+OptionsByPrefix = Mapping[str, StorageOptions]
 """URI prefix, such as `s3://` or `s3://bucket`, → options; the longest that fits wins.
 
 The web is read only where a host stands here, such as `https://images.example.com` (`https://` is every public one).
 """
 
 
-def options_for(uri: str, options: Options) -> StorageOptions:
+def options_for(uri: str, options: OptionsByPrefix) -> StorageOptions:
     fits = [prefix for prefix in options if uri.startswith(prefix) and _whole(uri, prefix)]
     return options[max(fits, key=len)] if fits else StorageOptions()
 
@@ -60,7 +60,7 @@ def _whole(uri: str, prefix: str) -> bool:
     return prefix.endswith("/") or uri[len(prefix) : len(prefix) + 1] in ("", "/")
 
 
-def window(patience: float | None, outage: float) -> float:
+def resolve_retry_timeout(retry_timeout: float | None, outage_timeout: float) -> float:
     """Seconds that one request is retried by the client itself; no longer than an outage is waited for, where it is."""
-    seconds = float(os.environ.get("BATCHJOB_PATIENCE", "30")) if patience is None else patience
-    return min(seconds, outage) if outage else seconds
+    seconds = float(os.environ.get("BATCHJOB_PATIENCE", "30")) if retry_timeout is None else retry_timeout
+    return min(seconds, outage_timeout) if outage_timeout else seconds

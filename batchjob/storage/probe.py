@@ -6,11 +6,11 @@ from contextlib import suppress
 from functools import partial
 from uuid import uuid4
 
-from batchjob.concurrency import side_by_side
+from batchjob.concurrency import parallel_map
 from batchjob.errors import AlreadyExists, InvalidJob, StorageError, Unavailable
 from batchjob.storage.store import Store
 
-__all__ = ["probe", "see_witness"]
+__all__ = ["check_visibility", "probe"]
 
 
 def probe(store: Store) -> None:
@@ -27,7 +27,7 @@ def probe(store: Store) -> None:
         if _try_create(store, twice, b"second"):
             raise _two_winners(store)
         bodies = [f"creator {number}".encode() for number in range(4)]
-        wins = list(side_by_side(partial(_try_create, store, race), bodies, threads=len(bodies)))
+        wins = list(parallel_map(partial(_try_create, store, race), bodies, threads=len(bodies)))
         if wins.count(True) > 1:
             raise _two_winners(store)
         # A winner's body must be the one that stays; no winner at all is a lost answer, and no fault.
@@ -54,7 +54,7 @@ def _two_winners(store: Store) -> InvalidJob:
     )
 
 
-def see_witness(store: Store, witness: tuple[str, str] | None) -> None:
+def check_visibility(store: Store, marker: tuple[str, str] | None) -> None:
     """Read back what the driver wrote.
 
     Args:
@@ -64,9 +64,9 @@ def see_witness(store: Store, witness: tuple[str, str] | None) -> None:
     Raises:
         InvalidJob: this machine sees another output.
     """
-    if witness is None:
+    if marker is None:
         return
-    key, word = witness
+    key, word = marker
     with suppress(StorageError):
         if word.encode() in store.read(key).data:
             return

@@ -9,27 +9,27 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import pyarrow as pa
 
 from batchjob.errors import InvalidJob
-from batchjob.tasks.labels import named
-from batchjob.tasks.postprocess import EXAMPLE_ROWS, describe
+from batchjob.tasks.labels import look_up_labels
+from batchjob.tasks.postprocess import EXAMPLE_ROWS, describe_output
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from batchjob.preprocessing.geometry import Frame
+    from batchjob.preprocessing.geometry import ImageGeometry
 
 __all__ = [
     "BOX_FIELDS",
+    "BoxSelector",
     "Candidates",
-    "Lists",
-    "Queries",
-    "Selection",
-    "box_columns",
-    "in_image",
-    "is_lists",
-    "listed",
-    "reading",
-    "taken",
+    "DetrBoxReader",
+    "TorchvisionBoxReader",
+    "build_box_columns",
+    "build_struct_lists",
+    "choose_box_reader",
+    "filled_slots",
+    "is_torchvision_output",
+    "map_boxes_to_image",
 ]
 
 BOX_FIELDS = [
@@ -63,7 +63,7 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Lists:
+class TorchvisionBoxReader:
     """Reads what torchvision's detectors give: for each image a dict of its boxes in pixels, its labels and scores."""
 
     relative: ClassVar[bool] = False
@@ -87,7 +87,7 @@ class Lists:
 
 
 @dataclass(frozen=True)
-class Queries:
+class DetrBoxReader:
     """Reads what DETR and its kin give: logits and boxes of a fixed number of queries.
 
     Attributes:
@@ -115,7 +115,7 @@ class Queries:
 
 
 @dataclass(frozen=True)
-class Selection:
+class BoxSelector:
     """Which candidates become detections.
 
     Attributes:
@@ -172,12 +172,12 @@ class Selection:
         return rest
 
 
-def reading(
+def choose_box_reader(
     output: Any,
-    form: Literal["auto", "torchvision", "detr"],
+    output_format: Literal["auto", "torchvision", "detr"],
     scores: Literal["auto", "softmax", "sigmoid"],
-    labels: int | None,
-) -> Lists | Queries:
+    label_count: int | None,
+) -> TorchvisionBoxReader | DetrBoxReader:
     """How the output of a detector is read.
 
     Args:
@@ -189,19 +189,19 @@ def reading(
     Raises:
         InvalidJob: it is neither form, or not the one the job names; the sentence says what came.
     """
-    if form != "detr" and is_lists(output):
-        return Lists()
-    if form != "torchvision" and _is_queries(output):
-        return Queries(_sigmoid(output, scores, labels))
-    wanted = {"torchvision": _LISTS, "detr": _QUERIES}.get(form, f"{_LISTS} or {_QUERIES}")
-    raise misfit(output, f"detection wants {wanted}")
+    if output_format != "detr" and is_torchvision_output(output):
+        return TorchvisionBoxReader()
+    if output_format != "torchvision" and _is_queries(output):
+        return DetrBoxReader(_sigmoid(output, scores, label_count))
+    wanted = {"torchvision": _LISTS, "detr": _QUERIES}.get(output_format, f"{_LISTS} or {_QUERIES}")
+    raise output_format_error(output, f"detection wants {wanted}")
 
 
-def is_lists(output: Any, *more: str) -> bool:
+def is_torchvision_output(output: Any, *extra_keys: str) -> bool:
     """Whether it is torchvision's form, with these keys too."""
     import torch
 
-    keys = ("boxes", "labels", "scores", *more)
+    keys = ("boxes", "labels", "scores", *extra_keys)
     return (
         isinstance(output, list | tuple)
         and len(output) == EXAMPLE_ROWS
@@ -239,7 +239,7 @@ def _sigmoid(output: Mapping[str, torch.Tensor], scores: str, labels: int | None
     return scores == "sigmoid"
 
 
-def misfit(output: Any, wanted: str) -> InvalidJob:
+def output_format_error(output: Any, wanted: str) -> InvalidJob:
     """The error that says what came, what was wanted, and what can be done."""
     first = "return something from its forward()" if output is None else "pick one of several with model.output"
     came = f"the model gives {_told(output)} for a batch of {EXAMPLE_ROWS}"
@@ -249,15 +249,15 @@ def misfit(output: Any, wanted: str) -> InvalidJob:
 def _told(output: Any) -> str:
     """Also what the dicts within a list or a dict hold."""
     if isinstance(output, Mapping):
-        parts = (f"{key} {describe(value)}" for key, value in list(output.items())[:8])
-        return f"{describe(output)} ({', '.join(parts)})"
+        parts = (f"{key} {describe_output(value)}" for key, value in list(output.items())[:8])
+        return f"{describe_output(output)} ({', '.join(parts)})"
     if isinstance(output, list | tuple) and output and isinstance(output[0], Mapping):
         return f"a {type(output).__name__} of {len(output)}, the first {_told(output[0])}"
-    return describe(output)
+    return describe_output(output)
 
 
-def in_image(
-    boxes: np.ndarray[Any, Any], frames: Sequence[Frame], *, relative: bool
+def map_boxes_to_image(
+    boxes: np.ndarray[Any, Any], geometries: Sequence[ImageGeometry], *, relative: bool
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, np.dtype[np.bool_]]]:
     """Boxes in pixels of the upright image, cut at its edges; and which are not wholly outside (in padding).
 
@@ -269,11 +269,11 @@ def in_image(
     import numpy as np
 
     if relative:
-        inputs = [(frame.input_width + frame.pad_right, frame.input_height + frame.pad_below) for frame in frames]
+        inputs = [(frame.input_width + frame.pad_right, frame.input_height + frame.pad_below) for frame in geometries]
         boxes = boxes * _both(inputs)
-    cut = _both([(frame.left, frame.top) for frame in frames])
-    scale = _both([(frame.scale_x, frame.scale_y) for frame in frames])
-    size = _both([(frame.width, frame.height) for frame in frames])
+    cut = _both([(frame.left, frame.top) for frame in geometries])
+    scale = _both([(frame.scale_x, frame.scale_y) for frame in geometries])
+    size = _both([(frame.width, frame.height) for frame in geometries])
     placed = (boxes + cut) / scale
     inside = (placed[..., 2:] >= 0).all(axis=2) & (placed[..., :2] <= size[..., :2]).all(axis=2)
     return np.clip(placed, 0, size).astype(np.float32), inside
@@ -286,7 +286,7 @@ def _both(pairs: Sequence[tuple[float, float]]) -> np.ndarray[Any, Any]:
     return np.tile(np.asarray(pairs, np.float64).reshape(-1, 1, 2), 2)
 
 
-def taken(tensors: Mapping[str, torch.Tensor]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def filled_slots(tensors: Mapping[str, torch.Tensor]) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """bool `[n, k]`: which of the places that `Selection` gave hold a box."""
     import numpy as np
 
@@ -295,7 +295,7 @@ def taken(tensors: Mapping[str, torch.Tensor]) -> np.ndarray[Any, np.dtype[np.bo
     return filled
 
 
-def box_columns(
+def build_box_columns(
     tensors: Mapping[str, torch.Tensor],
     boxes: np.ndarray[Any, Any],
     kept: np.ndarray[Any, np.dtype[np.bool_]],
@@ -306,13 +306,13 @@ def box_columns(
     corners = boxes[kept]
     return [
         pa.array(ids),
-        named(labels, ids),
+        look_up_labels(labels, ids),
         pa.array(tensors["score"].numpy()[kept]),
         *(pa.array(corners[:, side].copy()) for side in range(4)),
     ]
 
 
-def listed(
+def build_struct_lists(
     kept: np.ndarray[Any, np.dtype[np.bool_]],
     good: np.ndarray[Any, np.dtype[np.bool_]],
     columns: Sequence[pa.Array],

@@ -15,12 +15,12 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
-from batchjob.preprocessing.geometry import Frame
-from batchjob.tasks.ground_truth import UNKNOWN, Classes, is_class, ratio
-from batchjob.tasks.labels import Labels, class_names, label_bytes, read_labels
-from batchjob.tasks.postprocess import Postprocess, faults, float_rows, present
+from batchjob.preprocessing.geometry import ImageGeometry
+from batchjob.tasks.ground_truth import UNKNOWN_CLASS, LabelIndex, is_class_type, ratio
+from batchjob.tasks.labels import Labels, max_label_bytes, read_labels, resolve_class_names
+from batchjob.tasks.postprocess import Postprocess, finite_mask, nonfinite_errors, require_float_output
 from batchjob.tasks.settings import TaskSettings
-from batchjob.types import Fault
+from batchjob.types import ErrorRecord
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +51,7 @@ class ClassificationTask(TaskSettings):
         allow_nan: True lets rows pass whose scores are NaN; their `score` is NaN and they name no class.
     """
 
-    classes: ClassVar[bool] = True
+    argmax_is_class: ClassVar[bool] = True
 
     type: Literal["classification"] = "classification"
     top_k: int = Field(default=1, ge=1)
@@ -62,10 +62,10 @@ class ClassificationTask(TaskSettings):
     @property
     def row_bytes(self) -> int:
         """A bound on the bytes that a row's columns take."""
-        return (self.top_k + 1) * (12 + label_bytes(self.labels)) + 8
+        return (self.top_k + 1) * (12 + max_label_bytes(self.labels)) + 8
 
     @property
-    def truths(self) -> tuple[str, ...]:
+    def truth_columns(self) -> tuple[str, ...]:
         """The column that holds the right class."""
         return () if self.truth is None else (self.truth,)
 
@@ -74,7 +74,7 @@ class ClassificationTask(TaskSettings):
         if isinstance(self.labels, str):
             read_labels(reader, self.labels)
 
-    def prepare(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
+    def build_postprocess(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
         """Looks at one output before work starts.
 
         Args:
@@ -87,7 +87,7 @@ class ClassificationTask(TaskSettings):
             InvalidJob: the output is not `[n, classes]`, labels do not fit it, or `top_k` is more than it has.
             Unavailable: the store of the label file cannot be reached.
         """
-        logits = float_rows(output, _WANTED, _ADVICE)
+        logits = require_float_output(output, _WANTED, _ADVICE)
         if logits.ndim != 2:
             raise InvalidJob(f"the model gives {list(logits.shape)} for {len(logits)} images, but {_WANTED}; {_ADVICE}")
         classes = logits.shape[1]
@@ -98,10 +98,10 @@ class ClassificationTask(TaskSettings):
             )
         if self.top_k > classes:
             raise InvalidJob(f"task.top_k is {self.top_k}, but the model knows {classes} classes; lower it")
-        names = class_names(self.labels, classes, labels, reader)
-        return _TopK(self.top_k, Classes(classes, names), self.allow_nan, self.truths)
+        names = resolve_class_names(self.labels, classes, labels, reader)
+        return _ClassificationPostprocess(self.top_k, LabelIndex(classes, names), self.allow_nan, self.truth_columns)
 
-    def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
+    def compute_metrics(self, sums: Mapping[str, float]) -> dict[str, Any]:
         """`images`, `unknown_truth`, `accuracy`, `top_<k>_accuracy`, and `confusion` as {truth: {predicted: images}}.
 
         `images` are those that count. `unknown_truth` are those whose truth names no class of the model: most often a
@@ -117,8 +117,8 @@ class ClassificationTask(TaskSettings):
             told[f"top_{self.top_k}_accuracy"] = ratio(sums.get("right_in_top_k", 0), images)
         return told | _by_class(sums)
 
-    def _truth_wanted(self, kind: pa.DataType) -> str | None:
-        return None if is_class(kind) else "labels (text) or ids (whole numbers)"
+    def _expected_truth_type(self, kind: pa.DataType) -> str | None:
+        return None if is_class_type(kind) else "labels (text) or ids (whole numbers)"
 
 
 def _by_class(sums: Mapping[str, float]) -> dict[str, Any]:
@@ -138,11 +138,11 @@ def _by_class(sums: Mapping[str, float]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _TopK:
+class _ClassificationPostprocess:
     top_k: int
-    classes: Classes
+    classes: LabelIndex
     allow_nan: bool
-    truths: tuple[str, ...] = ()
+    truth_columns: tuple[str, ...] = ()
 
     @property
     def fields(self) -> list[pa.Field]:
@@ -158,26 +158,26 @@ class _TopK:
         scores, ids = output.float().softmax(dim=1).topk(self.top_k, dim=1)
         return {"label_id": ids.to(torch.int32), "score": scores, "finite": scores.isfinite().all(dim=1)}
 
-    def columns(self, tensors: dict[str, torch.Tensor], frames: Sequence[Frame]) -> list[pa.Array]:  # noqa: ARG002
-        good = present(tensors)
+    def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:  # noqa: ARG002
+        good = finite_mask(tensors)
         ids, scores = tensors["label_id"].numpy(), tensors["score"].numpy()
         first = pa.array(ids[:, 0], mask=~good)
         best = pa.array(scores[:, 0]) if self.allow_nan else pa.array(scores[:, 0], mask=~good)
         return [first, self._named(first), best, self._lists(ids[good], scores[good], good)]
 
-    def faults(self, tensors: dict[str, torch.Tensor]) -> list[Fault | None]:
-        return faults(tensors, self.allow_nan)
+    def find_errors(self, tensors: dict[str, torch.Tensor]) -> list[ErrorRecord | None]:
+        return nonfinite_errors(tensors, self.allow_nan)
 
-    def tally(self, rows: pa.RecordBatch) -> dict[str, float]:
+    def sum_metrics(self, rows: pa.RecordBatch) -> dict[str, float]:
         """`images`, `right`, `right_in_top_k`, `unknown_truth`, and counts by label, under JSON lists as keys.
 
         `["cat","dog"]` are cats taken for dogs, and `["cat",""]` for nothing, NaN being let pass. Where there are many
         classes `["cat"]` are cats, and `["cat",1]` those that were seen.
         """
-        rows = rows.filter(pc.is_valid(rows.column(self.truths[0])))
-        right = self.classes.ids(rows.column(self.truths[0]))
-        known = right != UNKNOWN
-        predicted = self.classes.same(rows.column("label_id"))[known]
+        rows = rows.filter(pc.is_valid(rows.column(self.truth_columns[0])))
+        right = self.classes.class_ids(rows.column(self.truth_columns[0]))
+        known = right != UNKNOWN_CLASS
+        predicted = self.classes.canonical_ids(rows.column("label_id"))[known]
         sums = Counter({"unknown_truth": int((~known).sum()), "images": int(known.sum())})
         sums["right"] = int((predicted == right[known]).sum())
         sums["right_in_top_k"] = self._hits(rows.column("top_k"), right)
@@ -189,15 +189,15 @@ class _TopK:
         import numpy as np
 
         row = pc.list_parent_indices(listed).to_numpy()
-        found = self.classes.same(pc.list_flatten(listed).field("label_id"))
-        return len(np.unique(row[(found == right[row]) & (found != UNKNOWN)]))
+        found = self.classes.canonical_ids(pc.list_flatten(listed).field("label_id"))
+        return len(np.unique(row[(found == right[row]) & (found != UNKNOWN_CLASS)]))
 
     def _pairs(self, right: np.ndarray[Any, Any], predicted: np.ndarray[Any, Any]) -> Counter[str]:
-        name = self.classes.name
+        name = self.classes.class_name
         sums: Counter[str] = Counter()
         for (truth, found), count in Counter(zip(right.tolist(), predicted.tolist(), strict=True)).items():
             if self.classes.count <= _CONFUSED_AT_MOST:
-                sums[_key(name(truth), name(found) if found != UNKNOWN else "")] += count
+                sums[_key(name(truth), name(found) if found != UNKNOWN_CLASS else "")] += count
             elif self.classes.count <= _COUNTED_AT_MOST:
                 sums[_key(name(truth))] += count
                 sums[_key(name(truth), 1)] += count * (truth == found)

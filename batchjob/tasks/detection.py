@@ -10,12 +10,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from batchjob.preprocessing.geometry import Frame
-from batchjob.tasks.boxes import BOX_FIELDS, Lists, Queries, Selection, box_columns, in_image, listed, reading, taken
-from batchjob.tasks.labels import Labels, class_names, label_bytes, read_labels
-from batchjob.tasks.postprocess import Postprocess, faults, present
+from batchjob.preprocessing.geometry import ImageGeometry
+from batchjob.tasks.boxes import (
+    BOX_FIELDS,
+    BoxSelector,
+    DetrBoxReader,
+    TorchvisionBoxReader,
+    build_box_columns,
+    build_struct_lists,
+    choose_box_reader,
+    filled_slots,
+    map_boxes_to_image,
+)
+from batchjob.tasks.labels import Labels, max_label_bytes, read_labels, resolve_class_names
+from batchjob.tasks.postprocess import Postprocess, finite_mask, nonfinite_errors
 from batchjob.tasks.settings import TaskSettings
-from batchjob.types import Fault
+from batchjob.types import ErrorRecord
 
 if TYPE_CHECKING:
     import torch
@@ -54,14 +64,14 @@ class DetectionTask(TaskSettings):
     @property
     def row_bytes(self) -> int:
         """A bound on the bytes that a row's column takes."""
-        return self.max_boxes * (28 + label_bytes(self.labels)) + 8
+        return self.max_boxes * (28 + max_label_bytes(self.labels)) + 8
 
     def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - one face for all tasks
         """Reads the label file, if there is one, without torch. Raises InvalidJob, Unavailable."""
         if isinstance(self.labels, str):
             read_labels(reader, self.labels)
 
-    def prepare(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
+    def build_postprocess(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
         """Looks at one output before work starts.
 
         Args:
@@ -74,20 +84,20 @@ class DetectionTask(TaskSettings):
             InvalidJob: the output is not of the format, or labels do not fit it.
             Unavailable: the store of the label file cannot be reached.
         """
-        names = class_names(self.labels, None, labels, reader)
-        read = reading(output, self.format, self.scores, len(names) if names is not None else None)
-        if isinstance(read, Queries):
-            names = class_names(self.labels, output["logits"].shape[2] - (not read.sigmoid), labels, reader)
-        return _Detections(read, Selection(self.threshold, self.nms, self.max_boxes), names, self.allow_nan)
+        names = resolve_class_names(self.labels, None, labels, reader)
+        read = choose_box_reader(output, self.format, self.scores, len(names) if names is not None else None)
+        if isinstance(read, DetrBoxReader):
+            names = resolve_class_names(self.labels, output["logits"].shape[2] - (not read.sigmoid), labels, reader)
+        return _DetectionPostprocess(read, BoxSelector(self.threshold, self.nms, self.max_boxes), names, self.allow_nan)
 
 
 @dataclass(frozen=True)
-class _Detections:
-    read: Lists | Queries
-    selection: Selection
+class _DetectionPostprocess:
+    read: TorchvisionBoxReader | DetrBoxReader
+    selection: BoxSelector
     labels: tuple[str, ...] | None
     allow_nan: bool
-    truths: tuple[str, ...] = ()
+    truth_columns: tuple[str, ...] = ()
 
     @property
     def fields(self) -> list[pa.Field]:
@@ -99,14 +109,14 @@ class _Detections:
         del chosen["order"]
         return chosen
 
-    def columns(self, tensors: dict[str, torch.Tensor], frames: Sequence[Frame]) -> list[pa.Array]:
-        good = present(tensors) | self.allow_nan
-        boxes, inside = in_image(tensors["boxes"].numpy(), frames, relative=self.read.relative)
-        kept = inside & taken(tensors) & good[:, None]
-        return [listed(kept, good, box_columns(tensors, boxes, kept, self.labels), BOX_FIELDS)]
+    def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:
+        good = finite_mask(tensors) | self.allow_nan
+        boxes, inside = map_boxes_to_image(tensors["boxes"].numpy(), geometries, relative=self.read.relative)
+        kept = inside & filled_slots(tensors) & good[:, None]
+        return [build_struct_lists(kept, good, build_box_columns(tensors, boxes, kept, self.labels), BOX_FIELDS)]
 
-    def faults(self, tensors: dict[str, torch.Tensor]) -> list[Fault | None]:
-        return faults(tensors, self.allow_nan)
+    def find_errors(self, tensors: dict[str, torch.Tensor]) -> list[ErrorRecord | None]:
+        return nonfinite_errors(tensors, self.allow_nan)
 
-    def tally(self, rows: pa.RecordBatch) -> dict[str, float]:  # noqa: ARG002
+    def sum_metrics(self, rows: pa.RecordBatch) -> dict[str, float]:  # noqa: ARG002
         return {}

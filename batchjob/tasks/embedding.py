@@ -12,10 +12,17 @@ import pyarrow as pa
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
-from batchjob.preprocessing.geometry import Frame
-from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess, faults, float_rows, present, same_shape
+from batchjob.preprocessing.geometry import ImageGeometry
+from batchjob.tasks.postprocess import (
+    EXAMPLE_ROWS,
+    Postprocess,
+    check_row_shape,
+    finite_mask,
+    nonfinite_errors,
+    require_float_output,
+)
 from batchjob.tasks.settings import TaskSettings
-from batchjob.types import Fault
+from batchjob.types import ErrorRecord
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +69,7 @@ class EmbeddingTask(TaskSettings):
             raise InvalidJob(f"task.layer: the model has no layer {self.layer!r}; {hint}")
         return _layer_output(module, layers[self.layer], self.layer)
 
-    def prepare(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
+    def build_postprocess(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
         """Looks at one output of the adapted model before work starts.
 
         Args:
@@ -75,12 +82,12 @@ class EmbeddingTask(TaskSettings):
             InvalidJob: the output is not a vector for each image.
         """
         source = f"task.layer {self.layer}" if self.layer else "the model"
-        vectors = float_rows(output, _WANTED, _ADVICE)
+        vectors = require_float_output(output, _WANTED, _ADVICE)
         shape = list(vectors.shape)
         if vectors.ndim == 4 and shape[2:] == [1, 1]:
-            return _Vectors(tuple(shape[1:]), self.normalize, self.allow_nan)
+            return _EmbeddingPostprocess(tuple(shape[1:]), self.normalize, self.allow_nan)
         if vectors.ndim == 2 and shape[1] > 0:
-            return _Vectors(tuple(shape[1:]), self.normalize, self.allow_nan)
+            return _EmbeddingPostprocess(tuple(shape[1:]), self.normalize, self.allow_nan)
         hint = {
             3: "these look like tokens [n, t, d]: pool them or pick one; ",
             4: "this is a feature map [n, c, h, w]: take the pooling layer behind it; ",
@@ -116,11 +123,11 @@ def _layer_output(module: nn.Module, layer: nn.Module, name: str) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class _Vectors:
+class _EmbeddingPostprocess:
     shape: tuple[int, ...]
     normalize: bool
     allow_nan: bool
-    truths: tuple[str, ...] = ()
+    truth_columns: tuple[str, ...] = ()
 
     @property
     def dimensions(self) -> int:
@@ -134,20 +141,20 @@ class _Vectors:
         """`embedding` float32 `[n, d]` and `finite` bool `[n]`."""
         import torch
 
-        same_shape(output, self.shape)
+        check_row_shape(output, self.shape)
         vectors = output.flatten(1).float()
         finite = vectors.isfinite().all(dim=1)
         if self.normalize:
             vectors = torch.nn.functional.normalize(vectors, dim=1)
         return {"embedding": vectors, "finite": finite}
 
-    def columns(self, tensors: dict[str, torch.Tensor], frames: Sequence[Frame]) -> list[pa.Array]:  # noqa: ARG002
+    def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:  # noqa: ARG002
         flat = pa.array(tensors["embedding"].contiguous().view(-1).numpy())
-        absent = None if self.allow_nan else pa.array(~present(tensors))
+        absent = None if self.allow_nan else pa.array(~finite_mask(tensors))
         return [pa.FixedSizeListArray.from_arrays(flat, self.dimensions, mask=absent)]
 
-    def faults(self, tensors: dict[str, torch.Tensor]) -> list[Fault | None]:
-        return faults(tensors, self.allow_nan)
+    def find_errors(self, tensors: dict[str, torch.Tensor]) -> list[ErrorRecord | None]:
+        return nonfinite_errors(tensors, self.allow_nan)
 
-    def tally(self, rows: pa.RecordBatch) -> dict[str, float]:  # noqa: ARG002
+    def sum_metrics(self, rows: pa.RecordBatch) -> dict[str, float]:  # noqa: ARG002
         return {}

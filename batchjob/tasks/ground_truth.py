@@ -15,14 +15,14 @@ import pyarrow.compute as pc
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["UNKNOWN", "Classes", "is_class", "ratio", "text_of"]
+__all__ = ["UNKNOWN_CLASS", "LabelIndex", "as_text", "is_class_type", "ratio"]
 
-UNKNOWN = -1
+UNKNOWN_CLASS = -1
 """In place of the id where a value names no class."""
 
 
 @dataclass(frozen=True)
-class Classes:
+class LabelIndex:
     """A model's classes, as people name what is right.
 
     Classes of one label are one class here (ImageNet has two cranes): what is right says no more than the label.
@@ -35,11 +35,11 @@ class Classes:
     count: int
     labels: tuple[str, ...] | None
 
-    def name(self, number: int) -> str:
+    def class_name(self, number: int) -> str:
         """The label, or the id as text."""
         return self.labels[number] if self.labels else str(number)
 
-    def ids(self, values: pa.Array) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def class_ids(self, values: pa.Array) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The class that each value names, int64 `[n]`; UNKNOWN where it names none, nulls included.
 
         A label is a name; a number is an id, and so is text that is one, unless there are labels that look so too.
@@ -54,16 +54,16 @@ class Classes:
         numbers = pc.if_else(digits, values, pa.scalar(None, pa.string())).cast(pa.int64())
         return self._first(pc.coalesce(named.cast(pa.int64()), numbers))
 
-    def same(self, numbers: pa.Array) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def canonical_ids(self, numbers: pa.Array) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Ids as the model gives them to ids as `ids` gives them; UNKNOWN for null."""
         return self._first(numbers)
 
     def _first(self, numbers: pa.Array) -> np.ndarray[Any, np.dtype[np.int64]]:
         import numpy as np
 
-        found = pc.fill_null(numbers.cast(pa.int64()), UNKNOWN).to_numpy(zero_copy_only=False)
+        found = pc.fill_null(numbers.cast(pa.int64()), UNKNOWN_CLASS).to_numpy(zero_copy_only=False)
         known = (found >= 0) & (found < self.count)
-        return np.where(known, self._firsts[np.where(known, found, 0)], UNKNOWN)
+        return np.where(known, self._firsts[np.where(known, found, 0)], UNKNOWN_CLASS)
 
     @cached_property
     def _firsts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -71,7 +71,7 @@ class Classes:
         import numpy as np
 
         first: dict[str, int] = {}
-        names = [self.name(number) for number in range(self.count)]
+        names = [self.class_name(number) for number in range(self.count)]
         return np.array([first.setdefault(name, number) for number, name in enumerate(names)], np.int64)
 
     @cached_property
@@ -79,12 +79,12 @@ class Classes:
         return not any(label.strip().isdecimal() for label in self.labels or ())
 
 
-def is_class(kind: pa.DataType) -> bool:
+def is_class_type(kind: pa.DataType) -> bool:
     """Whether values of this type may name classes."""
     return _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
-def text_of(values: pa.Array) -> pa.Array | None:
+def as_text(values: pa.Array) -> pa.Array | None:
     """The values as plain text where they are text, else None."""
     return values.cast(pa.string()) if _is_text(values.type) else None
 

@@ -8,24 +8,41 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
-from batchjob.preprocessing.geometry import Frame
-from batchjob.tasks.boxes import BOX_FIELDS, Lists, Selection, box_columns, in_image, listed, taken
-from batchjob.tasks.masks import RLE_FIELDS, as_input, packed, placed, png, run_lengths, run_structs, unpacked
-from batchjob.tasks.postprocess import faults, present
-from batchjob.types import Fault
+from batchjob.preprocessing.geometry import ImageGeometry
+from batchjob.tasks.boxes import (
+    BOX_FIELDS,
+    BoxSelector,
+    TorchvisionBoxReader,
+    build_box_columns,
+    build_struct_lists,
+    filled_slots,
+    map_boxes_to_image,
+)
+from batchjob.tasks.masks import (
+    RLE_FIELDS,
+    build_rle_arrays,
+    encode_png,
+    encode_rle,
+    input_geometry,
+    pack_mask_bits,
+    resample_to_image,
+    unpack_mask_bits,
+)
+from batchjob.tasks.postprocess import finite_mask, nonfinite_errors
+from batchjob.types import ErrorRecord
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-__all__ = ["Instances"]
+__all__ = ["InstancePostprocess"]
 
 _AREA = pa.field("pixels", pa.int64())
 _MASKS = {"png": [pa.field("mask", pa.binary())], "rle": [pa.field("mask", pa.struct(RLE_FIELDS))], "none": []}
 
 
 @dataclass(frozen=True)
-class Instances:
+class InstancePostprocess:
     """A task that has seen that its model gives instances.
 
     Attributes:
@@ -38,13 +55,13 @@ class Instances:
         truths: none.
     """
 
-    selection: Selection
+    selection: BoxSelector
     mask_threshold: float
     mask: Literal["png", "rle", "none"]
     labels: tuple[str, ...] | None
     allow_nan: bool
     original: bool
-    truths: tuple[str, ...] = ()
+    truth_columns: tuple[str, ...] = ()
 
     @property
     def fields(self) -> list[pa.Field]:
@@ -61,7 +78,7 @@ class Instances:
         """
         import torch
 
-        chosen = self.selection(Lists()(output))
+        chosen = self.selection(TorchvisionBoxReader()(output))
         order, counts = chosen.pop("order"), chosen["count"].tolist()
         sizes = [tuple(image["masks"].shape[-2:]) for image in output]
         room = max((-(-height * width // 8) for height, width in sizes), default=0)
@@ -69,35 +86,37 @@ class Instances:
         finite = chosen["finite"].clone()
         for row, (image, count) in enumerate(zip(output, counts, strict=True)):
             own = image["masks"].reshape(-1, *sizes[row])[order[row, :count]]
-            masks[row, :count] = packed(own >= self.mask_threshold, room)
+            masks[row, :count] = pack_mask_bits(own >= self.mask_threshold, room)
             finite[row] &= own.isfinite().all()
         size = torch.tensor(sizes, dtype=torch.int32).reshape(-1, 2).to(masks.device)
         return {**chosen, "masks": masks, "mask_size": size, "finite": finite}
 
-    def columns(self, tensors: dict[str, torch.Tensor], frames: Sequence[Frame]) -> list[pa.Array]:
+    def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:
         import numpy as np
 
-        good = present(tensors) | self.allow_nan
-        boxes, inside = in_image(tensors["boxes"].numpy(), frames, relative=False)
-        kept = inside & taken(tensors) & good[:, None]
-        masks = self._masks(tensors, frames, kept)
+        good = finite_mask(tensors) | self.allow_nan
+        boxes, inside = map_boxes_to_image(tensors["boxes"].numpy(), geometries, relative=False)
+        kept = inside & filled_slots(tensors) & good[:, None]
+        masks = self._masks(tensors, geometries, kept)
         area = pa.array(np.array([np.count_nonzero(mask) for mask in masks], np.int64))
-        columns = [*box_columns(tensors, boxes, kept, self.labels), area, *self._written(masks)]
-        return [listed(kept, good, columns, self._members)]
+        columns = [*build_box_columns(tensors, boxes, kept, self.labels), area, *self._written(masks)]
+        return [build_struct_lists(kept, good, columns, self._members)]
 
-    def faults(self, tensors: dict[str, torch.Tensor]) -> list[Fault | None]:
-        return faults(tensors, self.allow_nan)
+    def find_errors(self, tensors: dict[str, torch.Tensor]) -> list[ErrorRecord | None]:
+        return nonfinite_errors(tensors, self.allow_nan)
 
-    def tally(self, rows: pa.RecordBatch) -> dict[str, float]:  # noqa: ARG002
+    def sum_metrics(self, rows: pa.RecordBatch) -> dict[str, float]:  # noqa: ARG002
         return {}
 
     def _masks(
-        self, tensors: Mapping[str, torch.Tensor], frames: Sequence[Frame], kept: np.ndarray[Any, Any]
+        self, tensors: Mapping[str, torch.Tensor], frames: Sequence[ImageGeometry], kept: np.ndarray[Any, Any]
     ) -> list[np.ndarray[Any, Any]]:
         """Those that are kept, uint8 `[h, w]` of 0 and 1, image after image."""
         bits, sizes = tensors["masks"].numpy(), tensors["mask_size"].tolist()
         return [
-            placed(unpacked(bits[row, place], *sizes[row]), frame if self.original else as_input(frame), 0)
+            resample_to_image(
+                unpack_mask_bits(bits[row, place], *sizes[row]), frame if self.original else input_geometry(frame), 0
+            )
             for row, frame in enumerate(frames)
             for place in kept[row].nonzero()[0]
         ]
@@ -106,7 +125,7 @@ class Instances:
         if self.mask == "none":
             return []
         if self.mask == "png":
-            return [pa.array([png(mask * 255) for mask in masks], pa.binary())]
+            return [pa.array([encode_png(mask * 255) for mask in masks], pa.binary())]
         sizes = [(mask.shape[0], mask.shape[1]) for mask in masks]
-        runs = run_structs(sizes, [run_lengths(mask, [1])[0] for mask in masks])
+        runs = build_rle_arrays(sizes, [encode_rle(mask, [1])[0] for mask in masks])
         return [pa.StructArray.from_arrays(runs, fields=RLE_FIELDS)]

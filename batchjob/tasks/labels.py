@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from batchjob.storage.reader import Reader
 
-__all__ = ["LABEL_BYTES", "Labels", "class_names", "label_bytes", "named", "read_labels"]
+__all__ = ["DEFAULT_LABEL_BYTES", "Labels", "look_up_labels", "max_label_bytes", "read_labels", "resolve_class_names"]
 
-LABEL_BYTES = 128
+DEFAULT_LABEL_BYTES = 128
 """What a label takes at most where it is not known yet."""
 _FORMS = "a label file has one label a line, or is a JSON list, or a JSON object of id: label"
 
@@ -34,7 +34,7 @@ Labels = Annotated[tuple[str, ...] | Uri | None, BeforeValidator(_numbers_as_tex
 """Names by id, or a file of them."""
 
 
-def class_names(
+def resolve_class_names(
     labels: Labels, classes: int | None, own: tuple[str, ...] | None, reader: Reader
 ) -> tuple[str, ...] | None:
     """The names of a model's classes: those of the job, else what the weights bring, else None.
@@ -58,10 +58,10 @@ def class_names(
     return given
 
 
-def label_bytes(labels: Labels) -> int:
+def max_label_bytes(labels: Labels) -> int:
     """A bound on the bytes of one label."""
     listed = labels if isinstance(labels, tuple) else ()
-    return max((len(name.encode()) for name in listed), default=LABEL_BYTES)
+    return max((len(name.encode()) for name in listed), default=DEFAULT_LABEL_BYTES)
 
 
 def read_labels(reader: Reader, uri: str) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ def read_labels(reader: Reader, uri: str) -> tuple[str, ...]:
     return _by_id(content, where)
 
 
-def named(labels: tuple[str, ...] | None, ids: np.ndarray[Any, Any]) -> pa.Array:
+def look_up_labels(labels: tuple[str, ...] | None, ids: np.ndarray[Any, Any]) -> pa.Array:
     """The labels of these ids, a string each; null where there is none."""
     if labels is None:
         return pa.nulls(len(ids), pa.string())

@@ -13,9 +13,18 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from batchjob.preprocessing.geometry import Frame
+    from batchjob.preprocessing.geometry import ImageGeometry
 
-__all__ = ["RLE_FIELDS", "as_input", "packed", "placed", "png", "run_lengths", "run_structs", "unpacked"]
+__all__ = [
+    "RLE_FIELDS",
+    "build_rle_arrays",
+    "encode_png",
+    "encode_rle",
+    "input_geometry",
+    "pack_mask_bits",
+    "resample_to_image",
+    "unpack_mask_bits",
+]
 
 RLE_FIELDS = [pa.field("size", pa.list_(pa.int32())), pa.field("counts", pa.list_(pa.int32()))]
 """A mask as COCO's annotations write it uncompressed: `size` is `[height, width]`; `counts` tells how many pixels are
@@ -23,7 +32,7 @@ outside, inside, outside, … in turn, from the top left corner down, column by 
 Source: https://github.com/cocodataset/cocoapi, common/maskApi.h; pycocotools reads it with `mask.frPyObjects`."""
 
 
-def placed(ids: np.ndarray[Any, Any], frame: Frame, void: int) -> np.ndarray[Any, Any]:
+def resample_to_image(ids: np.ndarray[Any, Any], geometry: ImageGeometry, void: int) -> np.ndarray[Any, Any]:
     """The map on the image's own pixels, each with the id that lies nearest to its centre.
 
     Args:
@@ -35,10 +44,18 @@ def placed(ids: np.ndarray[Any, Any], frame: Frame, void: int) -> np.ndarray[Any
 
     height, width = ids.shape
     columns = _nearest(
-        frame.width, frame.scale_x, frame.left, frame.input_width, width / (frame.input_width + frame.pad_right)
+        geometry.width,
+        geometry.scale_x,
+        geometry.left,
+        geometry.input_width,
+        width / (geometry.input_width + geometry.pad_right),
     )
     rows = _nearest(
-        frame.height, frame.scale_y, frame.top, frame.input_height, height / (frame.input_height + frame.pad_below)
+        geometry.height,
+        geometry.scale_y,
+        geometry.top,
+        geometry.input_height,
+        height / (geometry.input_height + geometry.pad_below),
     )
     made: np.ndarray[Any, Any] = ids[np.ix_(rows.clip(0, height - 1), columns.clip(0, width - 1))]
     made[rows < 0] = void
@@ -54,13 +71,13 @@ def _nearest(size: int, scale: float, cut: float, limit: int, ratio: float) -> n
     return np.where((inputs < 0) | (inputs >= limit), -1, np.floor(inputs * ratio)).astype(np.int64)
 
 
-def as_input(frame: Frame) -> Frame:
+def input_geometry(geometry: ImageGeometry) -> ImageGeometry:
     """The frame of the model's input itself, its padding left out."""
-    width, height = frame.input_width, frame.input_height
-    return replace(frame, width=width, height=height, scale_x=1.0, scale_y=1.0, left=0.0, top=0.0)
+    width, height = geometry.input_width, geometry.input_height
+    return replace(geometry, width=width, height=height, scale_x=1.0, scale_y=1.0, left=0.0, top=0.0)
 
 
-def png(ids: np.ndarray[Any, Any]) -> bytes:
+def encode_png(ids: np.ndarray[Any, Any]) -> bytes:
     """One gray channel, of 8 bits for uint8 `[h, w]`, of 16 for anything wider."""
     import numpy as np
     from PIL import Image
@@ -70,7 +87,7 @@ def png(ids: np.ndarray[Any, Any]) -> bytes:
     return spool.getvalue()
 
 
-def run_lengths(ids: np.ndarray[Any, Any], wanted: Sequence[int]) -> list[np.ndarray[Any, Any]]:
+def encode_rle(ids: np.ndarray[Any, Any], wanted: Sequence[int]) -> list[np.ndarray[Any, Any]]:
     """COCO's `counts` of each of these ids in a map `[h, w]`, int32."""
     import numpy as np
 
@@ -91,7 +108,7 @@ def _counts(starts: np.ndarray[Any, Any], ends: np.ndarray[Any, Any], size: int)
     return np.append(counts, size - last).astype(np.int32) if last < size else counts.astype(np.int32)
 
 
-def run_structs(sizes: Sequence[tuple[int, int]], counts: Sequence[np.ndarray[Any, Any]]) -> list[pa.Array]:
+def build_rle_arrays(sizes: Sequence[tuple[int, int]], counts: Sequence[np.ndarray[Any, Any]]) -> list[pa.Array]:
     """`RLE_FIELDS` of masks of these sizes (height, width)."""
     import numpy as np
 
@@ -102,7 +119,7 @@ def run_structs(sizes: Sequence[tuple[int, int]], counts: Sequence[np.ndarray[An
     return [pairs, pa.ListArray.from_arrays(pa.array(ends), pa.array(flat), type=RLE_FIELDS[1].type)]
 
 
-def packed(masks: torch.Tensor, room: int) -> torch.Tensor:
+def pack_mask_bits(masks: torch.Tensor, room: int) -> torch.Tensor:
     """Masks, bool `[k, h, w]`, as bits, first the highest: uint8 `[k, room]`."""
     import torch
 
@@ -112,7 +129,7 @@ def packed(masks: torch.Tensor, room: int) -> torch.Tensor:
     return (flat.view(count, room, 8).to(torch.uint8) * weights).sum(dim=2, dtype=torch.uint8)
 
 
-def unpacked(bits: np.ndarray[Any, Any], height: int, width: int) -> np.ndarray[Any, Any]:
+def unpack_mask_bits(bits: np.ndarray[Any, Any], height: int, width: int) -> np.ndarray[Any, Any]:
     """One of them again: uint8 `[h, w]` of 0 and 1."""
     import numpy as np
 

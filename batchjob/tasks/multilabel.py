@@ -13,12 +13,12 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
-from batchjob.preprocessing.geometry import Frame
-from batchjob.tasks.ground_truth import UNKNOWN, Classes, is_class, ratio, text_of
-from batchjob.tasks.labels import Labels, class_names, label_bytes, read_labels
-from batchjob.tasks.postprocess import Postprocess, faults, float_rows, present
+from batchjob.preprocessing.geometry import ImageGeometry
+from batchjob.tasks.ground_truth import UNKNOWN_CLASS, LabelIndex, as_text, is_class_type, ratio
+from batchjob.tasks.labels import Labels, max_label_bytes, read_labels, resolve_class_names
+from batchjob.tasks.postprocess import Postprocess, finite_mask, nonfinite_errors, require_float_output
 from batchjob.tasks.settings import TaskSettings
-from batchjob.types import Fault
+from batchjob.types import ErrorRecord
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +33,7 @@ _CLASS_FIELDS = [pa.field("label_id", pa.int32()), pa.field("label", pa.string()
 _LISTS = pa.list_(pa.struct(_CLASS_FIELDS))
 _WANTED = "multilabel wants [n, classes]: a row of logits for each image"
 _ADVICE = "wrap the model so that it returns its logits, before the sigmoid (model.type: python), or use another task"
-Share = Annotated[float, Field(ge=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class MultilabelTask(TaskSettings):
@@ -52,7 +52,7 @@ class MultilabelTask(TaskSettings):
     """
 
     type: Literal["multilabel"] = "multilabel"
-    threshold: Share | tuple[Share, ...] = 0.5
+    threshold: Probability | tuple[Probability, ...] = 0.5
     labels: Labels = None
     top_k: int | None = Field(default=None, ge=1)
     scores: bool = False
@@ -65,10 +65,10 @@ class MultilabelTask(TaskSettings):
         known = [len(given) for given in (self.labels, self.threshold) if isinstance(given, tuple)]
         classes = known[0] if known else _USUAL_CLASSES
         listed = min(self.top_k or classes, classes) if known else self.top_k or classes
-        return listed * (12 + label_bytes(self.labels)) + 8 + (4 * classes if self.scores else 0)
+        return listed * (12 + max_label_bytes(self.labels)) + 8 + (4 * classes if self.scores else 0)
 
     @property
-    def truths(self) -> tuple[str, ...]:
+    def truth_columns(self) -> tuple[str, ...]:
         """The column that holds the right classes."""
         return () if self.truth is None else (self.truth,)
 
@@ -77,7 +77,7 @@ class MultilabelTask(TaskSettings):
         if isinstance(self.labels, str):
             read_labels(reader, self.labels)
 
-    def prepare(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
+    def build_postprocess(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
         """Looks at one output before work starts.
 
         Args:
@@ -90,7 +90,7 @@ class MultilabelTask(TaskSettings):
             InvalidJob: the output is not `[n, classes]`, or labels or thresholds are not as many as the classes.
             Unavailable: the store of the label file cannot be reached.
         """
-        logits = float_rows(output, _WANTED, _ADVICE)
+        logits = require_float_output(output, _WANTED, _ADVICE)
         if logits.ndim != 2 or not logits.shape[1]:
             raise InvalidJob(f"the model gives {list(logits.shape)} for {len(logits)} images, but {_WANTED}; {_ADVICE}")
         classes = logits.shape[1]
@@ -101,10 +101,12 @@ class MultilabelTask(TaskSettings):
             )
         if (self.top_k or 0) > classes:
             raise InvalidJob(f"task.top_k is {self.top_k}, but the model knows {classes} classes; lower it")
-        known = Classes(classes, class_names(self.labels, classes, labels, reader))
-        return _Shown(known, self.threshold, self.top_k or classes, self.scores, self.allow_nan, self.truths)
+        known = LabelIndex(classes, resolve_class_names(self.labels, classes, labels, reader))
+        return _MultilabelPostprocess(
+            known, self.threshold, self.top_k or classes, self.scores, self.allow_nan, self.truth_columns
+        )
 
-    def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
+    def compute_metrics(self, sums: Mapping[str, float]) -> dict[str, Any]:
         """`images`, `unknown_truth`, `precision`, `recall` and `f1` over all classes together, and `exact_match`.
 
         `images` are those that count; `exact_match` is the share of them that list just the right classes. A rate over
@@ -124,20 +126,22 @@ class MultilabelTask(TaskSettings):
             "exact_match": ratio(sums.get("exact", 0), images),
         }
 
-    def _truth_wanted(self, kind: pa.DataType) -> str | None:
+    def _expected_truth_type(self, kind: pa.DataType) -> str | None:
         items = kind.value_type if _is_list(kind) else kind
         text_or_list = _is_list(kind) or not (pa.types.is_integer(kind) or pa.types.is_floating(kind))
-        return None if text_or_list and is_class(items) else "lists of labels or ids, or text with ';' between them"
+        return (
+            None if text_or_list and is_class_type(items) else "lists of labels or ids, or text with ';' between them"
+        )
 
 
 @dataclass(frozen=True)
-class _Shown:
-    classes: Classes
+class _MultilabelPostprocess:
+    classes: LabelIndex
     threshold: float | tuple[float, ...]
     top_k: int
     scores: bool
     allow_nan: bool
-    truths: tuple[str, ...] = ()
+    truth_columns: tuple[str, ...] = ()
 
     @property
     def fields(self) -> list[pa.Field]:
@@ -166,10 +170,10 @@ class _Shown:
         }
         return made | {"scores": scores} if self.scores else made
 
-    def columns(self, tensors: dict[str, torch.Tensor], frames: Sequence[Frame]) -> list[pa.Array]:  # noqa: ARG002
+    def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:  # noqa: ARG002
         import numpy as np
 
-        absent = np.zeros(len(tensors["finite"]), np.bool_) if self.allow_nan else ~present(tensors)
+        absent = np.zeros(len(tensors["finite"]), np.bool_) if self.allow_nan else ~finite_mask(tensors)
         counts = np.where(absent, 0, tensors["count"].numpy())
         listed = np.arange(tensors["label_id"].shape[1]) < counts[:, None]
         ids = pa.array(tensors["label_id"].numpy()[listed])
@@ -182,20 +186,20 @@ class _Shown:
             columns.append(pa.FixedSizeListArray.from_arrays(flat, self.classes.count, mask=pa.array(absent)))
         return columns
 
-    def faults(self, tensors: dict[str, torch.Tensor]) -> list[Fault | None]:
-        return faults(tensors, self.allow_nan)
+    def find_errors(self, tensors: dict[str, torch.Tensor]) -> list[ErrorRecord | None]:
+        return nonfinite_errors(tensors, self.allow_nan)
 
-    def tally(self, rows: pa.RecordBatch) -> dict[str, float]:
+    def sum_metrics(self, rows: pa.RecordBatch) -> dict[str, float]:
         """`images`, `unknown_truth`, `exact`; over all classes `listed`, `right`, and `hits`, which are both."""
         import numpy as np
 
-        rows = rows.filter(pc.is_valid(rows.column(self.truths[0])))
-        row, right = self._right(rows.column(self.truths[0]))
+        rows = rows.filter(pc.is_valid(rows.column(self.truth_columns[0])))
+        row, right = self._right(rows.column(self.truth_columns[0]))
         counts = np.ones(rows.num_rows, np.bool_)
-        counts[row[right == UNKNOWN]] = False
+        counts[row[right == UNKNOWN_CLASS]] = False
         truth = self._pairs(row, right, counts)
         listed = rows.column("labels")
-        found = self.classes.same(pc.list_flatten(listed).field("label_id"))
+        found = self.classes.canonical_ids(pc.list_flatten(listed).field("label_id"))
         shown = self._pairs(pc.list_parent_indices(listed).to_numpy(), found, counts)
         differing = np.setxor1d(truth, shown, assume_unique=True) // self.classes.count
         sums = {
@@ -210,13 +214,13 @@ class _Shown:
 
     def _right(self, truths: pa.Array) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Row and class of all that is right; text is split at `;`, and empty parts of it are nothing."""
-        text = text_of(truths)
+        text = as_text(truths)
         lists = truths if text is None else pc.split_pattern(text, ";")
         row, values = pc.list_parent_indices(lists), pc.list_flatten(lists)
         if text is not None:
             named = pc.not_equal(pc.utf8_trim_whitespace(values), "")
             row, values = row.filter(named), values.filter(named)
-        return row.to_numpy(), self.classes.ids(values)
+        return row.to_numpy(), self.classes.class_ids(values)
 
     def _pairs(
         self, row: np.ndarray[Any, Any], ids: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]

@@ -13,10 +13,17 @@ from pydantic import Field, field_validator
 
 from batchjob.errors import BatchjobError, InvalidJob
 from batchjob.settings import Target
-from batchjob.tasks.column_types import ColumnName, TypeName, arrow_type, check_name, check_type, distinct
+from batchjob.tasks.column_types import (
+    ColumnName,
+    TypeName,
+    check_column_name,
+    check_column_type,
+    check_distinct_names,
+    parse_arrow_type,
+)
 from batchjob.tasks.postprocess import Postprocess
 from batchjob.tasks.settings import TaskSettings
-from batchjob.tasks.user_postprocess import Code, OwnCode, layout_of
+from batchjob.tasks.user_postprocess import UserFunctions, UserPostprocess, infer_structure
 from batchjob.user_code import load_target, source_digest
 
 if TYPE_CHECKING:
@@ -58,7 +65,7 @@ class PythonTask(TaskSettings):
     @field_validator("fields")
     @classmethod
     def _once(cls, fields: dict[str, str] | None) -> dict[str, str] | None:
-        distinct(fields or ())
+        check_distinct_names(fields or ())
         return fields
 
     def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - one face for all tasks
@@ -69,7 +76,7 @@ class PythonTask(TaskSettings):
         """Of the target's module and all it imports from the job's folder. Raises InvalidJob."""
         return source_digest(self.target, base)
 
-    def prepare(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
+    def build_postprocess(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
         """Loads the code and tries it on the example batch, and on one image of it.
 
         Args:
@@ -81,20 +88,20 @@ class PythonTask(TaskSettings):
             InvalidJob: no such code, it raised, or what it returned is not what is declared.
         """
         code = self._code(load_target(self.target, base), f"task.target: {self.target}")
-        carried = code.carried(output, base)
-        own = OwnCode(code, layout_of(carried, code), self.allow_nan)
-        own.try_on(carried, base)
+        carried = code.run_on_device(output, base)
+        own = UserPostprocess(code, infer_structure(carried, code), self.allow_nan)
+        own.validate_on_example(carried, base)
         return own
 
-    def _code(self, found: Any, where: str) -> Code:
+    def _code(self, found: Any, where: str) -> UserFunctions:
         if not callable(found):
             raise InvalidJob(f"{where} is a {type(found).__name__}; name a function or a class")
         if self.fields is not None:
-            fields = tuple(pa.field(name, arrow_type(kind)) for name, kind in self.fields.items())
+            fields = tuple(pa.field(name, parse_arrow_type(kind)) for name, kind in self.fields.items())
             if inspect.isclass(found):
                 found = _called(found, self.arguments, where)
-                return Code(where, fields, _by_position(found, where))
-            return Code(where, fields, _by_position(partial(found, **self.arguments), where))
+                return UserFunctions(where, fields, _by_position(found, where))
+            return UserFunctions(where, fields, _by_position(partial(found, **self.arguments), where))
         made = _called(found, self.arguments, where)
         columns = getattr(made, "columns", None)
         if not callable(columns) or not hasattr(made, "fields"):
@@ -103,7 +110,7 @@ class PythonTask(TaskSettings):
                 "plain function of the output, write task.fields: {name: type}"
             )
         on_device = getattr(made, "on_device", None)
-        return Code(where, _declared(made.fields, where), _by_position(columns, f"{where}.columns"), on_device)
+        return UserFunctions(where, _declared(made.fields, where), _by_position(columns, f"{where}.columns"), on_device)
 
 
 def _called(found: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
@@ -148,14 +155,15 @@ def _declared(fields: Any, where: str) -> tuple[pa.Field, ...]:
     try:
         if isinstance(fields, Mapping):
             made = [
-                pa.field(name, arrow_type(kind) if isinstance(kind, str) else kind) for name, kind in fields.items()
+                pa.field(name, parse_arrow_type(kind) if isinstance(kind, str) else kind)
+                for name, kind in fields.items()
             ]
         else:
             made = list(fields)
-        distinct(check_name(field.name) for field in made)
+        check_distinct_names(check_column_name(field.name) for field in made)
         if not made:
             raise ValueError("there are none")
-        return tuple(field.with_type(check_type(field.type)).with_nullable(True) for field in made)
+        return tuple(field.with_type(check_column_type(field.type)).with_nullable(True) for field in made)
     except (AttributeError, TypeError, ValueError) as error:
         raise InvalidJob(
             f"{where}.fields: {error}; give a dict of names and types, such as {{'sharpness': 'float32'}}, or a list "

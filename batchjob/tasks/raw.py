@@ -13,11 +13,18 @@ import pyarrow as pa
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
-from batchjob.preprocessing.geometry import Frame
-from batchjob.tasks.column_types import check_name, distinct
-from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess, describe, faults, present, same_shape
+from batchjob.preprocessing.geometry import ImageGeometry
+from batchjob.tasks.column_types import check_column_name, check_distinct_names
+from batchjob.tasks.postprocess import (
+    EXAMPLE_ROWS,
+    Postprocess,
+    check_row_shape,
+    describe_output,
+    finite_mask,
+    nonfinite_errors,
+)
 from batchjob.tasks.settings import TaskSettings
-from batchjob.types import Fault
+from batchjob.types import ErrorRecord
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +54,7 @@ class RawTask(TaskSettings):
     row_bytes: int = Field(default=65_536, ge=1)
     allow_nan: bool = False
 
-    def prepare(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
+    def build_postprocess(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
         """Looks at one output before work starts.
 
         Args:
@@ -58,7 +65,7 @@ class RawTask(TaskSettings):
             InvalidJob: it holds something else than tensors of a row for each image, a key that cannot name a column,
                 or more bytes than `row_bytes`.
         """
-        tensors = {name: _Tensor.of(name, part, output) for name, part in _named(output).items()}
+        tensors = {name: _TensorColumn.of(name, part, output) for name, part in _named(output).items()}
         takes = sum(tensor.row_bytes for tensor in tensors.values())
         if takes > self.row_bytes:
             shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
@@ -66,7 +73,7 @@ class RawTask(TaskSettings):
                 f"a row takes {takes:,} bytes ({shapes}), but task.row_bytes is {self.row_bytes:,}; raise it, "
                 "which makes shards smaller, or give out less: one of several with model.output, or another task"
             )
-        return _Tensors(tuple(tensors.values()), self.allow_nan)
+        return _RawPostprocess(tuple(tensors.values()), self.allow_nan)
 
 
 def _named(output: Any) -> dict[str, Any]:
@@ -79,20 +86,20 @@ def _named(output: Any) -> dict[str, Any]:
     if isinstance(named, Mapping) and named:
         parts = {str(key): part for key, part in named.items()}
         try:
-            distinct(map(check_name, parts))
+            check_distinct_names(map(check_column_name, parts))
         except ValueError as error:
-            raise InvalidJob(f"the model gives {describe(output)}: {error}; {_ADVICE}") from None
+            raise InvalidJob(f"the model gives {describe_output(output)}: {error}; {_ADVICE}") from None
         return parts
     if isinstance(output, tuple | list) and output:
         return {f"output_{place}": part for place, part in enumerate(output)}
     hint = "return something from its forward(), or " if output is None else ""
     raise InvalidJob(
-        f"the model gives {describe(output)} for a batch of {EXAMPLE_ROWS}, but {_WANTED}; {hint}{_ADVICE}"
+        f"the model gives {describe_output(output)} for a batch of {EXAMPLE_ROWS}, but {_WANTED}; {hint}{_ADVICE}"
     )
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class _TensorColumn:
     """A column: its name, the shape of a row, the type of its numbers."""
 
     name: str
@@ -100,16 +107,16 @@ class _Tensor:
     kind: pa.DataType
 
     @classmethod
-    def of(cls, name: str, part: Any, output: Any) -> _Tensor:
+    def of(cls, name: str, part: Any, output: Any) -> _TensorColumn:
         import torch
 
-        said = f"the model gives {describe(output)} for a batch of {EXAMPLE_ROWS}, but {_WANTED}"
+        said = f"the model gives {describe_output(output)} for a batch of {EXAMPLE_ROWS}, but {_WANTED}"
         if not isinstance(part, torch.Tensor):
-            raise InvalidJob(f"{said}, and {name} is {describe(part)}; {_ADVICE}")
+            raise InvalidJob(f"{said}, and {name} is {describe_output(part)}; {_ADVICE}")
         if part.ndim == 0 or part.shape[0] != EXAMPLE_ROWS:
-            raise InvalidJob(f"{said}, and {name} is {describe(part)}; {_ADVICE}")
+            raise InvalidJob(f"{said}, and {name} is {describe_output(part)}; {_ADVICE}")
         if not part.numel() or part.is_complex() or part.is_quantized or part.layout != torch.strided:
-            raise InvalidJob(f"{said} of plain numbers, and {name} is {describe(part)}; {_ADVICE}")
+            raise InvalidJob(f"{said} of plain numbers, and {name} is {describe_output(part)}; {_ADVICE}")
         kind = pa.from_numpy_dtype(_plain(part[:0]).cpu().numpy().dtype)
         return cls(name, tuple(part.shape[1:]), kind)
 
@@ -132,10 +139,10 @@ class _Tensor:
 
 
 @dataclass(frozen=True)
-class _Tensors:
-    tensors: tuple[_Tensor, ...]
+class _RawPostprocess:
+    tensors: tuple[_TensorColumn, ...]
     allow_nan: bool
-    truths: tuple[str, ...] = ()
+    truth_columns: tuple[str, ...] = ()
 
     @property
     def fields(self) -> list[pa.Field]:
@@ -149,20 +156,20 @@ class _Tensors:
         made: dict[str, torch.Tensor] = {}
         finite = torch.ones(len(parts[0]), dtype=torch.bool, device=parts[0].device)
         for place, (part, tensor) in enumerate(zip(parts, self.tensors, strict=True)):
-            same_shape(part, tensor.shape)
+            check_row_shape(part, tensor.shape)
             made[str(place)] = plain = _plain(part).reshape(len(part), prod(tensor.shape))
             if plain.is_floating_point():
                 finite &= plain.isfinite().all(dim=1).to(finite.device)
         return made | {"finite": finite}
 
-    def columns(self, tensors: dict[str, torch.Tensor], frames: Sequence[Frame]) -> list[pa.Array]:  # noqa: ARG002
-        absent = None if self.allow_nan else ~present(tensors)
+    def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:  # noqa: ARG002
+        absent = None if self.allow_nan else ~finite_mask(tensors)
         return [tensor.column(tensors[str(place)], absent) for place, tensor in enumerate(self.tensors)]
 
-    def faults(self, tensors: dict[str, torch.Tensor]) -> list[Fault | None]:
-        return faults(tensors, self.allow_nan)
+    def find_errors(self, tensors: dict[str, torch.Tensor]) -> list[ErrorRecord | None]:
+        return nonfinite_errors(tensors, self.allow_nan)
 
-    def tally(self, rows: pa.RecordBatch) -> dict[str, float]:  # noqa: ARG002
+    def sum_metrics(self, rows: pa.RecordBatch) -> dict[str, float]:  # noqa: ARG002
         return {}
 
 

@@ -13,12 +13,12 @@ import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
 from batchjob.errors import InvalidJob
-from batchjob.preprocessing.geometry import Frame
-from batchjob.tasks.column_types import ColumnName, distinct
+from batchjob.preprocessing.geometry import ImageGeometry
+from batchjob.tasks.column_types import ColumnName, check_distinct_names
 from batchjob.tasks.ground_truth import ratio
-from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess, faults, float_rows, present
+from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess, finite_mask, nonfinite_errors, require_float_output
 from batchjob.tasks.settings import TaskSettings
-from batchjob.types import Fault
+from batchjob.types import ErrorRecord
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ class RegressionTask(TaskSettings):
     @field_validator("outputs")
     @classmethod
     def _once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        distinct(names)
+        check_distinct_names(names)
         return names
 
     @model_validator(mode="after")
@@ -66,11 +66,11 @@ class RegressionTask(TaskSettings):
         return 5 * len(self.outputs)
 
     @property
-    def truths(self) -> tuple[str, ...]:
+    def truth_columns(self) -> tuple[str, ...]:
         """The columns that hold the right numbers."""
         return tuple(dict.fromkeys(self._truth_by_output.values()))
 
-    def prepare(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
+    def build_postprocess(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
         """Looks at one output before work starts.
 
         Args:
@@ -81,17 +81,17 @@ class RegressionTask(TaskSettings):
         Raises:
             InvalidJob: the output holds another number of numbers, or none by these names.
         """
-        post = _Numbers(self.outputs, self._truth_by_output, self.allow_nan)
+        post = _RegressionPostprocess(self.outputs, self._truth_by_output, self.allow_nan)
         wanted = _wanted(len(self.outputs))
         for part in post.parts(output):
-            float_rows(part, wanted, _ADVICE)
+            require_float_output(part, wanted, _ADVICE)
         shapes = [list(part.shape) for part in post.parts(output)]
         if sum(prod(shape[1:]) for shape in shapes) != len(self.outputs) or any(len(shape) > 2 for shape in shapes):
             came = ", ".join(map(str, shapes))
             raise InvalidJob(f"the model gives {came} for {EXAMPLE_ROWS} images, but {wanted}; {_ADVICE}")
         return post
 
-    def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:
+    def compute_metrics(self, sums: Mapping[str, float]) -> dict[str, Any]:
         """By output: `truth`, `images`, `mean_absolute_error`, `root_mean_squared_error`, `r2`.
 
         `images` are those that count; `not_finite` others, whose prediction is NaN or infinite and was let pass. R² is
@@ -108,7 +108,7 @@ class RegressionTask(TaskSettings):
             return {self.outputs[0]: self.truth}
         return self.truth or {}
 
-    def _truth_wanted(self, kind: pa.DataType) -> str | None:
+    def _expected_truth_type(self, kind: pa.DataType) -> str | None:
         numeric = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
         return None if any(test(kind) for test in numeric) else "numbers, such as float64"
 
@@ -141,7 +141,7 @@ def _r2(sums: Mapping[str, float]) -> float | None:
 
 
 @dataclass(frozen=True)
-class _Numbers:
+class _RegressionPostprocess:
     outputs: tuple[str, ...]
     truth_by_output: Mapping[str, str]
     allow_nan: bool
@@ -151,7 +151,7 @@ class _Numbers:
         return [pa.field(name, pa.float32()) for name in self.outputs]
 
     @property
-    def truths(self) -> tuple[str, ...]:
+    def truth_columns(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(self.truth_by_output.values()))
 
     def parts(self, output: Any) -> list[Any]:
@@ -167,15 +167,15 @@ class _Numbers:
         values = torch.cat([part.float().reshape(len(part), prod(part.shape[1:])) for part in self.parts(output)], 1)
         return {"values": values, "finite": values.isfinite().all(dim=1)}
 
-    def columns(self, tensors: dict[str, torch.Tensor], frames: Sequence[Frame]) -> list[pa.Array]:  # noqa: ARG002
-        absent = None if self.allow_nan else ~present(tensors)
+    def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:  # noqa: ARG002
+        absent = None if self.allow_nan else ~finite_mask(tensors)
         values = tensors["values"].numpy()
         return [pa.array(values[:, number], pa.float32(), mask=absent) for number in range(len(self.outputs))]
 
-    def faults(self, tensors: dict[str, torch.Tensor]) -> list[Fault | None]:
-        return faults(tensors, self.allow_nan)
+    def find_errors(self, tensors: dict[str, torch.Tensor]) -> list[ErrorRecord | None]:
+        return nonfinite_errors(tensors, self.allow_nan)
 
-    def tally(self, rows: pa.RecordBatch) -> dict[str, float]:
+    def sum_metrics(self, rows: pa.RecordBatch) -> dict[str, float]:
         """By output, `<output>/images` and the sums that `RegressionTask.summary` makes its errors of."""
         sums: dict[str, float] = {}
         for name, column in self.truth_by_output.items():

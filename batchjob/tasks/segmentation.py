@@ -11,14 +11,14 @@ import pyarrow as pa
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
-from batchjob.preprocessing.geometry import Frame
-from batchjob.tasks.boxes import Selection, is_lists, misfit
-from batchjob.tasks.instance_masks import Instances
-from batchjob.tasks.labels import Labels, class_names, label_bytes, named, read_labels
-from batchjob.tasks.masks import RLE_FIELDS, as_input, placed, png, run_lengths, run_structs
-from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess, faults, present
+from batchjob.preprocessing.geometry import ImageGeometry
+from batchjob.tasks.boxes import BoxSelector, is_torchvision_output, output_format_error
+from batchjob.tasks.instance_masks import InstancePostprocess
+from batchjob.tasks.labels import Labels, look_up_labels, max_label_bytes, read_labels, resolve_class_names
+from batchjob.tasks.masks import RLE_FIELDS, build_rle_arrays, encode_png, encode_rle, input_geometry, resample_to_image
+from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess, finite_mask, nonfinite_errors
 from batchjob.tasks.settings import TaskSettings
-from batchjob.types import Fault
+from batchjob.types import ErrorRecord
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +67,7 @@ class SegmentationTask(TaskSettings):
     @property
     def row_bytes(self) -> int:
         """What a row usually takes at most; the images' sizes are not known yet."""
-        label = label_bytes(self.labels)
+        label = max_label_bytes(self.labels)
         instances = self.max_boxes * (36 + label) if self.format == "instances" else 0
         if self.mask == "none":
             return instances + _CLASSES * (12 + label)
@@ -79,7 +79,7 @@ class SegmentationTask(TaskSettings):
         if isinstance(self.labels, str):
             read_labels(reader, self.labels)
 
-    def prepare(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
+    def build_postprocess(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
         """Looks at one output before work starts.
 
         Args:
@@ -92,20 +92,20 @@ class SegmentationTask(TaskSettings):
             InvalidJob: the output is neither a map of logits nor instances with masks, or labels do not fit it.
             Unavailable: the store of the label file cannot be reached.
         """
-        if self.format != "semantic" and is_lists(output, "masks"):
-            names = class_names(self.labels, None, labels, reader)
+        if self.format != "semantic" and is_torchvision_output(output, "masks"):
+            names = resolve_class_names(self.labels, None, labels, reader)
             original = self.size == "original"
-            chosen = Selection(self.threshold, None, self.max_boxes)
-            return Instances(chosen, self.mask_threshold, self.mask, names, self.allow_nan, original)
+            chosen = BoxSelector(self.threshold, None, self.max_boxes)
+            return InstancePostprocess(chosen, self.mask_threshold, self.mask, names, self.allow_nan, original)
         logits = _logits(output)
         if self.format == "instances" or not _is_map(logits):
             wanted = {"semantic": _LOGITS, "instances": _INSTANCES}.get(self.format, f"{_LOGITS}, or {_INSTANCES}")
-            raise misfit(output, f"segmentation wants {wanted}")
+            raise output_format_error(output, f"segmentation wants {wanted}")
         classes = max(logits.shape[1], 2)
         if classes > _MOST_CLASSES:
             raise InvalidJob(f"the model gives {classes} classes; a mask of 16 bits holds {_MOST_CLASSES} at most")
-        names = class_names(self.labels, classes, labels, reader)
-        return _Classes(
+        names = resolve_class_names(self.labels, classes, labels, reader)
+        return _SemanticPostprocess(
             classes, names, self.mask, self.mask_threshold, self.allow_nan, original=self.size == "original"
         )
 
@@ -129,14 +129,14 @@ def _is_map(logits: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class _Classes:
+class _SemanticPostprocess:
     classes: int
     labels: tuple[str, ...] | None
     mask: Literal["png", "rle", "none"]
     mask_threshold: float
     allow_nan: bool
     original: bool
-    truths: tuple[str, ...] = ()
+    truth_columns: tuple[str, ...] = ()
 
     @property
     def fields(self) -> list[pa.Field]:
@@ -162,24 +162,24 @@ class _Classes:
         dtype = torch.uint8 if self._void == 255 else torch.int32
         return {"ids": ids.masked_fill(~sound, self._void).to(dtype), "finite": sound.flatten(1).all(dim=1)}
 
-    def columns(self, tensors: dict[str, torch.Tensor], frames: Sequence[Frame]) -> list[pa.Array]:
-        good = (present(tensors) | self.allow_nan).tolist()
+    def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:
+        good = (finite_mask(tensors) | self.allow_nan).tolist()
         maps = [
-            placed(ids, frame if self.original else as_input(frame), self._void) if fine else None
-            for ids, frame, fine in zip(tensors["ids"].numpy(), frames, good, strict=True)
+            resample_to_image(ids, frame if self.original else input_geometry(frame), self._void) if fine else None
+            for ids, frame, fine in zip(tensors["ids"].numpy(), geometries, good, strict=True)
         ]
         counted = [None if one is None else self._counted(one) for one in maps]
         pixels = _lists(counted, _PIXEL_FIELDS, self._pixel_columns)
         if self.mask == "none":
             return [pixels]
         if self.mask == "png":
-            return [pixels, pa.array([None if one is None else png(one) for one in maps], pa.binary())]
+            return [pixels, pa.array([None if one is None else encode_png(one) for one in maps], pa.binary())]
         return [pixels, self._runs(maps, counted)]
 
-    def faults(self, tensors: dict[str, torch.Tensor]) -> list[Fault | None]:
-        return faults(tensors, self.allow_nan)
+    def find_errors(self, tensors: dict[str, torch.Tensor]) -> list[ErrorRecord | None]:
+        return nonfinite_errors(tensors, self.allow_nan)
 
-    def tally(self, rows: pa.RecordBatch) -> dict[str, float]:  # noqa: ARG002
+    def sum_metrics(self, rows: pa.RecordBatch) -> dict[str, float]:  # noqa: ARG002
         return {}
 
     def _counted(self, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -192,18 +192,18 @@ class _Classes:
 
     def _pixel_columns(self, counted: np.ndarray[Any, Any]) -> list[pa.Array]:
         ids = counted[:, 0].astype("int32")
-        return [pa.array(ids), named(self.labels, ids), pa.array(counted[:, 1].copy())]
+        return [pa.array(ids), look_up_labels(self.labels, ids), pa.array(counted[:, 1].copy())]
 
     def _runs(
         self, maps: Sequence[np.ndarray[Any, Any] | None], counted: Sequence[np.ndarray[Any, Any] | None]
     ) -> pa.Array:
         shown = [
-            (one.shape, run_lengths(one, own[:, 0].tolist()))
+            (one.shape, encode_rle(one, own[:, 0].tolist()))
             for one, own in zip(maps, counted, strict=True)
             if one is not None and own is not None
         ]
         sizes = [(shape[0], shape[1]) for shape, runs in shown for _ in runs]
-        structs = run_structs(sizes, [run for _, runs in shown for run in runs])
+        structs = build_rle_arrays(sizes, [run for _, runs in shown for run in runs])
         return _lists(counted, _RUN_FIELDS, lambda flat: [pa.array(flat[:, 0].astype("int32")), *structs])
 
 

@@ -28,10 +28,10 @@ class TaskSettings(Settings):
             same one.
     """
 
-    classes: ClassVar[bool] = False
+    argmax_is_class: ClassVar[bool] = False
 
     @property
-    def truths(self) -> tuple[str, ...]:
+    def truth_columns(self) -> tuple[str, ...]:
         """The passthrough columns that hold what is right."""
         return ()
 
@@ -47,19 +47,19 @@ class TaskSettings(Settings):
             Unavailable: the store of one cannot be reached.
         """
 
-    def check_truths(self, columns: Sequence[pa.Field]) -> None:
+    def check_truth_columns(self, columns: Sequence[pa.Field]) -> None:
         """Raises InvalidJob where `truths` are not among these passthrough columns, or of a type that cannot be right.
 
         Args:
             columns: the source's passthrough fields.
         """
         known = {column.name: column.type for column in columns}
-        for name in self.truths:
+        for name in self.truth_columns:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]!r}?" if near else f"write input.passthrough: [{name}]"
                 raise InvalidJob(f"task.truth: {name!r} is no passthrough column; {hint}")
-            if (wanted := self._truth_wanted(known[name])) is not None:
+            if (wanted := self._expected_truth_type(known[name])) is not None:
                 raise InvalidJob(
                     f"task.truth: column {name!r} holds {known[name]}, but this task wants {wanted}; "
                     f"give it a type, as in passthrough: {{{name}: …}}, or name another column"
@@ -72,7 +72,7 @@ class TaskSettings(Settings):
     def digest(self, base: Path) -> str | None:
         """sha256 over the user's own code that the task runs, in hex; None where there is none. Raises InvalidJob."""
 
-    def summary(self, sums: Mapping[str, float]) -> dict[str, Any]:  # noqa: ARG002 - not every task tells
+    def compute_metrics(self, sums: Mapping[str, float]) -> dict[str, Any]:  # noqa: ARG002 - not every task tells
         """How right the rows were, as `report.json` says it; nothing where no `truth` is named.
 
         Args:
@@ -80,6 +80,6 @@ class TaskSettings(Settings):
         """
         return {}
 
-    def _truth_wanted(self, kind: pa.DataType) -> str | None:  # noqa: ARG002
+    def _expected_truth_type(self, kind: pa.DataType) -> str | None:  # noqa: ARG002
         """None where a truth column may be of this type, else what it may be."""
         return None

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from batchjob.errors import BatchjobError, InvalidJob
-from batchjob.preprocessing.geometry import Frame
-from batchjob.tasks.column_types import type_name
-from batchjob.tasks.postprocess import EXAMPLE_ROWS, describe, faults, present
-from batchjob.types import Fault
+from batchjob.preprocessing.geometry import ImageGeometry
+from batchjob.tasks.column_types import format_arrow_type
+from batchjob.tasks.postprocess import EXAMPLE_ROWS, describe_output, finite_mask, nonfinite_errors
+from batchjob.types import ErrorRecord
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Code", "Layout", "OwnCode", "layout_of"]
+__all__ = ["OutputStructure", "UserFunctions", "UserPostprocess", "infer_structure"]
 
 _log = logging.getLogger(__name__)
 _WANTED = "your own task wants a tensor with a row for each image, or a dict or a tuple of such"
@@ -28,7 +28,7 @@ _ADVICE = "pick one of several with model.output, or give the target an on_devic
 
 
 @dataclass(frozen=True)
-class Code:
+class UserFunctions:
     """What the user's file holds, ready to be called.
 
     Attributes:
@@ -40,10 +40,10 @@ class Code:
 
     where: str
     fields: tuple[pa.Field, ...]
-    columns: Callable[[Any, Sequence[Frame]], Any]
+    columns: Callable[[Any, Sequence[ImageGeometry]], Any]
     on_device: Callable[[Any], Any] | None = None
 
-    def carried(self, output: Any, base: Path) -> Any:
+    def run_on_device(self, output: Any, base: Path) -> Any:
         """What is carried to the host of an example output. Raises InvalidJob where `on_device` does."""
         if self.on_device is None or output is None:
             return output
@@ -53,19 +53,19 @@ class Code:
             raise
         except Exception as error:  # the user's code: anything may come
             raise InvalidJob(
-                f"{self.where}: on_device {_said(error, base)} on {describe(output)}; correct it"
+                f"{self.where}: on_device {_said(error, base)} on {describe_output(output)}; correct it"
             ) from error
 
 
 @dataclass(frozen=True)
-class Layout:
+class OutputStructure:
     """How an output is made up of tensors: taken apart to cross to the host, put together again there."""
 
-    apart: Callable[[Any], list[Any]]
-    together: Callable[[list[torch.Tensor]], Any]
+    flatten: Callable[[Any], list[Any]]
+    unflatten: Callable[[list[torch.Tensor]], Any]
 
 
-def layout_of(output: Any, code: Code) -> Layout:
+def infer_structure(output: Any, code: UserFunctions) -> OutputStructure:
     """Of a tensor, a dict or a tuple of them.
 
     Args:
@@ -78,30 +78,32 @@ def layout_of(output: Any, code: Code) -> Layout:
     import torch
 
     if isinstance(output, torch.Tensor):
-        made = Layout(lambda whole: [whole], lambda parts: parts[0])
+        made = OutputStructure(lambda whole: [whole], lambda parts: parts[0])
     elif isinstance(output, Mapping) and output:
         keys = list(output)
-        made = Layout(lambda whole: [whole[key] for key in keys], lambda parts: dict(zip(keys, parts, strict=True)))
+        made = OutputStructure(
+            lambda whole: [whole[key] for key in keys], lambda parts: dict(zip(keys, parts, strict=True))
+        )
     elif isinstance(output, tuple | list) and output:
-        made = Layout(list, getattr(type(output), "_make", type(output)))
+        made = OutputStructure(list, getattr(type(output), "_make", type(output)))
     else:
         made = None
     source = "the model gives" if code.on_device is None or output is None else f"{code.where}: on_device returns"
-    said = f"{source} {describe(output)} for a batch of {EXAMPLE_ROWS}, but {_WANTED}"
+    said = f"{source} {describe_output(output)} for a batch of {EXAMPLE_ROWS}, but {_WANTED}"
     if made is None:
         hint = "return something from its forward(), or " if output is None else ""
         raise InvalidJob(f"{said}; {hint}{_ADVICE}")
-    for part in made.apart(output):
+    for part in made.flatten(output):
         if not isinstance(part, torch.Tensor) or part.ndim == 0 or len(part) != EXAMPLE_ROWS:
             raise InvalidJob(f"{said}; {_ADVICE}")
     return made
 
 
-class _Misfit(ValueError):
+class _InvalidColumns(ValueError):
     """What the code returned is not what is declared."""
 
 
-class OwnCode:
+class UserPostprocess:
     """A `Postprocess` made of the user's code.
 
     Args:
@@ -110,31 +112,31 @@ class OwnCode:
         allow_nan: whether rows that are not finite are shown to it.
     """
 
-    def __init__(self, code: Code, layout: Layout, allow_nan: bool) -> None:
+    def __init__(self, code: UserFunctions, layout: OutputStructure, allow_nan: bool) -> None:
         self._code, self._layout, self._allow_nan = code, layout, allow_nan
-        self._failed: tuple[object, list[Fault | None]] = (None, [])  # of the last batch
+        self._failed: tuple[object, list[ErrorRecord | None]] = (None, [])  # of the last batch
 
     @property
     def fields(self) -> list[pa.Field]:
         return list(self._code.fields)
 
     @property
-    def truths(self) -> tuple[str, ...]:
+    def truth_columns(self) -> tuple[str, ...]:
         return ()
 
-    def try_on(self, carried: Any, base: Path) -> None:
+    def validate_on_example(self, carried: Any, base: Path) -> None:
         """Run it on the example batch and on its first image. Raises InvalidJob: it raised, or returned a misfit."""
         import torch
 
-        tensors = [part.detach().cpu() for part in self._layout.apart(carried)]
+        tensors = [part.detach().cpu() for part in self._layout.flatten(carried)]
         for rows in (EXAMPLE_ROWS, 1):
-            frames = [Frame(224, 224, 224, 224)] * rows
+            frames = [ImageGeometry(224, 224, 224, 224)] * rows
             try:
                 with torch.inference_mode():
                     self._called([_host(tensor)[:rows] for tensor in tensors], frames)
             except (BatchjobError, MemoryError):
                 raise
-            except _Misfit as error:
+            except _InvalidColumns as error:
                 raise InvalidJob(f"{self._code.where} {error}") from error
             except Exception as error:  # the user's code: anything may come
                 said = f"{_said(error, base)} on an example batch of {rows}"
@@ -144,40 +146,42 @@ class OwnCode:
         """By place, `0`, `1` and so on, what is carried; `finite` bool `[n]`."""
         import torch
 
-        parts = self._layout.apart(self._code.on_device(output) if self._code.on_device else output)
+        parts = self._layout.flatten(self._code.on_device(output) if self._code.on_device else output)
         finite = torch.ones(len(parts[0]), dtype=torch.bool, device=parts[0].device)
         for part in parts:
             if part.is_floating_point() and part.numel():
                 finite &= part.isfinite().reshape(len(part), -1).all(dim=1).to(finite.device)
         return {str(place): _host(part) for place, part in enumerate(parts)} | {"finite": finite}
 
-    def columns(self, tensors: dict[str, torch.Tensor], frames: Sequence[Frame]) -> list[pa.Array]:
+    def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:
         import torch
 
-        shown = list(range(len(frames)))
+        shown = list(range(len(geometries)))
         parts = [tensors[str(place)] for place in range(len(tensors) - 1)]
         if not self._allow_nan and not tensors["finite"].all():
-            good = present(tensors)
+            good = finite_mask(tensors)
             shown = [row for row in shown if good[row]]
             parts = [part[shown] for part in parts]
         with torch.inference_mode():
-            columns, failed = self._made(parts, [frames[row] for row in shown])
-        if len(shown) < len(frames):
+            columns, failed = self._made(parts, [geometries[row] for row in shown])
+        if len(shown) < len(geometries):
             entry = {row: place for place, row in enumerate(shown)}
-            back = pa.array([entry.get(row) for row in range(len(frames))], pa.int64())
+            back = pa.array([entry.get(row) for row in range(len(geometries))], pa.int64())
             columns = [column.take(back) for column in columns]
-        self._failed = tensors, _spread(failed, shown, len(frames))
+        self._failed = tensors, _spread(failed, shown, len(geometries))
         return columns
 
-    def faults(self, tensors: dict[str, torch.Tensor]) -> list[Fault | None]:
+    def find_errors(self, tensors: dict[str, torch.Tensor]) -> list[ErrorRecord | None]:
         last, failed = self._failed
-        found = faults(tensors, self._allow_nan)
+        found = nonfinite_errors(tensors, self._allow_nan)
         return [own or other for own, other in zip(failed, found, strict=True)] if last is tensors else found
 
-    def tally(self, rows: pa.RecordBatch) -> dict[str, float]:  # noqa: ARG002
+    def sum_metrics(self, rows: pa.RecordBatch) -> dict[str, float]:  # noqa: ARG002
         return {}
 
-    def _made(self, parts: list[torch.Tensor], frames: Sequence[Frame]) -> tuple[list[pa.Array], list[Fault | None]]:
+    def _made(
+        self, parts: list[torch.Tensor], frames: Sequence[ImageGeometry]
+    ) -> tuple[list[pa.Array], list[ErrorRecord | None]]:
         """Columns and faults of some images; where the code fails, one by one, so that only those to blame are lost."""
         rows = len(frames)
         if not rows:
@@ -188,16 +192,16 @@ class OwnCode:
             raise  # nothing that an image is to blame for: ends the attempt
         except Exception as error:  # noqa: BLE001 - the user's code failed on an image: its row says so
             if rows == 1:
-                kind = "misfit" if isinstance(error, _Misfit) else type(error).__name__
-                return self._nulls(1), [Fault("task", kind, f"{self._code.where} {_told(error)}")]
-            if isinstance(error, _Misfit):
+                kind = "misfit" if isinstance(error, _InvalidColumns) else type(error).__name__
+                return self._nulls(1), [ErrorRecord("task", kind, f"{self._code.where} {_told(error)}")]
+            if isinstance(error, _InvalidColumns):
                 _log.warning("%s %s; each image of that batch is asked alone, which is slow", self._code.where, error)
         singly = [self._made([part[row : row + 1] for part in parts], frames[row : row + 1]) for row in range(rows)]
         columns = [pa.concat_arrays(same) for same in zip(*(made for made, _ in singly), strict=True)]
         return columns, [fault for _, failed in singly for fault in failed]
 
-    def _called(self, parts: list[torch.Tensor], frames: Sequence[Frame]) -> list[pa.Array]:
-        returned = self._code.columns(self._layout.together(parts), frames)
+    def _called(self, parts: list[torch.Tensor], frames: Sequence[ImageGeometry]) -> list[pa.Array]:
+        returned = self._code.columns(self._layout.unflatten(parts), frames)
         values = self._by_name(returned)
         return [_array(values[field.name], field, len(frames)) for field in self._code.fields]
 
@@ -212,12 +216,14 @@ class OwnCode:
             if set(returned) == set(names):
                 return dict(returned)
             came = ", ".join(map(str, returned)) or "none"
-            raise _Misfit(f"returned the columns {came}; declared are {', '.join(names)}")
+            raise _InvalidColumns(f"returned the columns {came}; declared are {', '.join(names)}")
         if returned is not None and len(names) == 1:
             return {names[0]: returned}
         if isinstance(returned, tuple | list) and len(returned) == len(names):
             return dict(zip(names, returned, strict=True))
-        raise _Misfit(f"returned {describe(returned)}; it must return a dict with the columns {', '.join(names)}")
+        raise _InvalidColumns(
+            f"returned {describe_output(returned)}; it must return a dict with the columns {', '.join(names)}"
+        )
 
 
 def _array(values: Any, field: pa.Field, rows: int) -> pa.Array:
@@ -227,15 +233,17 @@ def _array(values: Any, field: pa.Field, rows: int) -> pa.Array:
     if isinstance(values, torch.Tensor):
         values = _host(values.detach().cpu()).numpy()
     if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__len__") or getattr(values, "ndim", 1) == 0:
-        raise _Misfit(f"returned {_kind(values)} as {field.name}; it must give a value for each image")
+        raise _InvalidColumns(f"returned {_kind(values)} as {field.name}; it must give a value for each image")
     if len(values) != rows:
-        raise _Misfit(f"returned {len(values)} values as {field.name} for {rows} images; it must give one for each")
+        raise _InvalidColumns(
+            f"returned {len(values)} values as {field.name} for {rows} images; it must give one for each"
+        )
     try:
         return _arrow(values, field.type)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         text = " ".join(str(error).split())
-        declared = f"{field.name}, which is declared as {type_name(field.type)}"
-        raise _Misfit(f"returned {_kind(values)} as {declared}: {text}; correct one of the two") from error
+        declared = f"{field.name}, which is declared as {format_arrow_type(field.type)}"
+        raise _InvalidColumns(f"returned {_kind(values)} as {declared}: {text}; correct one of the two") from error
 
 
 def _arrow(values: Any, kind: pa.DataType) -> pa.Array:
@@ -274,18 +282,22 @@ def _kind(values: Any) -> str:
         return f"Arrow {values.type}"
     if hasattr(values, "dtype"):
         return f"{values.dtype} {list(getattr(values, 'shape', ()))}"
-    return f"a list of {type(values[0]).__name__}" if isinstance(values, list | tuple) and values else describe(values)
+    return (
+        f"a list of {type(values[0]).__name__}"
+        if isinstance(values, list | tuple) and values
+        else describe_output(values)
+    )
 
 
-def _spread(failed: Sequence[Fault | None], shown: Sequence[int], rows: int) -> list[Fault | None]:
-    spread: list[Fault | None] = [None] * rows
+def _spread(failed: Sequence[ErrorRecord | None], shown: Sequence[int], rows: int) -> list[ErrorRecord | None]:
+    spread: list[ErrorRecord | None] = [None] * rows
     for row, fault in zip(shown, failed, strict=True):
         spread[row] = fault
     return spread
 
 
 def _told(error: Exception) -> str:
-    return str(error) if isinstance(error, _Misfit) else f"raised {_text(error)}"
+    return str(error) if isinstance(error, _InvalidColumns) else f"raised {_text(error)}"
 
 
 def _text(error: Exception) -> str:

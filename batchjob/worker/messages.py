@@ -10,11 +10,11 @@ from batchjob.errors import BatchjobError
 from batchjob.output.provenance import ShardResult
 from batchjob.types import ShardKey
 
-__all__ = ["Done", "Event", "Failed", "Loaded", "Ready", "Setup", "WorkerFailed"]
+__all__ = ["ShardCommitted", "ShardFailed", "WorkerEvent", "WorkerFailed", "WorkerInfo", "WorkerReady", "WorkerSetup"]
 
 
 @dataclass(frozen=True)
-class Setup:
+class WorkerSetup:
     """What a worker is told before it loads.
 
     Attributes:
@@ -27,14 +27,14 @@ class Setup:
     """
 
     job: Mapping[str, Any]
-    folder: str
-    witness: tuple[str, str] | None = None
+    job_folder: str
+    visibility_check: tuple[str, str] | None = None
     sample: tuple[str, ...] = ()
-    few_bytes: int | None = None
+    small_input_bytes: int | None = None
 
 
 @dataclass(frozen=True)
-class Loaded:
+class WorkerInfo:
     """What a worker knows once its model stands on its device.
 
     Attributes:
@@ -56,22 +56,22 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Ready:
+class WorkerReady:
     """A worker has loaded and warmed up."""
 
     worker: str
-    loaded: Loaded
+    info: WorkerInfo
 
 
 @dataclass(frozen=True)
-class Done:
+class ShardCommitted:
     """A shard is committed."""
 
     result: ShardResult
 
 
 @dataclass(frozen=True)
-class Failed:
+class ShardFailed:
     """An attempt at a shard ended without a commit. Its error says how far that reaches."""
 
     key: ShardKey
@@ -85,4 +85,4 @@ class WorkerFailed:
     error: BatchjobError
 
 
-Event = Ready | Done | Failed | WorkerFailed
+WorkerEvent = WorkerReady | ShardCommitted | ShardFailed | WorkerFailed

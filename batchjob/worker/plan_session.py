@@ -8,15 +8,15 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from batchjob.plan.head import Head
+from batchjob.plan.head import PlanHead
 from batchjob.plan.reader import PlanReader
-from batchjob.storage.store import Store, settle
+from batchjob.storage.store import Store, put_or_get
 from batchjob.types import ShardKey
 
-__all__ = ["first_attempt"]
+__all__ = ["claim_first_attempt"]
 
 
-def first_attempt(store: Store, head: Head, key: ShardKey) -> bool:
+def claim_first_attempt(store: Store, head: PlanHead, key: ShardKey) -> bool:
     """Whether nobody has had this shard before, in any process; to be asked once by each who takes it.
 
     A decoder that crashes on a device takes the whole worker with it: its shard is decoded on the CPU then.
@@ -25,17 +25,17 @@ def first_attempt(store: Store, head: Head, key: ShardKey) -> bool:
         Unavailable: the store cannot be reached.
     """
     ours = secrets.token_hex(8).encode()
-    return settle(store, f"{head.folder}decoding/{key.id}", ours) == ours
+    return put_or_get(store, f"{head.folder}decoding/{key.id}", ours) == ours
 
 
 _SAMPLE = 128  # images that a trial may look at
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _JoinedPlan:
     """What the worker knows of the plan it works on."""
 
-    head: Head
+    head: PlanHead
     reader: PlanReader
 
 

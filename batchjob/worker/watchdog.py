@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from batchjob.storage.objects import Blob, Stat
-from batchjob.storage.outage import upload_seconds
+from batchjob.storage.objects import ObjectData, ObjectInfo
+from batchjob.storage.outage import upload_timeout
 from batchjob.storage.store import Store
 
-__all__ = ["AttendedStore", "Step", "Stopwatch"]
+__all__ = ["MonitoredStore", "Step", "Watchdog"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class _Running:
+class _OpenStep:
     name: str
     since: float
     storage: bool
@@ -47,7 +47,7 @@ class _Running:
     sign: Callable[[], float] | None
 
 
-class Stopwatch:
+class Watchdog:
     """Steps of all threads of a worker; a thread is in one at a time, and goes on with it after one within.
 
     Args:
@@ -56,7 +56,7 @@ class Stopwatch:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, _OpenStep] = {}
 
     @contextmanager
     def step(
@@ -65,8 +65,8 @@ class Stopwatch:
         *,
         storage: bool = False,
         model: bool = False,
-        extra: float = 0.0,
-        sign: Callable[[], float] | None = None,
+        extra_seconds: float = 0.0,
+        last_progress: Callable[[], float] | None = None,
     ) -> Iterator[None]:
         """Around a step.
 
@@ -79,7 +79,7 @@ class Stopwatch:
         """
         thread = threading.get_ident()
         outer = self._running.get(thread)
-        self._running[thread] = _Running(name, self._clock(), storage, model, extra, sign)
+        self._running[thread] = _OpenStep(name, self._clock(), storage, model, extra_seconds, last_progress)
         try:
             yield
         finally:
@@ -88,7 +88,7 @@ class Stopwatch:
             else:  # that this one has ended is a sign of life
                 self._running[thread] = replace(outer, since=self._clock())
 
-    def overdue(self, seconds: float, at_storage: float) -> Step | None:
+    def stalled_step(self, seconds: float, storage_seconds: float) -> Step | None:
         """The step that has shown no life for longest beyond what it may; None as long as there is none.
 
         Args:
@@ -99,7 +99,7 @@ class Stopwatch:
         late: list[tuple[float, Step]] = []
         for thread, one in running.items():
             since = one.since if one.sign is None else max(one.since, one.sign())
-            beyond = now - since - one.extra - (at_storage if one.storage else seconds)
+            beyond = now - since - one.extra - (storage_seconds if one.storage else seconds)
             if beyond > 0:
                 late.append((beyond, Step(one.name, thread, now - since, one.storage, one.model)))
         return max(late, key=lambda each: each[0])[1] if late else None
@@ -108,7 +108,7 @@ class Stopwatch:
 _TRIES = 2
 
 
-class AttendedStore:
+class MonitoredStore:
     """The same store. Its clients wait for one that is away, but not for ever; a file system may keep a call so long.
 
     Args:
@@ -116,10 +116,10 @@ class AttendedStore:
         stopwatch: shows for how long.
     """
 
-    def __init__(self, store: Store, stopwatch: Stopwatch) -> None:
-        self._store, self._stopwatch, self.uri = store, stopwatch, store.uri
+    def __init__(self, store: Store, watchdog: Watchdog) -> None:
+        self._store, self._stopwatch, self.uri = store, watchdog, store.uri
 
-    def read(self, key: str) -> Blob:
+    def read(self, key: str) -> ObjectData:
         with self._stopwatch.step(f"the reading of {self.uri}/{key}", storage=True):
             return self._store.read(key)
 
@@ -135,11 +135,11 @@ class AttendedStore:
         with self._stopwatch.step(f"the opening of {self.uri}/{key}", storage=True):
             return self._store.open(key)
 
-    def stat(self, key: str) -> Stat:
+    def stat(self, key: str) -> ObjectInfo:
         with self._stopwatch.step(f"a look at {self.uri}/{key}", storage=True):
             return self._store.stat(key)
 
-    def list(self, prefix: str) -> Iterator[Stat]:
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
         step = partial(self._stopwatch.step, f"the listing of {self.uri}/{prefix}", storage=True)
         with step():
             listed = self._store.list(prefix)
@@ -150,11 +150,11 @@ class AttendedStore:
                 return
             yield found
 
-    def put_if_absent(self, key: str, body: bytes | Path) -> Stat:
+    def put_if_absent(self, key: str, body: bytes | Path) -> ObjectInfo:
         with self._writing(key, body):
             return self._store.put_if_absent(key, body)
 
-    def replace_if_match(self, key: str, body: bytes | Path, version: str) -> Stat:
+    def replace_if_match(self, key: str, body: bytes | Path, version: str) -> ObjectInfo:
         with self._writing(key, body):
             return self._store.replace_if_match(key, body, version)
 
@@ -169,5 +169,5 @@ class AttendedStore:
     def _writing(self, key: str, body: bytes | Path) -> AbstractContextManager[None]:
         """An upload shows no life before it is through, and its client may have to try it again."""
         size = body.stat().st_size if isinstance(body, Path) else len(body)
-        extra = _TRIES * (upload_seconds(size) - upload_seconds(0))
-        return self._stopwatch.step(f"the writing of {self.uri}/{key}", storage=True, extra=extra)
+        extra = _TRIES * (upload_timeout(size) - upload_timeout(0))
+        return self._stopwatch.step(f"the writing of {self.uri}/{key}", storage=True, extra_seconds=extra)

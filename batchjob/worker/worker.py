@@ -10,45 +10,45 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from batchjob.concurrency import preload
-from batchjob.errors import Stalled, Temporary
+from batchjob.concurrency import start_forkserver
+from batchjob.errors import Temporary, WorkerStalled
 from batchjob.inference import cpu_parallelism
 from batchjob.inference.autotune import trial_process
-from batchjob.inference.autotune.autotuner import Agreement
-from batchjob.inference.autotune.trial_process import Bench
-from batchjob.inference.cpu_parallelism import Lanes, lanes
-from batchjob.inference.device_errors import identity
+from batchjob.inference.autotune.autotuner import Autotuner
+from batchjob.inference.autotune.trial_process import TrialSpec
+from batchjob.inference.cpu_parallelism import CpuParallelism, choose_cpu_parallelism
+from batchjob.inference.device_errors import identify_device
 from batchjob.inference.engine import Engine
-from batchjob.inference.execution_config import Recipe
-from batchjob.inference.fault_isolation import Guard
-from batchjob.inference.gpu_decode import DeviceDecoding
+from batchjob.inference.execution_config import ExecutionConfig
+from batchjob.inference.fault_isolation import FaultIsolatingPredictor
+from batchjob.inference.gpu_decode import GpuDecodingLoader
 from batchjob.inference.predictor import Predictor
 from batchjob.job.job import Job
 from batchjob.loader.loader import Loader
 from batchjob.loader.quarantine import Quarantine
 from batchjob.output import retry
-from batchjob.output.part_builder import Assembly, Imprint
-from batchjob.output.schema import row_schema
-from batchjob.output.scratch import Spool
+from batchjob.output.part_builder import PartBuilder, PartMetadata
+from batchjob.output.schema import build_row_schema
+from batchjob.output.scratch import ScratchFolder
 from batchjob.plan import chunks, contract
 from batchjob.plan.contract import Contract
-from batchjob.plan.head import Head, current, is_discarded
+from batchjob.plan.head import PlanHead, is_discarded, read_current_head
 from batchjob.plan.reader import PlanReader
-from batchjob.preprocessing.geometry import frame
-from batchjob.preprocessing.transforms import Prepare
-from batchjob.storage.probe import see_witness
+from batchjob.preprocessing.geometry import compute_image_geometry
+from batchjob.preprocessing.transforms import ImageTransform
+from batchjob.storage.probe import check_visibility
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import open_store
-from batchjob.system import memory_given
-from batchjob.types import Shard, ShardKey, Watch
-from batchjob.worker.loader_setup import Loading
-from batchjob.worker.messages import Event, Loaded, Setup
-from batchjob.worker.plan_session import _SAMPLE, _digest_of, _Plan, first_attempt
+from batchjob.system import available_memory
+from batchjob.types import Shard, ShardKey, TimingSink
+from batchjob.worker.loader_setup import LoaderSetup
+from batchjob.worker.messages import WorkerEvent, WorkerInfo, WorkerSetup
+from batchjob.worker.plan_session import _SAMPLE, _digest_of, _JoinedPlan, claim_first_attempt
 from batchjob.worker.setup import _BRING_TRANSFORMS, _SLOW_SECONDS, _TRANSFORMS, _WARM_UP_ROWS
-from batchjob.worker.shard_runner import Passage, PoolFeed
-from batchjob.worker.watchdog import AttendedStore, Stopwatch
+from batchjob.worker.shard_runner import ShardRunner, ShardSource
+from batchjob.worker.watchdog import MonitoredStore, Watchdog
 
-__all__ = ["Parts", "Worker"]
+__all__ = ["Worker", "WorkerComponents"]
 
 _log = logging.getLogger(__name__)
 
@@ -70,84 +70,88 @@ class Worker:
     def __init__(
         self,
         job: Job,
-        setup: Setup,
+        setup: WorkerSetup,
         cores: int,
-        tell: Callable[[Event], None] = lambda event: None,
-        watch: Watch = lambda span: None,
+        on_event: Callable[[WorkerEvent], None] = lambda event: None,
+        timing_sink: TimingSink = lambda span: None,
     ) -> None:
         self._job, self._setup, self._cores = job, setup, cores
-        self._reader = Reader(job.storage, outage=job.errors.outage_seconds)
-        self._stopwatch = Stopwatch()
+        self._reader = Reader(job.storage, outage_timeout=job.errors.outage_seconds)
+        self._stopwatch = Watchdog()
         silence = self._reader.outage(job.output.uri)  # one clock, where images and output lie in one bucket
-        self._store = AttendedStore(open_store(job.output.uri, job.storage, outage=silence), self._stopwatch)
-        self._spool = Spool()
-        self._tell, self._watch = tell, watch
+        self._store = MonitoredStore(open_store(job.output.uri, job.storage, outage=silence), self._stopwatch)
+        self._spool = ScratchFolder()
+        self._tell, self._watch = on_event, timing_sink
         self._stopped = threading.Event()
-        self._plan: _Plan | None = None
+        self._plan: _JoinedPlan | None = None
         self._quarantine = Quarantine()
-        self._assembly: Assembly | None = None
-        self._loading: Loading | None = None
+        self._assembly: PartBuilder | None = None
+        self._loading: LoaderSetup | None = None
         self._threads_before: int | None = None
         self._pace = 0.0  # seconds an image takes, run as plainly as can be; 0 where nobody will ask
         self._engine: Engine
         self._predictor: Predictor
-        self._guard: Guard | None = None
-        self._passage: Passage | None = None
+        self._guard: FaultIsolatingPredictor | None = None
+        self._passage: ShardRunner | None = None
         self.device = job.runtime.device
-        self._recipe = Recipe()
-        self._lanes = Lanes(1, cores)
+        self._recipe = ExecutionConfig()
+        self._lanes = CpuParallelism(1, cores)
 
     # -- once --------------------------------------------------------------------------------------------------
 
-    def load(self) -> Loaded:
+    def load(self) -> WorkerInfo:
         """Load the model, start the loader processes, warm up on the device.
 
         Raises:
             InvalidJob: model, labels, preprocessing, precision or device do not fit.
         """
         began = time.monotonic()
-        cpu_parallelism.keep()
-        see_witness(self._store, self._setup.witness)
+        cpu_parallelism.retain_freed_memory()
+        check_visibility(self._store, self._setup.visibility_check)
         if self._job.runtime.loader.processes != 0:  # else nothing may ever come from there, and torch takes seconds
-            preload(Loader.__module__, Prepare.__module__, trial_process.__name__, *self._needed_by_transforms())
-        self._use_threads(lanes("cpu", self._cores).threads)
+            start_forkserver(
+                Loader.__module__, ImageTransform.__module__, trial_process.__name__, *self._needed_by_transforms()
+            )
+        self._use_threads(choose_cpu_parallelism("cpu", self._cores).threads_per_batch)
         self._engine = engine = Engine(self._job, self._reader, self._setup.sample)
-        self.device = identity(engine.device)
-        few_bytes = self._setup.few_bytes
-        self._loading = loading = Loading(self._job, engine, self._reader, self._cores, few_bytes, self._stopwatch)
+        self.device = identify_device(engine.device)
+        few_bytes = self._setup.small_input_bytes
+        self._loading = loading = LoaderSetup(self._job, engine, self._reader, self._cores, few_bytes, self._stopwatch)
         loading.start()
-        engine.try_out()
+        engine.build_postprocess()
         self._warm_up(loading)
-        return Loaded(
+        return WorkerInfo(
             device=self.device,
-            precision=engine.recipe.precision,
+            precision=engine.requested_config.precision,
             model=self._model_id,
-            columns=tuple(column.name for column in engine.post.fields),
+            columns=tuple(column.name for column in engine.postprocess.fields),
             batch_size=loading.batch_size,
             seconds=time.monotonic() - began,
-            ahead=loading.ahead,
-            row_bytes=getattr(engine.post, "row_bytes", 0),
+            ahead=loading.images_in_flight,
+            row_bytes=getattr(engine.postprocess, "row_bytes", 0),
         )
 
-    def _warm_up(self, loading: Loading) -> None:
+    def _warm_up(self, loading: LoaderSetup) -> None:
         """Run as plainly as can be; learn how many images fit at once, and how long one takes."""
-        engine, example = self._engine, self._engine.example
-        self._predictor = engine.predictor(engine.forward(Recipe()))
+        engine, example = self._engine, self._engine.example_image
+        self._predictor = engine.build_predictor(engine.build_forward(ExecutionConfig()))
         rows = min(loading.batch_size, _WARM_UP_ROWS)
         if engine.device.type != "cpu":  # where memory is virtual, what does not fit is not refused but killed
-            if loading.may_grow:
-                most = loading.most
+            if loading.chooses_batch_size:
+                most = loading.max_batch_size
                 first = min(loading.batch_size, most)
-                loading.resize(self._predictor.largest_batch(example.shape, first, most, example.dtype))
+                loading.set_batch_size(self._predictor.find_largest_batch(example.shape, first, most, example.dtype))
             rows = loading.batch_size
         pace, kind = self._predictor.warm_up(example.shape, rows, example.dtype) / rows, engine.device.type
-        self._lanes = lanes(kind, self._cores, alone=kind == "cpu" and engine.keeps_state(), memory=memory_given())
-        self._use_threads(self._lanes.threads)
-        if self._setup.few_bytes is None or pace * len(self._setup.sample) > _SLOW_SECONDS:
+        self._lanes = choose_cpu_parallelism(
+            kind, self._cores, sequential=kind == "cpu" and engine.is_stateful(), memory=available_memory()
+        )
+        self._use_threads(self._lanes.threads_per_batch)
+        if self._setup.small_input_bytes is None or pace * len(self._setup.sample) > _SLOW_SECONDS:
             took = self._predictor.warm_up(example.shape, loading.batch_size, example.dtype)
-            self._pace = took / loading.batch_size / self._lanes.count
+            self._pace = took / loading.batch_size / self._lanes.parallel_batches
 
-    def begin(self, number: int) -> None:
+    def join_plan(self, number: int) -> None:
         """Join the plan of this number: agree with all other workers on schema, model and image size.
 
         Raises:
@@ -155,85 +159,92 @@ class Worker:
         """
         if self._plan is not None:
             return
-        found, head = current(self._store)
+        found, head = read_current_head(self._store)
         if head is None or found != number:
             raise Temporary(f"{self._store.uri}: plan {number} was discarded while this run was starting; run again")
         reader = PlanReader(self._store, head)
         engine, loading = self._engine, self._loaded
-        schema = row_schema(list(reader.passthrough), engine.post.fields, has_id=self._job.input.has_id)
-        ours = Contract(schema, self._digest, None if engine.varying else loading.size)
-        agreed = contract.agree(self._store, head, ours)
-        if agreed.size is not None and agreed.size != loading.size:
-            loading.start(agreed.size)
+        schema = build_row_schema(
+            list(reader.passthrough_schema), engine.postprocess.fields, has_id=self._job.input.has_id
+        )
+        ours = Contract(schema, self._digest, None if engine.variable_size else loading.image_shape)
+        agreed = contract.put_or_verify(self._store, head, ours)
+        if agreed.image_shape is not None and agreed.image_shape != loading.image_shape:
+            loading.start(agreed.image_shape)
         self._quarantine = Quarantine(self._store, head.folder)
         self._accelerate(head, reader)
-        self._plan = _Plan(head, reader)
-        self._assembly = Assembly(
+        self._plan = _JoinedPlan(head, reader)
+        self._assembly = PartBuilder(
             store=self._store,
-            spool=self._spool.path,
-            imprint=Imprint(
-                plan=head.plan,
+            scratch_folder=self._spool.path,
+            metadata=PartMetadata(
+                plan_id=head.plan,
                 fingerprint=_digest_of(self._job.fingerprint()),
-                model=self._digest,
+                model_digest=self._digest,
                 model_id=self._model_id,
-                recipe=self._recipe.words,
+                execution_config=self._recipe.description,
                 schema=schema,
             ),
-            post=engine.post,
-            frames=partial(frame, engine.preprocess),
-            wanted=self._still_wanted,
-            tell=self._tell,
-            watch=self._watch,
-            stopwatch=self._stopwatch,
+            postprocess=engine.postprocess,
+            get_geometry=partial(compute_image_geometry, engine.preprocess),
+            raise_if_discarded=self._still_wanted,
+            on_event=self._tell,
+            timing_sink=self._watch,
+            watchdog=self._stopwatch,
         )
         loading.loader.quarantine = self._quarantine
-        self._guard = Guard(self._predictor, self._quarantine, self.device, self._stopwatch)
-        self._passage = Passage(
-            loading.source,
+        self._guard = FaultIsolatingPredictor(self._predictor, self._quarantine, self.device, self._stopwatch)
+        self._passage = ShardRunner(
+            loading.batch_source,
             self._guard,
             self._assembly,
-            self._lanes.count,
+            self._lanes.parallel_batches,
             self._stopped.is_set,
             self._watch,
-            partial(self._stopwatch.step, "the wait for a batch", storage=True, sign=loading.loader.last_sign),
+            partial(
+                self._stopwatch.step, "the wait for a batch", storage=True, last_progress=loading.loader.last_progress
+            ),
         )
 
-    def _accelerate(self, head: Head, reader: PlanReader) -> None:
+    def _accelerate(self, head: PlanHead, reader: PlanReader) -> None:
         """Take up the recipe that stands for this device in this plan, or find it."""
-        engine, seen = self._engine, reader.first(chunks.CHUNK_ROWS)
-        bench = Bench(
+        engine, seen = self._engine, reader.read_first_refs(chunks.CHUNK_ROWS)
+        bench = TrialSpec(
             job=self._setup.job,
-            base=self._job.base,
-            data_base=Path(self._setup.folder),
-            sample=tuple(ref.location for ref in seen[:_SAMPLE]),
+            base=self._job.folder,
+            data_base=Path(self._setup.job_folder),
+            sample_locations=tuple(ref.location for ref in seen[:_SAMPLE]),
             batch_size=self._loaded.batch_size,
-            threads=self._lanes.threads,
+            threads=self._lanes.threads_per_batch,
         )
-        images, lanes = len(seen) / self._sharers(), self._lanes.count
-        agreement = Agreement(self._store, head, engine, bench, images, self._pace, self._stopped.is_set, lanes)
-        decision, self._predictor = agreement.applied(agreement.reach())
+        images, lanes = len(seen) / self._sharers(), self._lanes.parallel_batches
+        agreement = Autotuner(self._store, head, engine, bench, images, self._pace, self._stopped.is_set, lanes)
+        decision, self._predictor = agreement.build_predictor(agreement.decide())
         self._recipe = decision.recipe
-        _log.info("%s on %s: %s", self._recipe.words, decision.device, decision.reason)
+        _log.info("%s on %s: %s", self._recipe.description, decision.device, decision.reason)
 
     def _sharers(self) -> int:
         """Workers that the images are shared among, as far as the job says."""
         workers = self._job.runtime.workers
         return workers if isinstance(workers, int) else 1 if workers == "auto" else workers.max
 
-    def shard(self, key: ShardKey, again: bool = False) -> Shard:
+    def read_shard(self, key: ShardKey, reattempt: bool = False) -> Shard:
         """The shard's members, read from the plan, and what has become known of deadly ones among them.
 
         At a retry these are the members whose rows hold an error. `again` where somebody has tried it before.
         """
-        shard = self._begun.reader.shard(key)
+        shard = self._begun.reader.read_shard(key)
         if key.revision:
-            shard = retry.outstanding(self._store, shard, self._job.decode.max_bytes)
+            shard = retry.select_error_rows(self._store, shard, self._job.decode.max_bytes)
         if shard.refs:
-            self._quarantine.learn([ref.position for ref in shard.refs], key.revision, again)
-        if not self._loaded.divides:
+            self._quarantine.load([ref.position for ref in shard.refs], key.revision, reattempt)
+        if not self._loaded.decodes_on_gpu:
             return shard
         return replace(
-            shard, on_host=again or bool(key.revision) or not first_attempt(self._store, self._begun.head, key)
+            shard,
+            decode_on_cpu=reattempt
+            or bool(key.revision)
+            or not claim_first_attempt(self._store, self._begun.head, key),
         )
 
     def close(self) -> None:
@@ -243,7 +254,7 @@ class Worker:
         if self._assembly is not None:
             self._assembly.close()
         self._spool.close()
-        cpu_parallelism.give_back()
+        cpu_parallelism.release_freed_memory()
         if self._threads_before is not None:
             import torch
 
@@ -251,41 +262,43 @@ class Worker:
 
     # -- again and again ---------------------------------------------------------------------------------------
 
-    def run(self, feed: PoolFeed) -> None:
+    def run(self, queue: ShardSource) -> None:
         """Take shards from the feed until it has none now. What becomes of each is told, some of it later."""
         assert self._passage is not None, "begin comes before run"
-        self._passage.run(feed)
+        self._passage.run(queue)
 
     def stop(self) -> None:
         """Begin no further batch."""
         self._stopped.set()
 
-    def overdue(self) -> Stalled | None:
+    def find_stall(self) -> WorkerStalled | None:
         """What to tell when a step has shown no life for too long, else None; asked from another thread."""
         each = self._job.runtime.stall_seconds  # a batch that has one core of several takes as many times longer
-        limits = each * self._lanes.count, each + self._job.errors.outage_seconds
-        return self._guard.overdue(*limits) if self._guard else None
+        limits = each * self._lanes.parallel_batches, each + self._job.errors.outage_seconds
+        return self._guard.find_stall(*limits) if self._guard else None
 
     def _still_wanted(self) -> None:
         if is_discarded(self._store, self._begun.head):
             raise Temporary(f"{self._store.uri}: the plan was discarded while this run was at work; run again")
 
     @property
-    def parts(self) -> Parts:
+    def components(self) -> WorkerComponents:
         """What it works with, once begun, for a look at each alone."""
         assert self._assembly is not None, "begin comes before parts"
-        on_device, loader = self._loaded.on_device, self._loaded.loader
-        return Parts(self._reader, self._engine, loader, self._predictor, self._assembly, self._lanes, on_device)
+        on_device, loader = self._loaded.gpu_decoding, self._loaded.loader
+        return WorkerComponents(
+            self._reader, self._engine, loader, self._predictor, self._assembly, self._lanes, on_device
+        )
 
     # -- parts of loading --------------------------------------------------------------------------------------
 
     @property
-    def _begun(self) -> _Plan:
+    def _begun(self) -> _JoinedPlan:
         assert self._plan is not None, "begin comes before work"
         return self._plan
 
     @property
-    def _loaded(self) -> Loading:
+    def _loaded(self) -> LoaderSetup:
         assert self._loading is not None, "load comes before work"
         return self._loading
 
@@ -311,13 +324,13 @@ class Worker:
 
 
 @dataclass(frozen=True)
-class Parts:
+class WorkerComponents:
     """What a worker puts together."""
 
     reader: Reader
     engine: Engine
     loader: Loader
     predictor: Predictor
-    assembly: Assembly
-    lanes: Lanes
-    on_device: DeviceDecoding | None = None
+    part_builder: PartBuilder
+    cpu_parallelism: CpuParallelism
+    gpu_decoding: GpuDecodingLoader | None = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.assignment import Assignment
-from benchmarks.batchjob_run import run
+from benchmarks.assignment import Workload
+from benchmarks.batchjob_run import run_batchjob
 
 if __name__ == "__main__":
-    run(Assignment.parse(), "ray")
+    run_batchjob(Workload.parse(), "ray")

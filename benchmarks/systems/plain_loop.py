@@ -17,16 +17,16 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.io import decode_image
 
-from benchmarks.assignment import MEAN, STD, Assignment
+from benchmarks.assignment import MEAN, STD, Workload
 
 
-class Images(Dataset[Any]):
+class ImageFiles(Dataset[Any]):
     """Images by their place in the list, as the model wants them."""
 
-    def __init__(self, given: Assignment) -> None:
-        self.uris = given.uris()
+    def __init__(self, given: Workload) -> None:
+        self.uris = given.list_uris()
         self.transform = transforms.Compose(
-            [given.geometry(), transforms.ConvertImageDtype(torch.float), transforms.Normalize(MEAN, STD)]
+            [given.make_transform(), transforms.ConvertImageDtype(torch.float), transforms.Normalize(MEAN, STD)]
         )
 
     def __len__(self) -> int:
@@ -34,10 +34,10 @@ class Images(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[str, Any]:
         uri = self.uris[index]
-        return uri, self.transform(decode_image(encoded(uri), mode="RGB"))
+        return uri, self.transform(decode_image(read_encoded(uri), mode="RGB"))
 
 
-def encoded(uri: str) -> Any:
+def read_encoded(uri: str) -> Any:
     """What `decode_image` takes: a path, or the bytes."""
     if "://" not in uri:
         return uri
@@ -46,10 +46,10 @@ def encoded(uri: str) -> Any:
 
 
 def main() -> None:
-    given = Assignment.parse()
+    given = Workload.parse()
     context = "spawn" if "://" in given.images else None  # S3 clients do not survive a fork
-    loader = DataLoader(Images(given), given.batch, num_workers=2, multiprocessing_context=context)
-    model = given.load()
+    loader = DataLoader(ImageFiles(given), given.batch, num_workers=2, multiprocessing_context=context)
+    model = given.load_model()
     uris: list[str] = []
     labels: list[int] = []
     scores: list[float] = []
@@ -59,7 +59,7 @@ def main() -> None:
             uris += names
             labels += best.indices.tolist()
             scores += best.values.tolist()
-            given.done(len(names))
+            given.log_progress(len(names))
     if "://" not in given.output:
         Path(given.output).mkdir(parents=True, exist_ok=True)
     table = pd.DataFrame({"uri": uris, "label_id": labels, "score": scores})

@@ -13,25 +13,25 @@ import ray
 import torch
 from torchvision import transforms
 
-from benchmarks.assignment import MEAN, STD, Assignment
+from benchmarks.assignment import MEAN, STD, Workload
 
 
 class ImageClassifier:
     """The model, once an actor."""
 
-    def __init__(self, given: Assignment) -> None:
+    def __init__(self, given: Workload) -> None:
         self.given = given
-        self.model = given.load()
+        self.model = given.load_model()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         with torch.inference_mode():
             best = self.model(torch.from_numpy(batch["image"])).softmax(dim=1).max(dim=1)
-        self.given.done(len(batch["path"]))
+        self.given.log_progress(len(batch["path"]))
         return {"uri": batch["path"], "label_id": best.indices.numpy(), "score": best.values.numpy()}
 
 
 def main() -> None:
-    given = Assignment.parse()
+    given = Workload.parse()
     steps: list[Any] = [transforms.ToTensor()]
     if given.crop:
         steps += [transforms.Resize(given.resize), transforms.CenterCrop(given.crop)]
@@ -42,7 +42,7 @@ def main() -> None:
         return row
 
     actors = max(1, min(2, (os.cpu_count() or 2) - 1))
-    images = ray.data.read_images(given.uris(), mode="RGB", include_paths=True).map(transform_image)
+    images = ray.data.read_images(given.list_uris(), mode="RGB", include_paths=True).map(transform_image)
     predictions = images.map_batches(
         ImageClassifier,
         fn_constructor_args=(given,),

@@ -14,16 +14,16 @@ import ray
 import simplejpeg
 import torch
 
-from benchmarks.assignment import Assignment, normalise
+from benchmarks.assignment import Workload, normalise
 
 
-class Predict:
+class ImagePredictor:
     """Decoder and model, once an actor."""
 
-    def __init__(self, given: Assignment) -> None:
+    def __init__(self, given: Workload) -> None:
         torch.set_num_threads(1)
-        self.given, self.geometry = given, given.fast_geometry()
-        self.model = torch.compile(given.load(), dynamic=False, options={"freezing": True})
+        self.given, self.geometry = given, given.make_fast_transform()
+        self.model = torch.compile(given.load_model(), dynamic=False, options={"freezing": True})
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         uris = batch["uri"]
@@ -32,7 +32,7 @@ class Predict:
         with torch.inference_mode():  # the last batch is filled up, or it would be compiled anew
             filled = torch.cat([pixels, pixels[:1].expand(short, -1, -1, -1)]) if short else pixels
             best = self.model(normalise(filled)).softmax(dim=1).max(dim=1)
-        self.given.done(len(uris))
+        self.given.log_progress(len(uris))
         n = len(uris)
         return {"uri": uris, "label_id": best.indices[:n].numpy(), "score": best.values[:n].numpy()}
 
@@ -44,14 +44,14 @@ class Predict:
 
 
 def main() -> None:
-    given = Assignment.parse()
+    given = Workload.parse()
     cores = os.cpu_count() or 1
     ray.init(include_dashboard=False, object_store_memory=2 << 30, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     # Reading names and writing rows take a moment each: a tenth of a core, so that the actors get whole ones.
-    names = ray.data.from_items([{"uri": uri} for uri in given.uris()], override_num_blocks=4 * cores)
+    names = ray.data.from_items([{"uri": uri} for uri in given.list_uris()], override_num_blocks=4 * cores)
     predictions = names.map_batches(
-        Predict,
+        ImagePredictor,
         fn_constructor_args=(given,),
         compute=ray.data.ActorPoolStrategy(size=cores),
         batch_size=given.batch,

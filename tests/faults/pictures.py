@@ -90,7 +90,7 @@ def tally(output: str, images: int) -> Tally:
         missing=len(set(range(images)) - seen.keys()),
         twice=seen.total() - len(seen),
         wrong=sum(not _is_right(row) for row in rows),
-        foreign=len(success.missing_from_success(found[0], commit.parts(store))),
+        foreign=len(success.find_part_mismatches(found[0], commit.list_parts(store))),
         plans=len(plans(output)),
     )
 

@@ -24,10 +24,10 @@ from batchjob.driver.lease import Lease
 from batchjob.errors import BatchjobError
 from batchjob.job.job import Job
 from batchjob.output import commit
-from batchjob.output.success import Part, missing_from_success, read_success, write_success
+from batchjob.output.success import Part, find_part_mismatches, read_success, write_success
 from batchjob.plan import chunks, contract
 from batchjob.plan.contract import Contract
-from batchjob.plan.head import Head, current, freeze, is_buried, new_head
+from batchjob.plan.head import PlanHead, is_plan_id_discarded, new_head, put_head, read_current_head
 from batchjob.plan.reader import PlanReader
 from batchjob.report import output_status
 from batchjob.sources.manifest import ManifestSource
@@ -204,21 +204,21 @@ def test_a_manifest_of_any_bytes(folder: Path, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def output(folder: Path) -> tuple[MemoryStore, Head, Job]:
+def output(folder: Path) -> tuple[MemoryStore, PlanHead, Job]:
     """A plan of three shards in an output that holds one of everything."""
     (folder / "finished").mkdir()
     the = job(folder / "finished", ["0.png", "1.png", "bad.png", "3.png", "4.png"])
     store = MemoryStore()
-    head = freeze(
+    head = put_head(
         store,
         new_head(
             0,
-            job=the.portable(),
+            job=the.serialize(),
             fingerprint=the.fingerprint(),
             shard_size=2,
             source_version=None,
             batchjob="1",
-            defaults=the.resolved(),
+            defaults=the.resolved_settings(),
         ),
     )
     names = ["0.png", "1.png", "bad.png", "3.png", "4.png"]
@@ -226,47 +226,47 @@ def output(folder: Path) -> tuple[MemoryStore, Head, Job]:
     refs = pa.record_batch(
         [pa.array(c, f.type) for c, f in zip(columns, REF_FIELDS, strict=True)], pa.schema(REF_FIELDS)
     )
-    (chunk,) = chunks.extend(store, head, lambda after: iter([refs]), lambda: None)
+    (chunk,) = chunks.extend_plan(store, head, lambda after: iter([refs]), lambda: None)
     parts = []
     for key in chunk.shards:
         writer, made = make_part(folder / "part", store, the, key)
-        stands = commit.commit(store, key, writer.path, made, lambda: None)
-        parts.append(Part(key.part, made.rows, made.failed, stands.stat.etag, stands.stat.size))
-    contract.agree(store, head, Contract(pa.schema([pa.field("score", pa.float64())]), LOADED.model, None))
+        stands = commit.commit_part(store, key, writer.path, made, lambda: None)
+        parts.append(Part(key.part_key, made.rows, made.failed, stands.info.etag, stands.info.size))
+    contract.put_or_verify(store, head, Contract(pa.schema([pa.field("score", pa.float64())]), LOADED.model, None))
     Lease.acquire(store).release()
     counts = {"planned": 5, "predicted": 4, "failed": 1}
     write_success(store, {"plan": head.plan, "status": "complete", "counts": counts}, parts)
     return store, head, the
 
 
-def _looks(store: MemoryStore, head: Head) -> list[Callable[[], object]]:
+def _looks(store: MemoryStore, head: PlanHead) -> list[Callable[[], object]]:
     """Everything that reads an output."""
     ours = Contract(pa.schema([pa.field("score", pa.float64())]), LOADED.model, None)
 
     def members() -> None:
         reader = PlanReader(store, head)
-        for chunk in chunks.chunks(store, head):
+        for chunk in chunks.read_chunks(store, head):
             for key in chunk.shards:
-                assert len(reader.shard(key).refs) == key.rows
+                assert len(reader.read_shard(key).refs) == key.rows
 
     def success() -> None:
         if (found := read_success(store)) is not None:
-            missing_from_success(found[0], commit.parts(store))
+            find_part_mismatches(found[0], commit.list_parts(store))
 
     def lease() -> None:
         clock = iter(range(0, 10_000, 5))
         Lease.acquire(store, clock=lambda: float(next(clock)), sleep=lambda seconds: None).release()
 
     return [
-        lambda: current(store),
-        lambda: is_buried(store, "0" * 16),
+        lambda: read_current_head(store),
+        lambda: is_plan_id_discarded(store, "0" * 16),
         members,
         success,
-        lambda: contract.agree(store, head, ours),
-        lambda: list(commit.inspect_all(store, sorted(commit.parts(store)))),
-        lambda: output_status.status(store),
-        lambda: output_status.error_counts(store),
-        lambda: list(output_status.error_rows(store)),
+        lambda: contract.put_or_verify(store, head, ours),
+        lambda: list(commit.read_footers(store, sorted(commit.list_parts(store)))),
+        lambda: output_status.read_status(store),
+        lambda: output_status.count_errors(store),
+        lambda: list(output_status.read_errors(store)),
         lease,
     ]
 
@@ -274,7 +274,7 @@ def _looks(store: MemoryStore, head: Head) -> list[Callable[[], object]]:
 @pytest.mark.parametrize(
     "which", ["head.json", "chunk-", "schema.arrow", "_batchjob/lease/", "_SUCCESS", "part-0000001"]
 )
-def test_an_output_with_any_damage(output: tuple[MemoryStore, Head, Job], which: str) -> None:
+def test_an_output_with_any_damage(output: tuple[MemoryStore, PlanHead, Job], which: str) -> None:
     store, head, _ = output
     (key,) = [key for key in store.held() if which in key]
     sound, objects = store._disk.objects[key], dict(store._disk.objects)
@@ -299,7 +299,7 @@ def test_an_output_with_any_damage(output: tuple[MemoryStore, Head, Job], which:
         store._disk.objects.update(objects)
 
 
-def test_a_sound_output_passes(output: tuple[MemoryStore, Head, Job]) -> None:
+def test_a_sound_output_passes(output: tuple[MemoryStore, PlanHead, Job]) -> None:
     store, head, _ = output
     for look in _looks(store, head):
         look()

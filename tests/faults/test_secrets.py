@@ -80,7 +80,7 @@ def mean():
     if os.environ.get("BREAK") == "worker":
         from batchjob.worker.worker import Worker
 
-        Worker.begin = broken
+        Worker.join_plan = broken
     if os.environ.get("BREAK") == "actor":
         from batchjob.pool.local_pool import LocalPool
 

@@ -73,7 +73,7 @@ def behind(gate: Faulty, patience: float = 2.0) -> dict[str, str]:
 
 
 def has_parts(output: str, least: int) -> bool:
-    return len(commit.parts(open_store(output))) >= least
+    return len(commit.list_parts(open_store(output))) >= least
 
 
 def check_rows(output: str | Path, clean: pa.Table) -> None:

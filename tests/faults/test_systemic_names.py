@@ -83,7 +83,7 @@ def test_a_name_that_ceases_to_resolve_leaves_no_rows_and_the_next_run_goes_on(
             "BATCHJOB_TEST_NAP": "0.3",
         }
         with ends(names.start(*command, **env)) as driver:
-            until(lambda: len(commit.parts(opened(output))) >= 2, command=driver)
+            until(lambda: len(commit.list_parts(opened(output))) >= 2, command=driver)
             names.forget()
             began, arrived = driver.seconds, list[float]()
 

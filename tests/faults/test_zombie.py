@@ -72,7 +72,7 @@ class Trap:
         elif path.endswith("/discarded"):
             self._looks += 1
 
-    def _answered(self, method: str, path: str) -> None:  # noqa: ARG002 - the face of the go-between
+    def _answered(self, method: str, path: str) -> None:
         """Of the looks at the plan between two PUTs the first belongs to the one before, the second to the next."""
         before = path.endswith("/discarded") and (self._puts, self._looks) == (self._number - 1, 2)
         if before and not self._on_the_way:

@@ -18,7 +18,7 @@ from photographs import decoded, jpeg, photograph
 from PIL import Image
 from test_bench_figures import Spent
 
-from batchjob.bench.bottleneck import Ceiling, ceilings, verdict
+from batchjob.bench.bottleneck import Ceiling, compute_ceilings, explain_bottleneck
 from batchjob.bench.results import Calibration
 from batchjob.cli.main import main
 
@@ -193,7 +193,7 @@ def test_the_profile_is_a_table_and_a_trace_with_a_track_for_each_stage(
 def test_a_device_that_decodes_has_a_line_a_track_and_a_service(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("batchjob.worker.loader_setup.device_decoder", lambda device: decoded)
+    monkeypatch.setattr("batchjob.worker.loader_setup.create_jpeg_decoder", lambda device: decoded)
     for number in range(12):
         (folder / f"images/{number:02}.png").write_bytes(jpeg(photograph(number)))
     found = measured(capfd, "--profile", "profile", "decode.mode=fast", "decode.device=cuda")
@@ -276,22 +276,22 @@ def spent(**cpu_ms: float | None) -> list[Spent]:
 
 
 def test_the_cpu_ceiling_is_cores_over_the_sum_of_cpu_seconds() -> None:
-    (cpu,) = ceilings(spent(decode=2.5, forward=4.0), 2)
+    (cpu,) = compute_ceilings(spent(decode=2.5, forward=4.0), 2)
     assert (cpu.name, cpu.words) == ("cpu", "2 cores ÷ 6.50 ms of CPU an image")
     assert cpu.images_per_second == pytest.approx(2 / 0.0065)
 
 
 def test_a_ceiling_whose_figures_are_not_all_measured_is_left_out() -> None:
-    assert ceilings(spent(decode=None, forward=4.0), 2) == ()
-    assert [one.name for one in ceilings(spent(decode=None), 2, store=10.0)] == ["store"]
-    assert ceilings(spent(), 2, store=None, disk=None) == ()
-    assert "not measured" in verdict(10.0, (), spent(), starvation=None, processes=0, on_cpu=True)
+    assert compute_ceilings(spent(decode=None, forward=4.0), 2) == ()
+    assert [one.name for one in compute_ceilings(spent(decode=None), 2, store_images_per_second=10.0)] == ["store"]
+    assert compute_ceilings(spent(), 2, store_images_per_second=None, disk_bytes_per_second=None) == ()
+    assert "not measured" in explain_bottleneck(10.0, (), spent(), starvation=None, loader_processes=0, on_cpu=True)
 
 
 def test_the_tightest_comes_first() -> None:
     stages = [*spent(decode=2.0), Spent("H2D", 0.1, 0.05), Spent("D2H", 0.1, 0.1)]
     stages[4] = Spent("forward", 0.2, 0.4)
-    found = ceilings(stages, 16, store=9000.0, disk=5e6)
+    found = compute_ceilings(stages, 16, store_images_per_second=9000.0, disk_bytes_per_second=5e6)
     rates = {one.name: one.images_per_second for one in found}
     assert rates == {
         "gpu": pytest.approx(2500),
@@ -313,8 +313,8 @@ def test_the_tightest_comes_first() -> None:
 )
 def test_the_sentence_names_what_holds_the_run_back(rate: float, starvation: float, on_cpu: bool, words: str) -> None:
     stages = spent(decode=7.5, forward=2.5)
-    found = ceilings(stages, 1)
-    said = verdict(rate, found, stages, starvation=starvation, processes=1, on_cpu=on_cpu)
+    found = compute_ceilings(stages, 1)
+    said = explain_bottleneck(rate, found, stages, starvation=starvation, loader_processes=1, on_cpu=on_cpu)
     assert words in said
     assert "runtime." in said or "preprocess." in said
     assert f"{rate:.0f}% of the tightest ceiling (cpu)" in said
@@ -322,13 +322,24 @@ def test_the_sentence_names_what_holds_the_run_back(rate: float, starvation: flo
 
 def test_cores_that_others_took_are_not_put_down_to_a_setting() -> None:
     stages = spent(decode=2.5, forward=7.5)
-    said = verdict(20.0, ceilings(stages, 2), stages, starvation=0.0, processes=2, on_cpu=True, cores=2, busy=0.5)
+    said = explain_bottleneck(
+        20.0,
+        compute_ceilings(stages, 2),
+        stages,
+        starvation=0.0,
+        loader_processes=2,
+        on_cpu=True,
+        cores=2,
+        cores_busy=0.5,
+    )
     assert "bottleneck: cores; the run had 0.5 of 2 on average" in said
 
 
 @pytest.mark.parametrize("name", ["gpu", "link", "store", "disk"])
 def test_each_ceiling_names_a_setting(name: str) -> None:
-    said = verdict(100.0, [Ceiling(name, 100.0, "")], spent(), starvation=0.0, processes=2, on_cpu=False)
+    said = explain_bottleneck(
+        100.0, [Ceiling(name, 100.0, "")], spent(), starvation=0.0, loader_processes=2, on_cpu=False
+    )
     assert any(setting in said for setting in ("runtime.", "TMPDIR"))
 
 

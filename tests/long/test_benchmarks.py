@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.latency import delayed
-from benchmarks.measure import Measured, pace
-from benchmarks.table import table
+from benchmarks.latency import delaying_proxy
+from benchmarks.measure import SystemRun, steady_throughput
+from benchmarks.table import format_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,20 +61,20 @@ def test_pace_leaves_out_the_first_and_the_last_tenth(tmp_path: Path) -> None:
     marks = tmp_path / "marks"
     lines = [f"{10 + n * 0.5} 10" for n in range(10)]  # 20 images/s
     marks.write_text("\n".join([*lines[5:], *lines[:5]]) + "\n")
-    assert pace(marks, 100) == pytest.approx(20)
+    assert steady_throughput(marks, 100) == pytest.approx(20)
     marks.write_text("3.0 10\n900.0 80\n901.0 10\n")
-    assert math.isnan(pace(marks, 100)), "two points tell no pace"
+    assert math.isnan(steady_throughput(marks, 100)), "two points tell no pace"
 
 
 def test_ratios_pair_runs_of_one_round_and_a_failed_run_has_none() -> None:
-    def run(system: str, seconds: float, steady: float, trouble: str = "") -> Measured:
-        return Measured(system, seconds, steady, 1, {} if trouble else {"a": 1, "b": 2}, trouble)
+    def run(system: str, seconds: float, steady: float, trouble: str = "") -> SystemRun:
+        return SystemRun(system, seconds, steady, 1, {} if trouble else {"a": 1, "b": 2}, trouble)
 
     rounds = [
         [run("plain_loop", 10, 100), run("daft_udf", 9, 90, "exit 1"), run("batchjob_local", 5, 300)],
         [run("plain_loop", 40, 25), run("daft_udf", 9, 90, "exit 1"), run("batchjob_local", 10, 100)],
     ]
-    lines = table("title", rounds, [], "plain_loop").splitlines()
+    lines = format_table("title", rounds, [], "plain_loop").splitlines()
     plain, daft, ours = ([cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines[2:])
     assert plain[-2:] == ["3.50 (3.00–4.00)", "3.00 (2.00–4.00)"]
     assert "FAILED" in daft
@@ -98,7 +98,7 @@ def test_the_way_to_a_server_takes_longer_and_changes_nothing() -> None:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            with delayed(f"http://127.0.0.1:{server.server_port}", 0.2) as endpoint:
+            with delaying_proxy(f"http://127.0.0.1:{server.server_port}", 0.2) as endpoint:
                 began = time.monotonic()
                 with urllib.request.urlopen(urllib.request.Request(endpoint, body), timeout=30) as answer:
                     assert answer.read() == body

@@ -26,7 +26,7 @@ def test_a_lost_ray_ends_the_run_as_temporary(tmp_path: Path, victim: str) -> No
     output = tmp_path / "out"
     job = ["run", str(tmp_path / "job.yaml"), "runtime.pool=ray", "--json"]
     with ends(start(*job, env={"BATCHJOB_TEST_NAP": "2"})) as first:
-        until(lambda: len(commit.parts(open_store(str(output)))) >= 1, command=first)
+        until(lambda: len(commit.list_parts(open_store(str(output)))) >= 1, command=first)
         family = descendants(first.pid)
         os.kill(process_named(first, victim), signal.SIGKILL)
         ended = first.end(timeout=100)

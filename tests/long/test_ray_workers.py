@@ -41,7 +41,7 @@ def broken(self, number):
 
 
 def make():
-    Worker.begin = broken
+    Worker.join_plan = broken
     return Slow()
 """
 

@@ -72,7 +72,7 @@ class Committed:
     etags: dict[str, str | None] = field(default_factory=dict)
 
     def count(self) -> int:
-        return len(commit.parts(open_store(self.output)))
+        return len(commit.list_parts(open_store(self.output)))
 
     def reached(self, least: int) -> bool:
         return self.count() >= least

@@ -12,27 +12,35 @@ from pathlib import Path
 import pyarrow as pa
 from stores import Call, MemoryStore
 
-from batchjob.driver.lease import BEAT_SECONDS
-from batchjob.errors import AttemptFailed, BatchjobError, Interrupted, Temporary
+from batchjob.driver.lease import HEARTBEAT_SECONDS
+from batchjob.errors import AttemptFailed, AttemptInterrupted, BatchjobError, Temporary
 from batchjob.output import commit, retry
-from batchjob.output.part_writer import PartWriter, rows
-from batchjob.output.provenance import Provenance, ShardResult
-from batchjob.output.schema import row_schema
+from batchjob.output.part_writer import PartWriter, build_rows
+from batchjob.output.provenance import PartFooter, ShardResult
+from batchjob.output.schema import build_row_schema
 from batchjob.plan import contract
 from batchjob.plan.contract import Contract
-from batchjob.plan.head import Head, current, is_discarded
+from batchjob.plan.head import PlanHead, is_discarded, read_current_head
 from batchjob.plan.reader import PlanReader
-from batchjob.pool.placement import Placement, account
-from batchjob.types import Fault as ImageError
-from batchjob.types import ImageFacts, ImageRef, Shard, ShardKey
-from batchjob.worker.messages import Done, Event, Failed, Loaded, Ready, Setup, WorkerFailed
+from batchjob.pool.placement import Placement, apply_event
+from batchjob.types import ErrorRecord as ImageError
+from batchjob.types import ImageInfo, ImageRef, Shard, ShardKey
+from batchjob.worker.messages import (
+    ShardCommitted,
+    ShardFailed,
+    WorkerEvent,
+    WorkerFailed,
+    WorkerInfo,
+    WorkerReady,
+    WorkerSetup,
+)
 from simulation.actor import REST, Actor, Client
 
 __all__ = ["Crew", "Worker"]
 
-SCHEMA = row_schema([], [pa.field("score", pa.float64())])
+SCHEMA = build_row_schema([], [pa.field("score", pa.float64())])
 MODEL = "fake@000000000000"
-LOADED = Loaded("cpu", "fp32", MODEL, ("score",), batch_size=2, seconds=0.0)
+LOADED = WorkerInfo("cpu", "fp32", MODEL, ("score",), batch_size=2, seconds=0.0)
 # Ids of one length each, so that a part that was once made can be had again under other ones.
 _PLAN, _SHARD, _ATTEMPT = "p" * 16, "s" * 16, "a" * 16
 _HEARD_TURNS = 2
@@ -56,7 +64,7 @@ class Crew:
     def __init__(self, driver: Actor, shared: MemoryStore, size: int, mended: threading.Event) -> None:
         self._driver, self._shared, self.size, self.mended = driver, shared, size, mended
         self._placement = Placement()
-        self._events: list[tuple[str, Event]] = []
+        self._events: list[tuple[str, WorkerEvent]] = []
         self._named = 0
         self.workers: list[Worker] = []
         self.closed = False
@@ -67,37 +75,37 @@ class Crew:
 
     # -- Pool ----------------------------------------------------------------------------------------------------------
 
-    def start(self, setup: Setup) -> None:  # noqa: ARG002 - the seam's face
+    def start(self, setup: WorkerSetup) -> None:
         for _ in range(self.size):
             self._hire()
 
-    def free(self) -> int:
-        return self._placement.free()
+    def free_slots(self) -> int:
+        return self._placement.free_slots()
 
-    def idle(self) -> int:
-        return self._placement.idle()
+    def idle_workers(self) -> int:
+        return self._placement.idle_workers()
 
-    def submit(self, key: ShardKey, number: int) -> None:
+    def submit(self, key: ShardKey, plan_number: int) -> None:
         assert self._turns_since_seen < _HEARD_TURNS, f"{self._driver.name} hands out under a lease it knows to be lost"
         self.handed_out.append(key.index)
-        self._placement.submit(key, number)
+        self._placement.submit(key, plan_number)
         self._hand_over()
 
-    def back_up(self, key: ShardKey, number: int) -> None:
+    def submit_speculative(self, key: ShardKey, plan_number: int) -> None:
         assert self._turns_since_seen < _HEARD_TURNS, f"{self._driver.name} backs up under a lease it knows to be lost"
-        self._placement.back_up(key, number)
+        self._placement.submit_speculative(key, plan_number)
         self._hand_over()
 
-    def wait(self, timeout: float) -> list[Event]:
+    def wait(self, timeout: float) -> list[WorkerEvent]:
         age = self._driver.clock - self.looked
-        assert age <= BEAT_SECONDS, f"{self._driver.name} has not looked at the lease for {age} s"
+        assert age <= HEARTBEAT_SECONDS, f"{self._driver.name} has not looked at the lease for {age} s"
         self._turns_since_seen += self.seen > self.epoch
         self._driver.wait("wait")
         if not self._events:
             self._driver.clock += timeout
         told, self._events = self._events, []
         for worker, event in told:
-            account(self._placement, worker, event)
+            apply_event(self._placement, worker, event)
         self._hand_over()
         return [event for _, event in told]
 
@@ -107,7 +115,7 @@ class Crew:
 
     # -- for workers and tests -----------------------------------------------------------------------------------------
 
-    def tell(self, worker: str, event: Event) -> None:
+    def tell(self, worker: str, event: WorkerEvent) -> None:
         self._events.append((worker, event))
 
     def lose(self, worker: Worker) -> None:
@@ -115,11 +123,11 @@ class Crew:
         self.workers.remove(worker)
         if self.closed:
             return
-        lost = self._placement.leave(worker.name)
+        lost = self._placement.remove_worker(worker.name)
         self._events = [(name, event) for name, event in self._events if name != worker.name]
         reason = f"worker {worker.name} was lost"
-        self._events += [("", Failed(key, AttemptFailed(reason))) for key in lost[:1]]
-        self._events += [("", Failed(key, Interrupted(reason))) for key in lost[1:]]
+        self._events += [("", ShardFailed(key, AttemptFailed(reason))) for key in lost[:1]]
+        self._events += [("", ShardFailed(key, AttemptInterrupted(reason))) for key in lost[1:]]
         self._hire()
 
     def _hire(self) -> None:
@@ -128,8 +136,8 @@ class Crew:
 
     def _hand_over(self) -> None:
         by_name = {worker.name: worker for worker in self.workers}
-        for due in self._placement.due():
-            by_name[due.worker].todo.append((due.key, due.plan))
+        for due in self._placement.take_assignments():
+            by_name[due.worker].todo.append((due.key, due.plan_number))
 
 
 class Worker(Actor):
@@ -143,7 +151,7 @@ class Worker(Actor):
     def __init__(self, name: str, crew: Crew, shared: MemoryStore) -> None:
         self.todo: list[tuple[ShardKey, int]] = []
         self.crew = crew
-        self._plan: tuple[Head, PlanReader] | None = None
+        self._plan: tuple[PlanHead, PlanReader] | None = None
         self.store = Client(shared, self)
         super().__init__(name, self._work_on)
 
@@ -153,7 +161,7 @@ class Worker(Actor):
         return self.stop == Call(REST, "") and not self.todo
 
     def _work_on(self) -> None:
-        self.crew.tell(self.name, Ready(self.name, LOADED))
+        self.crew.tell(self.name, WorkerReady(self.name, LOADED))
         while True:
             while not self.todo:
                 if self.crew.closed:
@@ -166,26 +174,26 @@ class Worker(Actor):
                 self.crew.tell(self.name, WorkerFailed(error))
                 return
             try:
-                event: Event = Done(self._done(key))
+                event: WorkerEvent = ShardCommitted(self._done(key))
             except BatchjobError as error:
-                event = Failed(key, error)
+                event = ShardFailed(key, error)
             self.crew.tell(self.name, event)
 
     def _begin(self, number: int) -> None:
         if self._plan is not None:
             return
-        found, head = current(self.store)
+        found, head = read_current_head(self.store)
         if head is None or found != number:
             raise Temporary("the plan was discarded while this run was starting")
-        contract.agree(self.store, head, Contract(SCHEMA, MODEL, None))
+        contract.put_or_verify(self.store, head, Contract(SCHEMA, MODEL, None))
         self._plan = head, PlanReader(self.store, head)
 
     def _done(self, key: ShardKey) -> ShardResult:
         assert self._plan is not None
         head, reader = self._plan
-        shard = reader.shard(key)
+        shard = reader.read_shard(key)
         if key.revision:
-            shard = retry.outstanding(self.store, shard)
+            shard = retry.select_error_rows(self.store, shard)
         self.store.calls.append(Call("predict", ""))
         if self.wait("predict") is not None:
             raise AttemptFailed("a fault while predicting")
@@ -201,11 +209,11 @@ class Worker(Actor):
             if key.revision:
                 stands, _ = retry.replace_part(self.store, key, path, made, wanted)
             else:
-                stands = commit.commit(self.store, key, path, made, wanted)
-        return ShardResult(key, stands.provenance, {}, stands.ours, stands.stat.etag)
+                stands = commit.commit_part(self.store, key, path, made, wanted)
+        return ShardResult(key, stands.footer, {}, stands.ours, stands.info.etag)
 
 
-def make_part(name: str, shard: Shard, mended: bool = False) -> tuple[bytes, Provenance]:
+def make_part(name: str, shard: Shard, mended: bool = False) -> tuple[bytes, PartFooter]:
     """A shard's part, at a retry the rows that were retried, and what its footer says."""
     bad = frozenset(ref.position for ref in shard.refs if "bad" in ref.uri and not mended)
     template = _template(shard.key.index, shard.key.revision, shard.refs, bad)
@@ -220,19 +228,19 @@ def make_part(name: str, shard: Shard, mended: bool = False) -> tuple[bytes, Pro
 def _template(index: int, number: int, refs: Sequence[ImageRef], bad: frozenset[int]) -> bytes:
     key = ShardKey(index, _SHARD, len(refs), 0, 0, number)
     shard = Shard(key, tuple(refs), pa.table({"none": [None] * len(refs)}).select([]))
-    facts = [ImageFacts(fault=_BAD if ref.position in bad else None) for ref in refs]
-    scores = pa.array([float(ref.position) for ref, fact in zip(refs, facts, strict=True) if fact.fault is None])
+    facts = [ImageInfo(error=_BAD if ref.position in bad else None) for ref in refs]
+    scores = pa.array([float(ref.position) for ref, fact in zip(refs, facts, strict=True) if fact.error is None])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "part"
         with PartWriter(path, SCHEMA) as writer:
             writer.add(
-                rows(
+                build_rows(
                     SCHEMA,
                     shard=shard,
                     start=0,
-                    facts=facts,
+                    image_infos=facts,
                     columns=[scores.cast(pa.float64())],
-                    faults=[None] * len(scores),
+                    error_records=[None] * len(scores),
                     run_id="run",
                     model_id=MODEL,
                 )
@@ -244,8 +252,8 @@ def _template(index: int, number: int, refs: Sequence[ImageRef], bad: frozenset[
 _BAD = ImageError("decode", "truncated", "ends too early")
 
 
-def _provenance(name: str, shard: str, attempt: str, key: ShardKey, images: int, bad: int) -> Provenance:
-    return Provenance(
+def _provenance(name: str, shard: str, attempt: str, key: ShardKey, images: int, bad: int) -> PartFooter:
+    return PartFooter(
         plan=name,
         shard=shard,
         index=key.index,

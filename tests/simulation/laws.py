@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from stores import Call
 
-from batchjob.storage.objects import Blob
+from batchjob.storage.objects import ObjectData
 
 __all__ = ["Broken", "Laws", "rows_of"]
 
@@ -51,7 +51,7 @@ class Laws:
 
     def __init__(self, images: list[str]) -> None:
         self._images = images
-        self._known: dict[str, Blob] = {}
+        self._known: dict[str, ObjectData] = {}
         self._plans: dict[int, _Plan] = {}
         self._parts: dict[str, tuple[_Plan, str]] = {}  # every part ever, with its attempt
         self.late: set[str] = set()
@@ -79,7 +79,7 @@ class Laws:
         """Parts of discarded plans that are there."""
         return {key for key, (owner, _) in self._parts.items() if owner.buried and key in self._known}
 
-    def hold(self, objects: Mapping[str, Blob], calls: Sequence[Call] = ()) -> None:
+    def hold(self, objects: Mapping[str, ObjectData], calls: Sequence[Call] = ()) -> None:
         """Raises Broken where they do not.
 
         Args:
@@ -106,7 +106,7 @@ class Laws:
         else:
             _must(not _PLAN.fullmatch(key), f"{key} was deleted")
 
-    def _written(self, key: str, blob: Blob, before: Blob | None) -> None:
+    def _written(self, key: str, blob: ObjectData, before: ObjectData | None) -> None:
         if match := _PLAN.fullmatch(key):
             _must(before is None, f"{key} was written twice")
             self._planned(int(match[1]), match[2], blob)
@@ -122,7 +122,7 @@ class Laws:
 
     # -- plan ----------------------------------------------------------------------------------------------------------
 
-    def _planned(self, number: int, name: str, blob: Blob) -> None:
+    def _planned(self, number: int, name: str, blob: ObjectData) -> None:
         _must(all(self._plans[n].buried for n in self._plans if n < number), f"plan {number} beside one in force")
         known = self._plans.setdefault(number, _Plan())
         if name == "head.json":
@@ -133,7 +133,7 @@ class Laws:
         elif name.startswith("chunk-"):
             self._chunk(known, blob)
 
-    def _chunk(self, known: _Plan, blob: Blob) -> None:
+    def _chunk(self, known: _Plan, blob: ObjectData) -> None:
         with pa.ipc.open_stream(blob.data) as stream:
             table = stream.read_all()
         facts = json.loads(table.schema.metadata[b"batchjob.chunk"])
@@ -156,7 +156,7 @@ class Laws:
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
-    def _committed(self, key: str, shard: str, blob: Blob) -> None:
+    def _committed(self, key: str, shard: str, blob: ObjectData) -> None:
         made, positions, uris = rows_of(blob)
         owner = next((known for known in self._plans.values() if known.id == made["plan"]), None)
         _must(owner is not None and key in owner.shards, f"{key} belongs to no plan")
@@ -174,7 +174,7 @@ class Laws:
             self.commits += 1
         self._parts[key] = owner, attempt
 
-    def _replaced(self, key: str, before: Blob, blob: Blob) -> None:
+    def _replaced(self, key: str, before: ObjectData, blob: ObjectData) -> None:
         """By the next revision, which has the same rows, but for those that held an error."""
         old, new = whole(before), whole(blob)
         _must(new[0]["revision"] == old[0]["revision"] + 1, f"{key} was replaced by another than its next revision")
@@ -186,7 +186,7 @@ class Laws:
             _must("_SUCCESS" in looked, f"{key} was replaced under _SUCCESS, without a look")
         self.replacements += 1
 
-    def _success(self, objects: Mapping[str, Blob], fresh: bool) -> None:
+    def _success(self, objects: Mapping[str, ObjectData], fresh: bool) -> None:
         """Where `_SUCCESS` stands, all it lists is there, and is the whole plan; when it is put, nothing else is."""
         if "_SUCCESS" not in objects:
             return
@@ -235,7 +235,7 @@ class Laws:
         _must(there == sorted(known.shards), "other parts than the plan's")
 
 
-def rows_of(blob: Blob) -> tuple[dict[str, Any], list[int], list[str]]:
+def rows_of(blob: ObjectData) -> tuple[dict[str, Any], list[int], list[str]]:
     """A part's footer, positions and URIs."""
     with pq.ParquetFile(pa.BufferReader(blob.data)) as file:
         table = file.read(columns=["position", "uri"], use_threads=False)
@@ -243,7 +243,7 @@ def rows_of(blob: Blob) -> tuple[dict[str, Any], list[int], list[str]]:
     return made, table.column("position").to_pylist(), table.column("uri").to_pylist()
 
 
-def whole(blob: Blob) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def whole(blob: ObjectData) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A part's footer and all its rows."""
     with pq.ParquetFile(pa.BufferReader(blob.data)) as file:
         found: list[dict[str, Any]] = file.read(use_threads=False).to_pylist()

@@ -16,13 +16,13 @@ from stores import Killed
 
 from batchjob import concurrency, text
 from batchjob.driver import control_loop, dispatcher, driver, lease, planner
-from batchjob.driver.control_loop import Drain
+from batchjob.driver.control_loop import StopSignals
 from batchjob.driver.lease import Lease
-from batchjob.driver.scheduler import Schedule
+from batchjob.driver.scheduler import Scheduler
 from batchjob.job.job import Job
 from batchjob.plan import chunks as chunks_module
 from batchjob.plan.chunks import Chunk
-from batchjob.plan.head import Head
+from batchjob.plan.head import PlanHead
 from batchjob.sources.source import REF_FIELDS
 from batchjob.storage.outage import Outage
 from batchjob.storage.store import Store
@@ -50,7 +50,7 @@ def simulated() -> Iterator[None]:
         (control_loop, "Outage", partial(Outage, clock=_now, sleep=_sleep)),
         (control_loop, "time", Time),
         (dispatcher, "time", Time),
-        (dispatcher, "Schedule", partial(Schedule, clock=_now)),
+        (dispatcher, "Schedule", partial(Scheduler, clock=_now)),
         (driver, "time", Time),
         (driver, "open_store", lambda *_, **__: _driver().store),
         (driver, "Feeder", Fed),
@@ -59,9 +59,9 @@ def simulated() -> Iterator[None]:
         (planner, "Input", Given),
         (text, "os", SimpleNamespace(environ={})),  # looked through for each message
         (planner, "probe", lambda store: None),
-        (planner.Planning, "_check_files", lambda self: None),
+        (planner.Planner, "_check_files", lambda self: None),
     ]
-    patched += [(Job, name, _once(getattr(Job, name))) for name in ("portable", "resolved", "fingerprint")]
+    patched += [(Job, name, _once(getattr(Job, name))) for name in ("serialize", "resolved_settings", "fingerprint")]
     with ExitStack() as stack:
         for owner, name, stand_in in patched:
             stack.enter_context(mock.patch.object(owner, name, stand_in))
@@ -107,9 +107,9 @@ class Fed:
         self._chunks, self._asked = iter(chunks), 0
         self.finished = False
 
-    def take(self, seconds: float = 0.0) -> Chunk | None:
+    def next_chunk(self, timeout: float = 0.0) -> Chunk | None:
         self._asked += 1
-        if self.finished or (self._asked % 2 == 0 and not seconds):
+        if self.finished or (self._asked % 2 == 0 and not timeout):
             return None
         chunk = next(self._chunks, None)
         self.finished = chunk is None
@@ -125,10 +125,10 @@ class Given:
     fields: tuple[pa.Field, ...] = ()
     version = None
 
-    def __init__(self, job: Any, reader: Any) -> None:  # noqa: ARG002 - what it stands in for takes them
+    def __init__(self, job: Any, reader: Any) -> None:
         self._images = _driver().images
 
-    def require(self, note: Callable[[str], None]) -> None:
+    def check_requirements(self, note: Callable[[str], None]) -> None:
         pass
 
     def refs(self, after: Cursor) -> Iterator[pa.RecordBatch]:
@@ -136,7 +136,7 @@ class Given:
         columns = [names, names, [1] * len(names), ["tag"] * len(names)]
         yield pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, REF_FIELDS, strict=True)], _REFS)
 
-    def check_unchanged(self, head: Head) -> None:
+    def check_unchanged(self, head: PlanHead) -> None:
         pass
 
     def close(self) -> None:
@@ -152,18 +152,18 @@ class Taken(Lease):
     @classmethod
     def acquire(cls, store: Store, **_: Any) -> Lease:
         began, holders = _now(), _driver().holders()
-        taken = super().acquire(store, silence=_SILENCE_SECONDS, clock=_now, sleep=_sleep)
+        taken = super().acquire(store, expiry_seconds=_SILENCE_SECONDS, clock=_now, sleep=_sleep)
         patient = _now() - began >= _SILENCE_SECONDS or _driver().stale > 0
         assert patient or not holders & _driver().holders(taken.epoch), f"{_driver().name} did not wait for {holders}"
         _driver().holds(taken)
         return taken
 
 
-class Asked(Drain):
+class Asked(StopSignals):
     """A `Drain` that the test asks."""
 
     def __init__(self) -> None:
-        self.asked = _driver().signal = threading.Event()
+        self.requested = _driver().signal = threading.Event()
 
     def __enter__(self) -> Self:
         return self
@@ -171,7 +171,7 @@ class Asked(Drain):
     def __exit__(self, *_: object) -> None:
         pass
 
-    def listen(self) -> None:
+    def install(self) -> None:
         pass
 
 

@@ -10,11 +10,11 @@ from stores import MemoryStore
 
 from batchjob.driver import driver
 from batchjob.driver.lease import Lease
-from batchjob.driver.progress import Quiet
+from batchjob.driver.progress import NoProgress
 from batchjob.errors import BatchjobError
 from batchjob.job.job import Job
-from batchjob.report.run_result import Outcome
-from batchjob.storage.objects import Stat
+from batchjob.report.run_result import RunResult
+from batchjob.storage.objects import ObjectInfo
 from simulation.actor import Actor, Client
 from simulation.crew import Crew
 
@@ -56,7 +56,7 @@ class Driver(Actor):
         self.retries = retries
         self.store = _Watched(shared, self)
         self.images, self._job = images, job
-        self.outcome: Outcome | None = None
+        self.outcome: RunResult | None = None
         self.signal = threading.Event()
         self.discards = job is None
         self.discards_before = 0
@@ -79,7 +79,7 @@ class Driver(Actor):
         """It has taken the lease."""
         self.crew.epoch = self.crew.seen = lease.epoch
 
-    def sees(self, epochs: Iterator[Stat]) -> Iterator[Stat]:
+    def sees(self, epochs: Iterator[ObjectInfo]) -> Iterator[ObjectInfo]:
         """What a look at the lease shows it."""
         found = list(epochs)
         names = [stat.uri.removeprefix(_LEASE).removesuffix(".json") for stat in found]
@@ -91,7 +91,7 @@ class Driver(Actor):
             driver.discard("memory://out")
         else:
             self.outcome = driver.run(
-                self._job, lambda: self.crew, allow_empty=True, progress=Quiet(), retry=self.retries
+                self._job, lambda: self.crew, allow_empty=True, progress=NoProgress(), retry=self.retries
             )
 
 
@@ -102,7 +102,7 @@ class _Watched(Client):
         super().__init__(shared, driver)
         self._driver = driver
 
-    def list(self, prefix: str) -> Iterator[Stat]:
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
         if prefix != _LEASE:
             return super().list(prefix)
         self._driver.crew.looked = self._driver.clock

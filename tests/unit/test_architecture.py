@@ -1,95 +1,170 @@
-"""The house rules that a reader relies on: who may import what, what loads what, what things are not called."""
+"""Rules of the house that readers rely on: the import table, light imports, and names that say something."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "batchjob"
-# From the ground up. A room imports from lower floors, and on its own floor from those named before it; on floor 2 they
-# are strangers to each other.
-FLOORS = [
-    "redaction errors settings encoded runs records",
-    (
-        "targets imports preloaded heap preprocess forkserver devices forward lanes likeness machine disk parallel "
-        "storage fetch schedule placement spool jpeg share formats banded resample breakage stopwatch attended strikes "
-        "pulse"
-    ),
-    "sources models tasks plan ledger lease decode transform loader tuning recipes predict sink",
-    "jobtext parameters jobfile complaints portable job",
-    (
-        "pool told report progress environment drain prepare turns accounting feeder planning survey dispatch takes "
-        "revision assembly devicejpeg engine trial agreement convert guard passage witness loading worker layout "
-        "shipping bench driver"
-    ),
-    "local cluster launch",
-    "arguments cli",
-    "__init__ __main__",
-]
-PLACE = {room: (floor, n) for floor, rooms in enumerate(FLOORS) for n, room in enumerate(rooms.split())}
-STRANGERS = 2
+
+# Every package may import these.
+EVERYWHERE = ["errors", "text", "types", "settings", "concurrency", "system"]
+# Package (or module in batchjob/) -> what else it may import. `package.module` allows that one module only.
+IMPORTS: dict[str, list[str]] = {
+    "errors": [],
+    "text": [],
+    "types": [],
+    "settings": [],
+    "concurrency": [],
+    "system": [],
+    "user_code": [],
+    "storage": [],
+    "preprocessing": ["user_code"],
+    "sources": ["storage", "user_code", "output"],
+    "plan": ["storage"],
+    "models": ["storage", "preprocessing", "user_code"],
+    "tasks": ["storage", "preprocessing", "user_code"],
+    "loader": ["storage", "preprocessing"],
+    "output": ["storage", "preprocessing.geometry"],
+    "job": ["sources", "models", "tasks", "loader.settings", "preprocessing.settings", "storage.options"],
+    "inference": ["job", "models", "tasks", "loader", "preprocessing", "storage", "user_code"],
+    "worker": ["job", "plan", "loader", "preprocessing", "inference", "output", "storage"],
+    "pool": ["job", "worker"],
+    "report": ["plan", "output", "storage"],
+    "driver": ["job", "sources", "plan", "output", "report", "storage", "pool.pool", "worker.messages"],
+    "deploy": ["job", "report", "storage"],
+    "api": [
+        *("job", "sources", "models", "tasks", "loader", "preprocessing", "storage", "plan", "output"),
+        *("inference", "worker", "pool", "report", "driver", "deploy", "user_code"),
+    ],
+    "bench": [
+        *("api", "job", "sources", "models", "tasks", "loader", "preprocessing", "storage", "plan", "output"),
+        *("inference", "worker", "pool", "report", "driver", "user_code"),
+    ],
+    "cli": ["api", "bench", "deploy", "report", "inference.convert", "job", "driver.progress", "storage", "user_code"],
+    "__init__": ["api", "job", "report"],
+    "__main__": ["cli"],
+}
+# Third-party packages that only these files may import.
 ONLY = {
-    "ray": {"pool"},
-    "fsspec": {"storage"},
-    "obstore": {"storage"},
-    "boto3": {"storage"},
-    "botocore": {"storage"},
-    "s3fs": {"storage"},
+    "ray": ["pool/ray_", "deploy/"],
+    "fsspec": ["storage/"],
+    "obstore": ["storage/"],
+    "boto3": ["storage/"],
+    "botocore": ["storage/"],
+    "s3fs": ["storage/"],
 }
 HEAVY = {"torch", "torchvision", "ray"}
-WORDS = {"utils", "util", "helpers", "helper", "common", "base", "core", "manager", "handler", "factory", "processor"}
+# Packages in which one file holds settings and runtime: a job file is read without torch.
+LIGHT = ["models", "tasks", "sources", "plan", "storage", "job", "output", "report", "driver", "cli"]
+# Names that do not say what a file or class is.
+EMPTY_WORDS = {
+    *("utils", "util", "helpers", "helper", "common", "base", "core"),
+    *("manager", "handler", "factory", "processor"),
+}
+
+MAX_LOOSE_MODULES = 12
+MAX_FILES = 20
+MANY_FILES = {"models", "tasks", "sources"}  # extension points: one file a kind
+MAX_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_FUNCTION_LINES_P90 = 25
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMED = sorted(path for tree in ("batchjob", "benchmarks", "jobs", "tests") for path in (ROOT / tree).rglob("*.py"))
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(tree: ast.AST) -> Iterator[str]:
+def imported_modules(tree: ast.AST) -> Iterator[str]:
+    """Yield the full name of each imported module, with the names that `from batchjob import …` takes."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module == "batchjob":
             yield from (f"batchjob.{name.name}" for name in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
+            yield from (f"{node.module}.{name.name}" for name in node.names)
 
 
-def loaded_at_import(tree: ast.Module) -> Iterator[str]:
-    """What the module's own top level imports; `if TYPE_CHECKING:` is not run."""
+def top_level_imports(tree: ast.Module) -> Iterator[str]:
+    """Yield the modules imported when the file is; a block under `if TYPE_CHECKING:` is never run."""
     for node in tree.body:
         if isinstance(node, ast.Import | ast.ImportFrom):
-            yield from imports(node)
+            yield from imported_modules(node)
+
+
+def is_allowed(importer: str, name: str) -> bool:
+    """Tell whether a package may import `batchjob.<name>`."""
+    package = name.partition(".")[0]
+    allowed = [importer, *EVERYWHERE, *IMPORTS[importer]]
+    return package in allowed or any(f"{name}.".startswith(f"{one}.") for one in allowed)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_run_down_only(path: Path) -> None:
-    room = room_of(path)
-    assert room in PLACE, f"{path.name}: give it a floor in FLOORS"
-    floor, n = PLACE[room]
-    for name in imports(ast.parse(path.read_text())):
-        top, _, below = name.partition(".")
-        assert room in ONLY.get(top, {room}), f"{room} imports {name}: only {', '.join(ONLY[top])} may"
-        other = below.partition(".")[0]
-        if top != "batchjob" or not below or other in {room, "__version__"}:
-            continue
-        assert other in PLACE, f"{room} imports {name}, which has no floor"
-        there, m = PLACE[other]
-        assert there < floor or (there == floor != STRANGERS and m < n), f"{room} imports {other}: not below it"
+def test_imports_follow_the_table(path: Path) -> None:
+    importer = package_of(path)
+    assert importer in IMPORTS, f"{importer}: add it to IMPORTS"
+    for full_name in imported_modules(ast.parse(path.read_text())):
+        top, _, name = full_name.partition(".")
+        if top == "batchjob" and name and name != "__version__":
+            assert is_allowed(importer, name), f"{path.relative_to(PACKAGE)} imports {name}: not in its line of IMPORTS"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_module_loads_torch_or_ray_when_it_is_imported(path: Path) -> None:
-    heavy = {name for name in loaded_at_import(ast.parse(path.read_text())) if name.partition(".")[0] in HEAVY}
+def test_clients_are_imported_where_they_belong(path: Path) -> None:
+    relative = path.relative_to(PACKAGE).as_posix()
+    for full_name in imported_modules(ast.parse(path.read_text())):
+        places = ONLY.get(full_name.partition(".")[0], [""])
+        assert any(relative.startswith(place) for place in places), f"{relative} imports {full_name}"
+
+
+def test_the_table_has_no_circle() -> None:
+    """Each package must be reachable only downwards: following the table never comes back to the start."""
+    below: dict[str, set[str]] = defaultdict(set)
+    for path in FILES:
+        for full_name in imported_modules(ast.parse(path.read_text())):
+            top, _, name = full_name.partition(".")
+            if top == "batchjob" and name:
+                below[package_of(path)].add(name.partition(".")[0])
+    state: dict[str, str] = {}
+
+    def visit(package: str, trail: tuple[str, ...]) -> None:
+        assert state.get(package) != "open", f"circle of imports: {' -> '.join([*trail, package])}"
+        if state.get(package) is None:
+            state[package] = "open"
+            for other in sorted(below[package] - {package}):
+                visit(other, (*trail, package))
+            state[package] = "done"
+
+    for package in sorted(IMPORTS):
+        visit(package, ())
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if package_of(path) in LIGHT], ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_light_packages_import_torch_and_ray_inside_functions(path: Path) -> None:
+    heavy = {name for name in top_level_imports(ast.parse(path.read_text())) if name.partition(".")[0] in HEAVY}
     assert not heavy, f"import {', '.join(heavy)} inside the functions that need it"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if path.name == "__init__.py" and path.parent != PACKAGE],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_packages_re_export_nothing(path: Path) -> None:
+    assert path.read_text() == "", "a package's __init__.py stays empty: settings are then imported without torch"
 
 
 @pytest.mark.parametrize("path", NAMED, ids=lambda path: str(path.relative_to(ROOT)))
@@ -97,21 +172,46 @@ def test_names_say_something(path: Path) -> None:
     classes = [node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
     for name in (path.stem, *classes):
         words = set("".join(f"_{c.lower()}" if c.isupper() else c for c in name).split("_"))
-        assert not words & WORDS, f"{path.name}: {name} says nothing"
+        assert not words & EMPTY_WORDS, f"{path.name}: {name} says nothing"
 
 
-@pytest.mark.parametrize("command", [["-c", "import batchjob; [getattr(batchjob, name) for name in batchjob.__all__]"]])
-def test_the_public_face_loads_neither_torch_nor_ray(command: list[str]) -> None:
-    assert not heavy_modules(command)
+def test_rooms_stay_small() -> None:
+    loose = [path.name for path in PACKAGE.glob("*.py")]
+    assert len(loose) <= MAX_LOOSE_MODULES, f"{len(loose)} modules lie loose in batchjob/"
+    for folder in {path.parent for path in FILES} - {PACKAGE}:
+        count = len([path for path in folder.glob("*.py") if path.name != "__init__.py"])
+        assert count <= MAX_FILES or folder.name in MANY_FILES, f"{folder.name}/ has {count} files"
+    for path in FILES:
+        assert path.read_text().count("\n") <= MAX_LINES, f"{path.relative_to(PACKAGE)} has over {MAX_LINES} lines"
+
+
+def test_functions_stay_short() -> None:
+    lengths = sorted(
+        (node.end_lineno - node.lineno + 1, f"{path.relative_to(PACKAGE)}: {node.name}")
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno is not None
+    )
+    assert lengths[-1][0] <= MAX_FUNCTION_LINES, lengths[-1]
+    assert lengths[int(0.9 * len(lengths))][0] <= MAX_FUNCTION_LINES_P90, lengths[int(0.9 * len(lengths))]
+
+
+def test_public_names_load_neither_torch_nor_ray() -> None:
+    assert not heavy_modules(["-c", "import batchjob; [getattr(batchjob, name) for name in batchjob.__all__]"])
 
 
 @pytest.mark.parametrize("command", ["status", "errors", "plan"])
-def test_looking_at_an_output_loads_neither_torch_nor_ray(command: str, tmp_path: Path) -> None:
+def test_reading_an_output_loads_neither_torch_nor_ray(command: str, tmp_path: Path) -> None:
     assert not heavy_modules(["-m", "batchjob", command, str(tmp_path / "nothing-here")])
 
 
+@pytest.mark.parametrize("command", [[], ["run"], ["plan"]], ids=lambda words: " ".join(words) or "batchjob")
+def test_help_loads_neither_torch_nor_ray(command: list[str]) -> None:
+    assert not heavy_modules(["-m", "batchjob", *command, "--help"])
+
+
 def heavy_modules(arguments: list[str]) -> set[str]:
-    """Which of torch and ray a fresh interpreter imports; what it says or how it exits does not matter here."""
+    """Return those of torch, torchvision and ray that a fresh interpreter imports; its exit code does not matter."""
     call = [sys.executable, "-X", "importtime", *arguments]
     stderr = subprocess.run(call, capture_output=True, text=True, check=False, timeout=60).stderr
     lines = [line.rpartition("|")[2].strip() for line in stderr.splitlines() if line.startswith("import time:")]

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["Memory", "use_compile_cache"]
+__all__ = ["TuningCache", "use_compile_cache"]
 
 _LOOK_SECONDS = 0.5
 
@@ -24,18 +24,18 @@ def use_compile_cache() -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_folder("inductor")))
 
 
-class Memory:
+class TuningCache:
     """One thing to remember, under a name made of all that it hangs on. On a disk that cannot be written, nothing.
 
     Args:
         facts: what tells it from others; values that JSON holds.
     """
 
-    def __init__(self, facts: Mapping[str, Any]) -> None:
-        self._name = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    def __init__(self, key_fields: Mapping[str, Any]) -> None:
+        self._name = hashlib.sha256(json.dumps(key_fields, sort_keys=True, default=str).encode()).hexdigest()
 
     @contextmanager
-    def alone(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    def lock(self, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Wait until no other process of this machine is at it, or until `stopped` says so."""
         try:
             lock = (_folder("tuning") / f"{self._name}.lock").open("w")
@@ -43,7 +43,7 @@ class Memory:
             yield
             return
         with lock:
-            while not stopped() and not _locked(lock):
+            while not is_stopped() and not _locked(lock):
                 time.sleep(_LOOK_SECONDS)
             yield
 

@@ -7,17 +7,17 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from batchjob.inference.autotune.candidates import wished
+from batchjob.inference.autotune.candidates import requested
 from batchjob.inference.autotune.trials import _GAIN, Trial
-from batchjob.inference.execution_config import Recipe
-from batchjob.inference.output_comparison import Likeness
+from batchjob.inference.execution_config import ExecutionConfig
+from batchjob.inference.output_comparison import OutputComparison
 from batchjob.job.acceleration import Acceleration
 
-__all__ = ["Decision", "choose"]
+__all__ = ["TuningDecision", "choose_config"]
 
 
 @dataclass(frozen=True)
-class Decision:
+class TuningDecision:
     """What a device of that name is to do, and how that was found.
 
     Attributes:
@@ -31,7 +31,7 @@ class Decision:
 
     device: str
     torch: str
-    recipe: Recipe
+    recipe: ExecutionConfig
     reason: str
     trials: tuple[Trial, ...] = ()
     seconds: float = 0.0
@@ -40,11 +40,11 @@ class Decision:
         return json.dumps(asdict(self), indent=1).encode()
 
     @classmethod
-    def parse(cls, data: bytes) -> Decision:
+    def parse(cls, data: bytes) -> TuningDecision:
         """Raises ValueError, KeyError or TypeError where it is none of this version's."""
         facts = json.loads(data)
         trials = tuple(_trial(trial) for trial in facts.pop("trials"))
-        return cls(**{**facts, "recipe": Recipe(**facts["recipe"]), "trials": trials})
+        return cls(**{**facts, "recipe": ExecutionConfig(**facts["recipe"]), "trials": trials})
 
     @property
     def key(self) -> str:
@@ -55,11 +55,16 @@ class Decision:
 
 def _trial(facts: dict[str, Any]) -> Trial:
     likeness = facts["likeness"]
-    made = {"recipe": Recipe(**facts["recipe"]), "likeness": None if likeness is None else Likeness(**likeness)}
+    made = {
+        "recipe": ExecutionConfig(**facts["recipe"]),
+        "likeness": None if likeness is None else OutputComparison(**likeness),
+    }
     return Trial(**{**facts, **made})
 
 
-def choose(asked: Acceleration, trials: Iterable[Trial], images: float, checked: int = 0) -> tuple[Recipe, str]:
+def choose_config(
+    settings: Acceleration, trials: Iterable[Trial], images: float, check_images: int = 0
+) -> tuple[ExecutionConfig, str]:
     """The recipe that is through first with so many images, its warm-up and its check counted, and why.
 
     What a job names is kept even where it does not win: then the fastest is sought among those that keep to it.
@@ -71,17 +76,17 @@ def choose(asked: Acceleration, trials: Iterable[Trial], images: float, checked:
         checked: images that a recipe and eager fp32 run beside these, before it is taken up.
     """
     table = list(trials)
-    base = wished(asked)
+    base = requested(settings)
     eager = next((trial for trial in table if trial.recipe == base and trial.passed), None)
-    passed = [trial for trial in table if trial.passed and trial.recipe != Recipe()]
+    passed = [trial for trial in table if trial.passed and trial.recipe != ExecutionConfig()]
     if eager is None:
         best = max(passed, key=lambda trial: trial.speedup, default=None)
         return (base, "as the job says") if best is None else (best.recipe, f"{best.speedup:.2f} times eager fp32")
     gaining = [trial for trial in passed if trial.speedup > eager.speedup * _GAIN]
-    plain = next((trial for trial in table if trial.recipe == Recipe() and trial.passed), eager)
+    plain = next((trial for trial in table if trial.recipe == ExecutionConfig() and trial.passed), eager)
 
     def through(trial: Trial) -> float:
-        return _through(trial, images + checked) + checked / max(plain.images_per_second, 1e-9)
+        return _through(trial, images + check_images) + check_images / max(plain.images_per_second, 1e-9)
 
     best = min(gaining, key=through, default=eager)
     if best is eager or through(best) >= (_through(eager, images) if eager is plain else through(eager)):

@@ -18,13 +18,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from batchjob.concurrency import end_with_parent, preload, starting
+from batchjob.concurrency import clean_process_start, exit_with_parent, start_forkserver
 from batchjob.inference import cpu_parallelism
 from batchjob.inference.autotune.cache import use_compile_cache
-from batchjob.inference.autotune.trials import Subject, Trial, tried
+from batchjob.inference.autotune.trials import Trial, TrialModel, run_trials
 from batchjob.inference.engine import Engine
-from batchjob.inference.execution_config import Recipe
-from batchjob.inference.forward import Forward
+from batchjob.inference.execution_config import ExecutionConfig
+from batchjob.inference.forward import ForwardPass
 from batchjob.inference.predictor import random_pixels
 from batchjob.job.job import Job
 from batchjob.storage.reader import Reader
@@ -32,9 +32,9 @@ from batchjob.storage.reader import Reader
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TIME_WAS_UP", "Bench", "Images", "table"]
+__all__ = ["TIME_BUDGET_EXCEEDED", "EngineTrialModel", "TrialSpec", "run_isolated_trials"]
 
-TIME_WAS_UP = "the time was up"
+TIME_BUDGET_EXCEEDED = "the time was up"
 _POLL_SECONDS = 0.5
 _FAREWELL_SECONDS = 3.0
 _SHARE = 0.6  # of the time left
@@ -43,7 +43,7 @@ _DISTINCT = 64  # images that are looked at; a larger batch repeats them
 
 
 @dataclass(frozen=True)
-class Bench:
+class TrialSpec:
     """What a throw-away process needs to know.
 
     Attributes:
@@ -58,12 +58,14 @@ class Bench:
     job: Mapping[str, Any]
     base: Path
     data_base: Path
-    sample: tuple[str, ...]
+    sample_locations: tuple[str, ...]
     batch_size: int
     threads: int
 
 
-def table(bench: Bench, recipes: Sequence[Recipe], budget: float, stopped: Callable[[], bool]) -> list[Trial]:
+def run_isolated_trials(
+    spec: TrialSpec, configs: Sequence[ExecutionConfig], budget: float, is_stopped: Callable[[], bool]
+) -> list[Trial]:
     """Eager fp32 and each recipe, a line each; one failed line of eager fp32 where that does not run.
 
     Args:
@@ -74,23 +76,23 @@ def table(bench: Bench, recipes: Sequence[Recipe], budget: float, stopped: Calla
         stopped: asked now and then; True ends it.
     """
     made: list[Trial] = []
-    left = deque(recipe for recipe in recipes if recipe != Recipe())
+    left = deque(recipe for recipe in configs if recipe != ExecutionConfig())
     until = time.monotonic() + budget
     while True:
-        with _Process(bench, tuple(left)) as process:
-            while isinstance(said := process.next(_share(until) if made else until, stopped), Trial):
-                if said.recipe != Recipe():
+        with _TrialProcess(spec, tuple(left)) as process:
+            while isinstance(said := process.next(_share(until) if made else until, is_stopped), Trial):
+                if said.recipe != ExecutionConfig():
                     made.append(said)
                     left.popleft()
                 elif not made:
                     made.append(said)
         if not made:
-            return [Trial(Recipe(), said or "ended early")]
+            return [Trial(ExecutionConfig(), said or "ended early")]
         if not left:
             return made
         made.append(Trial(left.popleft(), said or "ended early"))
-        if not left or time.monotonic() >= until or stopped():
-            return made + [Trial(recipe, f"not tried, {TIME_WAS_UP}") for recipe in left]
+        if not left or time.monotonic() >= until or is_stopped():
+            return made + [Trial(recipe, f"not tried, {TIME_BUDGET_EXCEEDED}") for recipe in left]
 
 
 def _share(until: float) -> float:
@@ -99,16 +101,16 @@ def _share(until: float) -> float:
     return now + max(_SHARE * (until - now), min(_LEAST_SECONDS, until - now))
 
 
-class _Process:
+class _TrialProcess:
     """A process that tries recipes, and all that it has started."""
 
-    def __init__(self, bench: Bench, recipes: tuple[Recipe, ...]) -> None:
+    def __init__(self, bench: TrialSpec, recipes: tuple[ExecutionConfig, ...]) -> None:
         context = multiprocessing.get_context("forkserver")
         self._lines, theirs = context.Pipe(duplex=False)
         self._finished = False
         self._process = context.Process(target=_try_all, args=(bench, recipes, theirs), name="trial")
-        preload(__name__)
-        with starting():
+        start_forkserver(__name__)
+        with clean_process_start():
             self._process.start()
         theirs.close()
 
@@ -126,7 +128,7 @@ class _Process:
             except (EOFError, OSError):
                 self._process.join()
                 return _fate(self._process.exitcode)
-        return "stopped" if stopped() else f"given up, {TIME_WAS_UP}"
+        return "stopped" if stopped() else f"given up, {TIME_BUDGET_EXCEEDED}"
 
     def __exit__(self, *_: object) -> None:
         if not self._finished:
@@ -146,26 +148,28 @@ def _fate(code: int | None) -> str:
     return f"crashed (exit code {code})"
 
 
-def _try_all(bench: Bench, recipes: tuple[Recipe, ...], lines: Connection) -> None:
+def _try_all(bench: TrialSpec, recipes: tuple[ExecutionConfig, ...], lines: Connection) -> None:
     """Send a `Trial` for eager fp32 and for each recipe, then None."""
     with suppress(OSError):
         os.setsid()  # so that the compiler's own processes end with this one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    threading.Thread(target=end_with_parent, name="parent-watch", daemon=True).start()
+    threading.Thread(target=exit_with_parent, name="parent-watch", daemon=True).start()
     use_compile_cache()
     import torch
 
-    cpu_parallelism.keep()  # as the worker does
+    cpu_parallelism.retain_freed_memory()  # as the worker does
     torch.set_num_threads(bench.threads)
-    job = Job.from_portable(bench.job, bench.base, bench.data_base)
-    subject = Images(Engine(job, Reader(job.storage), bench.sample), bench.sample, bench.batch_size)
-    for trial in tried(subject, recipes):
+    job = Job.deserialize(bench.job, bench.base, bench.data_base)
+    subject = EngineTrialModel(
+        Engine(job, Reader(job.storage), bench.sample_locations), bench.sample_locations, bench.batch_size
+    )
+    for trial in run_trials(subject, recipes):
         lines.send(trial)
     lines.send(None)
 
 
-class Images(Subject):
+class EngineTrialModel(TrialModel):
     """An engine and a batch of the job's own images.
 
     Args:
@@ -174,28 +178,28 @@ class Images(Subject):
         batch_size: how many go to the model at once; fewer images are repeated.
     """
 
-    def __init__(self, engine: Engine, sample: Sequence[str], batch_size: int) -> None:
+    def __init__(self, engine: Engine, sample_locations: Sequence[str], batch_size: int) -> None:
         self._engine = engine
-        self.images, self.classes = engine.model.batch_size or batch_size, engine.classes
-        self._pixels = self._batch(sample)
+        self.batch_size, self.argmax_is_class = engine.model.batch_size or batch_size, engine.argmax_is_class
+        self._pixels = self._batch(sample_locations)
         self._as_it_is = engine.preprocess.transform is not None
 
-    def build(self, recipe: Recipe) -> Callable[[], Any]:
-        forward, _ = self.forward(recipe), self._inputs  # which are made before a clock runs
+    def build(self, config: ExecutionConfig) -> Callable[[], Any]:
+        forward, _ = self.build_forward(config), self._inputs  # which are made before a clock runs
         return partial(self.run, forward)
 
-    def forward(self, recipe: Recipe) -> Forward:
+    def build_forward(self, config: ExecutionConfig) -> ForwardPass:
         """The engine's module by that recipe, calibrated on these images where it has to be."""
         import torch
 
-        stacks = self._engine.model.takes == "batch"
-        return self._engine.forward(recipe, torch.stack(self._pixels) if stacks else None)
+        stacks = self._engine.model.input_kind == "batch"
+        return self._engine.build_forward(config, torch.stack(self._pixels) if stacks else None)
 
-    def run(self, forward: Forward) -> Any:
+    def run(self, forward: ForwardPass) -> Any:
         """Its output for the batch, which lies on the device already, once it is there."""
         import torch
 
-        with forward.modes():
+        with forward.disable_gradients():
             inputs = self._inputs
             if self._as_it_is:  # the module gets these very tensors, and may write into them
                 inputs = [one.clone() for one in inputs] if isinstance(inputs, list) else inputs.clone()
@@ -210,17 +214,21 @@ class Images(Subject):
         import torch
 
         engine = self._engine
-        with engine.forward(Recipe()).modes():  # the tensors of real batches are inference tensors too
-            if engine.model.takes == "batch":
+        with engine.build_forward(
+            ExecutionConfig()
+        ).disable_gradients():  # the tensors of real batches are inference tensors too
+            if engine.model.input_kind == "batch":
                 return torch.stack(self._pixels).to(engine.device)
             return [pixels.to(engine.device, copy=True) for pixels in self._pixels]
 
     def _batch(self, sample: Sequence[str]) -> list[torch.Tensor]:
-        engine, wanted = self._engine, min(self.images, _DISTINCT)
+        engine, wanted = self._engine, min(self.batch_size, _DISTINCT)
         alike = (
             pixels
-            for pixels in engine.prepared(sample)
-            if engine.model.takes == "list" or pixels.shape == engine.example.shape
+            for pixels in engine.load_images(sample)
+            if engine.model.input_kind == "list" or pixels.shape == engine.example_image.shape
         )
-        found = list(islice(alike, wanted)) or list(random_pixels(engine.example.shape, wanted, engine.example.dtype))
-        return [found[at % len(found)] for at in range(self.images)]
+        found = list(islice(alike, wanted)) or list(
+            random_pixels(engine.example_image.shape, wanted, engine.example_image.dtype)
+        )
+        return [found[at % len(found)] for at in range(self.batch_size)]

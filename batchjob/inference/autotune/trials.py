@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from batchjob.inference.execution_config import Recipe
-from batchjob.inference.output_comparison import Likeness, compare
+from batchjob.inference.execution_config import ExecutionConfig
+from batchjob.inference.output_comparison import OutputComparison, compare_outputs
 
-__all__ = ["Subject", "Trial", "tried"]
+__all__ = ["Trial", "TrialModel", "run_trials"]
 
 _GAIN = 1.03  # below that it is noise, and eager is simpler
 _HOPELESS = 0.7  # a first pair of timings below that needs no second
@@ -33,16 +33,16 @@ class Trial:
         warm_up_s: from the module to the first output, compiling included.
     """
 
-    recipe: Recipe
+    recipe: ExecutionConfig
     verdict: str
     passed: bool = False
     speedup: float = 0.0
     images_per_second: float = 0.0
-    likeness: Likeness | None = None
+    likeness: OutputComparison | None = None
     warm_up_s: float = 0.0
 
 
-class Subject:
+class TrialModel:
     """What is tuned, on its device.
 
     Attributes:
@@ -50,34 +50,42 @@ class Subject:
         classes: see `compare`.
     """
 
-    images: int
-    classes: bool = True
+    batch_size: int
+    argmax_is_class: bool = True
 
-    def build(self, recipe: Recipe) -> Callable[[], Any]:
+    def build(self, config: ExecutionConfig) -> Callable[[], Any]:
         """The model so prepared: each call runs it on the batch, and returns its output once that is there."""
         raise NotImplementedError
 
 
-def tried(subject: Subject, recipes: Sequence[Recipe]) -> Iterator[Trial]:
+def run_trials(model: TrialModel, configs: Sequence[ExecutionConfig]) -> Iterator[Trial]:
     """Eager fp32, then each recipe against it, one at a time, as they are asked for. What fails is a line as well."""
-    eager = subject.build(Recipe())
+    eager = model.build(ExecutionConfig())
     reference = eager()
     seconds = min(_clocked(eager) for _ in range(3))
     yield Trial(
-        Recipe(), "the reference", True, 1.0, subject.images / seconds, Likeness(0.0, 1.0, 1.0), warm_up_s=seconds
+        ExecutionConfig(),
+        "the reference",
+        True,
+        1.0,
+        model.batch_size / seconds,
+        OutputComparison(0.0, 1.0, 1.0),
+        warm_up_s=seconds,
     )
-    for recipe in recipes:
-        if recipe != Recipe():
-            yield _tried(subject, recipe, eager, reference, subject.images / seconds)
+    for recipe in configs:
+        if recipe != ExecutionConfig():
+            yield _tried(model, recipe, eager, reference, model.batch_size / seconds)
 
 
-def _tried(subject: Subject, recipe: Recipe, eager: Callable[[], Any], reference: Any, pace: float) -> Trial:
+def _tried(
+    subject: TrialModel, recipe: ExecutionConfig, eager: Callable[[], Any], reference: Any, pace: float
+) -> Trial:
     began = time.perf_counter()
     try:
         fast = subject.build(recipe)
-        likeness = compare(reference, fast(), classes=subject.classes)
+        likeness = compare_outputs(reference, fast(), argmax_is_class=subject.argmax_is_class)
         warm_up = time.perf_counter() - began
-        if (fault := likeness.fault(recipe)) is not None:
+        if (fault := likeness.rejection(recipe)) is not None:
             return Trial(recipe, fault, likeness=likeness, warm_up_s=warm_up)
         speedup = _paired(eager, fast)
     except Exception as error:  # noqa: BLE001 - a candidate that fails is a line in the table, not a failed job

@@ -1,0 +1,122 @@
+"""Write docs/internals/architecture.md: the tree of batchjob/ with first docstring lines, and the import table.
+
+python docs/internals/architecture.py            # write the page
+python docs/internals/architecture.py --check    # exit 1 if the page is out of date
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE = Path(__file__).with_suffix(".md")
+PACKAGE = ROOT / "batchjob"
+RULES = ROOT / "tests" / "unit" / "test_architecture.py"
+
+# What each package is for, in the order of the data path.
+PACKAGES = {
+    "cli": "The command line: arguments in, exit code out.",
+    "job": "The job file: settings of a job, read from YAML, checked, written, fingerprinted.",
+    "sources": "Where images are listed. Extension point: one file a kind of source.",
+    "plan": "The frozen list of image refs of an output, cut into shards.",
+    "driver": "The process that plans a run, hands shards to workers, and finishes the output.",
+    "pool": "Workers in this process or on a Ray cluster, behind one protocol.",
+    "worker": "Composition root of the data path: one loaded model, one plan, one loop over shards.",
+    "loader": "Shards to pinned uint8 batches, in processes that an image may kill.",
+    "preprocessing": "Encoded bytes to pixels, and pixels to what the model was trained on.",
+    "models": "Weights to a ready module. Extension point: one file a format.",
+    "inference": "Batches to predictions: devices, autocast, transfers, faults; `autotune/` chooses how to run.",
+    "tasks": "Model outputs to Arrow columns. Extension point: one file a task.",
+    "output": "Rows to Parquet parts, and the commit protocol.",
+    "storage": "URIs to bytes. The only package with fsspec and obstore.",
+    "report": "What a run or an output says, as data, JSON and text.",
+    "deploy": "Jobs submitted to clusters and schedulers.",
+    "bench": "`batchjob bench`: the ceiling of each stage, and the run as a share of it.",
+}
+INTRODUCTION = """\
+# Architecture
+
+<!-- Written by `python docs/internals/architecture.py`; do not edit. -->
+
+A **source** lists images; a **plan** cuts them into **shards**; the **driver** hands shards to **workers** in a
+**pool** (this process, or Ray actors). A worker holds one loaded **model** and turns a shard into rows:
+**DataLoader** batches, **inference**, a **task**, one **part**. One conditional PUT **commits** the part. A **report**
+adds it up.
+
+```
+ URI ─► sources/ ─► plan/ ─────────────► driver/ ◄───────────────── output/ ─► report/
+        ImageRef    shards, chunks       scheduler, lease           committed parts
+                    (written once)          │ pool/ : submit, wait        ▲
+                                   ┌────────┴────────┐                    │
+                               local_pool         ray_pool  ◄ only pool/ray_* imports ray
+                                   └────────┬────────┘                    │
+                                         worker/   composition root of the data path
+  storage/ ─► loader/ ──────────► inference/ ───────► tasks/ ─► output/ ──┘
+  bytes       decoding processes  inference_mode      Arrow     one Parquet part,
+              preprocessing/      autocast, streams   columns   one conditional PUT
+              pinned batches      models/
+```
+"""
+
+
+def first_line(path: Path) -> str:
+    """Return the first line of a module's docstring."""
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+
+
+def tree() -> str:
+    """Draw batchjob/ as nested lists, each file with its first docstring line."""
+    lines = [f"* `{path.name}`: {first_line(path)}" for path in sorted(PACKAGE.glob("*.py"))]
+    for name, purpose in PACKAGES.items():
+        folder = PACKAGE / name
+        if not folder.is_dir():
+            continue
+        lines += ["", f"### `{name}/`", "", purpose, ""]
+        for path in sorted(folder.rglob("*.py"), key=lambda path: (path.parent != folder, path)):
+            if path.name != "__init__.py":
+                lines.append(f"* `{path.relative_to(folder).as_posix()}`: {first_line(path)}")
+    return "\n".join(lines)
+
+
+def constant(name: str) -> object:
+    """Read a literal from the architecture test, where the rules stand."""
+    for node in ast.parse(RULES.read_text()).body:
+        target = (
+            node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else 0
+        )
+        if isinstance(target, ast.Name) and target.id == name and isinstance(node, ast.Assign | ast.AnnAssign):
+            # Long lines of the table are written as `[*("a", "b"), "c"]`, which is no literal to ast.literal_eval.
+            return eval(compile(ast.Expression(node.value or ast.Constant(None)), str(RULES), "eval"))  # noqa: S307
+    raise KeyError(name)
+
+
+def import_table() -> str:
+    """Write the import rules of the architecture test as a Markdown table."""
+    everywhere, imports = constant("EVERYWHERE"), constant("IMPORTS")
+    assert isinstance(everywhere, list)
+    assert isinstance(imports, dict)
+    rows = [f"Every package may import {', '.join(f'`{name}`' for name in everywhere)}.", ""]
+    rows += ["| package | may also import |", "|---|---|"]
+    for name, others in imports.items():
+        if (PACKAGE / name).is_dir():
+            rows.append(f"| `{name}` | {', '.join(f'`{other}`' for other in others) or 'nothing'} |")
+    return "\n".join(rows)
+
+
+def page() -> str:
+    """Return the text of the page."""
+    return f"{INTRODUCTION}\n## The tree\n\n### `batchjob/`\n\n{tree()}\n\n## Who may import whom\n\n{import_table()}\n"
+
+
+def main() -> int:
+    """Write the page, or check it."""
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(page())
+        return 0
+    return int(not PAGE.exists() or PAGE.read_text() != page())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
