@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from batchjob import system
 from batchjob.driver import driver
@@ -13,18 +14,18 @@ from batchjob.driver.progress import NoProgress, ProgressReporter
 from batchjob.job.job import Job
 from batchjob.output import commit
 from batchjob.plan.head import PlanHead, read_current_head
-from batchjob.pool.local_pool import LocalPool
 from batchjob.pool.pool import Pool
-from batchjob.pool.ray_pool import RayPool
 from batchjob.report.run_result import PlanSummary, RunResult
 from batchjob.sources.listing import SMALL_INPUT_IMAGES, InputPreview, SourceListing, preview_listing
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import Store, open_store
 from batchjob.text import format_count
 from batchjob.worker.messages import WorkerInfo, WorkerSetup
-from batchjob.worker.worker import Worker
 
-__all__ = ["make_plan", "make_pool", "retry", "run", "validate"]
+if TYPE_CHECKING:
+    from batchjob.inference.convert import ConversionOptions, ConversionResult
+
+__all__ = ["convert", "make_plan", "make_pool", "retry", "run", "validate"]
 
 
 def run(
@@ -107,7 +108,23 @@ def validate(job: Job) -> list[str]:
     ]
 
 
+def convert(job: Job, options: ConversionOptions) -> ConversionResult:
+    """Write a job's model as another format, compared with the original on the job's first images.
+
+    Raises:
+        InvalidJob: The model cannot be converted, a package is missing, or the file's folder does not exist.
+        CheckFailed: The outputs differ by more than the tolerance; no file is left.
+        Unavailable: A store cannot be reached.
+    """
+    from batchjob.inference.convert import convert_model
+
+    listing = SourceListing(job, Reader(job.storage))
+    return convert_model(job, options, preview_listing(listing, options.images).sample)
+
+
 def _load(job: Job, seen: InputPreview) -> WorkerInfo:
+    from batchjob.worker.worker import Worker
+
     worker = Worker(
         job, WorkerSetup(job.serialize(), str(job.folder), None, seen.sample, small_input_bytes=0), _cores(job)
     )
@@ -134,7 +151,11 @@ def _pools(job: Job, address: str | None) -> MakePool:
 def make_pool(job: Job, address: str | None) -> Pool:
     """The pool that `runtime.pool` asks for."""
     if job.runtime.pool == "local":
+        from batchjob.pool.local_pool import LocalPool
+
         return LocalPool(_cores(job))
+    from batchjob.pool.ray_pool import RayPool
+
     return RayPool(job, None if address == "local" else address)
 
 

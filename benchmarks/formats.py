@@ -12,7 +12,7 @@ import hashlib
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,7 +46,7 @@ def measure_formats(images: Path, name: str, rounds: int, folder: Path) -> list[
     job = make_job(images, save_weights(name, folder), folder)
     reader = Reader()
     engines = {"state_dict": make_engine(job, reader)}
-    for title, model in convert_formats(job, name, folder).items():
+    for title, model in convert_formats(job, name, folder, list_images(images)).items():
         engines[title] = make_engine(with_model(job, model), reader)
     pixels = torch.stack(list(engines["state_dict"].load_images(list_images(images))))
     runs = {title: make_runner(engine) for title, engine in engines.items()}
@@ -104,7 +104,7 @@ def with_model(job: Job, model: dict[str, Any]) -> Job:
     return Job.deserialize({**job.serialize(), "model": model}, job.folder, job.folder)
 
 
-def convert_formats(job: Job, name: str, folder: Path) -> dict[str, dict[str, Any]]:
+def convert_formats(job: Job, name: str, folder: Path, locations: Sequence[str]) -> dict[str, dict[str, Any]]:
     """`model` settings of the same weights, as each format."""
     torch.manual_seed(0)
     module = torchvision.models.get_model(name, weights=None)
@@ -124,7 +124,7 @@ def convert_formats(job: Job, name: str, folder: Path) -> dict[str, dict[str, An
         "int8 static, compiled": "int8",
     }
     for title, to in wanted.items():
-        made[title] = convert_model(job, ConversionOptions(to, folder / f"{to}.bin", tolerance=1.0)).model
+        made[title] = convert_model(job, ConversionOptions(to, folder / f"{to}.bin", tolerance=1.0), locations).model
     return made
 
 

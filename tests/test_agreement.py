@@ -19,7 +19,6 @@ from batchjob.inference.autotune.trial_process import TrialSpec
 from batchjob.inference.autotune.trials import Trial
 from batchjob.inference.engine import Engine
 from batchjob.inference.execution_config import ExecutionConfig
-from batchjob.plan.head import new_head
 from batchjob.storage.reader import Reader
 
 WORKERS = 3
@@ -38,14 +37,13 @@ def test_one_worker_of_a_machine_tries_and_the_others_go_by_what_it_found(
         return [Trial(ExecutionConfig(), "it ran out of patience")]
 
     monkeypatch.setattr("batchjob.inference.autotune.autotuner.run_isolated_trials", table)
-    head = new_head(0, job={}, fingerprint={}, shard_size=4, source_version=None, batchjob="1")
     engine = Engine(job, Reader(), (str(tmp_path / "white.png"),))
     bench = TrialSpec(job.serialize(), tmp_path, tmp_path, (), batch_size=4, threads=1)
 
     def reached(_: int) -> TuningDecision:
         ours = store.client()
         ours.inject("read", "*/tuning/*", waiting.wait)  # all have looked before one has tried
-        return Autotuner(ours, head, engine, bench, 1000.0, 1.0, lambda: False).decide()
+        return Autotuner(ours, "plan/", None, engine, bench, 1000.0, 1.0, lambda: False).decide()
 
     found = list(parallel_map(reached, range(WORKERS), threads=WORKERS))
     assert len(tried) == 1

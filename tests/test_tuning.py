@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from batchjob.inference.autotune.candidates import list_candidates, requested
+from batchjob.inference.autotune.candidates import list_candidates
 from batchjob.inference.autotune.decision import TuningDecision, choose_config
 from batchjob.inference.autotune.trials import Trial, TrialModel, run_trials
 from batchjob.inference.devices import DeviceCapabilities
-from batchjob.inference.execution_config import ExecutionConfig
+from batchjob.inference.execution_config import ExecutionConfig, requested_config
 from batchjob.job.acceleration import Acceleration
 
 CPU, CPU_BF16 = DeviceCapabilities("cpu", "cpu"), DeviceCapabilities("cpu", "cpu", bf16=True)
@@ -42,7 +42,7 @@ def test_what_a_job_names_holds_for_every_candidate() -> None:
     for recipe in list_candidates(asked(compile="off", precision="bf16", channels_last="on"), GPU):
         assert (recipe.compile, recipe.precision, recipe.channels_last) == ("off", "bf16", True)
     assert list_candidates(asked(compile="off", channels_last="off", fold="off", precision="fp32"), CPU) == [EAGER]
-    assert requested(asked(precision="fp16", half_weights="on")) == ExecutionConfig(precision="fp16", half=True)
+    assert requested_config(asked(precision="fp16", half_weights="on")) == ExecutionConfig(precision="fp16", half=True)
     static = list_candidates(asked(quantize="int8-static"), CPU_BF16)
     assert all(recipe.quantize == "int8-static" and recipe.precision == "fp32" for recipe in static)
     assert {recipe.compile for recipe in static} == {"off", "default"}

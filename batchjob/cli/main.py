@@ -265,10 +265,10 @@ def convert(  # noqa: PLR0913, PLR0917 - typer makes a parameter of each flag
 
     def work() -> tuple[dict[str, Any], list[str]]:
         loaded = read_job(job, param, overrides)
-        from batchjob.inference.convert import ConversionOptions, convert_model
+        from batchjob.inference.convert import ConversionOptions
 
         wanted = ConversionOptions(to.value, file.absolute(), images, tolerance, amount, structured, force)
-        done = convert_model(loaded, wanted)
+        done = api.convert(loaded, wanted)
         return {"status": "converted", **done.to_dict()}, done.lines()
 
     return _answer(work, as_json)

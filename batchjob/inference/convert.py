@@ -7,7 +7,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from io import StringIO
@@ -23,7 +23,6 @@ from batchjob.inference.execution_config import ExecutionConfig
 from batchjob.inference.optimize import measure_sparsity, prune_weights, quantize_module
 from batchjob.inference.output_comparison import OutputComparison, compare_outputs
 from batchjob.job.job import Job
-from batchjob.sources.listing import SourceListing, preview_listing
 from batchjob.storage.reader import Reader
 
 if TYPE_CHECKING:
@@ -98,8 +97,13 @@ class ConversionResult:
         return asdict(self)
 
 
-def convert_model(job: Job, options: ConversionOptions) -> ConversionResult:
+def convert_model(job: Job, options: ConversionOptions, sample_locations: Sequence[str]) -> ConversionResult:
     """Write the model of a job as another format, and check it as a job would load it.
+
+    Args:
+        job: the job that names the model.
+        options: format, file and limits.
+        sample_locations: the first images of the job; at least `options.images` of them where there are so many.
 
     Raises:
         InvalidJob: the model cannot become that, a package is missing, the file's folder is not there.
@@ -111,11 +115,11 @@ def convert_model(job: Job, options: ConversionOptions) -> ConversionResult:
     if options.file.exists() and not options.force:
         raise InvalidJob(f"-o {options.file}: there is such a file already; take another name, or add --force")
     reader = Reader(job.storage)
-    engine = Engine(job, reader, _locations(job, reader, options.images))
+    engine = Engine(job, reader, sample_locations)
     engine.build_postprocess()
     if engine.model.input_kind != "batch" or engine.variable_size:
         raise InvalidJob("model: it takes images of different sizes, which cannot be converted; run it as it is")
-    pixels = _pixels(engine, _locations(job, reader, options.images), options.images)
+    pixels = _pixels(engine, sample_locations, options.images)
     forward = engine.build_forward(ExecutionConfig())
     with forward.disable_gradients():
         inputs = forward.prepare_inputs(pixels)
@@ -126,11 +130,7 @@ def convert_model(job: Job, options: ConversionOptions) -> ConversionResult:
     return found
 
 
-def _locations(job: Job, reader: Reader, images: int) -> tuple[str, ...]:
-    return preview_listing(SourceListing(job, reader), images).sample
-
-
-def _pixels(engine: Engine, locations: tuple[str, ...], images: int) -> torch.Tensor:
+def _pixels(engine: Engine, locations: Sequence[str], images: int) -> torch.Tensor:
     import torch
 
     alike = (pixels for pixels in engine.load_images(locations) if pixels.shape == engine.example_image.shape)

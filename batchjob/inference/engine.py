@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from batchjob.errors import InvalidJob
-from batchjob.inference.autotune.candidates import requested
 from batchjob.inference.cpu_parallelism import is_stateful
 from batchjob.inference.devices import DeviceCapabilities, check_precision, get_device_capabilities, pick_device
-from batchjob.inference.execution_config import ExecutionConfig
+from batchjob.inference.execution_config import ExecutionConfig, requested_config
 from batchjob.inference.forward import ForwardOptions, ForwardPass
 from batchjob.inference.gpu_decode import check_gpu_decode_supported
 from batchjob.inference.optimize import optimize
@@ -118,7 +117,7 @@ class Engine:
     @property
     def requested_config(self) -> ExecutionConfig:
         """What the job names, and nothing else. Raises InvalidJob where the device or the model cannot do it."""
-        asked = requested(self._job.runtime)
+        asked = requested_config(self._job.runtime)
         check_precision(asked.precision, self.device)
         if not self.model.eager and asked != ExecutionConfig():
             raise InvalidJob(

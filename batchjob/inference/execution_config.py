@@ -1,28 +1,32 @@
-"""The nouns: frozen data that the rooms hand to each other. No behaviour beyond reading and writing themselves."""
+"""Execution config: precision, memory layout, compile mode and quantisation by which a model runs on its device."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-__all__ = ["ExecutionConfig", "Precision"]
+from batchjob.job.acceleration import Acceleration
+
+__all__ = ["ExecutionConfig", "Precision", "requested_config", "with_overrides"]
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """How a module is run on a device; `tuning.py` chooses.
+    """Options by which a model runs on its device; the default is eager fp32, the reference for all others.
+
+    The field names are keys of the stored tuning decisions.
 
     Attributes:
-        precision: of the arithmetic; bf16 and fp16 by autocast.
-        half: the weights are in that precision too, in place of autocast.
-        channels_last: memory layout of images and convolutions.
-        fold: batch norms folded into their convolutions.
-        compile: mode of `torch.compile`, or `off`.
-        freeze: weights are constants to the compiler.
-        quantize: of weights and activations.
-        cudnn_benchmark: let cuDNN try its algorithms.
+        precision: Precision of the arithmetic; bf16 and fp16 use autocast.
+        half: With bf16 or fp16, convert the weights to that precision too, in place of autocast.
+        channels_last: Store images and convolution weights in channels-last memory layout.
+        fold: Fold batch norms into the convolutions before them.
+        compile: Mode of `torch.compile`; `regional` compiles each repeated block, `off` does not compile.
+        freeze: With `compile`, treat the weights as constants.
+        quantize: Eight-bit quantisation by torchao; `none` keeps floating point.
+        cudnn_benchmark: Let cuDNN time its convolution algorithms and take the fastest.
     """
 
     precision: Precision = "fp32"
@@ -38,15 +42,40 @@ class ExecutionConfig:
 
     @property
     def description(self) -> str:
-        """For people: `bf16 channels_last compile`, or `eager fp32`."""
-        half = f"{self.precision} weights" if self.half else self.precision
+        """Short text for people, such as `bf16 channels_last compile` or `eager fp32`."""
+        precision = f"{self.precision} weights" if self.half else self.precision
         flags = [name for name in ("channels_last", "fold", "freeze", "cudnn_benchmark") if getattr(self, name)]
         compiled = {"off": [], "default": ["compile"]}.get(self.compile, [f"compile={self.compile}"])
         quantized = [] if self.quantize == "none" else [self.quantize]
-        more = [*quantized, *flags, *compiled]
-        return " ".join([half, *more]) if more or half != "fp32" else "eager fp32"
+        options = [*quantized, *flags, *compiled]
+        return " ".join([precision, *options]) if options or precision != "fp32" else "eager fp32"
 
     @property
     def fixed_batch(self) -> bool:
-        """Whether every batch must have the same shape, a short one padded."""
+        """Whether all batches must have one shape, so that a short batch is padded: true of compiled modules."""
         return self.compile != "off"
+
+
+def requested_config(settings: Acceleration) -> ExecutionConfig:
+    """Return the config with only what the job names: eager fp32 if it leaves everything at `auto`."""
+    return with_overrides(ExecutionConfig(), settings)
+
+
+def with_overrides(config: ExecutionConfig, settings: Acceleration) -> ExecutionConfig:
+    """Return the config with each option that the job names in place of its own; options at `auto` stay.
+
+    Example: `with_overrides(ExecutionConfig(fold=True, channels_last=True), Acceleration(fold="off"))` is
+    `ExecutionConfig(channels_last=True)`.
+    """
+    named: dict[str, Any] = {
+        name: getattr(settings, name) == "on"
+        for name in ("channels_last", "fold", "freeze", "cudnn_benchmark")
+        if getattr(settings, name) != "auto"
+    }
+    if settings.precision != "auto":
+        named["precision"] = settings.precision
+    if settings.compile != "auto":
+        named["compile"] = "default" if settings.compile == "on" else settings.compile
+    named["quantize"] = "none" if settings.quantize == "off" else settings.quantize
+    changed = replace(config, **named)
+    return replace(changed, half=settings.half_weights == "on" and changed.precision in {"bf16", "fp16"})

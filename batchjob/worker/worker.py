@@ -218,7 +218,17 @@ class Worker:
             threads=self._lanes.threads_per_batch,
         )
         images, lanes = len(seen) / self._sharers(), self._lanes.parallel_batches
-        agreement = Autotuner(self._store, head, engine, bench, images, self._pace, self._stopped.is_set, lanes)
+        agreement = Autotuner(
+            store=self._store,
+            plan_folder=head.folder,
+            task_fingerprint=head.fingerprint.get("task"),
+            engine=engine,
+            trial_spec=bench,
+            expected_images=images,
+            seconds_per_image=self._pace,
+            is_stopped=self._stopped.is_set,
+            parallel_batches=lanes,
+        )
         decision, self._predictor = agreement.build_predictor(agreement.decide())
         self._recipe = decision.recipe
         _log.info("%s on %s: %s", self._recipe.description, decision.device, decision.reason)

@@ -12,7 +12,7 @@ from typing import Any
 import batchjob
 from batchjob.errors import InvalidJob, NotFound
 from batchjob.inference.autotune.cache import TuningCache, use_compile_cache
-from batchjob.inference.autotune.candidates import list_candidates, requested, with_overrides
+from batchjob.inference.autotune.candidates import list_candidates
 from batchjob.inference.autotune.decision import TuningDecision, choose_config
 from batchjob.inference.autotune.trial_process import (
     TIME_BUDGET_EXCEEDED,
@@ -22,12 +22,11 @@ from batchjob.inference.autotune.trial_process import (
 )
 from batchjob.inference.autotune.trials import Trial
 from batchjob.inference.engine import Engine
-from batchjob.inference.execution_config import ExecutionConfig
+from batchjob.inference.execution_config import ExecutionConfig, requested_config, with_overrides
 from batchjob.inference.forward import ForwardPass
 from batchjob.inference.output_comparison import compare_outputs
 from batchjob.inference.predictor import Predictor
 from batchjob.job.acceleration import Acceleration
-from batchjob.plan.head import PlanHead
 from batchjob.storage.store import Store, put_or_get
 
 __all__ = ["Autotuner"]
@@ -49,7 +48,8 @@ class Autotuner:
 
     Args:
         store: of the output.
-        head: of the plan.
+        plan_folder: Key prefix of the plan in the store; ends with `/`.
+        task_fingerprint: Part of the job's fingerprint that describes the task.
         engine: with its model loaded and tried out.
         bench: what a trial needs.
         images: that this worker will see, about.
@@ -59,7 +59,8 @@ class Autotuner:
     """
 
     store: Store
-    head: PlanHead
+    plan_folder: str
+    task_fingerprint: Any
     engine: Engine
     trial_spec: TrialSpec
     expected_images: float
@@ -76,7 +77,7 @@ class Autotuner:
 
         use_compile_cache()
         unknown = TuningDecision(self.engine.capabilities.name, str(torch.__version__), ExecutionConfig(), "")
-        key = f"{self.head.folder}{unknown.key}"
+        key = f"{self.plan_folder}{unknown.key}"
         with suppress(NotFound):
             return self._standing(self.store.read(key).data, unknown)
         named = replace(unknown, recipe=self.engine.requested_config, reason="as the job says")
@@ -165,12 +166,12 @@ class Autotuner:
             "torch": unknown.torch,
             "batchjob": batchjob.__version__,
             "model": engine.model.digest,
-            "task": self.head.fingerprint.get("task"),
+            "task": self.task_fingerprint,
             "preprocess": engine.preprocess.model_dump(mode="json"),
             "input": [list(engine.example_image.shape), str(engine.example_image.dtype)],
             "batch_size": self.trial_spec.batch_size,
             "threads": self.trial_spec.threads,
-            "asked": asdict(requested(engine.acceleration)),
+            "asked": asdict(requested_config(engine.acceleration)),
             "open": [
                 name
                 for name in Acceleration.model_fields

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from batchjob.inference.autotune.candidates import requested
 from batchjob.inference.autotune.trials import _GAIN, Trial
-from batchjob.inference.execution_config import ExecutionConfig
+from batchjob.inference.execution_config import ExecutionConfig, requested_config
 from batchjob.inference.output_comparison import OutputComparison
 from batchjob.job.acceleration import Acceleration
 
@@ -76,7 +75,7 @@ def choose_config(
         checked: images that a recipe and eager fp32 run beside these, before it is taken up.
     """
     table = list(trials)
-    base = requested(settings)
+    base = requested_config(settings)
     eager = next((trial for trial in table if trial.recipe == base and trial.passed), None)
     passed = [trial for trial in table if trial.passed and trial.recipe != ExecutionConfig()]
     if eager is None:
