@@ -56,7 +56,7 @@ class Case:
     labels: tuple[str, ...] | None = None
     code: str = ""
 
-    def prepare(self, base: Path, output: Any = ...) -> Postprocess:
+    def build_postprocess(self, base: Path, output: Any = ...) -> Postprocess:
         if self.code:
             (base / "post.py").write_text(self.code)
         self.task.check(Reader(), base)
