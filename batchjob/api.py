@@ -90,7 +90,7 @@ def validate(job: Job) -> list[str]:
     if head is not None:
         check_fingerprint(store, job, head)
         job = job.with_defaults(head.defaults)
-    source = SourceListing(job, Reader(job.storage))
+    source = SourceListing(job.input, Reader(job.storage), job.output.uri)
     source.check_requirements()
     check_columns(job, source)
     seen = preview_listing(source, SMALL_INPUT_IMAGES)

@@ -1,20 +1,15 @@
-"""The thread that lists: what it hands on, in which order, what stops it; and the source as the driver sees it."""
+"""The thread that lists: what it hands on, in which order, what stops it."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-from pools import job
 
 from batchjob.driver.plan_prefetcher import PlanPrefetcher
-from batchjob.errors import InvalidJob, Temporary, Unavailable
+from batchjob.errors import InvalidJob, Unavailable
 from batchjob.plan.chunks import Chunk
-from batchjob.plan.head import PlanHead, new_head
-from batchjob.sources.listing import DEFAULT_IMAGE_BYTES, SourceListing, preview_listing
-from batchjob.storage.reader import Reader
 from batchjob.types import Cursor
 
 PATIENCE = 60.0  # seconds, for what another thread does at once
@@ -170,96 +165,3 @@ def test_an_error_after_close_is_nobodys() -> None:
     go_on.set()
     until(lambda: ended(feeder))
     assert feeder.next_chunk() is None
-
-
-# --- Input and peek -------------------------------------------------------------------------------------------------
-
-
-def source(tmp_path: Path, count: int, **sections: object) -> SourceListing:
-    return SourceListing(job(tmp_path, [f"{number:04}.png" for number in range(count)], **sections), Reader())
-
-
-@pytest.mark.parametrize(("enough", "rows", "whole"), [(5, 7, False), (7, 7, True), (100, 7, True)])
-def test_a_peek_sees_enough_or_all(tmp_path: Path, enough: int, rows: int, whole: bool) -> None:
-    seen = preview_listing(source(tmp_path, 7), enough)
-    assert (seen.rows, seen.complete) == (rows, whole)
-    assert [Path(location).name for location in seen.sample] == [f"{number:04}.png" for number in range(7)]
-
-
-def test_a_peek_samples_no_more_than_it_needs(tmp_path: Path) -> None:
-    seen = preview_listing(source(tmp_path, 300), 1000)
-    assert (seen.rows, len(seen.sample)) == (300, 256)
-
-
-def test_a_peek_tells_how_wide_the_passthrough_is(tmp_path: Path) -> None:
-    lines = "".join(f"{number}.png,{'x' * 100}\n" for number in range(50))
-    (tmp_path / "images.csv").write_text(f"path,note\n{lines}")
-    manifest = {"type": "manifest", "uri": "images.csv", "uri_column": "path", "passthrough": ["note"]}
-    assert 100 <= preview_listing(source(tmp_path, 0, input=manifest), 1000).row_bytes <= 120
-    assert preview_listing(source(tmp_path, 7), 1000).row_bytes == 0
-
-
-def test_a_peek_adds_up_the_images_that_it_sees(tmp_path: Path) -> None:
-    the = source(tmp_path, 7)
-    size = sum(path.stat().st_size for path in tmp_path.rglob("*.png"))
-    assert preview_listing(the, 1000).image_bytes == size > 0
-    (tmp_path / "images.csv").write_text("path\n0000.png\n")
-    manifest = {"type": "manifest", "uri": "images.csv", "uri_column": "path"}
-    assert preview_listing(source(tmp_path, 0, input=manifest), 1000).image_bytes == DEFAULT_IMAGE_BYTES, (
-        "it does not say"
-    )
-
-
-def test_a_closed_input_is_listed_no_further(tmp_path: Path) -> None:
-    the = source(tmp_path, 3)
-    batches = the.refs(Cursor())
-    the.close()
-    with pytest.raises(Temporary, match="nobody waits"):
-        list(batches)
-
-
-def test_a_peek_at_nothing(tmp_path: Path) -> None:
-    assert preview_listing(source(tmp_path, 0), 10) == preview_listing(source(tmp_path, 0), 0)
-    assert (preview_listing(source(tmp_path, 0), 10).rows, preview_listing(source(tmp_path, 0), 10).complete) == (
-        0,
-        True,
-    )
-
-
-@pytest.mark.parametrize(
-    ("require", "said"),
-    [({"marker": "_DONE"}, "_DONE"), ({"min_images": 4}, "lists 3 images, input.require.min_images asks for 4")],
-)
-def test_what_is_required_and_missing_is_temporary(tmp_path: Path, require: dict[str, object], said: str) -> None:
-    the = source(tmp_path, 3, input={"type": "prefix", "uri": "images/", "require": require})
-    with pytest.raises(Temporary, match=said):
-        the.check_requirements()
-    source(tmp_path, 4)
-    (tmp_path / "images/_DONE").touch()
-    notes: list[str] = []
-    the.check_requirements(notes.append)
-    assert notes == (["counting at least 4 images"] if "min_images" in require else [])
-
-
-def test_a_manifest_that_changes_while_it_is_planned_stops_the_plan(tmp_path: Path) -> None:
-    manifest = tmp_path / "images.csv"
-    manifest.write_text("path\na.png\nb.png\n")
-    the = source(tmp_path, 0, input={"type": "manifest", "uri": "images.csv", "uri_column": "path"})
-    head = head_of(the)
-    assert head.source_version is not None
-    the.check_unchanged(head)
-    manifest.write_text("path\na.png\nc.png\n")
-    with pytest.raises(InvalidJob, match=r"images.csv changed while its plan was being written; restore it, or `.*"):
-        the.check_unchanged(head)
-
-
-def test_a_folder_has_no_version_and_may_grow(tmp_path: Path) -> None:
-    the = source(tmp_path, 2)
-    head = head_of(the)
-    assert head.source_version is None
-    source(tmp_path, 3)
-    the.check_unchanged(head)
-
-
-def head_of(the: SourceListing) -> PlanHead:
-    return new_head(0, job={}, fingerprint={}, shard_size=2, source_version=the.version, batchjob="1")

@@ -207,9 +207,9 @@ def test_a_chunk_that_is_long_in_coming_keeps_the_lease(
 ) -> None:
     real = SourceListing.check_unchanged  # called by the feeder, before it lists
 
-    def slow(self: SourceListing, head: Any) -> None:
+    def slow(self: SourceListing, planned_version: str | None) -> None:
         until_beaten(out)
-        real(self, head)
+        real(self, planned_version)
 
     monkeypatch.setattr(SourceListing, "check_unchanged", slow)
     assert driver.plan_only(job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress()).images == 12
@@ -220,7 +220,7 @@ def test_a_signal_is_heard_while_a_chunk_is_long_in_coming(
 ) -> None:
     go_on = threading.Event()
 
-    def hangs(self: SourceListing, head: Any) -> None:
+    def hangs(self: SourceListing, planned_version: str | None) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         go_on.wait(PATIENCE)
 

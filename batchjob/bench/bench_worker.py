@@ -23,7 +23,7 @@ from batchjob.output.provenance import ShardResult
 from batchjob.output.scratch import ScratchFolder
 from batchjob.plan import chunks
 from batchjob.plan.head import new_head, put_head
-from batchjob.sources.listing import SMALL_INPUT_IMAGES, InputPreview, SourceListing, encoded_bytes
+from batchjob.sources.listing import SMALL_INPUT_IMAGES, InputPreview, SourceListing, estimate_encoded_bytes
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import open_store
 from batchjob.types import Batch, Cursor, ImageRef, Shard, ShardKey, StageTiming
@@ -96,7 +96,7 @@ def sample_input(job: Job, images: int) -> InputSample:
     Raises:
         InvalidJob: there are no images.
     """
-    source = SourceListing(job, Reader(job.storage))
+    source = SourceListing(job.input, Reader(job.storage), job.output.uri)
     most = max(images, chunks.CHUNK_ROWS)
     found: list[pa.RecordBatch] = []
     rows, began, cpu = 0, time.perf_counter(), time.process_time()
@@ -134,7 +134,7 @@ class BenchWorker:
         rows = max(images, listed.rows)
         table = pa.Table.from_batches(listed.batches)
         locations = tuple(table.column("location").slice(0, _SAMPLE).to_pylist())
-        size = encoded_bytes(table.column("size")) * rows // listed.rows
+        size = estimate_encoded_bytes(table.column("size")) * rows // listed.rows
         setup = WorkerSetup(
             job.serialize(), str(job.folder), None, locations, size if rows <= SMALL_INPUT_IMAGES else None
         )

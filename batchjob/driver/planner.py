@@ -55,12 +55,13 @@ class Planner:
 
     @cached_property
     def _input(self) -> SourceListing:
-        return SourceListing(self._job, Reader(self._job.storage))
+        return SourceListing(self._job.input, Reader(self._job.storage), self._job.output.uri)
 
     @cached_property
     def _patient_input(self) -> SourceListing:
         """The same, once it is known to be there: an outage is waited for."""
-        return SourceListing(self._job, Reader(self._job.storage, outage_timeout=self._job.errors.outage_seconds))
+        reader = Reader(self._job.storage, outage_timeout=self._job.errors.outage_seconds)
+        return SourceListing(self._job.input, reader, self._job.output.uri)
 
     def preview_input(self, allow_empty: bool) -> InputPreview:
         """Everything that can be said of job, input and store without a model. Nothing is frozen by it.
@@ -143,7 +144,7 @@ class Planner:
         return self._patient_input.refs(after)
 
     def _unchanged(self, head: PlanHead) -> None:
-        self._patient_input.check_unchanged(head)
+        self._patient_input.check_unchanged(head.source_version)
 
     def _check_files(self) -> None:
         """Weights, code and labels are there, as far as that shows without torch."""

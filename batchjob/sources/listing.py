@@ -1,4 +1,4 @@
-"""The thread that turns a source into confirmed shards, so that listing never holds up the control loop."""
+"""The images of an input, listed while the output is left out; a preview of the first ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchjob.errors import InvalidJob, Temporary
-from batchjob.job.job import Job
-from batchjob.plan.head import PlanHead
+from batchjob.sources.source import Source
 from batchjob.storage.reader import Reader
 from batchjob.types import Cursor
 
@@ -21,22 +20,27 @@ __all__ = [
     "SMALL_INPUT_IMAGES",
     "InputPreview",
     "SourceListing",
-    "encoded_bytes",
+    "estimate_encoded_bytes",
     "preview_listing",
 ]
 
-_SAMPLE = 256  # locations
+# For so few images, starting more processes than their bytes call for takes longer than decoding them.
+SMALL_INPUT_IMAGES = 256
+# Assumed size of an encoded image when neither the listing nor the manifest gives it.
+DEFAULT_IMAGE_BYTES = 1 << 18
+_SAMPLE_LOCATIONS = 256
 
 
 @dataclass(frozen=True)
 class InputPreview:
-    """A first look at the source.
+    """The first images of an input, summed up.
 
     Attributes:
-        rows: seen; all of them if `whole`.
-        sample: the first locations.
-        row_bytes: that a row's passthrough columns take on average.
-        image_bytes: of the images seen, encoded, as listing or manifest said.
+        rows: Images seen; all images of the input if `complete`.
+        complete: True if the listing came to its end.
+        sample: Locations of the first images, 256 at most.
+        row_bytes: Bytes of the passthrough columns per row, on average; 0 if there are none.
+        image_bytes: Encoded bytes of the images seen, as listing or manifest gives them; unknown sizes are estimated.
     """
 
     rows: int
@@ -47,80 +51,85 @@ class InputPreview:
 
 
 class SourceListing:
-    """A job's source bound to its reader and its output, which is never part of it."""
+    """A source bound to a reader and to the output, which is never part of the input.
 
-    def __init__(self, job: Job, reader: Reader) -> None:
-        self._source, self._reader, self._output = job.input, reader, job.output.uri
+    Args:
+        source: Source to list.
+        reader: Reader with the job's storage options.
+        output_uri: URI of the output folder; nothing below it is listed.
+    """
+
+    def __init__(self, source: Source, reader: Reader, output_uri: str) -> None:
+        self._source, self._reader, self._output_uri = source, reader, output_uri
         self._closed = threading.Event()
 
     @cached_property
     def fields(self) -> list[pa.Field]:
-        """The passthrough columns. Raises InvalidJob where there is nothing to read them from."""
-        found: list[pa.Field] = self._source.fields(self._reader, self._output)
-        return found
+        """The columns after `REF_FIELDS`. Raises InvalidJob if there is no input to read them from."""
+        return self._source.fields(self._reader, self._output_uri)
+
+    @property
+    def version(self) -> str | None:
+        """Digest of the manifest; None for a source without a version."""
+        return self._source.version(self._reader, self._output_uri)
 
     def refs(self, after: Cursor) -> Iterator[pa.RecordBatch]:
-        """The images after a cursor, in batches; one empty batch when there is none. Raises Temporary once closed."""
-        for batch in self._source.refs(self._reader, after, excluded_folder=self._output):
+        """Yield the images after a cursor in batches; one empty batch if there are none. Raises Temporary if closed."""
+        for batch in self._source.refs(self._reader, after, excluded_folder=self._output_uri):
             if self._closed.is_set():
                 raise Temporary(f"input.uri {self._source.uri}: nobody waits for the rest of the list any more")
             yield batch
 
     def close(self) -> None:
-        """End what another thread may still be listing."""
+        """End listings that still run in other threads, at their next batch."""
         self._closed.set()
 
-    @property
-    def version(self) -> str | None:
-        """Digest of the manifest, None where there is none."""
-        return self._source.version(self._reader, self._output)
-
     def check_requirements(self, note: Callable[[str], None] = lambda text: None) -> None:
-        """Raises Temporary when `input.require` is not met: nothing is frozen then."""
+        """Raise Temporary if the input does not have what `input.require` asks for.
+
+        Args:
+            note: Called with a line for the user before images are counted, which may take long.
+        """
         if reason := self._source.explain_missing(self._reader):
             raise Temporary(reason)
-        least = self._source.require.min_images if self._source.require else None
-        if least is None:
+        min_images = self._source.require.min_images if self._source.require else None
+        if min_images is None:
             return
-        note(f"counting at least {least:,} images")
+        note(f"counting at least {min_images:,} images")
         rows = 0
         for batch in self.refs(Cursor()):
             rows += batch.num_rows
-            if rows >= least:
+            if rows >= min_images:
                 return
         raise Temporary(
-            f"input.uri {self._source.uri} lists {rows:,} images, input.require.min_images asks for {least:,}; "
+            f"input.uri {self._source.uri} lists {rows:,} images, input.require.min_images asks for {min_images:,}; "
             "not there yet, nothing was planned: run again later"
         )
 
-    def check_unchanged(self, head: PlanHead) -> None:
-        """Raises InvalidJob when the manifest is no longer the one that `head` planned."""
-        if head.source_version is not None and self.version != head.source_version:
+    def check_unchanged(self, planned_version: str | None) -> None:
+        """Raise InvalidJob if the version is not the one that was planned; None is never compared."""
+        if planned_version is not None and self.version != planned_version:
             raise InvalidJob(
                 f"input.uri {self._source.uri} changed while its plan was being written; restore it, or "
-                f"`batchjob discard {self._output} --yes` and run again"
+                f"`batchjob discard {self._output_uri} --yes` and run again"
             )
 
 
 def preview_listing(listing: SourceListing, min_rows: int) -> InputPreview:
-    """Look at the source until more than `enough` rows have been seen, or all of it."""
+    """List the input until more than `min_rows` images have been seen, or all of them."""
     rows = size = image_bytes = 0
     sample: list[str] = []
     for batch in listing.refs(Cursor()):
         rows += batch.num_rows
         size += sum(batch.column(field.name).nbytes for field in listing.fields)
-        image_bytes += encoded_bytes(batch.column("size"))
-        if len(sample) < _SAMPLE:
-            sample += batch.column("location").slice(0, _SAMPLE - len(sample)).to_pylist()
+        image_bytes += estimate_encoded_bytes(batch.column("size"))
+        if len(sample) < _SAMPLE_LOCATIONS:
+            sample += batch.column("location").slice(0, _SAMPLE_LOCATIONS - len(sample)).to_pylist()
         if rows > min_rows:
             return InputPreview(rows, False, tuple(sample), size // rows, image_bytes)
     return InputPreview(rows, True, tuple(sample), size // max(1, rows), image_bytes)
 
 
-def encoded_bytes(sizes: pa.Array | pa.ChunkedArray) -> int:
-    """Of all images together; those of unknown size count as typical ones."""
+def estimate_encoded_bytes(sizes: pa.Array | pa.ChunkedArray) -> int:
+    """Return the sum of image sizes in bytes; a null counts as `DEFAULT_IMAGE_BYTES`."""
     return (pc.sum(sizes).as_py() or 0) + int(sizes.null_count) * DEFAULT_IMAGE_BYTES
-
-
-SMALL_INPUT_IMAGES = 256  # for so few, starting more processes than their bytes call for takes longer than decoding
-DEFAULT_IMAGE_BYTES = 1 << 18  # what an encoded image counts for whose size nobody has said

@@ -1,4 +1,4 @@
-"""What every source yields, and what every source may be asked to wait for."""
+"""The protocol of every source: an ordered, resumable listing of images in Arrow batches."""
 
 from __future__ import annotations
 
@@ -17,65 +17,85 @@ if TYPE_CHECKING:
 
 __all__ = ["BATCH_ROWS", "REF_FIELDS", "Require", "Source", "skip_empty_batches"]
 
-BATCH_ROWS = 8192
+BATCH_ROWS = 8192  # rows in a batch of image refs, at most
 REF_FIELDS: tuple[pa.Field, ...] = (
     pa.field("uri", pa.string(), nullable=False),
     pa.field("location", pa.string(), nullable=False),
     pa.field("size", pa.int64()),
     pa.field("etag", pa.string()),
 )
-"""The first columns of every batch of refs; `id` and the passthrough columns follow."""
+"""First columns of every batch of image refs; `id` and the passthrough columns follow."""
 
 
 class Require(Settings):
-    """What must be there before anything is planned; until then the job ends with exit 75.
+    """Conditions under which an input is planned. Until they hold, the job ends with exit 75.
 
     Attributes:
-        marker: name of an object in the input's folder, such as `_SUCCESS`.
-        min_images: least number of images.
+        marker: Name of an object that must exist in the input's folder, such as `_SUCCESS`.
+        min_images: Smallest number of images.
     """
 
     marker: str | None = Field(default=None, min_length=1)
     min_images: int | None = Field(default=None, ge=1)
 
     def explain_missing(self, reader: Reader, uri: str) -> str | None:
-        """Why the input at `uri` is not there yet, as a sentence. Images are counted by whoever plans."""
-        asked = self.marker is not None or self.min_images is not None
-        return explain_missing_input(reader, uri, self.marker) if asked else None
+        """Return a sentence that says why the input at `uri` is not there yet; None if it is there.
+
+        `min_images` is not counted here: the driver counts while it lists.
+        """
+        required = self.marker is not None or self.min_images is not None
+        return explain_missing_input(reader, uri, self.marker) if required else None
 
 
 class Source(Protocol):
-    """An ordered stream of images that can be taken up again after any row."""
+    """An ordered list of images that can be resumed after any row.
+
+    For example, a folder with `a.jpg` and `b.jpg`: `refs(reader, Cursor())` yields one batch of two rows. The cursor
+    after its first row is `Cursor(rows=1, last="…/a.jpg")`; `refs` from there yields one batch with `b.jpg` only.
+
+    Attributes:
+        uri: URI of the input, as the job names it.
+        require: Conditions under which the input is planned, if any.
+        has_id: True if the first field of `fields` is the user's own `id`.
+    """
+
+    @property
+    def uri(self) -> str: ...
+    @property
+    def require(self) -> Require | None: ...
+    @property
+    def has_id(self) -> bool: ...
 
     def check(self, reader: Reader) -> None:
-        """Look whether the input is there and has what the settings name. Raises InvalidJob."""
+        """Check that the input exists and has the columns that the settings name. Raises InvalidJob."""
 
     def fields(self, reader: Reader, excluded_folder: str | None = None) -> list[pa.Field]:
-        """The columns after REF_FIELDS: `id` where there is one, then the passthrough, all nullable."""
+        """Return the columns after `REF_FIELDS`: `id` if there is one, then the passthrough columns, all nullable."""
 
     def version(self, reader: Reader, excluded_folder: str | None = None) -> str | None:
-        """Digest that changes when the list of images may have; None where only listing again would tell."""
+        """Return a digest that changes when the list of images may have changed; None if only a new listing tells."""
 
     def refs(self, reader: Reader, after: Cursor, excluded_folder: str | None = None) -> Iterator[pa.RecordBatch]:
-        """Batches of REF_FIELDS + `fields()`, at least one, each of at most BATCH_ROWS rows.
+        """Yield batches of `REF_FIELDS` and `fields()`: at least one batch, each of at most `BATCH_ROWS` rows.
 
         Args:
-            after: the rows up to here are left out.
-            outside: URI of a folder that is no part of the input, however the input is named: the output.
+            reader: Reader with the job's storage options.
+            after: Cursor of the last row that is left out; `Cursor()` starts at the first image.
+            excluded_folder: URI of a folder that is never part of the input, however the input is named: the output.
 
         Raises:
-            InvalidJob: nothing there, or a row that cannot be read.
+            InvalidJob: The input does not exist, or one of its rows cannot be read.
         """
 
     def explain_missing(self, reader: Reader) -> str | None:
-        """Why the input is not there yet, as a sentence, where `require` asks for more than there is.
+        """Return a sentence that says which condition of `require` does not hold yet; None if all hold.
 
         `min_images` is counted by the caller.
         """
 
 
 def skip_empty_batches(batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """The same batches without empty ones; a single empty one where there are no rows, for its schema."""
+    """Yield the batches that have rows; if none has, yield one empty batch, which carries the schema."""
     found = False
     for batch in batches:
         if batch.num_rows:

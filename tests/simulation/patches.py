@@ -22,7 +22,6 @@ from batchjob.driver.scheduler import Scheduler
 from batchjob.job.job import Job
 from batchjob.plan import chunks as chunks_module
 from batchjob.plan.chunks import Chunk
-from batchjob.plan.head import PlanHead
 from batchjob.sources.source import REF_FIELDS
 from batchjob.storage.outage import Outage
 from batchjob.storage.store import Store
@@ -125,7 +124,7 @@ class Given:
     fields: tuple[pa.Field, ...] = ()
     version = None
 
-    def __init__(self, job: Any, reader: Any) -> None:
+    def __init__(self, source: Any, reader: Any, output_uri: str) -> None:
         self._images = _driver().images
 
     def check_requirements(self, note: Callable[[str], None]) -> None:
@@ -136,7 +135,7 @@ class Given:
         columns = [names, names, [1] * len(names), ["tag"] * len(names)]
         yield pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, REF_FIELDS, strict=True)], _REFS)
 
-    def check_unchanged(self, head: PlanHead) -> None:
+    def check_unchanged(self, planned_version: str | None) -> None:
         pass
 
     def close(self) -> None:
