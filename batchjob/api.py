@@ -118,7 +118,7 @@ def convert(job: Job, options: ConversionOptions) -> ConversionResult:
     """
     from batchjob.inference.convert import convert_model
 
-    listing = SourceListing(job, Reader(job.storage))
+    listing = SourceListing(job.input, Reader(job.storage), job.output.uri)
     return convert_model(job, options, preview_listing(listing, options.images).sample)
 
 
