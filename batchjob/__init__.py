@@ -5,37 +5,55 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Job", "JobError", "RunResult", "__version__", "retry", "run", "validate"]
+__all__ = [
+    "Job",
+    "JobError",
+    "RunResult",
+    "__version__",
+    "discard",
+    "make_plan",
+    "read_errors",
+    "retry",
+    "run",
+    "status",
+    "validate",
+]
 
 if TYPE_CHECKING:
-    from batchjob.api import retry, run, validate
+    from batchjob.api import discard, make_plan, read_errors, retry, run, status, validate
     from batchjob.errors import JobError
     from batchjob.job.job import Job
     from batchjob.report.run_result import RunResult
 
-_HOMES = {
-    "Job": "job.job",
-    "JobError": "errors",
-    "RunResult": "report.run_result",
-    "retry": "api",
-    "run": "api",
-    "validate": "api",
+# Public name -> module that holds it.
+_MODULES = {
+    "Job": "batchjob.job.job",
+    "JobError": "batchjob.errors",
+    "RunResult": "batchjob.report.run_result",
+    "discard": "batchjob.api",
+    "make_plan": "batchjob.api",
+    "read_errors": "batchjob.api",
+    "retry": "batchjob.api",
+    "run": "batchjob.api",
+    "status": "batchjob.api",
+    "validate": "batchjob.api",
 }
+# Name of an earlier version -> public name of today.
+_RENAMED = {"Outcome": "RunResult"}
 
 
 def __getattr__(name: str) -> Any:
-    """Names are looked up when they are used: `import batchjob` stays light."""
-    if name == "Outcome":
+    """Import a public name when it is used, so that `import batchjob` stays light."""
+    if name in _RENAMED:
         import warnings
 
-        warnings.warn("batchjob.Outcome is now batchjob.RunResult", DeprecationWarning, stacklevel=2)
-        name = "RunResult"
-    if name not in _HOMES:
+        warnings.warn(f"batchjob.{name} is now batchjob.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+        name = _RENAMED[name]
+    if name not in _MODULES:
         raise AttributeError(f"module 'batchjob' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"batchjob.{_HOMES[name]}"), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,22 +1,25 @@
-"""The door for Python and for the command line: picks the pool, calls the driver."""
+"""Python API: pick the pool, call the driver. The command line calls the same functions."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from batchjob import system
 from batchjob.driver import driver
-from batchjob.driver.dispatcher import MakePool
 from batchjob.driver.existing_output import check_fingerprint
 from batchjob.driver.planner import check_columns, choose_shard_size, no_images_error
 from batchjob.driver.progress import NoProgress, ProgressReporter
 from batchjob.job.job import Job
-from batchjob.output import commit
+from batchjob.output.commit import list_parts
 from batchjob.plan.head import PlanHead, read_current_head
 from batchjob.pool.pool import Pool
+from batchjob.report import output_status
+from batchjob.report.output_status import OutputStatus
 from batchjob.report.run_result import PlanSummary, RunResult
 from batchjob.sources.listing import SMALL_INPUT_IMAGES, InputPreview, SourceListing, preview_listing
+from batchjob.storage.options import OptionsByPrefix
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import Store, open_store
 from batchjob.text import format_count
@@ -25,7 +28,7 @@ from batchjob.worker.messages import WorkerInfo, WorkerSetup
 if TYPE_CHECKING:
     from batchjob.inference.convert import ConversionOptions, ConversionResult
 
-__all__ = ["convert", "make_plan", "make_pool", "retry", "run", "validate"]
+__all__ = ["convert", "discard", "make_plan", "make_pool", "read_errors", "retry", "run", "status", "validate"]
 
 
 def run(
@@ -36,80 +39,103 @@ def run(
     repair: bool = False,
     progress: ProgressReporter | None = None,
 ) -> RunResult:
-    """Run a job to its end, resuming what was begun; a finished job is left as it is.
+    """Run a job to its end. Committed shards are not computed again; a finished job is left as it is.
 
     Args:
-        job: what to run, and whether on Ray or in this process (`runtime.pool`).
-        address: of a Ray cluster; else `RAY_ADDRESS`; else a Ray is started here for the time of the run.
-        allow_empty: an input without images makes one part of no rows, and is no error.
-        repair: parts that are gone from a finished output are made again, which else is an error.
-        progress: who is told how it goes; nobody by default.
+        job: The job; `runtime.pool` says whether it runs on Ray or in this process.
+        address: Address of a Ray cluster. None: `RAY_ADDRESS`, else a Ray that is started here and ends with the run.
+        allow_empty: Accept an input without images and write one part without rows. False: InvalidJob.
+        repair: Make parts again that are gone from a finished output. False: CheckFailed.
+        progress: Gets the progress of the run; None shows nothing.
+
+    Returns:
+        Counts, status and exit code of the run.
 
     Raises:
-        JobError: whatever ends the job before its sums; its class says which, and carries the exit code.
+        JobError: The run could not go on. The class says why, and holds the exit code.
     """
-    told = progress or NoProgress()
-    return driver.run(job, _pools(job, address), allow_empty=allow_empty, progress=told, repair=repair)
+    reporter = progress or NoProgress()
+    return driver.run(job, lambda: make_pool(job, address), allow_empty=allow_empty, progress=reporter, repair=repair)
 
 
 def retry(job: Job, *, address: str | None = None, progress: ProgressReporter | None = None) -> RunResult:
-    """Read the images again whose rows hold an error, as they are by now, and replace their rows; do what is missing.
+    """Read images with error rows again, and replace these rows; then do what a run has left undone.
 
-    `_SUCCESS` is gone from the first replaced part on until the last one. Rows that worked stay as they are. A retry
-    that was stopped goes on when it is called again, or is brought to its end by `run`, which retries no further row.
+    `_SUCCESS` is absent from the first replaced part to the last. Rows without an error stay as they are. A retry that
+    was stopped continues when it is called again; `run` finishes it too, but retries no further row.
 
     Args:
-        job: as it was run.
-        address: see `run`.
-        progress: see `run`.
+        job: The job, as it was run.
+        address: Address of a Ray cluster; see `run`.
+        progress: Gets the progress of the run; None shows nothing.
+
+    Returns:
+        Counts, status and exit code of the run.
 
     Raises:
-        InvalidJob: nothing has been run there yet.
-        JobError: see `run`.
+        InvalidJob: Nothing has been run there yet.
+        JobError: See `run`.
     """
-    return driver.run(job, _pools(job, address), allow_empty=True, progress=progress or NoProgress(), retry=True)
+    reporter = progress or NoProgress()
+    return driver.run(job, lambda: make_pool(job, address), allow_empty=True, progress=reporter, retry=True)
 
 
 def make_plan(job: Job, *, allow_empty: bool = False, progress: ProgressReporter | None = None) -> PlanSummary:
-    """Freeze a job's plan without running it; `run` then starts from it. Needs neither torch nor Ray.
+    """Freeze a job's plan without running it; `run` then starts from that plan. Loads neither torch nor Ray.
+
+    Args:
+        job: The job.
+        allow_empty: Accept an input without images. False: InvalidJob.
+        progress: Gets the progress of the listing; None shows nothing.
 
     Raises:
-        JobError: see `run`.
+        JobError: See `run`.
     """
     return driver.plan_only(job, allow_empty=allow_empty, progress=progress or NoProgress())
 
 
 def validate(job: Job) -> list[str]:
-    """Check a job as far as it goes without writing anything: input, model, labels, device, output. Lines for a person.
+    """Check a job without writing anything: input, model, labels, device, output.
+
+    Returns:
+        Lines of text for a person.
 
     Raises:
-        JobError: the first thing that does not hold; Temporary where the input is not there yet (`input.require`).
+        Temporary: The input is not there yet (`input.require`).
+        JobError: The first check that fails.
     """
     store = open_store(job.output.uri, job.storage)
     _, head = read_current_head(store)
     if head is not None:
         check_fingerprint(store, job, head)
         job = job.with_defaults(head.defaults)
-    source = SourceListing(job.input, Reader(job.storage), job.output.uri)
-    source.check_requirements()
-    check_columns(job, source)
-    seen = preview_listing(source, SMALL_INPUT_IMAGES)
-    if head is None and not seen.rows:
+    listing = SourceListing(job.input, Reader(job.storage), job.output.uri)
+    listing.check_requirements()
+    check_columns(job, listing)
+    preview = preview_listing(listing, SMALL_INPUT_IMAGES)
+    if head is None and not preview.rows:
         raise no_images_error(job)
-    loaded = _load(job, seen)
-    check_columns(job, source, loaded.columns)
+    worker = _load_worker(job, preview)
+    check_columns(job, listing, worker.columns)
     if head is None:
-        choose_shard_size(job, seen, 0, loaded.row_bytes)
+        choose_shard_size(job, preview, 0, worker.row_bytes)
     return [
-        f"input     {job.input.uri}: {'' if seen.complete else 'more than '}{format_count(seen.rows, 'image')}",
-        f"model     {loaded.model} on {loaded.device}, {loaded.precision}, in {loaded.seconds:.1f} s",
-        f"columns   {', '.join(loaded.columns)}",
-        f"output    {store.uri}: {_stand(store, head)}",
+        f"input     {job.input.uri}: {'' if preview.complete else 'more than '}{format_count(preview.rows, 'image')}",
+        f"model     {worker.model} on {worker.device}, {worker.precision}, in {worker.seconds:.1f} s",
+        f"columns   {', '.join(worker.columns)}",
+        f"output    {store.uri}: {_describe_output(store, head)}",
     ]
 
 
 def convert(job: Job, options: ConversionOptions) -> ConversionResult:
-    """Write a job's model as another format, compared with the original on the job's first images.
+    """Write a job's model as another format, and compare it with the original on the job's first images.
+
+    Args:
+        job: The job; its model is converted.
+        options: The format, the file, and the images to compare on.
+
+    Returns:
+        The file, how close its outputs are to the original's, and the throughput of both.
 
     Raises:
         InvalidJob: The model cannot be converted, a package is missing, or the file's folder does not exist.
@@ -122,43 +148,88 @@ def convert(job: Job, options: ConversionOptions) -> ConversionResult:
     return convert_model(job, options, preview_listing(listing, options.images).sample)
 
 
-def _load(job: Job, seen: InputPreview) -> WorkerInfo:
+def status(output: str, storage: OptionsByPrefix | None = None) -> OutputStatus:
+    """Look at an output: planned, committed and failed images. Loads neither torch nor Ray.
+
+    Args:
+        output: Path or URI of the output.
+        storage: Storage options by URI prefix, as in a job; none by default.
+
+    Raises:
+        InvalidJob: There is no plan, or one in a format that this version does not know.
+    """
+    return output_status.read_status(open_store(output, storage))
+
+
+def read_errors(output: str, storage: OptionsByPrefix | None = None) -> Iterator[dict[str, Any]]:
+    """Read the error rows of an output, in plan order. Loads neither torch nor Ray.
+
+    Args:
+        output: Path or URI of the output.
+        storage: Storage options by URI prefix, as in a job; none by default.
+
+    Returns:
+        Rows with `position`, `uri`, `error_stage`, `error_type` and `error_message`.
+
+    Raises:
+        InvalidJob: See `status`.
+    """
+    return output_status.read_errors(open_store(output, storage))
+
+
+def discard(output: str, storage: OptionsByPrefix | None = None) -> str:
+    """Discard the plan of an output and delete its parts, so that another job may write there.
+
+    Args:
+        output: Path or URI of the output.
+        storage: Storage options by URI prefix, as in a job; none by default.
+
+    Returns:
+        One sentence that names what was deleted.
+
+    Raises:
+        InvalidJob: There is no plan.
+        Temporary: A driver is at work there, or a stop signal came; call it again to finish.
+    """
+    return driver.discard(output, storage)
+
+
+def make_pool(job: Job, address: str | None) -> Pool:
+    """Make the pool that `runtime.pool` names.
+
+    Args:
+        job: The job.
+        address: Address of a Ray cluster; `local` starts a Ray here. None: `RAY_ADDRESS`, else a Ray started here.
+    """
+    # A pool brings torch or Ray. The driver makes it once it holds the lease and knows that there is work to do.
+    if job.runtime.pool == "local":
+        from batchjob.pool.local_pool import LocalPool
+
+        return LocalPool(_count_cores(job))
+    from batchjob.pool.ray_pool import RayPool
+
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    return RayPool(job, None if address == "local" else address)
+
+
+def _count_cores(job: Job) -> int:
+    cores = job.runtime.cpus_per_worker
+    return system.available_cores() if cores == "auto" else max(1, int(cores))
+
+
+def _load_worker(job: Job, preview: InputPreview) -> WorkerInfo:
     from batchjob.worker.worker import Worker
 
-    worker = Worker(
-        job, WorkerSetup(job.serialize(), str(job.folder), None, seen.sample, small_input_bytes=0), _cores(job)
-    )
+    setup = WorkerSetup(job.serialize(), str(job.folder), None, preview.sample, small_input_bytes=0)
+    worker = Worker(job, setup, _count_cores(job))
     try:
         return worker.load()
     finally:
         worker.close()
 
 
-def _stand(store: Store, head: PlanHead | None) -> str:
-    """What a run would find there."""
-    parts = len(commit.list_parts(store))
+def _describe_output(store: Store, head: PlanHead | None) -> str:
+    parts = len(list_parts(store))
     if head is not None:
         return f"plan {head.plan} of this job, {format_count(parts, 'part')} committed"
     return "to be planned" if not parts else f"to be planned, {format_count(parts, 'part')} of no plan in the way"
-
-
-def _pools(job: Job, address: str | None) -> MakePool:
-    """What makes the job's workers, on that cluster or where the environment says."""
-    where = address or os.environ.get("RAY_ADDRESS") or None
-    return lambda: make_pool(job, where)
-
-
-def make_pool(job: Job, address: str | None) -> Pool:
-    """The pool that `runtime.pool` asks for."""
-    if job.runtime.pool == "local":
-        from batchjob.pool.local_pool import LocalPool
-
-        return LocalPool(_cores(job))
-    from batchjob.pool.ray_pool import RayPool
-
-    return RayPool(job, None if address == "local" else address)
-
-
-def _cores(job: Job) -> int:
-    asked = job.runtime.cpus_per_worker
-    return system.available_cores() if asked == "auto" else max(1, int(asked))

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import re
 import traceback
+import warnings
 
 from batchjob.text import sanitize
 
@@ -269,3 +270,26 @@ def with_traceback(error: BatchjobError, trace: str) -> BatchjobError:
 def describe_error(error: BaseException) -> str:
     """Its type and its text in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+
+
+# Name of an earlier version -> name of today.
+_RENAMED = {
+    "Changed": "PreconditionFailed",
+    "Denied": "AccessDenied",
+    "ImageFault": "ImageError",
+    "Interrupted": "AttemptInterrupted",
+    "Refused": "AddressRefused",
+    "Stalled": "WorkerStalled",
+    "TooLarge": "ObjectTooLarge",
+    "Unaddressable": "UnaddressableKey",
+}
+
+
+def __getattr__(name: str) -> type[BatchjobError]:
+    """Return a class under the name that it had in an earlier version, with a warning."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module 'batchjob.errors' has no attribute {name!r}")
+    message = f"batchjob.errors.{name} is now batchjob.errors.{_RENAMED[name]}"
+    warnings.warn(message, DeprecationWarning, stacklevel=2)
+    renamed: type[BatchjobError] = globals()[_RENAMED[name]]
+    return renamed

@@ -1,24 +1,77 @@
-"""What `import batchjob` offers, pinned: a name that comes or goes is a decision, and stands in CHANGELOG.md."""
+"""Public names of `import batchjob`. Adding or removing one is a decision and stands in CHANGELOG.md."""
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import batchjob
+from batchjob import api, errors
 
-NAMES = {"Job", "JobError", "RunResult", "__version__", "retry", "run", "validate"}
+PUBLIC_NAMES = {
+    "Job",
+    "JobError",
+    "RunResult",
+    "__version__",
+    "discard",
+    "make_plan",
+    "read_errors",
+    "retry",
+    "run",
+    "status",
+    "validate",
+}
 
 
-def test_the_public_names_are_these() -> None:
-    assert set(batchjob.__all__) == NAMES
+def test_public_names_are_pinned() -> None:
+    assert set(batchjob.__all__) == PUBLIC_NAMES
     assert list(batchjob.__all__) == sorted(batchjob.__all__)
 
 
-def test_each_is_there() -> None:
+def test_every_public_name_exists() -> None:
     assert [name for name in batchjob.__all__ if getattr(batchjob, name, None) is None] == []
 
 
-def test_star_import_brings_them_and_nothing_heavy() -> None:
+def test_star_import_loads_neither_torch_nor_ray() -> None:
     code = "import sys; from batchjob import *; sys.exit(bool({'torch', 'torchvision', 'ray'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_outcome_is_a_deprecated_name_of_run_result() -> None:
+    with pytest.warns(DeprecationWarning, match=r"batchjob\.Outcome is now batchjob\.RunResult") as warned:
+        assert batchjob.Outcome is batchjob.RunResult
+    assert Path(warned[0].filename) == Path(__file__)
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = batchjob.Nothing
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("Changed", errors.PreconditionFailed),
+        ("Denied", errors.AccessDenied),
+        ("ImageFault", errors.ImageError),
+        ("Interrupted", errors.AttemptInterrupted),
+        ("Refused", errors.AddressRefused),
+        ("Stalled", errors.WorkerStalled),
+        ("TooLarge", errors.ObjectTooLarge),
+        ("Unaddressable", errors.UnaddressableKey),
+    ],
+)
+def test_renamed_exceptions_keep_a_deprecated_name(old: str, new: type[Exception]) -> None:
+    with pytest.warns(DeprecationWarning, match=rf"batchjob\.errors\.{old} is now batchjob\.errors\.{new.__name__}"):
+        assert getattr(errors, old) is new
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = errors.Nothing
+
+
+def test_launch_is_a_deprecated_name_of_api() -> None:
+    sys.modules.pop("batchjob.launch", None)
+    with pytest.warns(DeprecationWarning, match=r"batchjob\.launch is now batchjob\.api"):
+        launch = importlib.import_module("batchjob.launch")
+    assert (launch.run, launch.retry, launch.validate) == (api.run, api.retry, api.validate)
+    assert launch.plan is api.make_plan

@@ -1,4 +1,4 @@
-"""What commands take: their arguments and options, and the job or the output that these name."""
+"""Arguments and options of the commands, and the job or output that they name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = [
     "AllowEmpty",
     "AsJson",
-    "ConversionFormat",
     "Endpoint",
     "JobFile",
     "OutputOrJobFile",
@@ -29,13 +28,14 @@ __all__ = [
     "RayAddress",
     "Region",
     "RunPool",
+    "TargetFormat",
     "read_job",
     "resolve_output",
 ]
 
 
-class ConversionFormat(StrEnum):
-    """What `convert` writes."""
+class TargetFormat(StrEnum):
+    """Formats that `convert --to` writes."""
 
     onnx = "onnx"
     exported = "exported"
@@ -47,7 +47,7 @@ class ConversionFormat(StrEnum):
 
 
 class PoolName(StrEnum):
-    """What `runtime.pool` may be."""
+    """Values of `runtime.pool`."""
 
     ray = "ray"
     local = "local"
@@ -72,25 +72,47 @@ Endpoint = Annotated[str | None, typer.Option(help="URL of an S3 server other th
 Region = Annotated[str | None, typer.Option(help="Region of the store, where OUT is a URI.")]
 
 
-def read_job(job: str, params: Sequence[str] | None, overrides: Sequence[str] | None) -> Job:
-    """The job of a file as it was typed. Raises BadParameter, InvalidJob."""
+def read_job(path: str, params: Sequence[str] | None, overrides: Sequence[str] | None) -> Job:
+    """Read a job file with the parameters and overrides of the command line.
+
+    Args:
+        path: Path of the job file.
+        params: `name=value`, one for each `-p`.
+        overrides: `section.key=value`.
+
+    Raises:
+        BadParameter: A parameter has no `=` or is given twice.
+        InvalidJob: The job file is not there, or has faults.
+    """
     from batchjob.job.job import Job
 
-    given: dict[str, str] = {}
+    values: dict[str, str] = {}
     for param in params or ():
         name, equals, value = param.partition("=")
         if not equals or not name:
             raise typer.BadParameter(f"{param!r} is no parameter; write -p name=value")
-        if name in given:
+        if name in values:
             raise typer.BadParameter(f"-p {name}=… is given twice; keep one")
-        given[name] = value
-    return Job.from_file(job, given, overrides or ())
+        values[name] = value
+    return Job.from_file(path, values, overrides or ())
 
 
 def resolve_output(
     where: str, params: Sequence[str] | None, overrides: Sequence[str] | None, endpoint: str | None, region: str | None
 ) -> tuple[str, OptionsByPrefix]:
-    """The output's URI and storage options, from a job file or as typed."""
+    """Find the URI and the storage options of an output.
+
+    Args:
+        where: Path or URI of an output, or path of the job file that writes it.
+        params: Parameters of the job file.
+        overrides: Overrides of the job file.
+        endpoint: URL of an S3 server; used where `where` is a URI.
+        region: Region of the store; likewise.
+
+    Raises:
+        BadParameter: Parameters or overrides are given and `where` is no job file.
+        InvalidJob: The job file is not there, or has faults.
+    """
     if where.endswith((".yaml", ".yml")) and not Path(where).exists() and "://" not in where:
         raise InvalidJob(f"{where}: no such file; name a job file, or an output's folder or URI")
     if where.endswith((".yaml", ".yml")) and Path(where).is_file():

@@ -15,7 +15,7 @@ from batchjob.errors import Temporary, Unavailable
 from batchjob.storage.outage import Outage
 from batchjob.storage.store import Store
 
-__all__ = ["TICK_SECONDS", "ControlLoop", "StopSignals", "acquire_lease", "ignore_stop_signals"]
+__all__ = ["TICK_SECONDS", "ControlLoop", "StopSignals", "acquire_lease"]
 
 T = TypeVar("T")
 TICK_SECONDS = 0.2
@@ -183,9 +183,3 @@ class StopSignals:
         if self.requested.is_set():
             raise Temporary("stopped at once on the second signal; the same command resumes")
         self.requested.set()
-
-
-def ignore_stop_signals() -> None:
-    """Ignore the two signals from now on: all is done and said, and the exit code is to say the same."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

@@ -49,6 +49,7 @@ IMPORTS: dict[str, list[str]] = {
         *("inference", "worker", "pool", "report", "driver", "user_code"),
     ],
     "cli": ["api", "bench", "deploy", "report", "inference.convert", "job", "driver.progress", "storage", "user_code"],
+    "launch": ["api"],
     "__init__": ["api", "job", "report"],
     "__main__": ["cli"],
 }

@@ -1,0 +1,112 @@
+"""Result of a command: text for people on stderr, one JSON object on the last line of stdout, and the exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from batchjob.errors import BatchjobError, Temporary
+from batchjob.report.run_result import RunResult
+from batchjob.text import sanitize
+
+if TYPE_CHECKING:
+    from batchjob.driver.progress import ProgressReporter
+    from batchjob.job.job import Job
+
+__all__ = ["UsageError", "before_result", "print_text", "report_query", "report_run"]
+
+# What click raises for a wrong command line. Newer typers carry their own click and do not export this class.
+UsageError: type[Any] = typer.BadParameter.__base__ or typer.BadParameter
+# Called before the result of a run is printed. A process that ends with the command ignores stop signals from there on.
+before_result: list[Callable[[], None]] = []
+
+
+def report_run(
+    work: Callable[[Job, ProgressReporter], RunResult], read_job: Callable[[], Job], as_json: bool, quiet: bool
+) -> int:
+    """Run a job and print its result.
+
+    Args:
+        work: Runs the job.
+        read_job: Reads the job.
+        as_json: True prints the result as JSON on stdout too.
+        quiet: True shows no progress.
+
+    Returns:
+        The exit code.
+    """
+    from batchjob.driver.progress import pick_progress
+
+    started, output = time.monotonic(), None
+    try:
+        job = read_job()
+        output = job.output.uri
+        result = work(job, pick_progress(quiet))
+    except UsageError:
+        raise
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # explained, and turned into an exit code
+        _call_before_result()
+        _print_error(error)
+        result = RunResult.from_error(error, output, time.monotonic() - started)
+    else:
+        _call_before_result()
+        print_text(result.to_text())
+    if as_json:
+        print(result.to_json(), flush=True)
+    return result.exit_code
+
+
+def report_query(work: Callable[[], tuple[Mapping[str, Any], Iterable[str]]], as_json: bool) -> int:
+    """Do `work` and print its answer.
+
+    Args:
+        work: Returns the answer as a JSON object and as lines of text.
+        as_json: True prints the object on stdout, False the lines on stderr.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        answer, lines = work()
+    except (UsageError, BrokenPipeError):
+        raise
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # explained, and turned into an exit code
+        if isinstance(error, KeyboardInterrupt):
+            error = Temporary("interrupted; nothing is lost, the same command begins again")
+        _print_error(error)
+        result = RunResult.from_error(error)
+        if as_json:
+            failure = {"status": result.status, "exit_code": result.exit_code, "message": result.message}
+            print(json.dumps(failure), flush=True)
+        return result.exit_code
+    if as_json:
+        print(json.dumps({**answer, "exit_code": 0}, default=str), flush=True)
+    else:
+        for line in lines:
+            print_text(line)
+    return 0
+
+
+def print_text(text: str) -> None:
+    """Print text for people on stderr, without secrets and terminal controls; nothing where it is empty."""
+    if text:
+        print(sanitize(text), file=sys.stderr, flush=True)
+
+
+def _call_before_result() -> None:
+    for call in before_result:
+        call()
+
+
+def _print_error(error: BaseException) -> None:
+    if isinstance(error, BatchjobError | KeyboardInterrupt):
+        print_text(RunResult.from_error(error).message)
+        print_text("\n".join(getattr(error, "__notes__", ())))  # a crashed worker's traceback
+    else:
+        print_text("".join(traceback.format_exception(error)).rstrip())

@@ -1,0 +1,90 @@
+"""Commands that look at an output or delete it: status, errors, discard."""
+
+# Commands import what they do inside their functions, so that --help and usage errors answer at once.
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from itertools import islice
+from typing import Annotated, Any
+
+import typer
+
+from batchjob.cli.command_result import print_text, report_query
+from batchjob.cli.options import AsJson, Endpoint, OutputOrJobFile, Overrides, Params, Region, resolve_output
+from batchjob.text import format_count
+
+__all__ = ["discard", "errors", "status"]
+
+
+def status(
+    where: OutputOrJobFile,
+    overrides: Overrides = None,
+    param: Params = None,
+    endpoint: Endpoint = None,
+    region: Region = None,
+    as_json: AsJson = False,
+) -> int:
+    """Say what an output holds: planned, committed and failed images, and whether it is complete."""
+
+    def work() -> tuple[dict[str, Any], list[str]]:
+        from batchjob import api
+
+        found = api.status(*resolve_output(where, param, overrides, endpoint, region))
+        return asdict(found), found.lines()
+
+    return report_query(work, as_json)
+
+
+def errors(
+    where: OutputOrJobFile,
+    overrides: Overrides = None,
+    param: Params = None,
+    limit: Annotated[int, typer.Option(min=0, help="Error rows to show; 0 shows all.")] = 20,
+    endpoint: Endpoint = None,
+    region: Region = None,
+    as_json: AsJson = False,
+) -> int:
+    """List the images that failed, and why. With --json a line each, and the counts last."""
+
+    def work() -> tuple[dict[str, Any], list[str]]:
+        from batchjob.report.output_status import count_errors, read_errors
+        from batchjob.storage.store import open_store
+
+        store = open_store(*resolve_output(where, param, overrides, endpoint, region))
+        for row in islice(read_errors(store), limit or None):
+            if as_json:
+                print(json.dumps(row, default=str))
+            else:
+                line = f"{row['uri']}: {row['error_stage']}/{row['error_type']}: {row['error_message']}"
+                print_text(line.replace("\n", "\\n"))
+        counts = count_errors(store)
+        total = format_count(counts.total, "error row")
+        by_type = ", ".join(f"{kind} {count:,}" for kind, count in counts.by_type.items())
+        return {"output": store.uri, **asdict(counts)}, [f"{total}: {by_type}" if by_type else total]
+
+    return report_query(work, as_json)
+
+
+def discard(
+    where: OutputOrJobFile,
+    overrides: Overrides = None,
+    param: Params = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Really delete.")] = False,
+    endpoint: Endpoint = None,
+    region: Region = None,
+    as_json: AsJson = False,
+) -> int:
+    """Delete an output's rows and bury its plan, so that another job may write there. Needs --yes."""
+
+    def work() -> tuple[dict[str, Any], list[str]]:
+        uri, options = resolve_output(where, param, overrides, endpoint, region)
+        if not yes:
+            raise typer.BadParameter(f"this deletes every row in {uri}; add --yes to do so")
+        from batchjob import api
+
+        message = api.discard(uri, options)
+        return {"status": "discarded", "output": uri, "message": message}, [message]
+
+    return report_query(work, as_json)
