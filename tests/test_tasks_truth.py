@@ -36,19 +36,19 @@ ANIMALS = ("cat", "dog", "fish")
 def tallied(task: Any, output: torch.Tensor, truths: dict[str, Any], cuts: Sequence[int] = ()) -> dict[str, Any]:
     """The summary of rows that were counted in pieces and added up, as JSON gives it back."""
     post = task.build_postprocess(output[:1].repeat(EXAMPLE_ROWS, *[1] * (output.ndim - 1)), None, READER, BASE)
-    assert post.truths == task.truths
+    assert post.truth_columns == task.truth_columns
     tensors = post.on_device(output)
     columns = pa.Table.from_arrays(post.columns(tensors, []), schema=pa.schema(post.fields))
-    good = [fault is None for fault in post.faults(tensors)]
+    good = [fault is None for fault in post.find_errors(tensors)]
     sums: Counter[str] = Counter()
     edges = [0, *cuts, len(output)]
     for name, values in truths.items():
         columns = columns.append_column(name, values if isinstance(values, pa.Array) else pa.array(values))
     for start, end in pairwise(edges):
         rows = columns.slice(start, end - start).filter(pa.array(good[start:end], pa.bool_()))
-        found = post.tally(rows.combine_chunks().to_batches()[0] if rows.num_rows else empty(rows.schema))
+        found = post.sum_metrics(rows.combine_chunks().to_batches()[0] if rows.num_rows else empty(rows.schema))
         sums.update(json.loads(json.dumps(found)))
-    summary: dict[str, Any] = json.loads(json.dumps(task.summary(sums), allow_nan=False))
+    summary: dict[str, Any] = json.loads(json.dumps(task.compute_metrics(sums), allow_nan=False))
     return summary
 
 
