@@ -283,7 +283,7 @@ def alive(processes: set[tuple[int, int]]) -> set[tuple[int, int]]:
 
 def actors(command: Command) -> set[tuple[int, int]]:
     """The command's Ray workers."""
-    return {(pid, born) for pid, born in descendants(command.pid) if "ray::_Worker" in title(pid)}
+    return {(pid, born) for pid, born in descendants(command.pid) if "ray::RayWorker" in title(pid)}
 
 
 def title(pid: int) -> str:

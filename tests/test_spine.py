@@ -199,7 +199,7 @@ def ray_workers(driver: int) -> list[int]:
                 parents = _ancestors(int(entry.name))
             except OSError:
                 continue
-            if title.startswith(b"ray::_Worker") and driver in parents:
+            if title.startswith(b"ray::RayWorker") and driver in parents:
                 found.append(int(entry.name))
     return found
 

@@ -42,7 +42,7 @@ class Head:
 
     def workers(self, job: str) -> set[tuple[int, int]]:
         """Processes of this job's actors: their working directory is a copy of the job's folder."""
-        actors = {(pid, born) for pid, born in descendants(self.pid) if "ray::_Worker" in title(pid)}
+        actors = {(pid, born) for pid, born in descendants(self.pid) if "ray::RayWorker" in title(pid)}
         return {(pid, born) for pid, born in actors if Path(f"/proc/{pid}/cwd", mark(job)).exists()}
 
 

@@ -48,7 +48,7 @@ class Machines:
     def actors(self) -> list[int]:
         """The workers that run now."""
         below = {pid for node in self.nodes for pid, _ in descendants(self.raylet(node))}
-        return sorted(pid for pid in below if "ray::_Worker" in title(pid))
+        return sorted(pid for pid in below if "ray::RayWorker" in title(pid))
 
     def loaders(self) -> list[int]:
         """Their loader processes: children of the fork server, which is a child of the worker."""

@@ -95,7 +95,7 @@ class AtOnce:
             future.set_exception(error)
         return future
 
-    def leave(self) -> None:
+    def shutdown(self) -> None:
         pass
 
 
