@@ -17,7 +17,8 @@ from batchjob.plan.head import PlanHead, read_current_head
 from batchjob.pool.pool import Pool
 from batchjob.report import output_status
 from batchjob.report.output_status import OutputStatus
-from batchjob.report.run_result import PlanSummary, RunResult
+from batchjob.report.plan_summary import PlanSummary
+from batchjob.report.run_result import RunResult
 from batchjob.sources.listing import SMALL_INPUT_IMAGES, InputPreview, SourceListing, preview_listing
 from batchjob.storage.options import OptionsByPrefix
 from batchjob.storage.reader import Reader
@@ -91,7 +92,7 @@ def make_plan(job: Job, *, allow_empty: bool = False, progress: ProgressReporter
     Raises:
         JobError: See `run`.
     """
-    return driver.plan_only(job, allow_empty=allow_empty, progress=progress or NoProgress())
+    return driver.make_plan(job, allow_empty=allow_empty, progress=progress or NoProgress())
 
 
 def validate(job: Job) -> list[str]:

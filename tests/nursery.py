@@ -288,7 +288,7 @@ def _set_clocks(silence: float | None) -> None:
 
     acquire: Any = Lease.acquire
     if silence is not None:
-        acquire.__func__.__kwdefaults__["silence"] = silence
+        acquire.__func__.__kwdefaults__["expiry_seconds"] = silence
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pools import (
+from scripted_pool import (
     LOADED,
     Act,
     ScriptedPool,
@@ -512,7 +512,7 @@ def test_nobody_discards_or_plans_under_a_driver_at_work(tmp_path: Path, out: Pa
         with pytest.raises(Temporary, match="another driver"):
             driver.discard(str(out))
         with pytest.raises(Temporary, match="another driver"):
-            driver.plan_only(the, allow_empty=False, progress=NoProgress())
+            driver.make_plan(the, allow_empty=False, progress=NoProgress())
         with pytest.raises(Temporary, match="another driver"):
             run(the)
     finally:
@@ -555,7 +555,7 @@ def test_a_plan_that_another_job_froze_meanwhile_is_not_taken_for_ours(
     def waking() -> Iterator[WorkerEvent | None]:
         for path in out.glob("_batchjob/lease/*.json"):
             path.unlink()
-        driver.plan_only(other, allow_empty=False, progress=NoProgress())
+        driver.make_plan(other, allow_empty=False, progress=NoProgress())
         yield WorkerReady("0", LOADED)
 
     pool = ScriptedPool(ready=waking())
@@ -838,7 +838,7 @@ def test_a_plan_that_was_cut_short_is_written_to_its_end(
 ) -> None:
     monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 4)
     the = job(tmp_path, TWELVE)
-    made = driver.plan_only(the, allow_empty=False, progress=NoProgress())
+    made = driver.make_plan(the, allow_empty=False, progress=NoProgress())
     for chunk in sorted(out.glob("_batchjob/plans/0000/chunk-*"))[left:]:
         chunk.unlink()
     assert run(the, ScriptedPool()).status == "complete"
@@ -906,10 +906,10 @@ def test_model_code_that_is_missing_is_said_before_any_worker_starts(tmp_path: P
 
 def test_a_plan_is_frozen_without_workers_and_run_later(tmp_path: Path, out: Path) -> None:
     the = job(tmp_path, TWELVE)
-    made = driver.plan_only(the, allow_empty=False, progress=NoProgress())
+    made = driver.make_plan(the, allow_empty=False, progress=NoProgress())
     assert (made.images, made.shards, made.shard_size, made.output) == (12, 6, 2, str(out))
     assert not (out / "predictions").exists()
-    again = driver.plan_only(the, allow_empty=False, progress=NoProgress())
+    again = driver.make_plan(the, allow_empty=False, progress=NoProgress())
     assert (again.plan, again.images, again.shards) == (made.plan, 12, 6)
     assert run(job(tmp_path, ["later.png"]), ScriptedPool()).planned == 12
     assert success(out)["plan"] == made.plan
@@ -918,7 +918,7 @@ def test_a_plan_is_frozen_without_workers_and_run_later(tmp_path: Path, out: Pat
 def test_a_plan_of_many_chunks_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 4)
     heard = Heard()
-    made = driver.plan_only(job(tmp_path, [*TWELVE, "last.png"]), allow_empty=False, progress=heard)
+    made = driver.make_plan(job(tmp_path, [*TWELVE, "last.png"]), allow_empty=False, progress=heard)
     assert (made.images, made.shards) == (13, 7)
     assert (heard.total, heard.final) == (13, True)
 
@@ -928,24 +928,24 @@ def test_a_signal_ends_planning(tmp_path: Path, out: Path, monkeypatch: pytest.M
     heard, the = Heard(), job(tmp_path, [f"{number:03}.png" for number in range(100)])
     monkeypatch.setattr(heard, "set_planned", lambda n, final: term() if n == 2 else None)
     with pytest.raises(Temporary, match="stopped by a signal"):
-        driver.plan_only(the, allow_empty=False, progress=heard)
+        driver.make_plan(the, allow_empty=False, progress=heard)
     assert len(list(out.glob("_batchjob/plans/0000/chunk-*"))) < 50
-    assert driver.plan_only(the, allow_empty=False, progress=NoProgress()).images == 100
+    assert driver.make_plan(the, allow_empty=False, progress=NoProgress()).images == 100
 
 
 def test_planning_is_seen_to_begin_and_to_end(tmp_path: Path) -> None:
     heard = Heard()
-    driver.plan_only(job(tmp_path, TWELVE), allow_empty=False, progress=heard)
+    driver.make_plan(job(tmp_path, TWELVE), allow_empty=False, progress=heard)
     assert (heard.started, heard.stopped) == (True, True)
 
 
 def test_planning_refuses_what_a_run_refuses(tmp_path: Path, out: Path) -> None:
     with pytest.raises(InvalidJob, match="no images there"):
-        driver.plan_only(job(tmp_path, []), allow_empty=False, progress=NoProgress())
-    made = driver.plan_only(job(tmp_path, []), allow_empty=True, progress=NoProgress())
+        driver.make_plan(job(tmp_path, []), allow_empty=False, progress=NoProgress())
+    made = driver.make_plan(job(tmp_path, []), allow_empty=True, progress=NoProgress())
     assert (made.images, made.shards) == (0, 1)
     with pytest.raises(InvalidJob, match="belongs to another job"):
-        driver.plan_only(
+        driver.make_plan(
             job(tmp_path, [], task={"type": "embedding", "normalize": True}), allow_empty=True, progress=NoProgress()
         )
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from commands import table
 from lost import ASSERT, ECC, write_harmful_job
-from pools import job
+from scripted_pool import job
 
 from batchjob import Job, run
 from batchjob.errors import AttemptFailed, BatchjobError, DeviceFault, InvalidJob, Unavailable, as_crash_error

@@ -15,7 +15,7 @@ from seaweed import Seaweed
 from stores import Fault, Killed, MemoryStore
 
 import batchjob
-from batchjob.driver.driver import plan_only
+from batchjob.driver.driver import make_plan
 from batchjob.driver.progress import NoProgress
 from batchjob.errors import InvalidJob, NotFound, Unavailable
 from batchjob.job.fingerprint import diff_fingerprints
@@ -564,7 +564,7 @@ def planned(tmp_path: Path, **model: object) -> str:
             "output": {"uri": str(tmp_path / "out")},
         }
     )
-    return plan_only(job, allow_empty=False, progress=NoProgress()).plan
+    return make_plan(job, allow_empty=False, progress=NoProgress()).plan
 
 
 def test_another_job_is_told_what_differs_before_anything_else(tmp_path: Path) -> None:

@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pools
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import scripted_pool
 from commands import footers, opened, table
 from faulty import LOSE_ANSWER, Reply, between
 from nursery import Nursery
 from PIL import Image
-from pools import Act, ScriptedPool, fail, fail_after_commit, slow, twice
+from scripted_pool import Act, ScriptedPool, fail, fail_after_commit, slow, twice
 from seaweed import Seaweed
 from stores import Fault, MemoryStore
 
@@ -420,7 +420,7 @@ def scripted(the: batchjob.Job, script: Mapping[int, Sequence[Act]] = {}, *, ret
 def six(tmp_path: Path) -> batchjob.Job:
     """A job of six shards that has run; the first and the fourth hold an error."""
     names = [f"{number:03}{'bad' if number in {1, 6} else ''}.png" for number in range(12)]
-    the = pools.job(tmp_path, names, errors={"max_rate": 0.5})
+    the = scripted_pool.job(tmp_path, names, errors={"max_rate": 0.5})
     assert scripted(the, retry=False).failed == 2
     return the
 

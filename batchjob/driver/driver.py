@@ -10,13 +10,13 @@ from functools import partial
 from batchjob.driver.control_loop import TICK_SECONDS, ControlLoop, StopSignals, acquire_lease
 from batchjob.driver.dispatcher import Dispatcher, MakePool
 from batchjob.driver.existing_output import (
-    _already_complete,
-    _as_planned,
-    _bury,
-    _leftovers,
-    _nothing_planned,
-    _something_to_discard,
+    apply_plan_defaults,
     delete_stale_parts,
+    discard_current_plan,
+    find_finished_result,
+    find_plan_to_discard,
+    list_stale_parts,
+    raise_nothing_to_retry,
 )
 from batchjob.driver.finalize import RunSummary, finalize_run
 from batchjob.driver.plan_prefetcher import PlanPrefetcher
@@ -29,7 +29,8 @@ from batchjob.output import commit
 from batchjob.output.success import delete_success, read_success
 from batchjob.plan import reader
 from batchjob.plan.head import PlanHead, read_current_head
-from batchjob.report.run_result import PlanSummary, RunResult
+from batchjob.report.plan_summary import PlanSummary
+from batchjob.report.run_result import RunResult
 from batchjob.sources.listing import DEFAULT_IMAGE_BYTES, SMALL_INPUT_IMAGES, InputPreview
 from batchjob.storage.objects import ObjectInfo
 from batchjob.storage.options import OptionsByPrefix
@@ -37,7 +38,7 @@ from batchjob.storage.store import Store, open_store
 from batchjob.text import format_count
 from batchjob.worker.messages import WorkerSetup
 
-__all__ = ["discard", "plan_only", "run"]
+__all__ = ["discard", "make_plan", "run"]
 
 _MAX_WAITING_SHARDS = 10_000
 
@@ -66,7 +67,7 @@ def run(
     """
     began = time.monotonic()
     store = open_store(job.output.uri, job.storage)
-    if (outcome := _already_complete(store, job, repair, retry)) is not None:
+    if (outcome := find_finished_result(store, job, repair, retry)) is not None:
         return outcome
     with _in_control(store, progress, job.errors.outage_seconds) as turns:
         session = _Driver(job, _patient(job), turns, make_pool, progress, retry)
@@ -78,7 +79,7 @@ def run(
             raise
 
 
-def plan_only(job: Job, *, allow_empty: bool, progress: ProgressReporter) -> PlanSummary:
+def make_plan(job: Job, *, allow_empty: bool, progress: ProgressReporter) -> PlanSummary:
     """Freeze a job's plan without running it.
 
     Raises:
@@ -89,7 +90,7 @@ def plan_only(job: Job, *, allow_empty: bool, progress: ProgressReporter) -> Pla
     with _in_control(store, progress, job.errors.outage_seconds) as turns:
         store = _patient(job)
         number, head = turns.run_blocking(lambda: read_current_head(store))
-        planning = Planner(_as_planned(job, store, head), store, turns, progress.note)
+        planning = Planner(apply_plan_defaults(job, store, head), store, turns, progress.note)
         progress.start(None)
         try:
             if head is None:
@@ -111,12 +112,12 @@ def discard(uri: str, options: OptionsByPrefix | None = None, progress: Progress
         InvalidJob: there is no plan.
     """
     store = open_store(uri, options)
-    _something_to_discard(store)  # before the lease leaves a trace in a folder that is not ours
+    find_plan_to_discard(store)  # before the lease leaves a trace in a folder that is not ours
     with _in_control(store, progress) as turns:
-        _, head = turns.run_blocking(lambda: _something_to_discard(store))
+        _, head = turns.run_blocking(lambda: find_plan_to_discard(store))
         turns.confirm_lease()  # who was stopped for long would bury what another driver has finished since
-        turns.run_blocking(lambda: _bury(store, head))
-        leftovers = turns.run_blocking(lambda: _leftovers(store))
+        turns.run_blocking(lambda: discard_current_plan(store, head))
+        leftovers = turns.run_blocking(lambda: list_stale_parts(store))
         deleted = commit.delete_objects(store, leftovers, turns.heartbeat)
     name = f"plan {head.plan} (number {head.number})" if head else "an earlier plan's leftovers"
     return f"{store.uri}: discarded {name}, deleted {format_count(deleted, 'part')}"
@@ -164,7 +165,7 @@ class _Driver:
             store, turns.heartbeat, retry
         )  # before the look at the plan: what it finds is of no later one
         self._number, self._resumed = turns.run_blocking(lambda: read_current_head(store))
-        self._job = _as_planned(job, store, self._resumed)
+        self._job = apply_plan_defaults(job, store, self._resumed)
         self._store, self._turns, self._progress = store, turns, progress
         self._planning = Planner(self._job, store, turns, progress.note)
         self._dispatch = Dispatcher(job.errors.attempts, make_pool, progress, self._books.record_commit)
@@ -186,7 +187,9 @@ class _Driver:
         """Plan or resume, and do every shard that is left; the plan's head."""
         self._progress.start(None)
         try:
-            head = self._resumed or (_nothing_planned(self._store) if self._retry else self._new_plan(allow_empty))
+            head = self._resumed or (
+                raise_nothing_to_retry(self._store) if self._retry else self._new_plan(allow_empty)
+            )
             if self._resumed:
                 self._look_back(head, repair)
             feeder = PlanPrefetcher(self._planning.iter_chunks(head))

@@ -30,7 +30,7 @@ def delete_stale_parts(store: Store, names: Iterable[str], heartbeat: Heartbeat 
         CheckFailed: one is of no such plan; nothing is deleted then.
         Temporary: likewise, but it is of the plan that is in force by now.
     """
-    found = {key: made.plan for key, made in _footers(store, names, heartbeat) if made is not None}
+    found = {key: made.plan for key, made in read_present_footers(store, names, heartbeat) if made is not None}
     plans = sorted(set(found.values()))
     buried = dict(
         zip(plans, parallel_map(lambda name: is_plan_id_discarded(store, name), plans, heartbeat), strict=True)
@@ -48,11 +48,13 @@ def delete_stale_parts(store: Store, names: Iterable[str], heartbeat: Heartbeat 
 
 def are_stale_parts(store: Store, names: Iterable[str]) -> bool:
     """Whether all of these are parts of discarded plans. Raises CheckFailed where one was not written by batchjob."""
-    found = [made.plan for _, made in _footers(store, names, lambda: None) if made is not None]
+    found = [made.plan for _, made in read_present_footers(store, names, lambda: None) if made is not None]
     return all(is_plan_id_discarded(store, name) for name in sorted(set(found)))
 
 
-def _footers(store: Store, names: Iterable[str], beat: Heartbeat) -> Iterator[tuple[str, PartFooter | None]]:
+def read_present_footers(
+    store: Store, names: Iterable[str], beat: Heartbeat
+) -> Iterator[tuple[str, PartFooter | None]]:
     """The footers of these parts; None of one that is gone."""
 
     def look(key: str) -> tuple[str, PartFooter | None]:
@@ -64,13 +66,13 @@ def _footers(store: Store, names: Iterable[str], beat: Heartbeat) -> Iterator[tu
     return parallel_map(look, sorted(names), beat)
 
 
-def _bury(store: Store, head: PlanHead | None) -> None:
+def discard_current_plan(store: Store, head: PlanHead | None) -> None:
     if head is not None:
         discard_plan(store, head)
     delete_orphaned_success(store, lambda: read_current_head(store)[1] is None)  # else it is the next plan's by now
 
 
-def _leftovers(store: Store) -> list[str]:
+def list_stale_parts(store: Store) -> list[str]:
     """Parts of discarded plans only: what lay there before a look showed that no plan is in force.
 
     Raises:
@@ -83,7 +85,7 @@ def _leftovers(store: Store) -> list[str]:
     return list(found)
 
 
-def _something_to_discard(store: Store) -> tuple[int, PlanHead | None]:
+def find_plan_to_discard(store: Store) -> tuple[int, PlanHead | None]:
     """The plan in force, or what a discard that was cut short has left. Raises InvalidJob where there is neither."""
     number, head = read_current_head(store)
     if head is None and not (number and commit.list_parts(store)):
@@ -91,7 +93,7 @@ def _something_to_discard(store: Store) -> tuple[int, PlanHead | None]:
     return number, head
 
 
-def _already_complete(store: Store, job: Job, repair: bool, retry: bool) -> RunResult | None:
+def find_finished_result(store: Store, job: Job, repair: bool, retry: bool) -> RunResult | None:
     """The outcome of a finished output of this very job, without lease, model or PUT. None where there is work to do.
 
     Raises:
@@ -100,7 +102,7 @@ def _already_complete(store: Store, job: Job, repair: bool, retry: bool) -> RunR
     """
     _, head = read_current_head(store)
     if head is None:
-        return _nothing_planned(store) if retry else None
+        return raise_nothing_to_retry(store) if retry else None
     check_fingerprint(store, job, head)
     success = read_success(store)
     if success is None or success[0].get("plan") != head.plan:
@@ -124,7 +126,7 @@ def _already_complete(store: Store, job: Job, repair: bool, retry: bool) -> RunR
     return RunResult("already_complete", *sums, output=store.uri, message=said, truth=facts.get("truth", {}))
 
 
-def _nothing_planned(store: Store) -> NoReturn:
+def raise_nothing_to_retry(store: Store) -> NoReturn:
     raise InvalidJob(f"{store.uri}: nothing has been run there yet, so there is nothing to retry; `batchjob run` first")
 
 
@@ -137,7 +139,7 @@ def _are_retried(store: Store, head: PlanHead, names: Iterable[str]) -> bool:
         return False
 
 
-def _as_planned(job: Job, store: Store, head: PlanHead | None) -> Job:
+def apply_plan_defaults(job: Job, store: Store, head: PlanHead | None) -> Job:
     """The job with the defaults of the plan that it resumes. Raises InvalidJob where that is another job's."""
     if head is None:
         return job

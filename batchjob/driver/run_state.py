@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from batchjob.concurrency import run_in_background
-from batchjob.driver.existing_output import Heartbeat, _footers, delete_stale_parts
+from batchjob.driver.existing_output import Heartbeat, delete_stale_parts, read_present_footers
 from batchjob.job.runtime import ErrorBudget
 from batchjob.output.commit import list_parts as parts_of_commit
 from batchjob.output.provenance import PartFooter, ShardResult
@@ -54,7 +54,7 @@ class RunState:
         Raises:
             CheckFailed: a part was not written by batchjob.
         """
-        for key, made in _footers(self._store, self._there, heartbeat):
+        for key, made in read_present_footers(self._store, self._there, heartbeat):
             if made is not None and made.plan == head.plan:
                 self.existing_parts[key] = made.compact(), self._there[key].etag
                 self._count(made)

@@ -1,4 +1,4 @@
-"""What an output holds, for `status` and `errors`: plan, parts, `_SUCCESS` and lease, without torch or Ray."""
+"""Contents of an output, read without torch or Ray for `batchjob status` and `batchjob errors`."""
 
 from __future__ import annotations
 
@@ -8,27 +8,36 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchjob.errors import InvalidJob
-from batchjob.output import commit
-from batchjob.output.error_rows import read_error_rows as error_rows_of_error_rows
+from batchjob.output.commit import list_parts, read_footers
+from batchjob.output.error_rows import read_error_rows
 from batchjob.output.success import find_part_mismatches, read_success
-from batchjob.plan.chunks import read_chunks as chunks_of_chunks
+from batchjob.plan.chunks import read_chunks
 from batchjob.plan.head import PlanHead, read_current_head
 from batchjob.storage.store import Store
 from batchjob.text import format_count
 
 __all__ = ["ErrorCounts", "OutputStatus", "count_errors", "read_errors", "read_status"]
 
-_MAX_FOOTERS_READ = 2_000  # more would take longer than a status may
+# Reading more footers than this would take longer than a status command may take.
+_MAX_FOOTERS_READ = 2_000
 
 
 @dataclass(frozen=True)
 class OutputStatus:
-    """An output at a glance.
+    """State of an output. Its fields are the keys of `batchjob status --json`.
 
     Attributes:
-        status: `complete` (`_SUCCESS` stands and agrees), `incomplete`, or `damaged` (`_SUCCESS` lists other parts).
-        planned: images planned so far; all of them if `plan_finished`.
-        rows: in committed parts; `failed` of them error rows, None where too many parts would have to be read.
+        status: `complete` (`_SUCCESS` is there and agrees with the parts), `incomplete`, or `damaged` (`_SUCCESS`
+            lists other parts).
+        output: URI of the output.
+        plan: Id of the plan in force.
+        created: Time at which the plan was made, in ISO 8601, UTC.
+        plan_finished: Whether all images are planned.
+        planned: Images planned so far.
+        shards: Shards planned so far.
+        parts: Committed parts of this plan.
+        rows: Rows in the committed parts.
+        failed: Error rows among them; None if too many parts would have to be read.
     """
 
     status: str
@@ -43,7 +52,7 @@ class OutputStatus:
     failed: int | None
 
     def lines(self) -> list[str]:
-        """For a person."""
+        """Return the status as lines of text for a person."""
         grows = "" if self.plan_finished else ", and growing"
         failed = "" if self.failed is None else f", {self.failed:,} with an error"
         planned = f"{format_count(self.planned, 'image')} in {format_count(self.shards, 'shard')}{grows}"
@@ -51,12 +60,12 @@ class OutputStatus:
             f"{self.output}: {self.status}",
             f"plan      {self.plan} of {self.created}: {planned}",
             f"committed {format_count(self.rows, 'row')} in {format_count(self.parts, 'part')}{failed}",
-            *([self._next_step] if self._without_success else []),
+            *([self._next_step] if self._lacks_only_success else []),
         ]
 
     @property
-    def _without_success(self) -> bool:
-        """Whether all is done and yet not complete."""
+    def _lacks_only_success(self) -> bool:
+        """Whether all parts are committed, but `_SUCCESS` is missing."""
         return self.status == "incomplete" and self.plan_finished and self.parts == self.shards
 
     @property
@@ -71,30 +80,35 @@ class OutputStatus:
 
 @dataclass(frozen=True)
 class ErrorCounts:
-    """Error rows by `stage/type`, the most frequent first."""
+    """Number of error rows. Its fields are keys of `batchjob errors --json`.
+
+    Attributes:
+        total: All error rows.
+        by_type: Error rows by `stage/type`, the most frequent first.
+    """
 
     total: int
     by_type: dict[str, int]
 
 
 def read_status(store: Store) -> OutputStatus:
-    """Look at an output.
+    """Read the state of an output.
 
     Raises:
-        InvalidJob: there is no plan, or one in a format that this version does not know.
+        InvalidJob: There is no plan, or its format is unknown to this version.
     """
-    head = _head(store)
-    there = commit.list_parts(store)
-    chunks = list(chunks_of_chunks(store, head))
-    keys = {key.part_key: key.rows for chunk in chunks for key in chunk.shards}
-    mine = [name for name in there if name in keys]
+    head = _require_head(store)
+    listing = list_parts(store)
+    chunks = list(read_chunks(store, head))
+    planned_rows = {key.part_key: key.rows for chunk in chunks for key in chunk.shards}
+    committed = [name for name in listing if name in planned_rows]
     success = read_success(store)
     if success is not None and success[0].get("plan") == head.plan:
-        state = "damaged" if find_part_mismatches(success[0], there) else "complete"
+        state = "damaged" if find_part_mismatches(success[0], listing) else "complete"
         failed: int | None = success[0]["counts"]["failed"]
     else:
         state = "incomplete"
-        failed = _failed(store, mine)
+        failed = _count_failed_rows(store, committed)
     return OutputStatus(
         status=state,
         output=store.uri,
@@ -102,29 +116,41 @@ def read_status(store: Store) -> OutputStatus:
         created=head.created,
         plan_finished=bool(chunks) and chunks[-1].is_last,
         planned=chunks[-1].end_cursor.rows if chunks else 0,
-        shards=len(keys),
-        parts=len(mine),
-        rows=sum(keys[name] for name in mine),
+        shards=len(planned_rows),
+        parts=len(committed),
+        rows=sum(planned_rows[name] for name in committed),
         failed=failed,
     )
 
 
 def read_errors(store: Store) -> Iterator[dict[str, Any]]:
-    """Every error row: `position, uri, error_stage, error_type, error_message`, in plan order. Raises: see `status`."""
-    _head(store)
-    return error_rows_of_error_rows(store)
+    """Read all error rows, in plan order.
+
+    Returns:
+        Dicts with `position`, `uri`, `error_stage`, `error_type` and `error_message`.
+
+    Raises:
+        InvalidJob: There is no plan, or its format is unknown to this version.
+    """
+    _require_head(store)
+    return read_error_rows(store)
 
 
 def count_errors(store: Store) -> ErrorCounts:
-    """How many error rows of which kind, by the parts' footers alone. Raises: see `status`."""
-    _head(store)
+    """Count the error rows of each kind from the footers of the parts alone.
+
+    Raises:
+        InvalidJob: There is no plan, or its format is unknown to this version.
+    """
+    _require_head(store)
     counts: Counter[str] = Counter()
-    for _, made in commit.read_footers(store, sorted(commit.list_parts(store))):
-        counts.update(made.errors)
+    for _, footer in read_footers(store, sorted(list_parts(store))):
+        counts.update(footer.errors)
     return ErrorCounts(counts.total(), dict(counts.most_common()))
 
 
-def _head(store: Store) -> PlanHead:
+def _require_head(store: Store) -> PlanHead:
+    """Read the head of the plan in force, or raise InvalidJob with the next step."""
     number, head = read_current_head(store)
     if head is not None:
         return head
@@ -133,7 +159,7 @@ def _head(store: Store) -> PlanHead:
     raise InvalidJob(f"{store.uri}: no plan here (yet); `batchjob run` makes one, in the folder that output.uri names")
 
 
-def _failed(store: Store, names: list[str]) -> int | None:
+def _count_failed_rows(store: Store, names: list[str]) -> int | None:
     if len(names) > _MAX_FOOTERS_READ:
         return None
-    return sum(made.failed for _, made in commit.read_footers(store, names))
+    return sum(footer.failed for _, footer in read_footers(store, names))

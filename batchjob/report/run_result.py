@@ -1,4 +1,4 @@
-"""What a run or a plan came to, for people and for machines."""
+"""Result of a run: status, exit code and counts, as data, one line of JSON, or text."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from typing import Any
 from batchjob.errors import BatchjobError
 from batchjob.text import format_count, sanitize
 
-__all__ = ["PlanSummary", "RunResult"]
+__all__ = ["RunResult"]
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """How a run ended.
+    """Result of a run. Its fields are the keys of `batchjob run --json`.
 
     Attributes:
         status: complete, already_complete, over_budget, incomplete, invalid, temporary or crashed.
-        planned: images in the plan, as far as it was known.
-        predicted: rows that hold a prediction; `failed` of the others hold an error.
-        seconds: wall time of this run.
-        images_per_second: rows this run committed, over `seconds`.
-        output: URI of the output, None where the job could not be read.
+        planned: Images in the plan, as far as the plan was known when the run ended.
+        predicted: Rows that hold a prediction.
+        failed: Rows that hold an error.
+        seconds: Wall time of this run, in seconds.
+        images_per_second: Rows that this run committed, divided by `seconds`.
+        output: URI of the output; None if the job could not be read.
         exit_code: 0, 1, 2, 3, 4 or 75.
-        message: one sentence for a person.
-        truth: how right the rows were, where the task was told what is right.
+        message: One sentence for a person; empty if the counts say it all.
+        truth: Metrics of the task (accuracy and the like); empty if the job names no ground truth.
     """
 
     status: str
@@ -42,7 +43,14 @@ class RunResult:
 
     @classmethod
     def from_error(cls, error: BaseException, output: str | None = None, seconds: float = 0.0) -> RunResult:
-        """The outcome of a run that an error ended, with the counts that it carries. An interrupt is temporary."""
+        """Make the result of a run that ended with an error.
+
+        Args:
+            error: A BatchjobError gives status, exit code, message and counts. KeyboardInterrupt is temporary; any
+                other error is a crash.
+            output: URI of the output; None if it is unknown.
+            seconds: Wall time of the run, in seconds.
+        """
         counts = (0, 0, 0)
         if isinstance(error, BatchjobError):
             status, code, message, counts = error.status, error.exit_code, error.message, error.counts
@@ -53,59 +61,36 @@ class RunResult:
         return cls(status, *counts, seconds=seconds, output=output, exit_code=code, message=message)
 
     def to_json(self) -> str:
-        """One line of JSON."""
+        """Return the result as one line of JSON."""
         fields = asdict(self)
         for name, digits in (("seconds", 3), ("images_per_second", 2)):
             fields[name] = round(fields[name], digits)
         return json.dumps(fields)
 
     def to_text(self) -> str:
-        """What a person reads at the end: the message, or the sums where there is none; and how right the rows were."""
-        said = self.message or self._sums()
-        return f"{said}\n{_flat(self.truth)}" if _flat(self.truth) else said
+        """Return the last words of a run to a person: the message, or else the counts; then the metrics."""
+        text = self.message or self._format_counts()
+        metrics = _format_metrics(self.truth)
+        return f"{text}\n{metrics}" if metrics else text
 
-    def _sums(self) -> str:
-        sums = (
-            f"{format_count(self.planned, 'image')}, {self.predicted:,} predicted, {self.failed:,} failed{self._pace()}"
-        )
-        return f"{self.output}: {self.status.replace('_', ' ')}: {sums}"
+    def _format_counts(self) -> str:
+        counts = f"{format_count(self.planned, 'image')}, {self.predicted:,} predicted, {self.failed:,} failed"
+        return f"{self.output}: {self.status.replace('_', ' ')}: {counts}{self._format_speed()}"
 
-    def _pace(self) -> str:
-        """Of the images that this run has done."""
+    def _format_speed(self) -> str:
+        """Return time and images/s of this run; empty if it committed nothing."""
         if not self.images_per_second:
             return ""
-        done = round(self.seconds * self.images_per_second)
-        these = f"; {done:,} of them in this run," if done != self.planned else ""
-        return f"{these} in {self.seconds:,.1f} s, {self.images_per_second:,.1f} images/s"
+        committed = round(self.seconds * self.images_per_second)
+        prefix = f"; {committed:,} of them in this run," if committed != self.planned else ""
+        return f"{prefix} in {self.seconds:,.1f} s, {self.images_per_second:,.1f} images/s"
 
 
-@dataclass(frozen=True, slots=True)
-class PlanSummary:
-    """A frozen plan, in numbers."""
-
-    plan: str
-    images: int
-    shards: int
-    shard_size: int
-    output: str
-    seconds: float
-
-    def lines(self) -> list[str]:
-        """For a person."""
-        return [
-            (
-                f"plan {self.plan} in {self.output}: {format_count(self.images, 'image')} in "
-                f"{format_count(self.shards, 'shard')} of {self.shard_size:,}, written in {self.seconds:.1f} s"
-            )
-        ]
-
-
-def _flat(truth: Mapping[str, Any]) -> str:
-    """The summary's numbers in a line, `accuracy 0.804 over 1,000 rows with truth`; empty where there are none."""
-    rates = [f"{name} {value:.4g}" for name, value in truth.items() if isinstance(value, float)]
-    sums = {name: value for name, value in truth.items() if isinstance(value, int) and not isinstance(value, bool)}
-    rows = sums.pop("images", None)
+def _format_metrics(metrics: Mapping[str, Any]) -> str:
+    """Format a task's metrics in one line, such as `accuracy 0.804 over 1,000 rows with truth`; empty if none."""
+    rates = [f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float)]
+    counts = {name: value for name, value in metrics.items() if isinstance(value, int) and not isinstance(value, bool)}
+    rows = counts.pop("images", None)
     if rows is not None:
-        told = f"{', '.join(rates)} over {format_count(rows, 'row')} with truth" if rates else "no rows with truth"
-        rates = [told]
-    return ", ".join([*rates, *(f"{name} {value:,}" for name, value in sums.items() if value)])
+        rates = [f"{', '.join(rates)} over {format_count(rows, 'row')} with truth" if rates else "no rows with truth"]
+    return ", ".join([*rates, *(f"{name} {value:,}" for name, value in counts.items() if value)])

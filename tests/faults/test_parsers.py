@@ -17,7 +17,7 @@ import pytest
 from figures import Figure
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from pools import LOADED, job, make_part
+from scripted_pool import LOADED, job, make_part
 from stores import MemoryStore
 
 from batchjob.driver.lease import Lease

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from pools import job
+from scripted_pool import job
 from stores import WRITES, Call, Fault, MemoryStore
 
 from batchjob.errors import BatchjobError, CheckFailed, InvalidJob, Temporary

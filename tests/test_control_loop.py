@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pools import ScriptedPool, job
+from scripted_pool import ScriptedPool, job
 from stores import MemoryStore
 
 from batchjob.driver import driver
@@ -198,7 +198,7 @@ def test_a_signal_ends_the_wait_for_another_drivers_lease(
 @pytest.mark.parametrize("call", ["refs", "check_requirements"])
 def test_a_slow_listing_keeps_the_lease(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     slowed(monkeypatch, SourceListing, call, lambda: until_beaten(out))
-    assert driver.plan_only(job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress()).images == 12
+    assert driver.make_plan(job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress()).images == 12
     assert run(job(tmp_path, TWELVE)).status == "complete"
 
 
@@ -212,7 +212,7 @@ def test_a_chunk_that_is_long_in_coming_keeps_the_lease(
         real(self, planned_version)
 
     monkeypatch.setattr(SourceListing, "check_unchanged", slow)
-    assert driver.plan_only(job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress()).images == 12
+    assert driver.make_plan(job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress()).images == 12
 
 
 def test_a_signal_is_heard_while_a_chunk_is_long_in_coming(
@@ -227,9 +227,9 @@ def test_a_signal_is_heard_while_a_chunk_is_long_in_coming(
     with monkeypatch.context() as patched:
         patched.setattr(SourceListing, "check_unchanged", hangs)
         with pytest.raises(Temporary, match="stopped by a signal"):
-            driver.plan_only(job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress())
+            driver.make_plan(job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress())
     go_on.set()
-    assert driver.plan_only(job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress()).images == 12
+    assert driver.make_plan(job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress()).images == 12
 
 
 def test_foreign_parts_are_looked_at_beside_the_turns(

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pools import LOADED, ScriptedPool, job
+from scripted_pool import LOADED, ScriptedPool, job
 
 from batchjob.driver import driver
 from batchjob.driver.progress import NoProgress
@@ -21,7 +21,8 @@ from batchjob.plan.chunks import read_chunks as chunks_of_chunks
 from batchjob.plan.head import read_current_head
 from batchjob.plan.reader import PlanReader
 from batchjob.pool.pool import Pool
-from batchjob.report.run_result import PlanSummary, RunResult
+from batchjob.report.plan_summary import PlanSummary
+from batchjob.report.run_result import RunResult
 from batchjob.storage.store import open_store
 from batchjob.worker.messages import WorkerReady, WorkerSetup
 from batchjob.worker.worker import Worker
@@ -37,7 +38,7 @@ def run(the: Job, pool: Pool | None = None) -> RunResult:
 
 
 def planned(the: Job) -> PlanSummary:
-    return driver.plan_only(the, allow_empty=False, progress=NoProgress())
+    return driver.make_plan(the, allow_empty=False, progress=NoProgress())
 
 
 def listed(folder: Path, rows: int, columns: dict[str, Any] | None = None, **sections: Any) -> Job:

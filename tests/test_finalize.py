@@ -22,7 +22,8 @@ from batchjob.output import commit
 from batchjob.output.provenance import PartFooter, ShardResult
 from batchjob.plan.head import PlanHead, discard_plan, new_head
 from batchjob.plan.head import put_head as freeze_of_head
-from batchjob.report.run_result import PlanSummary, RunResult
+from batchjob.report.plan_summary import PlanSummary
+from batchjob.report.run_result import RunResult
 from batchjob.types import ShardKey
 from batchjob.worker.messages import WorkerInfo
 

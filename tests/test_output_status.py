@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from pools import ScriptedPool, fail, job
+from scripted_pool import ScriptedPool, fail, job
 
 from batchjob.driver import driver
 from batchjob.driver.progress import NoProgress
@@ -38,7 +38,7 @@ def run(the: Job, *, without: int | None = None) -> None:
 
 
 def plan_only(the: Job) -> None:
-    driver.plan_only(the, allow_empty=False, progress=NoProgress())
+    driver.make_plan(the, allow_empty=False, progress=NoProgress())
 
 
 # --- status ---------------------------------------------------------------------------------------------------------
