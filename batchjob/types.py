@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from batchjob.text import sanitize
 
@@ -29,7 +30,10 @@ __all__ = [
     "Shard",
     "ShardKey",
     "StageTiming",
+    "StalledStep",
+    "StepMonitor",
     "TimingSink",
+    "no_monitor",
     "overlaps",
     "record_timing",
 ]
@@ -173,6 +177,47 @@ class StageTiming:
 
 TimingSink = Callable[[StageTiming], None]
 """Told of each stretch of work, from any thread."""
+
+
+class StepMonitor(Protocol):
+    """Context manager around one step of work, so that a step which never ends is noticed.
+
+    Example:
+        >>> with step("a batch in the model", model=True):
+        ...     prediction = predictor(pixels)
+    """
+
+    def __call__(self, name: str, *, model: bool = False) -> AbstractContextManager[None]:
+        """Enter a step in this thread.
+
+        Args:
+            name: The step in words for people: "{name} has not ended for 60 s".
+            model: The images that the model has at that time may be the cause of a hang.
+        """
+
+
+def no_monitor(name: str, *, model: bool = False) -> AbstractContextManager[None]:  # noqa: ARG001 - see StepMonitor
+    """Watch over nothing; the `StepMonitor` of tests and measurements."""
+    return nullcontext()
+
+
+@dataclass(frozen=True, slots=True)
+class StalledStep:
+    """A step of a worker that has shown no progress for too long.
+
+    Attributes:
+        name: The step in words for people.
+        thread: Identifier of the thread that is in it.
+        seconds: Time since it began, or since its last sign of progress.
+        storage: It uses a store, whose outages are waited for.
+        model: The images that the model has may be the cause.
+    """
+
+    name: str
+    thread: int
+    seconds: float
+    storage: bool = False
+    model: bool = False
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,14 @@ from batchjob.errors import BatchjobError
 from batchjob.inference.fault_isolation import FaultIsolatingPredictor
 from batchjob.inference.forward import ForwardOptions, ForwardPass
 from batchjob.inference.predictor import PROFILER_PREFIX, Predictor
-from batchjob.loader.loader import ShardQueue
 from batchjob.loader.quarantine import Quarantine
-from batchjob.loader.sample import SingleShardQueue
+from batchjob.loader.shard_queue import ShardQueue
 from batchjob.output.part_builder import PartBuilder
 from batchjob.preprocessing.normalize import make_normalizer
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.storage.store import open_store
 from batchjob.types import Batch, ImageInfo, ImageRef, Prediction, Shard, ShardKey, StageTiming
 from batchjob.worker.shard_runner import ShardRunner
-from batchjob.worker.watchdog import Watchdog
 
 # -- the sentence ----------------------------------------------------------------------------------------------
 
@@ -195,7 +193,7 @@ class Held(PartBuilder):
         assert forward_seconds > 0
         self.predicted.append(prediction)
 
-    def fail(self, shard: Shard, error: BatchjobError) -> None:
+    def fail_attempt(self, shard: Shard, error: BatchjobError) -> None:
         raise error
 
     def has_failed(self, attempt: int) -> bool:
@@ -206,13 +204,11 @@ def passed(folder: Path, kind: Callable[..., Predictor]) -> tuple[list[StageTimi
     forward = ForwardPass(
         nn.Flatten().eval(), make_normalizer(Preprocess(scale="none")), torch.device("cpu"), ForwardOptions()
     )
-    guard = FaultIsolatingPredictor(
-        kind(forward, AsItIs()), Quarantine(open_store(str(folder)), "plan/"), "cuda:0", Watchdog()
-    )
+    guard = FaultIsolatingPredictor(kind(forward, AsItIs()), Quarantine(open_store(str(folder)), "plan/"), "cuda:0")
     spans, held = list[StageTiming](), Held()
     refs = tuple(ImageRef(n, f"{n}", f"{n}") for n in range(4))
     passage = ShardRunner(Given(), guard, held, 1, lambda: False, spans.append, nullcontext)
-    passage.run(SingleShardQueue(Shard(ShardKey(0, "0" * 16, 4, 0, 0), refs, pa.table({}))))
+    passage.run(ShardQueue.of([Shard(ShardKey(0, "0" * 16, 4, 0, 0), refs, pa.table({}))]))
     return spans, held
 
 

@@ -28,13 +28,12 @@ from batchjob.errors import AttemptFailed, BatchjobError, DeviceFault, InvalidJo
 from batchjob.inference.gpu_decode import GpuDecodingLoader, JpegDecoder, create_jpeg_decoder
 from batchjob.loader.gpu_share import GpuShareController, GpuSplitTransform
 from batchjob.loader.loader import Loader
-from batchjob.loader.sample import SingleShardQueue
 from batchjob.loader.settings import LoaderConfig
+from batchjob.loader.shard_queue import ShardQueue
 from batchjob.preprocessing.settings import DecodeSettings, Preprocess
 from batchjob.preprocessing.transforms import ImageTransform, ResizeCrop
 from batchjob.storage.reader import Reader
 from batchjob.types import Batch, ImageRef, Shard, ShardKey
-from batchjob.worker.watchdog import Watchdog
 
 CPU = torch.device("cpu")
 
@@ -81,12 +80,11 @@ class Decoding:
             geometry=prepare.cpu_transform.resize_crop,
             device=CPU,
             share_controller=GpuShareController(self.share, 4),
-            watchdog=Watchdog(),
         )
 
     def batches(self, *shards: Shard) -> list[Batch]:
         try:
-            return [batch for shard in shards for batch in self.whole.batches(SingleShardQueue(shard))]
+            return [batch for shard in shards for batch in self.whole.batches(ShardQueue.of([shard]))]
         finally:
             self.whole.close()
             self.loader.close()
@@ -262,7 +260,7 @@ def test_a_thread_that_outlives_it_starts_no_processes(tmp_path: Path) -> None:
 
     def ask() -> None:
         try:
-            list(decoding.whole.batches(SingleShardQueue(written(tmp_path, [PLAIN] * 4))))
+            list(decoding.whole.batches(ShardQueue.of([written(tmp_path, [PLAIN] * 4)])))
         except BatchjobError as error:
             ended.append(error)
 
@@ -294,21 +292,16 @@ def test_a_shard_that_is_the_cpu_s_is_left_to_it(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_nobody_wants_any_more_is_not_decoded(tmp_path: Path) -> None:
-    class Dropped(SingleShardQueue):
-        wanted = True
-
-        def is_wanted(self, shard: Shard) -> bool:
-            return self.wanted
-
     calls: list[int] = []
 
     def counted(files: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         calls.append(len(files))
-        feed.wanted = False
+        for shard in queue.in_flight():
+            queue.drop(shard)
         return decoded(files)
 
-    feed = Dropped(written(tmp_path, [PLAIN] * 40))
-    assert len(list(Decoding(counted, 1.0).whole.batches(feed))) <= 4
+    queue = ShardQueue.of([written(tmp_path, [PLAIN] * 40)])
+    assert len(list(Decoding(counted, 1.0).whole.batches(queue))) <= 4
     assert 1 <= len(calls) <= 2
 
 

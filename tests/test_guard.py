@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchjob.errors import AttemptFailed, DeviceFault, Unavailable
+from batchjob.errors import AttemptFailed, DeviceFault, Unavailable, WorkerStalled
 from batchjob.inference.fault_isolation import FaultIsolatingPredictor
 from batchjob.inference.forward import ForwardOptions, ForwardPass
 from batchjob.inference.predictor import Predictor
@@ -71,7 +71,13 @@ class Process:
         self.quarantine = Quarantine(open_store(str(folder)), "plan/")
         self.clock = Clock()
         self.stopwatch = Watchdog(self.clock)
-        self.guard = FaultIsolatingPredictor(Predictor(forward, AsItIs()), self.quarantine, "cuda:0", self.stopwatch)
+        self.guard = FaultIsolatingPredictor(
+            Predictor(forward, AsItIs()), self.quarantine, "cuda:0", self.stopwatch.step
+        )
+
+    def find_stall(self, seconds: float, storage_seconds: float) -> WorkerStalled | None:
+        step = self.stopwatch.stalled_step(seconds, storage_seconds)
+        return self.guard.explain_stall(step, seconds) if step else None
 
     def predict(self, poisonous: Iterable[int] = (), bad: Iterable[int] = (), first: int = FIRST) -> Prediction:
         """A batch whose rows have the shades 0, 1, 2 …, but for poisonous ones; bad ones have no pixels."""
@@ -165,7 +171,7 @@ class Late(Predictor):
 def test_a_fault_that_shows_when_results_arrive_makes_suspects_of_all_that_was_under_way(tmp_path: Path) -> None:
     process = Process(tmp_path)
     predictor = Late(process.guard._predictor.forward, AsItIs())
-    process.guard = FaultIsolatingPredictor(predictor, process.quarantine, "cuda:0", Watchdog())
+    process.guard = FaultIsolatingPredictor(predictor, process.quarantine, "cuda:0")
     under_way: list[Prediction] = []
     for first in (0, 8, 16):
         pixels = torch.zeros(ROWS, 3, 2, 2, dtype=torch.uint8)
@@ -218,14 +224,14 @@ def test_what_hangs_is_found_as_well(tmp_path: Path) -> None:
     threads = []
     for found in (False, True):
         process = Process(tmp_path)
-        assert process.guard.find_stall(60, 90) is None
+        assert process.find_stall(60, 90) is None
         thread, entered = hanging(process, released, poisonous=[5])
         threads.append(thread)
         assert entered.wait(30)
         process.clock.now += 59
-        assert process.guard.find_stall(60, 90) is None
+        assert process.find_stall(60, 90) is None
         process.clock.now += 2
-        stalled = process.guard.find_stall(60, 90)
+        stalled = process.find_stall(60, 90)
         assert stalled is not None
         assert stalled.culprit_known == found
         assert "has not ended for 61 s (runtime.stall_seconds)" in stalled.message
@@ -241,7 +247,7 @@ def test_what_was_predicted_is_not_suspected_of_a_later_hang_though_nobody_took_
     thread, entered = hanging(process, released, poisonous=[5])
     assert entered.wait(30)
     process.clock.now += 61
-    stalled = process.guard.find_stall(60, 90)
+    stalled = process.find_stall(60, 90)
     released.set()
     thread.join()
     assert stalled is not None
@@ -256,7 +262,7 @@ def test_what_hangs_elsewhere_is_blamed_on_no_image(tmp_path: Path) -> None:
         thread, entered = hanging(process, released, poisonous=[5])
         assert entered.wait(30)
         process.clock.now += 57
-        stalled = process.guard.find_stall(60, 90)
+        stalled = process.find_stall(60, 90)
     released.set()
     thread.join()
     assert stalled is not None

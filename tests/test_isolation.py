@@ -21,6 +21,7 @@ from batchjob.loader.loader import Loader
 from batchjob.loader.quarantine import Quarantine
 from batchjob.loader.sample import load_samples
 from batchjob.loader.settings import LoaderConfig, LoaderSettings, resolve_loader_settings
+from batchjob.loader.shard_queue import ShardQueue
 from batchjob.storage.objects import ObjectData
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import open_store
@@ -90,17 +91,6 @@ class DeadlyReader(Reader):
         return super().read_many(uris, *how, **more)
 
 
-class Feed:
-    def __init__(self, *shards: Shard) -> None:
-        self._shards = list(shards)
-
-    def next_shard(self) -> Shard | None:
-        return self._shards.pop(0) if self._shards else None
-
-    def is_wanted(self, shard: Shard) -> bool:
-        return True
-
-
 def shard(folder: Path, count: int, **others: Sequence[int]) -> Shard:
     """A shard of so many pictures, but for words at these positions."""
     words = {position: word for word, positions in others.items() for position in positions}
@@ -126,7 +116,7 @@ def make(folder: Path, *, seconds: float = 60.0, memory: int | None = None, proc
 def loaded(loader: Loader, *shards: Shard) -> list[ImageInfo]:
     """Facts of all rows of a shard, once each row is seen to follow the last, and each picture to be the right one."""
     found: list[ImageInfo] = []
-    for batch in loader.batches(Feed(*shards)):
+    for batch in loader.batches(ShardQueue.of(shards)):
         assert batch.attempt_error is None
         assert batch.start == len(found)
         good = [batch.start + row for row, fact in enumerate(batch.image_infos) if fact.error is None]
@@ -281,7 +271,7 @@ def test_processes_that_die_as_they_start_are_no_image_s_fault(tmp_path: Path) -
 
 def test_an_epoch_that_is_left_and_a_loader_that_is_closed_wait_for_no_image(tmp_path: Path) -> None:
     loader = make(tmp_path, batch_size=1)
-    batches = loader.batches(Feed(shard(tmp_path, 8, hang=[2])))
+    batches = loader.batches(ShardQueue.of([shard(tmp_path, 8, hang=[2])]))
     assert shades(next(batches)) == [0]
     del batches
     began = time.monotonic()

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from PIL import Image
 from batchjob.errors import ImageError, InvalidJob, StorageError, Unavailable
 from batchjob.loader.loader import Loader
 from batchjob.loader.settings import LoaderConfig, LoaderSettings, resolve_loader_settings
+from batchjob.loader.shard_queue import ShardQueue
 from batchjob.preprocessing.decode import decode
 from batchjob.preprocessing.settings import DecodeSettings, Preprocess
 from batchjob.preprocessing.transforms import ResizeCrop
@@ -71,20 +73,17 @@ class Unreachable:
         raise self.error
 
 
-class Feed:
+class CountingQueue(ShardQueue):
+    """Queue of these shards that counts how many were taken."""
+
     def __init__(self, shards: Iterable[Shard]) -> None:
-        self._shards = list(shards)
+        super().__init__(partial(next, iter(list(shards)), None))
         self.taken = 0
-        self.dropped: set[int] = set()
 
     def next_shard(self) -> Shard | None:
-        if not self._shards:
-            return None
-        self.taken += 1
-        return self._shards.pop(0)
-
-    def is_wanted(self, shard: Shard) -> bool:
-        return shard.attempt_number not in self.dropped
+        shard = super().next_shard()
+        self.taken += shard is not None
+        return shard
 
 
 def png(shade: int, size: tuple[int, int] = (5, 4)) -> bytes:
@@ -147,7 +146,7 @@ def loader(request: pytest.FixtureRequest) -> Loader:
 def test_batches_come_in_order_and_never_span_shards(loader: Loader, tmp_path: Path) -> None:
     paths = images(tmp_path, *map(png, range(40)))
     shards = [shard(0, paths[:6]), shard(1, []), shard(2, paths[6:36]), shard(3, paths[36:37])]
-    feed = Feed(shards)
+    feed = CountingQueue(shards)
     found = list(loader.batches(feed))
     expected = [
         (s.key.index, start, [int(ref.uri[-3:]) for ref in s.refs[start : start + 4]])
@@ -165,19 +164,19 @@ def test_batches_come_in_order_and_never_span_shards(loader: Loader, tmp_path: P
 def test_epoch_after_epoch_even_after_one_that_was_left(loader: Loader, tmp_path: Path) -> None:
     paths = images(tmp_path, *map(png, range(24)))
     for _ in range(3):
-        assert [shade for _, _, batch in shades(loader.batches(Feed([shard(0, paths)]))) for shade in batch] == list(
-            range(24)
-        )
-    left = loader.batches(Feed([shard(1, paths), shard(2, paths)]))
+        assert [
+            shade for _, _, batch in shades(loader.batches(CountingQueue([shard(0, paths)]))) for shade in batch
+        ] == list(range(24))
+    left = loader.batches(CountingQueue([shard(1, paths), shard(2, paths)]))
     assert next(left).shard_index == 1
     del left
-    assert shades(loader.batches(Feed([shard(3, paths[:4])]))) == [(3, 0, [0, 1, 2, 3])]
-    assert list(loader.batches(Feed([]))) == []
+    assert shades(loader.batches(CountingQueue([shard(3, paths[:4])]))) == [(3, 0, [0, 1, 2, 3])]
+    assert list(loader.batches(CountingQueue([]))) == []
 
 
 def test_a_shard_is_taken_only_when_the_one_before_is_under_way(tmp_path: Path) -> None:
     paths = images(tmp_path, *map(png, range(8)))
-    feed = Feed([shard(0, paths), shard(1, paths)])
+    feed = CountingQueue([shard(0, paths), shard(1, paths)])
     batches = make().batches(feed)
     assert feed.taken == 0
     assert [(next(batches).shard_index, feed.taken) for _ in range(4)] == [(0, 1), (0, 1), (1, 2), (1, 2)]
@@ -186,7 +185,7 @@ def test_a_shard_is_taken_only_when_the_one_before_is_under_way(tmp_path: Path) 
 def test_bad_images_stay_in_their_place(loader: Loader, tmp_path: Path) -> None:
     paths = images(tmp_path, b"", png(1), b"text", png(2), b"odd", b"memory", png(3))
     locations = [*map(str, [*paths[:4], tmp_path / "absent", *paths[4:]]), f"{tmp_path}/bad\0name"]
-    first, second, third = loader.batches(Feed([shard(0, locations)]))
+    first, second, third = loader.batches(CountingQueue([shard(0, locations)]))
     assert faults(first) == [("decode", "empty"), None, ("decode", "not_an_image"), None]
     assert faults(second) == [("fetch", "not_found"), ("transform", "ZeroDivisionError"), ("decode", "memory"), None]
     assert faults(third) == [("fetch", "unaddressable")]
@@ -199,22 +198,22 @@ def test_bad_images_stay_in_their_place(loader: Loader, tmp_path: Path) -> None:
 
 def test_ctrl_c_does_not_reach_the_loader_processes(shared: Loader, tmp_path: Path) -> None:
     paths = images(tmp_path, b"interrupt")
-    assert shades(shared.batches(Feed([shard(0, paths)]))) == [(0, 0, [4])]
+    assert shades(shared.batches(CountingQueue([shard(0, paths)]))) == [(0, 0, [4])]
 
 
 def test_images_of_other_sizes_and_kinds_are_error_rows(tmp_path: Path) -> None:
     paths = images(tmp_path, png(1, (8, 8)), png(2, (9, 9)), png(3, (8, 8)), b"float")
     as_they_are = Prepare(ResizeCrop(Preprocess()))
     for size in (None, (8, 8), (3, 8, 8)):
-        (batch,) = make(transform=as_they_are, size=size).batches(Feed([shard(0, paths)]))
+        (batch,) = make(transform=as_they_are, size=size).batches(CountingQueue([shard(0, paths)]))
         assert faults(batch) == [None, ("transform", "size"), None, ("transform", "type")]
         assert (batch.image_infos[1].width, batch.image_infos[1].height) == (9, 9)
-    (batch,) = make(transform=as_they_are, size=(9, 9)).batches(Feed([shard(0, paths)]))
+    (batch,) = make(transform=as_they_are, size=(9, 9)).batches(CountingQueue([shard(0, paths)]))
     assert faults(batch)[:3] == [("transform", "size"), None, ("transform", "size")]
     assert batch.image_infos[0].error is not None
     assert "3x8x8" in batch.image_infos[0].error.message
     assert "9x9" in batch.image_infos[0].error.message
-    (batch,) = make(size=None).batches(Feed([shard(0, paths[3:])]))
+    (batch,) = make(size=None).batches(CountingQueue([shard(0, paths[3:])]))
     assert batch.pixels is not None
     assert batch.pixels.dtype == torch.float32
 
@@ -223,7 +222,7 @@ def test_files_over_the_limit_are_not_fetched(tmp_path: Path) -> None:
     paths = images(tmp_path, png(1), png(2), b"x" * 5000)
     loader = make(max_bytes=1000)
     (known,) = loader.batches(
-        Feed([shard(0, [paths[0], tmp_path / "never asked for", paths[1], paths[2]], [None, 5000, 9, None])])
+        CountingQueue([shard(0, [paths[0], tmp_path / "never asked for", paths[1], paths[2]], [None, 5000, 9, None])])
     )
     assert faults(known) == [None, ("fetch", "too_large"), None, ("fetch", "too_large")]
     assert shades([known]) == [(0, 0, [1, 2])]
@@ -242,14 +241,14 @@ def test_large_files_are_fetched_a_few_at_a_time(tmp_path: Path, monkeypatch: py
     paths = images(tmp_path, *map(png, range(7)))
     loader = make(reader=Counting(), batch_size=7)
     size = 60 * 1024 * 1024
-    (batch,) = loader.batches(Feed([shard(0, paths, [size, size, size, 5 * size, None, 1, size])]))
+    (batch,) = loader.batches(CountingQueue([shard(0, paths, [size, size, size, 5 * size, None, 1, size])]))
     assert asked == [2, 1, 1, 3]
     assert shades([batch]) == [(0, 0, list(range(7)))]
 
 
 def test_a_store_that_is_away_is_no_fault_of_the_images(tmp_path: Path) -> None:
     loader = make(reader=Unreachable(Unavailable("the token has expired: log in again")))
-    (batch,) = loader.batches(Feed([shard(5, images(tmp_path, png(1)))]))
+    (batch,) = loader.batches(CountingQueue([shard(5, images(tmp_path, png(1)))]))
     assert (batch.shard_index, batch.attempt_error, batch.image_infos) == (5, "the token has expired: log in again", ())
 
 
@@ -258,7 +257,7 @@ def test_a_job_that_cannot_read_at_all_ends_also_from_a_process(tmp_path: Path) 
     for processes in (0, 1):
         loader = make(processes, reader=Unreachable(InvalidJob("s3:// needs the extra")))
         with pytest.raises(InvalidJob, match="needs the extra"):
-            list(loader.batches(Feed(feed)))
+            list(loader.batches(CountingQueue(feed)))
         loader.close()
 
 
@@ -267,7 +266,7 @@ def test_batches_that_are_larger_than_a_pipe_hold_nobody_up(tmp_path: Path) -> N
     many = make(2, batch_size=len(gone))
     try:
         for _ in range(2):
-            batches = list(many.batches(Feed([shard(index, gone) for index in range(5)])))
+            batches = list(many.batches(CountingQueue([shard(index, gone) for index in range(5)])))
             assert [(batch.shard_index, len(batch.image_infos)) for batch in batches] == [
                 (index, len(gone)) for index in range(5)
             ]
@@ -281,7 +280,9 @@ def test_an_image_that_hangs_without_using_its_core_is_found_in_a_large_batch_to
     gone = [tmp_path / ("x" * 200) / f"{number:04}" for number in range(1999)]
     many = make(1, batch_size=2000, config=LoaderConfig(1, 3, False, 1.0))
     try:
-        first, *others = many.batches(Feed([shard(0, [hang, *gone]), *(shard(index, gone) for index in (1, 2, 3))]))
+        first, *others = many.batches(
+            CountingQueue([shard(0, [hang, *gone]), *(shard(index, gone) for index in (1, 2, 3))])
+        )
     finally:
         many.close()
     assert faults(first)[0] == ("decode", "hang")
@@ -310,7 +311,7 @@ def test_a_process_that_cannot_read_a_request_ends_and_another_loads_it(tmp_path
     whole, one = shard(0, paths), make(1)
     shy = replace(whole.refs[6], location=Shy(paths[6]))
     try:
-        found = list(one.batches(Feed([replace(whole, refs=(*whole.refs[:6], shy, whole.refs[7]))])))
+        found = list(one.batches(CountingQueue([replace(whole, refs=(*whole.refs[:6], shy, whole.refs[7]))])))
         assert shades(found) == [(0, 0, [0, 1, 2, 3]), (0, 4, [4, 5, 6, 7])]
         assert one.process_deaths == 1
     finally:
@@ -321,11 +322,11 @@ def test_a_loader_can_be_closed_while_a_process_takes_nothing(tmp_path: Path) ->
     gone = [tmp_path / ("x" * 200) / f"{number:04}" for number in range(4000)]
     before, stuck = children(), make(1, batch_size=len(gone))
     stuck.start()
-    list(stuck.batches(Feed([shard(0, gone[:1])])))
+    list(stuck.batches(CountingQueue([shard(0, gone[:1])])))
     (pid,) = children() - before
     os.kill(pid, signal.SIGSTOP)
 
-    feed = Feed([shard(index, gone) for index in range(3)])
+    feed = CountingQueue([shard(index, gone) for index in range(3)])
 
     def ask() -> None:
         with contextlib.suppress(Exception):
@@ -346,12 +347,12 @@ _SMALL_SHM = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_loader import Feed, images, make, png, shard
+from test_loader import CountingQueue, images, make, png, shard
 from batchjob.errors import AttemptFailed
 if __name__ == "__main__":
     loader = make(1, batch_size=64, size=None, transform=sys.modules["test_loader"].Large())
     try:
-        list(loader.batches(Feed([shard(0, images(Path.cwd(), *[png(1)] * 64))])))
+        list(loader.batches(CountingQueue([shard(0, images(Path.cwd(), *[png(1)] * 64))])))
     except AttemptFailed as error:
         print(error)
     loader.close()
@@ -380,13 +381,13 @@ _LEAVING = """
 import contextlib, sys, threading
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_loader import Feed, children, images, make, png, shard
+from test_loader import CountingQueue, children, images, make, png, shard
 from batchjob.errors import AttemptFailed
 from batchjob.concurrency import exit_past_daemon_threads, kill_child_processes
 if __name__ == "__main__":
     paths = images(Path.cwd(), *[png(1)] * 64)
     loader = make(2)
-    batches = loader.batches(Feed(shard(0, paths) for _ in range(999)))
+    batches = loader.batches(CountingQueue(shard(0, paths) for _ in range(999)))
     next(batches)
     def go_on():
         with contextlib.suppress(AttemptFailed):  # one may not even have begun
@@ -412,14 +413,14 @@ def test_a_program_that_leaves_amid_loading_leaves_in_silence_and_starts_no_proc
 def test_processes_that_were_killed_between_two_epochs_are_replaced(tmp_path: Path) -> None:
     paths = images(tmp_path, *map(png, range(10)))
     before, loader = children(), make(2, batch_size=1)
-    assert len(list(loader.batches(Feed([shard(0, paths)])))) == 10
+    assert len(list(loader.batches(CountingQueue([shard(0, paths)])))) == 10
     killed = children() - before
     assert len(killed) == 2
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
     while killed & {process.pid for process in multiprocessing.active_children()}:
         pass
-    assert len(list(loader.batches(Feed([shard(0, paths)])))) == 10
+    assert len(list(loader.batches(CountingQueue([shard(0, paths)])))) == 10
     loader.close()
 
 
@@ -429,7 +430,7 @@ def test_close_leaves_no_process_and_may_be_called_early_and_again(tmp_path: Pat
     loader.close()
     loader.start()
     loader.start()
-    assert len(list(loader.batches(Feed([shard(0, images(tmp_path, png(1)))])))) == 1
+    assert len(list(loader.batches(CountingQueue([shard(0, images(tmp_path, png(1)))])))) == 1
     assert len(children() - before) == 2
     loader.close()
     loader.close()
@@ -448,7 +449,7 @@ def test_the_programs_own_settings_stay_as_they_are(tmp_path: Path) -> None:
     handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
     for processes in (0, 1):
         loader = make(processes)
-        list(loader.batches(Feed([shard(0, paths)])))
+        list(loader.batches(CountingQueue([shard(0, paths)])))
         loader.close()
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
@@ -462,10 +463,10 @@ import os, sys
 with open(sys.argv[1] + "/imported", "a") as file:
     file.write("once\\n")
 sys.path.insert(0, sys.argv[2])
-from test_loader import Feed, children, images, make, png, shard
+from test_loader import CountingQueue, children, images, make, png, shard
 from pathlib import Path
 loader = make(2)
-batches = loader.batches(Feed([shard(0, images(Path(sys.argv[1]), *map(png, range(64))))]))
+batches = loader.batches(CountingQueue([shard(0, images(Path(sys.argv[1]), *map(png, range(64))))]))
 next(batches)
 print(*children(), flush=True)
 sys.stdin.read()
@@ -546,7 +547,7 @@ def test_images_of_different_sizes_travel_one_behind_the_other(tmp_path: Path) -
     paths = images(tmp_path, png(1, (8, 8)), png(2, (3, 5)), b"no image", png(3, (8, 8)))
     for processes in (0, 1):
         loader = make(processes, transform=Prepare(ResizeCrop(Preprocess())), size=None, variable_size=True)
-        (batch,) = loader.batches(Feed([shard(0, paths)]))
+        (batch,) = loader.batches(CountingQueue([shard(0, paths)]))
         loader.close()
         assert batch.pixels is not None
         assert batch.shapes is not None
@@ -559,15 +560,17 @@ def test_images_of_different_sizes_travel_one_behind_the_other(tmp_path: Path) -
 @pytest.mark.parametrize("processes", [0, 1])
 def test_a_shard_that_is_no_longer_wanted_is_not_loaded_to_its_end(tmp_path: Path, processes: int) -> None:
     (path,) = images(tmp_path, png(1))
-    lot = [replace(shard(index, [path] * 40), attempt_number=take) for take, index in enumerate((7, 8, 7))]
-    feed = Feed(lot)
+    queue = ShardQueue.of([shard(index, [path] * 40) for index in (7, 8, 7)])
     running = make(processes)
     seen: list[Batch] = []
-    for batch in running.batches(feed):
-        feed.dropped.add(0)
+    for batch in running.batches(queue):
+        if not seen:
+            (first,) = queue.in_flight()
+            queue.drop(first)
         seen.append(batch)
     running.close()
-    takes = Counter(batch.attempt_number for batch in seen)
-    assert (takes[1], takes[2]) == (10, 10)
-    assert 1 <= takes[0] < 8, "only what was under way"
-    assert {batch.attempt_number: batch.shard_index for batch in seen} == {0: 7, 1: 8, 2: 7}
+    batches = Counter(batch.attempt_number for batch in seen)
+    dropped, second, third = sorted(batches)
+    assert (batches[second], batches[third]) == (10, 10)
+    assert 1 <= batches[dropped] < 8, "only what was under way"
+    assert {batch.attempt_number: batch.shard_index for batch in seen} == {dropped: 7, second: 8, third: 7}

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from stores import Killed, MemoryStore
 
-from batchjob.worker.watchdog import MonitoredStore, Step, Watchdog
+from batchjob.types import StalledStep
+from batchjob.worker.watchdog import MonitoredStore, Watchdog
 
 
 def test_the_latest_of_all_threads_is_told_and_none_when_all_have_ended() -> None:
@@ -28,10 +29,10 @@ def test_the_latest_of_all_threads_is_told_and_none_when_all_have_ended() -> Non
     with stopwatch.step("second"):
         now[0] = 6.0
         assert stopwatch.stalled_step(6.0, 0.0) is None
-        assert stopwatch.stalled_step(0.0, 0.0) == Step("first", thread.ident or 0, 6.0)
+        assert stopwatch.stalled_step(0.0, 0.0) == StalledStep("first", thread.ident or 0, 6.0)
         over.set()
         thread.join()
-        assert stopwatch.stalled_step(0.0, 0.0) == Step("second", threading.get_ident(), 1.0)
+        assert stopwatch.stalled_step(0.0, 0.0) == StalledStep("second", threading.get_ident(), 1.0)
     assert stopwatch.stalled_step(0.0, 0.0) is None
 
 
@@ -42,7 +43,7 @@ def test_a_store_is_given_more_time_than_a_model() -> None:
         now[0] = 50.0
         assert stopwatch.stalled_step(10.0, 60.0) is None
         now[0] = 61.0
-        assert stopwatch.stalled_step(10.0, 60.0) == Step("a PUT", threading.get_ident(), 61.0, storage=True)
+        assert stopwatch.stalled_step(10.0, 60.0) == StalledStep("a PUT", threading.get_ident(), 61.0, storage=True)
 
 
 def test_signs_of_life_and_steps_within_are_progress() -> None:
@@ -51,14 +52,14 @@ def test_signs_of_life_and_steps_within_are_progress() -> None:
     with stopwatch.step("outer", last_progress=lambda: sign[0]):
         now[0], sign[0] = 9.0, 7.0
         assert stopwatch.stalled_step(5.0, 5.0) is None
-        assert stopwatch.stalled_step(1.0, 1.0) == Step("outer", threading.get_ident(), 2.0)
+        assert stopwatch.stalled_step(1.0, 1.0) == StalledStep("outer", threading.get_ident(), 2.0)
         with stopwatch.step("inner"):
             now[0] = 20.0
-            assert stopwatch.stalled_step(5.0, 5.0) == Step("inner", threading.get_ident(), 11.0)
+            assert stopwatch.stalled_step(5.0, 5.0) == StalledStep("inner", threading.get_ident(), 11.0)
         now[0] = 24.0
         assert stopwatch.stalled_step(5.0, 5.0) is None
         now[0] = 26.0
-        assert stopwatch.stalled_step(5.0, 5.0) == Step("outer", threading.get_ident(), 6.0)
+        assert stopwatch.stalled_step(5.0, 5.0) == StalledStep("outer", threading.get_ident(), 6.0)
 
 
 @pytest.mark.parametrize(("mib", "given"), [(1, 960.0), (512, 2760.0), (4096, 16_200.0)])

@@ -23,6 +23,7 @@ from batchjob import Job, run
 from batchjob.errors import AttemptFailed, StorageError, Unavailable, WorkerStalled
 from batchjob.loader.loader import Loader
 from batchjob.loader.settings import LoaderConfig
+from batchjob.loader.shard_queue import ShardQueue
 from batchjob.storage.objects import ObjectData
 from batchjob.storage.reader import Reader
 from batchjob.types import ImageRef, PreparedImage, Shard, ShardKey
@@ -112,17 +113,6 @@ def prepare(data: bytes) -> PreparedImage:
     return PreparedImage(torch.full((3, 2, 2), len(data), dtype=torch.uint8), 2, 2)
 
 
-class OneShard:
-    def __init__(self, shard: Shard) -> None:
-        self._left = [shard]
-
-    def next_shard(self) -> Shard | None:
-        return self._left.pop() if self._left else None
-
-    def is_wanted(self, shard: Shard) -> bool:
-        return True
-
-
 class StoppedOnce(Stopped):
     """The same, in the first process that reads."""
 
@@ -170,9 +160,9 @@ def watched(loading: Loader, seconds: float) -> Iterator[threading.Event]:
 
 def test_objects_that_come_one_by_one_are_signs_of_life(tmp_path: Path) -> None:
     slow = loader(Slow())
-    list(slow.batches(OneShard(shard(tmp_path, 1))))
+    list(slow.batches(ShardQueue.of([shard(tmp_path, 1)])))
     with watched(slow, 4.0) as late:
-        (batch,) = slow.batches(OneShard(shard(tmp_path)))
+        (batch,) = slow.batches(ShardQueue.of([shard(tmp_path)]))
     slow.close()
     assert len(batch.image_infos) == 8
     assert not late.is_set(), "8 s for the batch, no 4 s without a sign"
@@ -183,7 +173,7 @@ def test_a_process_that_was_stopped_gives_none(tmp_path: Path) -> None:
 
     def load() -> None:
         with pytest.raises(AttemptFailed, match="closed"):
-            list(stopped.batches(OneShard(shard(tmp_path))))
+            list(stopped.batches(ShardQueue.of([shard(tmp_path)])))
 
     thread = threading.Thread(target=load)
     with watched(stopped, 1.0) as late:
@@ -196,7 +186,7 @@ def test_a_process_that_was_stopped_gives_none(tmp_path: Path) -> None:
 
 def test_a_process_that_was_stopped_for_too_long_is_replaced(tmp_path: Path) -> None:
     stopped = loader(StoppedOnce(), image_seconds=1.0)
-    found = list(stopped.batches(OneShard(shard(tmp_path))))
+    found = list(stopped.batches(ShardQueue.of([shard(tmp_path)])))
     assert [facts.error for batch in found for facts in batch.image_infos] == [None] * 8
     assert stopped.process_deaths == 1
     stopped.close()

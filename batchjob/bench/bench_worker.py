@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from batchjob.bench.results import StageMeasurement
 from batchjob.driver.planner import choose_shard_size
 from batchjob.errors import AttemptFailed, InvalidJob
 from batchjob.job.job import Job
+from batchjob.loader.shard_queue import ShardQueue
 from batchjob.output.provenance import ShardResult
 from batchjob.output.scratch import ScratchFolder
 from batchjob.plan import chunks
@@ -30,7 +30,7 @@ from batchjob.types import Batch, Cursor, ImageRef, Shard, ShardKey, StageTiming
 from batchjob.worker.messages import ShardCommitted, ShardFailed, WorkerEvent, WorkerInfo, WorkerSetup
 from batchjob.worker.worker import Worker, WorkerComponents
 
-__all__ = ["BenchWorker", "FixedShardQueue", "InputSample", "RunRecord", "open_bench_worker", "sample_input"]
+__all__ = ["BenchWorker", "InputSample", "RunRecord", "open_bench_worker", "sample_input"]
 
 _SAMPLE = 256
 _SAMPLE_BYTES = 256 << 20  # of prepared pixels that are held
@@ -75,19 +75,6 @@ class RunRecord:
     def timings_of(self, stage: str) -> list[StageTiming]:
         """Its stretches, in the order they ended."""
         return sorted((span for span in self.timings if span.stage == stage), key=lambda span: span.ended)
-
-
-class FixedShardQueue:
-    """Shards that a worker or a loader takes one after the other; none after `until`, by `time.perf_counter`."""
-
-    def __init__(self, shards: Sequence[Shard], until: float = float("inf")) -> None:
-        self._left, self._until = deque(shards), until
-
-    def next_shard(self) -> Shard | None:
-        return self._left.popleft() if self._left and time.perf_counter() < self._until else None
-
-    def is_wanted(self, shard: Shard) -> bool:  # noqa: ARG002 - the face of a feed
-        return time.perf_counter() < self._until
 
 
 def sample_input(job: Job, images: int) -> InputSample:
@@ -184,7 +171,7 @@ class BenchWorker:
         """
         del self.timings[:]
         cpu, began = read_cpu_seconds(), time.perf_counter()
-        self._worker.run(FixedShardQueue(shards))
+        self._worker.run(ShardQueue.of(shards))
         results = tuple(self.next_result() for _ in shards)
         ended, spent = time.perf_counter(), read_cpu_seconds()
         used = None if cpu is None or spent is None else spent - cpu
@@ -204,8 +191,8 @@ class BenchWorker:
 
     def load_batches(self, shard: Shard) -> list[Batch]:
         """A shard as the loader gives it, all decoded there, held in memory of this process."""
-        feed = FixedShardQueue([replace(shard, attempt_number=-1, decode_on_cpu=True)])
-        return [_kept(batch) for batch in self.parts.loader.batches(feed)]
+        queue = ShardQueue.of([replace(shard, decode_on_cpu=True)])
+        return [_kept(batch) for batch in self.parts.loader.batches(queue)]
 
     def part_bytes(self, result: ShardResult) -> int:
         """Of a committed part."""

@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
-from batchjob.bench.bench_worker import BenchWorker, FixedShardQueue
+from batchjob.bench.bench_worker import BenchWorker
 from batchjob.bench.forward_loop import measure_forward_rate
 from batchjob.bench.results import StageMeasurement
 from batchjob.errors import ImageError, InvalidJob
 from batchjob.inference.device_transfer import DeviceTransfer
 from batchjob.loader.fetch import Fetcher, group_refs
 from batchjob.loader.loader import Loader
+from batchjob.loader.shard_queue import ShardQueue
 from batchjob.preprocessing.jpeg import read_baseline_jpeg_size
 from batchjob.storage.objects import ObjectData
 from batchjob.types import Batch, ImageInfo, Prediction, PreparedImage
@@ -266,10 +267,11 @@ def measure_fetch_rate(rig: BenchWorker) -> float:
         max_bytes=rig.job.decode.max_bytes,
     )
     try:
-        list(loader.batches(FixedShardQueue([rig.sample_shard])))  # starts the processes and their connections
+        list(loader.batches(ShardQueue.of([rig.sample_shard])))  # starts the processes and their connections
         began = time.perf_counter()
         shards = [rig.clone_shard(shard) for shard in rig.shards]
-        images = sum(len(batch.image_infos) for batch in loader.batches(FixedShardQueue(shards, began + _SECONDS)))
+        queue = ShardQueue.of(shards, is_open=lambda: time.perf_counter() < began + _SECONDS)
+        images = sum(len(batch.image_infos) for batch in loader.batches(queue))
         return images / (time.perf_counter() - began)
     finally:
         loader.close()

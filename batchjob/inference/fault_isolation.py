@@ -15,8 +15,16 @@ from batchjob.errors import AttemptFailed, BatchjobError, DeviceFault, Unavailab
 from batchjob.inference.device_errors import classify_device_error
 from batchjob.inference.predictor import Predictor
 from batchjob.loader.quarantine import Quarantine
-from batchjob.types import Batch, ErrorRecord, ImageInfo, PartialOutput, Prediction
-from batchjob.worker.watchdog import Watchdog
+from batchjob.types import (
+    Batch,
+    ErrorRecord,
+    ImageInfo,
+    PartialOutput,
+    Prediction,
+    StalledStep,
+    StepMonitor,
+    no_monitor,
+)
 
 __all__ = ["FaultIsolatingPredictor"]
 
@@ -36,12 +44,14 @@ class FaultIsolatingPredictor:
         predictor: as it was tuned.
         quarantine: of the plan.
         device: by its `identity`, for the sentences and for who counts faults of devices.
-        stopwatch: shows for how long a call has been under way.
+        step: Wraps each call of the model, so that one that hangs is noticed.
     """
 
-    def __init__(self, predictor: Predictor, quarantine: Quarantine, device: str, watchdog: Watchdog) -> None:
+    def __init__(
+        self, predictor: Predictor, quarantine: Quarantine, device: str, step: StepMonitor = no_monitor
+    ) -> None:
         self._predictor, self._quarantine = predictor, quarantine
-        self._device, self._stopwatch = device, watchdog
+        self._device, self._step = device, step
         self._lock = threading.Lock()
         self._under_way: deque[range] = deque()
         self._alone: dict[int, tuple[int, str | None]] = {}  # in that thread, the image of that position and tag
@@ -71,7 +81,7 @@ class FaultIsolatingPredictor:
         with self._lock:
             self._under_way.append(run)
         try:
-            with self._stopwatch.step("a batch in the model", model=True):
+            with self._step("a batch in the model", model=True):
                 predicted = self._predictor(batch.pixels, batch.shapes)
         except Exception as error:
             if isinstance(error, BatchjobError) or classify_device_error(error, self._predictor.forward.device):
@@ -87,16 +97,13 @@ class FaultIsolatingPredictor:
         """A fault that showed elsewhere (in page-locking memory, for one): a DeviceFault if that is what it is."""
         return self._lost(error) if classify_device_error(error, self._predictor.forward.device) else error
 
-    def find_stall(self, seconds: float, storage_seconds: float) -> WorkerStalled | None:
-        """What is to be told when a step has taken longer than it may; None as long as none has.
+    def explain_stall(self, step: StalledStep, seconds: float) -> WorkerStalled:
+        """Describe a step that has stalled; if the model hangs, record the images that it has as suspects.
 
         Args:
-            seconds: that a step may take.
-            at_storage: that one at a store may take, whose silence is ridden out.
+            step: The step, in another thread.
+            seconds: Time that a step may take.
         """
-        step = self._stopwatch.stalled_step(seconds, storage_seconds)
-        if step is None:
-            return None
         limits = "runtime.stall_seconds" + (" and errors.outage_seconds" if step.storage else "")
         words = f"{self._device}: {step.name} has not ended for {step.seconds:.0f} s ({limits})"
         found, images = False, tuple[range, ...]()
@@ -177,7 +184,7 @@ class FaultIsolatingPredictor:
         for number, row in enumerate(good):
             self._alone[get_ident()] = positions[row], batch.image_infos[row].etag
             try:
-                with self._stopwatch.step("an image alone in the model", model=True):
+                with self._step("an image alone in the model", model=True):
                     made = self._predictor.predict_single(pixels, batch.shapes, number)
                 pieces += made.outputs
                 lost |= made.errors

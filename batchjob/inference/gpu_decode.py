@@ -18,12 +18,11 @@ from batchjob.concurrency import parallel_map
 from batchjob.errors import AttemptFailed, InvalidJob, as_batchjob_error, is_out_of_memory
 from batchjob.inference.device_errors import classify_device_error
 from batchjob.loader.gpu_share import GpuShareController
-from batchjob.loader.loader import Loader, ShardQueue
-from batchjob.loader.sample import SingleShardQueue
+from batchjob.loader.loader import Loader
+from batchjob.loader.shard_queue import ShardQueue
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.preprocessing.transforms import ResizeCrop
-from batchjob.types import Batch, EncodedImages, Shard, StageTiming
-from batchjob.worker.watchdog import Watchdog
+from batchjob.types import Batch, EncodedImages, Shard, StageTiming, StepMonitor, no_monitor
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +110,7 @@ class GpuDecodingLoader:
         geometry: on the device.
         device: where the batches that held files lie afterwards.
         balance: steers the share.
-        stopwatch: shows for how long the device has been at it.
+        step: Wraps each use of the device, so that a decoder that hangs is noticed.
     """
 
     def __init__(
@@ -123,10 +122,10 @@ class GpuDecodingLoader:
         geometry: ResizeCrop,
         device: torch.device,
         share_controller: GpuShareController,
-        watchdog: Watchdog,
+        step: StepMonitor = no_monitor,
     ) -> None:
         self._loader, self._host, self._decode, self._geometry = loader, cpu_loader, decode, geometry
-        self._device, self._balance, self._stopwatch = device, share_controller, watchdog
+        self._device, self._balance, self._step = device, share_controller, step
         self._lock, self._ending, self._closed = threading.Lock(), threading.Lock(), threading.Event()
         self._streams: queue.SimpleQueue[torch.cuda.Stream] = queue.SimpleQueue()  # that nobody is on
         self.decoded = self.refused = self._in_vain = 0
@@ -134,9 +133,8 @@ class GpuDecodingLoader:
     def batches(self, queue: ShardQueue) -> Iterator[Batch]:
         """Those of `Loader.batches`, a few of them ahead; raises what that raises."""
         self._host.quarantine = self._loader.quarantine
-        noted = _RecordingQueue(queue)
-        given = self._balance.observe(self._loader.batches(noted))
-        return parallel_map(partial(self._whole, noted), given, threads=_THREADS, prefetch=_AHEAD)
+        given = self._balance.observe(self._loader.batches(queue))
+        return parallel_map(partial(self._whole, queue), given, threads=_THREADS, prefetch=_AHEAD)
 
     def can_decode(self, files: Sequence[torch.Tensor], pixels: Sequence[int]) -> bool:
         """Whether the device decodes and prepares such files, as many at once as in a run; to see how long that takes.
@@ -155,9 +153,9 @@ class GpuDecodingLoader:
             _log.info("JPEG files decoded on %s: %d, refused there: %d", self._device, self.decoded, self.refused)
         self._end_host()
 
-    def _whole(self, noted: _RecordingQueue, batch: Batch) -> Batch:
+    def _whole(self, queue: ShardQueue, batch: Batch) -> Batch:
         """The batch with the pixels of all its good images. Raises AttemptFailed."""
-        encoded, shard = batch.encoded, noted.find_shard(batch)
+        encoded, shard = batch.encoded, queue.find_shard(batch)
         if encoded is None or shard is None:  # nobody will look at a batch of a shard that has failed meanwhile
             return batch
         began = time.perf_counter()
@@ -262,7 +260,7 @@ class GpuDecodingLoader:
             self._streams.put(stream)
 
     def _on_the_clock(self) -> AbstractContextManager[None]:
-        return self._stopwatch.step("JPEG decoding on the device")
+        return self._step("JPEG decoding on the device")
 
     # -- on the CPU --------------------------------------------------------------------------------------------
 
@@ -275,7 +273,7 @@ class GpuDecodingLoader:
             if self._closed.is_set():
                 raise AttemptFailed("decoding on the device was closed")
             try:
-                return list(self._host.batches(SingleShardQueue(replace(shard, refs=refs, decode_on_cpu=True))))
+                return list(self._host.batches(ShardQueue.of([replace(shard, refs=refs, decode_on_cpu=True)])))
             finally:
                 if self._closed.is_set():  # meanwhile, and maybe before its processes were there
                     self._end_host()
@@ -294,29 +292,6 @@ class GpuDecodingLoader:
                 "the JPEG decoder of %s refuses one file after the other: the CPU does it all now", self._device
             )
             self._balance.disable()
-
-
-class _RecordingQueue:
-    """A feed, and the shards that it gave."""
-
-    def __init__(self, feed: ShardQueue) -> None:
-        self._feed = feed
-        self._given: dict[int, Shard] = {}
-
-    def next_shard(self) -> Shard | None:
-        shard = self._feed.next_shard()
-        if shard is not None:
-            self._given[shard.attempt_number] = shard
-            self._given = {take: one for take, one in self._given.items() if self._feed.is_wanted(one)}
-        return shard
-
-    def is_wanted(self, shard: Shard) -> bool:
-        return self._feed.is_wanted(shard)
-
-    def find_shard(self, batch: Batch) -> Shard | None:
-        """None where nobody wants it any more."""
-        shard = self._given.get(batch.attempt_number)
-        return shard if shard is not None and self._feed.is_wanted(shard) else None
 
 
 def _together(files: Sequence[_EncodedFile]) -> Iterator[Sequence[_EncodedFile]]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from batchjob.concurrency import start_forkserver
 from batchjob.errors import AttemptFailed, BatchjobError
@@ -15,23 +15,14 @@ from batchjob.loader.fetch import Fetcher
 from batchjob.loader.isolation import LoaderProcessPool
 from batchjob.loader.quarantine import Quarantine
 from batchjob.loader.settings import LoaderConfig
+from batchjob.loader.shard_queue import ShardQueue
 from batchjob.storage.reader import Reader
-from batchjob.types import Batch, Shard
+from batchjob.types import Batch
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Loader", "ShardQueue"]
-
-
-class ShardQueue(Protocol):
-    """Where the loader gets its next shard from."""
-
-    def next_shard(self) -> Shard | None:
-        """The next shard if one is there now, else None, which ends the epoch. Never blocks, never raises."""
-
-    def is_wanted(self, shard: Shard) -> bool:
-        """Whether more batches of a shard that was taken are of use; asked before each. Never blocks, never raises."""
+__all__ = ["Loader"]
 
 
 class Loader:

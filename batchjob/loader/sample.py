@@ -12,13 +12,14 @@ from batchjob.errors import Unavailable
 from batchjob.loader.dataset import TransformFn
 from batchjob.loader.loader import Loader
 from batchjob.loader.settings import LoaderConfig
+from batchjob.loader.shard_queue import ShardQueue
 from batchjob.storage.reader import Reader
 from batchjob.types import ImageRef, Shard, ShardKey
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SingleShardQueue", "load_samples"]
+__all__ = ["load_samples"]
 
 
 def load_samples(
@@ -39,25 +40,12 @@ def load_samples(
     refs = tuple(ImageRef(at, location, location) for at, location in enumerate(locations))
     one = replace(config, processes=min(config.processes, 1), prefetch=1, pin_memory=False)
     loader = Loader(reader=reader, transform=transform, batch_size=1, config=one, size=None)
+    shard = Shard(ShardKey(0, "", len(refs), 0, 0), refs, pa.table({}))
     try:
-        for batch in loader.batches(SingleShardQueue(Shard(ShardKey(0, "", len(refs), 0, 0), refs, pa.table({})))):
+        for batch in loader.batches(ShardQueue.of([shard])):
             if batch.attempt_error is not None:
                 raise Unavailable(batch.attempt_error)
             if batch.pixels is not None:
                 yield batch.pixels[0]
     finally:
         loader.close()
-
-
-class SingleShardQueue:
-    """The feed of one shard."""
-
-    def __init__(self, shard: Shard) -> None:
-        self._shard: Shard | None = shard
-
-    def next_shard(self) -> Shard | None:
-        shard, self._shard = self._shard, None
-        return shard
-
-    def is_wanted(self, shard: Shard) -> bool:  # noqa: ARG002 - the face of a feed
-        return True

@@ -27,9 +27,18 @@ from batchjob.output.scratch import as_disk_full_error
 from batchjob.preprocessing.geometry import ImageGeometry
 from batchjob.storage.store import Store
 from batchjob.tasks.postprocess import Postprocess
-from batchjob.types import Batch, ErrorRecord, ImageInfo, Prediction, Shard, TimingSink, record_timing
-from batchjob.worker.messages import ShardCommitted, ShardFailed, WorkerEvent
-from batchjob.worker.watchdog import Watchdog
+from batchjob.types import (
+    Batch,
+    ErrorRecord,
+    ImageInfo,
+    Prediction,
+    Shard,
+    ShardKey,
+    StepMonitor,
+    TimingSink,
+    no_monitor,
+    record_timing,
+)
 
 __all__ = ["PartBuilder", "PartMetadata"]
 
@@ -37,6 +46,8 @@ _BATCHES_WAITING = 2
 _COMMITS_PENDING = 2
 _RECORDED = ("batchjob", "torch", "torchvision", "pyarrow", "pillow")
 GetGeometry = Callable[[ImageInfo], ImageGeometry]
+OnResult = Callable[[ShardKey, ShardResult | BatchjobError], None]
+"""Called with the committed shard, or with the error that ended the attempt."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +91,9 @@ class PartBuilder:
         post: the task's half after the model.
         frames: where the model's input lies in an image.
         wanted: raises when the plan was discarded meanwhile; asked before each commit.
-        tell: called, from any thread, with what became of a shard.
+        on_result: Called once per attempt, from any thread, with its result.
         watch: told how long each batch and each commit took.
-        stopwatch: shows for how long a batch has been under way here.
+        step: Wraps the work on each batch and part, so that one that hangs is noticed.
     """
 
     def __init__(  # noqa: PLR0913 - all by keyword, from the one place that puts a worker together
@@ -94,13 +105,13 @@ class PartBuilder:
         postprocess: Postprocess,
         get_geometry: GetGeometry,
         raise_if_discarded: Callable[[], None],
-        on_event: Callable[[WorkerEvent], None],
+        on_result: OnResult,
         timing_sink: TimingSink = lambda span: None,
-        watchdog: Watchdog | None = None,
+        step: StepMonitor = no_monitor,
     ) -> None:
-        self._stopwatch = watchdog or Watchdog()
         self._store, self._spool, self._imprint, self._post = store, scratch_folder, metadata, postprocess
-        self._frames, self._wanted, self._tell, self._watch = get_geometry, raise_if_discarded, on_event, timing_sink
+        self._frames, self._wanted, self._watch, self._step = get_geometry, raise_if_discarded, timing_sink, step
+        self._on_result = on_result
         self._drafts: dict[int, _PartInProgress] = {}
         self._failed: set[int] = set()
         self._waiting: queue.Queue[_QueuedBatch | Callable[[], None] | None] = queue.Queue(_BATCHES_WAITING)
@@ -160,7 +171,7 @@ class PartBuilder:
         if take in self._failed:
             return
         try:
-            with self._stopwatch.step("results", model=True):
+            with self._step("results", model=True):
                 self._enter(self._draft(item.shard), item)
         except Exception as error:  # noqa: BLE001 - ends this attempt; the driver decides how far it reaches
             self._drop(item.shard, self._fault(error))
@@ -180,7 +191,7 @@ class PartBuilder:
         self._failed.add(shard.attempt_number)
         if (draft := self._drafts.pop(shard.attempt_number, None)) is not None:
             draft.give_up()
-        self._tell(ShardFailed(shard.key, error))
+        self._on_result(shard.key, error)
 
     def _enter(self, draft: _PartInProgress, item: _QueuedBatch) -> None:
         """Rows of one batch into the part."""
@@ -234,34 +245,34 @@ class PartBuilder:
         try:
             self._seal(_PartInProgress(self._spool, shard, self._imprint.schema))
         except Exception as error:  # noqa: BLE001 - likewise
-            self._tell(ShardFailed(shard.key, self._fault(error)))
+            self._on_result(shard.key, self._fault(error))
 
     def _seal(self, draft: _PartInProgress) -> None:
         """Finish the part and commit it, beside the next one."""
         self._room.acquire()
-        self._committer.submit(partial(self._commit, draft)).add_done_callback(self._committed)
+        self._committer.submit(partial(self._commit, draft)).add_done_callback(
+            partial(self._committed, draft.shard.key)
+        )
 
-    def _committed(self, future: Future[WorkerEvent]) -> None:
+    def _committed(self, key: ShardKey, future: Future[ShardResult | BatchjobError]) -> None:
         try:
-            self._tell(future.result())
+            self._on_result(key, future.result())
         finally:
             self._room.release()
 
-    def _commit(self, draft: _PartInProgress) -> WorkerEvent:
+    def _commit(self, draft: _PartInProgress) -> ShardResult | BatchjobError:
         key, began = draft.shard.key, time.perf_counter()
         try:
-            with self._stopwatch.step("the end of a part"):
+            with self._step("the end of a part"):
                 made = draft.close(self._imprint)
             path, examples = draft.writer.path, draft.writer.examples
             if key.revision:
                 done, examples = retry.replace_part(self._store, key, path, made, self._wanted)
             else:
                 done = commit.commit_part(self._store, key, path, made, self._wanted)
-            return ShardCommitted(
-                ShardResult(key, done.footer, examples if done.ours else {}, done.ours, done.info.etag)
-            )
+            return ShardResult(key, done.footer, examples if done.ours else {}, done.ours, done.info.etag)
         except Exception as error:  # noqa: BLE001 - ends this attempt
-            return ShardFailed(key, self._fault(error))
+            return self._fault(error)
         finally:
             with suppress(OSError):  # the spool is swept at the end
                 draft.writer.path.unlink(missing_ok=True)

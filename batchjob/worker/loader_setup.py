@@ -131,7 +131,7 @@ class LoaderSetup:
             geometry=self._engine.image_transform.resize_crop,
             device=self._engine.device,
             share_controller=GpuShareController(share, max(1, chosen.processes) * chosen.prefetch),
-            watchdog=self._stopwatch,
+            step=self._stopwatch.step,
         )
         return loader
 

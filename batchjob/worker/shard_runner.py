@@ -1,4 +1,4 @@
-"""Batches on their way from the loader through the model into their parts, shard after shard."""
+"""Batches of one shard after another, on their way from the loader through the model into their parts."""
 
 from __future__ import annotations
 
@@ -7,37 +7,39 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 from typing import Protocol
 
 from batchjob.concurrency import parallel_map
 from batchjob.errors import AttemptFailed, AttemptInterrupted, BatchjobError, as_batchjob_error
 from batchjob.inference.fault_isolation import FaultIsolatingPredictor
-from batchjob.loader.loader import ShardQueue
+from batchjob.loader.shard_queue import ShardQueue
 from batchjob.output.part_builder import PartBuilder
-from batchjob.types import Batch, Prediction, Shard, TimingSink, record_timing
+from batchjob.types import Batch, Prediction, TimingSink, record_timing
 
-__all__ = ["AttemptQueue", "ShardRunner", "ShardSource"]
+__all__ = ["ShardRunner"]
 
 
 class BatchSource(Protocol):
-    """What makes batches of shards; see `Loader`."""
+    """Source of loaded batches: `Loader`, or `GpuDecodingLoader` in front of one."""
 
     def batches(self, queue: ShardQueue) -> Iterator[Batch]:
-        """In order, until the feed gives None."""
+        """Yield the batches of the queue's shards in order, until the queue has none now."""
 
 
 class ShardRunner:
-    """Takes shards as long as there are any.
+    """Runs the shards of a queue, batch by batch.
+
+    The result of an attempt reaches the part builder, which reports it; an attempt that fails ends alone, the others
+    go on.
 
     Args:
-        loader: makes the batches.
-        guard: predicts them.
-        assembly: makes the parts, and tells what became of each shard.
-        lanes: batches that the model computes at once.
-        stopped: whether no further batch is to be begun.
-        watch: told how long each stage of each batch took.
-        waiting: around the wait for each batch.
+        loader: Makes the batches.
+        predictor: Computes their predictions.
+        part_builder: Writes the parts and commits them.
+        parallel_batches: Batches that the model computes at the same time.
+        is_stopped: Returns True as soon as no further batch may begin.
+        timing_sink: Receives how long each stage of each batch took.
+        wait_step: Wraps the wait for each batch, so that a loader that hangs is noticed.
     """
 
     def __init__(
@@ -50,134 +52,118 @@ class ShardRunner:
         timing_sink: TimingSink,
         wait_step: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self._loader, self._guard, self._assembly = loader, predictor, part_builder
-        self._lanes, self._stopped, self._watch, self._waiting = parallel_batches, is_stopped, timing_sink, wait_step
-        self._takes = count()
-        self._arrived = 0.0  # the latest results, by `time.perf_counter`
+        self._loader, self._predictor, self._part_builder = loader, predictor, part_builder
+        self._parallel_batches, self._is_stopped = parallel_batches, is_stopped
+        self._timing_sink, self._wait_step = timing_sink, wait_step
+        self._last_ready = 0.0  # when the device had the latest predictions ready, by `time.perf_counter`
 
-    def run(self, queue: ShardSource) -> None:
-        """Take shards from the feed until it has none now. What becomes of each is told, some of it later."""
-        taken = AttemptQueue(queue, self._assembly.has_failed, self._takes)
+    def run(self, queue: ShardQueue) -> None:
+        """Run shards until the queue has none now; the last parts may be committed some time later."""
         try:
-            for attempt in self._attempts(taken, self._awaited(self._loader.batches(taken))):
-                if self._stopped():
+            for result in self._predict_batches(queue, self._wait_for_batches(self._loader.batches(queue))):
+                if self._is_stopped():
                     return
-                self._advance(taken, attempt)
-        except BatchjobError as error:  # the loader itself: what it held is lost
-            for place, shard in enumerate(taken.unfinished_shards()):
-                self._assembly.fail_attempt(shard, _beside(error) if place else self._guard.as_device_fault(error))
-        for shard in taken.empty_shards:
-            self._assembly.add_empty_shard(shard)
+                self._advance(queue, result)
+        except BatchjobError as error:
+            self._fail_in_flight(queue, error)
+        for shard in queue.take_empty_shards():
+            self._part_builder.add_empty_shard(shard)
 
-    def _attempts(self, taken: AttemptQueue, batches: Iterator[Batch]) -> Iterator[_BatchResult]:
-        """Batches through the model, as many at once as there are lanes, in their order."""
-        attempted, most = partial(self._attempted, taken), self._lanes
-        if most == 1:
-            return map(attempted, batches)
-        return parallel_map(attempted, batches, threads=most, prefetch=most + 1)
+    def _fail_in_flight(self, queue: ShardQueue, error: BatchjobError) -> None:
+        """End all attempts in flight: the loader itself has failed, and what it held is lost.
 
-    def _attempted(self, taken: AttemptQueue, batch: Batch) -> _BatchResult:
-        shard = taken.shards.get(batch.attempt_number)
-        if shard is None or not taken.is_wanted(shard):
+        Only the oldest shard was being loaded. The others merely waited behind it, so their attempts do not count.
+        """
+        in_flight = [shard for shard in queue.in_flight() if not self._part_builder.has_failed(shard.attempt_number)]
+        for place, shard in enumerate(in_flight):
+            queue.drop(shard)
+            cause = _as_interruption(error) if place else self._predictor.as_device_fault(error)
+            self._part_builder.fail_attempt(shard, cause)
+
+    def _predict_batches(self, queue: ShardQueue, batches: Iterator[Batch]) -> Iterator[_BatchResult]:
+        """Yield the results of the batches in order, computed as many at a time as `parallel_batches` says."""
+        predict, parallel = partial(self._predict_batch, queue), self._parallel_batches
+        if parallel == 1:
+            return map(predict, batches)
+        return parallel_map(predict, batches, threads=parallel, prefetch=parallel + 1)
+
+    def _predict_batch(self, queue: ShardQueue, batch: Batch) -> _BatchResult:
+        shard = queue.find_shard(batch)
+        if shard is None or self._part_builder.has_failed(shard.attempt_number):
             return _BatchResult(batch)
-        began = time.perf_counter()
-        try:
-            rows = slice(batch.start, batch.start + len(batch.image_infos))
-            predicted = self._guard.predict(batch, [ref.position for ref in shard.refs[rows]])
-        except Exception as error:  # noqa: BLE001 - ends this attempt; the driver decides how far it reaches
-            return _BatchResult(batch, error=as_batchjob_error(error))
-        if self._lanes > 1:  # nothing copies from there any more, and what loader processes share is scarce
-            batch = replace(batch, pixels=None)
+        started = time.perf_counter()
         images = len(batch.image_infos)
-        if predicted is None or not predicted.pending:
-            return _BatchResult(batch, predicted, record_timing(self._watch, "forward", began, images))
-        landed = predicted.on_ready(partial(self._landing, began, images))
-        return _BatchResult(batch, landed, time.perf_counter() - began)
+        try:
+            rows = slice(batch.start, batch.start + images)
+            prediction = self._predictor.predict(batch, [ref.position for ref in shard.refs[rows]])
+        except Exception as error:  # noqa: BLE001 - ends this attempt; the driver decides what else it ends
+            return _BatchResult(batch, error=as_batchjob_error(error))
+        if self._parallel_batches > 1:
+            # The copies from the pixels are complete, and the memory shared with loader processes is scarce.
+            batch = replace(batch, pixels=None)
+        if prediction is None or not prediction.pending:
+            return _BatchResult(batch, prediction, record_timing(self._timing_sink, "forward", started, images))
+        pending = prediction.on_ready(partial(self._time_until_ready, started, images))
+        return _BatchResult(batch, pending, time.perf_counter() - started)
 
-    def _landing(self, began: float, images: int, arrival: Callable[[], None]) -> None:
-        """A device's results have been computed once they are waited for, and not before those of the batch ahead."""
-        arrival()
-        record_timing(self._watch, "forward", max(began, self._arrived), images)
-        self._arrived = time.perf_counter()
+    def _time_until_ready(self, started: float, images: int, wait_until_ready: Callable[[], None]) -> None:
+        """Record the forward time of a batch on a GPU.
 
-    def _advance(self, taken: AttemptQueue, attempt: _BatchResult) -> None:
-        batch = attempt.batch
-        shard = taken.shards.get(batch.attempt_number)
-        if shard is None or not taken.is_wanted(shard):
+        The GPU computes batches one after another, so the time of a batch begins when the one before it was ready.
+        """
+        wait_until_ready()
+        record_timing(self._timing_sink, "forward", max(started, self._last_ready), images)
+        self._last_ready = time.perf_counter()
+
+    def _advance(self, queue: ShardQueue, result: _BatchResult) -> None:
+        """Hand a result on to the part of its shard."""
+        batch = result.batch
+        shard = queue.find_shard(batch)
+        if shard is None:
             return
-        if attempt.error is not None:
-            del taken.shards[batch.attempt_number]
-            self._assembly.fail_attempt(shard, attempt.error)
+        if self._part_builder.has_failed(shard.attempt_number):
+            queue.drop(shard)
             return
-        last = batch.start + len(batch.image_infos) >= len(shard.refs)
-        self._assembly.add(shard, batch, attempt.predicted, forward_seconds=attempt.seconds, is_last=last)
-        if last:
-            del taken.shards[batch.attempt_number]
+        if result.error is not None:
+            queue.drop(shard)
+            self._part_builder.fail_attempt(shard, result.error)
+            return
+        is_last = batch.start + len(batch.image_infos) >= len(shard.refs)
+        self._part_builder.add(shard, batch, result.prediction, forward_seconds=result.seconds, is_last=is_last)
+        if is_last:
+            queue.drop(shard)
 
-    def _awaited(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same; the watch is told how long each was waited for, and how it was made."""
+    def _wait_for_batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches; record how long each was waited for and how long its loading took."""
         while True:
-            began = time.perf_counter()
-            with self._waiting():
+            started = time.perf_counter()
+            with self._wait_step():
                 batch = next(batches, None)
-            record_timing(self._watch, "wait", began, 0 if batch is None else len(batch.image_infos))
+            record_timing(self._timing_sink, "wait", started, 0 if batch is None else len(batch.image_infos))
             if batch is None:
                 return
-            for span in batch.timings:
-                self._watch(span)
+            for timing in batch.timings:
+                self._timing_sink(timing)
             yield batch
 
 
 @dataclass(frozen=True)
 class _BatchResult:
-    """What became of a batch: a prediction (none where no image was good) that took so many seconds, or an error."""
+    """Prediction of a batch, or the error that ends its attempt.
+
+    Attributes:
+        batch: The batch; without pixels if nothing needs them any more.
+        prediction: None if the batch holds no good image.
+        seconds: Time that the prediction took in this thread.
+        error: Reason why there is no prediction.
+    """
 
     batch: Batch
-    predicted: Prediction | None = None
+    prediction: Prediction | None = None
     seconds: float = 0.0
     error: BatchjobError | None = None
 
 
-def _beside(error: BatchjobError) -> BatchjobError:
-    """What is said of shards that were queued behind the one that a loader process died at."""
+def _as_interruption(error: BatchjobError) -> BatchjobError:
+    """Convert the error of the shard at which a loader process died for the shards that waited behind it."""
     return AttemptInterrupted(error.message) if isinstance(error, AttemptFailed) else error
-
-
-class ShardSource(Protocol):
-    """Where a worker gets its next shard from."""
-
-    def next_shard(self) -> Shard | None:
-        """The next shard if one is there now, else None. Never blocks, never raises."""
-
-
-class AttemptQueue:
-    """The pool's feed as the loader sees it: what it gave is numbered, and remembered until it is through.
-
-    Args:
-        pool: gives the next shard.
-        failed: whether the attempt of that number has ended without a part.
-        numbers: never the same twice in a worker.
-    """
-
-    def __init__(self, source: ShardSource, has_failed: Callable[[int], bool], attempt_numbers: Iterator[int]) -> None:
-        self._pool, self._failed, self._numbers = source, has_failed, attempt_numbers
-        self.shards: dict[int, Shard] = {}
-        self.empty_shards: list[Shard] = []
-
-    def next_shard(self) -> Shard | None:
-        given = self._pool.next_shard()
-        if given is None:
-            return None
-        shard = replace(given, attempt_number=next(self._numbers))
-        if shard.refs:
-            self.shards[shard.attempt_number] = shard
-        else:
-            self.empty_shards.append(shard)
-        return shard
-
-    def is_wanted(self, shard: Shard) -> bool:
-        return shard.attempt_number in self.shards and not self._failed(shard.attempt_number)
-
-    def unfinished_shards(self) -> list[Shard]:
-        """Those of which more batches were to come, in the order they were taken."""
-        return [shard for shard in self.shards.values() if self.is_wanted(shard)]

@@ -14,27 +14,9 @@ from typing import BinaryIO
 from batchjob.storage.objects import ObjectData, ObjectInfo
 from batchjob.storage.outage import upload_timeout
 from batchjob.storage.store import Store
+from batchjob.types import StalledStep
 
-__all__ = ["MonitoredStore", "Step", "Watchdog"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One that is under way.
-
-    Attributes:
-        name: for people.
-        thread: that it is in.
-        seconds: since its begin, or its last sign of life.
-        storage: it is at a store or waits for one, whose silence is waited for longer.
-        model: what the model has in hand may be to blame.
-    """
-
-    name: str
-    thread: int
-    seconds: float
-    storage: bool = False
-    model: bool = False
+__all__ = ["MonitoredStore", "Watchdog"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +70,7 @@ class Watchdog:
             else:  # that this one has ended is a sign of life
                 self._running[thread] = replace(outer, since=self._clock())
 
-    def stalled_step(self, seconds: float, storage_seconds: float) -> Step | None:
+    def stalled_step(self, seconds: float, storage_seconds: float) -> StalledStep | None:
         """The step that has shown no life for longest beyond what it may; None as long as there is none.
 
         Args:
@@ -96,12 +78,12 @@ class Watchdog:
             at_storage: that one at a store may take.
         """
         running, now = self._running.copy(), self._clock()
-        late: list[tuple[float, Step]] = []
+        late: list[tuple[float, StalledStep]] = []
         for thread, one in running.items():
             since = one.since if one.sign is None else max(one.since, one.sign())
             beyond = now - since - one.extra - (storage_seconds if one.storage else seconds)
             if beyond > 0:
-                late.append((beyond, Step(one.name, thread, now - since, one.storage, one.model)))
+                late.append((beyond, StalledStep(one.name, thread, now - since, one.storage, one.model)))
         return max(late, key=lambda each: each[0])[1] if late else None
 
 

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from batchjob.concurrency import start_forkserver
-from batchjob.errors import Temporary, WorkerStalled
+from batchjob.errors import BatchjobError, Temporary, WorkerStalled
 from batchjob.inference import cpu_parallelism
 from batchjob.inference.autotune import trial_process
 from batchjob.inference.autotune.autotuner import Autotuner
@@ -26,8 +26,10 @@ from batchjob.inference.predictor import Predictor
 from batchjob.job.job import Job
 from batchjob.loader.loader import Loader
 from batchjob.loader.quarantine import Quarantine
+from batchjob.loader.shard_queue import ShardQueue
 from batchjob.output import retry
 from batchjob.output.part_builder import PartBuilder, PartMetadata
+from batchjob.output.provenance import ShardResult
 from batchjob.output.schema import build_row_schema
 from batchjob.output.scratch import ScratchFolder
 from batchjob.plan import chunks, contract
@@ -42,10 +44,10 @@ from batchjob.storage.store import open_store
 from batchjob.system import available_memory
 from batchjob.types import Shard, ShardKey, TimingSink
 from batchjob.worker.loader_setup import LoaderSetup
-from batchjob.worker.messages import WorkerEvent, WorkerInfo, WorkerSetup
+from batchjob.worker.messages import ShardCommitted, ShardFailed, WorkerEvent, WorkerInfo, WorkerSetup
 from batchjob.worker.plan_session import _SAMPLE, _digest_of, _JoinedPlan, claim_first_attempt
 from batchjob.worker.setup import _BRING_TRANSFORMS, _SLOW_SECONDS, _TRANSFORMS, _WARM_UP_ROWS
-from batchjob.worker.shard_runner import ShardRunner, ShardSource
+from batchjob.worker.shard_runner import ShardRunner
 from batchjob.worker.watchdog import MonitoredStore, Watchdog
 
 __all__ = ["Worker", "WorkerComponents"]
@@ -188,12 +190,12 @@ class Worker:
             postprocess=engine.postprocess,
             get_geometry=partial(compute_image_geometry, engine.preprocess),
             raise_if_discarded=self._still_wanted,
-            on_event=self._tell,
+            on_result=self._report,
             timing_sink=self._watch,
-            watchdog=self._stopwatch,
+            step=self._stopwatch.step,
         )
         loading.loader.quarantine = self._quarantine
-        self._guard = FaultIsolatingPredictor(self._predictor, self._quarantine, self.device, self._stopwatch)
+        self._guard = FaultIsolatingPredictor(self._predictor, self._quarantine, self.device, self._stopwatch.step)
         self._passage = ShardRunner(
             loading.batch_source,
             self._guard,
@@ -272,7 +274,7 @@ class Worker:
 
     # -- again and again ---------------------------------------------------------------------------------------
 
-    def run(self, queue: ShardSource) -> None:
+    def run(self, queue: ShardQueue) -> None:
         """Take shards from the feed until it has none now. What becomes of each is told, some of it later."""
         assert self._passage is not None, "begin comes before run"
         self._passage.run(queue)
@@ -285,7 +287,11 @@ class Worker:
         """What to tell when a step has shown no life for too long, else None; asked from another thread."""
         each = self._job.runtime.stall_seconds  # a batch that has one core of several takes as many times longer
         limits = each * self._lanes.parallel_batches, each + self._job.errors.outage_seconds
-        return self._guard.find_stall(*limits) if self._guard else None
+        step = self._stopwatch.stalled_step(*limits) if self._guard else None
+        return self._guard.explain_stall(step, limits[0]) if self._guard and step else None
+
+    def _report(self, key: ShardKey, result: ShardResult | BatchjobError) -> None:
+        self._tell(ShardCommitted(result) if isinstance(result, ShardResult) else ShardFailed(key, result))
 
     def _still_wanted(self) -> None:
         if is_discarded(self._store, self._begun.head):

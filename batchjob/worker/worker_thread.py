@@ -10,6 +10,7 @@ from pathlib import Path
 from batchjob.errors import DeviceFault, as_batchjob_error, as_crash_error, describe_error
 from batchjob.inference.device_errors import classify_device_error
 from batchjob.job.job import Job
+from batchjob.loader.shard_queue import ShardQueue
 from batchjob.pool.placement import Assignment
 from batchjob.types import Shard
 from batchjob.worker.messages import ShardFailed, WorkerEvent, WorkerFailed, WorkerReady, WorkerSetup
@@ -45,8 +46,8 @@ class WorkerThread:
         self._due.put(None)
         self._thread.join(_CLOSE_SECONDS)
 
-    def next_shard(self) -> Shard | None:
-        """The feed's side: the next shard if one is there now."""
+    def _next_shard(self) -> Shard | None:
+        """Read the next shard if one is assigned now."""
         while not self._closed.is_set():
             due, self._next = self._next, None
             try:
@@ -90,9 +91,10 @@ class WorkerThread:
 
     def _go_round(self, worker: Worker) -> None:
         """Wait for a shard, then work until none is there; again until closed."""
+        queue = ShardQueue(self._next_shard, lambda: not self._closed.is_set())
         while (due := self._due.get()) is not None:
             self._next = due
             worker.join_plan(due.plan_number)
-            worker.run(self)
+            worker.run(queue)
             if self._closed.is_set():
                 return
