@@ -8,7 +8,7 @@ from pathlib import Path
 import batchjob
 from batchjob import Job
 from batchjob.driver.progress import NoProgress
-from benchmarks.assignment import Workload
+from benchmarks.workload import Workload
 
 __all__ = ["TUNING_VARIABLE", "run_batchjob"]
 

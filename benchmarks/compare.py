@@ -23,13 +23,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
-from benchmarks.assignment import Workload
 from benchmarks.batchjob_run import TUNING_VARIABLE
-from benchmarks.calibration import MachineSpeedCheck
-from benchmarks.imagesets import make_images, make_weights, warm_page_cache
-from benchmarks.latency import delaying_proxy
-from benchmarks.measure import ROOT, SYSTEMS, SystemRun, missing_requirement, run_system
-from benchmarks.table import format_table
+from benchmarks.delaying_proxy import delaying_proxy
+from benchmarks.image_sets import make_images, make_weights, warm_page_cache
+from benchmarks.machine_speed import MachineSpeedCheck
+from benchmarks.result_table import format_table
+from benchmarks.system_run import ROOT, SYSTEMS, SystemRun, missing_requirement, run_system
+from benchmarks.workload import Workload
 
 __all__ = ["CASES", "ComparisonCase", "main"]
 

@@ -17,8 +17,8 @@ import pyarrow.dataset as ds
 
 import batchjob
 from batchjob import Job
-from benchmarks.imagesets import IMAGE_SETS, make_images, make_weights
-from benchmarks.measure import ROOT
+from benchmarks.image_sets import IMAGE_SETS, make_images, make_weights
+from benchmarks.system_run import ROOT
 
 _JOB = Path(__file__).with_name("job.yaml")
 

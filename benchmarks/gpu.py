@@ -28,7 +28,7 @@ from batchjob.inference.output_comparison import OutputComparison, compare_outpu
 from batchjob.preprocessing.jpeg import read_baseline_jpeg_size
 from batchjob.preprocessing.transforms import ImageTransform
 from batchjob.storage.reader import Reader
-from benchmarks.imagesets import make_images, make_weights, warm_page_cache
+from benchmarks.image_sets import make_images, make_weights, warm_page_cache
 
 _JOB = Path(__file__).with_name("job.yaml")
 _CROP = 224

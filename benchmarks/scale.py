@@ -20,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
-from benchmarks.billion import HEAD, SHARD_ROWS, CountingStore, SimulatedPool, generate_chunks, generate_refs
+from benchmarks.simulated_cluster import HEAD, SHARD_ROWS, CountingStore, SimulatedPool, generate_chunks, generate_refs
 
 __all__ = ["main"]
 

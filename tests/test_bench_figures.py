@@ -25,7 +25,7 @@ from batchjob.inference.predictor import PROFILER_PREFIX, Predictor
 from batchjob.loader.quarantine import Quarantine
 from batchjob.loader.shard_queue import ShardQueue
 from batchjob.output.part_builder import PartBuilder
-from batchjob.preprocessing.normalize import make_normalizer
+from batchjob.preprocessing.normalize import Normalizer
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.storage.store import open_store
 from batchjob.types import Batch, ImageInfo, ImageRef, Prediction, Shard, ShardKey, StageTiming
@@ -202,7 +202,7 @@ class Held(PartBuilder):
 
 def passed(folder: Path, kind: Callable[..., Predictor]) -> tuple[list[StageTiming], Held]:
     forward = ForwardPass(
-        nn.Flatten().eval(), make_normalizer(Preprocess(scale="none")), torch.device("cpu"), ForwardOptions()
+        nn.Flatten().eval(), Normalizer(Preprocess(scale="none")), torch.device("cpu"), ForwardOptions()
     )
     guard = FaultIsolatingPredictor(kind(forward, AsItIs()), Quarantine(open_store(str(folder)), "plan/"), "cuda:0")
     spans, held = list[StageTiming](), Held()

@@ -19,8 +19,16 @@ import pytest
 import torch
 import yaml
 from commands import table
+from jpeg_files import (
+    CENTER_CROP,
+    PLAIN_JPEG,
+    UNSUITABLE_FILES,
+    decode_files,
+    encode_jpeg,
+    make_photograph,
+    make_split_transform,
+)
 from lost import ASSERT
-from photographs import CENTRE, OTHERS, PLAIN, decoded, divided, jpeg, photograph
 from PIL import Image
 
 from batchjob import Job, run
@@ -55,10 +63,10 @@ class Decoding:
         decode: JpegDecoder,
         value: float,
         processes: int = 0,
-        preprocess: Preprocess = CENTRE,
+        preprocess: Preprocess = CENTER_CROP,
         batch_size: int = 4,
     ) -> None:
-        prepare = divided(value, preprocess)
+        prepare = make_split_transform(value, preprocess)
         self.share = prepare.share
 
         def loader(processes: int, more: GpuSplitTransform | None = None) -> Loader:
@@ -90,7 +98,7 @@ class Decoding:
             self.loader.close()
 
 
-def exact(data: bytes, preprocess: Preprocess = CENTRE) -> torch.Tensor:
+def exact(data: bytes, preprocess: Preprocess = CENTER_CROP) -> torch.Tensor:
     """What the CPU makes of it, to the bit; torchvision's decoder and resize do the same in the device's place."""
     turn = preprocess.exif == "apply"
     return ImageTransform(DecodeSettings(), ResizeCrop(preprocess), gray=False, apply_exif=turn)(data).pixels
@@ -114,9 +122,13 @@ def check(batches: Sequence[Batch], contents: Sequence[bytes], bad: Sequence[int
 @pytest.mark.parametrize("processes", [0, 2])
 @pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
 def test_batches_come_whole_and_in_order(value: float, processes: int, tmp_path: Path) -> None:
-    contents = [jpeg(photograph(n, (90 + n, 70))) for n in range(18)]
-    contents[3], contents[8], contents[9] = OTHERS["progressive"], OTHERS["PNG"], OTHERS["grey"]
-    decoding = Decoding(decoded, value, processes)
+    contents = [encode_jpeg(make_photograph(n, (90 + n, 70))) for n in range(18)]
+    contents[3], contents[8], contents[9] = (
+        UNSUITABLE_FILES["progressive"],
+        UNSUITABLE_FILES["PNG"],
+        UNSUITABLE_FILES["grey"],
+    )
+    decoding = Decoding(decode_files, value, processes)
     found = decoding.batches(written(tmp_path, contents))
     assert [(batch.start, len(batch.image_infos)) for batch in found] == [(0, 4), (4, 4), (8, 4), (12, 4), (16, 2)]
     check(found, contents)
@@ -125,8 +137,8 @@ def test_batches_come_whole_and_in_order(value: float, processes: int, tmp_path:
 
 
 def test_what_the_device_decodes_is_resized_as_torchvision_does(tmp_path: Path) -> None:
-    contents = [jpeg(photograph(n, (200 - n, 90 + n))) for n in range(8)]
-    found = Decoding(decoded, 1.0).batches(written(tmp_path, contents))
+    contents = [encode_jpeg(make_photograph(n, (200 - n, 90 + n))) for n in range(8)]
+    found = Decoding(decode_files, 1.0).batches(written(tmp_path, contents))
     pixels = torch.cat([batch.pixels for batch in found if batch.pixels is not None])
     assert torch.equal(pixels, torch.stack([exact(data) for data in contents]))
     assert all(any(span.stage == "device decode" and span.images == 4 for span in batch.timings) for batch in found)
@@ -146,21 +158,21 @@ def test_what_the_device_decodes_is_resized_as_torchvision_does(tmp_path: Path) 
     ids=["both sides", "bicubic", "padded", "nearest", "crop alone", "all padded"],
 )
 def test_the_geometry_on_a_device_is_the_exact_one(preprocess: Preprocess) -> None:
-    contents = [jpeg(photograph(n, (120 + n, 80))) for n in range(3)]
+    contents = [encode_jpeg(make_photograph(n, (120 + n, 80))) for n in range(3)]
     files = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in contents]
-    made = ResizeCrop(preprocess).resize_on_device(decoded(files))
+    made = ResizeCrop(preprocess).resize_on_device(decode_files(files))
     assert torch.equal(made, torch.stack([exact(data, preprocess) for data in contents]))
 
 
 def choosy(refused: Callable[[bytes], bool], files: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     if any(refused(bytes(file.tolist())) for file in files):
         raise RuntimeError("nvjpegDecodeBatched failed")
-    return decoded(files)
+    return decode_files(files)
 
 
 @pytest.mark.parametrize("processes", [0, 1])
 def test_what_the_device_refuses_is_decoded_on_the_cpu(processes: int, tmp_path: Path) -> None:
-    contents = [jpeg(photograph(n)) for n in range(10)]
+    contents = [encode_jpeg(make_photograph(n)) for n in range(10)]
     odd = {contents[1], contents[6], contents[7]}
     decoding = Decoding(partial(choosy, odd.__contains__), 1.0, processes)
     check(decoding.batches(written(tmp_path, contents)), contents)
@@ -168,7 +180,7 @@ def test_what_the_device_refuses_is_decoded_on_the_cpu(processes: int, tmp_path:
 
 
 def test_one_that_is_refused_is_found_in_halves(tmp_path: Path) -> None:
-    contents, sizes = [jpeg(photograph(n)) for n in range(32)], list[int]()
+    contents, sizes = [encode_jpeg(make_photograph(n)) for n in range(32)], list[int]()
 
     def counted(files: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         sizes.append(len(files))
@@ -180,12 +192,12 @@ def test_one_that_is_refused_is_found_in_halves(tmp_path: Path) -> None:
 
 def test_error_rows_are_as_ever(tmp_path: Path) -> None:
     """Among them a file that looks whole and is not, so that it is the CPU's decoder which names what ails it."""
-    torn = PLAIN[:620] + b"\xff\xd9"
-    contents = [PLAIN, b"", torn, PLAIN[:-40], b"text", PLAIN]
+    torn = PLAIN_JPEG[:620] + b"\xff\xd9"
+    contents = [PLAIN_JPEG, b"", torn, PLAIN_JPEG[:-40], b"text", PLAIN_JPEG]
     shard = written(tmp_path, contents)
     (tmp_path / "001").unlink()
     found = Decoding(partial(choosy, torn.__eq__), 1.0).batches(shard)
-    (plain,) = Decoding(decoded, 0.0).batches(Shard(shard.key, shard.refs[:4], pa.table({})))
+    (plain,) = Decoding(decode_files, 0.0).batches(Shard(shard.key, shard.refs[:4], pa.table({})))
     assert [fact.error for fact in found[0].image_infos] == [fact.error for fact in plain.image_infos]
     types = [fact.error.type for batch in found for fact in batch.image_infos if fact.error is not None]
     assert {"not_found", "truncated", "not_an_image"} <= set(types)
@@ -197,7 +209,7 @@ def good(batch: Batch) -> int:
 
 
 def test_an_image_that_is_gone_when_the_cpu_s_turn_comes_is_an_error_row(tmp_path: Path) -> None:
-    contents = [jpeg(photograph(n)) for n in range(4)]
+    contents = [encode_jpeg(make_photograph(n)) for n in range(4)]
     shard = written(tmp_path, contents)
 
     def gone(data: bytes) -> bool:
@@ -211,7 +223,7 @@ def test_an_image_that_is_gone_when_the_cpu_s_turn_comes_is_an_error_row(tmp_pat
 
 
 def test_a_decoder_that_refuses_everything_is_asked_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    contents = [jpeg(photograph(n)) for n in range(40)]
+    contents = [encode_jpeg(make_photograph(n)) for n in range(40)]
     decoding = Decoding(partial(choosy, bool), 1.0)
     with caplog.at_level(logging.WARNING):
         check(decoding.batches(written(tmp_path, contents)), contents)
@@ -227,9 +239,9 @@ def test_large_images_are_not_all_decoded_at_once(tmp_path: Path, monkeypatch: p
 
     def counted(files: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         seen.append(len(files))
-        return decoded(files)
+        return decode_files(files)
 
-    contents = [jpeg(photograph(n)) for n in range(3)] + [jpeg(photograph(3, (300, 200)))]
+    contents = [encode_jpeg(make_photograph(n)) for n in range(3)] + [encode_jpeg(make_photograph(3, (300, 200)))]
     check(Decoding(counted, 1.0).batches(written(tmp_path, contents)), contents)
     assert seen == [2, 1, 1]
 
@@ -240,9 +252,9 @@ def test_a_look_at_the_device_holds_no_more_pixels_than_a_run(monkeypatch: pytes
 
     def counted(files: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         seen.append(len(files))
-        return decoded(files)
+        return decode_files(files)
 
-    files = [torch.frombuffer(bytearray(jpeg(photograph(n))), dtype=torch.uint8) for n in range(5)]
+    files = [torch.frombuffer(bytearray(encode_jpeg(make_photograph(n))), dtype=torch.uint8) for n in range(5)]
     assert Decoding(counted, 1.0).whole.can_decode(files, [90 * 70] * 5)
     assert seen == [2, 2, 1]
     assert not Decoding(partial(choosy, bool), 1.0).whole.can_decode(files, [90 * 70] * 5)
@@ -260,7 +272,7 @@ def test_a_thread_that_outlives_it_starts_no_processes(tmp_path: Path) -> None:
 
     def ask() -> None:
         try:
-            list(decoding.whole.batches(ShardQueue.of([written(tmp_path, [PLAIN] * 4)])))
+            list(decoding.whole.batches(ShardQueue.of([written(tmp_path, [PLAIN_JPEG] * 4)])))
         except BatchjobError as error:
             ended.append(error)
 
@@ -281,13 +293,13 @@ def test_a_device_that_breaks_fails_the_attempt_in_its_own_words(tmp_path: Path)
         raise RuntimeError(ASSERT)
 
     with pytest.raises(AttemptFailed, match="device-side assert"):
-        Decoding(broken, 1.0).batches(written(tmp_path, [PLAIN] * 3))
+        Decoding(broken, 1.0).batches(written(tmp_path, [PLAIN_JPEG] * 3))
 
 
 def test_a_shard_that_is_the_cpu_s_is_left_to_it(tmp_path: Path) -> None:
-    shard = written(tmp_path, [PLAIN] * 6)
-    decoding = Decoding(decoded, 1.0)
-    check(decoding.batches(Shard(shard.key, shard.refs, shard.passthrough, decode_on_cpu=True)), [PLAIN] * 6)
+    shard = written(tmp_path, [PLAIN_JPEG] * 6)
+    decoding = Decoding(decode_files, 1.0)
+    check(decoding.batches(Shard(shard.key, shard.refs, shard.passthrough, decode_on_cpu=True)), [PLAIN_JPEG] * 6)
     assert decoding.whole.decoded == 0
 
 
@@ -298,9 +310,9 @@ def test_a_shard_that_nobody_wants_any_more_is_not_decoded(tmp_path: Path) -> No
         calls.append(len(files))
         for shard in queue.in_flight():
             queue.drop(shard)
-        return decoded(files)
+        return decode_files(files)
 
-    queue = ShardQueue.of([written(tmp_path, [PLAIN] * 40)])
+    queue = ShardQueue.of([written(tmp_path, [PLAIN_JPEG] * 40)])
     assert len(list(Decoding(counted, 1.0).whole.batches(queue))) <= 4
     assert 1 <= len(calls) <= 2
 
@@ -343,7 +355,7 @@ JOB: dict[str, Any] = {
 }
 
 
-def write_job(folder: Path, contents: Sequence[bytes] = (PLAIN,), **sections: Any) -> Path:
+def write_job(folder: Path, contents: Sequence[bytes] = (PLAIN_JPEG,), **sections: Any) -> Path:
     (folder / "images").mkdir(exist_ok=True)
     for number, content in enumerate(contents):
         (folder / "images" / f"{number:03d}.jpg").write_bytes(content)
@@ -373,13 +385,17 @@ def embeddings(folder: Path) -> dict[str, list[float] | None]:
 
 
 def test_a_run_gives_the_rows_that_the_cpu_gives(tmp_path: Path, device: Callable[[JpegDecoder], None]) -> None:
-    contents = [jpeg(photograph(n, (90, 70 + n))) for n in range(25)]
-    contents[4], contents[11], contents[12] = OTHERS["CMYK"], PLAIN[:-40], OTHERS["progressive"]
+    contents = [encode_jpeg(make_photograph(n, (90, 70 + n))) for n in range(25)]
+    contents[4], contents[11], contents[12] = (
+        UNSUITABLE_FILES["CMYK"],
+        PLAIN_JPEG[:-40],
+        UNSUITABLE_FILES["progressive"],
+    )
     calls: list[int] = []
 
     def counted(files: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         calls.append(len(files))
-        return decoded(files)
+        return decode_files(files)
 
     device(counted)
     for name in ("there", "here"):
@@ -402,7 +418,7 @@ def test_after_a_crash_there_the_shard_is_decoded_on_the_cpu(
         raise RuntimeError(ASSERT)
 
     device(broken)
-    path = write_job(tmp_path, [PLAIN] * 10)
+    path = write_job(tmp_path, [PLAIN_JPEG] * 10)
     with pytest.raises(BatchjobError) as ending:
         run(Job.from_file(path))
     assert (type(ending.value), ending.value.exit_code) == (DeviceFault, 75)
@@ -461,7 +477,7 @@ def test_a_decoder_is_for_cuda_alone() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_the_gpu_s_own_decoder_is_near() -> None:
     decode = create_jpeg_decoder(torch.device("cuda"))
-    contents = [jpeg(photograph(n, (300, 200 + n)), quality=90) for n in range(16)]
+    contents = [encode_jpeg(make_photograph(n, (300, 200 + n)), quality=90) for n in range(16)]
     files = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in contents]
-    made = ResizeCrop(CENTRE).resize_on_device(decode(files)).cpu()
+    made = ResizeCrop(CENTER_CROP).resize_on_device(decode(files)).cpu()
     assert (made.int() - torch.stack([exact(data) for data in contents]).int()).abs().max() <= 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from photographs import OTHERS, PLAIN, divided, jpeg, photograph, share
+from jpeg_files import PLAIN_JPEG, UNSUITABLE_FILES, encode_jpeg, make_photograph, make_share, make_split_transform
 
 from batchjob.bench.bottleneck import compute_ceilings
 from batchjob.bench.results import StageMeasurement
@@ -19,13 +19,16 @@ from batchjob.preprocessing.settings import Preprocess
 
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 def test_plain_files_are_the_device_s(subsampling: str) -> None:
-    assert read_baseline_jpeg_size(jpeg(photograph(1), subsampling=subsampling)) == (70, 90)
-    assert read_baseline_jpeg_size(jpeg(photograph(1), subsampling=subsampling, restart_marker_rows=1)) == (70, 90)
+    assert read_baseline_jpeg_size(encode_jpeg(make_photograph(1), subsampling=subsampling)) == (70, 90)
+    assert read_baseline_jpeg_size(encode_jpeg(make_photograph(1), subsampling=subsampling, restart_marker_rows=1)) == (
+        70,
+        90,
+    )
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", UNSUITABLE_FILES)
 def test_all_others_are_the_cpu_s(name: str) -> None:
-    assert read_baseline_jpeg_size(OTHERS[name]) is None
+    assert read_baseline_jpeg_size(UNSUITABLE_FILES[name]) is None
 
 
 def flat(prepare: GpuSplitTransform, data: bytes) -> bool:
@@ -33,22 +36,22 @@ def flat(prepare: GpuSplitTransform, data: bytes) -> bool:
 
 
 def test_a_file_is_left_as_it_is_with_its_size() -> None:
-    made = divided(1.0)(PLAIN)
-    assert bytes(made.pixels.tolist()) == PLAIN
+    made = make_split_transform(1.0)(PLAIN_JPEG)
+    assert bytes(made.pixels.tolist()) == PLAIN_JPEG
     assert (made.width, made.height, made.axes_swapped) == (90, 70, False)
 
 
 def test_what_is_too_large_or_would_be_is_the_cpu_s() -> None:
-    assert flat(divided(1.0, max_pixels=6300), PLAIN)
-    assert flat(divided(1.0), jpeg(photograph(1, (3000, 30))))
+    assert flat(make_split_transform(1.0, max_pixels=6300), PLAIN_JPEG)
+    assert flat(make_split_transform(1.0), encode_jpeg(make_photograph(1, (3000, 30))))
     with pytest.raises(ImageError, match="too narrow"):  # it would be 300 x 150,000
-        divided(1.0, Preprocess(resize=300, crop=32))(jpeg(photograph(1, (4000, 8))))
+        make_split_transform(1.0, Preprocess(resize=300, crop=32))(encode_jpeg(make_photograph(1, (4000, 8))))
 
 
 def test_turned_images_are_the_cpu_s_where_exif_counts() -> None:
-    upright, turned = jpeg(photograph(1)), jpeg(photograph(1), orientation=6)
-    assert flat(divided(1.0), turned)
-    minding = divided(1.0, Preprocess(resize=40, crop=32, exif="apply"))
+    upright, turned = encode_jpeg(make_photograph(1)), encode_jpeg(make_photograph(1), orientation=6)
+    assert flat(make_split_transform(1.0), turned)
+    minding = make_split_transform(1.0, Preprocess(resize=40, crop=32, exif="apply"))
     assert flat(minding, upright)
     made = minding(turned)
     assert made.pixels.shape == (3, 32, 32)
@@ -60,25 +63,25 @@ def test_turned_images_are_the_cpu_s_where_exif_counts() -> None:
 
 @pytest.mark.parametrize(("value", "wanted"), [(0.0, 0), (0.25, 5), (0.5, 10), (0.75, 15), (1.0, 20)])
 def test_a_share_of_the_images_is_left(value: float, wanted: int) -> None:
-    prepare = divided(value)
-    assert sum(flat(prepare, PLAIN) for _ in range(20)) == wanted
+    prepare = make_split_transform(value)
+    assert sum(flat(prepare, PLAIN_JPEG) for _ in range(20)) == wanted
 
 
 def test_what_cannot_be_left_is_made_up_for_but_not_for_long() -> None:
-    prepare = divided(0.5)
-    kinds = [PLAIN, OTHERS["progressive"]] * 8
+    prepare = make_split_transform(0.5)
+    kinds = [PLAIN_JPEG, UNSUITABLE_FILES["progressive"]] * 8
     assert sum(flat(prepare, data) for data in kinds) == 7
-    prepare = divided(0.5)
+    prepare = make_split_transform(0.5)
     for _ in range(20):
-        prepare(OTHERS["progressive"])
-    assert [flat(prepare, PLAIN) for _ in range(4)] == [True, True, True, False]
+        prepare(UNSUITABLE_FILES["progressive"])
+    assert [flat(prepare, PLAIN_JPEG) for _ in range(4)] == [True, True, True, False]
 
 
 def test_a_share_that_is_changed_counts_at_once() -> None:
-    prepare = divided(0.0)
-    assert not flat(prepare, PLAIN)
+    prepare = make_split_transform(0.0)
+    assert not flat(prepare, PLAIN_JPEG)
     prepare.share.value = 1.0
-    assert flat(prepare, PLAIN)
+    assert flat(prepare, PLAIN_JPEG)
 
 
 def test_the_share_grows_while_batches_are_waited_for_and_shrinks_while_they_wait() -> None:
@@ -97,7 +100,7 @@ class Clock:
 
 def balanced(loading: float, working: float, window: int = 4, batches: int = 21) -> float:
     """The share after a run in which the loader takes so long over a batch, and whoever gets it, too."""
-    clock, given = Clock(), share(0.5)
+    clock, given = Clock(), make_share(0.5)
 
     def slow() -> Iterator[int]:
         for number in range(batches):
@@ -118,7 +121,7 @@ def test_a_window_of_batches_moves_the_share_by_a_step() -> None:
 
 
 def test_a_share_that_was_ended_stays_so() -> None:
-    clock, given = Clock(), share(0.5)
+    clock, given = Clock(), make_share(0.5)
     balance = GpuShareController(given, 1, clock)
 
     def slow() -> Iterator[int]:

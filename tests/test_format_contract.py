@@ -26,7 +26,7 @@ from batchjob.errors import InvalidJob
 from batchjob.inference.devices import pick_device
 from batchjob.job.job import AnyModel
 from batchjob.models.loaded_model import LoadedModel
-from batchjob.preprocessing.normalize import make_normalizer
+from batchjob.preprocessing.normalize import Normalizer
 from batchjob.preprocessing.settings import DecodeSettings, merge_preprocess
 from batchjob.preprocessing.transforms import ImageTransform, ResizeCrop
 from batchjob.storage.reader import Reader
@@ -136,7 +136,7 @@ def test_the_preprocessing_it_brings_is_that_of_its_own_library(name: str, built
     prepare = ImageTransform(
         DecodeSettings(), ResizeCrop(merged, model.base), gray=merged.channels == "gray", apply_exif=False
     )
-    pixels = make_normalizer(merged)(prepare(encoded.getvalue()).pixels[None], torch.float32)[0]
+    pixels = Normalizer(merged)(prepare(encoded.getvalue()).pixels[None], torch.float32)[0]
     torch.testing.assert_close(pixels, model.transform(image), rtol=0, atol=model.transform_tolerance)
 
 

@@ -16,7 +16,7 @@ from batchjob.inference.fault_isolation import FaultIsolatingPredictor
 from batchjob.inference.forward import ForwardOptions, ForwardPass
 from batchjob.inference.predictor import Predictor
 from batchjob.loader.quarantine import Quarantine
-from batchjob.preprocessing.normalize import make_normalizer
+from batchjob.preprocessing.normalize import Normalizer
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.storage.store import open_store
 from batchjob.types import Batch, ErrorRecord, ImageInfo, Prediction
@@ -66,7 +66,7 @@ class Process:
     def __init__(self, folder: Path, harm: Callable[[], object] = lambda: None) -> None:
         self.module = Poisoned(harm)
         forward = ForwardPass(
-            self.module.eval(), make_normalizer(Preprocess(scale="none")), torch.device("cpu"), ForwardOptions()
+            self.module.eval(), Normalizer(Preprocess(scale="none")), torch.device("cpu"), ForwardOptions()
         )
         self.quarantine = Quarantine(open_store(str(folder)), "plan/")
         self.clock = Clock()

@@ -27,7 +27,7 @@ from batchjob.models.huggingface import HuggingfaceModel
 from batchjob.models.huggingface_hub import silence_hub_libraries
 from batchjob.models.huggingface_preprocessing import convert_image_processor
 from batchjob.models.loaded_model import LoadedModel
-from batchjob.preprocessing.normalize import make_normalizer
+from batchjob.preprocessing.normalize import Normalizer
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.preprocessing.transforms import ResizeCrop
 from batchjob.storage.reader import Reader
@@ -184,7 +184,7 @@ def test_images_are_prepared_as_the_image_processor_prepares_them(which: str, te
     processor = PROCESSORS[which]()
     preprocess = convert_image_processor(processor, "model.model")
     assert preprocess is not None
-    geometry, normalize = ResizeCrop(preprocess), make_normalizer(preprocess)
+    geometry, normalize = ResizeCrop(preprocess), Normalizer(preprocess)
     for path in sorted((test_data / "imagenet-sample").rglob("*.JPEG"))[:3]:
         image = Image.open(path).convert("RGB")
         ours = normalize(geometry(np.asarray(image).copy())[None], torch.float32)

@@ -16,7 +16,7 @@ from batchjob.inference.devices import check_precision, get_device_capabilities,
 from batchjob.inference.execution_config import ExecutionConfig
 from batchjob.inference.forward import ForwardOptions, ForwardPass
 from batchjob.inference.predictor import Predictor, random_pixels
-from batchjob.preprocessing.normalize import make_normalizer
+from batchjob.preprocessing.normalize import Normalizer
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.types import Prediction
 
@@ -92,7 +92,7 @@ def forward(
 ) -> ForwardPass:
     return ForwardPass(
         module.eval(),
-        make_normalizer(PREPROCESS),
+        Normalizer(PREPROCESS),
         device,
         ForwardOptions(grad_mode, config=ExecutionConfig(precision=precision), **modes),
     )
@@ -163,7 +163,7 @@ def test_bf16_is_autocast_and_comes_back_as_float() -> None:
 
 def test_what_the_jobs_own_transform_made_goes_in_as_it_is() -> None:
     module, values = Small(), torch.rand(3, 3, 8, 8)
-    as_it_is = make_normalizer(Preprocess(transform="net:f"))
+    as_it_is = Normalizer(Preprocess(transform="net:f"))
     predictor = Predictor(ForwardPass(module.eval(), as_it_is, CPU, ForwardOptions()), Embedded())
     predictor.warm_up((8, 8), dtype=torch.float32)
     with torch.no_grad():
@@ -285,7 +285,7 @@ def test_images_of_different_sizes_are_predicted_by_size_or_as_a_list(takes: Any
     found = embedded(predictor(flat, shapes))
     assert module.calls == calls
     with torch.no_grad():
-        wanted = module([make_normalizer(PREPROCESS)(image[None], torch.float32)[0] for image in each])
+        wanted = module([Normalizer(PREPROCESS)(image[None], torch.float32)[0] for image in each])
     torch.testing.assert_close(found, wanted)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode, functional
 
-from batchjob.preprocessing.resize import CropBox, Interpolation, _matches_torch, resize_and_crop, resize_and_crop_uint8
+from batchjob.preprocessing.resize import CropBox, Interpolation, matches_torch, resize_and_crop, resize_and_crop_uint8
 
 FILTERS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
 
@@ -95,8 +95,8 @@ def test_a_torch_without_sparse_products_resizes_too(monkeypatch: pytest.MonkeyP
     box = (16, 58, 224, 224)
     before = resize_and_crop(picture(3, 375, 500), (256, 341), box, "bilinear")
     monkeypatch.setattr("batchjob.preprocessing.resize.resize_with_bands", refused)
-    _matches_torch.cache_clear()
+    matches_torch.cache_clear()
     try:
         assert torch.equal(resize_and_crop(picture(3, 375, 500), (256, 341), box, "bilinear"), before)
     finally:
-        _matches_torch.cache_clear()
+        matches_torch.cache_clear()

@@ -21,7 +21,7 @@ from timm.data.transforms_factory import create_transform
 from batchjob.errors import InvalidJob, Unavailable
 from batchjob.models.loaded_model import LoadedModel
 from batchjob.models.timm import TimmModel
-from batchjob.preprocessing.normalize import make_normalizer
+from batchjob.preprocessing.normalize import Normalizer
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.preprocessing.transforms import ResizeCrop
 from batchjob.storage.reader import Reader
@@ -118,7 +118,7 @@ def test_images_are_prepared_as_timm_prepares_them(which: str, test_data: Path) 
         config["input_size"] = (3, more["img_size"], more["img_size"])
     transform = create_transform(**config, is_training=False)
     assert model.preprocess is not None
-    geometry, normalize = ResizeCrop(model.preprocess), make_normalizer(model.preprocess)
+    geometry, normalize = ResizeCrop(model.preprocess), Normalizer(model.preprocess)
     photographs = sorted((test_data / "imagenet-sample").rglob("*.JPEG"))[:4]
     assert photographs
     for path in photographs:

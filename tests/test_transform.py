@@ -14,7 +14,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from batchjob.errors import ImageError, InvalidJob
 from batchjob.preprocessing.geometry import compute_image_geometry
-from batchjob.preprocessing.normalize import make_normalizer
+from batchjob.preprocessing.normalize import Normalizer
 from batchjob.preprocessing.settings import Preprocess, merge_preprocess
 from batchjob.preprocessing.transforms import ResizeCrop
 from batchjob.types import ImageInfo
@@ -29,7 +29,7 @@ def picture(height: int, width: int, channels: int = 3) -> np.ndarray:
 
 def ready(preprocess: Preprocess, pixels: np.ndarray) -> torch.Tensor:
     """As the model gets it, `[c, h, w]`."""
-    return make_normalizer(preprocess)(ResizeCrop(preprocess)(pixels)[None], torch.float32)[0]
+    return Normalizer(preprocess)(ResizeCrop(preprocess)(pixels)[None], torch.float32)[0]
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
@@ -96,7 +96,7 @@ def test_channels_and_scale() -> None:
     gray = Preprocess(channels="gray", mean=(0.5,), std=(0.25,))
     assert ready(gray, picture(4, 5, 1)).shape == (1, 4, 5)
     uint8 = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    assert make_normalizer(OWN)(uint8, torch.bfloat16).dtype == torch.bfloat16
+    assert Normalizer(OWN)(uint8, torch.bfloat16).dtype == torch.bfloat16
     assert uint8.sum() == 0, "the batch itself is left as it was"
 
 
@@ -139,10 +139,10 @@ def test_a_users_transform_gives_what_the_model_gets(job_folder: Path) -> None:
     assert geometry.size is None
     assert made.dtype == torch.float32
     assert torch.equal(made, torch.from_numpy(pixels).permute(2, 0, 1) * 0.5)
-    assert make_normalizer(preprocess)(made[None], torch.float32) is not None
-    assert torch.equal(make_normalizer(preprocess)(made[None], torch.float32)[0], made)
+    assert Normalizer(preprocess)(made[None], torch.float32) is not None
+    assert torch.equal(Normalizer(preprocess)(made[None], torch.float32)[0], made)
     same = ResizeCrop(Preprocess(transform="steps:same"), job_folder)(pixels)
-    assert make_normalizer(preprocess)(same[None], torch.float32).dtype == torch.uint8
+    assert Normalizer(preprocess)(same[None], torch.float32).dtype == torch.uint8
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_padding_asks_for_groups() -> None:
 
 def test_images_with_their_channels_last_are_normalised_to_the_same_bits() -> None:
     merged = Preprocess(resize=None, crop=None, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    normalize = make_normalizer(merged)
+    normalize = Normalizer(merged)
     for side in (7, 32, 7):
         planes = torch.randint(0, 256, (3, 3, side, side + 1), dtype=torch.uint8)
         last = normalize(planes.contiguous(memory_format=torch.channels_last), torch.float32)

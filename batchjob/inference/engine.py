@@ -19,7 +19,7 @@ from batchjob.job.job import Job
 from batchjob.loader.sample import load_samples
 from batchjob.loader.settings import resolve_loader_settings
 from batchjob.models.loaded_model import LoadedModel
-from batchjob.preprocessing.normalize import make_normalizer
+from batchjob.preprocessing.normalize import Normalizer
 from batchjob.preprocessing.settings import merge_preprocess
 from batchjob.preprocessing.transforms import ImageTransform, ResizeCrop
 from batchjob.storage.reader import Reader
@@ -81,7 +81,7 @@ class Engine:
         if job.decode.device == "cuda":
             check_gpu_decode_supported(preprocess, self.image_transform.resize_crop, self.model.input_kind)
         self._module = job.task.adapt(self.model.module)
-        self._normalize = make_normalizer(preprocess)
+        self._normalize = Normalizer(preprocess)
         self.example_image = self._example(sample_locations)
 
     @property

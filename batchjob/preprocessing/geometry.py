@@ -55,15 +55,15 @@ def _box(size: tuple[int, int], crop: tuple[int, int] | None) -> CropBox:
     return int(_cut(size[0], crop[0])), int(_cut(size[1], crop[1])), *crop
 
 
-def compute_image_geometry(preprocess: Preprocess, facts: ImageInfo) -> ImageGeometry:
+def compute_image_geometry(preprocess: Preprocess, info: ImageInfo) -> ImageGeometry:
     """Where the model's input lies in an image that was prepared so. A user's own transform is not seen through.
 
     Args:
         preprocess: merged, as `Geometry` got it.
         facts: of a good image, so with width and height.
     """
-    width, height = facts.width or 1, facts.height or 1
-    if facts.axes_swapped:
+    width, height = info.width or 1, info.height or 1
+    if info.axes_swapped:
         width, height = height, width
     if preprocess.transform is not None:
         return ImageGeometry(width, height, width, height)

@@ -9,7 +9,7 @@ from batchjob.preprocessing.settings import Preprocess
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Normalizer", "make_normalizer"]
+__all__ = ["Normalizer"]
 
 
 class Normalizer:
@@ -63,8 +63,3 @@ def _like(values: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     import torch
 
     return moment.expand(1, *values.shape[1:]).contiguous(memory_format=torch.channels_last)
-
-
-def make_normalizer(preprocess: Preprocess) -> Normalizer:
-    """The device's half of the preprocessing."""
-    return Normalizer(preprocess)

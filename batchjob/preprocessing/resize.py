@@ -49,7 +49,7 @@ def resize_and_crop(
     bands = _bands(image, size, box) if interpolation == "bilinear" else None
     return (
         _by_torch(image, size, box, interpolation)
-        if bands is None or not _matches_torch()
+        if bands is None or not matches_torch()
         else resize_with_bands(image, *bands)
     )
 
@@ -65,7 +65,7 @@ def _bands(image: torch.Tensor, size: tuple[int, int], box: CropBox) -> tuple[Ba
 
 
 @cache
-def _matches_torch() -> bool:
+def matches_torch() -> bool:
     """Whether this build of torch makes the same bits both ways: looked at once a process, on noise."""
     import torch
 

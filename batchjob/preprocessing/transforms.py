@@ -45,8 +45,8 @@ class ResizeCrop:
         InvalidJob: `preprocess.transform` cannot be loaded.
     """
 
-    def __init__(self, preprocess: Preprocess, base: Path | None = None) -> None:
-        self._preprocess, self._base = preprocess, base or Path()
+    def __init__(self, preprocess: Preprocess, folder: Path | None = None) -> None:
+        self._preprocess, self._base = preprocess, folder or Path()
         self.size = _fixed_size(preprocess)
         self._transform = self._load()
 

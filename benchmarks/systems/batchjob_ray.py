@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.assignment import Workload
 from benchmarks.batchjob_run import run_batchjob
+from benchmarks.workload import Workload
 
 if __name__ == "__main__":
     run_batchjob(Workload.parse(), "ray")

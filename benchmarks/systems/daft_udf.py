@@ -12,7 +12,7 @@ import daft
 import torch
 from daft import DataType, col
 
-from benchmarks.assignment import Workload, normalise
+from benchmarks.workload import Workload, normalise
 
 FIELDS = DataType.struct({"label_id": DataType.int64(), "score": DataType.float32()})
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.io import decode_image
 
-from benchmarks.assignment import MEAN, STD, Workload
+from benchmarks.workload import MEAN, STD, Workload
 
 
 class ImageFiles(Dataset[Any]):

@@ -13,7 +13,7 @@ import ray
 import torch
 from torchvision import transforms
 
-from benchmarks.assignment import MEAN, STD, Workload
+from benchmarks.workload import MEAN, STD, Workload
 
 
 class ImageClassifier:

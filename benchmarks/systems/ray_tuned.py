@@ -14,7 +14,7 @@ import ray
 import simplejpeg
 import torch
 
-from benchmarks.assignment import Workload, normalise
+from benchmarks.workload import Workload, normalise
 
 
 class ImagePredictor:

@@ -6,10 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from color_coded_job import (
+    OutputCheck,
+    check_output,
+    format_overrides,
+    format_range,
+    run_parallel,
+    upload_job,
+    write_job,
+)
 from commands import Ended, ends, start
 from figures import Figure
 from nursery import Nursery
-from pictures import Tally, numbers, overrides, publish, side_by_side, tally, write_job
 from seaweed import Seaweed
 
 IMAGES = 120
@@ -24,11 +32,11 @@ class Fired:
     drivers: int
     winners: list[Ended]
     losers: list[Ended]
-    tally: Tally
+    tally: OutputCheck
 
 
 def fire(nursery: Nursery, job: str, output: str, drivers: int) -> Fired:
-    settings = [*overrides(output__uri=output), "--json"]
+    settings = [*format_overrides(output__uri=output), "--json"]
     started = [nursery.start("run", job, *settings, env=NAP) for _ in range(drivers)]
     return sorted_out([driver.end() for driver in started], output)
 
@@ -36,7 +44,7 @@ def fire(nursery: Nursery, job: str, output: str, drivers: int) -> Fired:
 def sorted_out(ended: list[Ended], output: str) -> Fired:
     winners = [one for one in ended if one.code == 0]
     losers = [one for one in ended if one.code != 0]
-    return Fired(len(ended), winners, losers, tally(output, IMAGES))
+    return Fired(len(ended), winners, losers, check_output(output, IMAGES))
 
 
 @pytest.mark.parametrize("where", ["local", "SeaweedFS"])
@@ -44,7 +52,7 @@ def test_of_many_drivers_one_works(
     where: str, s3: Seaweed, nursery: Nursery, tmp_path: Path, request: pytest.FixtureRequest, figure: Figure
 ) -> None:
     on_s3 = where == "SeaweedFS"
-    job = publish(tmp_path, IMAGES, s3) if on_s3 else write_job(tmp_path, IMAGES)
+    job = upload_job(tmp_path, IMAGES, s3) if on_s3 else write_job(tmp_path, IMAGES)
     fired = [
         fire(nursery, job, s3.bucket() + "out/" if on_s3 else str(tmp_path / f"out{drivers}"), drivers)
         for drivers in (2, 4, 8)
@@ -53,12 +61,12 @@ def test_of_many_drivers_one_works(
     figure(
         "double fire",
         f"2, 4 and 8 drivers at once, {where}: {[len(one.winners) for one in fired]} winners, losers' exit codes "
-        f"{sorted({loser.code for loser in losers})} after {numbers(loser.seconds for loser in losers)} s, "
-        f"{[one.tally.plans for one in fired]} plans, {sum(one.tally.twice for one in fired)} rows twice",
+        f"{sorted({loser.code for loser in losers})} after {format_range(loser.seconds for loser in losers)} s, "
+        f"{[one.tally.plans for one in fired]} plans, {sum(one.tally.duplicates for one in fired)} rows twice",
     )
     for one in fired:
         assert len(one.winners) == 1, [ended.err for ended in one.losers]
-        assert one.tally.right, one.tally
+        assert one.tally.is_correct, one.tally
     for loser in losers:
         assert (loser.code, loser.answer["status"]) == (75, "temporary"), loser.err
         assert "another driver" in loser.answer["message"]
@@ -69,13 +77,13 @@ def test_a_scheduler_s_own_command_fired_twice(tmp_path: Path, figure: Figure) -
     """The same from the shell, with all that a start takes."""
     command = ["run", write_job(tmp_path, IMAGES), "--json"]
     with ends(start(*command, env=NAP)) as one, ends(start(*command, env=NAP)) as other:
-        ended = side_by_side(lambda command: command.end(), [one, other], at_once=2)
+        ended = run_parallel(lambda command: command.end(), [one, other], at_once=2)
     fired = sorted_out(ended, str(tmp_path / "out"))
     figure(
         "double fire",
-        f"2 commands from the shell: the loser left after {numbers(one.seconds for one in fired.losers)} s",
+        f"2 commands from the shell: the loser left after {format_range(one.seconds for one in fired.losers)} s",
     )
-    assert fired.tally.right, fired.tally
+    assert fired.tally.is_correct, fired.tally
     (loser,) = fired.losers
     assert (loser.code, loser.answer["status"]) == (75, "temporary"), loser.err
     assert loser.seconds <= LOSER_SECONDS

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import pytest
+from color_coded_job import OutputCheck, check_output, format_overrides, format_range, run_parallel, upload_job
 from commands import alive, descendants, until
 from figures import Figure
 from nursery import Driver, Loaders, Nursery
-from pictures import Tally, numbers, overrides, publish, side_by_side, tally
 from seaweed import Seaweed
 
 RUNS, WITH_LOADERS = 25, 6
@@ -25,7 +25,7 @@ NAP = {"BATCHJOB_TEST_NAP": "0.15"}  # a batch; 48 of them
 class Survived:
     """A run that was killed, again and again, and then left alone."""
 
-    tally: Tally
+    tally: OutputCheck
     kills: Counter[str]
     seconds: float
 
@@ -45,7 +45,7 @@ class Run:
     processes: int
 
     def start(self) -> Driver:
-        settings = overrides(output__uri=self.output, runtime__loader__processes=self.processes)
+        settings = format_overrides(output__uri=self.output, runtime__loader__processes=self.processes)
         servers: Loaders = "own" if self.processes else "none"
         return self.nursery.start("run", self.job, *settings, env=NAP, short_lease=True, loaders=servers)
 
@@ -71,13 +71,13 @@ class Run:
         ended = driver.end()
         assert ended.code == 0, ended.err
         until(lambda: not alive(family), timeout=30)
-        return Survived(tally(self.output, IMAGES), kills, ended.seconds)
+        return Survived(check_output(self.output, IMAGES), kills, ended.seconds)
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, s3: Seaweed) -> str:
     """A job over pictures on SeaweedFS."""
-    return publish(tmp_path_factory.mktemp("kills"), IMAGES, s3)
+    return upload_job(tmp_path_factory.mktemp("kills"), IMAGES, s3)
 
 
 def test_every_image_exactly_once_whoever_is_killed(
@@ -90,15 +90,15 @@ def test_every_image_exactly_once_whoever_is_killed(
         chance.shuffle(victims)
         return Run(nursery, job, s3.bucket() + "out/", 2 if with_loaders else 0).survive(chance, victims)
 
-    runs = side_by_side(survive, range(RUNS), at_once=12)
+    runs = run_parallel(survive, range(RUNS), at_once=12)
     kills = sum((run.kills for run in runs), Counter[str]())
     missing, twice = (sum(getattr(run.tally, name) for run in runs) for name in ("missing", "twice"))
     figure(
         "every image exactly once",
         f"{RUNS} runs on SeaweedFS, {kills['driver']} drivers and {kills['loader']} loader processes killed: "
         f"{missing} missing, {twice} twice of {RUNS * IMAGES}; the last drivers took "
-        f"{numbers(run.seconds for run in runs)} s",
+        f"{format_range(run.seconds for run in runs)} s",
     )
-    assert [run.tally for run in runs if not run.tally.right] == []
+    assert [run.tally for run in runs if not run.tally.is_correct] == []
     assert kills["driver"] >= RUNS
     assert kills["loader"] >= WITH_LOADERS

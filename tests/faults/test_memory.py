@@ -7,10 +7,10 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from color_coded_job import JOB
 from commands import descendants
 from figures import Figure
 from nursery import Driver, Nursery
-from pictures import JOB
 
 FEW, TIMES, DISTINCT, SIDE = 3000, 10, 50, 128
 PLANNED = 1_000_000, 10_000_000  # enough chunks of a plan to keep all of its rooms busy, and ten times as many

@@ -20,10 +20,18 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from color_coded_job import (
+    OutputCheck,
+    check_output,
+    format_overrides,
+    format_range,
+    list_committed_parts,
+    run_parallel,
+    upload_job,
+)
 from commands import alive, descendants, title, until
 from figures import Figure
 from nursery import Driver, Nursery
-from pictures import Tally, committed, numbers, overrides, publish, side_by_side, tally
 from seaweed import Seaweed
 
 RUNS, IMAGES = 5, 240
@@ -58,7 +66,7 @@ class Survived:
     due: Counter[str]
     kills: Counter[str]
     redone: int
-    tally: Tally
+    tally: OutputCheck
     seconds: float
 
 
@@ -101,7 +109,7 @@ def head(s3: Seaweed) -> Iterator[Head]:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, s3: Seaweed) -> str:
     """A job over pictures on SeaweedFS."""
-    return publish(tmp_path_factory.mktemp("ray"), IMAGES, s3)
+    return upload_job(tmp_path_factory.mktemp("ray"), IMAGES, s3)
 
 
 def copied(job: str, folder: Path) -> str:
@@ -116,14 +124,14 @@ def mark(job: str | Path) -> str:
 
 
 def start(nursery: Nursery, head: Head, job: str, output: str) -> Driver:
-    settings = overrides(output__uri=output, runtime__pool="ray", runtime__workers=1, runtime__cpus_per_worker=1)
+    settings = format_overrides(output__uri=output, runtime__pool="ray", runtime__workers=1, runtime__cpus_per_worker=1)
     return nursery.start(
         "run", job, *settings, "--json", "--address", head.address, env=head.environment, short_lease=True
     )
 
 
 def more_than(parts: int, output: str) -> bool:
-    return len(committed(output)) > parts
+    return len(list_committed_parts(output)) > parts
 
 
 def kill_worker(victim: tuple[int, int], driver: Driver) -> None:
@@ -142,13 +150,13 @@ def test_every_image_exactly_once_on_ray(
         chance, due = random.Random(f"ray {seed} {number}"), orders[number]
         own = copied(job, tmp_path / f"run{number}")
         output, kills, redone, orphans = s3.bucket() + "out/", Counter[str](), 0, set[tuple[int, int]]()
-        driver, before = start(nursery, head, own, output), committed(output)
+        driver, before = start(nursery, head, own, output), list_committed_parts(output)
         for victim in due:
-            seen = committed(output)
+            seen = list_committed_parts(output)
             driver.until(partial(more_than, len(seen), output))
             if not driver.work(chance.uniform(0, 1)):
                 break
-            before = committed(output)
+            before = list_committed_parts(output)
             if victim == "worker":
                 kill_worker(chance.choice(sorted(head.workers(own) - orphans)), driver)
             else:
@@ -156,21 +164,21 @@ def test_every_image_exactly_once_on_ray(
                 orphans = head.workers(own)
                 driver = start(nursery, head, own, output)
             kills[victim] += 1
-            redone += len(before.items() - committed(output).items())
+            redone += len(before.items() - list_committed_parts(output).items())
         ended = driver.end()
         assert ended.code == 0, ended.err
-        redone += len(before.items() - committed(output).items())
-        return Survived(Counter(due), kills, redone, tally(output, IMAGES), ended.seconds)
+        redone += len(before.items() - list_committed_parts(output).items())
+        return Survived(Counter(due), kills, redone, check_output(output, IMAGES), ended.seconds)
 
-    runs = side_by_side(survive, range(RUNS), at_once=RUNS)
+    runs = run_parallel(survive, range(RUNS), at_once=RUNS)
     due, kills = (sum((getattr(run, name) for run in runs), Counter[str]()) for name in ("due", "kills"))
     missing, twice = (sum(getattr(run.tally, name) for run in runs) for name in ("missing", "twice"))
     figure(
         "every image exactly once",
         f"{RUNS} runs on Ray, {kills['driver']} drivers and {kills['worker']} workers killed: {missing} missing, "
-        f"{twice} twice of {RUNS * IMAGES}; the last drivers took {numbers(run.seconds for run in runs)} s",
+        f"{twice} twice of {RUNS * IMAGES}; the last drivers took {format_range(run.seconds for run in runs)} s",
     )
-    assert [run.tally for run in runs if not run.tally.right] == []
+    assert [run.tally for run in runs if not run.tally.is_correct] == []
     assert sum(run.redone for run in runs) == 0
     assert due["worker"] >= 3
     assert kills == due, "a run was through before its time"
@@ -179,7 +187,7 @@ def test_every_image_exactly_once_on_ray(
 def test_sigterm_on_ray(s3: Seaweed, nursery: Nursery, head: Head, job: str, figure: Figure) -> None:
     output = s3.bucket() + "out/"
     driver = start(nursery, head, job, output)
-    assert driver.until(lambda: committed(output)), driver.said
+    assert driver.until(lambda: list_committed_parts(output)), driver.said
     asked = driver.seconds
     driver.send(signal.SIGTERM)
     ended = driver.end()

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from color_coded_job import check_output, format_overrides, write_job
 from figures import Figure
 from nursery import Nursery
-from pictures import overrides, tally, write_job
 
 IMAGES, SHARD = 240, 10
 READS = 1000
@@ -73,7 +73,7 @@ def test_no_reader_sees_a_partial_or_foreign_file(tmp_path: Path, nursery: Nurse
     job, output, stop = write_job(tmp_path, IMAGES), tmp_path / "out", threading.Event()
 
     def go() -> list[Poll]:
-        settings = overrides(output__uri=output, runtime__shard_size=SHARD)
+        settings = format_overrides(output__uri=output, runtime__shard_size=SHARD)
         driver = nursery.start("run", job, *settings, env=NAP, short_lease=True)
         driver.until(lambda: any(output.glob("predictions/*")))
         polls = [Poll(read, stop) for read in readers(output).values()]
@@ -105,4 +105,4 @@ def test_no_reader_sees_a_partial_or_foreign_file(tmp_path: Path, nursery: Nurse
     assert not wrong
     assert sum(reads.values()) >= READS
     assert {poll.seen[-1] for poll in polls} == {IMAGES}
-    assert tally(str(output), IMAGES).right
+    assert check_output(str(output), IMAGES).is_correct

@@ -9,10 +9,10 @@ import threading
 from dataclasses import dataclass
 
 import pytest
+from color_coded_job import OutputCheck, check_output, format_overrides, list_committed_parts, run_parallel, upload_job
 from faulty import RESET, Faulty, between
 from figures import Figure
 from nursery import Driver, Nursery
-from pictures import Tally, committed, overrides, publish, side_by_side, tally
 from seaweed import Seaweed
 
 IMAGES, SHARD, POINTS = 120, 10, 20
@@ -35,7 +35,7 @@ class Resumed:
     before: int
     redone: list[str]
     read_again: int
-    tally: Tally
+    tally: OutputCheck
 
 
 class Killer:
@@ -91,14 +91,14 @@ def images_read(proxy: Faulty) -> set[int]:
 def run_through(proxy: Faulty, nursery: Nursery, job: str, output: str) -> Driver:
     env = {"AWS_ENDPOINT_URL": proxy.endpoint}
     return nursery.start(
-        "run", job, *overrides(output__uri=output, runtime__shard_size=SHARD), env=env, short_lease=True
+        "run", job, *format_overrides(output__uri=output, runtime__shard_size=SHARD), env=env, short_lease=True
     )
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, s3: Seaweed) -> str:
     """A job over pictures on SeaweedFS."""
-    return publish(tmp_path_factory.mktemp("resume"), IMAGES, s3)
+    return upload_job(tmp_path_factory.mktemp("resume"), IMAGES, s3)
 
 
 def test_a_fresh_driver_redoes_nothing_that_is_committed(
@@ -111,18 +111,18 @@ def test_a_fresh_driver_redoes_nothing_that_is_committed(
             driver = run_through(proxy, nursery, job, output)
             killer.watch(driver)
             assert driver.end().code == -signal.SIGKILL, f"{point} never came: {driver.said}"
-        before = committed(output)
+        before = list_committed_parts(output)
         with between(s3.endpoint) as proxy:
             ended = run_through(proxy, nursery, job, output).end()
             assert ended.code == 0, ended.err
             read = images_read(proxy)
-        after = committed(output)
+        after = list_committed_parts(output)
         redone = [part for part, made in before.items() if after.get(part) != made]
         again = {position for part in before for position in positions(part)} & read
-        return Resumed(point, killer.request, len(before), redone, len(again), tally(output, IMAGES))
+        return Resumed(point, killer.request, len(before), redone, len(again), check_output(output, IMAGES))
 
     points = chosen(seed, steps_of_a_clean_run(s3, nursery, job))
-    runs = side_by_side(resume, points, at_once=8)
+    runs = run_parallel(resume, points, at_once=8)
     for run in sorted(runs, key=lambda run: run.point.number):
         print(f"{run.point}: {run.request}: {run.before} parts, {run.read_again} images read again")
     redone, again = sum(len(run.redone) for run in runs), sum(run.read_again for run in runs)
@@ -131,7 +131,7 @@ def test_a_fresh_driver_redoes_nothing_that_is_committed(
         f"{POINTS} drivers killed at a PUT, with {sum(r.before for r in runs)} parts committed in all: "
         f"{redone} redone, {again} of their images read again",
     )
-    assert [run for run in runs if run.redone or run.read_again or not run.tally.right] == []
+    assert [run for run in runs if run.redone or run.read_again or not run.tally.is_correct] == []
 
 
 def steps_of_a_clean_run(s3: Seaweed, nursery: Nursery, job: str) -> int:

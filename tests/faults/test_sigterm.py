@@ -11,11 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from color_coded_job import (
+    OutputCheck,
+    check_output,
+    format_overrides,
+    format_range,
+    list_committed_parts,
+    run_parallel,
+    upload_job,
+    write_job,
+)
 from commands import Ended, ends, forget_lease, opened, start, until
 from faulty import RESET, Decide, Delay, between
 from figures import Figure
 from nursery import Loaders, Nursery
-from pictures import Tally, committed, numbers, overrides, publish, side_by_side, tally, write_job
 from seaweed import Seaweed
 
 IMAGES, LONG, SECONDS = 120, 100, 20
@@ -57,7 +66,7 @@ class Stopped:
     parts: int
     redone: int
     waited: bool
-    tally: Tally
+    tally: OutputCheck
 
 
 def held(output: str) -> bool:
@@ -68,7 +77,7 @@ def held(output: str) -> bool:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, s3: Seaweed) -> str:
     """A job over pictures on SeaweedFS."""
-    return publish(tmp_path_factory.mktemp("sigterm"), IMAGES, s3)
+    return upload_job(tmp_path_factory.mktemp("sigterm"), IMAGES, s3)
 
 
 def moments(seed: int) -> list[Moment]:
@@ -85,7 +94,7 @@ def test_it_drains_and_the_next_run_resumes(s3: Seaweed, nursery: Nursery, job: 
     def stop(moment: Moment) -> Stopped:
         output = s3.bucket() + "out/"
         servers: Loaders = "own" if moment.processes else "none"
-        settings = overrides(
+        settings = format_overrides(
             output__uri=output,
             runtime__shard_size=moment.shard,
             runtime__loader__processes=moment.processes,
@@ -98,27 +107,33 @@ def test_it_drains_and_the_next_run_resumes(s3: Seaweed, nursery: Nursery, job: 
             driver.until(lambda: held(output))
             assert driver.work(moment.after)
             if moment.silence:
-                driver.until(lambda: committed(output))
+                driver.until(lambda: list_committed_parts(output))
                 gate.decide = SILENCES[moment.silence]
             asked = driver.seconds
             driver.send(signal.SIGTERM)
             ended = driver.end()
-        before = committed(output)
+        before = list_committed_parts(output)
         if moment.silence:
             forget_lease(output)  # it could not be given back
         heir = nursery.start("run", job, *settings, loaders=servers).end()
         assert heir.code == 0, heir.err
-        redone = len(before.items() - committed(output).items())
+        redone = len(before.items() - list_committed_parts(output).items())
         return Stopped(
-            moment, ended, ended.seconds - asked, len(before), redone, "waiting" in heir.err, tally(output, IMAGES)
+            moment,
+            ended,
+            ended.seconds - asked,
+            len(before),
+            redone,
+            "waiting" in heir.err,
+            check_output(output, IMAGES),
         )
 
-    stopped = side_by_side(stop, moments(seed), at_once=12)
+    stopped = run_parallel(stop, moments(seed), at_once=12)
     for one in stopped:
         print(f"{one.moment}: {one.ended.code} after {one.seconds:.1f} s with {one.parts} parts")
     heard = [one for one in stopped if not one.moment.silence]
     unheard = [one for one in stopped if one.moment.silence]
-    after = numbers(one.moment.after for one in heard)
+    after = format_range(one.moment.after for one in heard)
     figure("SIGTERM", f"{len(heard)} drivers, {after} s after they took the lease: {words(heard)}")
     figure(
         "SIGTERM",
@@ -130,12 +145,12 @@ def test_it_drains_and_the_next_run_resumes(s3: Seaweed, nursery: Nursery, job: 
         assert one.seconds <= SECONDS, one
         assert one.redone == 0, one
         assert not one.waited, "the lease was left behind"
-        assert one.tally.right, one
+        assert one.tally.is_correct, one
 
 
 def words(stopped: list[Stopped]) -> str:
     """How they ended, for the table."""
-    codes, seconds = sorted({one.ended.code for one in stopped}), numbers(one.seconds for one in stopped)
+    codes, seconds = sorted({one.ended.code for one in stopped}), format_range(one.seconds for one in stopped)
     redone, parts = sum(one.redone for one in stopped), sum(one.parts for one in stopped)
     return f"exit codes {codes} after {seconds} s, {redone} of {parts} parts redone"
 

@@ -8,10 +8,18 @@ import threading
 from dataclasses import dataclass
 
 import pytest
+from color_coded_job import (
+    OutputCheck,
+    check_output,
+    format_overrides,
+    format_range,
+    list_committed_parts,
+    run_parallel,
+    upload_job,
+)
 from faulty import Faulty, between
 from figures import Figure
 from nursery import Driver, Nursery
-from pictures import Tally, committed, numbers, overrides, publish, side_by_side, tally
 from seaweed import Seaweed
 
 ZOMBIES, IMAGES, SHARD = 20, 60, 5
@@ -37,7 +45,7 @@ class Risen:
     late: bool
     code: int
     waited: float
-    tally: Tally
+    tally: OutputCheck
 
 
 class Trap:
@@ -89,7 +97,7 @@ class Trap:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, s3: Seaweed) -> str:
     """A job over pictures on SeaweedFS."""
-    return publish(tmp_path_factory.mktemp("zombie"), IMAGES, s3)
+    return upload_job(tmp_path_factory.mktemp("zombie"), IMAGES, s3)
 
 
 def test_what_a_rival_has_committed_stands(s3: Seaweed, nursery: Nursery, job: str, seed: int, figure: Figure) -> None:
@@ -98,17 +106,17 @@ def test_what_a_rival_has_committed_stands(s3: Seaweed, nursery: Nursery, job: s
     def rise(number: int) -> Risen:
         chance = random.Random(f"zombie {seed} {number}")
         output = s3.bucket() + "out/"
-        settings = overrides(output__uri=output, runtime__shard_size=SHARD)
+        settings = format_overrides(output__uri=output, runtime__shard_size=SHARD)
         with between(s3.endpoint) as proxy:
             commit = chance.randint(2, IMAGES // SHARD)
             trap = Trap(proxy, commit, on_the_way=bool(number % 2))
             zombie = nursery.start("run", job, *settings, env={**NAP, "AWS_ENDPOINT_URL": proxy.endpoint})
             trap.watch(zombie)
             assert zombie.until(trap.stopped.is_set), zombie.said
-            before, puts = committed(output), len(proxy.seen)
+            before, puts = list_committed_parts(output), len(proxy.seen)
             rival = nursery.start("run", job, *settings).end()
             assert rival.code == 0, rival.err
-            after = committed(output)
+            after = list_committed_parts(output)
             assert before.items() <= after.items()
             part = sorted(after)[commit - 1]
             zombie.send(signal.SIGCONT)
@@ -116,17 +124,17 @@ def test_what_a_rival_has_committed_stands(s3: Seaweed, nursery: Nursery, job: s
             ended = zombie.end()
             later = proxy.seen[puts:] if not number % 2 else proxy.seen
         late = any(method == "PUT" and path.endswith(part) for method, path in later)
-        kept = committed(output) == after
-        return Risen(part, part not in before, kept, late, ended.code, rival.seconds, tally(output, IMAGES))
+        kept = list_committed_parts(output) == after
+        return Risen(part, part not in before, kept, late, ended.code, rival.seconds, check_output(output, IMAGES))
 
-    risen = side_by_side(rise, range(ZOMBIES), at_once=ZOMBIES)
+    risen = run_parallel(rise, range(ZOMBIES), at_once=ZOMBIES)
     figure(
         "zombie",
         f"{sum(one.missing for one in risen)}/{ZOMBIES} stopped before their part was there, "
         f"{sum(one.missing and one.kept for one in risen)}/{ZOMBIES} with the rival's attempt in its footer; the "
         f"zombie's PUT came late {sum(one.late for one in risen)} times; rivals done after "
-        f"{numbers(one.waited for one in risen)} s; exit codes {sorted({one.code for one in risen})}",
+        f"{format_range(one.waited for one in risen)} s; exit codes {sorted({one.code for one in risen})}",
     )
-    assert [one for one in risen if not (one.missing and one.kept and one.tally.right)] == []
+    assert [one for one in risen if not (one.missing and one.kept and one.tally.is_correct)] == []
     assert {one.code for one in risen} == {75}
     assert sum(one.late for one in risen) >= ZOMBIES // 2

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from color_coded_job import check_output, format_overrides, format_range, list_committed_parts, upload_job
 from commands import Command, ends, footers, forget_lease, opened, started, until
 from faulty import RESET, between
 from figures import Figure
-from pictures import committed, numbers, overrides, publish, tally
 from seaweed import Seaweed
 
 from batchjob.output import commit
@@ -67,8 +67,8 @@ def test_a_name_that_ceases_to_resolve_leaves_no_rows_and_the_next_run_goes_on(
     s3: Seaweed, names: Names, tmp_path: Path, figure: Figure
 ) -> None:
     """With a loader process, whose store has the same name."""
-    job, output = publish(tmp_path / "job", IMAGES, s3), s3.bucket() + "out/"
-    settings = overrides(
+    job, output = upload_job(tmp_path / "job", IMAGES, s3), s3.bucket() + "out/"
+    settings = format_overrides(
         output__uri=output,
         runtime__shard_size=SHARD,
         runtime__loader__processes=1,
@@ -94,11 +94,11 @@ def test_a_name_that_ceases_to_resolve_leaves_no_rows_and_the_next_run_goes_on(
             gate.decide = broken  # connections that stand need no name
             ended = driver.end()
         took = ended.seconds - began
-        print(f"{took:.1f} s, {len(arrived)} requests came through after {numbers(arrived)} s\n{ended.err}")
+        print(f"{took:.1f} s, {len(arrived)} requests came through after {format_range(arrived)} s\n{ended.err}")
         assert len(arrived) <= CONNECTIONS, "it is not the name that keeps them away"
         assert (ended.code, ended.answer["status"]) == (75, "temporary"), ended.err
         assert "Traceback" not in ended.err
-        before = committed(output)
+        before = list_committed_parts(output)
         assert 2 <= len(before) < IMAGES // SHARD
         assert sum(made.failed for made in footers(output).values()) == 0
         forget_lease(output)  # it could not be given back
@@ -107,8 +107,8 @@ def test_a_name_that_ceases_to_resolve_leaves_no_rows_and_the_next_run_goes_on(
         with ends(names.start(*command, **env)) as driver:
             again = driver.end()
     assert (again.code, again.answer["predicted"], again.answer["failed"]) == (0, IMAGES, 0), again.err
-    assert before.items() <= committed(output).items(), "a committed part was made again"
-    assert tally(output, IMAGES).right
+    assert before.items() <= list_committed_parts(output).items(), "a committed part was made again"
+    assert check_output(output, IMAGES).is_correct
     figure(
         "systemic faults",
         f"the endpoint's name ceases to resolve: exit 75 after {took:.0f} s, 0 error rows, {len(before)} parts kept; "

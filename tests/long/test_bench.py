@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from photographs import decoded, jpeg, photograph
+from jpeg_files import decode_files, encode_jpeg, make_photograph
 from PIL import Image
 from test_bench_figures import Spent
 
@@ -193,9 +193,9 @@ def test_the_profile_is_a_table_and_a_trace_with_a_track_for_each_stage(
 def test_a_device_that_decodes_has_a_line_a_track_and_a_service(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("batchjob.worker.loader_setup.create_jpeg_decoder", lambda device: decoded)
+    monkeypatch.setattr("batchjob.worker.loader_setup.create_jpeg_decoder", lambda device: decode_files)
     for number in range(12):
-        (folder / f"images/{number:02}.png").write_bytes(jpeg(photograph(number)))
+        (folder / f"images/{number:02}.png").write_bytes(encode_jpeg(make_photograph(number)))
     found = measured(capfd, "--profile", "profile", "decode.mode=fast", "decode.device=cuda")
     stages = {stage["name"]: stage for stage in found["stages"]}
     assert stages["device decode"]["images_per_second"] > 0

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.latency import delaying_proxy
-from benchmarks.measure import SystemRun, steady_throughput
-from benchmarks.table import format_table
+from benchmarks.delaying_proxy import delaying_proxy
+from benchmarks.result_table import format_table
+from benchmarks.system_run import SystemRun, steady_throughput
 
 ROOT = Path(__file__).parents[2]
 

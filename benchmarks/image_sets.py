@@ -9,7 +9,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.assignment import Workload, normalise
+from benchmarks.workload import Workload, normalise
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,17 @@ from seaweed import Seaweed
 
 from batchjob.output import commit, success
 
-__all__ = ["JOB", "Tally", "committed", "numbers", "overrides", "publish", "side_by_side", "tally", "write_job"]
+__all__ = [
+    "JOB",
+    "OutputCheck",
+    "check_output",
+    "format_overrides",
+    "format_range",
+    "list_committed_parts",
+    "run_parallel",
+    "upload_job",
+    "write_job",
+]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,7 +53,7 @@ def write_job(folder: Path, images: int) -> str:
     return str(folder / "job.yaml")
 
 
-def publish(folder: Path, images: int, server: Seaweed) -> str:
+def upload_job(folder: Path, images: int, server: Seaweed) -> str:
     """The same with manifest and pictures on SeaweedFS; only the job file and its model stay here."""
     path, where = Path(write_job(folder, images)), server.bucket()
     server.put_tree(folder, where)
@@ -51,13 +61,13 @@ def publish(folder: Path, images: int, server: Seaweed) -> str:
     return str(path)
 
 
-def overrides(**settings: object) -> list[str]:
+def format_overrides(**settings: object) -> list[str]:
     """Command line of settings: `runtime__batch_size=5` is `runtime.batch_size=5`."""
     return [f"{name.replace('__', '.')}={value}" for name, value in settings.items()]
 
 
 @dataclass(frozen=True)
-class Tally:
+class OutputCheck:
     """What lies in an output, against what should.
 
     Attributes:
@@ -69,45 +79,45 @@ class Tally:
     """
 
     missing: int
-    twice: int
+    duplicates: int
     wrong: int
-    foreign: int
+    foreign_files: int
     plans: int
 
     @property
-    def right(self) -> bool:
-        return self == Tally(0, 0, 0, 0, 1)
+    def is_correct(self) -> bool:
+        return self == OutputCheck(0, 0, 0, 0, 1)
 
 
-def tally(output: str, images: int) -> Tally:
+def check_output(output: str, images: int) -> OutputCheck:
     """Look at every row of a finished output, and at the files beside them."""
     rows: list[dict[str, Any]] = table(output).to_pylist()
     seen = Counter(row["position"] for row in rows)
     store = opened(output)
     found = success.read_success(store)
     assert found is not None, f"{output} has no _SUCCESS"
-    return Tally(
+    return OutputCheck(
         missing=len(set(range(images)) - seen.keys()),
-        twice=seen.total() - len(seen),
+        duplicates=seen.total() - len(seen),
         wrong=sum(not _is_right(row) for row in rows),
-        foreign=len(success.find_part_mismatches(found[0], commit.list_parts(store))),
+        foreign_files=len(success.find_part_mismatches(found[0], commit.list_parts(store))),
         plans=len(plans(output)),
     )
 
 
-def committed(output: str) -> dict[str, tuple[str, str | None]]:
+def list_committed_parts(output: str) -> dict[str, tuple[str, str | None]]:
     """Attempt and ETag of each committed part, by name."""
     tags = {stat.uri: stat.etag for stat in opened(output).list("predictions/")}
     return {key: (made.attempt, tags[key]) for key, made in footers(output).items() if key in tags}
 
 
-def side_by_side(work: Callable[[T], R], items: Iterable[T], at_once: int) -> list[R]:
+def run_parallel(work: Callable[[T], R], items: Iterable[T], at_once: int) -> list[R]:
     """So many at a time: they mostly wait for clocks. What fails is raised once all have ended."""
     with ThreadPoolExecutor(at_once) as pool:
         return list(pool.map(work, items))
 
 
-def numbers(values: Iterable[float]) -> str:
+def format_range(values: Iterable[float]) -> str:
     """The range of some figures: `1.5–3.2`."""
     found = sorted(values)
     return f"{found[0]:.1f}–{found[-1]:.1f}" if found else "none"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from benchmarks.measure import SystemRun
+from benchmarks.system_run import SystemRun
 
 __all__ = ["BATCHJOB_SYSTEMS", "format_table"]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks import processes
-from benchmarks.assignment import Workload
+from benchmarks import process_tree
+from benchmarks.workload import Workload
 
 __all__ = ["ROOT", "SYSTEMS", "SystemRun", "missing_requirement", "run_system", "steady_throughput"]
 
@@ -74,7 +74,7 @@ def run_system(system: str, given: Workload, work: Path) -> SystemRun:
     scratch = tempfile.mkdtemp(prefix="b-", dir="/tmp")  # Ray's sockets want a short path
     try:
         command = [sys.executable, "-m", f"benchmarks.systems.{system}", *given.command_line]
-        ended = processes.run_process(command, _environment(system, work, scratch), ROOT, _TIMEOUT)
+        ended = process_tree.run_process(command, _environment(system, work, scratch), ROOT, _TIMEOUT)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     steady = steady_throughput(marks, given.limit)
