@@ -9,7 +9,8 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode, functional
 
-from batchjob.preprocessing.resize import CropBox, Interpolation, matches_torch, resize_and_crop, resize_and_crop_uint8
+from batchjob.preprocessing.geometry import CropBox
+from batchjob.preprocessing.resize import Interpolation, matches_torch, resize_and_crop, resize_and_crop_uint8
 
 FILTERS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
 

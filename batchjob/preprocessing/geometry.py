@@ -1,26 +1,47 @@
-"""The nouns: frozen data that the rooms hand to each other. No behaviour beyond reading and writing themselves."""
+"""Sizes after resize, centre crop and padding, computed as torchvision does, and the map from model input to image.
+
+This file imports no torch: tasks and output read it to place boxes and masks in the original image.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from batchjob.preprocessing.resize import CropBox
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.types import ImageInfo
 
-__all__ = ["ImageGeometry", "compute_image_geometry"]
+__all__ = [
+    "CropBox",
+    "ImageGeometry",
+    "center_crop_box",
+    "compute_image_geometry",
+    "compute_output_size",
+    "compute_resized_size",
+    "to_pair",
+]
+
+CropBox = tuple[int, int, int, int]
+"""Top, left, height and width, in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageGeometry:
-    """Where the model's input lies in its image: `x` of the image is `(x of the input + left) / scale_x`.
+    """Place of the model's input in its image: `x` of the image is `(x of the input + left) / scale_x`.
+
+    Example: a 500x375 photograph (width x height), resized to 341x256 and cropped to 224x224, has `scale_x` 341 / 500
+    and `left` 58. Column 10 of the input is column (10 + 58) / 0.682 = 99.7 of the photograph.
 
     Attributes:
-        width: of the image as it stands upright, in pixels; `height` likewise.
-        input_width: of what the model gets, padding left out; `input_height` likewise.
-        scale_x: input pixels for one of the image; `scale_y` likewise.
-        left: input pixels that the crop cut off, negative where it padded; `top` likewise.
-        pad_right: input pixels that `preprocess.pad` put on the right; `pad_below` likewise.
+        width: Width of the upright image, in pixels.
+        height: Height of the upright image, in pixels.
+        input_width: Width of the model's input without padding, in pixels.
+        input_height: Height of the model's input without padding, in pixels.
+        scale_x: Input pixels for each pixel of the image, horizontally.
+        scale_y: Input pixels for each pixel of the image, vertically.
+        left: Input pixels that the crop removed on the left; negative where it padded.
+        top: Input pixels that the crop removed at the top; negative where it padded.
+        pad_right: Input pixels that `preprocess.pad` added on the right.
+        pad_below: Input pixels that `preprocess.pad` added at the bottom.
     """
 
     width: int
@@ -35,7 +56,44 @@ class ImageGeometry:
     pad_below: int = 0
 
 
-def _fixed_size(preprocess: Preprocess) -> tuple[int, int] | None:
+def compute_image_geometry(preprocess: Preprocess, info: ImageInfo) -> ImageGeometry:
+    """Compute the place of the model's input in an image prepared with these settings.
+
+    A user's own transform is opaque: its input then counts as the whole image, unscaled.
+
+    Args:
+        preprocess: Merged settings, the ones that `ResizeCrop` got.
+        info: Info of a good image, which has a width and a height.
+    """
+    width, height = info.width or 1, info.height or 1
+    if info.axes_swapped:
+        width, height = height, width
+    if preprocess.transform is not None:
+        return ImageGeometry(width, height, width, height)
+    input_height, input_width = compute_resized_size(preprocess.resize, height, width)
+    scale_x, scale_y = input_width / width, input_height / height
+    left = top = 0.0
+    if preprocess.crop is not None:
+        crop_height, crop_width = to_pair(preprocess.crop)
+        left, top = _crop_offset(input_width, crop_width), _crop_offset(input_height, crop_height)
+        input_width, input_height = crop_width, crop_height
+    multiple = preprocess.pad or 1
+    return ImageGeometry(
+        width,
+        height,
+        input_width,
+        input_height,
+        scale_x,
+        scale_y,
+        left,
+        top,
+        pad_right=-input_width % multiple,
+        pad_below=-input_height % multiple,
+    )
+
+
+def compute_output_size(preprocess: Preprocess) -> tuple[int, int] | None:
+    """Compute the height and width that every image gets; None where they depend on the image."""
     if preprocess.transform is not None:
         return None
     size = preprocess.crop
@@ -43,52 +101,42 @@ def _fixed_size(preprocess: Preprocess) -> tuple[int, int] | None:
         size = preprocess.resize if isinstance(preprocess.resize, tuple) else None
     if size is None:
         return None
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = to_pair(size)
     multiple = preprocess.pad or 1
     return height + -height % multiple, width + -width % multiple
 
 
-def _box(size: tuple[int, int], crop: tuple[int, int] | None) -> CropBox:
-    """What the centre crop leaves; everything where it must pad."""
+def compute_resized_size(resize: int | tuple[int, int] | None, height: int, width: int) -> tuple[int, int]:
+    """Compute height and width after the resize, rounded as torchvision rounds them.
+
+    Example: `resize=256` makes 375x500 (height x width) 256x341, because int(256 * 500 / 375) is 341.
+    """
+    if resize is None:
+        return height, width
+    if not isinstance(resize, int):
+        return resize
+    longer = int(resize * max(height, width) / min(height, width))
+    return (longer, resize) if width <= height else (resize, longer)
+
+
+def center_crop_box(size: tuple[int, int], crop: tuple[int, int] | None) -> CropBox:
+    """Compute the part of a resized image that the centre crop keeps; the whole image where the crop must pad.
+
+    Example: a 224x224 crop of 256x341 keeps the box (16, 58, 224, 224).
+    """
     if crop is None or crop[0] > size[0] or crop[1] > size[1]:
         return 0, 0, *size
-    return int(_cut(size[0], crop[0])), int(_cut(size[1], crop[1])), *crop
+    return int(_crop_offset(size[0], crop[0])), int(_crop_offset(size[1], crop[1])), *crop
 
 
-def compute_image_geometry(preprocess: Preprocess, info: ImageInfo) -> ImageGeometry:
-    """Where the model's input lies in an image that was prepared so. A user's own transform is not seen through.
+def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Expand the side of a square to height and width."""
+    return (size, size) if isinstance(size, int) else size
 
-    Args:
-        preprocess: merged, as `Geometry` got it.
-        facts: of a good image, so with width and height.
+
+def _crop_offset(size: int, crop: int) -> float:
+    """Compute the pixels that torchvision's `center_crop` removes at the left or top; negative where it pads.
+
+    Examples: a crop of 224 out of 341 removes round(58.5) = 58; a crop of 224 out of 101 pads (224 - 101) // 2 = 61.
     """
-    width, height = info.width or 1, info.height or 1
-    if info.axes_swapped:
-        width, height = height, width
-    if preprocess.transform is not None:
-        return ImageGeometry(width, height, width, height)
-    wide, high = _resized_size(preprocess.resize, width, height)
-    scale_x, scale_y = wide / width, high / height
-    left = top = 0.0
-    if preprocess.crop is not None:
-        crop_high, crop_wide = (preprocess.crop,) * 2 if isinstance(preprocess.crop, int) else preprocess.crop
-        left, top = _cut(wide, crop_wide), _cut(high, crop_high)
-        wide, high = crop_wide, crop_high
-    multiple = preprocess.pad or 1
-    return ImageGeometry(width, height, wide, high, scale_x, scale_y, left, top, -wide % multiple, -high % multiple)
-
-
-def _resized_size(resize: int | tuple[int, int] | None, width: int, height: int) -> tuple[int, int]:
-    """Width and height after the resize, as torchvision computes them."""
-    if resize is None:
-        return width, height
-    if not isinstance(resize, int):
-        return resize[1], resize[0]
-    short, long = min(width, height), max(width, height)
-    longer = int(resize * long / short)
-    return (resize, longer) if width <= height else (longer, resize)
-
-
-def _cut(size: int, crop: int) -> float:
-    """What torchvision's centre crop cuts off on the left or above; where the image is smaller it pads."""
     return -float((crop - size) // 2) if crop > size else float(round((size - crop) / 2.0))

@@ -1,4 +1,4 @@
-"""Image formats by the name a job gives them: what Pillow calls them, their first bytes, and whether they are here."""
+"""Image formats that a job can name: their signatures, their names in Pillow and in text, and their availability."""
 
 from __future__ import annotations
 
@@ -20,22 +20,25 @@ __all__ = [
 ]
 
 ImageFormat = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "heif"]
+
 DEFAULT_FORMATS: tuple[ImageFormat, ...] = ("jpeg", "png", "webp", "gif", "bmp", "tiff")
 FORMATS: tuple[ImageFormat, ...] = (*DEFAULT_FORMATS, "avif", "heif")
-_SPOKEN = {"jpeg": "JPEG", "png": "PNG", "webp": "WebP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF"}
-# First bytes, and where they stand.
-_TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+", b"II\x00*", b"MM*\x00")
-_KNOWN: dict[ImageFormat, tuple[tuple[int, bytes], ...]] = {
+
+_DISPLAY_NAMES = {"jpeg": "JPEG", "png": "PNG", "webp": "WebP", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF"}
+
+# Signatures: offset in the file, bytes there.
+_TIFF_SIGNATURES = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+", b"II\x00*", b"MM*\x00")
+_SIGNATURES: dict[ImageFormat, tuple[tuple[int, bytes], ...]] = {
     "jpeg": ((0, b"\xff\xd8\xff"),),
     "png": ((0, b"\x89PNG\r\n\x1a\n"),),
     "webp": ((8, b"WEBP"),),
     "gif": ((0, b"GIF8"),),
     "bmp": ((0, b"BM"),),
-    "tiff": tuple((0, magic) for magic in _TIFF),
+    "tiff": tuple((0, signature) for signature in _TIFF_SIGNATURES),
     "avif": ((4, b"ftypavi"),),
     "heif": ((4, b"ftyphe"), (4, b"ftypmif1"), (4, b"ftypmsf1")),
 }
-_OTHERS = (
+_OTHER_SIGNATURES = (
     (0, b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
     (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
     (0, b"\xff\x0a", "JPEG XL"),
@@ -54,30 +57,39 @@ _OTHERS = (
     (0, b"<svg", "SVG"),
     *((0, b"P" + digit, "Netpbm") for digit in (b"1\n", b"2\n", b"3\n", b"4\n", b"5\n", b"6\n")),
 )
-_registering = threading.Lock()
+
+_registration_lock = threading.Lock()
 
 
 def pillow_names(formats: Sequence[ImageFormat]) -> tuple[str, ...]:
-    """What Pillow calls them."""
+    """Translate format names to Pillow's."""
     return tuple(name.upper() for name in formats)
 
 
 def format_list(formats: Sequence[ImageFormat]) -> str:
-    """For a sentence: `JPEG, PNG and WebP`."""
-    *most, last = [_SPOKEN.get(name, name.upper()) for name in formats]
+    """Write formats as part of a sentence: `JPEG, PNG and WebP`."""
+    *most, last = [_DISPLAY_NAMES.get(name, name.upper()) for name in formats]
     return f"{', '.join(most)} and {last}" if most else last
 
 
 def sniff_format(data: bytes) -> tuple[ImageFormat | None, str | None]:
-    """What the first bytes say: a format that can be read, or the name of one that cannot; neither for the rest."""
-    for kind, marks in _KNOWN.items():
-        if any(data.startswith(magic, offset) for offset, magic in marks):
-            return kind, None
-    return None, next((name for offset, magic, name in _OTHERS if data.startswith(magic, offset)), None)
+    """Recognise a file by its first bytes.
+
+    Returns:
+        The format and None if batchjob can read it; None and a name if it is a known format that batchjob cannot
+        read; two times None if the bytes are unknown.
+    """
+    for name, signatures in _SIGNATURES.items():
+        if any(data.startswith(signature, offset) for offset, signature in signatures):
+            return name, None
+    return None, next((name for offset, magic, name in _OTHER_SIGNATURES if data.startswith(magic, offset)), None)
+
+
+# Job settings use this file, and a job is read without Pillow, so the two functions below import it when called.
 
 
 def unavailable_reason(format: ImageFormat) -> str | None:
-    """Why this installation cannot read it, and what helps, to follow `heif, which`; None where it can."""
+    """Explain why this installation cannot read a format, as the rest of `heif, which …`; None where it can."""
     if format == "heif" and find_spec("pillow_heif") is None:
         return "needs an extra: pip install 'batchjob[heif]'"
     if format == "avif":
@@ -89,11 +101,11 @@ def unavailable_reason(format: ImageFormat) -> str | None:
 
 
 def register_decoders(formats: Sequence[ImageFormat]) -> None:
-    """Tell Pillow of the decoders that it does not find by itself. Once is enough; more does no harm."""
+    """Register the decoders that Pillow does not find by itself. Repeated calls do nothing."""
     if "heif" not in formats:
         return
     from PIL import Image
 
-    with _registering:
+    with _registration_lock:
         if "HEIF" not in Image.OPEN:
             import_module("pillow_heif").register_heif_opener(thumbnails=False)

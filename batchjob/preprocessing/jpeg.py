@@ -1,84 +1,92 @@
-"""Ordinary JPEG files through libjpeg-turbo; odd ones, and all with any damage, are left to a more patient decoder."""
+"""Ordinary JPEG files through libjpeg-turbo. Unusual and damaged files are left to Pillow, which is more tolerant."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
+import simplejpeg
 
 __all__ = ["MinSize", "choose_scale_denominator", "decode_jpeg", "read_baseline_jpeg_size", "read_jpeg_size"]
 
 MinSize = int | tuple[int, int]
 """Pixels that are needed: of the shorter side, or height and width."""
-_COLOURS = {"Gray", "YCbCr"}  # of the others Pillow makes something else
-_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}  # by cosines; a lossless one may have any number of bits
-_BASELINE = 0xC0
-_END = b"\xff\xd9"
-_NO_FRAMES = {0xC4, 0xC8, 0xCC}  # between the markers of frames
-_SHRUNK = (8, 4, 2)  # of what libjpeg can, that which it is fast at
+
+_COLOR_SPACES = {"Gray", "YCbCr"}  # Pillow converts the others differently
+# Markers of frame headers (ITU-T T.81, table B.1), for coding by cosine transform. A lossless file may have samples
+# of any number of bits.
+_DCT_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
+_BASELINE_FRAME = 0xC0
+_NOT_FRAMES = {0xC4, 0xC8, 0xCC}  # other segments whose markers lie among those of frames
+_END_OF_IMAGE = b"\xff\xd9"
+_FAST_DENOMINATORS = (8, 4, 2)  # the reductions at which libjpeg is fast
 
 
 def read_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a file that `jpeg_pixels` may decode; None where that is hopeless."""
-    from simplejpeg import decode_jpeg_header
-
-    if _frame(data) not in _FRAMES:
+    """Read height and width of a file that `decode_jpeg` may be able to decode; None of all others."""
+    if _find_frame_marker(data) not in _DCT_FRAMES:
         return None
-    try:
-        height, width, colours, _ = decode_jpeg_header(data)
-    except Exception:  # noqa: BLE001 - whatever ails the file, the other decoder finds it too, and names it
-        return None
-    return (int(height), int(width)) if colours in _COLOURS else None
+    height, width, color_space = _read_header(data)
+    return (height, width) if color_space in _COLOR_SPACES else None
 
 
 def read_baseline_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a file that a GPU's decoder may be trusted with; None of all others.
+    """Read height and width of a file that a GPU's decoder can be trusted with; None of all others.
 
-    That is a baseline file in YCbCr that ends as it should: such a decoder may fill up a torn one without a word.
+    That is a baseline file in YCbCr with its end marker: a GPU's decoder may fill up a truncated file silently.
     """
-    from simplejpeg import decode_jpeg_header
-
-    if not data.endswith(_END) or _frame(data) != _BASELINE:
+    if not data.endswith(_END_OF_IMAGE) or _find_frame_marker(data) != _BASELINE_FRAME:
         return None
-    try:
-        height, width, colours, _ = decode_jpeg_header(data)
-    except Exception:  # noqa: BLE001 - likewise
-        return None
-    return (int(height), int(width)) if colours == "YCbCr" else None
+    height, width, color_space = _read_header(data)
+    return (height, width) if color_space == "YCbCr" else None
 
 
 def decode_jpeg(data: bytes, size: tuple[int, int], scale_denominator: int = 1) -> np.ndarray | None:
-    """RGB, uint8 `[h, w, 3]`, bit for bit as Pillow decodes it; None where libjpeg-turbo has any complaint at all.
+    """Decode a file to the pixels that Pillow gives, bit for bit.
 
     Args:
-        data: the encoded file.
-        size: what `jpeg_size` said of it.
-        shrunk: 1, 2, 4 or 8: decoded so many times smaller, rounded up.
-    """
-    from simplejpeg import decode_jpeg
+        data: Encoded file.
+        size: Height and width from `read_jpeg_size`.
+        scale_denominator: Factor to decode the image smaller by: 1, 2, 4 or 8; sides are rounded up.
 
+    Returns:
+        RGB, uint8 `[h, w, 3]`; None where libjpeg-turbo reports anything about the file.
+    """
     height, width = (-(-side // scale_denominator) for side in size)
     try:
-        pixels: np.ndarray = decode_jpeg(data, "RGB", min_height=height, min_width=width)
-    except Exception:  # noqa: BLE001 - likewise
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
+    except Exception:  # noqa: BLE001 - Pillow finds the same fault in the file, and names it
         return None
     return pixels
 
 
 def choose_scale_denominator(size: tuple[int, int], min_size: MinSize) -> int:
-    """How many times smaller an image may be decoded and still have so many pixels."""
+    """Choose the largest reduction that still leaves the pixels that are needed.
+
+    Example: a resize to a shorter side of 256 needs 256 pixels; 1200x1600 can be decoded at a quarter, 300x400.
+    """
     if isinstance(min_size, int):
         size, min_size = (min(size), min(size)), (min_size, min_size)
-    return next((n for n in _SHRUNK if size[0] >= n * min_size[0] and size[1] >= n * min_size[1]), 1)
+    return next((n for n in _FAST_DENOMINATORS if size[0] >= n * min_size[0] and size[1] >= n * min_size[1]), 1)
 
 
-def _frame(data: bytes) -> int | None:
-    """The marker of the image's header, which tells how it is coded."""
+def _read_header(data: bytes) -> tuple[int, int, str | None]:
+    """Read height, width and colour space; the colour space of an unreadable header is None."""
+    try:
+        height, width, color_space, _ = simplejpeg.decode_jpeg_header(data)
+    except Exception:  # noqa: BLE001 - Pillow finds the same fault in the file, and names it
+        return 0, 0, None
+    return int(height), int(width), color_space
+
+
+def _find_frame_marker(data: bytes) -> int | None:
+    """Find the marker of the frame header, which tells how the image is coded.
+
+    A file is a chain of segments: FF, marker, length in two bytes (itself included), content. Example: FF D8 (start),
+    FF E0 00 10 + 14 bytes (JFIF), FF C0 … (baseline frame).
+    """
     at = 2 if data.startswith(b"\xff\xd8\xff") else len(data)
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAMES:
+        if 0xC0 <= marker <= 0xCF and marker not in _NOT_FRAMES:
             return marker
         at += 2 + int.from_bytes(data[at + 2 : at + 4])
     return None

@@ -1,4 +1,7 @@
-"""Resize and cut in one: torchvision's antialiased resize of uint8 images, of the pixels used alone."""
+"""Resize and crop in one step: the bits of torchvision's antialiased uint8 resize, from the pixels that count alone.
+
+`resize_and_crop` is exact; `resize_and_crop_uint8` is several times as fast and at most one level of 255 away.
+"""
 
 from __future__ import annotations
 
@@ -6,98 +9,57 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    import torch
+import torch
+from torch.nn.functional import interpolate
+
+from batchjob.preprocessing.geometry import CropBox
 
 __all__ = [
     "BandMatrix",
-    "CropBox",
     "Interpolation",
     "make_band_matrix",
+    "matches_torch",
     "resize_and_crop",
     "resize_and_crop_uint8",
     "resize_with_bands",
 ]
 
-CropBox = tuple[int, int, int, int]
-"""Top, left, height and width."""
 Interpolation = Literal["bilinear", "bicubic"]
-_SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}  # half the filter's width, in pixels of the smaller image
-_STRIP = 1 << 16  # pixels that are float at once: so few stay in the processor's cache
+
+_FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}  # half the filter's width, in pixels of the smaller image
+_STRIP_PIXELS = 1 << 16  # pixels that are float at the same time: few enough to stay in the CPU's cache
+
+# Torch sums the pixels of a sample one by one, each in a fused multiply-add, and so does the sparse product. From the
+# fifth pixel on, torch's compiled loop takes four at a time and rounds differently.
+_MAX_TAPS = 4
 
 
 def resize_and_crop(
     image: torch.Tensor, size: tuple[int, int], box: CropBox, interpolation: Interpolation
 ) -> torch.Tensor:
-    """The part `box` of the image resized to `size`: bit for bit `torchvision.transforms.functional.resize`.
+    """Resize an image and return one part of it, with the bits of `torchvision.transforms.functional.resize`.
 
-    Torch goes along the rows, then along the columns, and each output sample is by itself. So rows below and columns
-    right of the pixels used are left out, and all columns beside the box once the rows are done. What lies above and
-    to the left stays: positions count from there, and counted otherwise they would be rounded otherwise.
+    Torch resizes along the rows first, then along the columns, and computes each output sample by itself. So the rows
+    below and the columns right of the pixels used are left out, and after the first pass all columns outside the box.
+    Pixels above and to the left of the box stay: sample positions are computed from the image's corner, and from
+    another origin they would be rounded differently.
 
     Args:
         image: uint8 `[c, h, w]`.
-        size: height and width that all of the image would have.
-        box: within `size`.
-        by: the filter.
+        size: Height and width that the whole image would get.
+        box: Part to return, within `size`.
+        interpolation: Filter of the resize; always antialiased.
 
     Returns:
-        uint8 `[c, height, width]`.
+        uint8 `[c, height, width]` of the box.
     """
-    bands = _bands(image, size, box) if interpolation == "bilinear" else None
-    return (
-        _by_torch(image, size, box, interpolation)
-        if bands is None or not matches_torch()
-        else resize_with_bands(image, *bands)
-    )
-
-
-def _bands(image: torch.Tensor, size: tuple[int, int], box: CropBox) -> tuple[BandMatrix, BandMatrix] | None:
-    """Those of rows and columns, where both can be had."""
-    if 1 in size:  # torch resizes to a single row or column in an order of its own
-        return None
-    top, left, high, wide = box
-    rows = make_band_matrix(image.shape[1], size[0], top, top + high)
-    columns = None if rows is None else make_band_matrix(image.shape[2], size[1], left, left + wide)
-    return None if rows is None or columns is None else (rows, columns)
-
-
-@cache
-def matches_torch() -> bool:
-    """Whether this build of torch makes the same bits both ways: looked at once a process, on noise."""
-    import torch
-
-    own = torch.Generator().manual_seed(0)
-    noise = torch.randint(0, 256, (3, 97, 131), dtype=torch.uint8, generator=own)
-    for size in ((66, 90), (61, 100), (201, 140)):
-        box = (1, 2, size[0] - 3, size[1] - 5)
-        bands = _bands(noise, size, box)
-        try:
-            made = None if bands is None else resize_with_bands(noise, *bands)
-        except RuntimeError:  # a torch without sparse products
-            return False
-        if made is None or not made.equal(_by_torch(noise, size, box, "bilinear")):
-            return False
-    return True
-
-
-def _by_torch(image: torch.Tensor, size: tuple[int, int], box: CropBox, by: Interpolation) -> torch.Tensor:
-    import torch
-
-    top, left, high, wide = box
-    down, across = (image.shape[1], size[0]), (image.shape[2], size[1])
-    rows = _used(down[0], *down, top + high, by)
-    columns = _used(across[0], *across, left + wide, by)
-    used = image[None, :, :rows, :columns]
-    early, late = slice(left, left + wide), slice(None)
-    if wide == 1:  # torch resizes a single column otherwise than the same one among others
-        early, late = late, early
-    strips = [_along(strip.float(), 3, across, by)[..., early] for strip in _strips(used)]
-    narrow = strips[0] if len(strips) == 1 else torch.cat(strips, 2)
-    values = _along(narrow, 2, down, by)[0, :, top : top + high, late]
-    return values.clamp(0, 255).round_().to(torch.uint8)
+    if interpolation == "bilinear":
+        bands = _make_band_matrices(image, size, box)
+        if bands is not None and matches_torch():
+            return resize_with_bands(image, *bands)
+    return _resize_with_interpolate(image, size, box, interpolation)
 
 
 def resize_and_crop_uint8(
@@ -108,83 +70,137 @@ def resize_and_crop_uint8(
     scale_denominator: int = 1,
     full_size: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """`resample` in 16-bit integers, as torchvision's `v2`: several times as fast, `bilinear` at most a level away.
+    """Resize and crop in 16-bit integers, as torchvision's `v2` does: bilinear is at most one level of 255 away.
+
+    Several times as fast as `resize_and_crop`.
+
+    Example: a JPEG of 375x501 decoded at `scale_denominator=2` has 188x251 pixels, rounded up. Its sides count as
+    187.5 and 250.5, so that samples keep their positions; the last row and column reach beyond the image.
 
     Args:
         image: uint8 `[c, h, w]`.
-        size: height and width that all of the image would have.
-        box: within `size`.
-        by: the filter.
-        shrunk: how many times smaller it was decoded.
-        whole: its height and width before that; the last pixels of one that cannot be divided so reach beyond it.
+        size: Height and width that the whole image would get.
+        box: Part to return, within `size`.
+        interpolation: Filter of the resize; always antialiased.
+        scale_denominator: Factor by which the decoder reduced the image.
+        full_size: Height and width before that reduction; those of `image` if None.
 
     Returns:
-        uint8 `[c, height, width]`.
+        uint8 `[c, height, width]` of the box.
     """
-    top, left, high, wide = box
-    sides = (
-        image.shape[1:] if full_size is None else (full_size[0] / scale_denominator, full_size[1] / scale_denominator)
-    )
-    down, across = size[0] / sides[0], size[1] / sides[1]
-    rows = _used(image.shape[1], sides[0], size[0], top + high, interpolation)
-    columns = _used(image.shape[2], sides[1], size[1], left + wide, interpolation)
-    reached = int(rows * down) >= top + high and int(columns * across) >= left + wide
+    top, left, height, width = box
+    side_y, side_x = (side / scale_denominator for side in full_size) if full_size is not None else image.shape[1:]
+    scale_y, scale_x = size[0] / side_y, size[1] / side_x
+    rows = _count_used_pixels(image.shape[1], side_y, size[0], top + height, interpolation)
+    columns = _count_used_pixels(image.shape[2], side_x, size[1], left + width, interpolation)
+    box_is_covered = int(rows * scale_y) >= top + height and int(columns * scale_x) >= left + width
+    if box_is_covered:
+        resized = _interpolate_by_scale(image[None, :, :rows, :columns], scale_y, scale_x, interpolation)
+    else:
+        resized = _interpolate_to_size(image[None], size, interpolation)
+    return resized[0, :, top : top + height, left : left + width]
+
+
+@cache
+def matches_torch() -> bool:
+    """Compare both ways of `resize_and_crop` on noise, once a process: do they give the same bits in this torch?"""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (3, 97, 131), dtype=torch.uint8, generator=generator)
+    for size in ((66, 90), (61, 100), (201, 140)):
+        box = (1, 2, size[0] - 3, size[1] - 5)
+        bands = _make_band_matrices(noise, size, box)
+        try:
+            resized = None if bands is None else resize_with_bands(noise, *bands)
+        except RuntimeError:  # a torch without sparse products
+            return False
+        if resized is None or not resized.equal(_resize_with_interpolate(noise, size, box, "bilinear")):
+            return False
+    return True
+
+
+# -- with torch's own interpolate --------------------------------------------------------------------------------
+
+
+def _resize_with_interpolate(
+    image: torch.Tensor, size: tuple[int, int], box: CropBox, interpolation: Interpolation
+) -> torch.Tensor:
+    top, left, height, width = box
+    rows = _count_used_pixels(image.shape[1], image.shape[1], size[0], top + height, interpolation)
+    columns = _count_used_pixels(image.shape[2], image.shape[2], size[1], left + width, interpolation)
     used = image[None, :, :rows, :columns]
-    made = _scaled(used, down, across, interpolation) if reached else _resized(image[None], size, interpolation)
-    return made[0, :, top : top + high, left : left + wide]
+    first_cut, last_cut = slice(left, left + width), slice(None)
+    if width == 1:  # torch resizes a single column in another way than the same column among others
+        first_cut, last_cut = last_cut, first_cut
+    strips = [
+        _resize_dimension(strip.float(), 3, image.shape[2], size[1], interpolation)[..., first_cut]
+        for strip in _split_into_strips(used)
+    ]
+    narrow = strips[0] if len(strips) == 1 else torch.cat(strips, 2)
+    resized = _resize_dimension(narrow, 2, image.shape[1], size[0], interpolation)
+    return resized[0, :, top : top + height, last_cut].clamp(0, 255).round_().to(torch.uint8)
 
 
-def _used(pixels: int, side: float, resized: int, end: int, by: Interpolation) -> int:
-    """How many of a side's pixels decide the first `end` of the resized ones; a few more do no harm."""
+def _count_used_pixels(available: int, side: float, resized: int, end: int, interpolation: Interpolation) -> int:
+    """Count the pixels of a side that decide its first `end` resized samples; a few more do no harm.
+
+    Example: 500 columns resized to 341, of which the first 282 are needed: 282 * 500 / 341 is 413.5, the bilinear
+    filter reaches 1.5 further, and 3 are added: 417 columns.
+
+    Args:
+        available: Pixels of the side that are there.
+        side: Length of the side; a fraction where a decoder reduced it.
+        resized: Length of the side after the resize.
+        end: End of the samples that are needed.
+        interpolation: Filter of the resize.
+    """
     scale = side / resized
-    used = int(scale * end + _SUPPORT[by] * max(scale, 1.0)) + 3
-    # Torch passes over a side whose length stays: the cut must not make it look so.
-    return pixels if used >= pixels or int(used * (resized / side)) == used else used
+    used = int(scale * end + _FILTER_RADIUS[interpolation] * max(scale, 1.0)) + 3
+    # Torch skips a side whose length does not change. The cut must not make it look like that.
+    return available if used >= available or int(used * (resized / side)) == used else used
 
 
-def _strips(image: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Views of a few whole rows each."""
-    rows = max(1, _STRIP // image.shape[3])
+def _split_into_strips(image: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Split an image `[1, c, h, w]` into views of a few whole rows each."""
+    rows = max(1, _STRIP_PIXELS // image.shape[3])
     return iter(image.split(rows, 2))
 
 
-def _along(image: torch.Tensor, dim: int, sides: tuple[int, int], by: Interpolation) -> torch.Tensor:
-    """Resized along one dimension from one length to another, where the end of the image may be missing."""
-    whole, resized = sides
-    if whole == resized:
+def _resize_dimension(
+    image: torch.Tensor, dim: int, length: int, resized: int, interpolation: Interpolation
+) -> torch.Tensor:
+    """Resize `[1, c, h, w]` along one dimension from one length to another; the end of the image may be missing."""
+    if length == resized:
         return image
-    if image.shape[dim] < whole:
-        scale = resized / whole
-        return _scaled(image, *((scale, 1.0) if dim == 2 else (1.0, scale)), by)
+    if image.shape[dim] < length:
+        scale = resized / length
+        scales = (scale, 1.0) if dim == 2 else (1.0, scale)
+        return _interpolate_by_scale(image, *scales, interpolation)
     size = list(image.shape[2:])
     size[dim - 2] = resized
-    return _resized(image, (size[0], size[1]), by)
+    return _interpolate_to_size(image, (size[0], size[1]), interpolation)
 
 
-def _resized(image: torch.Tensor, size: tuple[int, int], by: Interpolation) -> torch.Tensor:
-    from torch.nn.functional import interpolate
-
-    return interpolate(image, size=size, mode=by, align_corners=False, antialias=True)
+def _interpolate_to_size(image: torch.Tensor, size: tuple[int, int], interpolation: Interpolation) -> torch.Tensor:
+    return interpolate(image, size=size, mode=interpolation, align_corners=False, antialias=True)
 
 
-def _scaled(image: torch.Tensor, down: float, across: float, by: Interpolation) -> torch.Tensor:
-    from torch.nn.functional import interpolate
+def _interpolate_by_scale(
+    image: torch.Tensor, scale_y: float, scale_x: float, interpolation: Interpolation
+) -> torch.Tensor:
+    return interpolate(image, scale_factor=(scale_y, scale_x), mode=interpolation, align_corners=False, antialias=True)
 
-    return interpolate(image, scale_factor=(down, across), mode=by, align_corners=False, antialias=True)
 
-
-# Torch sums the pixels of a sample one by one, each in a fused multiply-add, as the sparse product does; from the fifth
-# on its compiled loop takes four at a time and rounds otherwise.
-_MOST_TAPS = 4
+# -- as a product of sparse matrices, in half of torch's time ----------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class BandMatrix:
-    """How some neighbouring samples of a resized side follow from its pixels.
+    """Linear map from the pixels of a side to some neighbouring samples of the resized side.
 
     Attributes:
-        first, end: the pixels that count, the end excluded.
-        weights: sparse (CSR) float32 `[samples, end - first]`.
+        start: First pixel with a weight.
+        stop: End of the pixels with a weight, exclusive.
+        weights: Sparse (CSR) float32 `[samples, stop - start]`.
     """
 
     start: int
@@ -192,76 +208,97 @@ class BandMatrix:
     weights: torch.Tensor
 
 
-@lru_cache(maxsize=256)  # images of a dataset share a few sizes; a band takes some ten KB
-def make_band_matrix(input_size: int, output_size: int, start: int, stop: int) -> BandMatrix | None:
-    """The band of a bilinear, antialiased resize; None where a sample hangs on more pixels than sum up alike.
-
-    Args:
-        whole: the side's length.
-        resized: what it becomes.
-        low, high: the samples that are wanted, the end excluded.
-    """
-    import torch
-
-    scale = input_size / output_size
-    reach = max(scale, 1.0)
-    if 2 * reach > _MOST_TAPS:
-        return None
-    taps = int(2 * reach) + 4
-    seen = _seen(input_size, output_size, taps)[start:stop]
-    middles = (torch.arange(start, stop, dtype=torch.float64) + 0.5) * scale
-    first = (middles - reach - 1).floor().long().clamp_(min=0)
-    pixels = first[:, None] + torch.arange(taps)
-    weights = seen.gather(1, pixels % taps) * (pixels < input_size)
-    used = weights != 0
-    if int(used.sum(1).max()) > _MOST_TAPS:
-        return None
-    return _packed(pixels[used], weights[used], used.sum(1))
-
-
-def _seen(whole: int, resized: int, taps: int) -> torch.Tensor:
-    """Torch's own weights, `[resized, taps]`, as it resizes unit rows: that of pixel p in column p modulo taps."""
-    import torch
-    from torch.nn.functional import interpolate
-
-    units = torch.zeros(1, 1, whole, taps)
-    at = torch.arange(whole)
-    units[0, 0, at, at % taps] = 1.0
-    return interpolate(units, size=(resized, taps), mode="bilinear", align_corners=False, antialias=True)[0, 0]
-
-
-def _packed(pixels: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -> BandMatrix:
-    import torch
-
-    first, end = int(pixels.min()), int(pixels.max()) + 1
-    rows = torch.zeros(len(counts) + 1, dtype=torch.long)
-    torch.cumsum(counts, 0, out=rows[1:])
-    with warnings.catch_warnings():  # once in a process torch says that such tensors are in beta state
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
-        matrix = torch.sparse_csr_tensor(
-            rows, pixels - first, weights, size=(len(counts), end - first), check_invariants=False
-        )
-    return BandMatrix(first, end, matrix)
-
-
 def resize_with_bands(image: torch.Tensor, rows: BandMatrix, columns: BandMatrix) -> torch.Tensor:
-    """The image resized along its rows, then along its columns, of the pixels that count alone.
+    """Resize an image along its rows, then along its columns, from the pixels that count alone.
 
     Args:
-        image: uint8 `[c, h, w]`; quickest with its channels last in memory.
-        rows: which rows of the result, from which of the image.
-        columns: likewise.
+        image: uint8 `[c, h, w]`; fastest with channels last in memory.
+        rows: Matrix from the image's rows to the rows of the result.
+        columns: Matrix from the image's columns to the columns of the result.
 
     Returns:
-        uint8 `[c, height, width]`, with its channels last in memory.
+        uint8 `[c, height, width]`, with channels last in memory.
     """
-    import torch
-
     used = image[:, rows.start : rows.stop, columns.start : columns.stop]
-    channels, high, wide = used.shape
-    # A product runs along memory where what it sums over comes first.
-    across = torch.empty(wide, channels, high).copy_(used.permute(2, 0, 1))
-    narrow = columns.weights @ across.view(wide, channels * high)
-    down = narrow.view(-1, high).t().contiguous()
-    made = (rows.weights @ down).round_().to(torch.uint8)
-    return made.view(len(made), -1, channels).permute(2, 0, 1)
+    channels, height, width = used.shape
+    # A sparse product runs along memory if the dimension it sums over comes first.
+    columns_first = torch.empty(width, channels, height).copy_(used.permute(2, 0, 1))
+    narrow = columns.weights @ columns_first.view(width, channels * height)
+    rows_first = narrow.view(-1, height).t().contiguous()
+    resized = (rows.weights @ rows_first).round_().to(torch.uint8)
+    return resized.view(len(resized), -1, channels).permute(2, 0, 1)
+
+
+def _make_band_matrices(
+    image: torch.Tensor, size: tuple[int, int], box: CropBox
+) -> tuple[BandMatrix, BandMatrix] | None:
+    """Make the matrices of rows and columns; None where one of them is impossible."""
+    if 1 in size:  # torch sums in another order where it resizes to a single row or column
+        return None
+    top, left, height, width = box
+    rows = make_band_matrix(image.shape[1], size[0], top, top + height)
+    columns = None if rows is None else make_band_matrix(image.shape[2], size[1], left, left + width)
+    return None if rows is None or columns is None else (rows, columns)
+
+
+@lru_cache(maxsize=256)  # images of one dataset share a few sizes; a matrix takes some 10 KB
+def make_band_matrix(input_size: int, output_size: int, start: int, stop: int) -> BandMatrix | None:
+    """Make the matrix of a bilinear, antialiased resize of one side, with torch's own weights.
+
+    Example: from 500 to 341 pixels, sample 58 has its centre at (58 + 0.5) * 500 / 341 = 85.8, so with a reach of
+    1.47 the pixels with centres from 84.3 to 87.2 have a weight: 84, 85 and 86.
+
+    Args:
+        input_size: Length of the side.
+        output_size: Length after the resize.
+        start: First sample that is needed.
+        stop: End of the samples that are needed, exclusive.
+
+    Returns:
+        The matrix; None where a sample depends on more pixels than torch sums up one by one.
+    """
+    scale = input_size / output_size
+    reach = max(scale, 1.0)
+    if 2 * reach > _MAX_TAPS:
+        return None
+    taps = int(2 * reach) + 4
+    torch_weights = _read_torch_weights(input_size, output_size, taps)[start:stop]
+    centers = (torch.arange(start, stop, dtype=torch.float64) + 0.5) * scale
+    first_pixels = (centers - reach - 1).floor().long().clamp_(min=0)
+    pixels = first_pixels[:, None] + torch.arange(taps)
+    weights = torch_weights.gather(1, pixels % taps) * (pixels < input_size)
+    used = weights != 0
+    if int(used.sum(1).max()) > _MAX_TAPS:
+        return None
+    return _pack_band_matrix(pixels[used], weights[used], used.sum(1))
+
+
+def _read_torch_weights(input_size: int, output_size: int, taps: int) -> torch.Tensor:
+    """Read torch's own weights `[output_size, taps]` off resized unit vectors.
+
+    All pixels are read in one resize: the weight of pixel p stands in column p modulo `taps`. At most `taps` pixels
+    have a weight for one sample, so none hides another.
+    """
+    units = torch.zeros(1, 1, input_size, taps)
+    pixels = torch.arange(input_size)
+    units[0, 0, pixels, pixels % taps] = 1.0
+    return interpolate(units, size=(output_size, taps), mode="bilinear", align_corners=False, antialias=True)[0, 0]
+
+
+def _pack_band_matrix(pixels: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -> BandMatrix:
+    """Pack weights into a CSR matrix.
+
+    Args:
+        pixels: Pixel of each weight, sample after sample.
+        weights: Weights in the same order.
+        counts: Weights of each sample.
+    """
+    start, stop = int(pixels.min()), int(pixels.max()) + 1
+    row_ends = torch.zeros(len(counts) + 1, dtype=torch.long)
+    torch.cumsum(counts, 0, out=row_ends[1:])
+    with warnings.catch_warnings():  # torch warns once a process that such tensors are in beta state
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
+        matrix = torch.sparse_csr_tensor(
+            row_ends, pixels - start, weights, size=(len(counts), stop - start), check_invariants=False
+        )
+    return BandMatrix(start, stop, matrix)

@@ -1,4 +1,4 @@
-"""What a job may say of the way from decoded pixels to the model's input."""
+"""Job settings of decoding and preprocessing (`decode:` and `preprocess:`), and their merge with the weights' own."""
 
 from __future__ import annotations
 
@@ -12,25 +12,71 @@ from batchjob.settings import Settings, Target
 
 __all__ = ["DecodeSettings", "Preprocess", "merge_preprocess"]
 
+_STEPS = ("resize", "crop", "mean", "std")
+_ALLOWED_WITH_TRANSFORM = {"transform", "exif", "sizes"}
 
-class Preprocess(Settings):
-    """How pixels become the model's input.
 
-    In a job: given keys override, absent keys keep the weights' own, null switches a step off.
+def _normalize_formats(formats: tuple[ImageFormat, ...]) -> tuple[ImageFormat, ...]:
+    """Remove duplicates and sort formats. Raises ValueError for a format that is not installed."""
+    for name in formats:
+        if reason := unavailable_reason(name):
+            raise ValueError(f"names {name}, which {reason}")
+    return tuple(name for name in FORMATS if name in formats)
+
+
+class DecodeSettings(Settings):
+    """Limits of one image, beyond which it becomes an error row, and the exactness of its pixels.
 
     Attributes:
-        resize: shorter side in pixels, or `[height, width]`; null keeps the size.
-        crop: centre crop, a side or `[height, width]`; null keeps all.
-        interpolation: of the resize; always antialiased.
-        mean: per channel, after scaling; with `std`; null normalises nothing.
-        std: per channel.
-        channels: order and number handed to the model.
+        max_pixels: Width times height at most.
+        max_bytes: Size of the encoded file at most, in bytes.
+        formats: Formats to read, of jpeg, png, webp, gif (first frame), bmp, tiff, avif and heif; avif and heif only
+            where they are named. The first bytes of a file decide its format, never its name.
+        truncated: `accept` decodes a truncated or damaged file as far as its format allows (JPEG, PNG, GIF, BMP) and
+            leaves the rest black or grey. `error` makes it an error row.
+        mode: `exact` gives Pillow's decoding and torchvision's resize, bit for bit. `fast` decodes a JPEG that is at
+            least twice the size that the resize needs at a half, a quarter or an eighth, and resizes in integers.
+        device: `cuda` gives a share of the plain JPEG files to the GPU's own decoder, as large as keeps CPU and GPU
+            busy; the CPU decodes all others. Its pixels differ by a few levels of 255, so it needs `mode: fast`.
+    """
+
+    max_pixels: Annotated[int, Field(ge=1)] = 178_956_970
+    max_bytes: Annotated[int, Field(ge=1)] = 256 * 1024 * 1024
+    formats: Annotated[tuple[ImageFormat, ...], Field(min_length=1), AfterValidator(_normalize_formats)] = (
+        DEFAULT_FORMATS
+    )
+    truncated: Literal["error", "accept"] = "error"
+    mode: Literal["exact", "fast"] = "exact"
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    @model_validator(mode="after")
+    def _check_device(self) -> Self:
+        if self.device == "cuda" and self.mode == "exact":
+            raise ValueError("has device cuda, whose pixels are not exact; write mode: fast with it, or device: cpu")
+        if self.device == "cuda" and "jpeg" not in self.formats:
+            raise ValueError("has device cuda, which decodes JPEG, but formats without jpeg; add it, or device: cpu")
+        return self
+
+
+class Preprocess(Settings):
+    """Steps from decoded pixels to the model's input.
+
+    In a job, given keys override the weights' own, absent keys keep them, and null switches a step off.
+
+    Attributes:
+        resize: Length of the shorter side in pixels, or `[height, width]`; null keeps the size.
+        crop: Centre crop: side of a square, or `[height, width]`, in pixels; null keeps everything.
+        interpolation: Filter of the resize; always antialiased.
+        mean: Mean of each channel, after scaling, given with `std`; null skips normalisation.
+        std: Standard deviation of each channel.
+        channels: Order and number of the channels that the model gets.
         scale: `unit` divides by 255, `none` leaves 0-255.
-        exif: `apply` turns the image as its EXIF orientation says.
-        transform: `module:function` from uint8 `[3, h, w]` to a tensor, in place of all the steps above but `exif`.
-        sizes: what becomes of images that come out in different sizes, where the model takes batches: `one` makes those
-            of another size than the first error rows, `group` predicts those of each size together.
-        pad: with `sizes: group`, black right and below up to a multiple of so many pixels, so that groups are few.
+        exif: `apply` turns the image upright, following its EXIF orientation.
+        transform: `module:function` from uint8 `[3, h, w]` to a tensor, in place of all steps above but `exif`.
+        sizes: Treatment of images that come out in different sizes, where the model takes batches: `one` makes images
+            of another size than the first error rows, `group` predicts the images of each size together.
+        pad: With `sizes: group`, black is added on the right and at the bottom up to a multiple of so many pixels, so
+            that there are few groups.
     """
 
     resize: int | tuple[int, int] | None = None
@@ -46,91 +92,47 @@ class Preprocess(Settings):
     pad: int | None = Field(default=None, ge=1, le=4096)
 
 
-def _choose(formats: tuple[ImageFormat, ...]) -> tuple[ImageFormat, ...]:
-    """The same formats, each once and in one order. Raises ValueError for one that is not installed."""
-    for name in formats:
-        if why := unavailable_reason(name):
-            raise ValueError(f"names {name}, which {why}")
-    return tuple(name for name in FORMATS if name in formats)
-
-
-class DecodeSettings(Settings):
-    """Limits on one image, beyond which it becomes an error row; and how exact its pixels must be.
-
-    Attributes:
-        max_pixels: width times height.
-        max_bytes: of the encoded file.
-        formats: those that are read, of jpeg, png, webp, gif (its first frame), bmp, tiff, avif and heif; avif and heif
-            only where they are named. A file is told by its first bytes, never by its name.
-        truncated: `accept` takes a file that ends too early, or is damaged further on, as far as it goes, where its
-            format allows (JPEG, PNG, GIF, BMP); what is missing is black or grey. `error` makes it an error row.
-        mode: `exact` is Pillow's decoding and torchvision's resize, bit for bit. `fast` decodes a JPEG of at least
-            twice the size that the resize needs to a half, quarter or eighth, and resizes in integers.
-        device: `cuda` leaves a share of the plain JPEG files to the GPU's own decoder, as large as keeps both busy; the
-            CPU decodes all others. Its pixels differ by a few levels of 255, so it needs `mode: fast`.
-    """
-
-    max_pixels: Annotated[int, Field(ge=1)] = 178_956_970
-    max_bytes: Annotated[int, Field(ge=1)] = 256 * 1024 * 1024
-    formats: Annotated[tuple[ImageFormat, ...], Field(min_length=1), AfterValidator(_choose)] = DEFAULT_FORMATS
-    truncated: Literal["error", "accept"] = "error"
-    mode: Literal["exact", "fast"] = "exact"
-    device: Literal["cpu", "cuda"] = "cpu"
-
-    @model_validator(mode="after")
-    def _device_fits(self) -> Self:
-        if self.device == "cuda" and self.mode == "exact":
-            raise ValueError("has device cuda, whose pixels are not exact; write mode: fast with it, or device: cpu")
-        if self.device == "cuda" and "jpeg" not in self.formats:
-            raise ValueError("has device cuda, which decodes JPEG, but formats without jpeg; add it, or device: cpu")
-        return self
-
-
-_STEPS = ("resize", "crop", "mean", "std")
-_BESIDE_TRANSFORM = {"transform", "exif", "sizes"}
-
-
 def merge_preprocess(job: Preprocess | None, own: Preprocess | None) -> Preprocess:
-    """What a job says over what the weights bring: given keys override, absent ones keep the weights' own.
+    """Merge a job's `preprocess` into the one that the weights bring: given keys override, absent keys are kept.
 
     Args:
-        job: the job's `preprocess`, where only the fields that were set count.
-        own: the preprocessing the weights were trained with, where it is known.
+        job: `preprocess` of the job, of which only the fields count that were set.
+        own: Preprocessing that the weights were trained with, where it is known.
 
     Raises:
-        InvalidJob: something needed is not given, or what is given does not fit together; names the keys.
+        InvalidJob: A needed key is missing, or keys contradict each other; the message names them.
     """
-    given = {name: getattr(job, name) for name in job.model_fields_set} if job else {}
-    kept = {name: getattr(own, name) for name in Preprocess.model_fields} if own else {}
-    kept_whole = kept.get("transform") is not None and not given.keys() - _BESIDE_TRANSFORM
-    if given.get("transform") is not None or kept_whole:
-        return _merged_transform(given, kept)
-    missing = [name for name in _STEPS if name not in given and (own is None or own.transform is not None)]
+    job_values = {name: getattr(job, name) for name in job.model_fields_set} if job else {}
+    own_values = {name: getattr(own, name) for name in Preprocess.model_fields} if own else {}
+    keeps_own_transform = own_values.get("transform") is not None and not job_values.keys() - _ALLOWED_WITH_TRANSFORM
+    if job_values.get("transform") is not None or keeps_own_transform:
+        return _merge_with_transform(job_values, own_values)
+    missing = [name for name in _STEPS if name not in job_values and (own is None or own.transform is not None)]
     if missing:
         raise InvalidJob(
-            f"preprocess: the weights bring no preprocessing of their own; give {_listed(missing)} "
+            f"preprocess: the weights bring no preprocessing of their own; give {_join_names(missing)} "
             "(null switches a step off), or transform: module:function"
         )
-    merged = Preprocess(**{**kept, **given, "transform": None})
-    _check_moments(merged)
+    merged = Preprocess(**{**own_values, **job_values, "transform": None})
+    _check_merged(merged)
     return merged
 
 
-def _merged_transform(given: dict[str, Any], kept: dict[str, Any]) -> Preprocess:
-    clash = sorted(given.keys() - _BESIDE_TRANSFORM)
+def _merge_with_transform(job_values: dict[str, Any], own_values: dict[str, Any]) -> Preprocess:
+    clash = sorted(job_values.keys() - _ALLOWED_WITH_TRANSFORM)
     if clash:
         raise InvalidJob(
-            f"preprocess: transform does all the steps itself; take {_listed(clash)} away, or take transform away"
+            f"preprocess: transform does all the steps itself; take {_join_names(clash)} away, or take transform away"
         )
-    merged = {**kept, **given}
-    return Preprocess(**{name: merged[name] for name in _BESIDE_TRANSFORM if name in merged})
+    merged = {**own_values, **job_values}
+    return Preprocess(**{name: merged[name] for name in _ALLOWED_WITH_TRANSFORM if name in merged})
 
 
-def _check_moments(merged: Preprocess) -> None:
+def _check_merged(merged: Preprocess) -> None:
     mean, std = merged.mean, merged.std
     if (mean is None) != (std is None):
-        there, gone = ("mean", "std") if std is None else ("std", "mean")
-        raise InvalidJob(f"preprocess: {there} is given and {gone} is null; give both, or null for both")
+        present, absent = ("mean", "std") if std is None else ("std", "mean")
+        raise InvalidJob(f"preprocess: {present} is given and {absent} is null; give both, or null for both")
     channels = 1 if merged.channels == "gray" else 3
     for name, values in (("mean", mean), ("std", std)):
         if values is not None and len(values) != channels:
@@ -147,5 +149,5 @@ def _check_moments(merged: Preprocess) -> None:
             raise InvalidJob(f"preprocess.{name}: {size} must be at least 1 pixel")
 
 
-def _listed(names: list[str]) -> str:
+def _join_names(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
