@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from batchjob.inference.device_errors import classify_device_error, identify_device
+from batchjob.inference.device_errors import classify_device_error
+from batchjob.inference.devices import identify_device
 
 # As torch 2.11 to 2.15, its libraries and ONNX Runtime say it; of CUDA's own lines the first.
 CONTEXT = [

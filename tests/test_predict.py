@@ -13,9 +13,10 @@ from torch import nn
 
 from batchjob.errors import AttemptFailed, InvalidJob
 from batchjob.inference.devices import check_precision, get_device_capabilities, pick_device
+from batchjob.inference.example_images import random_pixels
 from batchjob.inference.execution_config import ExecutionConfig
 from batchjob.inference.forward import ForwardOptions, ForwardPass
-from batchjob.inference.predictor import Predictor, random_pixels
+from batchjob.inference.predictor import Predictor
 from batchjob.preprocessing.normalize import Normalizer
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.types import Prediction

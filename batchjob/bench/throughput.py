@@ -15,7 +15,7 @@ from batchjob.bench.bench_worker import BenchWorker, RunRecord
 from batchjob.bench.forward_loop import measure_forward_rate
 from batchjob.bench.results import RunMetrics, StageUtilization, ThroughputStep
 from batchjob.bench.stages import move_to_device, select_full_batches
-from batchjob.inference.predictor import random_pixels
+from batchjob.inference.example_images import random_pixels
 from batchjob.loader.fetch import Fetcher, group_refs
 from batchjob.storage.objects import ObjectData
 from batchjob.types import Batch, ImageRef, Shard, StageTiming

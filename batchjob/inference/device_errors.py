@@ -1,20 +1,20 @@
-"""Whether an exception says that a device is broken, or what a process has of it; all else there fails then too."""
+"""Classification of exceptions that mean a broken device, or a broken CUDA context of this process."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import torch
 
 from batchjob.errors import is_out_of_memory
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["DeviceErrorKind", "classify_device_error", "identify_device"]
+__all__ = ["DeviceErrorKind", "classify_device_error"]
 
 DeviceErrorKind = Literal["context", "hardware"]
-# The words are the CUDA runtime's own, in which every library on top of it repeats them, from torch 2.11 to 2.15 as
-# torch.AcceleratorError or RuntimeError; those of HIP are the same. None of these errors leaves a context that works.
+
+# These texts are the CUDA runtime's own. Every library on top of CUDA repeats them; torch 2.11 to 2.15 raises them as
+# torch.AcceleratorError or RuntimeError. HIP uses the same texts. After any of them the context is not usable.
 _HARDWARE = re.compile(
     r"ECC error|ECCUncorrectable|NVLink error|NvlinkUncorrectable|over nvlink or a hardware error|hardware stack error"
     r"|fallen off the bus|GPU is lost|busy or unavailable"
@@ -31,36 +31,29 @@ _CONTEXT = re.compile(
 
 
 def classify_device_error(error: BaseException, device: torch.device | None = None) -> DeviceErrorKind | None:
-    """What is broken, `hardware` where that is certain; None where the device can be used as before.
+    """Tell whether an exception means that the device is broken.
 
     Args:
-        error: what was raised; what it was raised from counts too.
-        device: asked whether it still works, where the words leave that open.
+        error: Exception as it was raised; the exceptions that caused it count too.
+        device: Device to probe if the texts do not decide; None does not probe.
+
+    Returns:
+        `hardware` if the device itself failed, `context` if this process can no longer use it, None if the device
+        works as before.
     """
-    texts = [str(found) for found in _chain(error)]
+    errors = _cause_chain(error)
+    texts = [str(one) for one in errors]
     if any(_HARDWARE.search(text) for text in texts):
         return "hardware"
     if any(_CONTEXT.search(text) for text in texts):
         return "context"
-    if device is None or device.type != "cuda" or any(is_out_of_memory(found) for found in _chain(error)):
+    if device is None or device.type != "cuda" or any(is_out_of_memory(one) for one in errors):
         return None
-    return _asked(device)
+    return _probe(device)
 
 
-def identify_device(device: torch.device) -> str:
-    """The device's name, by which it is known again in another process of its machine."""
-    import torch
-
-    if device.type != "cuda":
-        return str(device)
-    found = torch.cuda.get_device_properties(device)
-    return f"{device} ({found.name}, GPU-{getattr(found, 'uuid', 'unknown')})"
-
-
-def _asked(device: torch.device) -> DeviceErrorKind | None:
-    """A broken context says so whatever it is asked."""
-    import torch
-
+def _probe(device: torch.device) -> DeviceErrorKind | None:
+    """Synchronise with the device; on a broken context every call raises its error."""
     try:
         torch.cuda.synchronize(device)
     except RuntimeError as error:
@@ -68,10 +61,10 @@ def _asked(device: torch.device) -> DeviceErrorKind | None:
     return None
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    found: list[BaseException] = []
+def _cause_chain(error: BaseException) -> list[BaseException]:
+    chain: list[BaseException] = []
     current: BaseException | None = error
-    while current is not None and current not in found:
-        found.append(current)
+    while current is not None and current not in chain:
+        chain.append(current)
         current = current.__cause__ or current.__context__
-    return found
+    return chain

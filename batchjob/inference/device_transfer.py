@@ -1,19 +1,29 @@
-"""Batches through the forward pass: copies there and back beside the computation; out of memory: halve."""
+"""Copies between host and device; on CUDA they run beside the computation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 __all__ = ["DeviceTransfer"]
 
 
 class DeviceTransfer:
-    """Copies to the device and back. On CUDA those there have a stream of their own, beside the computation; what goes
-    back is small, and goes in turn with it.
+    """Copies to a device and back.
+
+    On CUDA, copies to the device have a stream of their own, so that they run while the previous batch is computed.
+    Results are small; their copies to the host run in the stream of the computation, in order.
+
+    Example:
+        transfer = DeviceTransfer(torch.device("cuda"))
+        inputs = transfer.to_device(pinned)       # returns at once; the computation waits for it on the device
+        outputs = transfer.to_host(model(inputs)) # returns at once; the memory is not filled yet
+        wait = transfer.sync()                    # marks this point in the stream
+        wait()                                    # blocks until all copies before the mark are complete
+
+    Args:
+        device: Device at the other end of the copies.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -21,36 +31,35 @@ class DeviceTransfer:
         self._stream: torch.cuda.Stream | None = None
 
     def to_device(self, pixels: torch.Tensor) -> torch.Tensor:
-        import torch
-
+        """Copy a tensor to the device; on CUDA the current stream waits for the copy, the host does not."""
         if self._device.type != "cuda":
             return pixels.to(self._device)
         if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)
         current = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):
-            moved = pixels.to(self._device, non_blocking=True)
+            copied = pixels.to(self._device, non_blocking=True)
         current.wait_stream(self._stream)
-        moved.record_stream(current)
-        return moved
+        copied.record_stream(current)
+        return copied
 
     def to_host(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """To the host; on CUDA they have arrived once `arrival()` says so."""
-        import torch
+        """Copy tensors to the host, half precision as float32; on CUDA they are filled once `sync()` has returned.
 
-        half = {torch.bfloat16, torch.float16}  # which Arrow and NumPy know only in part
-        full = {name: made.float() if made.dtype in half else made for name, made in tensors.items()}
+        Arrow and NumPy support bfloat16 and float16 only in part.
+        """
+        half = {torch.bfloat16, torch.float16}
+        full = {name: tensor.float() if tensor.dtype in half else tensor for name, tensor in tensors.items()}
         if self._device.type != "cuda":
-            return {name: made.cpu() for name, made in full.items()}
-        landed = {name: torch.empty(made.shape, dtype=made.dtype, pin_memory=True) for name, made in full.items()}
-        return {name: landed[name].copy_(made, non_blocking=True) for name, made in full.items()}
+            return {name: tensor.cpu() for name, tensor in full.items()}
+        pinned = {name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for name, tensor in full.items()}
+        return {name: pinned[name].copy_(tensor, non_blocking=True) for name, tensor in full.items()}
 
     def sync(self) -> Callable[[], None] | None:
-        """A wait for all that was sent back so far; None where copies are through when they return."""
-        import torch
-
+        """Return a function that waits for all copies to the host so far; None if they are complete already."""
         if self._device.type != "cuda":
             return None
-        event = torch.cuda.Event(blocking=True)  # who waits sleeps; else it would hold a core that decoding needs
+        # A blocking event lets the waiting thread sleep; a spinning one would hold a core that decoding needs.
+        event = torch.cuda.Event(blocking=True)
         event.record(torch.cuda.current_stream(self._device))
         return event.synchronize

@@ -1,181 +1,173 @@
-"""The module on its device: what it is called with, under which modes, and what is said when it fails."""
+"""Forward pass: a module on its device, with normalisation, precision and gradient mode around each call."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+from torch import nn
 
 from batchjob.errors import InvalidJob, is_out_of_memory
 from batchjob.inference.execution_config import ExecutionConfig
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
 __all__ = ["ForwardOptions", "ForwardPass"]
 
 GradMode = Literal["inference", "no_grad"]
-Normalize = Callable[["torch.Tensor", "torch.dtype"], "torch.Tensor"]
+Normalize = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class ForwardOptions:
-    """How a module is called.
+    """Options of a forward pass.
 
     Attributes:
-        grad_mode: `inference`, or `no_grad` for models that fail under inference mode.
-        takes: a `batch`, or a `list` of images.
-        recipe: precision and layout.
-        batch_size: the number of images that every call must have; None for any.
+        grad_mode: `inference`, or `no_grad` for models that fail under `torch.inference_mode`.
+        input_kind: The module takes a `batch`, or a `list` of images.
+        config: Precision and memory layout; compile mode and quantisation are already part of the module.
     """
 
     grad_mode: GradMode = "inference"
     input_kind: Literal["batch", "list"] = "batch"
     config: ExecutionConfig = field(default_factory=ExecutionConfig)
-    batch_size: int | None = None
 
 
 class ForwardPass:
-    """A module on its device with its numeric modes. The program's own torch settings stay as they are.
+    """A module on its device, called with images; torch's global settings are restored after each call.
 
     Args:
-        module: in eval mode; moved to the device, once.
-        normalize: pixels on the device to the model's input.
-        device: from `pick_device`.
-        modes: how it is called.
+        module: Module in eval mode; it is moved to the device.
+        normalize: Function from pixels on the device and a dtype to the module's input.
+        device: Device to compute on.
+        options: Gradient mode, kind of input, precision and layout.
+
+    Raises:
+        InvalidJob: The module does not fit into the device's memory.
     """
 
     def __init__(self, module: nn.Module, normalize: Normalize, device: torch.device, options: ForwardOptions) -> None:
         self.device, self.input_kind = device, options.input_kind
-        self._module = _placed(module, device)
+        self._module = _move_to_device(module, device)
         self._normalize = normalize
-        self._modes, self._recipe = options, options.config
+        self._options, self._config = options, options.config
 
     @property
     def config(self) -> ExecutionConfig:
-        """By which it runs."""
-        return self._recipe
+        """Execution config of this forward pass."""
+        return self._config
 
     def __call__(self, pixels: torch.Tensor | list[torch.Tensor]) -> Any:
-        """The module's output for images on the device. To be called under `modes()`."""
-        values = self._values(pixels)
-        with self._autocast(), self._backends():
-            return self._module(values)
+        """Return the module's output for images on the device. Call it within `disable_gradients()`."""
+        inputs = self._normalize_inputs(pixels)
+        with self._autocast(), self._float32_precision():
+            return self._module(inputs)
 
     def with_module(self, module: nn.Module) -> ForwardPass:
-        """The same around a module that was made of this one."""
-        return ForwardPass(module, self._normalize, self.device, self._modes)
+        """Return the same forward pass around another form of its module, for example a compiled one."""
+        return ForwardPass(module, self._normalize, self.device, self._options)
 
     def prepare_inputs(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What the module is given for images `[n, c, h, w]`, wherever they lie. To be called under `modes()`."""
-        values: torch.Tensor = self._values(pixels.to(self.device))
-        return values
+        """Return the module's input for images `[n, c, h, w]` on any device. Call it within `disable_gradients()`."""
+        inputs: torch.Tensor = self._normalize_inputs(pixels.to(self.device))
+        return inputs
 
     def disable_gradients(self, grad_mode: GradMode | None = None) -> contextlib.AbstractContextManager[Any]:
-        """The mode without gradients that everything from pixels to results runs in."""
-        import torch
-
-        inference = (grad_mode or self._modes.grad_mode) == "inference"
+        """Return the context, `torch.inference_mode` or `torch.no_grad`, in which all work on the device runs."""
+        inference = (grad_mode or self._options.grad_mode) == "inference"
         return torch.inference_mode() if inference else torch.no_grad()
 
     def run_example(self, pixels: torch.Tensor) -> Any:
-        """Run the module for the first time, on example images `[n, c, h, w]`.
+        """Run the module for the first time, on example images `[n, c, h, w]`, and return its output.
 
         Raises:
-            InvalidJob: it fails; where only inference mode is to blame, the sentence names `runtime.grad_mode`.
+            InvalidJob: The module fails; the message names `runtime.grad_mode` if it fails in inference mode only.
         """
         try:
             with self.disable_gradients():
-                return self._on_example(pixels)
+                return self._call_on_example(pixels)
         except InvalidJob:
             raise
         except Exception as error:
             raise self.explain_failure(pixels, error) from error
 
     def explain_failure(self, pixels: torch.Tensor, error: Exception) -> InvalidJob:
-        """What is said of a module that failed on example images: why, and what to write."""
-        if self._modes.grad_mode == "inference" and self._works_with_no_grad(pixels):
+        """Return the error for a module that failed on example images, with its reason and the setting to change."""
+        if self._options.grad_mode == "inference" and self._works_with_no_grad(pixels):
             return InvalidJob(
-                f"model: it fails under torch.inference_mode ({_brief(error)}) and works under torch.no_grad; "
+                f"model: it fails under torch.inference_mode ({_summarize(error)}) and works under torch.no_grad; "
                 "write runtime.grad_mode: no_grad"
             )
         shape = "x".join(map(str, pixels.shape))
         return InvalidJob(
-            f"model: it fails on an example batch of shape {shape} on {self.device}: {_brief(error)}; "
+            f"model: it fails on an example batch of shape {shape} on {self.device}: {_summarize(error)}; "
             "look at model and preprocess"
         )
 
-    def _on_example(self, pixels: torch.Tensor) -> Any:
+    def _call_on_example(self, pixels: torch.Tensor) -> Any:
         moved = pixels.to(self.device)
         return self(list(moved) if self.input_kind == "list" else moved)
 
     def _works_with_no_grad(self, pixels: torch.Tensor) -> bool:
         try:
             with self.disable_gradients("no_grad"):
-                self._on_example(pixels)
-        except Exception:  # noqa: BLE001 - the first failure is the one that is told
+                self._call_on_example(pixels)
+        except Exception:  # noqa: BLE001 - the first failure is the one that is reported
             return False
         return True
 
-    def _values(self, pixels: torch.Tensor | list[torch.Tensor]) -> Any:
-        """What the module is given: normalised, in its precision and layout."""
-        import torch
-
-        dtype = self._dtype if self._recipe.half and self._dtype else torch.float32
+    def _normalize_inputs(self, pixels: torch.Tensor | list[torch.Tensor]) -> Any:
+        """Normalise pixels, in the precision and memory layout of the module."""
+        dtype = self._half_dtype if self._config.half and self._half_dtype else torch.float32
         if isinstance(pixels, list):
             return [self._normalize(image[None], dtype)[0] for image in pixels]
-        layout = torch.channels_last if self._recipe.channels_last else torch.contiguous_format
-        # Before the normalisation, which makes four bytes of one.
+        layout = torch.channels_last if self._config.channels_last else torch.contiguous_format
+        # The layout changes before normalisation, which turns each byte into four.
         return self._normalize(pixels.contiguous(memory_format=layout), dtype)
 
     @property
-    def _dtype(self) -> torch.dtype | None:
-        import torch
-
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._recipe.precision)
+    def _half_dtype(self) -> torch.dtype | None:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._config.precision)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        import torch
-
-        if self._dtype is None or self._recipe.half:
+        if self._half_dtype is None or self._config.half:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self._dtype)
+        return torch.autocast(self.device.type, dtype=self._half_dtype)
 
     @contextlib.contextmanager
-    def _backends(self) -> Iterator[None]:
-        """On CUDA `tf32` means tf32 and `fp32` means fp32, convolutions too (torch's own default there is tf32)."""
-        import torch
+    def _float32_precision(self) -> Iterator[None]:
+        """Make `fp32` mean IEEE float32 and `tf32` mean TF32 on CUDA, convolutions included, and restore afterwards.
 
+        Convolutions use TF32 by torch's default.
+        """
         if self.device.type != "cuda":
             yield
             return
         cudnn: Any = torch.backends.cudnn
         matmul, conv = torch.backends.cuda.matmul, cudnn.conv
         before = matmul.fp32_precision, conv.fp32_precision, cudnn.benchmark
-        if self._dtype is None:
-            matmul.fp32_precision = conv.fp32_precision = "tf32" if self._recipe.precision == "tf32" else "ieee"
-        cudnn.benchmark = self._recipe.cudnn_benchmark
+        if self._half_dtype is None:
+            matmul.fp32_precision = conv.fp32_precision = "tf32" if self._config.precision == "tf32" else "ieee"
+        cudnn.benchmark = self._config.cudnn_benchmark
         try:
             yield
         finally:
             matmul.fp32_precision, conv.fp32_precision, cudnn.benchmark = before
 
 
-def _placed(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module on its device. Raises InvalidJob where it does not fit."""
+def _move_to_device(module: nn.Module, device: torch.device) -> nn.Module:
     try:
         return module.to(device)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise InvalidJob(
-            f"model: it does not fit into the memory of {device} ({_brief(error)}); is something else using it? "
+            f"model: it does not fit into the memory of {device} ({_summarize(error)}); is something else using it? "
             "Else take a larger device (runtime.device), or a smaller model"
         ) from error
 
 
-def _brief(error: BaseException) -> str:
+def _summarize(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"

@@ -1,38 +1,44 @@
-"""How near a model's outputs are to those of the same model run another way, and whether that is near enough."""
+"""Comparison of a model's outputs with those of the same model run another way, and the limits for each config."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from batchjob.inference.execution_config import ExecutionConfig, Precision
 
-if TYPE_CHECKING:
-    import torch
-
 __all__ = ["OutputComparison", "compare_outputs"]
 
-_DEVIATION: dict[Precision, float] = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2}
-_COSINE: dict[Precision, float] = {"fp32": 0.9999, "tf32": 0.999, "bf16": 0.99, "fp16": 0.999}
-_EIGHT_BITS = 0.2, 0.97
-_AGREEMENT = 0.99
-_NOTHING = 1e-6
-_UNDECIDED = 0.01  # of the largest value
-_LIKELIEST = 5  # boxes of an image
-_SAME_BOX = 0.9  # intersection over union
-_SEEN_BOX = 0.3  # score from which a box must be found again
+# Limits of each precision: the largest deviation and the smallest cosine similarity.
+_MAX_DEVIATION: dict[Precision, float] = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2}
+_MIN_COSINE: dict[Precision, float] = {"fp32": 0.9999, "tf32": 0.999, "bf16": 0.99, "fp16": 0.999}
+_QUANTIZED_LIMITS = 0.2, 0.97
+_MIN_AGREEMENT = 0.99
+
+# Norm, relative to the largest value, below which a vector has no direction that could be compared.
+_ZERO_NORM = 1e-6
+# Distance of the two largest values, relative to the largest value, below which rounding decides the class.
+_UNDECIDED_MARGIN = 0.01
+# Detections: boxes of an image that must be found again even if no score is high.
+_TOP_BOXES = 5
+# Detections: intersection over union from which two boxes are the same.
+_SAME_BOX_IOU = 0.9
+# Detections: score from which a box must be found again.
+_MIN_SCORE = 0.3
 
 
 @dataclass(frozen=True)
 class OutputComparison:
-    """How far outputs are from the reference.
+    """Distance of outputs from the reference; the field names are keys of stored JSON.
 
     Attributes:
-        deviation: largest difference, over the largest magnitude of the reference.
-        cosine: of the images' outputs, the smallest.
-        agreement: share of the images with the same class (of those where the reference is decided), of the values
-            that are no floats, or of the boxes of either that the other has too.
+        deviation: Largest difference, divided by the largest magnitude of the reference.
+        cosine: Smallest cosine similarity of an image's outputs with the reference.
+        agreement: Share from 0 to 1 of images with the same class (of those where the reference is decided), of
+            integer values that are equal, or of boxes of either side that the other one has too.
     """
 
     deviation: float
@@ -40,117 +46,133 @@ class OutputComparison:
     agreement: float
 
     def rejection(self, config: ExecutionConfig) -> str | None:
-        """Why that is too far for a recipe, None where it is not."""
-        most, least = _DEVIATION[config.precision], _COSINE[config.precision]
+        """Return the reason why outputs under this config are too far from the reference; None if they are not."""
+        max_deviation, min_cosine = _MAX_DEVIATION[config.precision], _MIN_COSINE[config.precision]
         if config.quantize != "none":
-            most, least = _EIGHT_BITS
-        if not self.deviation <= most:  # NaN is not
-            return f"deviates by {self.deviation:.1e} of the largest value, {most:.0e} is allowed"
-        if self.cosine < least:
-            return f"cosine {self.cosine:.5f}, at least {least} is wanted"
-        if self.agreement < _AGREEMENT:
-            return f"agrees on {self.agreement:.1%}, at least {_AGREEMENT:.0%} is wanted"
+            max_deviation, min_cosine = _QUANTIZED_LIMITS
+        if not self.deviation <= max_deviation:  # true of NaN too
+            return f"deviates by {self.deviation:.1e} of the largest value, {max_deviation:.0e} is allowed"
+        if self.cosine < min_cosine:
+            return f"cosine {self.cosine:.5f}, at least {min_cosine} is wanted"
+        if self.agreement < _MIN_AGREEMENT:
+            return f"agrees on {self.agreement:.1%}, at least {_MIN_AGREEMENT:.0%} is wanted"
         return None
 
 
 def compare_outputs(reference: Any, output: Any, *, argmax_is_class: bool = True) -> OutputComparison:
-    """Hold one output of a model against another: tensors, tuples, dicts, or lists of boxes with labels and scores.
+    """Compare two outputs of a model: tensors, tuples, dicts, or lists of boxes with labels and scores.
 
     Args:
-        classes: a table of numbers `[images, classes]` names a class by its largest; else only the numbers count.
+        reference: Output of the model run in the plain way.
+        output: Output of the model run in another way, for the same images.
+        argmax_is_class: In a float tensor `[images, classes]` the largest value of a row is its class, and classes
+            must agree; else only the values are compared.
 
     Raises:
-        ValueError: they are not of the same form.
+        ValueError: The outputs have different structures or shapes, or hold no tensor.
     """
-    if _is_boxes(reference):
-        return _boxes(reference, output)
-    ours, theirs = list(_leaves(reference)), list(_leaves(output))
-    if not ours:
+    if _is_detections(reference):
+        return _compare_detections(reference, output)
+    expected, actual = list(_tensors_of(reference)), list(_tensors_of(output))
+    if not expected:
         raise ValueError("gives no tensor that could be compared")
-    if [leaf.shape for leaf in ours] != [leaf.shape for leaf in theirs]:
-        raise ValueError(f"gives {[list(leaf.shape) for leaf in theirs]} for {[list(leaf.shape) for leaf in ours]}")
-    each = [_leaf(a.detach().cpu(), b.detach().cpu(), argmax_is_class) for a, b in zip(ours, theirs, strict=True)]
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in actual]:
+        raise ValueError(
+            f"gives {[list(tensor.shape) for tensor in actual]} for {[list(tensor.shape) for tensor in expected]}"
+        )
+    comparisons = [
+        _compare_tensors(a.detach().cpu(), b.detach().cpu(), argmax_is_class)
+        for a, b in zip(expected, actual, strict=True)
+    ]
     return OutputComparison(
-        max((one.deviation for one in each), default=0.0),
-        min((one.cosine for one in each), default=1.0),
-        min((one.agreement for one in each), default=1.0),
+        max((one.deviation for one in comparisons), default=0.0),
+        min((one.cosine for one in comparisons), default=1.0),
+        min((one.agreement for one in comparisons), default=1.0),
     )
 
 
-def _leaves(output: Any) -> Iterator[torch.Tensor]:
-    import torch
-
+def _tensors_of(output: Any) -> Iterator[torch.Tensor]:
     if isinstance(output, torch.Tensor):
         yield output if output.ndim else output[None]
     elif isinstance(output, Mapping):
         for value in output.values():
-            yield from _leaves(value)
+            yield from _tensors_of(value)
     elif isinstance(output, tuple | list):
         for value in output:
-            yield from _leaves(value)
+            yield from _tensors_of(value)
 
 
-def _leaf(reference: torch.Tensor, output: torch.Tensor, classes: bool) -> OutputComparison:
-    """Numbers by their size; classes, masks and counts by how many are the same."""
+def _compare_tensors(reference: torch.Tensor, output: torch.Tensor, argmax_is_class: bool) -> OutputComparison:
+    """Compare floats by their distance; integers (classes, masks, counts) by the share that is equal."""
     if reference.is_floating_point() or reference.numel() == 0:
-        return _tensors(reference.float(), output.float(), classes)
+        return _compare_floats(reference.float(), output.float(), argmax_is_class)
     return OutputComparison(0.0, 1.0, float((reference == output).float().mean()))
 
 
-def _tensors(reference: torch.Tensor, output: torch.Tensor, classes: bool) -> OutputComparison:
-    import torch
-
+def _compare_floats(reference: torch.Tensor, output: torch.Tensor, argmax_is_class: bool) -> OutputComparison:
     if reference.numel() == 0:
         return OutputComparison(0.0, 1.0, 1.0)
-    same = torch.where(reference == output, torch.zeros(()), reference - output)  # infinities may be alike too
+    # Equal infinities have no difference, where subtraction would give NaN.
+    difference = torch.where(reference == output, torch.zeros(()), reference - output)
     finite = reference[reference.isfinite()]
     scale = finite.abs().max().clamp_min(torch.finfo(torch.float32).tiny) if len(finite) else torch.ones(())
-    a, b = ((made / scale).nan_to_num(0, 0, 0).reshape(len(made), -1) for made in (reference, output))
-    alike = torch.nn.functional.cosine_similarity(a, b, dim=1)
-    nothing = (a.norm(dim=1) < _NOTHING) & (b.norm(dim=1) < _NOTHING)  # two that are nothing point nowhere
-    deviation = float((same / scale).abs().nan_to_num(torch.inf, torch.inf, torch.inf).max())
-    named = classes and reference.ndim == 2
-    agreement = _same_class(reference / scale, output / scale, deviation) if named else 1.0
-    return OutputComparison(deviation, float(torch.where(nothing, torch.ones(()), alike).min()), agreement)
+    a, b = ((values / scale).nan_to_num(0, 0, 0).reshape(len(values), -1) for values in (reference, output))
+    cosine = torch.nn.functional.cosine_similarity(a, b, dim=1)
+    both_zero = (a.norm(dim=1) < _ZERO_NORM) & (b.norm(dim=1) < _ZERO_NORM)
+    deviation = float((difference / scale).abs().nan_to_num(torch.inf, torch.inf, torch.inf).max())
+    has_classes = argmax_is_class and reference.ndim == 2
+    agreement = _class_agreement(reference / scale, output / scale, deviation) if has_classes else 1.0
+    return OutputComparison(deviation, float(torch.where(both_zero, torch.ones(()), cosine).min()), agreement)
 
 
-def _same_class(reference: torch.Tensor, output: torch.Tensor, noise: float) -> float:
-    """Where the two likeliest classes are nearer to each other than rounding is large, no class is the right one."""
+def _class_agreement(reference: torch.Tensor, output: torch.Tensor, noise: float) -> float:
+    """Return the share of rows with the same class, among those whose two largest values differ by more than noise.
+
+    Example: of the rows `[1.0, 0.5]` and `[0.7, 0.7001]` of the reference only the first counts.
+    """
     if reference.shape[1] < 2:
         return 1.0
-    best = reference.topk(2, dim=1).values
-    decided = (best[:, 0] - best[:, 1]) > min(noise, _UNDECIDED)
+    largest = reference.topk(2, dim=1).values
+    decided = (largest[:, 0] - largest[:, 1]) > min(noise, _UNDECIDED_MARGIN)
     same = reference.argmax(1) == output.argmax(1)
     return float(same[decided].float().mean()) if bool(decided.any()) else 1.0
 
 
-def _is_boxes(output: Any) -> bool:
+def _is_detections(output: Any) -> bool:
     return isinstance(output, list | tuple) and all(
         isinstance(image, Mapping) and {"boxes", "labels", "scores"} <= image.keys() for image in output
     )
 
 
-def _boxes(reference: Sequence[Mapping[str, Any]], output: Sequence[Mapping[str, Any]]) -> OutputComparison:
+def _compare_detections(
+    reference: Sequence[Mapping[str, Any]], output: Sequence[Mapping[str, Any]]
+) -> OutputComparison:
+    """Look for the boxes of each side on the other one, so that missing and additional boxes both count."""
     pairs = list(zip(reference, output, strict=True))
-    found = [_found(*pair) for pair in pairs] + [_found(*pair[::-1]) for pair in pairs]
-    seen, again, worst = (sum(n for n, _, _ in found), sum(n for _, n, _ in found), max(w for _, _, w in found))
-    return OutputComparison(worst, 1.0, again / seen if seen else 1.0)
+    matches = [_match_boxes(*pair) for pair in pairs] + [_match_boxes(*pair[::-1]) for pair in pairs]
+    boxes, matched = sum(count for count, _, _ in matches), sum(count for _, count, _ in matches)
+    score_difference = max(difference for _, _, difference in matches)
+    return OutputComparison(score_difference, 1.0, matched / boxes if boxes else 1.0)
 
 
-def _found(reference: Mapping[str, Any], output: Mapping[str, Any]) -> tuple[int, int, float]:
-    """Clear boxes of the reference, how many of them were found again, the largest difference of their scores."""
+def _match_boxes(reference: Mapping[str, Any], output: Mapping[str, Any]) -> tuple[int, int, float]:
+    """Match the boxes of one image by overlap and label.
+
+    Returns:
+        Boxes of the reference that count, boxes of those that were found, and the largest difference of their scores.
+    """
     from torchvision.ops import box_iou
 
     if len(reference["scores"]) == 0:
         return 0, 0, 0.0
-    # A detector that is sure of nothing is still to find its likeliest boxes again.
-    likeliest = reference["scores"].topk(min(_LIKELIEST, len(reference["scores"]))).values
-    clear = reference["scores"] >= min(_SEEN_BOX, float(likeliest[-1]))
+    # The best boxes of a detector must be found again even if all its scores are low.
+    top_scores = reference["scores"].topk(min(_TOP_BOXES, len(reference["scores"]))).values
+    counted = reference["scores"] >= min(_MIN_SCORE, float(top_scores[-1]))
     if len(output["boxes"]) == 0:
-        return int(clear.sum()), 0, 0.0
-    overlap = box_iou(reference["boxes"][clear].float(), output["boxes"].float())
-    overlap *= reference["labels"][clear][:, None] == output["labels"][None, :]
-    best, which = overlap.max(dim=1)
-    again = best >= _SAME_BOX
-    apart = (reference["scores"][clear] - output["scores"][which]).abs()[again]
-    return int(clear.sum()), int(again.sum()), float(apart.max()) if len(apart) else 0.0
+        return int(counted.sum()), 0, 0.0
+    overlap = box_iou(reference["boxes"][counted].float(), output["boxes"].float())
+    overlap *= reference["labels"][counted][:, None] == output["labels"][None, :]
+    best, index = overlap.max(dim=1)
+    found = best >= _SAME_BOX_IOU
+    differences = (reference["scores"][counted] - output["scores"][index]).abs()[found]
+    return int(counted.sum()), int(found.sum()), float(differences.max()) if len(differences) else 0.0

@@ -1,4 +1,4 @@
-"""Batches through the forward pass: copies there and back beside the computation; out of memory: halve."""
+"""Predictor: batches through the forward pass to small tensors on the host; halves a batch that runs out of memory."""
 
 from __future__ import annotations
 
@@ -8,38 +8,47 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+import torch
 
 from batchjob.errors import AttemptFailed, InvalidJob, is_out_of_memory
 from batchjob.inference.device_transfer import DeviceTransfer
+from batchjob.inference.example_images import random_pixels
 from batchjob.inference.forward import ForwardPass
 from batchjob.types import ErrorRecord, PartialOutput, Prediction
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["PROFILER_PREFIX", "Predictor", "random_pixels"]
+__all__ = ["PROFILER_PREFIX", "DevicePostprocess", "Predictor"]
 
 Shapes = Sequence[tuple[int, ...]]
-PROFILER_PREFIX = "batchjob."  # before the names of steps in a profile
-_CALM = 128  # pieces without trouble after which a larger one is tried again
+
+# Prefix of the names of steps in a profile.
+PROFILER_PREFIX = "batchjob."
+
+# Calls without an out-of-memory error after which a batch of twice the size is tried again.
+_CALLS_BEFORE_GROWTH = 128
 
 
 class DevicePostprocess(Protocol):
-    """What the forward loop needs of a task."""
+    """Part of a task's postprocess that runs on the device.
+
+    Example: for logits `[n, 1000]`, a top-5 classification returns `{"scores": [n, 5], "classes": [n, 5]}`, so that
+    only these are copied to the host.
+    """
 
     def on_device(self, output: Any) -> dict[str, torch.Tensor]:
-        """The model's output as small tensors, first dimension `n`."""
+        """Reduce the model's output to small tensors whose first dimension is `n`."""
 
 
 class Predictor:
-    """Batches in, small tensors on the host out.
+    """Batches of pixels to small tensors on the host.
 
     Args:
-        forward: the module.
-        post: the task's half.
-        batch_size: images that each call of the module must have; shorter ones are padded. None for any number.
-        rather: images that each call had better have, as a compiled module does, as long as they fit into memory.
+        forward: Forward pass of the model.
+        postprocess: Task, of which the part on the device is used.
+        fixed_batch_size: Images that each call of the module must have, fewer are padded; None for any number.
+        preferred_batch_size: Images that each call should have, as a compiled module needs, as long as they fit into
+            memory; None for any number.
     """
 
     def __init__(
@@ -49,58 +58,56 @@ class Predictor:
         fixed_batch_size: int | None = None,
         preferred_batch_size: int | None = None,
     ) -> None:
-        self._forward, self._post, self._fixed, self._rather = (
-            forward,
-            postprocess,
-            fixed_batch_size,
-            preferred_batch_size,
-        )
-        self._limit: int | None = None  # images that fit at once, once more have not
-        self._calm = 0
-        self._link = DeviceTransfer(forward.device)
+        self._forward, self._postprocess = forward, postprocess
+        self._fixed_batch_size, self._preferred_batch_size = fixed_batch_size, preferred_batch_size
+        # Images that fit at once; None until a batch has run out of memory.
+        self._limit: int | None = None
+        self._calls_without_error = 0
+        self._transfer = DeviceTransfer(forward.device)
 
     @property
     def forward(self) -> ForwardPass:
-        """The module that it calls."""
+        """Forward pass that is called."""
         return self._forward
 
     def warm_up(self, size: Sequence[int], rows: int = 2, dtype: torch.dtype | None = None) -> float:
-        """Run once on random pixels, in the modes of the real batches. What does not fit into memory is halved.
-
-        Gives the seconds that this took, without the time for drawing the pixels.
+        """Predict random pixels once, like a real batch; a batch that does not fit into memory is halved.
 
         Args:
-            size: `(h, w)`, taken with three channels, or `(c, h, w)`.
-            rows: images in it.
-            dtype: uint8, unless the job's own transform makes another.
+            size: `(h, w)` for three channels, or `(c, h, w)`.
+            rows: Number of images.
+            dtype: Dtype of the pixels; None for uint8. The job's own transform may make another one.
+
+        Returns:
+            Seconds of the prediction, without the time to draw the pixels.
 
         Raises:
-            InvalidJob: the model or the task fails on it, or not even one image fits.
+            InvalidJob: The model or the task fails, or not even one image fits into memory.
         """
-        pixels = random_pixels(size, max(rows, self._fixed or 0), dtype)
-        began = time.perf_counter()
+        pixels = random_pixels(size, max(rows, self._fixed_batch_size or 0), dtype)
+        started = time.perf_counter()
         try:
             fits = not self(pixels).wait().errors
         except AttemptFailed:
             fits = False
         except Exception as error:
             raise self._forward.explain_failure(pixels, error) from error
-        took = time.perf_counter() - began
+        seconds = time.perf_counter() - started
         if not fits:
             raise InvalidJob(
                 f"model: not even one image of {'x'.join(map(str, size))} fits into the memory of "
                 f"{self._forward.device} beside it; make them smaller (preprocess.resize), or take a smaller model"
             )
-        return took
+        return seconds
 
     def find_largest_batch(self, size: Sequence[int], start: int, limit: int, dtype: torch.dtype | None = None) -> int:
-        """The largest batch that fits with a quarter to spare: `first` halved or doubled, `most` at the utmost.
+        """Return the largest batch that fits into memory with a quarter of it to spare, by halving or doubling.
 
         Args:
-            size: `(h, w)`, taken with three channels, or `(c, h, w)`.
-            first: where to begin.
-            most: not more than this.
-            dtype: uint8, unless the job's own transform makes another.
+            size: `(h, w)` for three channels, or `(c, h, w)`.
+            start: Batch size to try first.
+            limit: Largest batch size to return.
+            dtype: Dtype of the pixels; None for uint8.
         """
         rows = start
         while rows > 1 and not self._fits(size, rows, dtype):
@@ -111,132 +118,143 @@ class Predictor:
             rows *= 2
         return rows
 
-    def _fits(self, size: Sequence[int], rows: int, dtype: torch.dtype | None) -> bool:
-        rows += rows // 4
-        return self._tried(random_pixels(size, rows, dtype), None, 0, rows) is not None
-
     def __call__(self, pixels: torch.Tensor, shapes: Shapes | None = None) -> Prediction:
-        """Predict `[n, c, h, w]`, or flat pixels of `n` images of these shapes.
+        """Predict a batch; one that does not fit into memory is halved as often as needed, and later ones with it.
 
-        A batch that does not fit into memory is halved, as often as needed; the size that fits is kept for a while.
+        Args:
+            pixels: `[n, c, h, w]`; or, with `shapes`, the values of all images one after the other.
+            shapes: `[c, h, w]` of each image if they differ.
 
         Raises:
-            AttemptFailed: not one image of several fits.
+            AttemptFailed: Not one image of several fits, or the batch size that the model requires does not.
         """
         count = len(shapes) if shapes is not None else len(pixels)
-        pieces: list[PartialOutput] = []
-        lost: dict[int, ErrorRecord] = {}
-        start, before = 0, self._limit
+        outputs: list[PartialOutput] = []
+        errors: dict[int, ErrorRecord] = {}
+        start, limit_before = 0, self._limit
         while start < count:
             size = min(self._limit or count, count - start)
-            made = self._tried(pixels, shapes, start, size)
-            if made is None and self._fixed is not None:
+            predicted = self._try_slice(pixels, shapes, start, size)
+            if predicted is None and self._fixed_batch_size is not None:
                 raise AttemptFailed(
-                    f"a batch of {self._fixed}, which is what the model takes, does not fit into the memory of "
-                    f"{self._forward.device}: is something else using it?"
+                    f"a batch of {self._fixed_batch_size}, which is what the model takes, does not fit into the "
+                    f"memory of {self._forward.device}: is something else using it?"
                 )
-            if made is None and size > 1:
-                self._limit, self._calm = size // 2, 0
+            if predicted is None and size > 1:
+                self._limit, self._calls_without_error = size // 2, 0
                 continue
-            pieces += made or []
-            if made is None:
-                lost[start] = self._too_large()
+            outputs += predicted or []
+            if predicted is None:
+                errors[start] = self._too_large_error()
             start += size
-            self._relax()
-        if lost:
-            self._limit = before  # those images were to blame, not the size of the batch
-        if len(lost) > 1 and not pieces:
+            self._grow_limit()
+        if errors:
+            # These images were too large, not the batch.
+            self._limit = limit_before
+        if len(errors) > 1 and not outputs:
             raise AttemptFailed(
                 f"not even one image fits into the memory of {self._forward.device}: is something else using it?"
             )
-        return Prediction(tuple(pieces), lost, self._link.sync())
+        return Prediction(tuple(outputs), errors, self._transfer.sync())
 
     def predict_single(self, pixels: torch.Tensor, shapes: Shapes | None, row: int) -> Prediction:
-        """One image of such a batch, by itself, and waited for; it keeps its row."""
-        made = self(*_part(pixels, shapes, row, 1)).wait()
-        pieces = tuple(PartialOutput((row,), piece.tensors) for piece in made.outputs)
-        return Prediction(pieces, {row: made.errors[0]} if made.errors else {})
+        """Predict one image of a batch in a call of its own and wait for it; the result keeps the image's row."""
+        prediction = self(*_slice_batch(pixels, shapes, row, 1)).wait()
+        outputs = tuple(PartialOutput((row,), output.tensors) for output in prediction.outputs)
+        return Prediction(outputs, {row: prediction.errors[0]} if prediction.errors else {})
 
     def wait(self) -> None:
-        """Until all that was begun has ended. Raises what went wrong on the device."""
-        if (arrival := self._link.sync()) is not None:
-            arrival()
+        """Wait for all work on the device; raises its error if some of it failed."""
+        if (wait := self._transfer.sync()) is not None:
+            wait()
 
-    def _too_large(self) -> ErrorRecord:
+    # -- memory ------------------------------------------------------------------------------------------------
+
+    def _fits(self, size: Sequence[int], rows: int, dtype: torch.dtype | None) -> bool:
+        rows += rows // 4
+        return self._try_slice(random_pixels(size, rows, dtype), None, 0, rows) is not None
+
+    def _too_large_error(self) -> ErrorRecord:
         return ErrorRecord("predict", "memory", f"it alone does not fit into the memory of {self._forward.device}")
 
-    def _tried(self, pixels: torch.Tensor, shapes: Shapes | None, start: int, size: int) -> list[PartialOutput] | None:
-        """The results of some images, None where memory does not suffice."""
-        import torch
+    def _grow_limit(self) -> None:
+        """Double the limit after enough calls without an error: memory may be free again."""
+        self._calls_without_error += 1
+        if self._limit is not None and self._calls_without_error >= _CALLS_BEFORE_GROWTH:
+            self._limit, self._calls_without_error = self._limit * 2, 0
 
+    def _try_slice(
+        self, pixels: torch.Tensor, shapes: Shapes | None, start: int, size: int
+    ) -> list[PartialOutput] | None:
+        """Predict images `start` to `start + size` of a batch; return None if they do not fit into memory."""
         try:
             with self._forward.disable_gradients():
                 return [
-                    self._piece(inputs, rows)
-                    for inputs, rows in self._calls(*_part(pixels, shapes, start, size), start)
+                    self._predict_call(inputs, rows)
+                    for inputs, rows in self._split_into_calls(*_slice_batch(pixels, shapes, start, size), start)
                 ]
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if not is_out_of_memory(error):
                 raise
-        # Only here, with the traceback and the tensors it holds gone, can memory be given back.
+        # Memory can only be released here, after the traceback and the tensors that it holds are gone.
         if self._forward.device.type == "cuda":
             torch.cuda.empty_cache()
         return None
 
-    def _calls(
+    # -- calls of the module -----------------------------------------------------------------------------------
+
+    def _split_into_calls(
         self, pixels: torch.Tensor, shapes: Shapes | None, start: int
     ) -> Iterator[tuple[torch.Tensor | list[torch.Tensor], tuple[int, ...]]]:
-        """What the module is called with, call by call, and which images of the batch that is."""
-        import torch
+        """Yield the input of each call of the module, with the rows of its images.
 
-        with self._named("H2D"):
-            moved = self._link.to_device(pixels)
+        Example: four images of which the second is taller, in a module that takes batches, give two calls, with rows
+        `(0, 2, 3)` and `(1,)`; a module that takes a list gets one call with rows `(0, 1, 2, 3)`.
+        """
+        with self._profiled("H2D"):
+            moved = self._transfer.to_device(pixels)
         rows = tuple(range(start, start + len(shapes if shapes is not None else moved)))
         if self._forward.input_kind == "list":
-            yield list(moved) if shapes is None else _apart(moved, shapes), rows
+            yield list(moved) if shapes is None else _split_images(moved, shapes), rows
         elif shapes is None:
             yield moved, rows
         else:
-            images = _apart(moved, shapes)
-            for alike in _by_shape(shapes):
-                yield torch.stack([images[index] for index in alike]), tuple(rows[index] for index in alike)
+            images = _split_images(moved, shapes)
+            for indices in _group_by_shape(shapes):
+                yield torch.stack([images[index] for index in indices]), tuple(rows[index] for index in indices)
 
-    def _piece(self, inputs: torch.Tensor | list[torch.Tensor], rows: tuple[int, ...]) -> PartialOutput:
-        with self._named("forward"):
-            wanted = self._call_size
-            if wanted is None or isinstance(inputs, list) or len(inputs) == wanted:
-                found = self._called(inputs)
+    def _predict_call(self, inputs: torch.Tensor | list[torch.Tensor], rows: tuple[int, ...]) -> PartialOutput:
+        with self._profiled("forward"):
+            call_size = self._call_size
+            if call_size is None or isinstance(inputs, list) or len(inputs) == call_size:
+                tensors = self._call_module(inputs)
             else:
-                found = self._padded(inputs, wanted)
-        with self._named("D2H"):
-            return PartialOutput(rows, self._link.to_host(found))
+                tensors = self._call_padded(inputs, call_size)
+        with self._profiled("D2H"):
+            return PartialOutput(rows, self._transfer.to_host(tensors))
 
     @property
     def _call_size(self) -> int | None:
-        """Images that the next call is to have; None for as many as there are."""
-        if self._fixed is not None or self._rather is None or self._limit is None:
-            return self._fixed or self._rather
-        return min(self._rather, self._limit)
+        """Images that the next call must have; None for any number."""
+        if self._fixed_batch_size is not None or self._preferred_batch_size is None or self._limit is None:
+            return self._fixed_batch_size or self._preferred_batch_size
+        return min(self._preferred_batch_size, self._limit)
 
-    def _called(self, inputs: torch.Tensor | list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        return self._post.on_device(self._forward(inputs))
+    def _call_module(self, inputs: torch.Tensor | list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self._postprocess.on_device(self._forward(inputs))
 
-    def _padded(self, inputs: torch.Tensor, fixed: int) -> dict[str, torch.Tensor]:
-        """A batch that has not the size that the module takes: in several calls, the last filled up with blanks."""
-        import torch
-
-        made: list[dict[str, torch.Tensor]] = []
-        for part in inputs.split(fixed):
-            blanks = part.new_zeros((fixed - len(part), *part.shape[1:]))
-            found = self._called(torch.cat([part, blanks]))
-            made.append({name: tensor[: len(part)] for name, tensor in found.items()})
-        return {name: torch.cat([one[name] for one in made]) for name in made[0]}
+    def _call_padded(self, inputs: torch.Tensor, call_size: int) -> dict[str, torch.Tensor]:
+        """Predict a batch in calls of exactly `call_size` images, the last one padded with blank images."""
+        outputs: list[dict[str, torch.Tensor]] = []
+        for chunk in inputs.split(call_size):
+            padding = chunk.new_zeros((call_size - len(chunk), *chunk.shape[1:]))
+            tensors = self._call_module(torch.cat([chunk, padding]))
+            outputs.append({name: tensor[: len(chunk)] for name, tensor in tensors.items()})
+        return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
 
     @contextmanager
-    def _named(self, step: str) -> Iterator[None]:
-        """Around a step, so that profilers (torch's, and on CUDA Nsight) show it under its name."""
-        import torch
-
+    def _profiled(self, step: str) -> Iterator[None]:
+        """Name a step for profilers: torch's, and Nsight on CUDA."""
         with torch.profiler.record_function(f"{PROFILER_PREFIX}{step}"):
             if self._forward.device.type != "cuda":
                 yield
@@ -244,40 +262,31 @@ class Predictor:
             with torch.cuda.nvtx.range(f"{PROFILER_PREFIX}{step}"):
                 yield
 
-    def _relax(self) -> None:
-        self._calm += 1
-        if self._limit is not None and self._calm >= _CALM:
-            self._limit, self._calm = self._limit * 2, 0
 
+def _slice_batch(
+    pixels: torch.Tensor, shapes: Shapes | None, start: int, size: int
+) -> tuple[torch.Tensor, Shapes | None]:
+    """Return images `start` to `start + size` of a batch.
 
-def random_pixels(size: Sequence[int], rows: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """`[rows, c, h, w]` of noise, always the same; `size` is `(h, w)`, with three channels, or `(c, h, w)`."""
-    import torch
-
-    shape = (rows, *((3,) if len(size) == 2 else ()), *size)
-    own = torch.Generator().manual_seed(0)  # the program's generator stays untouched
-    if dtype is None or dtype == torch.uint8:
-        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=own)
-    return torch.rand(shape, dtype=dtype, generator=own)
-
-
-def _part(pixels: torch.Tensor, shapes: Shapes | None, start: int, size: int) -> tuple[torch.Tensor, Shapes | None]:
-    """Images `start` to `start + size` of a batch."""
+    Example: for flat pixels of images with 12, 48 and 27 values, `start=1, size=1` are values 12 to 60.
+    """
     if shapes is None:
         return pixels[start : start + size], None
-    before = sum(prod(shape) for shape in shapes[:start])
-    chosen = shapes[start : start + size]
-    return pixels[before : before + sum(prod(shape) for shape in chosen)], chosen
+    first = sum(prod(shape) for shape in shapes[:start])
+    selected = shapes[start : start + size]
+    return pixels[first : first + sum(prod(shape) for shape in selected)], selected
 
 
-def _apart(flat: torch.Tensor, shapes: Shapes) -> list[torch.Tensor]:
+def _split_images(flat: torch.Tensor, shapes: Shapes) -> list[torch.Tensor]:
+    """Split flat values into images: shapes `[(3, 2, 2), (3, 4, 4)]` take values 0 to 12 and 12 to 60."""
     ends = [0]
     for shape in shapes:
         ends.append(ends[-1] + prod(shape))
-    return [flat[begin:end].view(shape) for (begin, end), shape in zip(pairwise(ends), shapes, strict=True)]
+    return [flat[first:last].view(shape) for (first, last), shape in zip(pairwise(ends), shapes, strict=True)]
 
 
-def _by_shape(shapes: Shapes) -> list[list[int]]:
+def _group_by_shape(shapes: Shapes) -> list[list[int]]:
+    """Group the indices of equal shapes: `[(3, 4, 6), (3, 5, 5), (3, 4, 6)]` gives `[[0, 2], [1]]`."""
     groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, shape in enumerate(shapes):
         groups[shape].append(index)

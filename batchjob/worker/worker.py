@@ -17,7 +17,7 @@ from batchjob.inference.autotune import trial_process
 from batchjob.inference.autotune.autotuner import Autotuner
 from batchjob.inference.autotune.trial_process import TrialSpec
 from batchjob.inference.cpu_parallelism import CpuParallelism, choose_cpu_parallelism
-from batchjob.inference.device_errors import identify_device
+from batchjob.inference.devices import identify_device
 from batchjob.inference.engine import Engine
 from batchjob.inference.execution_config import ExecutionConfig
 from batchjob.inference.fault_isolation import FaultIsolatingPredictor

@@ -23,9 +23,9 @@ from batchjob.inference import cpu_parallelism
 from batchjob.inference.autotune.cache import use_compile_cache
 from batchjob.inference.autotune.trials import Trial, TrialModel, run_trials
 from batchjob.inference.engine import Engine
+from batchjob.inference.example_images import random_pixels
 from batchjob.inference.execution_config import ExecutionConfig
 from batchjob.inference.forward import ForwardPass
-from batchjob.inference.predictor import random_pixels
 from batchjob.job.job import Job
 from batchjob.storage.reader import Reader
 

@@ -1,0 +1,96 @@
+"""Images to try a model on: the job's own first images, one example image, and random pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from batchjob.errors import InvalidJob
+from batchjob.job.job import Job
+from batchjob.loader.sample import load_samples
+from batchjob.loader.settings import resolve_loader_settings
+from batchjob.preprocessing.transforms import ImageTransform
+from batchjob.storage.reader import Reader
+from batchjob.system import available_memory
+
+__all__ = ["load_images", "make_example_image", "random_pixels", "repeat_image", "trim_output"]
+
+# Side of the example image, in pixels, if neither a setting nor an image tells the size.
+_DEFAULT_SIDE = 224
+
+
+def load_images(
+    job: Job, reader: Reader, transform: ImageTransform, locations: Iterable[str]
+) -> Iterator[torch.Tensor]:
+    """Yield prepared images `[c, h, w]` of these locations; those that cannot be read or decoded are left out.
+
+    They are decoded in a process of their own: an image that crashes its decoder does not end this one.
+
+    Raises:
+        Unavailable: The store cannot be reached.
+        AttemptFailed: The process dies, and no image caused it.
+    """
+    config = resolve_loader_settings(
+        job.runtime.loader, cores=1, memory_bytes=available_memory(), max_pixels=job.decode.max_pixels
+    )
+    return load_samples(reader, transform, locations, config)
+
+
+def make_example_image(job: Job, reader: Reader, transform: ImageTransform, locations: Sequence[str]) -> torch.Tensor:
+    """Return one prepared image `[c, h, w]`: random pixels if the settings fix the size, else the first that decodes.
+
+    Raises:
+        InvalidJob: None of the locations holds an image that decodes, so the model's input size is not known.
+    """
+    size = transform.resize_crop.size
+    if size is None and locations:
+        return _first_decodable(job, reader, transform, locations)
+    return random_pixels((1 if transform.gray else 3, *(size or (_DEFAULT_SIDE, _DEFAULT_SIDE))), 1)[0]
+
+
+def random_pixels(size: Sequence[int], rows: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return random pixels `[rows, c, h, w]`, the same ones in each call; the global generator is not used.
+
+    Args:
+        size: `(h, w)` for three channels, or `(c, h, w)`.
+        rows: Number of images.
+        dtype: None and uint8 draw from 0 to 255; a floating point dtype draws from 0 to 1.
+    """
+    shape = (rows, *((3,) if len(size) == 2 else ()), *size)
+    generator = torch.Generator().manual_seed(0)
+    if dtype is None or dtype == torch.uint8:
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return torch.rand(shape, dtype=dtype, generator=generator)
+
+
+def repeat_image(image: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return a batch `[rows, c, h, w]` of one image."""
+    return image.expand(rows, *image.shape).contiguous()
+
+
+def trim_output(output: Any, rows: int, wanted_rows: int) -> Any:
+    """Turn a model's output for `rows` copies of one image into its output for `wanted_rows` copies.
+
+    A model with a fixed batch size runs on that many copies of the example, while tasks look at `wanted_rows`. Only
+    tensors whose first dimension is `rows` are trimmed. Example: `{"logits": [8, 10], "scale": []}` with `rows=8` and
+    `wanted_rows=2` becomes `{"logits": [2, 10], "scale": []}`.
+    """
+
+    def trim(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0 or len(leaf) != rows:
+            return leaf
+        return leaf[:1].expand(wanted_rows, *leaf.shape[1:])
+
+    return tree_map(trim, output)
+
+
+def _first_decodable(job: Job, reader: Reader, transform: ImageTransform, locations: Sequence[str]) -> torch.Tensor:
+    for pixels in load_images(job, reader, transform, locations):
+        return pixels
+    raise InvalidJob(
+        f"none of the first {len(locations)} images can be decoded, so the model's input size is not "
+        "known; give preprocess.resize or crop, or look at the input"
+    )
