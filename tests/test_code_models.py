@@ -353,7 +353,7 @@ def test_a_package_without_its_source_is_refused(package: Built, tmp_path: Path)
 
 def test_old_and_new_files_of_tensors_are_told_from_modules() -> None:
     for legacy in (False, True):
-        for content, kind in ((nn.Linear(2, 2).state_dict(), "state"), (nn.Linear(2, 2), "module")):
+        for content, kind in ((nn.Linear(2, 2).state_dict(), "state_dict"), (nn.Linear(2, 2), "pickled_module")):
             buffer = io.BytesIO()
             torch.save(content, buffer, _use_new_zipfile_serialization=not legacy)
             assert detect_format(buffer.getvalue()) == kind

@@ -142,7 +142,7 @@ def test_squashed_images() -> None:
     model = TimmModel(name=name, seed=0)
     with torch.device("meta"):
         module = timm.create_model(name)
-    assert model._preprocess(module) == Preprocess(
+    assert model._make_preprocess(module) == Preprocess(
         resize=(384, 384), crop=384, interpolation="bicubic", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
     )
 

@@ -1,4 +1,4 @@
-"""`type: checkpoint`: a file of weights, and the architecture they belong to."""
+"""`type: checkpoint`: a file of weights, loaded into an architecture that the job names."""
 
 from __future__ import annotations
 
@@ -9,14 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, TypeAdapter, field_validator
 
 from batchjob.errors import InvalidJob
-from batchjob.models.architecture import (
-    build_torchvision,
-    call_target,
-    detect_input_kind,
-    isolated_torch_state,
-    prepare_for_inference,
-)
-from batchjob.models.loaded_model import LoadedModel
+from batchjob.models.architecture import build_torchvision, call_target
+from batchjob.models.loaded_model import LoadedModel, detect_input_kind, isolated_torch_state, prepare_for_inference
 from batchjob.models.output_selection import OutputSelection, select_output
 from batchjob.models.trusted_file import WeightsFile, verify_digest
 from batchjob.models.weights import check_file_exists, load_weights, parse_state_dict, read_file
@@ -34,14 +28,16 @@ _TARGET: TypeAdapter[str] = TypeAdapter(Target)
 
 
 class CheckpointModel(WeightsFile, OutputSelection):
-    """Weights from a file, into an architecture.
+    """Weights from a file, loaded into an architecture.
 
     Attributes:
-        architecture: a torchvision model's name, or `module:function` beside the job file.
-        weights: `.pt`, `.pth`, `.th` or `.safetensors`, wherever it lies; on any device when it was saved.
-        num_classes: handed to the architecture where it takes that.
-        arguments: more keyword arguments for the architecture.
-        strict: False lets keys be missing in the file, or be left over; another shape never.
+        architecture: Name of a torchvision model, or `module:function` beside the job file.
+        weights: Local path or URI of a `.pt`, `.pth`, `.th` or `.safetensors` file; it may have been saved on any
+            device.
+        num_classes: Number of classes, passed to the architecture if it has a parameter of this name.
+        arguments: Further keyword arguments of the architecture.
+        strict: False allows keys that only the file or only the model has; a tensor of another shape is always an
+            error.
     """
 
     type: Literal["checkpoint"] = "checkpoint"
@@ -53,33 +49,39 @@ class CheckpointModel(WeightsFile, OutputSelection):
 
     @field_validator("architecture")
     @classmethod
-    def _name_or_target(cls, value: str) -> str:
+    def _check_target(cls, value: str) -> str:
         return _TARGET.validate_python(value) if ":" in value else value
 
     @property
     def title(self) -> str:
-        """What `model_id` calls it, before the digest."""
+        """Name in the column `model_id`, before the digest."""
         return self.architecture
 
     def check(self, reader: Reader, base: Path) -> None:
-        """Looks without torch whether the files are there. Raises InvalidJob, Unavailable."""
+        """Check, without torch, that the files exist.
+
+        Raises:
+            InvalidJob: The weights or the user's module do not exist.
+            Unavailable: The store cannot be reached.
+        """
         if ":" in self.architecture:
             source_digest(self.architecture, base)
         check_file_exists(reader, self.weights, "model.weights")
 
     def load(self, reader: Reader, base: Path) -> LoadedModel:
-        """Builds and fills the model; no preprocessing and no labels of its own.
+        """Build the architecture and load the weights. A checkpoint brings neither preprocessing nor labels.
 
         Raises:
-            InvalidJob: files not there, unknown architecture, weights that do not fit it or hold code, another digest.
-            Unavailable: the store cannot be reached.
+            InvalidJob: A file does not exist, the architecture is unknown, or the weights do not fit it, hold code or
+                have another digest.
+            Unavailable: The store cannot be reached.
         """
         data = read_file(reader, self.weights, "model.weights")
         digest = verify_digest(data, self.weights, self.sha256)
         with isolated_torch_state():
             state = parse_state_dict(data, self.weights)
             del data
-            module = self._build(base)
+            module = self._build_module(base)
             load_weights(
                 module,
                 state,
@@ -91,9 +93,15 @@ class CheckpointModel(WeightsFile, OutputSelection):
         if ":" in self.architecture:
             digest = hashlib.sha256(f"{digest} {source_digest(self.architecture, base)}".encode()).hexdigest()
         module = prepare_for_inference(module, "model.architecture")
-        return LoadedModel(select_output(module, self.output), None, None, digest, detect_input_kind(module))
+        return LoadedModel(
+            select_output(module, self.output),
+            preprocess=None,
+            labels=None,
+            digest=digest,
+            input_kind=detect_input_kind(module),
+        )
 
-    def _build(self, base: Path) -> nn.Module:
+    def _build_module(self, base: Path) -> nn.Module:
         import torch
 
         if ":" not in self.architecture:

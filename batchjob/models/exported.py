@@ -1,4 +1,4 @@
-"""`type: exported`: a program of `torch.export`, or a package that AOTInductor compiled from one, both `.pt2`."""
+"""`type: exported`: a `.pt2` file, a program of `torch.export` or a package that AOTInductor compiled from one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from batchjob.errors import InvalidJob
 from batchjob.models.aot_inductor import open_aoti_package
-from batchjob.models.architecture import isolated_torch_state
 from batchjob.models.exported_input import ExportedInput
 from batchjob.models.file_format import FileFormat
-from batchjob.models.loaded_model import LoadedModel
+from batchjob.models.loaded_model import LoadedModel, isolated_torch_state
 from batchjob.models.output_selection import select_output
 from batchjob.models.trusted_file import TrustedFileModel
 
@@ -26,101 +25,105 @@ if TYPE_CHECKING:
 
 __all__ = ["ExportedModel"]
 
-_TRAINS = {"aten.dropout.default": 2, "aten.batch_norm.default": 5}  # which argument says so
+# Operators that behave differently in training mode, with the index of the argument that switches it on.
+_TRAINING_ARGUMENTS = {"aten.dropout.default": 2, "aten.batch_norm.default": 5}
 
 
 class ExportedModel(TrustedFileModel):
-    """A program that `torch.export.save` wrote, or a package of `torch._inductor.aoti_compile_and_package`."""
+    """Program saved by `torch.export.save`, or package made by `torch._inductor.aoti_compile_and_package`."""
 
     type: Literal["exported"] = "exported"
     format_name: ClassVar[str] = "a program of torch.export or a package of AOTInductor (.pt2)"
-    accepted_formats: ClassVar[tuple[FileFormat, ...]] = ("exported", "aoti")
+    accepted_formats: ClassVar[tuple[FileFormat, ...]] = ("exported", "aot_inductor")
 
-    def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002 - one face for all formats
-        """Loads the program or the package; no preprocessing and no labels of its own.
+    def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002 - all formats share this signature
+        """Load the program or the package. It brings neither preprocessing nor labels.
 
-        A program moves to any device, a package runs on the one it was compiled for. Both are run as they were saved:
-        neither under autocast nor compiled again.
+        A program runs on any device, a package on the one it was compiled for. Both run as they were saved: without
+        autocast, and not compiled again.
 
         Raises:
-            InvalidJob: not there, not trusted, another digest, of another torch, exported in training mode, compiled
-                for another machine, or with inputs that are not one batch of images.
-            Unavailable: the store cannot be reached.
+            InvalidJob: The file does not exist, is not trusted, has another digest, was saved by an incompatible torch,
+                exported in training mode or compiled for another machine, or its input is not one batch of images.
+            Unavailable: The store cannot be reached.
         """
-        data, digest, kind = self.read_trusted(reader)
+        data, digest, file_format = self.read_trusted(reader)
         devices: tuple[str, ...] | None = None
         with isolated_torch_state():
-            if kind == "aoti":
-                module, image, devices = open_aoti_package(data, self.where)
+            if file_format == "aot_inductor":
+                module, image_input, devices = open_aoti_package(data, self.where)
             else:
-                module, image = self._opened(data)
+                module, image_input = self._open_program(data)
         return LoadedModel(
             select_output(module, self.output),
-            None,
-            None,
-            digest,
+            preprocess=None,
+            labels=None,
+            digest=digest,
             eager=False,
             devices=devices,
-            batch_size=image.batch_size,
+            batch_size=image_input.batch_size,
         )
 
-    def _opened(self, data: bytes) -> tuple[nn.Module, ExportedInput]:
+    def _open_program(self, data: bytes) -> tuple[nn.Module, ExportedInput]:
         import torch
 
         try:
             program = torch.export.load(BytesIO(data))
         except MemoryError:
             raise
-        except Exception as error:  # broken files end in nearly every exception there is
+        except Exception as error:  # A broken file may raise nearly any exception.
             reason = (str(error).strip().splitlines() or [""])[0][:300]
-            away = "CUDA" in reason and not torch.cuda.is_available()
-            advice = "save it on the CPU" if away else "take the version it was saved with, or export the model anew"
+            saved_on_gpu = "CUDA" in reason and not torch.cuda.is_available()
+            advice = (
+                "save it on the CPU" if saved_on_gpu else "take the version it was saved with, or export the model anew"
+            )
             raise InvalidJob(
                 f"{self.where} is a program of torch.export that this torch does not load ({type(error).__name__}: "
                 f"{reason}); {advice}"
             ) from error
-        image, keyword = _input_of(program, self.where)
-        _check_mode(program, self.where)
-        return _runnable(program, image, keyword), image
+        image_input, keyword = _find_image_input(program, self.where)
+        _check_eval_mode(program, self.where)
+        return _make_module(program, image_input, keyword), image_input
 
 
-def _input_of(program: ExportedProgram, where: str) -> tuple[ExportedInput, str | None]:
-    """What it takes, and the keyword it takes it by, if any."""
+def _find_image_input(program: ExportedProgram, where: str) -> tuple[ExportedInput, str | None]:
+    """Find the only input of a program, and the keyword to pass it by; None if it is positional."""
     import torch
 
     names = program.graph_signature.user_inputs
-    value = (
+    example = (
         next((node.meta.get("val") for node in program.graph.nodes if node.name == names[0]), None) if names else None
     )
-    if len(names) != 1 or not isinstance(value, torch.Tensor):
+    if len(names) != 1 or not isinstance(example, torch.Tensor):
         raise InvalidJob(
             f"{where} takes {len(names)} inputs ({', '.join(map(str, names))}), not one batch of images; "
             "export a module that takes only that"
         )
-    sizes: list[Any] = list(value.shape)  # a free one is a SymInt
-    image = ExportedInput(tuple(size if isinstance(size, int) else None for size in sizes), str(value.dtype), where)
-    given = program.call_spec.in_spec
-    keywords = [] if given.child(0).num_children else given.child(1).context
-    return image, str(keywords[0]) if keywords else None
+    sizes: list[Any] = list(example.shape)  # A free dimension is a SymInt.
+    shape = tuple(size if isinstance(size, int) else None for size in sizes)
+    # The input structure has two children: a tuple of positional arguments, and a dict whose context is its keys.
+    structure = program.call_spec.in_spec
+    keywords = [] if structure.child(0).num_children else structure.child(1).context
+    return ExportedInput(shape, str(example.dtype), where), str(keywords[0]) if keywords else None
 
 
-def _check_mode(program: ExportedProgram, where: str) -> None:
-    """An exported program keeps the mode it was made in."""
+def _check_eval_mode(program: ExportedProgram, where: str) -> None:
+    """Refuse a program that was exported in training mode: it keeps that mode, and `eval()` has no effect on it."""
     for node in program.graph.nodes:
-        place = _TRAINS.get(str(node.target))
-        if place is not None and len(node.args) > place and node.args[place] is True:
+        index = _TRAINING_ARGUMENTS.get(str(node.target))
+        if index is not None and len(node.args) > index and node.args[index] is True:
             raise InvalidJob(
                 f"{where} was exported in training mode ({str(node.target).split('.')[1]} is at work); "
                 "call model.eval() and export it again"
             )
 
 
-def _runnable(program: ExportedProgram, image: ExportedInput, keyword: str | None) -> nn.Module:
+def _make_module(program: ExportedProgram, image_input: ExportedInput, keyword: str | None) -> nn.Module:
     import torch
     from torch.export.passes import move_to_device_pass
 
-    class Program(torch.nn.Module):
-        """Runs the program. On moving it, the devices that its graph names are moved too."""
+    class ProgramModule(torch.nn.Module):
+        """Module that runs the program. Moving it also moves the devices that are constants in the program's graph."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -131,19 +134,21 @@ def _runnable(program: ExportedProgram, image: ExportedInput, keyword: str | Non
             self._program, self._device = move_to_device_pass(self._program, str(device)), device
             self.graph = self._program.module().requires_grad_(False)
 
-        def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Program:  # noqa: ARG002
+        # `module.to(device)` calls this with a function that moves one tensor; an empty tensor tells where to.
+        def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ProgramModule:  # noqa: ARG002
             device = fn(torch.empty(0, device=self._device)).device
             if device != self._device:
                 self._move(device)
             return self
 
-        def train(self, mode: bool = True) -> Program:  # noqa: ARG002
+        # The module of a program refuses train() and eval(), so its flags are cleared one by one.
+        def train(self, mode: bool = True) -> ProgramModule:  # noqa: ARG002
             for module in self.modules():
                 module.training = False
             return self
 
         def forward(self, pixels: torch.Tensor) -> Any:
-            image.check(pixels)
+            image_input.check(pixels)
             return self.graph(pixels) if keyword is None else self.graph(**{keyword: pixels})
 
-    return Program().eval()
+    return ProgramModule().eval()

@@ -1,4 +1,4 @@
-"""What a graph takes that was fixed when it was exported: one batch of float32 images, of some sizes only."""
+"""Input of a graph that was fixed at export: one batch of float32 images, each dimension fixed or free."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ __all__ = ["ExportedInput"]
 
 @dataclass(frozen=True)
 class ExportedInput:
-    """The one input of a graph. Raises InvalidJob where it is no batch of float32 images.
+    """Only input of an exported graph.
 
     Attributes:
-        shape: `(n, c, h, w)`, None for what may vary.
-        dtype: as torch prints it.
-        where: key and file, for sentences.
+        shape: `(n, c, h, w)`, with None for a free dimension: `(None, 3, 224, 224)` takes any number of images.
+        dtype: Element type in the notation of torch: "torch.float32".
+        where: Job key and file, the start of error messages.
+
+    Raises:
+        InvalidJob: The input is not a batch of float32 images.
     """
 
     shape: tuple[int | None, ...]
@@ -30,7 +33,7 @@ class ExportedInput:
     def __post_init__(self) -> None:
         if len(self.shape) != 4:
             raise InvalidJob(
-                f"{self.where} takes {self._said(self.shape)}, not images [n, c, h, w]; export it for these"
+                f"{self.where} takes {_format_shape(self.shape)}, not images [n, c, h, w]; export it for these"
             )
         if self.dtype != "torch.float32":
             raise InvalidJob(
@@ -39,20 +42,24 @@ class ExportedInput:
 
     @property
     def batch_size(self) -> int | None:
-        """The only number of images it takes at once, or None."""
+        """Only batch size that the graph accepts, in images; None for any."""
         return self.shape[0]
 
     def check(self, pixels: torch.Tensor) -> None:
-        """Raises InvalidJob where pixels have another shape: a compiled graph would read beyond them."""
+        """Check the shape of a batch. A compiled graph does not, and would read beyond the end of the tensor.
+
+        Raises:
+            InvalidJob: The batch has another shape.
+        """
         if len(pixels.shape) == 4 and all(
-            want in {None, have} for want, have in zip(self.shape, pixels.shape, strict=True)
+            expected in {None, actual} for expected, actual in zip(self.shape, pixels.shape, strict=True)
         ):
             return
         raise InvalidJob(
-            f"{self.where} takes {self._said(self.shape)} and got {self._said(tuple(pixels.shape))}; correct "
+            f"{self.where} takes {_format_shape(self.shape)} and got {_format_shape(tuple(pixels.shape))}; correct "
             "preprocess.resize and crop, or export it for these sizes"
         )
 
-    @staticmethod
-    def _said(shape: tuple[int | None, ...]) -> str:
-        return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+
+def _format_shape(shape: tuple[int | None, ...]) -> str:
+    return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"

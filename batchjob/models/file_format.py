@@ -1,4 +1,4 @@
-"""What a model's file is, told by its content and without torch: nothing in it is run or unpickled."""
+"""Detect the format of a model file from its content, without torch; nothing in the file is run or unpickled."""
 
 from __future__ import annotations
 
@@ -12,100 +12,121 @@ from batchjob.errors import InvalidJob
 
 __all__ = ["FileFormat", "detect_format", "require_format"]
 
-FileFormat = Literal["state", "safetensors", "module", "torchscript", "exported", "aoti", "onnx", "unknown"]
-_IS = {
-    "state": "a file of tensors",
+FileFormat = Literal[
+    "state_dict", "safetensors", "pickled_module", "torchscript", "exported", "aot_inductor", "onnx", "unknown"
+]
+
+_DESCRIPTIONS = {
+    "state_dict": "a file of tensors",
     "safetensors": "a safetensors file",
-    "module": "a pickle of Python objects",
+    "pickled_module": "a pickle of Python objects",
     "torchscript": "a TorchScript archive",
     "exported": "a program of torch.export",
-    "aoti": "an AOTInductor package",
+    "aot_inductor": "an AOTInductor package",
     "onnx": "an ONNX model",
 }
-_TYPE = {
-    "state": "checkpoint",
+# The `model.type` that loads each format.
+_MODEL_TYPES = {
+    "state_dict": "checkpoint",
     "safetensors": "checkpoint",
-    "module": "pickle",
+    "pickled_module": "pickle",
     "torchscript": "torchscript",
     "exported": "exported",
-    "aoti": "exported",
+    "aot_inductor": "exported",
     "onnx": "onnx",
 }
-# What the pickle of a state dict names; a module's names its class too, which lies elsewhere.
-_TENSORS = {"collections", "torch", "torch._utils", "torch._tensor", "torch.storage", "torch.nn.parameter"}
-_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # how torch.save began before it wrote zip archives
+# Modules named in the pickle of a state dict. The pickle of a whole module also names its class, which is elsewhere.
+_STATE_DICT_MODULES = {
+    "collections",
+    "torch",
+    "torch._utils",
+    "torch._tensor",
+    "torch.storage",
+    "torch.nn.parameter",
+}
+# First bytes of a file by torch.save before torch 1.6, which introduced the zip archive.
+_LEGACY_TORCH_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 
 
-def require_format(data: bytes, where: str, *wanted: FileFormat, expected: str) -> FileFormat:
-    """The kind of a file that must be one of those wanted.
+def require_format(data: bytes, where: str, *accepted: FileFormat, expected: str) -> FileFormat:
+    """Check that a file has one of the accepted formats.
 
     Args:
-        data: the file.
-        where: key and file, for the sentence: "model.weights: net.pt".
-        wanted: what it may be.
-        wish: what it should be, for the sentence: "a TorchScript archive".
+        data: Content of the file.
+        where: Job key and file, the start of the error message: "model.weights: net.pt".
+        accepted: Formats that the caller can load.
+        expected: Description of the accepted formats for the error message: "a TorchScript archive".
+
+    Returns:
+        The detected format.
 
     Raises:
-        InvalidJob: it is something else; where that is known, the sentence names the `type` it needs.
+        InvalidJob: The file has another format. If that format is known, the message names the `type` to write.
     """
-    _arrived(data, where)
-    kind = detect_format(data)
-    if kind in wanted:
-        return kind
-    if kind == "unknown":
+    _check_not_placeholder(data, where)
+    detected = detect_format(data)
+    if detected in accepted:
+        return detected
+    if detected == "unknown":
         raise InvalidJob(f"{where} is not {expected}, or not a whole one; correct the path, or copy it there again")
-    raise InvalidJob(f"{where} is {_IS[kind]} and not {expected}; write model.type: {_TYPE[kind]}")
+    raise InvalidJob(
+        f"{where} is {_DESCRIPTIONS[detected]} and not {expected}; write model.type: {_MODEL_TYPES[detected]}"
+    )
 
 
 def detect_format(data: bytes) -> FileFormat:
-    """What the content looks like; no promise that it is whole, or harmless."""
+    """Detect a format from magic bytes and archive members. The file may still be incomplete or harmful."""
+    # safetensors: 8 bytes with the length of the header, then the header, which is JSON.
     if data[8:9] == b"{" and int.from_bytes(data[:8], "little") < len(data):
         return "safetensors"
     if data.startswith(b"PK\x03\x04"):
-        return _kind_of_zip(data)
+        return _detect_zip_format(data)
+    # Pickle protocol 2 and later, pickle protocol 0, and the tar archives of torch 0.1.
     if data.startswith((b"\x80", b"ccopy_reg")) or data[257:262] == b"ustar":
-        return "state" if _is_plain(data) else "module"
+        return "state_dict" if _names_only_tensors(data) else "pickled_module"
+    # ONNX: protobuf field 1 (ir_version, one byte), then field 2, 3, 7 or 8 of ModelProto.
     return "onnx" if data[:1] == b"\x08" and data[2:3] in {b"\x12", b"\x1a", b"\x3a", b"\x42"} else "unknown"
 
 
-def _arrived(data: bytes, where: str) -> None:
-    """Some files are not what they stand for."""
+def _check_not_placeholder(data: bytes, where: str) -> None:
     if not data:
         raise InvalidJob(f"{where} is empty; copy the weights there again")
     if data.startswith(b"version https://git-lfs"):
         raise InvalidJob(f"{where} is a Git LFS pointer and not the weights; run 'git lfs pull' where it came from")
 
 
-def _kind_of_zip(data: bytes) -> FileFormat:
+def _detect_zip_format(data: bytes) -> FileFormat:
     try:
         with zipfile.ZipFile(BytesIO(data)) as archive:
-            # Everything lies below one folder, named like the file once was; torch 2.7 wrote programs without it.
-            names = {name.partition("/")[2] or name: name for name in archive.namelist()}
-            if "archive_format" in names or "serialized_exported_program.json" in names:
-                return "aoti" if any("data/aotinductor/" in name for name in names) else "exported"
-            if "constants.pkl" in names:
+            # All members are in one folder, named after the original file. torch 2.7 wrote programs without it.
+            # Example: "net/data.pkl" → "data.pkl".
+            members = {name.partition("/")[2] or name: name for name in archive.namelist()}
+            if "archive_format" in members or "serialized_exported_program.json" in members:
+                return "aot_inductor" if any("data/aotinductor/" in name for name in members) else "exported"
+            if "constants.pkl" in members:
                 return "torchscript"
-            if "data.pkl" in names and archive.getinfo(names["data.pkl"]).compress_type == zipfile.ZIP_STORED:
-                return "state" if _is_plain(archive.read(names["data.pkl"])) else "module"
+            if "data.pkl" in members and archive.getinfo(members["data.pkl"]).compress_type == zipfile.ZIP_STORED:
+                return "state_dict" if _names_only_tensors(archive.read(members["data.pkl"])) else "pickled_module"
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, NotImplementedError):
         pass
     return "unknown"
 
 
-def _is_plain(data: bytes) -> bool:
-    """Whether pickles name nothing but what tensors need."""
+def _names_only_tensors(data: bytes) -> bool:
+    """Check that pickles name no classes except those that tensors need."""
     try:
-        return all(module in _TENSORS for module in _named(data))
-    except (ValueError, IndexError, UnicodeDecodeError):  # not a pickle after all
+        return all(module in _STATE_DICT_MODULES for module in _list_pickled_modules(data))
+    except (ValueError, IndexError, UnicodeDecodeError):  # not a pickle
         return False
 
 
-def _named(data: bytes) -> Iterator[str]:
-    """Modules that a pickle names; the fourth of the pickles that old files begin with is the content."""
+def _list_pickled_modules(data: bytes) -> Iterator[str]:
+    """Yield the modules named in pickles, "?" for one that only running the pickle would tell."""
     stream = BytesIO(data)
-    for _ in range(4 if _MAGIC in data[:16] else 1):
-        for code, argument, _place in pickletools.genops(stream):
-            if code.name == "GLOBAL":
+    # A legacy file by torch.save starts with four pickles: magic number, protocol version, system facts, content.
+    for _ in range(4 if _LEGACY_TORCH_MAGIC in data[:16] else 1):
+        for opcode, argument, _position in pickletools.genops(stream):
+            if opcode.name == "GLOBAL":
                 yield str(argument).partition(" ")[0]
-            elif code.name in {"STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}:
+            elif opcode.name in {"STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}:
                 yield "?"

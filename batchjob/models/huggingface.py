@@ -1,24 +1,24 @@
-"""`type: huggingface`: a model of transformers from a folder or the Hub, for classes, boxes or features."""
+"""`type: huggingface`: a transformers model from a folder or the Hub, for classification, detection or features."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ValidationInfo, ValidatorFunctionWrapHandler, WrapValidator
 
 from batchjob.errors import InvalidJob
-from batchjob.models.architecture import isolated_torch_state, prepare_for_inference
 from batchjob.models.huggingface_files import ModelFiles, download_from_hub, list_model_files, local_copy
 from batchjob.models.huggingface_hub import hub_offline, silence_hub_libraries
 from batchjob.models.huggingface_preprocessing import convert_image_processor
-from batchjob.models.loaded_model import LoadedModel
+from batchjob.models.loaded_model import LoadedModel, isolated_torch_state, prepare_for_inference
 from batchjob.models.output_selection import OutputSelection, select_output
 from batchjob.models.trusted_file import WeightsFile
+from batchjob.preprocessing.settings import Preprocess
 from batchjob.settings import CommandLineText, Uri, is_local
 from batchjob.system import require_packages
 
@@ -26,95 +26,102 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from batchjob.preprocessing.settings import Preprocess
     from batchjob.storage.reader import Reader
 
 __all__ = ["HuggingfaceModel"]
 
 _log = logging.getLogger(__name__)
-_HUB = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
-_CLASSES = {
+_HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_AUTO_CLASSES = {
     "classification": "AutoModelForImageClassification",
     "detection": "AutoModelForObjectDetection",
     "features": "AutoModel",
 }
+
 ModelKind = Literal["classification", "detection", "features"]
 
 
-def _hub_or_uri(value: Any, resolve: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-    """A folder beside the job file goes before a name of the Hub, as in transformers."""
-    if not isinstance(value, str) or value.startswith(".") or not _HUB.match(value):
+def _resolve_unless_on_hub(value: Any, resolve: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+    # A folder beside the job file has precedence over a name on the Hub, as in transformers.
+    if not isinstance(value, str) or value.startswith(".") or not _HUB_NAME.match(value):
         return resolve(value)
-    given = None if isinstance(value, CommandLineText) else info.context
-    base = Path(given["base"]) if given else Path.cwd()
+    context = None if isinstance(value, CommandLineText) else info.context
+    base = Path(context["base"]) if context else Path.cwd()
     return resolve(value) if (base / value).is_dir() else str(value)
 
 
 class HuggingfaceModel(WeightsFile, OutputSelection):
-    """A model of transformers. It brings its preprocessing and its labels; code of its own is never run.
+    """Model of transformers. It brings its preprocessing and its labels. Code in its folder is never run.
 
     Attributes:
-        model: a folder that `save_pretrained` has written, wherever it lies, or a name on the Hugging Face Hub. Of
-            the folder only JSON and weights are read; `sha256` is that of the weights, of several files one after
-            the other in the order of their names.
-        kind: what it is for: `classification` gives logits `[n, classes]`, `detection` a dict of `logits`
-            `[n, queries, classes]` and `pred_boxes` `[n, queries, 4]` (centre, width and height, as shares of the
-            input), `features` a vector `[n, d]`: the model's pooled output, else the class token, else the mean of
-            all tokens or places. `auto` goes by the architecture that the model was saved as.
-        revision: branch, tag or commit, of a model on the Hub.
+        model: Local path or URI of a folder written by `save_pretrained`, or a name on the Hugging Face Hub. Only JSON
+            and weights are read. `sha256` is that of the weights; for several files, of their contents in the order of
+            their names.
+        kind: Use of the model: `classification` returns logits `[n, classes]`; `detection` a dict of `logits`
+            `[n, queries, classes]` and `pred_boxes` `[n, queries, 4]` (centre, width and height, as fractions of the
+            input); `features` a vector `[n, d]`: the model's pooled output, else the class token, else the mean of all
+            tokens or positions. `auto` chooses by the architecture that the model was saved as.
+        revision: Branch, tag or commit of a model on the Hub; null for its default branch.
     """
 
     type: Literal["huggingface"] = "huggingface"
-    model: Annotated[Uri, WrapValidator(_hub_or_uri)]
+    model: Annotated[Uri, WrapValidator(_resolve_unless_on_hub)]
     kind: Literal["auto", "classification", "detection", "features"] = "auto"
     revision: str | None = None
 
     @property
     def title(self) -> str:
-        """What `model_id` calls it, before the digest."""
-        return self.model.rstrip("/") if self._on_hub else self.model.rstrip("/").rpartition("/")[2]
+        """Name in the column `model_id`, before the digest."""
+        return self.model.rstrip("/") if self._is_on_hub else self.model.rstrip("/").rpartition("/")[2]
 
-    def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - one face for all formats
-        """Looks without torch whether transformers and the folder are there. Raises InvalidJob, Unavailable."""
-        require_packages("huggingface", "hf", "transformers")
-        if not self._on_hub:
-            self._kind(list_model_files(reader, self.model))
-
-    def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002
-        """Builds and fills the model.
+    def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - all formats share this signature
+        """Check, without torch, that transformers is installed and that the folder holds a model of this kind.
 
         Raises:
-            InvalidJob: no transformers, no such model, one for another kind of task, one that needs code of its own,
-                or weights that are not whole.
-            Unavailable: store or Hub cannot be reached.
+            InvalidJob: One of these is not so.
+            Unavailable: The store cannot be reached.
+        """
+        require_packages("huggingface", "hf", "transformers")
+        if not self._is_on_hub:
+            self._choose_kind(list_model_files(reader, self.model))
+
+    def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002
+        """Build the model and load its weights.
+
+        Raises:
+            InvalidJob: transformers is not installed; there is no such model; it is of another kind or needs code of
+                its own; or its weights are incomplete or have another digest.
+            Unavailable: The store or the Hub cannot be reached.
         """
         require_packages("huggingface", "hf", "transformers")
         with silence_hub_libraries():
-            import transformers  # noqa: F401 - now, so that its progress bars are silenced below
-        files = list_model_files(reader, download_from_hub(self.model, self.revision) if self._on_hub else self.model)
-        kind = self._kind(files)
+            import transformers  # noqa: F401 - imported here so that its progress bars are silenced below
+        folder = download_from_hub(self.model, self.revision) if self._is_on_hub else self.model
+        files = list_model_files(reader, folder)
+        kind = self._choose_kind(files)
         with (
-            local_copy(reader, files) as (folder, digest, weights),
+            local_copy(reader, files) as (local_folder, digest, weights_digest),
             hub_offline(),
             silence_hub_libraries(),
             isolated_torch_state(),
         ):
-            self._check_digest(weights, files)
-            model, pooled = self._filled(folder, files, kind)
-            preprocess = self._preprocess(folder, files)
-        module = prepare_for_inference(_wrapped(model, kind, pooled, self._where), "model.model")
-        labels = None if kind == "features" else _labels(model.config)
+            self._check_digest(weights_digest, files)
+            model, is_pooler_trained = self._load_pretrained(local_folder, files, kind)
+            preprocess = self._load_preprocess(local_folder, files)
+        module = _make_module(model, kind, is_pooler_trained, self._where)
+        module = prepare_for_inference(module, "model.model")
+        labels = None if kind == "features" else _find_labels(model.config)
         return LoadedModel(select_output(module, self.output), preprocess, labels, digest)
 
     @property
-    def _on_hub(self) -> bool:
+    def _is_on_hub(self) -> bool:
         return is_local(self.model) and not self.model.startswith(("file://", os.sep))
 
     @property
     def _where(self) -> str:
         return f"model.model: {self.model}"
 
-    def _kind(self, files: ModelFiles) -> ModelKind:
+    def _choose_kind(self, files: ModelFiles) -> ModelKind:
         if self.kind != "auto":
             return self.kind
         architecture = next(iter(files.config.get("architectures") or ()), None)
@@ -127,6 +134,7 @@ class HuggingfaceModel(WeightsFile, OutputSelection):
             return "classification"
         if "ForObjectDetection" in architecture:
             return "detection"
+        # Another head, such as ViTForMaskedImageModeling. A name without one, such as ViTModel, is a bare body.
         if re.search(r"[A-Za-z0-9]For[A-Z]", architecture):
             raise InvalidJob(
                 f"{self._where} is a {architecture}, neither for classification nor for detection; "
@@ -134,21 +142,21 @@ class HuggingfaceModel(WeightsFile, OutputSelection):
             )
         return "features"
 
-    def _check_digest(self, weights: str, files: ModelFiles) -> None:
-        if self.sha256 not in {None, weights}:
+    def _check_digest(self, digest: str, files: ModelFiles) -> None:
+        if self.sha256 not in {None, digest}:
             raise InvalidJob(
-                f"{self._where}: {' and '.join(files.weights)} has the sha256 {weights}, but model.sha256 is "
+                f"{self._where}: {' and '.join(files.weights)} has the sha256 {digest}, but model.sha256 is "
                 f"{self.sha256}; it is not the model you meant, or model.sha256 must be corrected"
             )
 
-    def _filled(self, folder: Path, files: ModelFiles, kind: ModelKind) -> tuple[Any, bool]:
-        """The model, and whether its pooled output was trained."""
+    def _load_pretrained(self, folder: Path, files: ModelFiles, kind: ModelKind) -> tuple[Any, bool]:
+        """Load the model, and tell if its pooled output was trained."""
         import torch
         import transformers
 
-        loader: Any = getattr(transformers, _CLASSES[kind])
+        auto_class: Any = getattr(transformers, _AUTO_CLASSES[kind])
         try:
-            model, info = loader.from_pretrained(
+            model, info = auto_class.from_pretrained(
                 folder,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -158,59 +166,60 @@ class HuggingfaceModel(WeightsFile, OutputSelection):
             )
         except (MemoryError, InvalidJob):
             raise
-        except Exception as error:  # whatever does not fit: from JSON to tensors
-            raise InvalidJob(f"{self._where} {self._diagnosed(error, files, kind)}") from error
+        except Exception as error:  # Anything in the folder may be wrong, from JSON to tensors.
+            raise InvalidJob(f"{self._where} {self._explain_load_error(error, files, kind)}") from error
         missing = sorted(map(str, info["missing_keys"]))
+        # transformers fills missing weights with random numbers. Features can do without a pooler, nothing else.
         pooler = [key for key in missing if kind == "features" and key.split(".")[0] == "pooler"]
         if len(missing) > len(pooler):
-            listed = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
-            saved = next(iter(files.config.get("architectures") or ()), "something else")
+            keys = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
+            architecture = next(iter(files.config.get("architectures") or ()), "something else")
             raise InvalidJob(
-                f"{self._where} was saved as {saved} and has no weights for {listed}; correct model.kind (it is "
+                f"{self._where} was saved as {architecture} and has no weights for {keys}; correct model.kind (it is "
                 f"{kind}), or save the whole model"
             )
         return model, not pooler
 
-    def _diagnosed(self, error: Exception, files: ModelFiles, kind: ModelKind) -> str:
+    def _explain_load_error(self, error: Exception, files: ModelFiles, kind: ModelKind) -> str:
         text = " ".join(str(error).split())
-        name = files.config.get("model_type")
+        model_type = files.config.get("model_type")
         if "trust_remote_code" in text or ("auto_map" in files.config and isinstance(error, ValueError | KeyError)):
             return "needs code of its own, which is never run; build it with model.type: python"
         if "Unrecognized configuration class" in text:
-            return f"is a {name}, which transformers has not for {kind}; correct model.kind"
+            return f"is a {model_type}, which transformers has not for {kind}; correct model.kind"
         if "does not recognize this architecture" in text or "Unrecognized model" in text:
-            return f"is a {name}, which this version of transformers does not know; pip install -U transformers"
+            return f"is a {model_type}, which this version of transformers does not know; pip install -U transformers"
         return f"cannot be loaded ({type(error).__name__}: {text[:300]}); save it again with model.save_pretrained()"
 
-    def _preprocess(self, folder: Path, files: ModelFiles) -> Preprocess | None:
+    def _load_preprocess(self, folder: Path, files: ModelFiles) -> Preprocess | None:
         import transformers
 
-        loader: Any = transformers.AutoImageProcessor
+        auto_class: Any = transformers.AutoImageProcessor
         if not set(files.other_files) - {"config.json"}:
             return None
         try:
-            found = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # noqa: BLE001 - the job may say all of it itself
+            processor = auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # noqa: BLE001 - the job may state all of its preprocessing itself
             _log.warning("%s: its image processor cannot be loaded (%s)", self._where, error)
             return None
-        return convert_image_processor(found, self._where)
+        return convert_image_processor(processor, self._where)
 
 
-def _labels(config: Any) -> tuple[str, ...] | None:
-    """Names by id, unless they are those that transformers makes up."""
-    names: Mapping[Any, Any] = getattr(config, "id2label", None) or {}
-    by_id = {int(key): str(name) for key, name in names.items()}
-    if not by_id or all(name == f"LABEL_{key}" for key, name in by_id.items()):
+def _find_labels(config: Any) -> tuple[str, ...] | None:
+    """Find labels by class id; None if they are the placeholders that transformers generates."""
+    id2label: Mapping[Any, Any] = getattr(config, "id2label", None) or {}
+    labels = {int(key): str(label) for key, label in id2label.items()}
+    if not labels or all(label == f"LABEL_{key}" for key, label in labels.items()):
         return None
-    return tuple(by_id.get(key, "N/A") for key in range(max(by_id) + 1))
+    return tuple(labels.get(key, "N/A") for key in range(max(labels) + 1))
 
 
-def _wrapped(model: Any, kind: ModelKind, pooled: bool, where: str) -> nn.Module:
-    """The model as a function from pixels to what its kind of task wants."""
+def _make_module(model: Any, kind: ModelKind, is_pooler_trained: bool, where: str) -> nn.Module:
+    """Wrap a model in a module from pixels to the outputs that tasks of this kind expect."""
     import torch
 
-    class TransformersModel(torch.nn.Module):
-        """Takes pixels `[n, c, h, w]`; gives plain tensors."""
+    class TransformersModule(torch.nn.Module):
+        """Module from pixels `[n, c, h, w]` to a tensor, or to a dict of tensors for detection."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -218,29 +227,34 @@ def _wrapped(model: Any, kind: ModelKind, pooled: bool, where: str) -> nn.Module
 
         def forward(self, pixels: torch.Tensor) -> Any:
             if kind == "features":
-                return features(self.model, pixels)
-            found = self.model(pixel_values=pixels, return_dict=True)
-            return found.logits if kind == "classification" else {key: found[key] for key in ("logits", "pred_boxes")}
+                return compute_features(self.model, pixels)
+            outputs = self.model(pixel_values=pixels, return_dict=True)
+            if kind == "classification":
+                return outputs.logits
+            return {key: outputs[key] for key in ("logits", "pred_boxes")}
 
-    features = _features(model, pooled, where)
-    return TransformersModel().eval()
+    compute_features = _make_feature_function(model, is_pooler_trained, where)
+    return TransformersModule().eval()
 
 
-def _features(model: Any, pooled: bool, where: str) -> Any:
-    has_class_token = any(name.rpartition(".")[2] in {"cls_token", "class_embedding"} for name in model.state_dict())
+def _make_feature_function(
+    model: Any, is_pooler_trained: bool, where: str
+) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    parameter_names = {name.rpartition(".")[2] for name in model.state_dict()}
+    has_class_token = bool(parameter_names & {"cls_token", "class_embedding"})
 
-    def features(body: Any, pixels: torch.Tensor) -> torch.Tensor:
-        # Models of images and text (CLIP, SigLIP) have a function for their one half.
-        run = getattr(body, "get_image_features", body)
-        found = run(pixel_values=pixels)
-        vector = getattr(found, "pooler_output", None)
-        if pooled and vector is not None:
-            return vector.flatten(1)  # type: ignore[no-any-return]
-        tokens = getattr(found, "last_hidden_state", None)
+    def compute_features(body: Any, pixels: torch.Tensor) -> torch.Tensor:
+        # Models of images and text (CLIP, SigLIP) have a method for images alone.
+        forward = getattr(body, "get_image_features", body)
+        outputs = forward(pixel_values=pixels)
+        pooled = getattr(outputs, "pooler_output", None)
+        if is_pooler_trained and pooled is not None:
+            return pooled.flatten(1)  # type: ignore[no-any-return]
+        tokens = getattr(outputs, "last_hidden_state", None)
         if tokens is None:
             raise InvalidJob(f"{where} gives no features: neither pooler_output nor last_hidden_state")
-        if tokens.ndim == 4:
+        if tokens.ndim == 4:  # [n, d, h, w], of a convolutional network
             return tokens.mean((2, 3))  # type: ignore[no-any-return]
         return tokens[:, 0] if has_class_token else tokens.mean(1)  # type: ignore[no-any-return]
 
-    return features
+    return compute_features

@@ -1,4 +1,4 @@
-"""A model of transformers as `save_pretrained` leaves it: which files it is made of, and where they lie."""
+"""Files of a transformers model, as `save_pretrained` writes them: list, download, or copy them to a local folder."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ if TYPE_CHECKING:
 __all__ = ["ModelFiles", "download_from_hub", "list_model_files", "local_copy"]
 
 _CONFIG = "config.json"
-_BESIDE = ("preprocessor_config.json", "processor_config.json")
-_SAFE, _PICKLED = ("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*.bin")
+_PROCESSOR_CONFIGS = ("preprocessor_config.json", "processor_config.json")
+# Names of the weights: one file, or a pattern for several. safetensors first, because it holds no code.
+_SAFETENSORS = ("model.safetensors", "model-*.safetensors")
+_PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin")
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What a folder holds of a model.
+    """Files of one model in a folder.
 
     Attributes:
-        folder: where it lies, with a `/` at its end.
-        config: the content of `config.json`.
-        weights: names of the files of weights, sorted.
-        others: names of all other files that are needed.
+        folder: Local path or URI of the folder, with a `/` at its end.
+        config: Content of `config.json`.
+        weights: Names of the weight files, sorted.
+        other_files: Names of all other files that are needed.
     """
 
     folder: str
@@ -44,99 +46,108 @@ class ModelFiles:
 
 
 def list_model_files(reader: Reader, folder: str) -> ModelFiles:
-    """Which files make up the model in a folder; reads only what is JSON.
+    """List the files of the model in a folder. Of their contents only JSON files are read.
 
     Raises:
-        InvalidJob: it holds no model, or none that PyTorch reads.
-        Unavailable: the store cannot be reached.
+        InvalidJob: The folder holds no model, or none with weights for PyTorch.
+        Unavailable: The store cannot be reached.
     """
     folder = folder.rstrip("/") + "/"
     try:
-        names = {one.uri[len(folder) :] for one in reader.list(folder, recursive=False)}
+        names = {entry.uri[len(folder) :] for entry in reader.list(folder, recursive=False)}
     except StorageError as error:
         raise InvalidJob(f"model.model: {folder} cannot be listed: {error.message}") from error
     if _CONFIG not in names:
-        listed = ", ".join(sorted(names)[:6]) or "nothing"
+        present = ", ".join(sorted(names)[:6]) or "nothing"
         raise InvalidJob(
-            f"model.model: {folder} holds {listed}, but no {_CONFIG}; "
+            f"model.model: {folder} holds {present}, but no {_CONFIG}; "
             "name a folder that model.save_pretrained() has written, or a model of the Hugging Face Hub"
         )
-    config = _json(reader, folder + _CONFIG)
-    index = next((f"{name}.index.json" for name in (_SAFE[0], _PICKLED[0]) if f"{name}.index.json" in names), None)
-    for whole in (_SAFE[0], _PICKLED[0]):
-        if whole in names:
-            return ModelFiles(folder, config, (whole,), _others(names))
-        if index is not None and index.startswith(whole):
-            weights = sorted({str(name) for name in _json(reader, folder + index).get("weight_map", {}).values()})
-            lacking = [name for name in weights if name not in names]
-            if lacking or not weights:
-                raise InvalidJob(f"model.model: {folder} lacks {', '.join(lacking) or 'weights'}, which {index} names")
-            return ModelFiles(folder, config, tuple(weights), (index, *_others(names)))
+    config = _read_json(reader, folder + _CONFIG)
+    others = (_CONFIG, *(name for name in _PROCESSOR_CONFIGS if name in names))
+    single_files = (_SAFETENSORS[0], _PICKLED[0])
+    index = next((f"{name}.index.json" for name in single_files if f"{name}.index.json" in names), None)
+    for single_file in single_files:
+        if single_file in names:
+            return ModelFiles(folder, config, (single_file,), others)
+        if index is not None and index.startswith(single_file):
+            # Example of an index: {"weight_map": {"fc.weight": "model-00001-of-00002.safetensors", …}}
+            weights = sorted({str(name) for name in _read_json(reader, folder + index).get("weight_map", {}).values()})
+            missing = [name for name in weights if name not in names]
+            if missing or not weights:
+                raise InvalidJob(f"model.model: {folder} lacks {', '.join(missing) or 'weights'}, which {index} names")
+            return ModelFiles(folder, config, tuple(weights), (index, *others))
     raise InvalidJob(
-        f"model.model: {folder} holds neither {_SAFE[0]} nor {_PICKLED[0]}; save it from PyTorch with "
+        f"model.model: {folder} holds neither {_SAFETENSORS[0]} nor {_PICKLED[0]}; save it from PyTorch with "
         "model.save_pretrained()"
     )
 
 
-def _others(names: set[str]) -> tuple[str, ...]:
-    return (_CONFIG, *(name for name in _BESIDE if name in names))
-
-
-def _json(reader: Reader, uri: str) -> dict[str, Any]:
-    try:
-        found = json.loads(read_file(reader, uri, "model.model"))
-    except ValueError as error:
-        raise InvalidJob(f"model.model: {uri} is no JSON ({error}); copy it there again") from error
-    if not isinstance(found, dict):
-        raise InvalidJob(f"model.model: {uri} holds no JSON object; copy it there again")
-    return found
-
-
 @contextmanager
 def local_copy(reader: Reader, files: ModelFiles) -> Iterator[tuple[Path, str, str]]:
-    """The model's folder on this machine for a while, its digest, and that of its weights alone.
+    """Provide the files of a model in a local folder, for as long as the context is open.
 
-    A folder that lies on this machine is taken as it is; the files of any other are copied to a temporary one.
+    A folder on this machine is used directly; files from elsewhere are copied to a temporary folder.
+
+    Yields:
+        The folder, the hexadecimal SHA-256 of all files, and that of the weight files alone, one after the other.
     """
-    weights, everything = hashlib.sha256(), hashlib.sha256()
-    with tempfile.TemporaryDirectory(prefix="batchjob-model-") as spool:
-        here = local_path(files.folder) if is_local(files.folder) else Path(spool)
+    weights_digest, digest = hashlib.sha256(), hashlib.sha256()
+    with tempfile.TemporaryDirectory(prefix="batchjob-model-") as temporary:
+        folder = local_path(files.folder) if is_local(files.folder) else Path(temporary)
         for name in (*files.weights, *files.other_files):
             data = read_file(reader, files.folder + name, "model.model")
             if name in files.weights:
-                weights.update(data)
+                weights_digest.update(data)
             else:
-                everything.update(f"{name} {len(data)}\n".encode() + data)
+                digest.update(f"{name} {len(data)}\n".encode() + data)
             if not is_local(files.folder):
-                (here / name).write_bytes(data)
-            del data  # one file at a time in memory
-        everything.update(weights.digest())
-        yield here, everything.hexdigest(), weights.hexdigest()
+                (folder / name).write_bytes(data)
+            del data  # At most one file is in memory.
+        digest.update(weights_digest.digest())
+        yield folder, digest.hexdigest(), weights_digest.hexdigest()
 
 
 def download_from_hub(name: str, revision: str | None) -> str:
-    """The folder of a model of the Hugging Face Hub in the local cache, fetched there where it is not yet.
+    """Download a model from the Hugging Face Hub to the local cache, unless it is there already.
+
+    Args:
+        name: Name on the Hub: "google/vit-base-patch16-224".
+        revision: Branch, tag or commit; None for the default branch.
+
+    Returns:
+        Its folder in the cache, with a `/` at its end.
 
     Raises:
-        InvalidJob: there is no such model, or it needs a token.
-        Unavailable: it is not in the cache, and there is no way out.
+        InvalidJob: There is no such model, or it needs a token.
+        Unavailable: It is not in the cache, and the Hub cannot be reached.
     """
-    folder = _fetched(name, revision, _SAFE)
+    folder = _download_snapshot(name, revision, _SAFETENSORS)
     if not any(path.name.endswith(".safetensors") for path in folder.iterdir()):
-        folder = _fetched(name, revision, _PICKLED)
+        folder = _download_snapshot(name, revision, _PICKLED)
     return f"{folder}/"
 
 
-def _fetched(name: str, revision: str | None, weights: Sequence[str]) -> Path:
+def _read_json(reader: Reader, uri: str) -> dict[str, Any]:
+    try:
+        content = json.loads(read_file(reader, uri, "model.model"))
+    except ValueError as error:
+        raise InvalidJob(f"model.model: {uri} is no JSON ({error}); copy it there again") from error
+    if not isinstance(content, dict):
+        raise InvalidJob(f"model.model: {uri} holds no JSON object; copy it there again")
+    return content
+
+
+def _download_snapshot(name: str, revision: str | None, weights: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = [_CONFIG, *_BESIDE, *weights, f"{weights[0]}.index.json"]
+    patterns = [_CONFIG, *_PROCESSOR_CONFIGS, *weights, f"{weights[0]}.index.json"]
     try:
         with silence_hub_libraries():
-            return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
         advice = "fetch it elsewhere and set model.model to the folder that holds it"
-        fault = convert_hub_error(error, f"the model {name}", advice)
-        if fault is None:
+        hub_error = convert_hub_error(error, f"the model {name}", advice)
+        if hub_error is None:
             raise
-        raise fault from error
+        raise hub_error from error

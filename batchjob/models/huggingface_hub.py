@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: what timm and transformers say while they load, and what it means when they fail."""
+"""Hugging Face Hub, as timm and transformers use it: silence both libraries, stay offline, convert their errors."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from batchjob.errors import InvalidJob, JobError, Unavailable
 
 __all__ = ["convert_hub_error", "hub_offline", "silence_hub_libraries"]
 
-_CHATTY = ("huggingface_hub", "timm", "torch.utils._pytree", "transformers")  # what importing torchao says, too
+# torch.utils._pytree warns when torchao is imported.
+_LOGGERS = ("huggingface_hub", "timm", "torch.utils._pytree", "transformers")
 
 
 @contextmanager
 def silence_hub_libraries() -> Iterator[None]:
-    """No warnings and no progress bars of these libraries; afterwards as before."""
-    loggers = [logging.getLogger(name) for name in _CHATTY]
+    """Context without warnings and progress bars of these libraries; their settings are restored afterwards."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), _without_bars():
+        with warnings.catch_warnings(), _without_progress_bars():
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -33,28 +34,8 @@ def silence_hub_libraries() -> Iterator[None]:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    from huggingface_hub import utils
-
-    hub: Any = utils
-    theirs: Any = sys.modules.get("transformers.utils.logging")  # not imported for timm's sake
-    bars, their_bars = not hub.are_progress_bars_disabled(), theirs is not None and theirs.is_progress_bar_enabled()
-    if their_bars:
-        theirs.disable_progress_bar()
-    if bars:
-        hub.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if their_bars:
-            theirs.enable_progress_bar()
-        if bars:
-            hub.enable_progress_bars()
-
-
-@contextmanager
 def hub_offline() -> Iterator[None]:
-    """Nothing is fetched from the Hub, as with HF_HUB_OFFLINE=1; afterwards as before."""
+    """Context in which nothing is fetched from the Hub, as with HF_HUB_OFFLINE=1; restored afterwards."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -66,29 +47,55 @@ def hub_offline() -> Iterator[None]:
 
 
 def convert_hub_error(error: Exception, what: str, advice: str) -> JobError | None:
-    """What an exception from the Hub means to a job; None where it has nothing to do with the Hub.
+    """Convert an exception of the Hub to an error of the job.
 
     Args:
-        error: as `huggingface_hub` or its HTTP client raised it.
-        what: what was wanted from it.
-        advice: how it can be had otherwise.
+        error: Exception raised by `huggingface_hub` or its HTTP client.
+        what: Object that was requested, for the message: "the model google/vit".
+        advice: Another way to provide it, for the message.
+
+    Returns:
+        `Unavailable` if a later try may work, else `InvalidJob`; None if the exception does not come from the Hub.
     """
     from huggingface_hub import errors
 
-    wanted = f"{what} cannot be had from the Hugging Face Hub"
+    problem = f"{what} cannot be had from the Hugging Face Hub"
     if isinstance(error, errors.GatedRepoError):
-        return InvalidJob(f"{wanted}: access is granted on its page, and proved by a token in HF_TOKEN; or {advice}")
+        return InvalidJob(f"{problem}: access is granted on its page, and proved by a token in HF_TOKEN; or {advice}")
     if isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError | errors.HFValidationError):
         reason = "there is none of that name, or it is private (then set HF_TOKEN)"
-        return InvalidJob(f"{wanted}: {reason}; correct it, or {advice}")
-    unreachable = Unavailable(f"{wanted} (it cannot be reached, and the local cache has not got it): {advice}")
+        return InvalidJob(f"{problem}: {reason}; correct it, or {advice}")
+    unreachable = Unavailable(f"{problem} (it cannot be reached, and the local cache has not got it): {advice}")
     if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError | TimeoutError):
         return unreachable
     if isinstance(error, errors.EntryNotFoundError):
-        return InvalidJob(f"{wanted}: it lacks a file that is needed; {advice}")
+        return InvalidJob(f"{problem}: it lacks a file that is needed; {advice}")
     if isinstance(error, errors.HfHubHTTPError):
         code = error.response.status_code
-        kind = Unavailable if code == 429 or code >= 500 else InvalidJob
-        return kind(f"{wanted} (HTTP {code}): {advice}")
-    client = errors.HfHubHTTPError.__mro__[1]  # the error of whichever HTTP client this version uses
-    return unreachable if isinstance(error, client) else None
+        error_type = Unavailable if code == 429 or code >= 500 else InvalidJob
+        return error_type(f"{problem} (HTTP {code}): {advice}")
+    # The error class of the HTTP client that this version of huggingface_hub uses: requests or httpx.
+    client_error = errors.HfHubHTTPError.__mro__[1]
+    return unreachable if isinstance(error, client_error) else None
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    from huggingface_hub import utils
+
+    hub: Any = utils
+    # Only if transformers is imported already: timm does not need it.
+    transformers: Any = sys.modules.get("transformers.utils.logging")
+    hub_bars = not hub.are_progress_bars_disabled()
+    transformers_bars = transformers is not None and transformers.is_progress_bar_enabled()
+    if transformers_bars:
+        transformers.disable_progress_bar()
+    if hub_bars:
+        hub.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if transformers_bars:
+            transformers.enable_progress_bar()
+        if hub_bars:
+            hub.enable_progress_bars()

@@ -1,33 +1,57 @@
-"""What every model format hands over."""
+"""`LoadedModel`, the result of every format's `load`, and the steps that formats share on the way to it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from batchjob.errors import InvalidJob
+from batchjob.preprocessing.settings import Preprocess
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from batchjob.preprocessing.settings import Preprocess
-
-__all__ = ["LoadedModel"]
+__all__ = ["LoadedModel", "detect_input_kind", "isolated_torch_state", "prepare_for_inference"]
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model as every format hands it over.
+    """Model in memory, ready for inference, with the facts that its file or its format states.
+
+    A format is one file with one frozen settings class, listed in the union `Model` of job/job.py. Its fields are what
+    the job file may say under `model`. Besides them it has three members; `reader` reads any URI, and `base` is the
+    folder of the job file. Example:
+
+        class LinearModel(Settings):
+            type: Literal["linear"] = "linear"
+
+            @property
+            def title(self) -> str:  # name in the column `model_id`, before the digest
+                return "linear"
+
+            def check(self, reader: Reader, base: Path) -> None:  # before the run: cheap, and without torch
+                pass
+
+            def load(self, reader: Reader, base: Path) -> LoadedModel:  # in each worker
+                from torch import nn
+
+                with isolated_torch_state():
+                    module = prepare_for_inference(nn.Linear(3, 2), "model")
+                return LoadedModel(module, preprocess=None, labels=None, digest=hash_state_dict(module))
 
     Attributes:
-        module: in eval mode, on the CPU, no parameter wants a gradient.
-        preprocess: what the weights bring themselves, or None where the job must say all of it.
-        labels: class names by id, where the weights bring them.
-        digest: hex sha256 of the weight bytes, and of the user's source where there is some.
-        takes: what the module is called with: one `batch` `[n, c, h, w]`, or a `list` of `n` images `[c, h, w]` that
+        module: Module in eval mode, on the CPU, without gradients.
+        preprocess: Preprocessing that the weights were trained with; None if the job must state all of it.
+        labels: Class names by class id; None if the weights bring none.
+        digest: Hexadecimal SHA-256 of the weights, and of the user's source files if there are some.
+        input_kind: Argument of the module: `batch`, one tensor `[n, c, h, w]`, or `list`, `n` images `[c, h, w]` that
             may differ in size.
-        eager: an ordinary module, which may be moved, run under autocast, compiled and quantised. False: a graph or
-            another runtime's session, run as it is.
-        devices: types of device it runs on (`cpu`, `cuda`), or None for all.
-        batch_size: the only number of images it takes at once, or None for any; short batches are padded.
+        eager: True for an ordinary module, which may be moved, run under autocast, compiled and quantised. False for a
+            graph or a session of another runtime, which runs exactly as it was saved.
+        devices: Device types it runs on (`cpu`, `cuda`); None for all.
+        batch_size: Only batch size it accepts, in images; shorter batches are padded to it. None for any.
     """
 
     module: nn.Module
@@ -38,3 +62,50 @@ class LoadedModel:
     eager: bool = True
     devices: tuple[str, ...] | None = None
     batch_size: int | None = None
+
+
+@contextmanager
+def isolated_torch_state(seed: int = 0) -> Iterator[None]:
+    """Context in which a model is built alike in every process: fixed seed, float32, on the CPU, no inference mode.
+
+    torch's global state is afterwards as it was before, whatever the user's code sets inside.
+
+    Args:
+        seed: Seed of the CPU generator, so that random layers come out alike in every worker.
+    """
+    import torch
+
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        # Not torch.manual_seed, which also reseeds every accelerator.
+        torch.default_generator.manual_seed(seed)
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_grad_enabled(grad)
+
+
+def prepare_for_inference(module: nn.Module, where: str) -> nn.Module:
+    """Move a module to the CPU, in eval mode, without gradients.
+
+    Args:
+        module: Module with its weights.
+        where: Job key, the start of the error message.
+
+    Raises:
+        InvalidJob: Its parameters hold no data (device "meta").
+    """
+    try:
+        return module.to("cpu").eval().requires_grad_(False)
+    except (NotImplementedError, RuntimeError) as error:
+        raise InvalidJob(f"{where}: the module cannot be brought to the CPU ({error}); return one with data") from error
+
+
+def detect_input_kind(module: nn.Module) -> Literal["batch", "list"]:
+    """Detect the argument of a module: torchvision's detectors take a list of images of any size, others a batch."""
+    from torchvision.models import detection
+
+    detectors = (detection.FasterRCNN, detection.FCOS, detection.RetinaNet, detection.ssd.SSD)
+    return "list" if isinstance(module, detectors) else "batch"

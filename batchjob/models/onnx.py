@@ -11,7 +11,7 @@ from pydantic import Field
 from batchjob.errors import InvalidJob
 from batchjob.models.file_format import require_format
 from batchjob.models.loaded_model import LoadedModel
-from batchjob.models.onnx_graph import OnnxModelFiles, external_data_files, parse_onnx
+from batchjob.models.onnx_graph import OnnxModelFiles, list_external_files, parse_onnx
 from batchjob.models.onnx_session import ExecutionProvider, OnnxRunner, find_image_input, select_output_names
 from batchjob.models.output_selection import OutputSelection
 from batchjob.models.trusted_file import WeightsFile, verify_digest
@@ -26,16 +26,16 @@ __all__ = ["OnnxModel"]
 
 
 class OnnxModel(WeightsFile, OutputSelection):
-    """A graph that onnxruntime runs. It is data: neither it nor libraries of operators bring code.
+    """Graph that onnxruntime runs. It is data, not code: libraries of custom operators are not loaded.
 
     Attributes:
-        weights: the `.onnx` file. Its external data, if it has some, lies beside it; `sha256` is then that of all
-            these files one after the other (`cat model.onnx model.onnx.data | sha256sum`).
-        providers: `auto` takes CUDA where job and onnxruntime have it, else the CPU; or those to use, the first
-            choice first: cuda, tensorrt, openvino, cpu. One that is asked for and absent is an error.
-        input: which of several inputs gets the images.
-        constants: values of the other inputs, as numbers or nested lists; where the first dimension of such an input
-            is free, the value is that of one image.
+        weights: Local path or URI of the `.onnx` file. Its external data, if any, is beside it; `sha256` is then that
+            of all these files one after the other (`cat model.onnx model.onnx.data | sha256sum`).
+        providers: Execution providers, the first choice first: cuda, tensorrt, openvino, cpu. One that onnxruntime does
+            not have is an error. `auto` takes CUDA if the job and onnxruntime have it, else the CPU.
+        input: Name of the input that gets the images; null if there is only one.
+        constants: Values of the other inputs by name, as numbers or nested lists. If the first dimension of such an
+            input is free, the value is that of one image.
     """
 
     type: Literal["onnx"] = "onnx"
@@ -46,50 +46,63 @@ class OnnxModel(WeightsFile, OutputSelection):
 
     @property
     def title(self) -> str:
-        """What `model_id` calls it, before the digest."""
+        """Name in the column `model_id`, before the digest."""
         return self.weights.rsplit("/", 1)[-1]
 
-    def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - one face for all formats
-        """Looks whether onnxruntime and the file are there. Raises InvalidJob, Unavailable."""
+    def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - all formats share this signature
+        """Check that onnx and onnxruntime are installed and that the file exists.
+
+        Raises:
+            InvalidJob: One of these is not so.
+            Unavailable: The store cannot be reached.
+        """
         require_packages("onnx", "onnx", "onnx", "onnxruntime")
         check_file_exists(reader, self.weights, "model.weights")
 
     def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002
-        """Opens the graph; no preprocessing and no labels of its own.
+        """Open the graph. It brings neither preprocessing nor labels.
 
         Raises:
-            InvalidJob: no such file or package, a graph that this onnxruntime cannot run or that does not take images,
-                another digest, or a provider that is not there.
-            Unavailable: the store cannot be reached.
+            InvalidJob: A package or a file does not exist, the file has another digest, this onnxruntime cannot run the
+                graph, an execution provider is absent, or the graph does not take images.
+            Unavailable: The store cannot be reached.
         """
         require_packages("onnx", "onnx", "onnx", "onnxruntime")
-        graph, digest = self._graph(reader)
-        runner = OnnxRunner(graph, self.providers)
+        files, digest = self._read_files(reader)
+        runner = OnnxRunner(files, self.providers)
         session = runner.session("cpu")
-        where = f"model.weights: {self.weights}"
-        image = find_image_input(session, self.input, self.constants, where)
-        outputs = select_output_names(session, self.output, where)
-        module = runner.build_module(image, outputs)
-        return LoadedModel(module, None, None, digest, eager=False, devices=runner.devices, batch_size=image.shape[0])
+        image_input = find_image_input(session, self.input, self.constants, files.where)
+        outputs = select_output_names(session, self.output, files.where)
+        return LoadedModel(
+            runner.build_module(image_input, outputs),
+            preprocess=None,
+            labels=None,
+            digest=digest,
+            eager=False,
+            devices=runner.devices,
+            batch_size=image_input.shape[0],
+        )
 
-    def _graph(self, reader: Reader) -> tuple[OnnxModelFiles, str]:
+    def _read_files(self, reader: Reader) -> tuple[OnnxModelFiles, str]:
         data = read_file(reader, self.weights, "model.weights")
         where = f"model.weights: {self.weights}"
         require_format(data, where, "onnx", "unknown", expected="an ONNX model")
-        external: dict[str, bytes] = {}
         folder = self.weights.rpartition("/")[0]
-        for location in external_data_files(parse_onnx(data, where), where):
-            external[location] = read_file(reader, f"{folder}/{location}", f"{where} keeps its weights beside it")
+        external = {
+            name: read_file(reader, f"{folder}/{name}", f"{where} keeps its weights beside it")
+            for name in list_external_files(parse_onnx(data, where), where)
+        }
+        files = OnnxModelFiles(data, external, where)
         if not external:
-            return OnnxModelFiles(data, external, where), verify_digest(data, self.weights, self.sha256)
-        digest = hashlib.sha256(data)
+            return files, verify_digest(data, self.weights, self.sha256)
+        sha256 = hashlib.sha256(data)
         for content in external.values():
-            digest.update(content)
-        found = digest.hexdigest()
-        if self.sha256 is not None and self.sha256.lower() != found:
-            files = " ".join([self.title, *external])
+            sha256.update(content)
+        digest = sha256.hexdigest()
+        if self.sha256 is not None and self.sha256.lower() != digest:
+            names = " ".join([self.title, *external])
             raise InvalidJob(
-                f"{where} with its data has the sha256 {found} (of {files}, one after the other), but model.sha256 is "
+                f"{where} with its data has the sha256 {digest} (of {names}, one after the other), but model.sha256 is "
                 f"{self.sha256}; it is not the model you meant, or model.sha256 must be corrected"
             )
-        return OnnxModelFiles(data, external, where), found
+        return files, digest

@@ -1,4 +1,4 @@
-"""ONNX files: bytes to a graph, the files its weights lie in, and what onnxruntime says of one it cannot open."""
+"""ONNX files: parse the graph, list the files that hold its weights, and explain why onnxruntime cannot open it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from batchjob.errors import InvalidJob
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["OnnxModelFiles", "explain_open_error", "external_data_files", "parse_onnx"]
+__all__ = ["OnnxModelFiles", "explain_open_error", "list_external_files", "parse_onnx"]
 
 
 @dataclass(frozen=True)
 class OnnxModelFiles:
-    """An ONNX model as it was read.
+    """Contents of the files of an ONNX model.
 
     Attributes:
-        data: the `.onnx` file.
-        external: the files beside it that hold its weights, by the names it gives them.
-        where: `model.weights: URI`, for sentences.
+        data: Content of the `.onnx` file.
+        external: Contents of the files beside it with its external data, by the names that the graph gives them.
+        where: Job key and file, the start of error messages.
     """
 
     data: bytes
@@ -32,7 +32,11 @@ class OnnxModelFiles:
 
 
 def parse_onnx(data: bytes, where: str) -> onnx.ModelProto:
-    """The parsed file. Raises InvalidJob where it is none of ONNX."""
+    """Parse an ONNX file.
+
+    Raises:
+        InvalidJob: It is not an ONNX file, or it is incomplete.
+    """
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -45,43 +49,32 @@ def parse_onnx(data: bytes, where: str) -> onnx.ModelProto:
     return model
 
 
-def external_data_files(model: onnx.ModelProto, where: str) -> list[str]:
-    """Names of the files that hold weights outside the model, sorted. Raises InvalidJob where one lies elsewhere."""
+def list_external_files(model: onnx.ModelProto, where: str) -> list[str]:
+    """List the names of the files beside the model that hold its external data, sorted.
+
+    Raises:
+        InvalidJob: One of them is in another folder.
+    """
     from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-    found = {ExternalDataInfo(tensor).location for tensor in _tensors(model) if uses_external_data(tensor)}
-    for location in found:
-        path = PurePosixPath(location)
+    names = {ExternalDataInfo(tensor).location for tensor in _iterate_tensors(model) if uses_external_data(tensor)}
+    for name in names:
+        path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
             raise InvalidJob(
-                f"{where} says its weights lie in {location}, which is not beside it; "
+                f"{where} says its weights lie in {name}, which is not beside it; "
                 "save it again with onnx.save(model, path, save_as_external_data=True, location='model.onnx.data')"
             )
-    return sorted(found)
-
-
-def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    yield from _of_graph(model.graph)
-    for function in model.functions:
-        yield from _of_nodes(function.node)
-
-
-def _of_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    yield from _of_nodes(graph.node)
-
-
-def _of_nodes(nodes: Any) -> Iterator[onnx.TensorProto]:
-    for node in nodes:
-        for attribute in node.attribute:
-            yield attribute.t
-            yield from attribute.tensors
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _of_graph(graph)
+    return sorted(names)
 
 
 def explain_open_error(error: Exception, version: str) -> str:
-    """What to say of a graph that onnxruntime of this version does not open."""
+    """Explain an exception of onnxruntime for a graph that it does not open, and suggest what to do.
+
+    Args:
+        error: Exception raised by `onnxruntime.InferenceSession`.
+        version: Version of onnxruntime.
+    """
     text = " ".join(str(error).split())
     opset = re.search(r"Opset (\d+) is under development.*? is till opset (\d+)", text)
     if opset:
@@ -89,11 +82,11 @@ def explain_open_error(error: Exception, version: str) -> str:
             f"has opset {opset[1]}, and onnxruntime {version} knows them up to {opset[2]}; pip install -U onnxruntime, "
             f"or export it again with opset_version={opset[2]}"
         )
-    ir = re.search(r"IR version: (\d+), max supported IR version: (\d+)", text)
-    if ir:
+    ir_version = re.search(r"IR version: (\d+), max supported IR version: (\d+)", text)
+    if ir_version:
         return (
-            f"is written in IR version {ir[1]}, and onnxruntime {version} reads them up to {ir[2]}; "
-            f"pip install -U onnxruntime, or save it again with model.ir_version = {ir[2]}"
+            f"is written in IR version {ir_version[1]}, and onnxruntime {version} reads them up to {ir_version[2]}; "
+            f"pip install -U onnxruntime, or save it again with model.ir_version = {ir_version[2]}"
         )
     operator = re.search(r"(\S+?)(?:\(-?\d+\))? is not a registered function/op|No Op registered for (\S+)", text)
     if operator:
@@ -103,3 +96,23 @@ def explain_open_error(error: Exception, version: str) -> str:
         )
     reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     return f"cannot be opened by onnxruntime {version} ({reason[:300]}); export it again, or look at model.providers"
+
+
+def _iterate_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    yield from _iterate_graph_tensors(model.graph)
+    for function in model.functions:
+        yield from _iterate_node_tensors(function.node)
+
+
+def _iterate_graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    yield from _iterate_node_tensors(graph.node)
+
+
+def _iterate_node_tensors(nodes: Any) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield attribute.t
+            yield from attribute.tensors
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _iterate_graph_tensors(graph)

@@ -1,4 +1,4 @@
-"""One tensor out of a model that returns several: by name, or by place."""
+"""Select one output of a model that returns several, by key or by index."""
 
 from __future__ import annotations
 
@@ -19,53 +19,61 @@ OutputKey = Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)]
 
 
 class OutputSelection(Settings):
-    """Settings of a model that may return more than one thing.
+    """Settings of a model that may return more than one output.
 
     Attributes:
-        output: which of them the task gets: a key where it returns a dict, a number from 0 where it returns a tuple.
+        output: Output that the task gets: a key of a dict, or an index from 0 of a tuple; null for a model with one.
     """
 
     output: OutputKey | None = None
 
 
 def select_output(module: nn.Module, output: str | int | None) -> nn.Module:
-    """The module, returning only that output; as it is where `output` is None. Fails with InvalidJob when it runs."""
+    """Wrap a module so that it returns one of its outputs.
+
+    Args:
+        module: Module in eval mode.
+        output: Key or index of the output; None returns the module unchanged.
+
+    Raises:
+        InvalidJob: In the forward pass of the result: the module returns no such output.
+    """
     import torch
 
     if output is None:
         return module
-    wanted = output
+    key = output
 
-    class Selected(torch.nn.Module):
-        """Runs `module` and returns one of its outputs."""
+    class OutputSelector(torch.nn.Module):
+        """Run `module` and return one of its outputs."""
 
         def __init__(self) -> None:
             super().__init__()
             self.module = module
 
         def forward(self, *inputs: Any) -> Any:
-            return _picked(self.module(*inputs), wanted)
+            return _get_output(self.module(*inputs), key)
 
-    return Selected().eval()
-
-
-def _picked(returned: Any, output: str | int) -> Any:
-    if isinstance(returned, Mapping) and output in returned:
-        return returned[output]
-    if isinstance(returned, tuple | list) and isinstance(output, int) and output < len(returned):
-        return returned[output]
-    if isinstance(output, str) and output in getattr(returned, "_fields", ()):
-        return getattr(returned, output)
-    raise InvalidJob(f"model.output is {output!r}, but the model returns {_offer(returned)}")
+    return OutputSelector().eval()
 
 
-def _offer(returned: Any) -> str:
-    if returned is None:
+def _get_output(outputs: Any, key: str | int) -> Any:
+    if isinstance(outputs, Mapping) and key in outputs:
+        return outputs[key]
+    if isinstance(outputs, tuple | list) and isinstance(key, int) and key < len(outputs):
+        return outputs[key]
+    if isinstance(key, str) and key in getattr(outputs, "_fields", ()):  # a named tuple
+        return getattr(outputs, key)
+    raise InvalidJob(f"model.output is {key!r}, but the model returns {_describe_outputs(outputs)}")
+
+
+def _describe_outputs(outputs: Any) -> str:
+    if outputs is None:
         return "None; correct its forward()"
-    if isinstance(returned, Mapping):
-        return f"a dict with the keys {', '.join(map(repr, returned))}; name one of them"
-    if isinstance(returned, tuple | list):
-        fields = getattr(returned, "_fields", None)
+    if isinstance(outputs, Mapping):
+        return f"a dict with the keys {', '.join(map(repr, outputs))}; name one of them"
+    if isinstance(outputs, tuple | list):
+        fields = getattr(outputs, "_fields", None)
         names = f" ({', '.join(fields)})" if fields else ""
-        return f"a {type(returned).__name__} of {len(returned)}{names}; write a number from 0 to {len(returned) - 1}"
-    return f"one {type(returned).__name__}; leave model.output out"
+        return f"a {type(outputs).__name__} of {len(outputs)}{names}; write a number from 0 to {len(outputs) - 1}"
+    return f"one {type(outputs).__name__}; leave model.output out"

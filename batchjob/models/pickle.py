@@ -1,4 +1,4 @@
-"""`type: pickle`: a whole module, as `torch.save(model)` leaves it. Its classes may lie beside the job file."""
+"""`type: pickle`: a whole module saved by `torch.save(model)`. Its classes may be beside the job file."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from batchjob.errors import BatchjobError, InvalidJob
-from batchjob.models.architecture import detect_input_kind, isolated_torch_state, prepare_for_inference
 from batchjob.models.file_format import FileFormat
-from batchjob.models.loaded_model import LoadedModel
+from batchjob.models.loaded_model import LoadedModel, detect_input_kind, isolated_torch_state, prepare_for_inference
 from batchjob.models.output_selection import select_output
 from batchjob.models.trusted_file import TrustedFileModel
 from batchjob.user_code import is_user_module, load_target, source_digest
@@ -29,49 +28,63 @@ _ADVICE = "save its state_dict and use model.type: checkpoint"
 
 
 class PickleModel(TrustedFileModel):
-    """A whole module in a file.
+    """Whole module in a file.
 
     Attributes:
-        weights: what `torch.save(model)` wrote, wherever it lies; on any device when it was saved.
-        main: the module beside the job file that holds the classes of the script which saved it (`__main__`).
+        weights: Local path or URI of the file saved by `torch.save(model)`; it may have been saved on any device.
+        main: Module beside the job file with the classes of the script that saved the file (its `__main__`); null if
+            the classes were in modules of their own.
     """
 
     type: Literal["pickle"] = "pickle"
     main: str | None = None
     format_name: ClassVar[str] = "a pickled module"
-    accepted_formats: ClassVar[tuple[FileFormat, ...]] = ("module",)
+    accepted_formats: ClassVar[tuple[FileFormat, ...]] = ("pickled_module",)
 
     def check(self, reader: Reader, base: Path) -> None:
-        """Looks without torch whether the file is there and trusted, and `main` too. Raises InvalidJob, Unavailable."""
+        """Check, without torch, that the file exists and is trusted, and that the module `main` exists.
+
+        Raises:
+            InvalidJob: The file does not exist or is not trusted, or there is no module `main`.
+            Unavailable: The store cannot be reached.
+        """
         if self.main is not None and not is_user_module(self.main, base):
             raise InvalidJob(f"model.main: there is no module {self.main} in {base}; name the file without its '.py'")
         super().check(reader, base)
 
     def load(self, reader: Reader, base: Path) -> LoadedModel:
-        """Unpickles the module; no preprocessing and no labels of its own.
+        """Unpickle the module. It brings neither preprocessing nor labels.
 
-        The digest covers the file, and the sources beside the job file that its classes come from.
+        The digest covers the file and the sources beside the job file that define its classes.
 
         Raises:
-            InvalidJob: not there, not trusted, another digest, something else in it, or a class that is not found.
-            Unavailable: the store cannot be reached.
+            InvalidJob: The file does not exist, is not trusted, has another digest, holds something else, or names a
+                class that is not found.
+            Unavailable: The store cannot be reached.
         """
         data, digest, _ = self.read_trusted(reader)
         classes = _ClassFinder(base, self.main)
         with isolated_torch_state():
-            module = self._module(self._unpickled(data, classes))
+            module = self._unwrap_module(self._unpickle(data, classes))
             del data
             module = prepare_for_inference(module, self.where)
-        if classes.used:
-            sources = (source_digest(name, base) for name in sorted(classes.used))
+        if classes.user_targets:
+            sources = (source_digest(target, base) for target in sorted(classes.user_targets))
             digest = hashlib.sha256(" ".join([digest, *sources]).encode()).hexdigest()
-        return LoadedModel(select_output(module, self.output), None, None, digest, detect_input_kind(module))
+        return LoadedModel(
+            select_output(module, self.output),
+            preprocess=None,
+            labels=None,
+            digest=digest,
+            input_kind=detect_input_kind(module),
+        )
 
-    def _unpickled(self, data: bytes, classes: _ClassFinder) -> Any:
+    def _unpickle(self, data: bytes, classes: _ClassFinder) -> Any:
         import torch
 
+        pickle_module = classes.make_pickle_module()
         try:
-            return torch.load(BytesIO(data), map_location="cpu", weights_only=False, pickle_module=classes.module())
+            return torch.load(BytesIO(data), map_location="cpu", weights_only=False, pickle_module=pickle_module)
         except (BatchjobError, MemoryError):
             raise
         except ModuleNotFoundError as error:
@@ -79,63 +92,68 @@ class PickleModel(TrustedFileModel):
                 f"{self.where} names classes of the module {error.name}, which is neither beside the job file nor "
                 f"installed; put it there, or {_ADVICE}"
             ) from error
-        except Exception as error:  # the user's code: anything may come
+        except Exception as error:  # The user's code may raise anything.
             raise InvalidJob(
                 f"{self.where} cannot be unpickled ({type(error).__name__}: {error}); load it with the versions it was "
                 f"saved with, {_ADVICE}"
             ) from error
 
-    def _module(self, found: Any) -> nn.Module:
+    def _unwrap_module(self, content: Any) -> nn.Module:
         import torch
 
-        if isinstance(found, Mapping):
-            keys = ", ".join(str(key) for key in list(found)[:6])
+        if isinstance(content, Mapping):
+            keys = ", ".join(str(key) for key in list(content)[:6])
             raise InvalidJob(f"{self.where} holds a dict ({keys}) and no module; {_ADVICE}, or save the module alone")
-        if not isinstance(found, torch.nn.Module):
-            raise InvalidJob(f"{self.where} holds a {type(found).__name__} and no module; write torch.save(model)")
-        if isinstance(found, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
-            return self._module(found.module)  # the wrapper remembers GPUs of the machine it was saved on
-        return found
+        if not isinstance(content, torch.nn.Module):
+            raise InvalidJob(f"{self.where} holds a {type(content).__name__} and no module; write torch.save(model)")
+        if isinstance(content, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+            # The wrapper stores GPU indices of the machine it was saved on.
+            return self._unwrap_module(content.module)
+        return content
 
 
 class _ClassFinder:
-    """Finds what a pickle names: beside the job file first, as it would be for a script there.
+    """Finder of the classes that a pickle names: first beside the job file, as for a script in that folder.
+
+    Args:
+        base: Folder of the job file.
+        main: Module there that stands for `__main__`; None if there is none.
 
     Attributes:
-        used: `module:class` of all that was found there.
+        user_targets: Classes found beside the job file so far, as `module:class`.
     """
 
     def __init__(self, base: Path, main: str | None) -> None:
-        self.used: set[str] = set()
+        self.user_targets: set[str] = set()
         self._base, self._main = base, main
 
-    def module(self) -> ModuleType:
-        """What `torch.load` takes in place of the module `pickle`."""
+    def make_pickle_module(self) -> ModuleType:
+        """Make the argument `pickle_module` of `torch.load`: a module with an `Unpickler` that uses this finder."""
 
-        def find(module: str, name: str) -> Any:
-            return self._find(module, name)
+        def find_user_class(module: str, name: str) -> Any:
+            return self._find_user_class(module, name)
 
-        class Unpickler(pickle.Unpickler):
-            """Looks beside the job file first."""
+        class ClassFindingUnpickler(pickle.Unpickler):
+            """Unpickler that looks for classes beside the job file first."""
 
             def find_class(self, module: str, name: str, /) -> Any:
-                found = find(module, name)
-                return super().find_class(module, name) if found is None else found
+                user_class = find_user_class(module, name)
+                return super().find_class(module, name) if user_class is None else user_class
 
-        class Replacement(ModuleType):
-            """`pickle`, with that unpickler."""
+        class PickleModule(ModuleType):
+            """Replacement of the module `pickle`, as far as `torch.load` uses it."""
 
             def __init__(self) -> None:
                 super().__init__("pickle")
-                self.Unpickler = Unpickler
+                self.Unpickler = ClassFindingUnpickler
 
             @staticmethod
             def load(file: Any, **options: Any) -> Any:
-                return Unpickler(file, **options).load()
+                return ClassFindingUnpickler(file, **options).load()
 
-        return Replacement()
+        return PickleModule()
 
-    def _find(self, module: str, name: str) -> Any:
+    def _find_user_class(self, module: str, name: str) -> Any:
         if module == "__main__":
             if self._main is None:
                 raise InvalidJob(
@@ -146,6 +164,6 @@ class _ClassFinder:
         if not is_user_module(module, self._base):
             return None
         target = f"{module}:{name}"
-        found = load_target(target, self._base)
-        self.used.add(target)
-        return found
+        user_class = load_target(target, self._base)
+        self.user_targets.add(target)
+        return user_class

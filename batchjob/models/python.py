@@ -1,4 +1,4 @@
-"""`type: python`: a function beside the job file that returns the model and, if it likes, its preprocessing."""
+"""`type: python`: a function beside the job file that returns a model and, optionally, its preprocessing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationError
 
 from batchjob.errors import InvalidJob
-from batchjob.models.architecture import call_target, detect_input_kind, isolated_torch_state, prepare_for_inference
-from batchjob.models.loaded_model import LoadedModel
+from batchjob.models.architecture import call_target
+from batchjob.models.loaded_model import LoadedModel, detect_input_kind, isolated_torch_state, prepare_for_inference
 from batchjob.models.output_selection import OutputSelection, select_output
 from batchjob.models.torchvision_weights import convert_preset
 from batchjob.models.weights import hash_state_dict
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 __all__ = ["PythonModel"]
 
-_WANTED = "a torch.nn.Module, or a pair of it and its preprocessing"
+_RETURN_TYPES = "a torch.nn.Module, or a pair of it and its preprocessing"
 
 
 class PythonModel(OutputSelection):
-    """A model that the user's own code builds and fills.
+    """Model that the user's own code builds and loads.
 
     Attributes:
         target: `module:function` beside the job file. It returns an `nn.Module`, or a pair `(module, preprocessing)`
             where preprocessing is a dict with the keys of the job's `preprocess`, torchvision's
             `weights.transforms()`, or a function of the same file from uint8 `[3, h, w]` to a tensor.
-        arguments: its keyword arguments.
+        arguments: Keyword arguments of the function.
     """
 
     type: Literal["python"] = "python"
@@ -44,73 +44,85 @@ class PythonModel(OutputSelection):
 
     @property
     def title(self) -> str:
-        """What `model_id` calls it, before the digest."""
+        """Name in the column `model_id`, before the digest."""
         return self.target
 
-    def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - one face for all formats
-        """Looks without torch whether the module is there. Raises InvalidJob."""
+    def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - all formats share this signature
+        """Check, without torch, that the user's module exists.
+
+        Raises:
+            InvalidJob: It does not exist, or does not parse.
+        """
         source_digest(self.target, base)
 
     def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002
-        """Calls the function. The digest covers its source and the state it returned.
+        """Call the function. The digest covers its source and the state dict of the module it returns.
 
         Raises:
-            InvalidJob: no such function, it raised, or it returned something else.
-            Unavailable: it raised a network fault.
+            InvalidJob: There is no such function, it raised an exception, or it returned something else.
+            Unavailable: It raised a network error.
         """
         with isolated_torch_state():
             returned = call_target(self.target, base, "model.target", self.arguments)
-            module, own = self._split(returned)
-            preprocess = None if own is None else self._preprocess(own, base)
+            module, preprocessing = self._split_pair(returned)
+            preprocess = None if preprocessing is None else self._convert_preprocessing(preprocessing, base)
             module = prepare_for_inference(module, f"model.target: {self.target}")
-        parts = f"{source_digest(self.target, base)} {hash_state_dict(module)}"
-        digest = hashlib.sha256(parts.encode()).hexdigest()
-        return LoadedModel(select_output(module, self.output), preprocess, None, digest, detect_input_kind(module))
+        digests = f"{source_digest(self.target, base)} {hash_state_dict(module)}"
+        return LoadedModel(
+            select_output(module, self.output),
+            preprocess,
+            labels=None,
+            digest=hashlib.sha256(digests.encode()).hexdigest(),
+            input_kind=detect_input_kind(module),
+        )
 
-    def _split(self, returned: Any) -> tuple[nn.Module, Any]:
+    def _split_pair(self, returned: Any) -> tuple[nn.Module, Any]:
         import torch
 
-        module, own = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
+        is_pair = isinstance(returned, tuple) and len(returned) == 2
+        module, preprocessing = returned if is_pair else (returned, None)
         if isinstance(module, torch.nn.Module):
-            return module, own
+            return module, preprocessing
         if returned is None:
-            raise InvalidJob(f"model.target: {self.target} returned None (no return?); it must return {_WANTED}")
-        raise InvalidJob(f"model.target: {self.target} returned a {type(returned).__name__}; it must return {_WANTED}")
+            raise InvalidJob(f"model.target: {self.target} returned None (no return?); it must return {_RETURN_TYPES}")
+        raise InvalidJob(
+            f"model.target: {self.target} returned a {type(returned).__name__}; it must return {_RETURN_TYPES}"
+        )
 
-    def _preprocess(self, own: Any, base: Path) -> Preprocess:
-        if isinstance(own, Preprocess):
-            return own
-        if isinstance(own, dict):
-            return self._checked(own)
-        known = convert_preset(own)
-        if known is not None:
-            return known
-        target = self._target_of(own, base)
+    def _convert_preprocessing(self, preprocessing: Any, base: Path) -> Preprocess:
+        if isinstance(preprocessing, Preprocess):
+            return preprocessing
+        if isinstance(preprocessing, dict):
+            return self._validate_preprocess(preprocessing)
+        preset = convert_preset(preprocessing)
+        if preset is not None:
+            return preset
+        target = self._find_target(preprocessing, base)
         if target is not None:
             return Preprocess(transform=target)
         raise InvalidJob(
-            f"model.target: {self.target} returned a {type(own).__name__} as preprocessing; it must be "
+            f"model.target: {self.target} returned a {type(preprocessing).__name__} as preprocessing; it must be "
             f"a dict with keys of 'preprocess' ({', '.join(Preprocess.model_fields)}), weights.transforms(), "
             "or a function of the same file"
         )
 
-    def _checked(self, own: dict[Any, Any]) -> Preprocess:
+    def _validate_preprocess(self, preprocessing: dict[Any, Any]) -> Preprocess:
         try:
-            return Preprocess.model_validate(own)
+            return Preprocess.model_validate(preprocessing)
         except ValidationError as error:
-            said = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+            faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
             raise InvalidJob(
-                f"model.target: {self.target} returned preprocessing that is not valid: {said}; "
+                f"model.target: {self.target} returned preprocessing that is not valid: {faults}; "
                 f"its keys are those of 'preprocess': {', '.join(Preprocess.model_fields)}"
             ) from error
 
-    def _target_of(self, own: Any, base: Path) -> str | None:
-        """A function goes to loader processes by its name, so it must stand in the file under that name."""
-        name = getattr(own, "__name__", None)
-        if not callable(own) or not isinstance(name, str) or not name.isidentifier():
+    def _find_target(self, function: Any, base: Path) -> str | None:
+        """Find the `module:function` of a transform, for loader processes import it by name; None if it has none."""
+        name = getattr(function, "__name__", None)
+        if not callable(function) or not isinstance(name, str) or not name.isidentifier():
             return None
         target = f"{self.target.partition(':')[0]}:{name}"
         try:
-            return target if load_target(target, base) is own else None
+            return target if load_target(target, base) is function else None
         except InvalidJob:
             return None

@@ -1,4 +1,4 @@
-"""`type: tensorrt`: an engine that torch-tensorrt has compiled, for the GPU it was compiled on."""
+"""`type: tensorrt`: an engine compiled by torch-tensorrt, which runs on the kind of GPU it was compiled on."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ __all__ = ["TensorrtModel"]
 
 
 class TensorrtModel(TrustedFileModel):
-    """A model compiled by torch-tensorrt and saved by `torch_tensorrt.save`. It runs on CUDA only.
+    """Model compiled by torch-tensorrt and saved by `torch_tensorrt.save`. It runs only on CUDA.
 
-    Its precision stands in its graph: TensorRT 11 has no flags for it.
+    Its precision is fixed in its graph: TensorRT 11 has no flags for it.
 
     Attributes:
-        weights: the `.ep`, `.pt2` or `.ts` file. It is code: `trust: true` and its `sha256` must be given.
-        batch_size: the number of images it was compiled for; none where that is free.
+        weights: Local path or URI of the `.ep`, `.pt2` or `.ts` file. It is code: `trust: true` and its `sha256` are
+            required.
+        batch_size: Batch size the engine was compiled for, in images; null if it accepts any.
     """
 
     type: Literal["tensorrt"] = "tensorrt"
@@ -38,17 +39,22 @@ class TensorrtModel(TrustedFileModel):
     accepted_formats: ClassVar[tuple[FileFormat, ...]] = ("exported", "torchscript", "unknown")
 
     def check(self, reader: Reader, base: Path) -> None:
-        """Looks without torch whether torch-tensorrt and the file are there. Raises InvalidJob, Unavailable."""
-        _require_package()
+        """Check, without torch, that torch-tensorrt is installed and that the file exists and is trusted.
+
+        Raises:
+            InvalidJob: One of these is not so.
+            Unavailable: The store cannot be reached.
+        """
+        _require_torch_tensorrt()
         super().check(reader, base)
 
     def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002
-        """Loads the engine onto the GPU; no preprocessing and no labels of its own.
+        """Load the engine onto the GPU. It brings neither preprocessing nor labels.
 
         Raises:
-            InvalidJob: no GPU, no torch-tensorrt, no such file, no trust in it, another digest, or an engine for
-                another GPU or version.
-            Unavailable: the store cannot be reached.
+            InvalidJob: There is no GPU or no torch-tensorrt; the file does not exist, is not trusted, has another
+                digest, or holds an engine for another GPU or another version.
+            Unavailable: The store cannot be reached.
         """
         import torch
 
@@ -58,29 +64,29 @@ class TensorrtModel(TrustedFileModel):
                 "model.type: tensorrt needs an NVIDIA GPU, and there is none; run it where one is, or give the model "
                 "before it was compiled (model.type: exported or checkpoint)"
             )
-        _require_package()
-        module = self._loaded(data)
+        _require_torch_tensorrt()
+        module = self._load_engine(data)
         return LoadedModel(
             select_output(module, self.output),
-            None,
-            None,
-            digest,
+            preprocess=None,
+            labels=None,
+            digest=digest,
             eager=False,
             devices=("cuda",),
             batch_size=self.batch_size,
         )
 
-    def _loaded(self, data: bytes) -> Any:
+    def _load_engine(self, data: bytes) -> Any:
         import torch_tensorrt
 
         suffix = PurePosixPath(self.weights).suffix
-        with tempfile.NamedTemporaryFile(prefix="batchjob-", suffix=suffix) as spool, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of TorchScript, which such a file may hold
-            spool.write(data)
-            spool.flush()
+        with tempfile.NamedTemporaryFile(prefix="batchjob-", suffix=suffix) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # The file may hold TorchScript, of whose deprecation torch warns.
+            file.write(data)
+            file.flush()
             try:
-                loaded = torch_tensorrt.load(spool.name)
-            except Exception as error:  # wrong GPU, wrong version, no engine at all
+                loaded = torch_tensorrt.load(file.name)
+            except Exception as error:  # another GPU, another version, or no engine
                 reason = " ".join(str(error).split())[:300]
                 raise InvalidJob(
                     f"model.weights: {self.weights} cannot be loaded by torch-tensorrt {torch_tensorrt.__version__} "
@@ -89,7 +95,7 @@ class TensorrtModel(TrustedFileModel):
         return loaded.module() if hasattr(loaded, "module") else loaded
 
 
-def _require_package() -> None:
+def _require_torch_tensorrt() -> None:
     try:
         require_packages("tensorrt", "tensorrt", "torch_tensorrt")
     except InvalidJob as error:

@@ -1,4 +1,4 @@
-"""`type: torchscript`: a traced or scripted module. torch has deprecated these; `type: exported` is what follows."""
+"""`type: torchscript`: a traced or scripted module. torch has deprecated TorchScript; `type: exported` replaces it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from batchjob.errors import InvalidJob
-from batchjob.models.architecture import isolated_torch_state
 from batchjob.models.file_format import FileFormat
-from batchjob.models.loaded_model import LoadedModel
+from batchjob.models.loaded_model import LoadedModel, isolated_torch_state
 from batchjob.models.output_selection import select_output
 from batchjob.models.trusted_file import TrustedFileModel
 
@@ -22,35 +21,37 @@ if TYPE_CHECKING:
 __all__ = ["TorchScriptModel"]
 
 _log = logging.getLogger(__name__)
-_TRAINS = {"aten::dropout": 2, "aten::batch_norm": 5}  # which argument says so
+# Operators that behave differently in training mode, with the index of the input that switches it on.
+_TRAINING_INPUTS = {"aten::dropout": 2, "aten::batch_norm": 5}
 
 
 class TorchScriptModel(TrustedFileModel):
-    """A module that `torch.jit.trace` or `torch.jit.script` made and `torch.jit.save` wrote."""
+    """Module made by `torch.jit.trace` or `torch.jit.script` and saved by `torch.jit.save`."""
 
     type: Literal["torchscript"] = "torchscript"
     format_name: ClassVar[str] = "a TorchScript archive"
     accepted_formats: ClassVar[tuple[FileFormat, ...]] = ("torchscript",)
 
-    def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002 - one face for all formats
-        """Loads the archive; no preprocessing and no labels of its own.
+    def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002 - all formats share this signature
+        """Load the archive. It brings neither preprocessing nor labels.
 
-        It moves to any device, but is run as it was saved: neither under autocast nor compiled.
+        It runs on any device, but as it was saved: without autocast and not compiled.
 
         Raises:
-            InvalidJob: not there, not trusted, another digest, no such archive, or traced in training mode.
-            Unavailable: the store cannot be reached.
+            InvalidJob: The file does not exist, is not trusted, has another digest, is not such an archive, or was
+                traced in training mode.
+            Unavailable: The store cannot be reached.
         """
         data, digest, _ = self.read_trusted(reader)
         _log.warning("%s is TorchScript, which torch has deprecated; torch.export replaces it", self.weights)
         with isolated_torch_state():
-            module = self._loaded(data).eval()
+            module = self._load_archive(data).eval()
             for parameter in module.parameters():
                 parameter.requires_grad_(False)
-        self._check_mode(module)
-        return LoadedModel(select_output(module, self.output), None, None, digest, eager=False)
+        self._check_eval_mode(module)
+        return LoadedModel(select_output(module, self.output), preprocess=None, labels=None, digest=digest, eager=False)
 
-    def _loaded(self, data: bytes) -> Any:
+    def _load_archive(self, data: bytes) -> Any:
         import torch
 
         try:
@@ -64,13 +65,13 @@ class TorchScriptModel(TrustedFileModel):
                 "copy it there again, or export the model anew"
             ) from error
 
-    def _check_mode(self, module: Any) -> None:
-        """A trace keeps the mode it was made in, whatever is said to it now."""
+    def _check_eval_mode(self, module: Any) -> None:
+        """Refuse a module that was traced in training mode: it keeps that mode, and `eval()` has no effect on it."""
         graph = module.inlined_graph
-        for name, place in _TRAINS.items():
-            for node in graph.findAllNodes(name, recurse=True):
-                if list(node.inputs())[place].toIValue() is True:
+        for operator, index in _TRAINING_INPUTS.items():
+            for node in graph.findAllNodes(operator, recurse=True):
+                if list(node.inputs())[index].toIValue() is True:
                     raise InvalidJob(
-                        f"{self.where} was traced in training mode ({name.removeprefix('aten::')} is at work); "
+                        f"{self.where} was traced in training mode ({operator.removeprefix('aten::')} is at work); "
                         "call model.eval() and trace it again"
                     )

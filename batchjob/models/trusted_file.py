@@ -1,4 +1,4 @@
-"""How far a model's file is trusted: its digest is checked; code is run only where the job says so."""
+"""Model files and trust: check the digest of a file, and load a file that is code only if the job trusts it."""
 
 from __future__ import annotations
 
@@ -17,98 +17,101 @@ from batchjob.settings import Settings, Uri
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
 
-__all__ = ["CodeFile", "TrustedFileModel", "WeightsFile", "verify_digest"]
+__all__ = ["TrustedFileModel", "WeightsFile", "verify_digest"]
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$")]
 
 
 class WeightsFile(Settings):
-    """Settings of a model that lies in a file.
+    """Settings of a model with a file of weights.
 
     Attributes:
-        sha256: digest of the file, 64 hexadecimal digits; a file that has another is refused.
+        sha256: SHA-256 digest of the file, 64 hexadecimal digits; a file with another digest is refused.
     """
 
     sha256: Sha256 | None = None
 
 
-class CodeFile(WeightsFile):
-    """Settings of a model whose file is code: loading it, or running it, can do whatever its author wished.
+class TrustedFileModel(WeightsFile, OutputSelection):
+    """Settings of a model whose file is code: to load it or to run it is to run its author's code.
+
+    A subclass is one format: it sets the two class variables and adds `load`.
 
     Attributes:
-        trust: `true` says that you trust the author of the file with the given `sha256`; nothing is loaded without.
+        trust: `true` states that you trust the author of the file with the given `sha256`; without it nothing is
+            loaded.
+        weights: Local path or URI of the file; it may have been saved on any device.
+        format_name: Description of the format for error messages: "a TorchScript archive".
+        accepted_formats: Formats of the file that the subclass can load.
     """
 
     trust: bool = Field(default=False)
-
-    def require_trust(self, data: bytes, uri: str, what: str) -> str:
-        """The file's digest, once the job has named and trusted it.
-
-        Args:
-            data: the file.
-            uri: where it lies.
-            what: what it is ("a pickled module"), for the sentence.
-
-        Raises:
-            InvalidJob: `trust` or `sha256` is missing (the sentence gives the digest), or the digest is another.
-        """
-        if self.trust and self.sha256 is not None:
-            return verify_digest(data, uri, self.sha256)
-        found = hashlib.sha256(data).hexdigest()
-        raise InvalidJob(
-            f"model.weights: {uri} is {what}, which is code that runs when it is loaded; if you trust its author, "
-            f"write model.trust: true and model.sha256: {found}"
-        )
-
-
-def verify_digest(data: bytes, uri: str, sha256: str | None, key: str = "model.weights") -> str:
-    """Hex sha256 of a file. Raises InvalidJob where the job names another."""
-    found = hashlib.sha256(data).hexdigest()
-    if sha256 is not None and found != sha256.lower():
-        raise InvalidJob(
-            f"{key}: {uri} has the sha256 {found}, but model.sha256 is {sha256}; it is not the file you meant, "
-            "or model.sha256 must be corrected"
-        )
-    return found
-
-
-class TrustedFileModel(CodeFile, OutputSelection):
-    """Settings of a model that is one file of code.
-
-    Attributes:
-        weights: the file, wherever it lies; on any device when it was saved.
-    """
-
     weights: Uri
     format_name: ClassVar[str]
     accepted_formats: ClassVar[tuple[FileFormat, ...]]
 
     @property
     def title(self) -> str:
-        """What `model_id` calls it, before the digest."""
+        """Name in the column `model_id`, before the digest."""
         return self.weights.rsplit("/", 1)[-1]
 
     @property
     def where(self) -> str:
-        """How sentences about it begin."""
+        """Job key and file, the start of error messages."""
         return f"model.weights: {self.weights}"
 
-    def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - one face for all formats
-        """Looks without torch whether the file is there and trusted. Raises InvalidJob, Unavailable."""
-        check_file_exists(reader, self.weights, "model.weights")
-        if not self.trust or self.sha256 is None:
-            self.read_trusted(reader)  # it will be refused; read, so that the sentence can give its digest
-
-    def read_trusted(self, reader: Reader) -> tuple[bytes, str, FileFormat]:
-        """The file, its digest and its kind; of none that is not trusted.
+    def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - all formats share this signature
+        """Check, without torch, that the file exists and is trusted.
 
         Raises:
-            InvalidJob: not there, another digest, of another kind, or not trusted.
-            Unavailable: the store cannot be reached.
+            InvalidJob: The file does not exist or is not trusted.
+            Unavailable: The store cannot be reached.
+        """
+        check_file_exists(reader, self.weights, "model.weights")
+        if not self.trust or self.sha256 is None:
+            # It will be refused. Read it all the same, so that the message can state its digest.
+            self.read_trusted(reader)
+
+    def read_trusted(self, reader: Reader) -> tuple[bytes, str, FileFormat]:
+        """Read the file if the job trusts it.
+
+        Returns:
+            Its content, its hexadecimal SHA-256 digest and its format.
+
+        Raises:
+            InvalidJob: The file does not exist, has another digest or another format, or `trust` or `sha256` is missing
+                (the message states the digest).
+            Unavailable: The store cannot be reached.
         """
         data = read_file(reader, self.weights, "model.weights")
         digest = verify_digest(data, self.weights, self.sha256)
-        kind = require_format(data, self.where, *self.accepted_formats, expected=self.format_name)
+        file_format = require_format(data, self.where, *self.accepted_formats, expected=self.format_name)
         if not self.trust or self.sha256 is None:
-            self.require_trust(data, self.weights, self.format_name)
-        return data, digest, kind
+            raise InvalidJob(
+                f"{self.where} is {self.format_name}, which is code that runs when it is loaded; if you trust its "
+                f"author, write model.trust: true and model.sha256: {digest}"
+            )
+        return data, digest, file_format
+
+
+def verify_digest(data: bytes, uri: str, sha256: str | None) -> str:
+    """Compute the digest of a file and compare it with the job's `sha256`.
+
+    Args:
+        data: Content of the file.
+        uri: Location of the file, for the error message.
+        sha256: Digest in the job; None if it states none.
+
+    Returns:
+        SHA-256 of the content, 64 lower-case hexadecimal digits.
+
+    Raises:
+        InvalidJob: The job states another digest.
+    """
+    digest = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and digest != sha256.lower():
+        raise InvalidJob(
+            f"model.weights: {uri} has the sha256 {digest}, but model.sha256 is {sha256}; it is not the file you "
+            "meant, or model.sha256 must be corrected"
+        )
+    return digest

@@ -1,10 +1,12 @@
-"""Weight files: bytes to a state dict, and the state dict into a module, with every key that does not fit named."""
+"""Weight files: read one, parse its state dict, and load that into a module; every key that does not fit is named."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import pickle
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -21,53 +23,127 @@ if TYPE_CHECKING:
 __all__ = ["check_file_exists", "hash_state_dict", "load_weights", "parse_state_dict", "read_file"]
 
 _log = logging.getLogger(__name__)
-_NESTS = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
-_SHOWN = 6
-_NO_CODE = (
+# Keys of a training checkpoint that hold the state dict.
+_NESTING_KEYS = ("state_dict", "model_state_dict", "model")
+# Key prefixes of DataParallel and DistributedDataParallel, and of torch.compile.
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+_MAX_LISTED_KEYS = 6
+_NO_CODE_ADVICE = (
     "no code is loaded; save its state_dict, or a .safetensors file. A whole module that torch.save(model) wrote is "
     "loaded by model.type: pickle, with model.trust: true and model.sha256"
 )
 
 
 def read_file(reader: Reader, uri: str, key: str) -> bytes:
-    """The bytes of a file that the job names under `key`. Raises InvalidJob (not there), Unavailable."""
+    """Read a file that the job names under `key`.
+
+    Raises:
+        InvalidJob: The file does not exist, or may not be read.
+        Unavailable: The store cannot be reached.
+    """
     try:
         data: bytes = reader.read(uri).data
     except StorageError as error:
-        raise _absent(error, uri, key) from error
+        raise _convert_storage_error(error, uri, key) from error
     return data
 
 
 def check_file_exists(reader: Reader, uri: str, key: str) -> None:
-    """Raises InvalidJob where the file is not there; reads none of it."""
+    """Check that a file exists that the job names under `key`, without reading it.
+
+    Raises:
+        InvalidJob: The file does not exist, or may not be read.
+        Unavailable: The store cannot be reached.
+    """
     try:
         reader.stat(uri)
     except StorageError as error:
-        raise _absent(error, uri, key) from error
+        raise _convert_storage_error(error, uri, key) from error
 
 
-def _absent(error: StorageError, uri: str, key: str) -> InvalidJob:
+def parse_state_dict(data: bytes, uri: str, key: str = "model.weights") -> dict[str, torch.Tensor]:
+    """Parse the state dict in a file of torch.save or safetensors; the format is detected from the content.
+
+    A state dict nested under `state_dict`, `model_state_dict` or `model` is taken out of there.
+
+    Args:
+        data: Content of the file.
+        uri: Location of the file, for error messages.
+        key: Job key that names the file, for error messages.
+
+    Returns:
+        Tensors by name, on the CPU.
+
+    Raises:
+        InvalidJob: The file has another format, is incomplete, holds code, or holds no state dict.
+    """
+    where = f"{key}: {uri}"
+    file_format = require_format(
+        data, where, "state_dict", "safetensors", "pickled_module", "unknown", expected="a state dict"
+    )
+    content = _load_safetensors(data, where) if file_format == "safetensors" else _load_torch(data, where)
+    return _unnest(content, where)
+
+
+def load_weights(
+    module: nn.Module, state: Mapping[str, torch.Tensor], *, where: str, advice: str, strict: bool = True
+) -> None:
+    """Load a state dict into a module; key prefixes of wrappers (`module.`, `_orig_mod.`) are removed as needed.
+
+    Args:
+        module: Module to fill.
+        state: State dict.
+        where: Start of the error message: "model.weights: x.pth does not fit net:resnet20".
+        advice: End of the error message: the job keys to correct.
+        strict: False allows keys that only the file or only the module has; a tensor of another shape is always an
+            error.
+
+    Raises:
+        InvalidJob: Keys are missing, unknown, or have tensors of another shape. The message names them.
+    """
+    expected = module.state_dict()
+    stripped = _strip_prefixes(state, expected, where)
+    misshaped = [
+        key for key, value in stripped.items() if key in expected and not _has_loadable_shape(value, expected[key])
+    ]
+    fitting = len(stripped.keys() & expected.keys()) - len(misshaped)
+    # Shapes by key: of the tensor in the file, and of the one in the module.
+    shapes = {key: (stripped.pop(key), expected[key]) for key in misshaped}
+    try:
+        result = module.load_state_dict(stripped, strict=False)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise InvalidJob(f"{where}: {' '.join(str(error).split())[:500]}; {advice}") from error
+    missing = [key for key in result.missing_keys if key not in shapes]
+    unexpected = result.unexpected_keys
+    if shapes or (strict and (missing or unexpected)) or fitting == 0:
+        class_hint = _suggest_num_classes(shapes) if not missing and not unexpected else None
+        raise InvalidJob(f"{where}: {_describe_differences(missing, unexpected, shapes)}; {class_hint or advice}")
+    if missing or unexpected:
+        _log.warning("%s, let pass by strict: false: %s", where, _describe_differences(missing, unexpected, {}))
+
+
+def hash_state_dict(module: nn.Module) -> str:
+    """Compute the hexadecimal SHA-256 of names, types, shapes and values of parameters and persistent buffers."""
+    import torch
+
+    digest = hashlib.sha256()
+    for key, value in module.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        digest.update(f"{key} {value.dtype} {list(value.shape)}\n".encode())
+        plain = value.int_repr() if value.is_quantized else value
+        plain = plain.to_dense() if plain.layout != torch.strided else plain
+        digest.update(plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _convert_storage_error(error: StorageError, uri: str, key: str) -> InvalidJob:
     if isinstance(error, NotFound):
         return InvalidJob(f"{key}: there is no file {uri}; correct the path, or put the weights there")
     return InvalidJob(f"{key}: {uri} cannot be read: {error.message}")
 
 
-def parse_state_dict(data: bytes, uri: str, key: str = "model.weights") -> dict[str, torch.Tensor]:
-    """The state dict in a file of torch's format or safetensors, told apart by content.
-
-    Nested under `state_dict`, `model_state_dict` or `model` it is taken from there. Tensors are on the CPU.
-
-    Raises:
-        InvalidJob: not such a file, broken, holding code, or holding no state dict.
-    """
-    where = f"{key}: {uri}"
-    kind = require_format(data, where, "state", "safetensors", "module", "unknown", expected="a state dict")
-    content = _from_safetensors(data, where) if kind == "safetensors" else _from_torch(data, where)
-    return _unnest(content, where)
-
-
-def _from_safetensors(data: bytes, where: str) -> Any:
+def _load_safetensors(data: bytes, where: str) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -77,47 +153,49 @@ def _from_safetensors(data: bytes, where: str) -> Any:
         raise InvalidJob(f"{where} is no whole safetensors file ({error}); copy it there again") from error
 
 
-def _from_torch(data: bytes, where: str) -> Any:
-    import pickle
-    import warnings
-
+def _load_torch(data: bytes, where: str) -> Any:
     import torch
 
     try:
         with warnings.catch_warnings():
-            # Whatever torch warns of here either loads all the same, or is said better by the sentence below.
+            # A file with this warning either loads, or is explained better by the message below.
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             return torch.load(BytesIO(data), map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # broken files end in nearly every exception there is
-        raise InvalidJob(
-            f"{where} {_diagnose(error, isinstance(error, pickle.UnpicklingError) and _is_pickle(data))}"
-        ) from error
+    except Exception as error:  # A broken file may raise nearly any exception.
+        # Only a file that is a pickle can be refused for its code; any other bytes raise UnpicklingError, too.
+        is_pickle = data.startswith((b"PK\x03\x04", b"\x80"))
+        explanation = _explain_torch_error(error, isinstance(error, pickle.UnpicklingError) and is_pickle)
+        raise InvalidJob(f"{where} {explanation}") from error
 
 
-def _is_pickle(data: bytes) -> bool:
-    return data.startswith((b"PK\x03\x04", b"\x80"))
-
-
-def _diagnose(error: Exception, refused: bool) -> str:
+def _explain_torch_error(error: Exception, refused: bool) -> str:
     text = str(error)
     if refused:
         code = re.search(r"(?:GLOBAL|unsupported class) (\S+)", text)
         if code:
-            return f"holds code ({code[1]}) beside tensors: {_NO_CODE}"
+            return f"holds code ({code[1]}) beside tensors: {_NO_CODE_ADVICE}"
         if "Unsupported operand" in text or "Unsupported class" in text:
-            return f"holds Python objects beside tensors: {_NO_CODE}"
+            return f"holds Python objects beside tensors: {_NO_CODE_ADVICE}"
     reason = (text.strip().splitlines() or [""])[-1][:200]
     return f"is not a weight file that torch or safetensors reads ({type(error).__name__}: {reason}); copy it again"
 
 
-def _unnest(content: Any, where: str) -> dict[str, torch.Tensor]:
+class _VersionedStateDict(dict[str, Any]):
+    """State dict with the module versions that torch keeps beside it; some modules read old keys by their version."""
+
+    def __init__(self, state: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+        super().__init__(state)
+        self._metadata = dict(metadata)
+
+
+def _unnest(content: Any, where: str) -> _VersionedStateDict:
     import torch
 
     nested = content
     while isinstance(nested, Mapping):
-        inner = next((nested[key] for key in _NESTS if isinstance(nested.get(key), Mapping)), None)
+        inner = next((nested[key] for key in _NESTING_KEYS if isinstance(nested.get(key), Mapping)), None)
         if inner is None:
             break
         nested = inner
@@ -130,78 +208,47 @@ def _unnest(content: Any, where: str) -> dict[str, torch.Tensor]:
     }
     if not state:
         raise InvalidJob(
-            f"{where} holds no tensors by name, nor under {', '.join(_NESTS)}; its keys are {_names(map(str, nested))}"
+            f"{where} holds no tensors by name, nor under {', '.join(_NESTING_KEYS)}; "
+            f"its keys are {_list_keys(map(str, nested))}"
         )
     metadata = getattr(nested, "_metadata", None)
-    return _Stated(state, metadata if isinstance(metadata, Mapping) else {})
+    return _VersionedStateDict(state, metadata if isinstance(metadata, Mapping) else {})
 
 
-class _Stated(dict[str, Any]):
-    """A state dict with the module versions torch keeps beside it: some modules read old keys by them."""
-
-    def __init__(self, state: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-        super().__init__(state)
-        self._metadata = dict(metadata)
-
-
-def load_weights(
-    module: nn.Module, state: Mapping[str, torch.Tensor], *, where: str, advice: str, strict: bool = True
-) -> None:
-    """Copies `state` into `module`; prefixes that wrappers leave (`module.`, `_orig_mod.`) are stripped.
-
-    Args:
-        where: what does not fit what, for the sentence: "model.weights: x.pth does not fit net:resnet20".
-        advice: what to change.
-        strict: False lets keys be missing or left over; another shape is an error all the same.
-
-    Raises:
-        InvalidJob: missing, left-over and mis-shaped keys by name.
-    """
-    wanted = module.state_dict()
-    renamed = _strip(state, wanted, where)
-    misshaped = [key for key, value in renamed.items() if key in wanted and not _same_shape(value, wanted[key])]
-    known = len(renamed.keys() & wanted.keys()) - len(misshaped)
-    shapes = {key: (renamed.pop(key), wanted[key]) for key in misshaped}
-    try:
-        result = module.load_state_dict(renamed, strict=False)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise InvalidJob(f"{where}: {' '.join(str(error).split())[:500]}; {advice}") from error
-    missing = [key for key in result.missing_keys if key not in shapes]
-    unexpected = result.unexpected_keys
-    if shapes or (strict and (missing or unexpected)) or known == 0:
-        hint = _class_count(shapes) if not missing and not unexpected else None
-        raise InvalidJob(f"{where}: {_differences(missing, unexpected, shapes)}; {hint or advice}")
-    if missing or unexpected:
-        _log.warning("%s, let pass by strict: false: %s", where, _differences(missing, unexpected, {}))
-
-
-def _strip(state: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> _Stated:
-    names: dict[str, str] = {}
+def _strip_prefixes(state: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> _VersionedStateDict:
+    file_keys: dict[str, str] = {}  # key in the file by key in the module
     for key in state:
-        name = _fitting(key, wanted)
-        if name == "n_averaged" and name not in wanted:  # torch.optim.swa_utils counts there
+        name = _strip_prefix(key, expected)
+        if name == "n_averaged" and name not in expected:  # a counter of torch.optim.swa_utils
             continue
-        if name in names:
-            raise InvalidJob(f"{where}: the file holds both {names[name]} and {key}; save the state dict of one module")
-        names[name] = key
+        if name in file_keys:
+            raise InvalidJob(
+                f"{where}: the file holds both {file_keys[name]} and {key}; save the state dict of one module"
+            )
+        file_keys[name] = key
+    # Metadata has one entry for each module, by path: "module.layer1" → "layer1", and "module" → "", the root.
     metadata = {
-        _fitting(f"{path}.", wanted).removesuffix(".") if f"{path}." not in _PREFIXES else "": entry
+        _strip_prefix(f"{path}.", expected).removesuffix(".") if f"{path}." not in _WRAPPER_PREFIXES else "": entry
         for path, entry in getattr(state, "_metadata", {}).items()
     }
-    return _Stated({name: state[key] for name, key in names.items()}, metadata)
+    return _VersionedStateDict({name: state[key] for name, key in file_keys.items()}, metadata)
 
 
-def _fitting(key: str, wanted: Mapping[str, Any]) -> str:
-    """`key` as the module knows it: a module may well have a child named `module`, so no more is cut than needed."""
+def _strip_prefix(key: str, expected: Mapping[str, Any]) -> str:
+    """Strip wrapper prefixes from a key until the module has it, and no further.
+
+    The module may have a child that is called `module`. Example: "module._orig_mod.fc.weight" → "fc.weight", but
+    "module.module.weight" → "module.weight" if the module has that key.
+    """
     name = key
-    while name not in wanted and name.startswith(_PREFIXES):
+    while name not in expected and name.startswith(_WRAPPER_PREFIXES):
         name = name.split(".", 1)[1]
-    if name not in wanted and "_orig_mod." in name:  # a compiled child
+    if name not in expected and "_orig_mod." in name:  # a child that was compiled
         name = name.replace("_orig_mod.", "")
     return name
 
 
-def _same_shape(value: Any, target: Any) -> bool:
+def _has_loadable_shape(value: Any, target: Any) -> bool:
     import torch
     from torch.nn.parameter import is_lazy
 
@@ -209,51 +256,36 @@ def _same_shape(value: Any, target: Any) -> bool:
         return True
     if is_lazy(target):
         return True
-    if target.ndim == 0 and value.shape == (1,):  # scalars as torch 0.3 wrote them; torch reads them
+    if target.ndim == 0 and value.shape == (1,):  # torch 0.3 wrote scalars so, and torch still loads them
         return True
     return value.shape == target.shape
 
 
-def _class_count(shapes: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> str | None:
-    """Where the last layer alone differs, in its number of rows, the file tells how many classes it knows."""
+def _suggest_num_classes(shapes: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> str | None:
+    """Suggest the file's number of classes if only weight and bias of one layer differ, and only in their rows."""
     counts = {(file.shape[:1], model.shape[:1]) for file, model in shapes.values()}
-    rest = all(file.shape[1:] == model.shape[1:] for file, model in shapes.values())
-    if len(shapes) > 2 or len(counts) != 1 or not rest:
+    only_rows_differ = all(file.shape[1:] == model.shape[1:] for file, model in shapes.values())
+    if len(shapes) > 2 or len(counts) != 1 or not only_rows_differ:
         return None
     ((classes, _),) = counts
     return f"set model.num_classes: {classes[0]}" if classes else None
 
 
-def _differences(
+def _describe_differences(
     missing: list[str], unexpected: list[str], shapes: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 ) -> str:
     parts = []
     if missing:
-        parts.append(f"missing in the file: {_names(missing)}")
+        parts.append(f"missing in the file: {_list_keys(missing)}")
     if unexpected:
-        parts.append(f"unknown to the model: {_names(unexpected)}")
+        parts.append(f"unknown to the model: {_list_keys(unexpected)}")
     if shapes:
-        wrong = (f"{key} {list(file.shape)} for {list(model.shape)}" for key, (file, model) in shapes.items())
-        parts.append(f"of another shape (file for model): {_names(wrong)}")
+        pairs = (f"{key} {list(file.shape)} for {list(model.shape)}" for key, (file, model) in shapes.items())
+        parts.append(f"of another shape (file for model): {_list_keys(pairs)}")
     return "; ".join(parts) or "no key is known to the model"
 
 
-def _names(names: Iterable[str]) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-    return ", ".join(listed[:_SHOWN]) + more if listed else "none"
-
-
-def hash_state_dict(module: nn.Module) -> str:
-    """Hex sha256 over names, types, shapes and values of parameters and persistent buffers."""
-    import torch
-
-    digest = hashlib.sha256()
-    for key, value in module.state_dict().items():
-        if not isinstance(value, torch.Tensor):
-            continue
-        digest.update(f"{key} {value.dtype} {list(value.shape)}\n".encode())
-        plain = value.int_repr() if value.is_quantized else value
-        plain = plain.to_dense() if plain.layout != torch.strided else plain
-        digest.update(plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _list_keys(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    rest = f" and {len(keys) - _MAX_LISTED_KEYS} more" if len(keys) > _MAX_LISTED_KEYS else ""
+    return ", ".join(keys[:_MAX_LISTED_KEYS]) + rest if keys else "none"
