@@ -224,7 +224,7 @@ class ScriptedPool:
                 stands, examples = retry.replace_part(self._store, key, writer.path, made, wanted)
             else:
                 stands = commit_of_commit(self._store, key, writer.path, made, wanted)
-        return ShardResult(key, stands.footer, examples, stands.ours, stands.info.etag)
+        return ShardResult(key, stands.footer, examples, stands.committed_here, stands.info.etag)
 
 
 def make_part(path: Path, store: Store, job: Job, key: ShardKey) -> tuple[PartWriter, PartFooter]:

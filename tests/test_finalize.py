@@ -18,7 +18,7 @@ from batchjob.driver.finalize import RunSummary, finalize_run
 from batchjob.driver.scheduler import AbandonedShard
 from batchjob.errors import AttemptFailed, BatchjobError, CheckFailed, Incomplete, InvalidJob, Temporary, Unavailable
 from batchjob.job.runtime import ErrorBudget
-from batchjob.output import commit
+from batchjob.output import success
 from batchjob.output.provenance import PartFooter, ShardResult
 from batchjob.plan.head import PlanHead, discard_plan, new_head
 from batchjob.plan.head import put_head as freeze_of_head
@@ -102,7 +102,7 @@ class Output:
 
     @property
     def finished(self) -> bool:
-        return commit.SUCCESS in self.store.held()
+        return success.SUCCESS in self.store.held()
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from stores import Fault, Killed, MemoryStore
 
 from batchjob.errors import AttemptFailed, CheckFailed, InvalidJob, NotFound, Unavailable
 from batchjob.output import error_rows, success
-from batchjob.output.commit import SUCCESS, CommitResult, delete_objects, list_parts, read_footer, read_footers
+from batchjob.output.commit import CommitResult, delete_objects, list_parts, read_footer, read_footers
 from batchjob.output.commit import commit_part as commit_of_commit
 from batchjob.output.provenance import PartFooter
-from batchjob.output.success import Part, Totals
+from batchjob.output.success import SUCCESS, Part, Totals
 from batchjob.storage.objects import ObjectInfo
 from batchjob.storage.store import Store, open_store
 from batchjob.types import ShardKey
@@ -91,7 +91,7 @@ def commit(store: Store, path: Path, wanted: Callable[[], None] = still_wanted) 
 def test_a_commit_is_one_put_of_the_whole_part(store: Store, mine: Path) -> None:
     done = commit(store, mine)
     assert KEY.part_key == "predictions/part-0000017-5eed5eed5eed5eed.parquet"
-    assert (done.ours, done.footer) == (True, MADE)
+    assert (done.committed_here, done.footer) == (True, MADE)
     assert store.read(KEY.part_key).data == mine.read_bytes()
     assert list_parts(store) == {KEY.part_key: store.stat(KEY.part_key)}
     assert done.info.etag == store.stat(KEY.part_key).etag
@@ -105,7 +105,7 @@ def test_nothing_else_is_written(memory: MemoryStore, mine: Path) -> None:
 def test_a_rivals_part_of_the_same_shard_is_as_good(store: Store, mine: Path, rivals: Path) -> None:
     stat = store.put_if_absent(KEY.part_key, rivals)
     done = commit(store, mine)
-    assert not done.ours
+    assert not done.committed_here
     assert (done.footer.attempt, done.footer.failed) == ("rival", 0)  # what stands is what is counted
     assert done.info.etag == stat.etag
     assert store.read(KEY.part_key).data == rivals.read_bytes()
@@ -115,7 +115,7 @@ def test_a_rivals_part_of_the_same_shard_is_as_good(store: Store, mine: Path, ri
 def test_a_lost_answer_is_looked_up_and_is_ours(memory: MemoryStore, mine: Path, fault: Fault) -> None:
     memory.inject("put_if_absent", KEY.part_key, fault)
     done = commit(memory, mine)
-    assert (done.ours, done.footer) == (True, MADE)
+    assert (done.committed_here, done.footer) == (True, MADE)
     assert memory.written() == [KEY.part_key]
     assert done.info == memory.stat(KEY.part_key)
 
@@ -124,7 +124,7 @@ def test_a_lost_answer_is_looked_up_and_is_ours(memory: MemoryStore, mine: Path,
 @pytest.mark.parametrize("times", [1, 2, 3])
 def test_a_put_that_stored_nothing_is_tried_again(memory: MemoryStore, mine: Path, fault: Fault, times: int) -> None:
     memory.inject("put_if_absent", KEY.part_key, fault, times=times)
-    assert commit(memory, mine).ours
+    assert commit(memory, mine).committed_here
     assert memory.written() == [KEY.part_key] * (times + 1)
     assert memory.read(KEY.part_key).data == mine.read_bytes()
 
@@ -150,7 +150,7 @@ def test_a_look_that_fails_is_temporary_and_the_next_attempt_finds_the_part(memo
     memory.inject("read_tail", KEY.part_key, Fault.DOWN)
     with pytest.raises(Unavailable):
         commit(memory, mine)
-    assert commit(memory, mine).ours
+    assert commit(memory, mine).committed_here
 
 
 @pytest.mark.parametrize("fault", [Fault.KILLED_BEFORE, Fault.KILLED_AFTER])
@@ -162,7 +162,7 @@ def test_killed_at_the_put_another_worker_ends_with_one_part(
     with pytest.raises(Killed):
         commit(dying, rivals)
     done = commit(memory, mine)
-    assert done.ours == (fault is Fault.KILLED_BEFORE)
+    assert done.committed_here == (fault is Fault.KILLED_BEFORE)
     assert memory.held() == [KEY.part_key]
     assert done.footer.attempt == read_footer(memory, KEY.part_key).attempt
 
@@ -228,7 +228,7 @@ def test_a_discarded_plan_is_asked_after_before_each_put(memory: MemoryStore, mi
 def test_a_part_deleted_between_two_looks_is_put_again(memory: MemoryStore, mine: Path, rivals: Path) -> None:
     memory.put_if_absent(KEY.part_key, rivals)
     memory.inject("stat", KEY.part_key, lambda: memory.client().delete(KEY.part_key))
-    assert commit(memory, mine).ours
+    assert commit(memory, mine).committed_here
 
 
 # --- what a part says of itself -------------------------------------------------------------------------------------

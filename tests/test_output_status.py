@@ -12,7 +12,7 @@ from batchjob.driver import driver
 from batchjob.driver.progress import NoProgress
 from batchjob.errors import CheckFailed, InvalidJob
 from batchjob.job.job import Job
-from batchjob.output import commit
+from batchjob.output import commit, success
 from batchjob.plan.head import read_current_head
 from batchjob.report import output_status
 from batchjob.report.output_status import ErrorCounts, count_errors, read_errors, read_status
@@ -144,10 +144,10 @@ def test_discarded(the: Job, store: Store) -> None:
 
 def test_the_success_of_a_discarded_plan_says_nothing(the: Job, store: Store) -> None:
     run(the)
-    old = store.read(commit.SUCCESS).data
+    old = store.read(success.SUCCESS).data
     driver.discard(store.uri)
     plan_only(the)
-    store.put_if_absent(commit.SUCCESS, old)
+    store.put_if_absent(success.SUCCESS, old)
     assert read_status(store).status == "incomplete"
 
 

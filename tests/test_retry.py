@@ -486,7 +486,7 @@ def test_a_part_is_replaced_once_whatever_the_store_says(
     if fault is not None:
         store.inject("replace_if_match", KEY.part_key, fault)
     done = replace(store, tmp_path)
-    assert done.ours
+    assert done.committed_here
     found = commit.read_footer(store, KEY.part_key)
     assert (found.attempt, found.revision) == ("ours", 1)
     assert done.info == store.stat(KEY.part_key)
@@ -502,7 +502,7 @@ def test_a_rival_that_was_faster_is_not_overwritten(tmp_path: Path, store: Memor
 
     store.inject("replace_if_match", KEY.part_key, happens)
     done = replace(store, tmp_path)
-    assert (done.ours, done.footer.attempt) == (False, "theirs")
+    assert (done.committed_here, done.footer.attempt) == (False, "theirs")
     assert commit.read_footer(store, KEY.part_key).attempt == "theirs"
 
 
@@ -611,7 +611,7 @@ def wide(folder: Path, key: ShardKey, bad: Iterable[int], mark: int) -> tuple[Pa
 def test_columns_of_every_kind_are_carried_over(
     tmp_path: Path, bad: Iterable[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("batchjob.output.retry._ROWS_AT_ONCE", 3)
+    monkeypatch.setattr("batchjob.output.retry._ROWS_PER_BATCH", 3)
     store, key = MemoryStore(), ShardKey(0, "s" * 16, 40, 0, 0)
     path, _, before = wide(tmp_path, key, bad, 1)
     store.put_if_absent(key.part_key, path)

@@ -1,4 +1,4 @@
-"""What is committed: the one PUT that commits or replaces a part, the look after a doubtful answer, `_SUCCESS`."""
+"""The commit protocol: one conditional PUT creates or replaces a part; footers tell what is committed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from batchjob.errors import (
     Unavailable,
 )
 from batchjob.output.provenance import PartFooter
+from batchjob.output.success import SUCCESS
 from batchjob.storage.objects import ObjectInfo
 from batchjob.storage.store import Store
 from batchjob.types import ShardKey
 
 __all__ = [
-    "SUCCESS",
     "CommitResult",
     "check_owner",
     "commit_part",
@@ -37,122 +37,131 @@ __all__ = [
     "read_footers",
 ]
 
-SUCCESS = "_SUCCESS"
-_FOOTER_BYTES = 1 << 16
-_LOOKS = 4
+_TAIL_BYTES = 1 << 16
+_MAX_PUTS = 4
 
 
 @dataclass(frozen=True)
 class CommitResult:
-    """How a commit ended: the part that stands, and whether it is this attempt's."""
+    """Result of a commit.
+
+    Attributes:
+        info: Size, ETag and version of the committed part.
+        footer: Footer of the committed part.
+        committed_here: False if another attempt had committed the part first.
+    """
 
     info: ObjectInfo
     footer: PartFooter
-    ours: bool
+    committed_here: bool
 
 
+# An example of the protocol: the answer to a PUT is lost.
+#
+#     put_if_absent(part)      the object is stored, the connection breaks
+#     put_if_absent(part)      the client's own repetition: "already exists"
+#     read_footer(part)        plan and shard are ours, and so is the attempt: committed here
+#
+# With another attempt's id in the footer, that attempt was faster and its part is as good. With another plan or shard,
+# somebody else writes to this output: CheckFailed. With no object at all, the PUT is tried again.
 def commit_part(
     store: Store, key: ShardKey, path: Path, footer: PartFooter, raise_if_discarded: Callable[[], None]
 ) -> CommitResult:
-    """Make the part at `path` the shard's: one create-if-absent PUT, and a look whenever the answer is in doubt.
+    """Commit a part with one create-if-absent PUT. An answer other than success is never believed: the store is read.
 
     Args:
-        wanted: raises when the plan has been discarded; asked before each PUT, and once the part stands: a process may
-            have been stopped in between for as long as a discard takes. Then the part is taken back.
+        store: Store of the output.
+        key: Key of the shard.
+        path: Local file with the part.
+        footer: Footer in that file.
+        raise_if_discarded: Raises if the plan has been discarded. Called before each PUT, and again once the part is
+            there, because a process can be suspended in between for as long as a discard takes; then the part is
+            deleted again.
 
     Raises:
-        CheckFailed: something else lies under the part's name.
-        AttemptFailed: the store said "exists" again and again with nothing there.
-        Unavailable: the store cannot be reached.
+        CheckFailed: Another object has the part's name.
+        AttemptFailed: The store answered "already exists" each time, and there is no object.
+        Unavailable: The store cannot be reached.
     """
-    doubt: Exception | None = None
-    for _ in range(_LOOKS):
+    last_error: Exception | None = None
+    for _ in range(_MAX_PUTS):
         raise_if_discarded()
         try:
-            stat = store.put_if_absent(key.part_key, path)
+            info = store.put_if_absent(key.part_key, path)
         except (AlreadyExists, Unavailable) as error:
-            doubt = error
+            last_error = error
         else:
-            return _kept(store, key, CommitResult(stat, footer, ours=True), raise_if_discarded)
+            return _keep_unless_discarded(
+                store, key, CommitResult(info, footer, committed_here=True), raise_if_discarded
+            )
         try:
-            found, stat = read_footer(store, key.part_key), store.stat(key.part_key)
+            found, info = read_footer(store, key.part_key), store.stat(key.part_key)
         except NotFound:
-            continue  # a 409 with nothing stored, or a PUT that never arrived
+            continue  # a 409 although nothing is stored, or a PUT that never arrived
         check_owner(store, key, found, footer)
-        return _kept(store, key, CommitResult(stat, found, ours=found.attempt == footer.attempt), raise_if_discarded)
-    if isinstance(doubt, Unavailable):
-        raise doubt
+        result = CommitResult(info, found, committed_here=found.attempt == footer.attempt)
+        return _keep_unless_discarded(store, key, result, raise_if_discarded)
+    if isinstance(last_error, Unavailable):
+        raise last_error
     raise AttemptFailed(
-        f"{store.uri}/{key.part_key}: the store answers 'exists' to each of {_LOOKS} PUTs and shows nothing; run again"
+        f"{store.uri}/{key.part_key}: the store answers 'exists' to each of {_MAX_PUTS} PUTs and shows nothing; "
+        "run again"
     )
-
-
-def _kept(store: Store, key: ShardKey, made: CommitResult, wanted: Callable[[], None]) -> CommitResult:
-    """The same; the part of a plan that is discarded by now is deleted, and what `wanted` raises is raised."""
-    try:
-        wanted()
-    except Unavailable:
-        pass  # whoever meets such a part deletes it
-    except BatchjobError:
-        store.delete(key.part_key)
-        raise
-    return made
 
 
 def commit_replacement(
     store: Store, key: ShardKey, path: Path, footer: PartFooter, version: str, raise_if_discarded: Callable[[], None]
 ) -> CommitResult:
-    """Put the part at `path` in place of an older revision: only that very version of it is replaced.
+    """Replace an older revision of a part, on condition of the version that was read.
 
-    After a doubtful answer the part is there if its revision is, be it this attempt's or a rival's.
+    After an answer other than success, the part counts as committed if its revision is there, whoever wrote it.
 
     Args:
-        version: of the older revision, as it was read.
-        wanted: raises when the plan has been discarded; asked before each PUT. A part that a discard has deleted is not
-            put anew.
+        store: Store of the output.
+        key: Key of the shard.
+        path: Local file with the part.
+        footer: Footer in that file; its revision is the new one.
+        version: Version of the older revision, as it was read.
+        raise_if_discarded: Raises if the plan has been discarded. Called before each PUT. A part that a discard has
+            deleted is not written again.
 
     Raises:
-        CheckFailed: something else lies under the part's name.
-        AttemptFailed: the older revision is gone, or was changed meanwhile.
-        Temporary: `_SUCCESS` stands: whoever put it has not waited for this part.
-        Unavailable: the store cannot be reached.
+        CheckFailed: Another object has the part's name.
+        AttemptFailed: The older revision is gone, or was changed meanwhile.
+        Temporary: There is a `_SUCCESS`: the driver that wrote it did not wait for this part.
+        Unavailable: The store cannot be reached.
     """
-    doubt: Exception | None = None
-    for _ in range(_LOOKS):
-        _check_open(store)
+    last_error: Exception | None = None
+    for _ in range(_MAX_PUTS):
+        _raise_if_finished(store)
         raise_if_discarded()
         try:
-            return CommitResult(store.replace_if_match(key.part_key, path, version), footer, ours=True)
+            return CommitResult(store.replace_if_match(key.part_key, path, version), footer, committed_here=True)
         except (PreconditionFailed, Unavailable) as error:
-            doubt = error
+            last_error = error
         try:
-            found, stat = read_footer(store, key.part_key), store.stat(key.part_key)
+            found, info = read_footer(store, key.part_key), store.stat(key.part_key)
         except NotFound as error:
             raise_if_discarded()
             raise AttemptFailed(f"{store.uri}/{key.part_key} is gone; run again to make it anew") from error
         check_owner(store, key, found, footer)
         if found.revision >= footer.revision:
-            return CommitResult(stat, found, ours=found.attempt == footer.attempt)
-        if stat.version != version:
+            return CommitResult(info, found, committed_here=found.attempt == footer.attempt)
+        if info.version != version:
             raise AttemptFailed(f"{store.uri}/{key.part_key} was changed while it was being retried; run again")
-    if isinstance(doubt, Unavailable):
-        raise doubt
+    if isinstance(last_error, Unavailable):
+        raise last_error
     raise AttemptFailed(
-        f"{store.uri}/{key.part_key}: the store refuses each of {_LOOKS} PUTs and shows no other writer; run again"
+        f"{store.uri}/{key.part_key}: the store refuses each of {_MAX_PUTS} PUTs and shows no other writer; run again"
     )
 
 
-def _check_open(store: Store) -> None:
-    """Raises Temporary where `_SUCCESS` stands, and with it the parts that it lists."""
-    try:
-        store.stat(SUCCESS)
-    except NotFound:
-        return
-    raise Temporary(f"{store.uri}: another driver has finished it meanwhile; retry again for what is still failed")
-
-
 def check_owner(store: Store, key: ShardKey, found: PartFooter, expected: PartFooter) -> None:
-    """Raises CheckFailed where the part that was found is not of this plan and shard."""
+    """Check that a part belongs to the expected plan and shard.
+
+    Raises:
+        CheckFailed: It does not.
+    """
     if (found.plan, found.shard) != (expected.plan, expected.shard):
         raise CheckFailed(
             f"{store.uri}/{key.part_key} holds shard {found.shard} of plan {found.plan}, not {expected.shard} of "
@@ -160,15 +169,21 @@ def check_owner(store: Store, key: ShardKey, found: PartFooter, expected: PartFo
         )
 
 
+def list_parts(store: Store) -> dict[str, ObjectInfo]:
+    """List the objects in `predictions/`, by key."""
+    return {info.uri: info for info in store.list("predictions/")}
+
+
 def read_footer(store: Store, key: str) -> PartFooter:
-    """The provenance in a part's footer.
+    """Read the footer of a part: the last 64 KiB of the object, and more only where the footer is longer.
 
     Raises:
-        NotFound: there is no such part.
-        CheckFailed: it is no part of ours.
+        NotFound: There is no such part.
+        CheckFailed: The object was not written by batchjob.
     """
-    tail = store.read_tail(key, _FOOTER_BYTES)
+    tail = store.read_tail(key, _TAIL_BYTES)
     try:
+        # Parquet ends with the length of its metadata (4 bytes, little endian) and the magic number "PAR1".
         if tail[-4:] != b"PAR1":
             raise ValueError("no Parquet file")
         needed = int.from_bytes(tail[-8:-4], "little") + 8
@@ -180,18 +195,58 @@ def read_footer(store: Store, key: str) -> PartFooter:
         raise CheckFailed(f"{store.uri}/{key} was not written by batchjob ({error}); remove it from there") from error
 
 
-def list_parts(store: Store) -> dict[str, ObjectInfo]:
-    """What lies in `predictions/`, by key."""
-    return {stat.uri: stat for stat in store.list("predictions/")}
-
-
 def read_footers(
     store: Store, keys: Iterable[str], heartbeat: Callable[[], object] = lambda: None
 ) -> Iterator[tuple[str, PartFooter]]:
-    """Footers of many parts, read side by side, in the order asked; `meanwhile` is called all along. See `inspect`."""
+    """Read the footers of many parts concurrently, in the order of `keys`.
+
+    Args:
+        store: Store of the output.
+        keys: Keys of the parts.
+        heartbeat: Called all the while.
+
+    Raises:
+        NotFound: There is no such part.
+        CheckFailed: An object was not written by batchjob.
+    """
     return parallel_map(lambda key: (key, read_footer(store, key)), keys, heartbeat)
 
 
 def delete_objects(store: Store, keys: Iterable[str], heartbeat: Callable[[], object] = lambda: None) -> int:
-    """Delete objects side by side, calling `meanwhile` all along; how many there were. Raises Unavailable."""
+    """Delete objects concurrently.
+
+    Args:
+        store: Store of the output.
+        keys: Keys of the objects.
+        heartbeat: Called all the while.
+
+    Returns:
+        How many there were.
+
+    Raises:
+        Unavailable: The store cannot be reached.
+    """
     return sum(1 for _ in parallel_map(store.delete, keys, heartbeat))
+
+
+def _keep_unless_discarded(
+    store: Store, key: ShardKey, result: CommitResult, raise_if_discarded: Callable[[], None]
+) -> CommitResult:
+    """Return the result; if the plan has been discarded, delete the part and raise."""
+    try:
+        raise_if_discarded()
+    except Unavailable:
+        pass  # the next driver deletes a part of a discarded plan
+    except BatchjobError:
+        store.delete(key.part_key)
+        raise
+    return result
+
+
+def _raise_if_finished(store: Store) -> None:
+    """Raise Temporary if there is a `_SUCCESS`: the parts that it lists must not change."""
+    try:
+        store.stat(SUCCESS)
+    except NotFound:
+        return
+    raise Temporary(f"{store.uri}: another driver has finished it meanwhile; retry again for what is still failed")

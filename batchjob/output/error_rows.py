@@ -1,4 +1,4 @@
-"""What is committed: the one PUT that commits or replaces a part, the look after a doubtful answer, `_SUCCESS`."""
+"""Error rows of committed parts: all of an output's, or the positions of one part's."""
 
 from __future__ import annotations
 
@@ -14,32 +14,37 @@ from batchjob.storage.store import Store
 
 __all__ = ["damaged_part_error", "read_error_positions", "read_error_rows"]
 
-_ERROR_COLUMNS = ["position", "uri", "error_stage", "error_type", "error_message"]
+_COLUMNS = ["position", "uri", "error_stage", "error_type", "error_message"]
 
 
 def read_error_rows(store: Store) -> Iterator[dict[str, Any]]:
-    """Error rows as dicts (`position, uri, error_stage, error_type, error_message`), in plan order.
+    """Read all error rows, in plan order. Reads every footer, and these columns of parts with error rows.
 
-    Reads the footers, and of parts with errors these columns alone.
+    Returns:
+        Dicts with `position`, `uri`, `error_stage`, `error_type` and `error_message`.
     """
-    for key, provenance in read_footers(store, sorted(list_parts(store))):
-        if not provenance.failed:
-            continue
-        yield from _error_rows(store, key, _ERROR_COLUMNS).to_pylist()
+    for key, footer in read_footers(store, sorted(list_parts(store))):
+        if footer.failed:
+            yield from _read_columns(store, key, _COLUMNS).to_pylist()
 
 
 def read_error_positions(store: Store, key: str) -> frozenset[int]:
-    """Positions of a part's error rows. Raises NotFound, CheckFailed."""
-    return frozenset(_error_rows(store, key, ["position"]).column("position").to_pylist())
+    """Read the positions of a part's error rows.
+
+    Raises:
+        NotFound: There is no such part.
+        CheckFailed: The part is damaged.
+    """
+    return frozenset(_read_columns(store, key, ["position"]).column("position").to_pylist())
 
 
 def damaged_part_error(store: Store, key: str, error: Exception) -> CheckFailed:
-    """What is said of a part whose footer is ours and whose rows cannot be read."""
+    """Return the exception for a part whose footer is batchjob's and whose rows cannot be read."""
     reason = " ".join(str(error).split())[:200]
     return CheckFailed(f"{store.uri}/{key} is damaged ({reason}); remove it and run with --repair")
 
 
-def _error_rows(store: Store, key: str, columns: list[str]) -> pa.Table:
+def _read_columns(store: Store, key: str, columns: list[str]) -> pa.Table:
     try:
         with store.open(key) as file:
             return pq.read_table(file, columns=columns, filters=[("error_stage", "!=", "")])

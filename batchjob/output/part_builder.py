@@ -270,7 +270,9 @@ class PartBuilder:
                 done, examples = retry.replace_part(self._store, key, path, made, self._wanted)
             else:
                 done = commit.commit_part(self._store, key, path, made, self._wanted)
-            return ShardResult(key, done.footer, examples if done.ours else {}, done.ours, done.info.etag)
+            return ShardResult(
+                key, done.footer, examples if done.committed_here else {}, done.committed_here, done.info.etag
+            )
         except Exception as error:  # noqa: BLE001 - ends this attempt
             return self._fault(error)
         finally:

@@ -1,10 +1,11 @@
-"""Rows to one Parquet part that every common reader opens as it is."""
+"""Rows of a shard as Arrow record batches, and the Parquet part that they are written to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -12,19 +13,16 @@ import pyarrow.parquet as pq
 
 from batchjob.errors import BatchjobError, InvalidJob
 from batchjob.output.provenance import PartFooter
-from batchjob.output.schema import _children, _is_untyped
+from batchjob.output.schema import child_fields, contains_null_type
 from batchjob.types import ErrorRecord, ImageInfo, Shard
 
-if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
-
-__all__ = ["PartWriter", "build_rows"]
+__all__ = ["MAX_MESSAGE_LENGTH", "ROW_GROUP_BYTES", "ROW_GROUP_ROWS", "PartWriter", "build_rows"]
 
 ROW_GROUP_ROWS = 65_536
 ROW_GROUP_BYTES = 64 * 1024 * 1024
-MESSAGE_LENGTH = 1000
-_DISTINCT = {"id", "uri", "etag", "position"}  # a dictionary of values that never repeat is a second copy
+MAX_MESSAGE_LENGTH = 1000
+# A dictionary of values that never repeat is a second copy of the column.
+_DISTINCT = {"id", "uri", "etag", "position"}
 
 
 def build_rows(
@@ -38,106 +36,81 @@ def build_rows(
     run_id: str,
     model_id: str,
 ) -> pa.RecordBatch:
-    """A batch of rows, good and bad, in plan order.
+    """Build the rows of one batch in plan order, error rows included.
+
+    An example with three images, of which the second could not be decoded and the third not be predicted:
+
+        image_infos     a        b (error)   c
+        columns         [x_a,                x_c]       two entries: b was not predicted
+        error_records   [None,               error_c]
+        task column     x_a      null        null
+        error_stage     null     decode      predict
 
     Args:
-        schema: from `row_schema`.
-        shard: whose rows these are.
-        start: offset of the first within the shard.
-        facts: what the loader learned, one per row.
-        columns: the task's, one entry per row whose facts hold no fault; none at all where there is no such row.
-        faults: likewise one per such row: what the prediction met. Task columns are null there.
-        run_id: of this run.
-        model_id: of this model.
+        schema: Schema from `build_row_schema`.
+        shard: Shard that the rows belong to.
+        start: Offset of the first row within the shard.
+        image_infos: Result of loading each image, one per row.
+        columns: Columns of the task, with one entry per image that was loaded; empty if none was.
+        error_records: Errors of the prediction, one entry per image that was loaded. Task columns are null there.
+        run_id: Id of the plan.
+        model_id: Name and digest of the model.
+
+    Raises:
+        BatchjobError: Lengths do not fit together; a bug.
     """
     refs = shard.refs[start : start + len(image_infos)]
     if len(refs) != len(image_infos):
         raise BatchjobError(f"{len(image_infos)} rows from {start} on do not lie in a shard of {len(shard.refs)}")
-    final, picked = _settled(image_infos, error_records)
+    row_errors, entries = _match_predictions(image_infos, error_records)
     values: dict[str, Any] = {
         "position": [ref.position for ref in refs],
         "uri": [ref.uri for ref in refs],
-        "etag": [fact.etag for fact in image_infos],
-        "width": [fact.width for fact in image_infos],
-        "height": [fact.height for fact in image_infos],
+        "etag": [info.etag for info in image_infos],
+        "width": [info.width for info in image_infos],
+        "height": [info.height for info in image_infos],
         "run_id": [run_id] * len(refs),
         "model_id": [model_id] * len(refs),
-        "error_stage": [fault and fault.stage for fault in final],
-        "error_type": [fault and fault.type for fault in final],
-        "error_message": [fault and _one_line(fault.message) for fault in final],
+        "error_stage": [error and error.stage for error in row_errors],
+        "error_type": [error and error.type for error in row_errors],
+        "error_message": [error and _shorten_message(error.message) for error in row_errors],
     }
     passthrough = shard.passthrough.slice(start, len(refs))
     values |= {name: passthrough.column(name) for name in passthrough.column_names}
-    taken = {field.name: index for index, field in enumerate(f for f in schema if f.name not in values)}
-    if columns and len(columns) != len(taken):
-        raise BatchjobError(f"the task gave {len(columns)} columns, its schema has {len(taken)}: {', '.join(taken)}")
-    for name, index in taken.items():
-        values[name] = _spread(columns[index], picked) if columns else None
-    return pa.record_batch([_array(values[field.name], field, len(refs)) for field in schema], schema=schema)
-
-
-def _settled(
-    facts: Sequence[ImageInfo], faults: Sequence[ErrorRecord | None]
-) -> tuple[list[ErrorRecord | None], list[int | None]]:
-    """Per row, its fault if any, and else the entry of the task's columns that belongs to it."""
-    loaded = sum(fact.error is None for fact in facts)
-    if loaded != len(faults):
-        raise BatchjobError(f"{len(faults)} predictions came for {loaded} images")
-    entries = enumerate(faults)
-    final: list[ErrorRecord | None] = []
-    picked: list[int | None] = []
-    for fact in facts:
-        entry, fault = (None, fact.error) if fact.error is not None else next(entries)
-        picked.append(entry if fault is None else None)
-        final.append(fault)
-    return final, picked
-
-
-def _spread(column: pa.Array, picked: list[int | None]) -> pa.Array:
-    if len(column) == len(picked) and None not in picked:
-        return column
-    return column.take(pa.array(picked, pa.int64()))
-
-
-def _array(values: Any, field: pa.Field, length: int) -> pa.Array:
-    if values is None:
-        return pa.nulls(length, field.type)
-    if isinstance(values, pa.ChunkedArray):
-        values = values.combine_chunks() if values.num_chunks != 1 else values.chunk(0)
-    if isinstance(values, pa.Array):
-        return values if values.type == field.type else values.cast(field.type)
-    return pa.array(values, field.type)
-
-
-def _one_line(message: str) -> str:
-    line = " ".join(message.encode("utf-8", "replace").decode("utf-8").split())
-    return line if len(line) <= MESSAGE_LENGTH else line[: MESSAGE_LENGTH - 1] + "…"
+    task_names = [field.name for field in schema if field.name not in values]
+    if columns and len(columns) != len(task_names):
+        raise BatchjobError(
+            f"the task gave {len(columns)} columns, its schema has {len(task_names)}: {', '.join(task_names)}"
+        )
+    for index, name in enumerate(task_names):
+        values[name] = _take_entries(columns[index], entries) if columns else None
+    return pa.record_batch([_to_array(values[field.name], field, len(refs)) for field in schema], schema=schema)
 
 
 class PartWriter:
-    """Writes one part; counts its rows and errors as they go by.
+    """Writer of one part; counts rows and errors as they pass.
 
-    Leaving it as a context without `close` gives the file up; what lies there then is not a part.
+    As a context manager it aborts unless it was closed; the file is then not a part.
 
     Args:
-        path: a local file that is made here.
-        schema: of every batch, exactly.
-        row_group_rows: rows in a row group at most; wide rows make smaller ones.
+        path: Local file to write.
+        schema: Schema that every batch must have.
+        row_group_rows: Most rows in a row group; wide rows make smaller ones (`ROW_GROUP_BYTES`).
 
     Attributes:
-        rows: written so far.
-        errors: `stage/type` → rows.
-        examples: `stage/type` → `uri: message` of the first such row.
+        rows: Rows written so far.
+        errors: Error rows by `stage/type`.
+        examples: `uri: message` of the first row of each `stage/type`.
     """
 
     def __init__(self, path: Path, schema: pa.Schema, row_group_rows: int = ROW_GROUP_ROWS) -> None:
-        untyped = [field.name for field in schema if _is_untyped(field.type)]
+        untyped = [field.name for field in schema if contains_null_type(field.type)]
         if untyped:
             raise InvalidJob(f"columns without a type cannot be written: {', '.join(untyped)}")
         self.path, self._schema = path, schema
-        self._group_rows = row_group_rows
-        self._waiting: list[pa.RecordBatch] = []
-        self._waiting_rows = self._waiting_bytes = 0
+        self._row_group_rows = row_group_rows
+        self._pending: list[pa.RecordBatch] = []
+        self._pending_rows = self._pending_bytes = 0
         self._last_position: int | None = None
         self.rows = 0
         self.errors: dict[str, int] = {}
@@ -146,31 +119,39 @@ class PartWriter:
             path,
             schema,
             compression="zstd",
-            use_dictionary=_leaves(schema, _repeats),
-            write_statistics=_leaves(schema, _is_searched),
+            use_dictionary=_select_leaf_paths(schema, _has_repeated_values),
+            write_statistics=_select_leaf_paths(schema, _has_useful_statistics),
         )
 
     @property
     def failed(self) -> int:
-        """Rows that hold an error."""
+        """Error rows written so far."""
         return sum(self.errors.values())
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Append rows. Raises BatchjobError where the schema differs or positions do not grow: a bug, not the data."""
+        """Append rows.
+
+        Raises:
+            BatchjobError: The schema differs, or positions do not increase; a bug, never the data's fault.
+        """
         if not batch.schema.equals(self._schema):
             raise BatchjobError(f"a batch has another schema than its part:\n{batch.schema}\nnot\n{self._schema}")
         if not batch.num_rows:
             return
         self._check_order(batch.column("position").to_pylist())
         self._count(batch)
-        self._waiting.append(batch)
-        self._waiting_rows += batch.num_rows
-        self._waiting_bytes += batch.nbytes
-        if self._waiting_rows >= self._group_rows or self._waiting_bytes >= ROW_GROUP_BYTES:
+        self._pending.append(batch)
+        self._pending_rows += batch.num_rows
+        self._pending_bytes += batch.nbytes
+        if self._pending_rows >= self._row_group_rows or self._pending_bytes >= ROW_GROUP_BYTES:
             self._flush()
 
     def close(self, footer: PartFooter) -> None:
-        """Write the footer and look at it. Raises BatchjobError where its counts are not the rows' own."""
+        """Write the footer, and read it back.
+
+        Raises:
+            BatchjobError: The counts in the footer are not those of the rows, or the file is incomplete.
+        """
         if (footer.rows, footer.failed, dict(footer.errors)) != (self.rows, self.failed, self.errors):
             raise BatchjobError(
                 f"the part holds {self.rows} rows and {self.failed} errors, its provenance says {footer.rows} "
@@ -184,8 +165,8 @@ class PartWriter:
             raise BatchjobError(f"the part at {self.path} does not hold what was written to it: is the disk full?")
 
     def abandon(self) -> None:
-        """Give the file up; what lies there then is not a part."""
-        self._waiting.clear()
+        """Stop writing. The file is then not a part."""
+        self._pending.clear()
         self._writer.close()
 
     def __enter__(self) -> Self:
@@ -211,42 +192,87 @@ class PartWriter:
         stages = batch.column("error_stage")
         if stages.null_count == batch.num_rows:
             return
-        bad = batch.filter(pc.is_valid(stages)).select(["error_stage", "error_type", "error_message", "uri"])
-        for stage, kind, message, uri in zip(*(column.to_pylist() for column in bad.columns), strict=True):
+        errors = batch.filter(pc.is_valid(stages)).select(["error_stage", "error_type", "error_message", "uri"])
+        for stage, kind, message, uri in zip(*(column.to_pylist() for column in errors.columns), strict=True):
             name = f"{stage}/{kind}"
             self.errors[name] = self.errors.get(name, 0) + 1
             self.examples.setdefault(name, f"{uri}: {message}")
 
     def _flush(self) -> None:
-        if self._waiting:
-            table = pa.Table.from_batches(self._waiting, self._schema)
+        if self._pending:
+            table = pa.Table.from_batches(self._pending, self._schema)
             self._writer.write_table(table, row_group_size=max(table.num_rows, 1))
-        self._waiting, self._waiting_rows, self._waiting_bytes = [], 0, 0
+        self._pending, self._pending_rows, self._pending_bytes = [], 0, 0
 
 
-def _leaves(schema: pa.Schema, wanted: Any) -> list[str]:
-    """Parquet paths of the leaf columns that `wanted(path, type)` picks."""
+def _match_predictions(
+    image_infos: Sequence[ImageInfo], error_records: Sequence[ErrorRecord | None]
+) -> tuple[list[ErrorRecord | None], list[int | None]]:
+    """Return for each row its error if it has one, and its entry in the task's columns otherwise; see `build_rows`."""
+    loaded = sum(info.error is None for info in image_infos)
+    if loaded != len(error_records):
+        raise BatchjobError(f"{len(error_records)} predictions came for {loaded} images")
+    predictions = enumerate(error_records)
+    row_errors: list[ErrorRecord | None] = []
+    entries: list[int | None] = []
+    for info in image_infos:
+        entry, error = (None, info.error) if info.error is not None else next(predictions)
+        entries.append(entry if error is None else None)
+        row_errors.append(error)
+    return row_errors, entries
 
-    def walk(path: str, kind: pa.DataType) -> list[str]:
-        if pa.types.is_map(kind):
-            inner = [("key_value.key", kind.key_type), ("key_value.value", kind.item_type)]
-        elif pa.types.is_struct(kind):
-            inner = [(field.name, field.type) for field in _children(kind)]
-        elif _children(kind):
-            inner = [("list.element", kind.value_type)]
+
+def _take_entries(column: pa.Array, entries: list[int | None]) -> pa.Array:
+    if len(column) == len(entries) and None not in entries:
+        return column
+    return column.take(pa.array(entries, pa.int64()))
+
+
+def _to_array(values: Any, field: pa.Field, length: int) -> pa.Array:
+    if values is None:
+        return pa.nulls(length, field.type)
+    if isinstance(values, pa.ChunkedArray):
+        values = values.combine_chunks() if values.num_chunks != 1 else values.chunk(0)
+    if isinstance(values, pa.Array):
+        return values if values.type == field.type else values.cast(field.type)
+    return pa.array(values, field.type)
+
+
+def _shorten_message(message: str) -> str:
+    """Put a message on one line of valid UTF-8, cut to `MAX_MESSAGE_LENGTH` characters."""
+    line = " ".join(message.encode("utf-8", "replace").decode("utf-8").split())
+    return line if len(line) <= MAX_MESSAGE_LENGTH else line[: MAX_MESSAGE_LENGTH - 1] + "…"
+
+
+def _select_leaf_paths(schema: pa.Schema, predicate: Callable[[str, pa.DataType], bool]) -> list[str]:
+    """Return the Parquet paths of the leaf columns for which `predicate(path, type)` is True.
+
+    An example: `boxes: list<struct<label: string, box: list<float>>>` has the leaves `boxes.list.element.label` and
+    `boxes.list.element.box.list.element`.
+    """
+
+    def walk(path: str, data_type: pa.DataType) -> list[str]:
+        if pa.types.is_map(data_type):
+            children = [("key_value.key", data_type.key_type), ("key_value.value", data_type.item_type)]
+        elif pa.types.is_struct(data_type):
+            children = [(field.name, field.type) for field in child_fields(data_type)]
+        elif child_fields(data_type):
+            children = [("list.element", data_type.value_type)]
         else:
-            return [path] if wanted(path, kind) else []
-        return [leaf for name, child in inner for leaf in walk(f"{path}.{name}", child)]
+            return [path] if predicate(path, data_type) else []
+        return [leaf for name, child in children for leaf in walk(f"{path}.{name}", child)]
 
     return [leaf for field in schema for leaf in walk(field.name, field.type)]
 
 
-def _repeats(path: str, kind: pa.DataType) -> bool:
-    if path in _DISTINCT or pa.types.is_floating(kind):
+def _has_repeated_values(path: str, data_type: pa.DataType) -> bool:
+    """Return True for columns that a dictionary makes smaller: texts and small integers."""
+    if path in _DISTINCT or pa.types.is_floating(data_type):
         return False
-    texts = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    return bool(texts or (pa.types.is_integer(kind) and kind.bit_width <= 32))
+    is_text = pa.types.is_string(data_type) or pa.types.is_large_string(data_type) or pa.types.is_string_view(data_type)
+    return bool(is_text or (pa.types.is_integer(data_type) and data_type.bit_width <= 32))
 
 
-def _is_searched(path: str, kind: pa.DataType) -> bool:
-    return ".list.element" not in path or not pa.types.is_floating(kind)
+def _has_useful_statistics(path: str, data_type: pa.DataType) -> bool:
+    """Return False for floats in lists: nobody filters an embedding by the range of its values."""
+    return ".list.element" not in path or not pa.types.is_floating(data_type)

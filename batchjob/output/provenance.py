@@ -1,4 +1,4 @@
-"""The nouns: frozen data that the rooms hand to each other. No behaviour beyond reading and writing themselves."""
+"""Provenance of a part: its footer, and the summary of its shard that goes to the driver."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ __all__ = ["PartFooter", "ShardResult"]
 
 @dataclass(frozen=True, slots=True)
 class PartFooter:
-    """What a part's footer says of its making, under one key, as JSON. No hosts, no secrets.
+    """Provenance in a part's Parquet footer: JSON under the key `batchjob`. Holds no host names and no secrets.
 
     Attributes:
-        plan: id of the plan, `shard` and `index` which of its shards.
-        attempt: random id of the attempt that made it.
-        revision: 0, one more with each `retry`.
-        fingerprint: sha256 of the job's fingerprint.
-        model: digest of weights and model code.
-        rows: in the part; `failed` of them carry an error.
-        errors: `stage/type` → count.
-        seconds: stage → seconds; `wall` is start to commit.
-        versions: package → version.
-        truth: sums by name, from which the task tells how right it was; they add up over parts.
-        recipe: in words, by which the model ran.
+        plan: Id of the plan.
+        shard: Id of the shard.
+        index: Index of the shard in the plan, from 0.
+        attempt: Random id of the attempt that wrote the part.
+        revision: Revision of the part: 0, plus 1 with each `retry`.
+        fingerprint: SHA-256 of the job's fingerprint.
+        model: Digest of weights and model code.
+        rows: Rows in the part.
+        failed: Error rows among them.
+        errors: Error rows by `stage/type`.
+        seconds: Seconds by stage; `wall` is the time from the first batch to the commit.
+        versions: Versions by package.
+        truth: Sums by name, from which the task computes its metrics; they add up over parts.
+        recipe: Execution config of the model, as text; empty in parts of early versions.
     """
 
     plan: str
@@ -50,53 +53,55 @@ class PartFooter:
     KEY = "batchjob"
 
     def to_json(self) -> str:
+        """Write the footer as JSON."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> PartFooter:
-        """What a later version has added is passed over.
+        """Read a footer from JSON; fields that a later version added are ignored.
 
         Raises:
-            ValueError, TypeError: the text is no provenance record.
+            ValueError: The text is not JSON.
+            TypeError: A field is missing, or the text is not a JSON object.
         """
-        found: dict[str, Any] = dict(json.loads(text))
+        values: dict[str, Any] = dict(json.loads(text))
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in found.items() if name in known})
+        return cls(**{name: value for name, value in values.items() if name in known})
 
     def compact(self) -> PartFooter:
-        """The same, holding but once what the parts of a run say alike: a driver keeps one of these a part."""
+        """Return an equal footer that shares equal values with others: a driver keeps one in memory per part."""
         return replace(
             self,
             plan=intern(self.plan),
             fingerprint=intern(self.fingerprint),
             model=intern(self.model),
             recipe=intern(self.recipe),
-            errors=_compact(self.errors),
-            seconds=_compact(self.seconds),
-            versions=_shared(tuple(self.versions.items())),
-            truth=_compact(self.truth),
+            errors=_intern_keys(self.errors),
+            seconds=_intern_keys(self.seconds),
+            versions=_share_versions(tuple(self.versions.items())),
+            truth=_intern_keys(self.truth),
         )
 
 
-def _compact(figures: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {intern(name): figure for name, figure in figures.items()}
+def _intern_keys(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {intern(name): value for name, value in values.items()}
 
 
 @lru_cache(maxsize=64)
-def _shared(versions: tuple[tuple[str, str], ...]) -> Mapping[str, str]:
+def _share_versions(versions: tuple[tuple[str, str], ...]) -> Mapping[str, str]:
     return dict(versions)
 
 
 @dataclass(frozen=True, slots=True)
 class ShardResult:
-    """Summary of a committed shard: small, for it crosses the cluster.
+    """Summary of a committed shard; small, because it travels from a worker to the driver.
 
     Attributes:
-        key: which shard.
-        made: what the committed part's footer says.
-        examples: `stage/type` → one `uri: message`.
-        ours: False when a rival had committed it first.
-        etag: the part's tag.
+        key: Key of the shard.
+        footer: Footer of the committed part.
+        error_examples: One `uri: message` for each `stage/type`.
+        committed_here: False if another attempt had committed the part first.
+        etag: ETag of the part; None where the store has none.
     """
 
     key: ShardKey

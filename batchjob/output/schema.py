@@ -1,4 +1,4 @@
-"""Rows to one Parquet part that every common reader opens as it is."""
+"""Columns of all parts: their Arrow schema, and the checks on their names."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pyarrow as pa
 
 from batchjob.errors import InvalidJob
 
-__all__ = ["build_row_schema"]
+__all__ = ["build_row_schema", "child_fields", "contains_null_type"]
 
-_FACTS = (pa.field("etag", pa.string()), pa.field("width", pa.int32()), pa.field("height", pa.int32()))
+_POSITION = pa.field("position", pa.int64(), nullable=False)
+_URI = pa.field("uri", pa.string(), nullable=False)
+_IMAGE = (pa.field("etag", pa.string()), pa.field("width", pa.int32()), pa.field("height", pa.int32()))
 _RUN = (pa.field("run_id", pa.string(), nullable=False), pa.field("model_id", pa.string(), nullable=False))
 _ERROR = tuple(pa.field(f"error_{name}", pa.string()) for name in ("stage", "type", "message"))
 _HIVE_SEGMENT = re.compile(r"([^/=]+)=[^/]*")
@@ -21,52 +23,55 @@ _HIVE_SEGMENT = re.compile(r"([^/=]+)=[^/]*")
 def build_row_schema(
     passthrough_fields: Sequence[pa.Field], task_fields: Sequence[pa.Field], has_id: bool = False, output_uri: str = ""
 ) -> pa.Schema:
-    """The schema of all parts, columns in their order.
+    """Build the schema of all parts, columns in their order.
 
     Args:
-        passthrough: the source's fields; with `has_id` the first is the id.
-        task: the task's fields.
-        has_id: whether the source has an id column.
-        output: the output URI, whose `name=value` folders readers turn into columns.
+        passthrough_fields: Columns of the source; with `has_id` the first one is the id.
+        task_fields: Columns of the task.
+        has_id: True if the source has an id column.
+        output_uri: URI of the output. Readers turn each of its `name=value` folders into a column.
+
+    Returns:
+        position, id, uri, passthrough, etag, width, height, task columns, run_id, model_id, error columns.
 
     Raises:
-        InvalidJob: two columns have one name, a reader would mix a column with a folder, or a column has no type.
+        InvalidJob: Two columns have one name, a column has the name of a folder, or a column has no type.
     """
-    first, rest = (
-        (list(passthrough_fields[:1]), list(passthrough_fields[1:])) if has_id else ([], list(passthrough_fields))
-    )
-    position = pa.field("position", pa.int64(), nullable=False)
-    uri = pa.field("uri", pa.string(), nullable=False)
-    fields = [position, *first, uri, *rest, *_FACTS, *task_fields, *_RUN, *_ERROR]
-    _check_names([*first, *rest], fields, output_uri)
+    id_fields = list(passthrough_fields[:1]) if has_id else []
+    other_fields = list(passthrough_fields[len(id_fields) :])
+    fields = [_POSITION, *id_fields, _URI, *other_fields, *_IMAGE, *task_fields, *_RUN, *_ERROR]
+    _check_names(passthrough_fields, fields, output_uri)
     for field in fields:
-        if _is_untyped(field.type):
+        if contains_null_type(field.type):
             raise InvalidJob(f"input.passthrough: column {field.name!r} holds only nulls, so it has no type: drop it")
     return pa.schema(fields)
 
 
-def _check_names(passthrough: Sequence[pa.Field], fields: Sequence[pa.Field], output: str) -> None:
-    # DuckDB compares names without case, and gives a folder's value in place of a column's without a word.
-    folders = {name.casefold(): name for name in _HIVE_SEGMENT.findall(output.rpartition("://")[2])}
-    theirs = {field.name for field in passthrough}
-    count = Counter(field.name.casefold() for field in fields)
+def contains_null_type(data_type: pa.DataType) -> bool:
+    """Return True if a type, or a type nested in it, is Arrow's null type, which some readers cannot open."""
+    return pa.types.is_null(data_type) or any(contains_null_type(child.type) for child in child_fields(data_type))
+
+
+def child_fields(data_type: pa.DataType) -> list[pa.Field]:
+    """Return the fields nested in a type: of a struct, a list, or a map (key, value); none in a flat type."""
+    if pa.types.is_map(data_type):
+        return [data_type.key_field, data_type.item_field]
+    return [data_type.field(index) for index in range(data_type.num_fields)]
+
+
+def _check_names(passthrough_fields: Sequence[pa.Field], fields: Sequence[pa.Field], output_uri: str) -> None:
+    # DuckDB ignores case in names, and silently returns the value of a folder in place of the column's.
+    folders = {name.casefold(): name for name in _HIVE_SEGMENT.findall(output_uri.rpartition("://")[2])}
+    passthrough_names = {field.name for field in passthrough_fields}
+    name_counts = Counter(field.name.casefold() for field in fields)
     for field in fields:
         name = field.name
         folder = folders.get(name.casefold())
         advice = "leave it out of passthrough, or give it another name in the manifest"
-        if name in theirs and count[name.casefold()] > 1:
+        if name in passthrough_names and name_counts[name.casefold()] > 1:
             raise InvalidJob(f"input.passthrough: there would be two columns {name!r} in the output; {advice}")
         if folder is not None:
-            what = f"input.passthrough: column {name!r}" if name in theirs else f"output.uri: our column {name!r}"
-            advice = advice if name in theirs else "name the folder otherwise"
-            raise InvalidJob(f"{what} clashes with the folder {folder}=… of {output}; {advice}")
-
-
-def _is_untyped(kind: pa.DataType) -> bool:
-    return pa.types.is_null(kind) or any(_is_untyped(child.type) for child in _children(kind))
-
-
-def _children(kind: pa.DataType) -> list[pa.Field]:
-    if pa.types.is_map(kind):
-        return [kind.key_field, kind.item_field]
-    return [kind.field(index) for index in range(kind.num_fields)]
+            ours = name not in passthrough_names
+            column = f"output.uri: our column {name!r}" if ours else f"input.passthrough: column {name!r}"
+            advice = "name the folder otherwise" if ours else advice
+            raise InvalidJob(f"{column} clashes with the folder {folder}=… of {output_uri}; {advice}")

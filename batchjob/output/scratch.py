@@ -1,4 +1,4 @@
-"""The local folder for parts in the making; what killed processes left of theirs is swept."""
+"""Scratch folder on the local disk for parts in progress; folders of killed processes are deleted."""
 
 from __future__ import annotations
 
@@ -16,45 +16,51 @@ from batchjob.errors import AttemptFailed, InvalidJob, Temporary
 __all__ = ["ScratchFolder", "as_disk_full_error"]
 
 _PREFIX = "batchjob-"
-_MARK = "held"
-_YOUNG_SECONDS = 60.0  # between making a folder and locking its mark lies a moment in which it looks abandoned
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_LOCK_FILE = "held"
+# Between the creation of a folder and the lock in it, the folder looks abandoned for a moment.
+_MIN_AGE_SECONDS = 60.0
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class ScratchFolder:
-    """A folder in the system's temporary one, held for as long as this process lives or until it is closed.
+    """A folder in the system's temporary folder, locked until it is closed or this process ends.
 
-    The hold is a lock on a file in it, which the kernel lets go with the process: it says more than a process id, which
-    another container that shares the disk knows under another number, and which comes again.
+    The lock is on a file in the folder, and the kernel releases it with the process. A process id would say less:
+    another container that shares the disk sees other ids, and ids are used again.
 
     Attributes:
-        path: of the folder.
+        path: Path of the folder.
 
     Raises:
-        InvalidJob: no folder can be made there; Temporary where the disk is full.
+        InvalidJob: No folder can be created there.
+        Temporary: The disk is full.
     """
 
     def __init__(self) -> None:
-        _sweep(Path(tempfile.gettempdir()))
+        _delete_abandoned_folders(Path(tempfile.gettempdir()))
         try:
             self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
-            self._mark: int | None = os.open(self.path / _MARK, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+            self._lock: int | None = os.open(self.path / _LOCK_FILE, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         except OSError as error:
-            raise _refused(error) from error
-        with suppress(OSError):  # a disk that knows no locks: nothing on it is ever swept
-            fcntl.flock(self._mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            raise _creation_error(error) from error
+        with suppress(OSError):  # a file system without locks: nothing on it is ever deleted
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self) -> None:
-        """Remove the folder and all in it. Again is fine."""
+        """Delete the folder with all files in it. May be called again."""
         shutil.rmtree(self.path, ignore_errors=True)
-        mark, self._mark = self._mark, None
-        if mark is not None:
-            os.close(mark)
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)
 
 
 def as_disk_full_error(error: Exception, folder: Path) -> AttemptFailed | None:
-    """What a part in the making failed of where that is for want of room in this folder, else None."""
-    if not isinstance(error, OSError) or error.errno not in _FULL:
+    """Convert an error of writing to a folder whose disk is full.
+
+    Returns:
+        The exception that fails the attempt; None for any other error.
+    """
+    if not isinstance(error, OSError) or error.errno not in _DISK_FULL:
         return None
     return AttemptFailed(
         f"{folder}: the disk is full ({os.strerror(error.errno)}), so no part can be made there; make room, set TMPDIR "
@@ -62,23 +68,24 @@ def as_disk_full_error(error: Exception, folder: Path) -> AttemptFailed | None:
     )
 
 
-def _sweep(folder: Path) -> None:
-    """Remove the folders of this user's processes that are gone."""
-    for path in folder.glob(f"{_PREFIX}*"):
+def _delete_abandoned_folders(parent: Path) -> None:
+    """Delete scratch folders of this user whose processes have ended."""
+    for folder in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):
-            if path.lstat().st_uid == os.getuid() and time.time() - (path / _MARK).lstat().st_mtime > _YOUNG_SECONDS:
-                _remove_abandoned(path)
+            age = time.time() - (folder / _LOCK_FILE).lstat().st_mtime
+            if folder.lstat().st_uid == os.getuid() and age > _MIN_AGE_SECONDS:
+                _delete_unless_locked(folder)
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Raises BlockingIOError where its process still lives."""
-    with (path / _MARK).open("r+b") as mark:
-        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(path)
+def _delete_unless_locked(folder: Path) -> None:
+    """Delete a folder. Raises BlockingIOError if a process still holds its lock."""
+    with (folder / _LOCK_FILE).open("r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
 
 
-def _refused(error: OSError) -> InvalidJob | Temporary:
-    where = tempfile.gettempdir()
-    if error.errno in _FULL:
-        return Temporary(f"{where}: the disk is full ({error.strerror}); make room or set TMPDIR, then run again")
-    return InvalidJob(f"{where}: cannot be written ({error.strerror}); set TMPDIR to a folder for parts in the making")
+def _creation_error(error: OSError) -> InvalidJob | Temporary:
+    parent = tempfile.gettempdir()
+    if error.errno in _DISK_FULL:
+        return Temporary(f"{parent}: the disk is full ({error.strerror}); make room or set TMPDIR, then run again")
+    return InvalidJob(f"{parent}: cannot be written ({error.strerror}); set TMPDIR to a folder for parts in the making")

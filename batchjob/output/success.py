@@ -1,4 +1,4 @@
-"""What is committed: the one PUT that commits or replaces a part, the look after a doubtful answer, `_SUCCESS`."""
+"""`_SUCCESS` and `report.json`: read, written and deleted under conditions, and checked against the parts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from batchjob.errors import (
     Temporary,
     Unavailable,
 )
-from batchjob.output.commit import _LOOKS, SUCCESS
 from batchjob.output.provenance import PartFooter
 from batchjob.storage.objects import ObjectInfo
 from batchjob.storage.store import Store
 
 __all__ = [
+    "SUCCESS",
     "Part",
     "Totals",
     "delete_orphaned_success",
@@ -35,12 +35,22 @@ __all__ = [
     "write_success",
 ]
 
+SUCCESS = "_SUCCESS"
 _REPORT = "_batchjob/report.json"
+_MAX_TRIES = 4
 
 
 @dataclass(frozen=True)
 class Part:
-    """A committed part, as `_SUCCESS` lists it."""
+    """A committed part, as `_SUCCESS` lists it.
+
+    Attributes:
+        name: Key of the part, relative to the output.
+        rows: Rows in it.
+        failed: Error rows among them.
+        etag: ETag of the object; None where the store has none.
+        size: Size of the object in bytes.
+    """
 
     name: str
     rows: int
@@ -51,7 +61,17 @@ class Part:
 
 @dataclass
 class Totals:
-    """Running sums over committed parts."""
+    """Running sums over committed parts.
+
+    Attributes:
+        rows: Rows.
+        failed: Error rows.
+        errors: Error rows by `stage/type`.
+        examples: One `uri: message` for each `stage/type`.
+        seconds: Seconds by stage.
+        truth: Sums for the task's metrics.
+        execution_configs: Rows by execution config.
+    """
 
     rows: int = 0
     failed: int = 0
@@ -62,51 +82,61 @@ class Totals:
     execution_configs: Counter[str] = field(default_factory=Counter)
 
     def add(self, footer: PartFooter) -> None:
-        """Count one part."""
+        """Add one part."""
         self.rows += footer.rows
         self.failed += footer.failed
         self.errors.update(footer.errors)
         self.execution_configs[footer.recipe or "not recorded"] += footer.rows
-        for sums, more in ((self.seconds, footer.seconds), (self.truth, footer.truth)):
-            for name, amount in more.items():
+        for sums, amounts in ((self.seconds, footer.seconds), (self.truth, footer.truth)):
+            for name, amount in amounts.items():
                 sums[name] = sums.get(name, 0) + amount
 
 
 def read_success(store: Store) -> tuple[dict[str, Any], ObjectInfo] | None:
-    """`_SUCCESS` and its stat, None when it is not there."""
+    """Read `_SUCCESS`.
+
+    Returns:
+        Its JSON object and its version; None if there is no `_SUCCESS`.
+
+    Raises:
+        CheckFailed: The object was not written by batchjob.
+    """
     try:
-        blob = store.read(SUCCESS)
+        stored = store.read(SUCCESS)
     except NotFound:
         return None
     try:
-        facts = json.loads(blob.data)
-        if not isinstance(facts, dict) or not isinstance(facts.get("counts", {}), dict):
+        success = json.loads(stored.data)
+        if not isinstance(success, dict) or not isinstance(success.get("counts", {}), dict):
             raise ValueError("no JSON object with counts")
-        for part in facts.get("parts", []):
+        for part in success.get("parts", []):
             part["name"], part["etag"]
     except (ValueError, LookupError, TypeError) as error:
         raise CheckFailed(f"{store.uri}/{SUCCESS} is not batchjob's: {error}; remove it and run again") from error
-    return facts, ObjectInfo(SUCCESS, len(blob.data), blob.etag, blob.version)
+    return success, ObjectInfo(SUCCESS, len(stored.data), stored.etag, stored.version)
 
 
 def delete_success(store: Store, version: str) -> None:
-    """Delete `_SUCCESS` as it was read: from now on readers wait.
+    """Delete `_SUCCESS` in the version that was read; from now on readers wait.
 
     Raises:
-        Temporary: another driver has put another one meanwhile.
+        Temporary: Another driver has written a new one meanwhile.
     """
     try:
         store.delete_if_match(SUCCESS, version)
     except PreconditionFailed as error:
-        if read_success(store) is not None:  # else it was ours that deleted it, and the answer was lost
+        # If it is gone, our own request deleted it and the answer was lost.
+        if read_success(store) is not None:
             raise Temporary(f"{store.uri}: another driver has finished it meanwhile; retry again") from error
 
 
 def delete_orphaned_success(store: Store, is_orphaned: Callable[[], bool]) -> None:
-    """Delete `_SUCCESS` where it belongs to no plan in force.
+    """Delete `_SUCCESS` if it belongs to no current plan.
 
     Args:
-        orphaned: whether that is so; asked after the look at it, so that one which is put later stays.
+        store: Store of the output.
+        is_orphaned: Returns True if there is no current plan. Called after the version of `_SUCCESS` was read, so that
+            one which is written later stays.
     """
     try:
         version = store.stat(SUCCESS).version or ""
@@ -123,52 +153,62 @@ def write_success(
     committed_parts: Iterable[Part],
     raise_if_discarded: Callable[[], None] = lambda: None,
 ) -> None:
-    """Put `_SUCCESS`; one that is there and says something else is replaced under its version.
+    """Write `_SUCCESS`. One that is there and differs is replaced, on condition of its version.
 
     Args:
-        facts: what it says, `plan` among it.
-        found: the parts that it lists.
-        wanted: raises when the plan has been discarded; asked before each PUT, and afterwards: then it is taken back.
+        store: Store of the output.
+        summary: JSON object to write; `plan` is in it.
+        committed_parts: Parts to list in it.
+        raise_if_discarded: Raises if the plan has been discarded. Called before each PUT and after the last one; then
+            `_SUCCESS` is deleted again.
     """
     body = json.dumps({**summary, "parts": [asdict(part) for part in committed_parts]}, indent=1).encode()
     _put_or_replace(store, SUCCESS, body, raise_if_discarded)
     try:
         raise_if_discarded()
     except Unavailable:
-        pass  # the next plan's driver deletes it
+        pass  # the driver of the next plan deletes it
     except BatchjobError:
-        if (stands := read_success(store)) is not None and stands[0].get("plan") == summary["plan"]:
+        if (written := read_success(store)) is not None and written[0].get("plan") == summary["plan"]:
             with suppress(PreconditionFailed):
-                store.delete_if_match(SUCCESS, stands[1].version or "")
+                store.delete_if_match(SUCCESS, written[1].version or "")
         raise
 
 
 def write_report(store: Store, report: Mapping[str, Any]) -> None:
-    """Put `_batchjob/report.json`, in place of an older one."""
+    """Write `_batchjob/report.json`, replacing an older one."""
     _put_or_replace(store, _REPORT, json.dumps(report, indent=1).encode())
 
 
 def find_part_mismatches(success: Mapping[str, Any], listing: Mapping[str, ObjectInfo]) -> list[str]:
-    """Parts that `_SUCCESS` lists and that are gone, changed, or there without being listed."""
+    """Find parts that `_SUCCESS` lists and that are gone or changed, and parts that it does not list.
+
+    Args:
+        success: JSON object of `_SUCCESS`.
+        listing: Objects in `predictions/`, by key.
+
+    Returns:
+        Keys of these parts, sorted.
+    """
     listed = {part["name"]: part["etag"] for part in success["parts"]}
-    present = {name: stat.etag for name, stat in listing.items()}
+    present = {name: info.etag for name, info in listing.items()}
     return sorted(name for name in listed.keys() | present.keys() if listed.get(name, "") != present.get(name, ""))
 
 
-def _put_or_replace(store: Store, key: str, body: bytes, wanted: Callable[[], None] = lambda: None) -> None:
-    for _ in range(_LOOKS):
-        wanted()
+def _put_or_replace(store: Store, key: str, body: bytes, raise_if_discarded: Callable[[], None] = lambda: None) -> None:
+    for _ in range(_MAX_TRIES):
+        raise_if_discarded()
         try:
             store.put_if_absent(key, body)
             return
         except AlreadyExists:
             pass
         try:
-            there = store.read(key)
-            if there.data == body:
+            existing = store.read(key)
+            if existing.data == body:
                 return
-            wanted()
-            store.replace_if_match(key, body, there.version or "")
+            raise_if_discarded()
+            store.replace_if_match(key, body, existing.version or "")
             return
         except (NotFound, PreconditionFailed):
             continue

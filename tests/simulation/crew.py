@@ -210,7 +210,7 @@ class Worker(Actor):
                 stands, _ = retry.replace_part(self.store, key, path, made, wanted)
             else:
                 stands = commit.commit_part(self.store, key, path, made, wanted)
-        return ShardResult(key, stands.footer, {}, stands.ours, stands.info.etag)
+        return ShardResult(key, stands.footer, {}, stands.committed_here, stands.info.etag)
 
 
 def make_part(name: str, shard: Shard, mended: bool = False) -> tuple[bytes, PartFooter]:
