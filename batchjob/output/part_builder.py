@@ -1,4 +1,4 @@
-"""Predicted batches to committed parts, in threads of its own, so that the model never waits for Arrow or storage."""
+"""Predicted batches to committed parts, in threads of its own: the model never waits for Arrow or the store."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchjob.concurrency import DaemonThreadPool
 from batchjob.errors import BatchjobError, as_batchjob_error
-from batchjob.output import commit, retry
+from batchjob.output.commit import commit_part
 from batchjob.output.part_writer import PartWriter, build_rows
 from batchjob.output.provenance import PartFooter, ShardResult
+from batchjob.output.retry import replace_part
 from batchjob.output.scratch import as_disk_full_error
 from batchjob.preprocessing.geometry import ImageGeometry
 from batchjob.storage.store import Store
-from batchjob.tasks.postprocess import Postprocess
 from batchjob.types import (
     Batch,
     ErrorRecord,
@@ -40,26 +41,56 @@ from batchjob.types import (
     record_timing,
 )
 
-__all__ = ["PartBuilder", "PartMetadata"]
+if TYPE_CHECKING:
+    import torch
 
-_BATCHES_WAITING = 2
-_COMMITS_PENDING = 2
-_RECORDED = ("batchjob", "torch", "torchvision", "pyarrow", "pillow")
+__all__ = ["ColumnBuilder", "GetGeometry", "OnResult", "PartBuilder", "PartMetadata"]
+
+_MAX_QUEUED_BATCHES = 2
+_MAX_PENDING_COMMITS = 2
+_RECORDED_PACKAGES = ("batchjob", "torch", "torchvision", "pyarrow", "pillow")
+
 GetGeometry = Callable[[ImageInfo], ImageGeometry]
+"""Returns the position of the model's input in an image."""
 OnResult = Callable[[ShardKey, ShardResult | BatchjobError], None]
 """Called with the committed shard, or with the error that ended the attempt."""
 
 
-@dataclass(frozen=True)
-class PartMetadata:
-    """What every row and every footer of this worker says.
+class ColumnBuilder(Protocol):
+    """The task's side of a part: it turns model outputs on the host into columns, error records and metric sums.
 
     Attributes:
-        plan: id of the plan.
-        fingerprint: digest of the job's.
-        model: digest of weights and model code; `model_id` is its name in the rows.
-        recipe: in words, by which the model ran here.
-        schema: of every part.
+        fields: Arrow fields of the task's columns.
+        truth_columns: Passthrough columns with the ground truth; empty where the job names none.
+    """
+
+    @property
+    def fields(self) -> list[pa.Field]: ...
+
+    @property
+    def truth_columns(self) -> tuple[str, ...]: ...
+
+    def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry], /) -> list[pa.Array]:
+        """Build the columns, with one entry per image."""
+
+    def find_errors(self, tensors: dict[str, torch.Tensor], /) -> list[ErrorRecord | None]:
+        """Return an error record for each image whose output is not usable, and None for the others."""
+
+    def sum_metrics(self, rows: pa.RecordBatch, /) -> dict[str, float]:
+        """Compare rows without errors with their ground truth; the sums add up over batches."""
+
+
+@dataclass(frozen=True)
+class PartMetadata:
+    """Values that all rows and footers of a worker share.
+
+    Attributes:
+        plan_id: Id of the plan; the rows' `run_id`.
+        fingerprint: SHA-256 of the job's fingerprint.
+        model_digest: Digest of weights and model code.
+        model_id: Name and digest of the model, as the rows show it.
+        execution_config: Execution config of the model, as text.
+        schema: Schema of all parts.
     """
 
     plan_id: str
@@ -72,261 +103,271 @@ class PartMetadata:
 
 @dataclass(frozen=True)
 class _QueuedBatch:
-    """One batch on its way into its part."""
+    """One predicted batch, not yet in its part; see `PartBuilder.add`."""
 
     shard: Shard
     batch: Batch
-    predicted: Prediction | None
-    seconds: float
-    last: bool
+    prediction: Prediction | None
+    forward_seconds: float
+    is_last: bool
 
 
 class PartBuilder:
-    """Takes batches in the order they were predicted; tells what became of each shard.
+    """Builder of parts: takes batches in the order they were predicted, and commits each finished part.
+
+    One thread makes rows of batches, another commits finished parts.
 
     Args:
-        store: of the output.
-        spool: local folder for parts in the making.
-        imprint: see `Imprint`.
-        post: the task's half after the model.
-        frames: where the model's input lies in an image.
-        wanted: raises when the plan was discarded meanwhile; asked before each commit.
+        store: Store of the output.
+        scratch_folder: Local folder for parts in progress.
+        metadata: Values that all rows and footers share.
+        postprocess: The task.
+        get_geometry: Returns the position of the model's input in an image.
+        raise_if_discarded: Raises if the plan has been discarded; called before each commit.
         on_result: Called once per attempt, from any thread, with its result.
-        watch: told how long each batch and each commit took.
+        timing_sink: Gets the time of each batch and each commit; none by default.
         step: Wraps the work on each batch and part, so that one that hangs is noticed.
     """
 
-    def __init__(  # noqa: PLR0913 - all by keyword, from the one place that puts a worker together
+    def __init__(  # noqa: PLR0913 - all by keyword, from one place
         self,
         *,
         store: Store,
         scratch_folder: Path,
         metadata: PartMetadata,
-        postprocess: Postprocess,
+        postprocess: ColumnBuilder,
         get_geometry: GetGeometry,
         raise_if_discarded: Callable[[], None],
         on_result: OnResult,
-        timing_sink: TimingSink = lambda span: None,
+        timing_sink: TimingSink = lambda timing: None,
         step: StepMonitor = no_monitor,
     ) -> None:
-        self._store, self._spool, self._imprint, self._post = store, scratch_folder, metadata, postprocess
-        self._frames, self._wanted, self._watch, self._step = get_geometry, raise_if_discarded, timing_sink, step
-        self._on_result = on_result
-        self._drafts: dict[int, _PartInProgress] = {}
-        self._failed: set[int] = set()
-        self._waiting: queue.Queue[_QueuedBatch | Callable[[], None] | None] = queue.Queue(_BATCHES_WAITING)
-        self._room = threading.Semaphore(_COMMITS_PENDING)
+        self._store, self._scratch_folder, self._metadata = store, scratch_folder, metadata
+        self._postprocess, self._get_geometry = postprocess, get_geometry
+        self._raise_if_discarded, self._on_result = raise_if_discarded, on_result
+        self._timing_sink, self._step = timing_sink, step
+        self._parts: dict[int, _PartInProgress] = {}
+        self._failed_attempts: set[int] = set()
+        self._queue: queue.Queue[_QueuedBatch | Callable[[], None] | None] = queue.Queue(_MAX_QUEUED_BATCHES)
+        self._commit_slots = threading.Semaphore(_MAX_PENDING_COMMITS)
         self._committer = DaemonThreadPool(1, "commit")
-        self._thread = threading.Thread(target=self._work, name="assembly", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="part-builder", daemon=True)
         self._thread.start()
 
     def add(
         self, shard: Shard, batch: Batch, prediction: Prediction | None, *, forward_seconds: float, is_last: bool
     ) -> None:
-        """The next batch of a shard; waits while others are still in the queue.
+        """Add the next batch of a shard. Blocks while the queue is full.
 
         Args:
-            shard: whose batch it is.
-            batch: as loaded.
-            predicted: what the model gave, None where no image was good.
-            seconds: that the prediction took here.
-            last: no more of this shard will come.
+            shard: Shard of the batch.
+            batch: The batch as loaded.
+            prediction: Output of the model; None if no image of the batch was loaded.
+            forward_seconds: Seconds that the prediction took so far.
+            is_last: True for the last batch of the shard.
         """
-        self._waiting.put(_QueuedBatch(shard, batch, prediction, forward_seconds, is_last))
+        self._queue.put(_QueuedBatch(shard, batch, prediction, forward_seconds, is_last))
 
     def add_empty_shard(self, shard: Shard) -> None:
-        """A shard of no images."""
-        self._waiting.put(lambda: self._begin_empty(shard))
+        """Add a shard without images."""
+        self._queue.put(lambda: self._build_empty_part(shard))
 
     def fail_attempt(self, shard: Shard, error: BatchjobError) -> None:
-        """This attempt has ended; it is told once."""
-        self._waiting.put(lambda: self._drop(shard, error))
+        """End an attempt with an error. The first result of an attempt counts; a second one is ignored."""
+        self._queue.put(lambda: self._fail(shard, error))
 
     def has_failed(self, attempt: int) -> bool:
-        """Whether the attempt of that number has ended without a part, as far as is known here by now."""
-        return attempt in self._failed
+        """Return True if the attempt with this number is known to have failed."""
+        return attempt in self._failed_attempts
 
     def close(self) -> None:
-        """Finish what was added, commits included."""
-        self._waiting.put(None)
+        """Finish everything that was added, commits included."""
+        self._queue.put(None)
         self._thread.join()
-        for _ in range(_COMMITS_PENDING):
-            self._room.acquire()
+        for _ in range(_MAX_PENDING_COMMITS):
+            self._commit_slots.acquire()
         self._committer.shutdown()
 
-    # -- in the thread -----------------------------------------------------------------------------------------
+    # -- in the builder's thread -------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while (item := self._waiting.get()) is not None:
+        while (item := self._queue.get()) is not None:
             if isinstance(item, _QueuedBatch):
-                self._advance(item)
+                self._process(item)
             else:
                 item()
-        for draft in self._drafts.values():
-            draft.give_up()
+        for part in self._parts.values():
+            part.delete()
 
-    def _advance(self, item: _QueuedBatch) -> None:
-        """One batch further. What is still to come of an attempt that has failed is passed over."""
-        take = item.shard.attempt_number
-        if take in self._failed:
+    def _process(self, item: _QueuedBatch) -> None:
+        """Write one batch, and hand over its part after the last one. Batches of failed attempts are skipped."""
+        attempt = item.shard.attempt_number
+        if attempt in self._failed_attempts:
             return
         try:
             with self._step("results", model=True):
-                self._enter(self._draft(item.shard), item)
-        except Exception as error:  # noqa: BLE001 - ends this attempt; the driver decides how far it reaches
-            self._drop(item.shard, self._fault(error))
+                if attempt not in self._parts:
+                    self._parts[attempt] = self._start_part(item.shard)
+                self._write_batch(self._parts[attempt], item)
+        except Exception as error:  # noqa: BLE001 - ends this attempt; the driver decides what else it affects
+            self._fail(item.shard, self._convert_error(error))
             return
-        if item.last:
-            self._seal(self._drafts.pop(take))
+        if item.is_last:
+            self._submit_commit(self._parts.pop(attempt))
 
-    def _draft(self, shard: Shard) -> _PartInProgress:
-        if shard.attempt_number not in self._drafts:
-            self._drafts[shard.attempt_number] = _PartInProgress(self._spool, shard, self._imprint.schema)
-        return self._drafts[shard.attempt_number]
+    def _start_part(self, shard: Shard) -> _PartInProgress:
+        return _PartInProgress(self._scratch_folder, shard, self._metadata.schema)
 
-    def _drop(self, shard: Shard, error: BatchjobError) -> None:
-        """No more of this attempt."""
-        if shard.attempt_number in self._failed:
+    def _fail(self, shard: Shard, error: BatchjobError) -> None:
+        if shard.attempt_number in self._failed_attempts:
             return
-        self._failed.add(shard.attempt_number)
-        if (draft := self._drafts.pop(shard.attempt_number, None)) is not None:
-            draft.give_up()
+        self._failed_attempts.add(shard.attempt_number)
+        if (part := self._parts.pop(shard.attempt_number, None)) is not None:
+            part.delete()
         self._on_result(shard.key, error)
 
-    def _enter(self, draft: _PartInProgress, item: _QueuedBatch) -> None:
-        """Rows of one batch into the part."""
-        draft.spend(item.batch.stage_seconds)
+    def _write_batch(self, part: _PartInProgress, item: _QueuedBatch) -> None:
+        batch = item.batch
+        part.add_seconds(batch.stage_seconds)
         columns: list[pa.Array] = []
-        faults: list[ErrorRecord | None] = []
-        began = time.perf_counter()
-        if item.predicted is not None:
-            predicted = item.predicted.wait()
-            frames = [self._frames(fact) for fact in item.batch.image_infos if fact.error is None]
-            began, waited = time.perf_counter(), time.perf_counter() - began
-            draft.spend({"forward": item.seconds + waited})
-            columns, faults = self._outcome(predicted, frames)
-        made = build_rows(
-            self._imprint.schema,
-            shard=draft.shard,
-            start=item.batch.start,
-            image_infos=item.batch.image_infos,
+        errors: list[ErrorRecord | None] = []
+        started = time.perf_counter()
+        if item.prediction is not None:
+            prediction = item.prediction.wait()
+            geometries = [self._get_geometry(info) for info in batch.image_infos if info.error is None]
+            started, waited = time.perf_counter(), time.perf_counter() - started
+            part.add_seconds({"forward": item.forward_seconds + waited})
+            columns, errors = self._build_columns(prediction, geometries)
+        rows = build_rows(
+            self._metadata.schema,
+            shard=part.shard,
+            start=batch.start,
+            image_infos=batch.image_infos,
             columns=columns,
-            error_records=faults,
-            run_id=self._imprint.plan_id,
-            model_id=self._imprint.model_id,
+            error_records=errors,
+            run_id=self._metadata.plan_id,
+            model_id=self._metadata.model_id,
         )
-        draft.writer.add(made)
-        if self._post.truth_columns:
-            draft.truth.update(self._post.sum_metrics(made.filter(pc.is_null(made.column("error_stage")))))
-        draft.spend({"write": record_timing(self._watch, "write", began, made.num_rows)})
+        part.writer.add(rows)
+        if self._postprocess.truth_columns:
+            good_rows = rows.filter(pc.is_null(rows.column("error_stage")))
+            part.truth.update(self._postprocess.sum_metrics(good_rows))
+        part.add_seconds({"write": record_timing(self._timing_sink, "write", started, rows.num_rows)})
 
-    def _outcome(
-        self, predicted: Prediction, frames: Sequence[ImageGeometry]
+    def _build_columns(
+        self, prediction: Prediction, geometries: Sequence[ImageGeometry]
     ) -> tuple[list[pa.Array], list[ErrorRecord | None]]:
-        """The task's columns and faults, a row for each image, in the batch's order."""
+        """Build the task's columns and error records, with one entry per predicted image in the order of the batch.
+
+        An example: a batch of four whose first image did not fit into memory, predicted in two calls:
+
+            outputs  rows (2, 3), rows (1,)       errors  {0: out of memory}
+            order    [2, 3, 1, 0]                 concatenated columns have their entries in this order
+            inverse  [3, 2, 0, 1]                 entry 3 belongs to image 0, entry 2 to image 1, …
+        """
         order: list[int] = []
-        parts: list[list[pa.Array]] = []
-        found: list[ErrorRecord | None] = []
-        for piece in predicted.outputs:
-            order += piece.rows
-            parts.append(self._post.columns(piece.tensors, [frames[row] for row in piece.rows]))
-            found += self._post.find_errors(piece.tensors)
-        if predicted.errors:
-            order += predicted.errors
-            parts.append([pa.nulls(len(predicted.errors), field.type) for field in self._post.fields])
-            found += predicted.errors.values()
-        columns = parts[0] if len(parts) == 1 else [pa.concat_arrays(same) for same in zip(*parts, strict=True)]
+        pieces: list[list[pa.Array]] = []
+        errors: list[ErrorRecord | None] = []
+        for output in prediction.outputs:
+            order += output.rows
+            pieces.append(self._postprocess.columns(output.tensors, [geometries[row] for row in output.rows]))
+            errors += self._postprocess.find_errors(output.tensors)
+        if prediction.errors:
+            order += prediction.errors
+            pieces.append([pa.nulls(len(prediction.errors), field.type) for field in self._postprocess.fields])
+            errors += prediction.errors.values()
+        columns = pieces[0] if len(pieces) == 1 else [pa.concat_arrays(same) for same in zip(*pieces, strict=True)]
         if order == sorted(order):
-            return columns, found
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return [column.take(pa.array(back)) for column in columns], [found[index] for index in back]
+            return columns, errors
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        return [column.take(pa.array(inverse)) for column in columns], [errors[index] for index in inverse]
 
-    def _begin_empty(self, shard: Shard) -> None:
+    def _build_empty_part(self, shard: Shard) -> None:
         try:
-            self._seal(_PartInProgress(self._spool, shard, self._imprint.schema))
-        except Exception as error:  # noqa: BLE001 - likewise
-            self._on_result(shard.key, self._fault(error))
+            self._submit_commit(self._start_part(shard))
+        except Exception as error:  # noqa: BLE001 - ends this attempt; the driver decides what else it affects
+            self._on_result(shard.key, self._convert_error(error))
 
-    def _seal(self, draft: _PartInProgress) -> None:
-        """Finish the part and commit it, beside the next one."""
-        self._room.acquire()
-        self._committer.submit(partial(self._commit, draft)).add_done_callback(
-            partial(self._committed, draft.shard.key)
-        )
+    def _submit_commit(self, part: _PartInProgress) -> None:
+        """Commit a part while the next one is built. Blocks while too many commits are pending."""
+        self._commit_slots.acquire()
+        done = partial(self._report_commit, part.shard.key)
+        self._committer.submit(partial(self._commit, part)).add_done_callback(done)
 
-    def _committed(self, key: ShardKey, future: Future[ShardResult | BatchjobError]) -> None:
+    # -- in the thread that commits ----------------------------------------------------------------------------
+
+    def _report_commit(self, key: ShardKey, future: Future[ShardResult | BatchjobError]) -> None:
         try:
             self._on_result(key, future.result())
         finally:
-            self._room.release()
+            self._commit_slots.release()
 
-    def _commit(self, draft: _PartInProgress) -> ShardResult | BatchjobError:
-        key, began = draft.shard.key, time.perf_counter()
+    def _commit(self, part: _PartInProgress) -> ShardResult | BatchjobError:
+        key, path, started = part.shard.key, part.writer.path, time.perf_counter()
         try:
             with self._step("the end of a part"):
-                made = draft.close(self._imprint)
-            path, examples = draft.writer.path, draft.writer.examples
+                footer = part.close(self._metadata)
+            examples = part.writer.examples
             if key.revision:
-                done, examples = retry.replace_part(self._store, key, path, made, self._wanted)
+                result, examples = replace_part(self._store, key, path, footer, self._raise_if_discarded)
             else:
-                done = commit.commit_part(self._store, key, path, made, self._wanted)
-            return ShardResult(
-                key, done.footer, examples if done.committed_here else {}, done.committed_here, done.info.etag
-            )
+                result = commit_part(self._store, key, path, footer, self._raise_if_discarded)
+            examples = examples if result.committed_here else {}
+            return ShardResult(key, result.footer, examples, result.committed_here, result.info.etag)
         except Exception as error:  # noqa: BLE001 - ends this attempt
-            return self._fault(error)
+            return self._convert_error(error)
         finally:
-            with suppress(OSError):  # the spool is swept at the end
-                draft.writer.path.unlink(missing_ok=True)
-            record_timing(self._watch, "commit", began, len(draft.shard.refs))
+            with suppress(OSError):  # the scratch folder is deleted at the end
+                path.unlink(missing_ok=True)
+            record_timing(self._timing_sink, "commit", started, len(part.shard.refs))
 
-    def _fault(self, error: Exception) -> BatchjobError:
-        return as_disk_full_error(error, self._spool) or as_batchjob_error(error)
+    def _convert_error(self, error: Exception) -> BatchjobError:
+        return as_disk_full_error(error, self._scratch_folder) or as_batchjob_error(error)
 
 
 class _PartInProgress:
-    """A part in the making: one attempt at one shard."""
+    """A part that is being written: one attempt at one shard."""
 
-    def __init__(self, spool: Path, shard: Shard, schema: pa.Schema) -> None:
+    def __init__(self, scratch_folder: Path, shard: Shard, schema: pa.Schema) -> None:
         self.shard = shard
-        self.attempt = secrets.token_hex(8)
-        self.writer = PartWriter(spool / f"{shard.key.index}-{self.attempt}.parquet", schema)
+        self.attempt_id = secrets.token_hex(8)
+        self.writer = PartWriter(scratch_folder / f"{shard.key.index}-{self.attempt_id}.parquet", schema)
         self.truth: Counter[str] = Counter()
-        self._began = time.perf_counter()
+        self._started = time.perf_counter()
         self._seconds: Counter[str] = Counter()
 
-    def spend(self, seconds: Mapping[str, float]) -> None:
-        """Add to the stage clocks."""
+    def add_seconds(self, seconds: Mapping[str, float]) -> None:
+        """Add to the seconds by stage."""
         self._seconds.update(seconds)
 
-    def give_up(self) -> None:
-        """Remove what was written."""
+    def delete(self) -> None:
+        """Stop writing and delete the file."""
         with suppress(OSError):
             self.writer.abandon()
         with suppress(OSError):
             self.writer.path.unlink(missing_ok=True)
 
-    def close(self, imprint: PartMetadata) -> PartFooter:
-        """Write the footer; the file is the part, or at a retry the rows that were retried."""
+    def close(self, metadata: PartMetadata) -> PartFooter:
+        """Write the footer. The file is then the part, or at a retry the retried rows."""
         key, images = self.shard.key, len(self.shard.refs)
         if self.writer.rows != images:
             raise BatchjobError(f"shard {key.index} has {images} images, {self.writer.rows} rows")
-        self.spend({"wall": time.perf_counter() - self._began})
-        made = PartFooter(
-            plan=imprint.plan_id,
+        self.add_seconds({"wall": time.perf_counter() - self._started})
+        footer = PartFooter(
+            plan=metadata.plan_id,
             shard=key.id,
             index=key.index,
-            attempt=self.attempt,
+            attempt=self.attempt_id,
             revision=key.revision,
-            fingerprint=imprint.fingerprint,
-            model=imprint.model_digest,
-            recipe=imprint.execution_config,
+            fingerprint=metadata.fingerprint,
+            model=metadata.model_digest,
+            recipe=metadata.execution_config,
             rows=self.writer.rows,
             failed=self.writer.failed,
             errors=self.writer.errors,
-            seconds={stage: round(spent, 4) for stage, spent in self._seconds.items()},
-            versions={name: version(name) for name in _RECORDED},
+            seconds={stage: round(seconds, 4) for stage, seconds in self._seconds.items()},
+            versions={name: version(name) for name in _RECORDED_PACKAGES},
             truth=dict(self.truth),
         )
-        self.writer.close(made)
-        return made
+        self.writer.close(footer)
+        return footer
