@@ -312,19 +312,19 @@ def outcome(post: Postprocess, output: Any, rows: int = ROWS) -> tuple[pa.Table,
 
 @every
 def test_the_schema_is_known_before_work_and_never_another(case: Case, tmp_path: Path) -> None:
-    post = case.build_postprocess(tmp_path)
+    post = case.prepare(tmp_path)
     assert all(field.nullable for field in post.fields)
     for rows in (0, 1, ROWS):
         with torch.inference_mode():
             tensors = post.on_device(cut(case.output, slice(0, rows)))
         columns = post.columns(tensors, [ImageGeometry(9, 9, 9, 9)] * rows)
         assert [(column.type, len(column)) for column in columns] == [(field.type, rows) for field in post.fields]
-    assert case.build_postprocess(tmp_path).fields == post.fields
+    assert case.prepare(tmp_path).fields == post.fields
 
 
 @every
 def test_a_row_does_not_depend_on_its_batch(case: Case, tmp_path: Path) -> None:
-    post = case.build_postprocess(tmp_path)
+    post = case.prepare(tmp_path)
     whole, faults = outcome(post, case.output)
     assert faults == [None] * ROWS
     for row in range(ROWS):
@@ -339,7 +339,7 @@ def test_a_row_does_not_depend_on_its_batch(case: Case, tmp_path: Path) -> None:
 def test_rows_with_nan_are_error_rows_and_null(case: Case, tmp_path: Path) -> None:
     if case.poisoned is None:
         pytest.skip("no floats")
-    post = case.build_postprocess(tmp_path)
+    post = case.prepare(tmp_path)
     good, _ = outcome(post, case.output)
     found, faults = outcome(post, case.poisoned)
     assert [fault is None for fault in faults] == [row != 3 for row in range(ROWS)]
@@ -353,14 +353,14 @@ def test_rows_with_nan_are_error_rows_and_null(case: Case, tmp_path: Path) -> No
 def test_outputs_that_do_not_fit_are_refused_with_what_came_and_what_is_wanted(case: Case, tmp_path: Path) -> None:
     for output, words in case.misfits:
         with pytest.raises(InvalidJob) as caught:
-            case.build_postprocess(tmp_path, output)
+            case.prepare(tmp_path, output)
         assert [word for word in words if word not in caught.value.message] == [], caught.value.message
 
 
 @every
 def test_an_output_of_nothing_is_refused(case: Case, tmp_path: Path) -> None:
     with pytest.raises(InvalidJob, match=r"gives None for a batch of 2.*forward\(\)"):
-        case.build_postprocess(tmp_path, None)
+        case.prepare(tmp_path, None)
 
 
 @pytest.mark.parametrize("case", ONE_TENSOR.values(), ids=ONE_TENSOR)
@@ -372,14 +372,14 @@ def test_several_outputs_where_one_is_wanted_are_refused_naming_how_to_pick(case
         ([example], "a list of 1"),
     ):
         with pytest.raises(InvalidJob) as caught:
-            case.build_postprocess(tmp_path, output)
+            case.prepare(tmp_path, output)
         assert came in caught.value.message
         assert "model.output" in caught.value.message
 
 
 @every
 def test_duckdb_reads_the_rows_as_they_were(case: Case, tmp_path: Path) -> None:
-    post = case.build_postprocess(tmp_path)
+    post = case.prepare(tmp_path)
     output = case.output if case.poisoned is None else case.poisoned
     table, _ = outcome(post, output)
     pq.write_table(table, tmp_path / "part.parquet", compression="zstd")
@@ -391,7 +391,7 @@ def test_duckdb_reads_the_rows_as_they_were(case: Case, tmp_path: Path) -> None:
 
 @every
 def test_a_task_has_a_bound_for_its_rows(case: Case, tmp_path: Path) -> None:
-    table, _ = outcome(case.build_postprocess(tmp_path), case.output)
+    table, _ = outcome(case.prepare(tmp_path), case.output)
     assert table.nbytes / ROWS <= case.task.row_bytes
 
 

@@ -1,4 +1,4 @@
-"""`type: classification`: logits to the k likeliest classes, with their names and softmax scores."""
+"""`type: classification`: logits to the k most likely classes, with their names and softmax scores."""
 
 from __future__ import annotations
 
@@ -6,49 +6,49 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
-from batchjob.preprocessing.geometry import ImageGeometry
 from batchjob.tasks.ground_truth import UNKNOWN_CLASS, LabelIndex, is_class_type, ratio
-from batchjob.tasks.labels import Labels, max_label_bytes, read_labels, resolve_class_names
-from batchjob.tasks.postprocess import Postprocess, finite_mask, nonfinite_errors, require_float_output
+from batchjob.tasks.labels import CLASS_FIELDS, Labels, max_label_bytes, read_labels, resolve_class_names
+from batchjob.tasks.list_columns import build_list_column
+from batchjob.tasks.model_output import require_float_output
+from batchjob.tasks.postprocess import Postprocess, PostprocessDefaults, finite_mask
 from batchjob.tasks.settings import TaskSettings
-from batchjob.types import ErrorRecord
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
+    from batchjob.preprocessing.geometry import ImageGeometry
     from batchjob.storage.reader import Reader
 
 __all__ = ["ClassificationTask"]
 
-_CLASS_FIELDS = [pa.field("label_id", pa.int32()), pa.field("label", pa.string()), pa.field("score", pa.float32())]
-_FIELDS = [*_CLASS_FIELDS, pa.field("top_k", pa.list_(pa.struct(_CLASS_FIELDS)))]
-_WANTED = "classification wants [n, classes]: a row of logits for each image"
+_CLASS_BYTES = 12  # 4 each for the id, the score and the offset of the label
+_EXPECTED = "classification wants [n, classes]: a row of logits for each image"
 _ADVICE = "wrap the model so that it returns its logits (model.type: python), or use another task"
-# The sums lie in every part's footer, so they are few: pairs of classes up to so many, then counts by class, then none.
-_CONFUSED_AT_MOST = 100
-_COUNTED_AT_MOST = 2_000
+# The sums are written to the footer of every part, so they must stay few: pairs of classes up to the first number of
+# classes, counts by class up to the second, neither above it.
+_MAX_CONFUSION_CLASSES = 100
+_MAX_COUNTED_CLASSES = 2_000
 
 
 class ClassificationTask(TaskSettings):
-    """Which class an image shows.
+    """The class that an image shows.
 
     Attributes:
-        top_k: classes a row lists, the likeliest first.
-        labels: names by id, as a list, or a file of one a line, a JSON list, or a JSON object `id: label`. The
-            weights' own names where not given; null where they have none either.
-        truth: the passthrough column that holds the right label, or its id; `report.json` then tells the accuracy.
-            Rows where it is null, or names no class of the model, do not count.
-        allow_nan: True lets rows pass whose scores are NaN; their `score` is NaN and they name no class.
+        top_k: Number of classes in a row, the most likely first.
+        labels: Class names by id, as a list, or a file of one a line, a JSON list, or a JSON object `id: label`. If not
+            given, the names that the weights bring; null if they bring none.
+        truth: Passthrough column with the true label or its id; `report.json` then has the accuracy. Rows where it is
+            null, or names no class of the model, do not count.
+        allow_nan: True accepts rows whose scores are NaN; their `score` is NaN and they name no class.
     """
 
     argmax_is_class: ClassVar[bool] = True
@@ -61,35 +61,43 @@ class ClassificationTask(TaskSettings):
 
     @property
     def row_bytes(self) -> int:
-        """A bound on the bytes that a row's columns take."""
-        return (self.top_k + 1) * (12 + max_label_bytes(self.labels)) + 8
+        """Upper bound of the bytes of a row's columns."""
+        return (self.top_k + 1) * (_CLASS_BYTES + max_label_bytes(self.labels)) + 8
 
     @property
     def truth_columns(self) -> tuple[str, ...]:
-        """The column that holds the right class."""
+        """Column with the true class."""
         return () if self.truth is None else (self.truth,)
 
-    def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - one face for all tasks
-        """Reads the label file, if there is one, without torch. Raises InvalidJob, Unavailable."""
+    def check(self, reader: Reader, folder: Path) -> None:  # noqa: ARG002
+        """Read the label file, if there is one. Raises InvalidJob, Unavailable."""
         if isinstance(self.labels, str):
             read_labels(reader, self.labels)
 
-    def build_postprocess(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
-        """Looks at one output before work starts.
+    def build_postprocess(
+        self,
+        output: Any,
+        labels: tuple[str, ...] | None,
+        reader: Reader,
+        folder: Path,  # noqa: ARG002
+    ) -> Postprocess:
+        """Build the postprocess for a model, from its output for an example batch.
 
         Args:
-            output: what the model gave for `EXAMPLE_ROWS` images.
-            labels: what the weights bring.
-            reader: for a label file.
-            base: of no use here.
+            output: Output of the model for `EXAMPLE_ROWS` images.
+            labels: Class names that the weights bring.
+            reader: Reader for a label file.
+            folder: Not used.
 
         Raises:
-            InvalidJob: the output is not `[n, classes]`, labels do not fit it, or `top_k` is more than it has.
-            Unavailable: the store of the label file cannot be reached.
+            InvalidJob: If the output is not `[n, classes]`, the labels do not fit it, or `top_k` exceeds the classes.
+            Unavailable: If the store of the label file cannot be reached.
         """
-        logits = require_float_output(output, _WANTED, _ADVICE)
+        logits = require_float_output(output, _EXPECTED, _ADVICE)
         if logits.ndim != 2:
-            raise InvalidJob(f"the model gives {list(logits.shape)} for {len(logits)} images, but {_WANTED}; {_ADVICE}")
+            raise InvalidJob(
+                f"the model gives {list(logits.shape)} for {len(logits)} images, but {_EXPECTED}; {_ADVICE}"
+            )
         classes = logits.shape[1]
         if classes < 2:
             raise InvalidJob(
@@ -102,27 +110,98 @@ class ClassificationTask(TaskSettings):
         return _ClassificationPostprocess(self.top_k, LabelIndex(classes, names), self.allow_nan, self.truth_columns)
 
     def compute_metrics(self, sums: Mapping[str, float]) -> dict[str, Any]:
-        """`images`, `unknown_truth`, `accuracy`, `top_<k>_accuracy`, and `confusion` as {truth: {predicted: images}}.
+        """Compute `accuracy`, `top_<k>_accuracy` and `confusion` as {truth: {predicted: images}}.
 
-        `images` are those that count. `unknown_truth` are those whose truth names no class of the model: most often a
-        matter of spelling, so they are told beside the accuracy, not mixed into it. Above 100 classes, `classes` as
-        {truth: {images, right}} stands in place of the confusion; above 2,000, neither. A rate over no images is None.
+        `images` is the number of images that count. `unknown_truth` is the number whose truth names no class of the
+        model: mostly a matter of spelling, so it stands beside the accuracy and is not mixed into it. Above 100 classes
+        the report has `classes` as {truth: {images, right}} in place of `confusion`; above 2,000 classes, neither. A
+        rate over no images is None.
         """
         if self.truth is None:
             return {}
         images = sums.get("images", 0)
-        told: dict[str, Any] = {"truth": self.truth, "images": images, "unknown_truth": sums.get("unknown_truth", 0)}
-        told["accuracy"] = ratio(sums.get("right", 0), images)
+        metrics: dict[str, Any] = {"truth": self.truth, "images": images, "unknown_truth": sums.get("unknown_truth", 0)}
+        metrics["accuracy"] = ratio(sums.get("right", 0), images)
         if self.top_k > 1:
-            told[f"top_{self.top_k}_accuracy"] = ratio(sums.get("right_in_top_k", 0), images)
-        return told | _by_class(sums)
+            metrics[f"top_{self.top_k}_accuracy"] = ratio(sums.get("right_in_top_k", 0), images)
+        return metrics | _build_class_tables(sums)
 
-    def _expected_truth_type(self, kind: pa.DataType) -> str | None:
-        return None if is_class_type(kind) else "labels (text) or ids (whole numbers)"
+    def _expected_truth_type(self, data_type: pa.DataType) -> str | None:
+        return None if is_class_type(data_type) else "labels (text) or ids (whole numbers)"
 
 
-def _by_class(sums: Mapping[str, float]) -> dict[str, Any]:
-    """`confusion` or `classes`, from what `_TopK.tally` wrote under keys that are JSON lists."""
+@dataclass(frozen=True)
+class _ClassificationPostprocess(PostprocessDefaults):
+    top_k: int
+    label_index: LabelIndex
+    allow_nan: bool
+    truth_columns: tuple[str, ...] = ()
+
+    @property
+    def fields(self) -> list[pa.Field]:
+        return [*CLASS_FIELDS, pa.field("top_k", pa.list_(pa.struct(CLASS_FIELDS)))]
+
+    def on_device(self, output: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Reduce logits to `label_id` int32 and `score` float32 `[n, k]`, the best first, and `finite` bool `[n]`.
+
+        A logit of minus infinity rules out a class and is no error; NaN and plus infinity turn a whole row into NaN.
+        """
+        import torch
+
+        scores, ids = output.float().softmax(dim=1).topk(self.top_k, dim=1)
+        return {"label_id": ids.to(torch.int32), "score": scores, "finite": scores.isfinite().all(dim=1)}
+
+    def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:  # noqa: ARG002
+        finite = finite_mask(tensors)
+        ids, scores = tensors["label_id"].numpy(), tensors["score"].numpy()
+        best_ids = pa.array(ids[:, 0], mask=~finite)
+        best_scores = pa.array(scores[:, 0]) if self.allow_nan else pa.array(scores[:, 0], mask=~finite)
+        flat_ids = pa.array(ids[finite].reshape(-1))
+        flat_columns = [flat_ids, self.label_index.look_up(flat_ids), pa.array(scores[finite].reshape(-1))]
+        structs = pa.StructArray.from_arrays(flat_columns, fields=CLASS_FIELDS)
+        top_k = build_list_column(finite * self.top_k, structs, ~finite)
+        return [best_ids, self.label_index.look_up(best_ids), best_scores, top_k]
+
+    def sum_metrics(self, rows: pa.RecordBatch) -> dict[str, float]:
+        """Count `images`, `right`, `right_in_top_k` and `unknown_truth`, and images by label under JSON lists as keys.
+
+        Example: `["cat","dog"]` counts cats predicted as dogs, and `["cat",""]` cats predicted as nothing, because
+        `allow_nan` accepted NaN. With many classes, `["cat"]` counts all cats and `["cat",1]` those recognised.
+        """
+        rows = rows.filter(pc.is_valid(rows.column(self.truth_columns[0])))
+        truth = self.label_index.class_ids(rows.column(self.truth_columns[0]))
+        known = truth != UNKNOWN_CLASS
+        predicted = self.label_index.canonical_ids(rows.column("label_id"))[known]
+        sums = Counter({"unknown_truth": int((~known).sum()), "images": int(known.sum())})
+        sums["right"] = int((predicted == truth[known]).sum())
+        sums["right_in_top_k"] = self._count_top_k_hits(rows.column("top_k"), truth)
+        sums.update(self._count_by_class(truth[known], predicted))
+        return {key: count for key, count in sums.items() if count}
+
+    def _count_top_k_hits(self, top_k: pa.Array, truth: np.ndarray[Any, Any]) -> int:
+        row = pc.list_parent_indices(top_k).to_numpy()
+        ids = self.label_index.canonical_ids(pc.list_flatten(top_k).field("label_id"))
+        # unique: two listed classes with the same label are one hit.
+        return len(np.unique(row[(ids == truth[row]) & (ids != UNKNOWN_CLASS)]))
+
+    def _count_by_class(self, truth: np.ndarray[Any, Any], predicted: np.ndarray[Any, Any]) -> Counter[str]:
+        class_name = self.label_index.class_name
+        sums: Counter[str] = Counter()
+        for (right, guess), count in Counter(zip(truth.tolist(), predicted.tolist(), strict=True)).items():
+            if self.label_index.count <= _MAX_CONFUSION_CLASSES:
+                sums[_json_key(class_name(right), class_name(guess) if guess != UNKNOWN_CLASS else "")] += count
+            elif self.label_index.count <= _MAX_COUNTED_CLASSES:
+                sums[_json_key(class_name(right))] += count
+                sums[_json_key(class_name(right), 1)] += count * (right == guess)
+        return sums
+
+
+def _json_key(*parts: str | int) -> str:
+    return json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
+
+
+def _build_class_tables(sums: Mapping[str, float]) -> dict[str, Any]:
+    """Build `confusion` or `classes` from the sums whose keys are JSON lists."""
     confusion: dict[str, dict[str, float]] = {}
     classes: dict[str, dict[str, float]] = {}
     for key, count in sorted(sums.items(), key=lambda item: (-item[1], item[0])):
@@ -135,95 +214,3 @@ def _by_class(sums: Mapping[str, float]) -> dict[str, Any]:
                 classes.setdefault(truth, {"images": 0, "right": 0})["right"] = count
     tables = {"confusion": confusion, "classes": classes}
     return {name: dict(sorted(table.items())) for name, table in tables.items() if table}
-
-
-@dataclass(frozen=True)
-class _ClassificationPostprocess:
-    top_k: int
-    classes: LabelIndex
-    allow_nan: bool
-    truth_columns: tuple[str, ...] = ()
-
-    @property
-    def fields(self) -> list[pa.Field]:
-        return list(_FIELDS)
-
-    def on_device(self, output: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`label_id` int32 and `score` float32 `[n, k]`, the highest first; `finite` bool `[n]`.
-
-        A logit of minus infinity rules a class out and is no fault; NaN and plus infinity make a whole row NaN.
-        """
-        import torch
-
-        scores, ids = output.float().softmax(dim=1).topk(self.top_k, dim=1)
-        return {"label_id": ids.to(torch.int32), "score": scores, "finite": scores.isfinite().all(dim=1)}
-
-    def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:  # noqa: ARG002
-        good = finite_mask(tensors)
-        ids, scores = tensors["label_id"].numpy(), tensors["score"].numpy()
-        first = pa.array(ids[:, 0], mask=~good)
-        best = pa.array(scores[:, 0]) if self.allow_nan else pa.array(scores[:, 0], mask=~good)
-        return [first, self._named(first), best, self._lists(ids[good], scores[good], good)]
-
-    def find_errors(self, tensors: dict[str, torch.Tensor]) -> list[ErrorRecord | None]:
-        return nonfinite_errors(tensors, self.allow_nan)
-
-    def sum_metrics(self, rows: pa.RecordBatch) -> dict[str, float]:
-        """`images`, `right`, `right_in_top_k`, `unknown_truth`, and counts by label, under JSON lists as keys.
-
-        `["cat","dog"]` are cats taken for dogs, and `["cat",""]` for nothing, NaN being let pass. Where there are many
-        classes `["cat"]` are cats, and `["cat",1]` those that were seen.
-        """
-        rows = rows.filter(pc.is_valid(rows.column(self.truth_columns[0])))
-        right = self.classes.class_ids(rows.column(self.truth_columns[0]))
-        known = right != UNKNOWN_CLASS
-        predicted = self.classes.canonical_ids(rows.column("label_id"))[known]
-        sums = Counter({"unknown_truth": int((~known).sum()), "images": int(known.sum())})
-        sums["right"] = int((predicted == right[known]).sum())
-        sums["right_in_top_k"] = self._hits(rows.column("top_k"), right)
-        sums.update(self._pairs(right[known], predicted))
-        return {key: count for key, count in sums.items() if count}
-
-    def _hits(self, listed: pa.Array, right: np.ndarray[Any, Any]) -> int:
-        """Rows whose list holds what is right."""
-        import numpy as np
-
-        row = pc.list_parent_indices(listed).to_numpy()
-        found = self.classes.canonical_ids(pc.list_flatten(listed).field("label_id"))
-        return len(np.unique(row[(found == right[row]) & (found != UNKNOWN_CLASS)]))
-
-    def _pairs(self, right: np.ndarray[Any, Any], predicted: np.ndarray[Any, Any]) -> Counter[str]:
-        name = self.classes.class_name
-        sums: Counter[str] = Counter()
-        for (truth, found), count in Counter(zip(right.tolist(), predicted.tolist(), strict=True)).items():
-            if self.classes.count <= _CONFUSED_AT_MOST:
-                sums[_key(name(truth), name(found) if found != UNKNOWN_CLASS else "")] += count
-            elif self.classes.count <= _COUNTED_AT_MOST:
-                sums[_key(name(truth))] += count
-                sums[_key(name(truth), 1)] += count * (truth == found)
-        return sums
-
-    def _named(self, ids: pa.Array) -> pa.Array:
-        if self.classes.labels is None:
-            return pa.nulls(len(ids), pa.string())
-        return self._label_array.take(ids)
-
-    @cached_property
-    def _label_array(self) -> pa.Array:
-        return pa.array(self.classes.labels, pa.string())
-
-    def _lists(
-        self, ids: np.ndarray[Any, Any], scores: np.ndarray[Any, Any], good: np.ndarray[Any, np.dtype[np.bool_]]
-    ) -> pa.Array:
-        import numpy as np
-
-        flat = pa.array(ids.reshape(-1))
-        listed = [flat, self._named(flat), pa.array(scores.reshape(-1))]
-        classes = pa.StructArray.from_arrays(listed, fields=_CLASS_FIELDS)
-        ends = np.zeros(len(good) + 1, np.int32)
-        np.cumsum(good * self.top_k, out=ends[1:])
-        return pa.ListArray.from_arrays(pa.array(ends), classes, type=_FIELDS[-1].type, mask=pa.array(~good))
-
-
-def _key(*parts: str | int) -> str:
-    return json.dumps(parts, ensure_ascii=False, separators=(",", ":"))

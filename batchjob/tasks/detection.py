@@ -10,46 +10,38 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from batchjob.preprocessing.geometry import ImageGeometry
-from batchjob.tasks.boxes import (
-    BOX_FIELDS,
-    BoxSelector,
-    DetrBoxReader,
-    TorchvisionBoxReader,
-    build_box_columns,
-    build_struct_lists,
-    choose_box_reader,
-    filled_slots,
-    map_boxes_to_image,
-)
+from batchjob.tasks.boxes import BOX_FIELDS, BoxSelector, build_box_columns, filled_slots, map_boxes_to_image
+from batchjob.tasks.detector_output import DetrBoxReader, TorchvisionBoxReader, choose_box_reader
 from batchjob.tasks.labels import Labels, max_label_bytes, read_labels, resolve_class_names
-from batchjob.tasks.postprocess import Postprocess, finite_mask, nonfinite_errors
+from batchjob.tasks.list_columns import build_list_column
+from batchjob.tasks.postprocess import Postprocess, PostprocessDefaults, finite_mask
 from batchjob.tasks.settings import TaskSettings
-from batchjob.types import ErrorRecord
 
 if TYPE_CHECKING:
     import torch
 
+    from batchjob.preprocessing.geometry import ImageGeometry
     from batchjob.storage.reader import Reader
 
 __all__ = ["DetectionTask"]
 
-_FIELDS = [pa.field("detections", pa.list_(pa.struct(BOX_FIELDS)))]
+_BOX_BYTES = 28  # 4 each for the corners, the id, the score and the offset of the label
 
 
 class DetectionTask(TaskSettings):
-    """What is where in an image.
+    """Boxes of the things in an image.
 
     Attributes:
-        threshold: the least score of a box.
-        nms: of two boxes of one class that overlap by more than this (intersection over union), the better alone is
-            kept; the model's own choice where not given.
-        max_boxes: that a row lists, the best first.
-        labels: names by id, as a list, or a file of one a line, a JSON list, or a JSON object `id: label`. The
-            weights' own names where not given; null where they have none either.
+        threshold: Lowest score of a box.
+        nms: Intersection over union, 0 to 1, above which the worse of two boxes of one class is dropped. If not given,
+            only the model's own suppression applies.
+        max_boxes: Maximum number of boxes in a row, the best first.
+        labels: Class names by id, as a list, or a file of one a line, a JSON list, or a JSON object `id: label`. If not
+            given, the names that the weights bring; null if they bring none.
         format: `torchvision`, a list of dicts with boxes in pixels; or `detr`, logits and relative boxes of queries.
-        scores: of `detr`: `softmax`, the last class being "no object", or `sigmoid`, each class by itself.
-        allow_nan: True lets rows pass whose output holds NaN, less the boxes that do.
+        scores: Meaning of the logits of `detr`: `softmax`, the last class being "no object", or `sigmoid`, a score of
+            its own for each class.
+        allow_nan: True accepts rows whose output holds NaN, without the boxes that do.
     """
 
     type: Literal["detection"] = "detection"
@@ -63,60 +55,63 @@ class DetectionTask(TaskSettings):
 
     @property
     def row_bytes(self) -> int:
-        """A bound on the bytes that a row's column takes."""
-        return self.max_boxes * (28 + max_label_bytes(self.labels)) + 8
+        """Upper bound of the bytes of a row's columns."""
+        return self.max_boxes * (_BOX_BYTES + max_label_bytes(self.labels)) + 8
 
-    def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - one face for all tasks
-        """Reads the label file, if there is one, without torch. Raises InvalidJob, Unavailable."""
+    def check(self, reader: Reader, folder: Path) -> None:  # noqa: ARG002
+        """Read the label file, if there is one. Raises InvalidJob, Unavailable."""
         if isinstance(self.labels, str):
             read_labels(reader, self.labels)
 
-    def build_postprocess(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
-        """Looks at one output before work starts.
+    def build_postprocess(
+        self,
+        output: Any,
+        labels: tuple[str, ...] | None,
+        reader: Reader,
+        folder: Path,  # noqa: ARG002
+    ) -> Postprocess:
+        """Build the postprocess for a model, from its output for an example batch.
 
         Args:
-            output: what the model gave for `EXAMPLE_ROWS` images.
-            labels: what the weights bring.
-            reader: for a label file.
-            base: of no use here.
+            output: Output of the model for `EXAMPLE_ROWS` images.
+            labels: Class names that the weights bring.
+            reader: Reader for a label file.
+            folder: Not used.
 
         Raises:
-            InvalidJob: the output is not of the format, or labels do not fit it.
-            Unavailable: the store of the label file cannot be reached.
+            InvalidJob: If the output is not in the format, or the labels do not fit it.
+            Unavailable: If the store of the label file cannot be reached.
         """
         names = resolve_class_names(self.labels, None, labels, reader)
-        read = choose_box_reader(output, self.format, self.scores, len(names) if names is not None else None)
-        if isinstance(read, DetrBoxReader):
-            names = resolve_class_names(self.labels, output["logits"].shape[2] - (not read.sigmoid), labels, reader)
-        return _DetectionPostprocess(read, BoxSelector(self.threshold, self.nms, self.max_boxes), names, self.allow_nan)
+        box_reader = choose_box_reader(output, self.format, self.scores, len(names) if names is not None else None)
+        if isinstance(box_reader, DetrBoxReader):
+            class_count = output["logits"].shape[2] - (not box_reader.sigmoid)
+            names = resolve_class_names(self.labels, class_count, labels, reader)
+        selector = BoxSelector(self.threshold, self.nms, self.max_boxes)
+        return _DetectionPostprocess(box_reader, selector, names, self.allow_nan)
 
 
 @dataclass(frozen=True)
-class _DetectionPostprocess:
-    read: TorchvisionBoxReader | DetrBoxReader
-    selection: BoxSelector
+class _DetectionPostprocess(PostprocessDefaults):
+    box_reader: TorchvisionBoxReader | DetrBoxReader
+    selector: BoxSelector
     labels: tuple[str, ...] | None
     allow_nan: bool
-    truth_columns: tuple[str, ...] = ()
 
     @property
     def fields(self) -> list[pa.Field]:
-        return list(_FIELDS)
+        return [pa.field("detections", pa.list_(pa.struct(BOX_FIELDS)))]
 
     def on_device(self, output: Any) -> dict[str, torch.Tensor]:
-        """What `Selection` says, of k = `max_boxes` places an image."""
-        chosen = self.selection(self.read(output))
-        del chosen["order"]
-        return chosen
+        """Select boxes: the tensors of `BoxSelector` except `order`."""
+        selected = self.selector(self.box_reader(output))
+        del selected["order"]
+        return selected
 
     def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:
-        good = finite_mask(tensors) | self.allow_nan
-        boxes, inside = map_boxes_to_image(tensors["boxes"].numpy(), geometries, relative=self.read.relative)
-        kept = inside & filled_slots(tensors) & good[:, None]
-        return [build_struct_lists(kept, good, build_box_columns(tensors, boxes, kept, self.labels), BOX_FIELDS)]
-
-    def find_errors(self, tensors: dict[str, torch.Tensor]) -> list[ErrorRecord | None]:
-        return nonfinite_errors(tensors, self.allow_nan)
-
-    def sum_metrics(self, rows: pa.RecordBatch) -> dict[str, float]:  # noqa: ARG002
-        return {}
+        valid = finite_mask(tensors) | self.allow_nan
+        boxes, inside = map_boxes_to_image(tensors["boxes"].numpy(), geometries, relative=self.box_reader.relative)
+        kept = inside & filled_slots(tensors) & valid[:, None]
+        box_columns = build_box_columns(tensors, boxes, kept, self.labels)
+        structs = pa.StructArray.from_arrays(box_columns, fields=BOX_FIELDS)
+        return [build_list_column(kept.sum(axis=1), structs, ~valid)]

@@ -1,109 +1,120 @@
-"""What is right, from a passthrough column: text, numbers or lists of them to the ids of a model's classes.
+"""Ground truth from passthrough columns: text, numbers, or lists of them, as ids of the model's classes.
 
-Sources hand over plain columns: no dictionaries, no views.
+Sources provide plain columns, without dictionary encoding and string views.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-
-if TYPE_CHECKING:
-    import numpy as np
 
 __all__ = ["UNKNOWN_CLASS", "LabelIndex", "as_text", "is_class_type", "ratio"]
 
 UNKNOWN_CLASS = -1
-"""In place of the id where a value names no class."""
+"""Id of a value that names no class of the model."""
+_EXACT_FLOAT_INTEGERS = 2.0**53
+
+_ClassIds = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
 class LabelIndex:
-    """A model's classes, as people name what is right.
+    """The classes of a model: their labels by id, and their ids by label.
 
-    Classes of one label are one class here (ImageNet has two cranes): what is right says no more than the label.
+    Classes with the same label are compared as one class, because ground truth by label cannot tell them apart:
+    ImageNet has two classes `crane`. The lowest of their ids stands for all, the canonical id.
+
+    Example: of the labels `("crane", "ship", "crane")`, ids 0 and 2 both have the canonical id 0; the values
+    `["crane", "ship", "bus", null]` have the class ids `[0, 1, -1, -1]`.
 
     Attributes:
-        count: how many the model knows.
-        labels: by id, or None.
+        count: Number of classes the model gives.
+        labels: Label of each id; None if the model has no labels.
     """
 
     count: int
     labels: tuple[str, ...] | None
 
-    def class_name(self, number: int) -> str:
-        """The label, or the id as text."""
-        return self.labels[number] if self.labels else str(number)
+    def class_name(self, class_id: int) -> str:
+        """Return the label of an id, or the id as text if there are no labels."""
+        return self.labels[class_id] if self.labels else str(class_id)
 
-    def class_ids(self, values: pa.Array) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """The class that each value names, int64 `[n]`; UNKNOWN where it names none, nulls included.
+    def look_up(self, ids: pa.Array) -> pa.Array:
+        """Return the label of each id as a string array; null if the id is null or there are no labels."""
+        if self.labels is None:
+            return pa.nulls(len(ids), pa.string())
+        return self._label_array.take(ids)
 
-        A label is a name; a number is an id, and so is text that is one, unless there are labels that look so too.
+    def class_ids(self, values: pa.Array) -> _ClassIds:
+        """Return the canonical id of the class that each value names, int64 `[n]`.
+
+        Text names a class by its label, a number by its id. Text of digits is an id too, unless a label consists of
+        digits. Values that name no class, and nulls, are UNKNOWN_CLASS.
         """
         if not _is_text(values.type):
-            return self._first(_whole(values))
+            return self.canonical_ids(_to_integers(values))
         values = pc.utf8_trim_whitespace(values.cast(pa.string()))
-        named = pc.index_in(values, pa.array(self.labels or (), pa.string()))
+        by_label = pc.index_in(values, pa.array(self.labels or (), pa.string()))
         if not self._digits_are_ids:
-            return self._first(named)
-        digits = pc.match_substring_regex(values, r"^\d{1,9}$")
-        numbers = pc.if_else(digits, values, pa.scalar(None, pa.string())).cast(pa.int64())
-        return self._first(pc.coalesce(named.cast(pa.int64()), numbers))
+            return self.canonical_ids(by_label)
+        is_number = pc.match_substring_regex(values, r"^\d{1,9}$")
+        by_id = pc.if_else(is_number, values, pa.scalar(None, pa.string())).cast(pa.int64())
+        return self.canonical_ids(pc.coalesce(by_label.cast(pa.int64()), by_id))
 
-    def canonical_ids(self, numbers: pa.Array) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Ids as the model gives them to ids as `ids` gives them; UNKNOWN for null."""
-        return self._first(numbers)
-
-    def _first(self, numbers: pa.Array) -> np.ndarray[Any, np.dtype[np.int64]]:
-        import numpy as np
-
-        found = pc.fill_null(numbers.cast(pa.int64()), UNKNOWN_CLASS).to_numpy(zero_copy_only=False)
-        known = (found >= 0) & (found < self.count)
-        return np.where(known, self._firsts[np.where(known, found, 0)], UNKNOWN_CLASS)
+    def canonical_ids(self, ids: pa.Array) -> _ClassIds:
+        """Return the canonical id of each id, int64 `[n]`; UNKNOWN_CLASS for null and ids beyond `count`."""
+        numbers = pc.fill_null(ids.cast(pa.int64()), UNKNOWN_CLASS).to_numpy(zero_copy_only=False)
+        known = (numbers >= 0) & (numbers < self.count)
+        return np.where(known, self._canonical_by_id[np.where(known, numbers, 0)], UNKNOWN_CLASS)
 
     @cached_property
-    def _firsts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """By id, the first id that has the same label."""
-        import numpy as np
-
+    def _canonical_by_id(self) -> _ClassIds:
         first: dict[str, int] = {}
-        names = [self.class_name(number) for number in range(self.count)]
-        return np.array([first.setdefault(name, number) for number, name in enumerate(names)], np.int64)
+        names = [self.class_name(class_id) for class_id in range(self.count)]
+        return np.array([first.setdefault(name, class_id) for class_id, name in enumerate(names)], np.int64)
+
+    @cached_property
+    def _label_array(self) -> pa.Array:
+        return pa.array(self.labels, pa.string())
 
     @cached_property
     def _digits_are_ids(self) -> bool:
         return not any(label.strip().isdecimal() for label in self.labels or ())
 
 
-def is_class_type(kind: pa.DataType) -> bool:
-    """Whether values of this type may name classes."""
-    return _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
+def is_class_type(data_type: pa.DataType) -> bool:
+    """Return True if values of this type can name classes: text and numbers."""
+    return _is_text(data_type) or pa.types.is_integer(data_type) or pa.types.is_floating(data_type)
 
 
 def as_text(values: pa.Array) -> pa.Array | None:
-    """The values as plain text where they are text, else None."""
+    """Return the values as a plain string array; None if they are not text."""
     return values.cast(pa.string()) if _is_text(values.type) else None
 
 
 def ratio(part: float, whole: float) -> float | None:
-    """`part / whole`, None where there is nothing."""
+    """Return `part / whole`; None if `whole` is 0."""
     return part / whole if whole else None
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+def _is_text(data_type: pa.DataType) -> bool:
+    return bool(pa.types.is_string(data_type) or pa.types.is_large_string(data_type))
 
 
-def _whole(values: pa.Array) -> pa.Array:
-    """Numbers as int64; null where they are no whole number that fits (pandas makes floats of ids beside nulls)."""
+def _to_integers(values: pa.Array) -> pa.Array:
+    """Return numbers as int64; null for fractions and for values that int64 cannot hold."""
+    # Ids may come as floats: pandas turns an integer column with nulls into one of floats.
     if pa.types.is_floating(values.type):
         values = values.cast(pa.float64())
-        fits = pc.and_(pc.less(pc.abs(values), 2.0**53), pc.equal(values, pc.floor(values)))
-        values = pc.if_else(fits, values, pa.scalar(None, pa.float64()))
+        whole = pc.equal(values, pc.floor(values))
+        exact = pc.and_(pc.less(pc.abs(values), _EXACT_FLOAT_INTEGERS), whole)
+        values = pc.if_else(exact, values, pa.scalar(None, pa.float64()))
     elif pa.types.is_uint64(values.type):
-        values = pc.if_else(pc.less(values, pa.scalar(2**53, pa.uint64())), values, pa.scalar(None, pa.uint64()))
+        limit = pa.scalar(int(_EXACT_FLOAT_INTEGERS), pa.uint64())
+        values = pc.if_else(pc.less(values, limit), values, pa.scalar(None, pa.uint64()))
     return values.cast(pa.int64())

@@ -1,10 +1,11 @@
-"""Class names by id: from a list in the job, from a file of one of three plain forms, or the weights' own."""
+"""Class names by id: a list in the job, a label file in one of three forms, or the names that the weights bring."""
 
 from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import pyarrow as pa
 from pydantic import BeforeValidator
 
@@ -12,64 +13,79 @@ from batchjob.errors import InvalidJob, NotFound, StorageError
 from batchjob.settings import Uri
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from batchjob.storage.reader import Reader
 
-__all__ = ["DEFAULT_LABEL_BYTES", "Labels", "look_up_labels", "max_label_bytes", "read_labels", "resolve_class_names"]
+__all__ = [
+    "CLASS_FIELDS",
+    "DEFAULT_LABEL_BYTES",
+    "Labels",
+    "look_up_labels",
+    "max_label_bytes",
+    "read_labels",
+    "resolve_class_names",
+]
 
+CLASS_FIELDS = [pa.field("label_id", pa.int32()), pa.field("label", pa.string()), pa.field("score", pa.float32())]
+"""Fields of a predicted class, in all tasks with classes."""
 DEFAULT_LABEL_BYTES = 128
-"""What a label takes at most where it is not known yet."""
+"""Assumed upper bound of a label's bytes while the labels are not known."""
 _FORMS = "a label file has one label a line, or is a JSON list, or a JSON object of id: label"
 
 
-def _numbers_as_text(value: Any) -> Any:
-    """Digits are fair labels; `yes` and `no`, which YAML may take for truth values, must be quoted."""
+def _integers_to_text(value: Any) -> Any:
+    """Accept whole numbers as labels. Booleans stay an error: YAML reads an unquoted `yes` or `no` as one."""
     if not isinstance(value, list | tuple):
         return value
     return [str(label) if type(label) is int else label for label in value]
 
 
-Labels = Annotated[tuple[str, ...] | Uri | None, BeforeValidator(_numbers_as_text)]
-"""Names by id, or a file of them."""
+Labels = Annotated[tuple[str, ...] | Uri | None, BeforeValidator(_integers_to_text)]
+"""Class names by id, or the URI of a file of them."""
 
 
 def resolve_class_names(
-    labels: Labels, classes: int | None, own: tuple[str, ...] | None, reader: Reader
+    labels: Labels, class_count: int | None, weight_labels: tuple[str, ...] | None, reader: Reader
 ) -> tuple[str, ...] | None:
-    """The names of a model's classes: those of the job, else what the weights bring, else None.
+    """Return the class names by id: those of the job, else those of the weights, else None.
 
-    `classes` is None where the output does not show how many there are.
+    Args:
+        labels: `task.labels` of the job.
+        class_count: Number of classes the model gives; None if its output does not show it.
+        weight_labels: Names that the weights bring.
+        reader: Reader for a label file.
 
     Raises:
-        InvalidJob: they are not as many as the classes, or their file cannot be used.
-        Unavailable: the store of the file cannot be reached.
+        InvalidJob: If there are more or fewer names than classes, or their file cannot be used.
+        Unavailable: If the store of the file cannot be reached.
     """
-    given, source = own, "the weights name"
+    names, source = weight_labels, "the weights name"
     if isinstance(labels, str):
-        given, source = read_labels(reader, labels), f"task.labels: {labels} has"
+        names, source = read_labels(reader, labels), f"task.labels: {labels} has"
     elif labels is not None:
-        given, source = labels, "task.labels has"
-    if given is not None and classes is not None and len(given) != classes:
+        names, source = labels, "task.labels has"
+    if names is not None and class_count is not None and len(names) != class_count:
         raise InvalidJob(
-            f"{source} {len(given)} labels, but the model gives {classes} classes; "
+            f"{source} {len(names)} labels, but the model gives {class_count} classes; "
             "give one label for each class, in the order of their ids, under task.labels"
         )
-    return given
+    return names
 
 
 def max_label_bytes(labels: Labels) -> int:
-    """A bound on the bytes of one label."""
-    listed = labels if isinstance(labels, tuple) else ()
-    return max((len(name.encode()) for name in listed), default=DEFAULT_LABEL_BYTES)
+    """Return an upper bound of the UTF-8 bytes of one label."""
+    names = labels if isinstance(labels, tuple) else ()
+    return max((len(name.encode()) for name in names), default=DEFAULT_LABEL_BYTES)
 
 
 def read_labels(reader: Reader, uri: str) -> tuple[str, ...]:
-    """Labels by id, from a text file of one a line, a JSON list, or a JSON object `id: label` (or `label: id`).
+    """Read labels by id from a label file.
+
+    The file has one label per line, or is a JSON list, or a JSON object `id: label` (Keras: `id: [wordnet id, name]`)
+    or `label: id` (torchvision's `class_to_idx`).
 
     Raises:
-        InvalidJob: not there, not UTF-8, none of these, or ids that are not 0 to n-1.
-        Unavailable: the store cannot be reached.
+        InvalidJob: If the file is missing, not UTF-8, in none of these forms, or its ids are not 0 to n-1.
+        Unavailable: If the store cannot be reached.
     """
     where = f"task.labels: {uri}"
     try:
@@ -82,30 +98,30 @@ def read_labels(reader: Reader, uri: str) -> tuple[str, ...]:
         raise InvalidJob(f"{where} is not UTF-8 text; {_FORMS}") from error
     if not text.strip():
         raise InvalidJob(f"{where} is empty; {_FORMS}")
-    content = _json(text, where, uri.endswith(".json"))
+    content = _parse_json(text, where, required=uri.endswith(".json"))
     if content is None:
         return tuple(line.strip() for line in text.rstrip().splitlines())
     if isinstance(content, list):
-        return tuple(_text(label, where) for label in content)
-    return _by_id(content, where)
+        return tuple(_require_label(label, where) for label in content)
+    return _order_by_id(content, where)
 
 
 def look_up_labels(labels: tuple[str, ...] | None, ids: np.ndarray[Any, Any]) -> pa.Array:
-    """The labels of these ids, a string each; null where there is none."""
+    """Return the label of each id as a string array; null for ids without a label."""
     if labels is None:
         return pa.nulls(len(ids), pa.string())
     unknown = (ids < 0) | (ids >= len(labels))
     return pa.array(labels, pa.string()).take(pa.array(ids, mask=unknown))
 
 
-def _json(text: str, where: str, must: bool) -> Any:
-    """The JSON list or object in a text, or None: a plain label may begin with a bracket too."""
-    if not must and text.lstrip()[0] not in "[{":
+def _parse_json(text: str, where: str, *, required: bool) -> Any:
+    """Return the JSON list or object in the text, or None: the first label of a plain file may begin with a bracket."""
+    if not required and text.lstrip()[0] not in "[{":
         return None
     try:
         content = json.loads(text)
     except ValueError as error:
-        if must:
+        if required:
             raise InvalidJob(f"{where} is not JSON ({error}); {_FORMS}") from error
         return None
     if not isinstance(content, list | dict):
@@ -113,23 +129,23 @@ def _json(text: str, where: str, must: bool) -> Any:
     return content
 
 
-def _by_id(content: dict[str, Any], where: str) -> tuple[str, ...]:
+def _order_by_id(content: dict[str, Any], where: str) -> tuple[str, ...]:
     if all(key.isdecimal() for key in content):
-        pairs = [(int(key), _text(label, where)) for key, label in content.items()]
-    elif all(type(number) is int for number in content.values()):  # torchvision's class_to_idx
+        pairs = [(int(key), _require_label(label, where)) for key, label in content.items()]
+    elif all(type(number) is int for number in content.values()):
         pairs = [(number, label) for label, number in content.items()]
     else:
         raise InvalidJob(f"{where} has keys that are not ids; {_FORMS}")
-    found = dict(pairs)
-    absent = next((number for number in range(len(pairs)) if number not in found), None)
-    if absent is not None:
-        raise InvalidJob(f"{where} has {len(pairs)} labels but none for id {absent}; ids run from 0 without gaps")
-    return tuple(found[number] for number in range(len(pairs)))
+    by_id = dict(pairs)
+    missing = next((number for number in range(len(pairs)) if number not in by_id), None)
+    if missing is not None:
+        raise InvalidJob(f"{where} has {len(pairs)} labels but none for id {missing}; ids run from 0 without gaps")
+    return tuple(by_id[number] for number in range(len(pairs)))
 
 
-def _text(label: Any, where: str) -> str:
-    if isinstance(label, list) and label:  # Keras writes [wordnet id, name]
-        return _text(label[-1], where)
+def _require_label(label: Any, where: str) -> str:
+    if isinstance(label, list) and label:
+        return _require_label(label[-1], where)
     if isinstance(label, str) or type(label) is int:
         return str(label)
     raise InvalidJob(f"{where} holds {json.dumps(label)[:80]} in place of a label; {_FORMS}")

@@ -1,54 +1,54 @@
-"""`type: multilabel`: logits to all the classes an image shows, by a sigmoid and a threshold."""
+"""`type: multilabel`: logits to all the classes that an image shows, by a sigmoid and a threshold."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
-from batchjob.preprocessing.geometry import ImageGeometry
 from batchjob.tasks.ground_truth import UNKNOWN_CLASS, LabelIndex, as_text, is_class_type, ratio
-from batchjob.tasks.labels import Labels, max_label_bytes, read_labels, resolve_class_names
-from batchjob.tasks.postprocess import Postprocess, finite_mask, nonfinite_errors, require_float_output
+from batchjob.tasks.labels import CLASS_FIELDS, Labels, max_label_bytes, read_labels, resolve_class_names
+from batchjob.tasks.list_columns import build_list_column
+from batchjob.tasks.model_output import require_float_output
+from batchjob.tasks.postprocess import Postprocess, PostprocessDefaults, finite_mask
 from batchjob.tasks.settings import TaskSettings
-from batchjob.types import ErrorRecord
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
+    from batchjob.preprocessing.geometry import ImageGeometry
     from batchjob.storage.reader import Reader
 
 __all__ = ["MultilabelTask"]
 
-_USUAL_CLASSES = 100
-_CLASS_FIELDS = [pa.field("label_id", pa.int32()), pa.field("label", pa.string()), pa.field("score", pa.float32())]
-_LISTS = pa.list_(pa.struct(_CLASS_FIELDS))
-_WANTED = "multilabel wants [n, classes]: a row of logits for each image"
+_CLASS_BYTES = 12  # 4 each for the id, the score and the offset of the label
+_TYPICAL_CLASSES = 100
+_EXPECTED = "multilabel wants [n, classes]: a row of logits for each image"
 _ADVICE = "wrap the model so that it returns its logits, before the sigmoid (model.type: python), or use another task"
+
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class MultilabelTask(TaskSettings):
-    """Which classes an image shows: none, one or many.
+    """The classes that an image shows: none, one or many.
 
     Attributes:
-        threshold: the score from which on a class counts as shown; one for all, or one for each class by id.
-        labels: names by id, as a list, or a file of one a line, a JSON list, or a JSON object `id: label`. The
-            weights' own names where not given; null where they have none either.
-        top_k: classes a row lists at most; all over the threshold where not given.
+        threshold: Lowest score of a class that counts as shown; one for all classes, or one for each class by id.
+        labels: Class names by id, as a list, or a file of one a line, a JSON list, or a JSON object `id: label`. If not
+            given, the names that the weights bring; null if they bring none.
+        top_k: Maximum number of classes in a row; if not given, all over the threshold.
         scores: True adds a column with the scores of all classes.
-        truth: the passthrough column that holds the right labels or ids: a list, or text with `;` between them;
-            `report.json` then tells precision and recall. Rows where it is null, or names something that is no class
-            of the model, do not count.
-        allow_nan: True lets rows pass that hold NaN; such a score is over no threshold.
+        truth: Passthrough column with the true labels or ids: a list, or text with `;` between them; `report.json` then
+            has precision and recall. Rows where it is null, or names something that is no class of the model, do not
+            count.
+        allow_nan: True accepts rows that hold NaN; such a score is over no threshold.
     """
 
     type: Literal["multilabel"] = "multilabel"
@@ -61,38 +61,46 @@ class MultilabelTask(TaskSettings):
 
     @property
     def row_bytes(self) -> int:
-        """A bound on the bytes that a row's columns take; where nothing tells the number of classes, a usual one."""
-        known = [len(given) for given in (self.labels, self.threshold) if isinstance(given, tuple)]
-        classes = known[0] if known else _USUAL_CLASSES
+        """Upper bound of the bytes of a row's columns; for a typical number of classes if nothing tells it."""
+        known = [len(names) for names in (self.labels, self.threshold) if isinstance(names, tuple)]
+        classes = known[0] if known else _TYPICAL_CLASSES
         listed = min(self.top_k or classes, classes) if known else self.top_k or classes
-        return listed * (12 + max_label_bytes(self.labels)) + 8 + (4 * classes if self.scores else 0)
+        return listed * (_CLASS_BYTES + max_label_bytes(self.labels)) + 8 + (4 * classes if self.scores else 0)
 
     @property
     def truth_columns(self) -> tuple[str, ...]:
-        """The column that holds the right classes."""
+        """Column with the true classes."""
         return () if self.truth is None else (self.truth,)
 
-    def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - one face for all tasks
-        """Reads the label file, if there is one, without torch. Raises InvalidJob, Unavailable."""
+    def check(self, reader: Reader, folder: Path) -> None:  # noqa: ARG002
+        """Read the label file, if there is one. Raises InvalidJob, Unavailable."""
         if isinstance(self.labels, str):
             read_labels(reader, self.labels)
 
-    def build_postprocess(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
-        """Looks at one output before work starts.
+    def build_postprocess(
+        self,
+        output: Any,
+        labels: tuple[str, ...] | None,
+        reader: Reader,
+        folder: Path,  # noqa: ARG002
+    ) -> Postprocess:
+        """Build the postprocess for a model, from its output for an example batch.
 
         Args:
-            output: what the model gave for `EXAMPLE_ROWS` images.
-            labels: what the weights bring.
-            reader: for a label file.
-            base: of no use here.
+            output: Output of the model for `EXAMPLE_ROWS` images.
+            labels: Class names that the weights bring.
+            reader: Reader for a label file.
+            folder: Not used.
 
         Raises:
-            InvalidJob: the output is not `[n, classes]`, or labels or thresholds are not as many as the classes.
-            Unavailable: the store of the label file cannot be reached.
+            InvalidJob: If the output is not `[n, classes]`, or labels or thresholds are more or fewer than the classes.
+            Unavailable: If the store of the label file cannot be reached.
         """
-        logits = require_float_output(output, _WANTED, _ADVICE)
+        logits = require_float_output(output, _EXPECTED, _ADVICE)
         if logits.ndim != 2 or not logits.shape[1]:
-            raise InvalidJob(f"the model gives {list(logits.shape)} for {len(logits)} images, but {_WANTED}; {_ADVICE}")
+            raise InvalidJob(
+                f"the model gives {list(logits.shape)} for {len(logits)} images, but {_EXPECTED}; {_ADVICE}"
+            )
         classes = logits.shape[1]
         if isinstance(self.threshold, tuple) and len(self.threshold) != classes:
             raise InvalidJob(
@@ -101,16 +109,20 @@ class MultilabelTask(TaskSettings):
             )
         if (self.top_k or 0) > classes:
             raise InvalidJob(f"task.top_k is {self.top_k}, but the model knows {classes} classes; lower it")
-        known = LabelIndex(classes, resolve_class_names(self.labels, classes, labels, reader))
         return _MultilabelPostprocess(
-            known, self.threshold, self.top_k or classes, self.scores, self.allow_nan, self.truth_columns
+            label_index=LabelIndex(classes, resolve_class_names(self.labels, classes, labels, reader)),
+            threshold=self.threshold,
+            top_k=self.top_k or classes,
+            scores=self.scores,
+            allow_nan=self.allow_nan,
+            truth_columns=self.truth_columns,
         )
 
     def compute_metrics(self, sums: Mapping[str, float]) -> dict[str, Any]:
-        """`images`, `unknown_truth`, `precision`, `recall` and `f1` over all classes together, and `exact_match`.
+        """Compute `precision`, `recall` and `f1` over all classes together (micro averages), and `exact_match`.
 
-        `images` are those that count; `exact_match` is the share of them that list just the right classes. A rate over
-        nothing is None.
+        `images` is the number of images that count; `exact_match` is the share of them that list exactly the true
+        classes; `unknown_truth` is the number whose truth names no class of the model. A rate over nothing is None.
         """
         if self.truth is None:
             return {}
@@ -126,17 +138,17 @@ class MultilabelTask(TaskSettings):
             "exact_match": ratio(sums.get("exact", 0), images),
         }
 
-    def _expected_truth_type(self, kind: pa.DataType) -> str | None:
-        items = kind.value_type if _is_list(kind) else kind
-        text_or_list = _is_list(kind) or not (pa.types.is_integer(kind) or pa.types.is_floating(kind))
-        return (
-            None if text_or_list and is_class_type(items) else "lists of labels or ids, or text with ';' between them"
-        )
+    def _expected_truth_type(self, data_type: pa.DataType) -> str | None:
+        item_type = data_type.value_type if _is_list(data_type) else data_type
+        is_number = pa.types.is_integer(data_type) or pa.types.is_floating(data_type)
+        if is_class_type(item_type) and (_is_list(data_type) or not is_number):
+            return None
+        return "lists of labels or ids, or text with ';' between them"
 
 
 @dataclass(frozen=True)
-class _MultilabelPostprocess:
-    classes: LabelIndex
+class _MultilabelPostprocess(PostprocessDefaults):
+    label_index: LabelIndex
     threshold: float | tuple[float, ...]
     top_k: int
     scores: bool
@@ -145,13 +157,14 @@ class _MultilabelPostprocess:
 
     @property
     def fields(self) -> list[pa.Field]:
-        all_scores = [pa.field("scores", pa.list_(pa.float32(), self.classes.count))] if self.scores else []
-        return [pa.field("labels", _LISTS), *all_scores]
+        labels = pa.field("labels", pa.list_(pa.struct(CLASS_FIELDS)))
+        return [labels, pa.field("scores", pa.list_(pa.float32(), self.label_index.count))] if self.scores else [labels]
 
     def on_device(self, output: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`label_id` int32 and `score` float32 `[n, k]`, the highest first, of which `count` int32 `[n]` are shown.
+        """Reduce logits to the k best classes: `label_id` int32 and `score` float32 `[n, k]`, the best first.
 
-        `finite` bool `[n]`; with `scores`, those of all classes by id, float32 `[n, classes]`.
+        `count` int32 `[n]` is the number of them over their threshold, `finite` bool `[n]`. If `scores` is set, those
+        of all classes by id, float32 `[n, classes]`.
         """
         import torch
 
@@ -159,87 +172,77 @@ class _MultilabelPostprocess:
         scores = logits.sigmoid()
         limit = self.threshold
         shown = scores >= (torch.tensor(limit, device=scores.device) if isinstance(limit, tuple) else limit)
-        # By the logits, for large ones all have the score 1; clamped, so that minus infinity is left to what is hidden.
+        # Sort by logits, because large ones all have the score 1. They are clamped, so that minus infinity is left to
+        # the classes below their threshold.
         ranked = logits.clamp(min=torch.finfo(torch.float32).min).masked_fill(~shown, -torch.inf)
         ids = ranked.sort(dim=1, descending=True, stable=True).indices[:, : self.top_k]
-        made = {
+        tensors = {
             "label_id": ids.to(torch.int32),
             "score": scores.gather(1, ids),
             "count": shown.sum(dim=1).clamp(max=self.top_k).to(torch.int32),
             "finite": ~scores.isnan().any(dim=1),
         }
-        return made | {"scores": scores} if self.scores else made
+        return tensors | {"scores": scores} if self.scores else tensors
 
     def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:  # noqa: ARG002
-        import numpy as np
-
-        absent = np.zeros(len(tensors["finite"]), np.bool_) if self.allow_nan else ~finite_mask(tensors)
-        counts = np.where(absent, 0, tensors["count"].numpy())
+        null_rows = np.zeros(len(tensors["finite"]), np.bool_) if self.allow_nan else ~finite_mask(tensors)
+        counts = np.where(null_rows, 0, tensors["count"].numpy())
         listed = np.arange(tensors["label_id"].shape[1]) < counts[:, None]
         ids = pa.array(tensors["label_id"].numpy()[listed])
-        shown = [ids, self._named(ids), pa.array(tensors["score"].numpy()[listed])]
-        ends = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        structs = pa.StructArray.from_arrays(shown, fields=_CLASS_FIELDS)
-        columns = [pa.ListArray.from_arrays(pa.array(ends), structs, type=_LISTS, mask=pa.array(absent))]
+        flat_columns = [ids, self.label_index.look_up(ids), pa.array(tensors["score"].numpy()[listed])]
+        structs = pa.StructArray.from_arrays(flat_columns, fields=CLASS_FIELDS)
+        columns = [build_list_column(counts, structs, null_rows)]
         if self.scores:
             flat = pa.array(tensors["scores"].contiguous().view(-1).numpy())
-            columns.append(pa.FixedSizeListArray.from_arrays(flat, self.classes.count, mask=pa.array(absent)))
+            mask = pa.array(null_rows)
+            columns.append(pa.FixedSizeListArray.from_arrays(flat, self.label_index.count, mask=mask))
         return columns
 
-    def find_errors(self, tensors: dict[str, torch.Tensor]) -> list[ErrorRecord | None]:
-        return nonfinite_errors(tensors, self.allow_nan)
-
     def sum_metrics(self, rows: pa.RecordBatch) -> dict[str, float]:
-        """`images`, `unknown_truth`, `exact`; over all classes `listed`, `right`, and `hits`, which are both."""
-        import numpy as np
+        """Count `images`, `unknown_truth` and `exact`; over all classes `listed`, `right` and `hits`, their overlap.
 
+        Example: truth {cat, dog} and prediction {cat} have 1 listed, 2 right, 1 hit, and no exact match.
+        """
         rows = rows.filter(pc.is_valid(rows.column(self.truth_columns[0])))
-        row, right = self._right(rows.column(self.truth_columns[0]))
-        counts = np.ones(rows.num_rows, np.bool_)
-        counts[row[right == UNKNOWN_CLASS]] = False
-        truth = self._pairs(row, right, counts)
-        listed = rows.column("labels")
-        found = self.classes.canonical_ids(pc.list_flatten(listed).field("label_id"))
-        shown = self._pairs(pc.list_parent_indices(listed).to_numpy(), found, counts)
-        differing = np.setxor1d(truth, shown, assume_unique=True) // self.classes.count
+        truth_rows, truth_ids = self._flatten_truth(rows.column(self.truth_columns[0]))
+        counted = np.ones(rows.num_rows, np.bool_)
+        counted[truth_rows[truth_ids == UNKNOWN_CLASS]] = False
+        truth = self._encode_pairs(truth_rows, truth_ids, counted)
+        labels = rows.column("labels")
+        predicted_ids = self.label_index.canonical_ids(pc.list_flatten(labels).field("label_id"))
+        predicted = self._encode_pairs(pc.list_parent_indices(labels).to_numpy(), predicted_ids, counted)
+        differing_rows = np.setxor1d(truth, predicted, assume_unique=True) // self.label_index.count
         sums = {
-            "images": int(counts.sum()),
-            "unknown_truth": int((~counts).sum()),
-            "exact": int(counts.sum()) - len(np.unique(differing)),
-            "listed": len(shown),
+            "images": int(counted.sum()),
+            "unknown_truth": int((~counted).sum()),
+            "exact": int(counted.sum()) - len(np.unique(differing_rows)),
+            "listed": len(predicted),
             "right": len(truth),
-            "hits": len(np.intersect1d(truth, shown, assume_unique=True)),
+            "hits": len(np.intersect1d(truth, predicted, assume_unique=True)),
         }
         return {key: count for key, count in sums.items() if count}
 
-    def _right(self, truths: pa.Array) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Row and class of all that is right; text is split at `;`, and empty parts of it are nothing."""
-        text = as_text(truths)
-        lists = truths if text is None else pc.split_pattern(text, ";")
+    def _flatten_truth(self, column: pa.Array) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Return the row and the class id of each true class; text is split at `;`, its empty parts are ignored."""
+        text = as_text(column)
+        lists = column if text is None else pc.split_pattern(text, ";")
         row, values = pc.list_parent_indices(lists), pc.list_flatten(lists)
         if text is not None:
-            named = pc.not_equal(pc.utf8_trim_whitespace(values), "")
-            row, values = row.filter(named), values.filter(named)
-        return row.to_numpy(), self.classes.class_ids(values)
+            not_empty = pc.not_equal(pc.utf8_trim_whitespace(values), "")
+            row, values = row.filter(not_empty), values.filter(not_empty)
+        return row.to_numpy(), self.label_index.class_ids(values)
 
-    def _pairs(
-        self, row: np.ndarray[Any, Any], ids: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]
+    def _encode_pairs(
+        self, row: np.ndarray[Any, Any], ids: np.ndarray[Any, Any], counted: np.ndarray[Any, Any]
     ) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Each class of each row that counts, once, as one number."""
-        import numpy as np
+        """Return each (row, class id) pair of the counted rows once, as `row * classes + id`, sorted.
 
-        of_use = counts[row]
-        return np.unique(row[of_use].astype(np.int64) * self.classes.count + ids[of_use])
-
-    def _named(self, ids: pa.Array) -> pa.Array:
-        if self.classes.labels is None:
-            return pa.nulls(len(ids), pa.string())
-        return self._label_array.take(ids)
-
-    @cached_property
-    def _label_array(self) -> pa.Array:
-        return pa.array(self.classes.labels, pa.string())
+        Example: with 3 classes, row 2 and class 1 are 7; 7 // 3 is the row again.
+        """
+        selected = counted[row]
+        return np.unique(row[selected].astype(np.int64) * self.label_index.count + ids[selected])
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+def _is_list(data_type: pa.DataType) -> bool:
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(is_kind(data_type) for is_kind in kinds)

@@ -1,4 +1,4 @@
-"""`type: python`: the user's own function or class beside the job file makes the columns."""
+"""`type: python`: columns made by the user's own function or class beside the job file."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ __all__ = ["PythonTask"]
 
 
 class PythonTask(TaskSettings):
-    """Columns that the user's own code makes.
+    """Columns made by the user's own code.
 
-    With `fields` here, the target is a function `(output)` or `(output, frames)`, called for each batch with the
+    With `fields` here, the target is a function `(output)` or `(output, frames)`. It is called for each batch with the
     model's output on the host: tensors, first dimension n, in the tensor, dict or tuple that the model returned. It
-    returns its columns as a dict of n values each (lists, arrays, tensors, Arrow); the values alone where there is one.
-    `frames` say, image by image, where the model's input lay in it.
+    returns its columns as a dict of n values each (lists, arrays, tensors, Arrow); a single column may be returned
+    without the dict. `frames` are the positions of the model's input within the images, one for each image.
 
     Without `fields`, the target is a class, or a function that returns an object, called once. The object has `fields`
-    (a dict of type names, or Arrow fields), `columns(output)` or `columns(output, frames)` as above, and, if it likes,
-    `on_device(output)`: what is carried to the host in place of the model's output.
+    (a dict of type names, or Arrow fields), `columns(output)` or `columns(output, frames)` like the function above, and
+    optionally `on_device(output)`: what is copied to the host in place of the model's output.
 
-    A row whose tensors hold NaN is an error row, and the code does not see it. What the code raises on a batch is
-    looked for image by image: those on which it fails are error rows.
+    A row whose tensors hold NaN is an error row, and the code does not see it. If the code raises on a batch, it is
+    called with one image at a time: the images on which it fails are error rows.
 
     Attributes:
         target: `module:attribute` beside the job file.
-        arguments: its keyword arguments.
-        fields: a type for each column: `{sharpness: float32, tags: "list<string>"}`.
-        row_bytes: that a row takes at most; shards are sized by it.
-        allow_nan: True shows the code rows with NaN or infinity too.
+        arguments: Keyword arguments of the target.
+        fields: Type of each column: `{sharpness: float32, tags: "list<string>"}`.
+        row_bytes: Maximum bytes of a row; decides the size of shards.
+        allow_nan: True passes rows with NaN or infinity to the code too.
     """
 
     type: Literal["python"] = "python"
@@ -64,106 +64,120 @@ class PythonTask(TaskSettings):
 
     @field_validator("fields")
     @classmethod
-    def _once(cls, fields: dict[str, str] | None) -> dict[str, str] | None:
+    def _check_distinct(cls, fields: dict[str, str] | None) -> dict[str, str] | None:
         check_distinct_names(fields or ())
         return fields
 
-    def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - one face for all tasks
-        """Looks without torch whether the module is there. Raises InvalidJob."""
-        source_digest(self.target, base)
+    def check(self, reader: Reader, folder: Path) -> None:  # noqa: ARG002
+        """Check that the module of the target exists, without running it. Raises InvalidJob."""
+        source_digest(self.target, folder)
 
-    def digest(self, base: Path) -> str | None:
-        """Of the target's module and all it imports from the job's folder. Raises InvalidJob."""
-        return source_digest(self.target, base)
+    def digest(self, folder: Path) -> str | None:
+        """Return the sha256 of the target's module and all it imports from the job's folder. Raises InvalidJob."""
+        return source_digest(self.target, folder)
 
-    def build_postprocess(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
-        """Loads the code and tries it on the example batch, and on one image of it.
+    def build_postprocess(
+        self,
+        output: Any,
+        labels: tuple[str, ...] | None,  # noqa: ARG002
+        reader: Reader,  # noqa: ARG002
+        folder: Path,
+    ) -> Postprocess:
+        """Load the user's code and try it on the example batch, and on one image of it.
 
         Args:
-            output: what the model gave for `EXAMPLE_ROWS` images.
-            labels: of no use here, nor is `reader`.
-            base: the job's folder.
+            output: Output of the model for `EXAMPLE_ROWS` images.
+            labels: Not used.
+            reader: Not used.
+            folder: Folder of the job file.
 
         Raises:
-            InvalidJob: no such code, it raised, or what it returned is not what is declared.
+            InvalidJob: If the code is missing, raises, or returns something else than it declares.
         """
-        code = self._code(load_target(self.target, base), f"task.target: {self.target}")
-        carried = code.run_on_device(output, base)
-        own = UserPostprocess(code, infer_structure(carried, code), self.allow_nan)
-        own.validate_on_example(carried, base)
-        return own
+        functions = self._load_functions(load_target(self.target, folder), f"task.target: {self.target}")
+        copied = functions.run_on_device(output, folder)
+        postprocess = UserPostprocess(functions, infer_structure(copied, functions), self.allow_nan)
+        postprocess.validate_on_example(copied, folder)
+        return postprocess
 
-    def _code(self, found: Any, where: str) -> UserFunctions:
-        if not callable(found):
-            raise InvalidJob(f"{where} is a {type(found).__name__}; name a function or a class")
+    def _load_functions(self, target: Any, where: str) -> UserFunctions:
+        if not callable(target):
+            raise InvalidJob(f"{where} is a {type(target).__name__}; name a function or a class")
         if self.fields is not None:
-            fields = tuple(pa.field(name, parse_arrow_type(kind)) for name, kind in self.fields.items())
-            if inspect.isclass(found):
-                found = _called(found, self.arguments, where)
-                return UserFunctions(where, fields, _by_position(found, where))
-            return UserFunctions(where, fields, _by_position(partial(found, **self.arguments), where))
-        made = _called(found, self.arguments, where)
-        columns = getattr(made, "columns", None)
-        if not callable(columns) or not hasattr(made, "fields"):
+            fields = tuple(pa.field(name, parse_arrow_type(type_name)) for name, type_name in self.fields.items())
+            if inspect.isclass(target):
+                function = _call_target(target, self.arguments, where)
+            else:
+                function = partial(target, **self.arguments)
+            return UserFunctions(where, fields, _adapt_signature(function, where))
+        instance = _call_target(target, self.arguments, where)
+        columns = getattr(instance, "columns", None)
+        if not callable(columns) or not hasattr(instance, "fields"):
             raise InvalidJob(
-                f"{where} made a {type(made).__name__} without `fields` and `columns(output)`; give it both, or, for a "
-                "plain function of the output, write task.fields: {name: type}"
+                f"{where} made a {type(instance).__name__} without `fields` and `columns(output)`; give it both, or, "
+                "for a plain function of the output, write task.fields: {name: type}"
             )
-        on_device = getattr(made, "on_device", None)
-        return UserFunctions(where, _declared(made.fields, where), _by_position(columns, f"{where}.columns"), on_device)
+        on_device = getattr(instance, "on_device", None)
+        columns = _adapt_signature(columns, f"{where}.columns")
+        return UserFunctions(where, _parse_fields(instance.fields, where), columns, on_device)
 
 
-def _called(found: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
+def _call_target(target: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
     try:
-        return found(**arguments)
+        return target(**arguments)
     except (BatchjobError, MemoryError):
         raise
-    except Exception as error:  # the user's code: anything may come
-        given = ", ".join(arguments) or "none"
+    except Exception as error:  # the user's code can raise anything
+        names = ", ".join(arguments) or "none"
         raise InvalidJob(
-            f"{where} cannot be called with task.arguments ({given}): {type(error).__name__}: {error}; correct them, "
+            f"{where} cannot be called with task.arguments ({names}): {type(error).__name__}: {error}; correct them, "
             "or, for a plain function of the output, write task.fields: {name: type}"
         ) from error
 
 
-def _by_position(function: Any, where: str) -> Callable[[Any, Sequence[Any]], Any]:
-    """The function as one of output and frames; those that take the output alone are given no frames."""
+def _adapt_signature(function: Any, where: str) -> Callable[[Any, Sequence[Any]], Any]:
+    """Return the function as one of (output, frames); a function of the output alone gets no frames.
+
+    Example: `f(output)`, `f(output, frames)`, `f(output, scale=2)` and `f(output, *, frames=())` are accepted;
+    `f(output, frames, scale)` is not, unless `task.arguments` binds `scale`.
+    """
     if not callable(function):
         raise InvalidJob(f"{where} makes a {type(function).__name__} that cannot be called; give it __call__(output)")
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # written in C
+    except (TypeError, ValueError):  # functions written in C have no signature
         return lambda output, frames: function(output)
-    positional = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
-    open_ones = [one for one in parameters if one.default is one.empty]
-    wanted = [one for one in open_ones if one.kind in positional]
-    missing = [one.name for one in open_ones if one.kind is one.KEYWORD_ONLY]
-    if len(wanted) == 2 and not missing:
+    positional_kinds = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    required = [parameter for parameter in parameters if parameter.default is parameter.empty]
+    positional = [parameter for parameter in required if parameter.kind in positional_kinds]
+    unbound = [parameter for parameter in required if parameter.kind is parameter.KEYWORD_ONLY]
+    if len(positional) == 2 and not unbound:
         return function  # type: ignore[no-any-return]
-    if len(wanted) == 1 and not missing:
-        named = any(one.name == "frames" and one not in wanted for one in parameters)
-        return lambda output, frames: function(output, frames=frames) if named else function(output)
-    takes = ", ".join(str(one) for one in parameters) or "nothing"
+    if len(positional) == 1 and not unbound:
+        if any(parameter.name == "frames" and parameter not in positional for parameter in parameters):
+            return lambda output, frames: function(output, frames=frames)
+        return lambda output, frames: function(output)
+    takes = ", ".join(str(parameter) for parameter in parameters) or "nothing"
     raise InvalidJob(
         f"{where} takes ({takes}), but is called as (output) or (output, frames); write it so, and give what else it "
         "takes under task.arguments"
     )
 
 
-def _declared(fields: Any, where: str) -> tuple[pa.Field, ...]:
-    """The `fields` of an object, as Arrow has them."""
+def _parse_fields(fields: Any, where: str) -> tuple[pa.Field, ...]:
+    """Return the `fields` of a user's object as Arrow fields. Raises InvalidJob."""
     try:
         if isinstance(fields, Mapping):
-            made = [
-                pa.field(name, parse_arrow_type(kind) if isinstance(kind, str) else kind)
-                for name, kind in fields.items()
+            arrow_fields = [
+                pa.field(name, parse_arrow_type(data_type) if isinstance(data_type, str) else data_type)
+                for name, data_type in fields.items()
             ]
         else:
-            made = list(fields)
-        check_distinct_names(check_column_name(field.name) for field in made)
-        if not made:
+            arrow_fields = list(fields)
+        check_distinct_names(check_column_name(field.name) for field in arrow_fields)
+        if not arrow_fields:
             raise ValueError("there are none")
-        return tuple(field.with_type(check_column_type(field.type)).with_nullable(True) for field in made)
+        return tuple(field.with_type(check_column_type(field.type)).with_nullable(True) for field in arrow_fields)
     except (AttributeError, TypeError, ValueError) as error:
         raise InvalidJob(
             f"{where}.fields: {error}; give a dict of names and types, such as {{'sharpness': 'float32'}}, or a list "

@@ -1,4 +1,4 @@
-"""`type: raw`: the model's tensors as they are, one fixed-size list a row and tensor."""
+"""`type: raw`: the model's tensors unchanged, one fixed-size list per row and tensor."""
 
 from __future__ import annotations
 
@@ -9,75 +9,153 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
-from batchjob.preprocessing.geometry import ImageGeometry
 from batchjob.tasks.column_types import check_column_name, check_distinct_names
-from batchjob.tasks.postprocess import (
-    EXAMPLE_ROWS,
-    Postprocess,
-    check_row_shape,
-    describe_output,
-    finite_mask,
-    nonfinite_errors,
-)
+from batchjob.tasks.model_output import check_row_shape, describe_mismatch, describe_output, widen_half_precision
+from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess, PostprocessDefaults, finite_mask
 from batchjob.tasks.settings import TaskSettings
-from batchjob.types import ErrorRecord
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
+    from batchjob.preprocessing.geometry import ImageGeometry
     from batchjob.storage.reader import Reader
 
 __all__ = ["RawTask"]
 
-_WANTED = "raw wants a tensor with a row for each image, or a dict or a tuple of such"
+_EXPECTED = "raw wants a tensor with a row for each image, or a dict or a tuple of such"
 _ADVICE = "pick one of several with model.output, or wrap the model so that it returns tensors (model.type: python)"
 
 
 class RawTask(TaskSettings):
-    """The output itself, to be looked at elsewhere.
+    """The output itself, for use elsewhere.
 
-    One tensor is the column `output`; a dict has one for each key, a tuple `output_0`, `output_1` and so on. A row of
-    `[n, a, b]` is a list of `a * b` numbers, row-major; the field's metadata say `shape: [a, b]`. A row of `[n]` is a
-    number. float16 and bfloat16 become float32.
+    One tensor becomes the column `output`; a dict has a column for each key, a tuple `output_0`, `output_1` and so on.
+    A row of `[n, a, b]` is a list of `a * b` numbers, row-major; the metadata of the field hold `shape: [a, b]`. A row
+    of `[n]` is a number. float16 and bfloat16 become float32.
 
     Attributes:
-        row_bytes: that a row may take; shards are sized by it, for the model is not known yet then.
-        allow_nan: True lets rows pass that hold NaN or infinity.
+        row_bytes: Maximum bytes of a row; decides the size of shards before the model is known.
+        allow_nan: True accepts rows that hold NaN or infinity.
     """
 
     type: Literal["raw"] = "raw"
     row_bytes: int = Field(default=65_536, ge=1)
     allow_nan: bool = False
 
-    def build_postprocess(self, output: Any, labels: tuple[str, ...] | None, reader: Reader, base: Path) -> Postprocess:  # noqa: ARG002
-        """Looks at one output before work starts.
+    def build_postprocess(
+        self,
+        output: Any,
+        labels: tuple[str, ...] | None,  # noqa: ARG002
+        reader: Reader,  # noqa: ARG002
+        folder: Path,  # noqa: ARG002
+    ) -> Postprocess:
+        """Build the postprocess for a model, from its output for an example batch.
 
         Args:
-            output: what the model gave for `EXAMPLE_ROWS` images.
-            labels: of no use here, nor are `reader` and `base`.
+            output: Output of the model for `EXAMPLE_ROWS` images.
+            labels: Not used.
+            reader: Not used.
+            folder: Not used.
 
         Raises:
-            InvalidJob: it holds something else than tensors of a row for each image, a key that cannot name a column,
-                or more bytes than `row_bytes`.
+            InvalidJob: If the output holds anything but tensors with a row for each image, or a key that cannot name a
+                column, or more bytes than `row_bytes`.
         """
-        tensors = {name: _TensorColumn.of(name, part, output) for name, part in _named(output).items()}
-        takes = sum(tensor.row_bytes for tensor in tensors.values())
-        if takes > self.row_bytes:
-            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+        columns = [_TensorColumn.of(name, part, output) for name, part in _split_output(output).items()]
+        byte_count = sum(column.row_bytes for column in columns)
+        if byte_count > self.row_bytes:
+            shapes = ", ".join(f"{column.name} {list(column.shape)}" for column in columns)
             raise InvalidJob(
-                f"a row takes {takes:,} bytes ({shapes}), but task.row_bytes is {self.row_bytes:,}; raise it, "
+                f"a row takes {byte_count:,} bytes ({shapes}), but task.row_bytes is {self.row_bytes:,}; raise it, "
                 "which makes shards smaller, or give out less: one of several with model.output, or another task"
             )
-        return _RawPostprocess(tuple(tensors.values()), self.allow_nan)
+        return _RawPostprocess(tuple(columns), self.allow_nan)
 
 
-def _named(output: Any) -> dict[str, Any]:
-    """The parts of an output by the names of their columns. Raises InvalidJob where it has none."""
+@dataclass(frozen=True)
+class _TensorColumn:
+    """Column of one tensor.
+
+    Attributes:
+        name: Name of the column.
+        shape: Shape of a row; empty if a row is a number.
+        value_type: Arrow type of its numbers.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    value_type: pa.DataType
+
+    @classmethod
+    def of(cls, name: str, tensor: Any, output: Any) -> _TensorColumn:
+        """Define the column of a tensor. Raises InvalidJob if it cannot be one; the message describes `output`."""
+        import torch
+
+        message = describe_mismatch(output, _EXPECTED)
+        if not isinstance(tensor, torch.Tensor):
+            raise InvalidJob(f"{message}, and {name} is {describe_output(tensor)}; {_ADVICE}")
+        if tensor.ndim == 0 or tensor.shape[0] != EXAMPLE_ROWS:
+            raise InvalidJob(f"{message}, and {name} is {describe_output(tensor)}; {_ADVICE}")
+        if not tensor.numel() or tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
+            raise InvalidJob(f"{message} of plain numbers, and {name} is {describe_output(tensor)}; {_ADVICE}")
+        value_type = pa.from_numpy_dtype(widen_half_precision(tensor[:0]).cpu().numpy().dtype)
+        return cls(name, tuple(tensor.shape[1:]), value_type)
+
+    @property
+    def field(self) -> pa.Field:
+        data_type = pa.list_(self.value_type, prod(self.shape)) if self.shape else self.value_type
+        return pa.field(self.name, data_type, metadata={"shape": json.dumps(self.shape)})
+
+    @property
+    def row_bytes(self) -> int:
+        bit_width: int = self.value_type.bit_width
+        return prod(self.shape) * max(1, bit_width // 8) + 1
+
+    def build(self, tensor: torch.Tensor, null_rows: np.ndarray[Any, Any] | None) -> pa.Array:
+        """Build the column from a tensor `[n, numbers of a row]` on the host."""
+        flat = tensor.contiguous().view(-1).numpy()
+        if not self.shape:
+            return pa.array(flat, self.value_type, mask=null_rows)
+        mask = None if null_rows is None else pa.array(null_rows)
+        return pa.FixedSizeListArray.from_arrays(pa.array(flat, self.value_type), prod(self.shape), mask=mask)
+
+
+@dataclass(frozen=True)
+class _RawPostprocess(PostprocessDefaults):
+    tensor_columns: tuple[_TensorColumn, ...]
+    allow_nan: bool
+
+    @property
+    def fields(self) -> list[pa.Field]:
+        return [column.field for column in self.tensor_columns]
+
+    def on_device(self, output: Any) -> dict[str, torch.Tensor]:
+        """Flatten each tensor to `[n, numbers of a row]`, under its index `0`, `1`, …; with `finite` bool `[n]`."""
+        import torch
+
+        parts = list(_split_output(output).values())
+        tensors: dict[str, torch.Tensor] = {}
+        finite = torch.ones(len(parts[0]), dtype=torch.bool, device=parts[0].device)
+        for index, (part, column) in enumerate(zip(parts, self.tensor_columns, strict=True)):
+            check_row_shape(part, column.shape)
+            flat = widen_half_precision(part).reshape(len(part), prod(column.shape))
+            tensors[str(index)] = flat
+            if flat.is_floating_point():
+                finite &= flat.isfinite().all(dim=1).to(finite.device)
+        return tensors | {"finite": finite}
+
+    def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:  # noqa: ARG002
+        null_rows = None if self.allow_nan else ~finite_mask(tensors)
+        return [column.build(tensors[str(index)], null_rows) for index, column in enumerate(self.tensor_columns)]
+
+
+def _split_output(output: Any) -> dict[str, Any]:
+    """Return the parts of an output by the names of their columns. Raises InvalidJob if it has none."""
     import torch
 
     if isinstance(output, torch.Tensor):
@@ -91,90 +169,6 @@ def _named(output: Any) -> dict[str, Any]:
             raise InvalidJob(f"the model gives {describe_output(output)}: {error}; {_ADVICE}") from None
         return parts
     if isinstance(output, tuple | list) and output:
-        return {f"output_{place}": part for place, part in enumerate(output)}
+        return {f"output_{index}": part for index, part in enumerate(output)}
     hint = "return something from its forward(), or " if output is None else ""
-    raise InvalidJob(
-        f"the model gives {describe_output(output)} for a batch of {EXAMPLE_ROWS}, but {_WANTED}; {hint}{_ADVICE}"
-    )
-
-
-@dataclass(frozen=True)
-class _TensorColumn:
-    """A column: its name, the shape of a row, the type of its numbers."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: pa.DataType
-
-    @classmethod
-    def of(cls, name: str, part: Any, output: Any) -> _TensorColumn:
-        import torch
-
-        said = f"the model gives {describe_output(output)} for a batch of {EXAMPLE_ROWS}, but {_WANTED}"
-        if not isinstance(part, torch.Tensor):
-            raise InvalidJob(f"{said}, and {name} is {describe_output(part)}; {_ADVICE}")
-        if part.ndim == 0 or part.shape[0] != EXAMPLE_ROWS:
-            raise InvalidJob(f"{said}, and {name} is {describe_output(part)}; {_ADVICE}")
-        if not part.numel() or part.is_complex() or part.is_quantized or part.layout != torch.strided:
-            raise InvalidJob(f"{said} of plain numbers, and {name} is {describe_output(part)}; {_ADVICE}")
-        kind = pa.from_numpy_dtype(_plain(part[:0]).cpu().numpy().dtype)
-        return cls(name, tuple(part.shape[1:]), kind)
-
-    @property
-    def field(self) -> pa.Field:
-        kind = pa.list_(self.kind, prod(self.shape)) if self.shape else self.kind
-        return pa.field(self.name, kind, metadata={"shape": json.dumps(self.shape)})
-
-    @property
-    def row_bytes(self) -> int:
-        width: int = self.kind.bit_width
-        return prod(self.shape) * max(1, width // 8) + 1
-
-    def column(self, tensor: torch.Tensor, absent: np.ndarray[Any, Any] | None) -> pa.Array:
-        flat = tensor.contiguous().view(-1).numpy()
-        if not self.shape:
-            return pa.array(flat, self.kind, mask=absent)
-        mask = None if absent is None else pa.array(absent)
-        return pa.FixedSizeListArray.from_arrays(pa.array(flat, self.kind), prod(self.shape), mask=mask)
-
-
-@dataclass(frozen=True)
-class _RawPostprocess:
-    tensors: tuple[_TensorColumn, ...]
-    allow_nan: bool
-    truth_columns: tuple[str, ...] = ()
-
-    @property
-    def fields(self) -> list[pa.Field]:
-        return [tensor.field for tensor in self.tensors]
-
-    def on_device(self, output: Any) -> dict[str, torch.Tensor]:
-        """By place, `0` `[n, numbers of a row]` and so on; `finite` bool `[n]`."""
-        import torch
-
-        parts = list(_named(output).values())
-        made: dict[str, torch.Tensor] = {}
-        finite = torch.ones(len(parts[0]), dtype=torch.bool, device=parts[0].device)
-        for place, (part, tensor) in enumerate(zip(parts, self.tensors, strict=True)):
-            check_row_shape(part, tensor.shape)
-            made[str(place)] = plain = _plain(part).reshape(len(part), prod(tensor.shape))
-            if plain.is_floating_point():
-                finite &= plain.isfinite().all(dim=1).to(finite.device)
-        return made | {"finite": finite}
-
-    def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:  # noqa: ARG002
-        absent = None if self.allow_nan else ~finite_mask(tensors)
-        return [tensor.column(tensors[str(place)], absent) for place, tensor in enumerate(self.tensors)]
-
-    def find_errors(self, tensors: dict[str, torch.Tensor]) -> list[ErrorRecord | None]:
-        return nonfinite_errors(tensors, self.allow_nan)
-
-    def sum_metrics(self, rows: pa.RecordBatch) -> dict[str, float]:  # noqa: ARG002
-        return {}
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Half precision as float32, which all readers of Parquet know."""
-    import torch
-
-    return tensor.float() if tensor.dtype in {torch.float16, torch.bfloat16} else tensor
+    raise InvalidJob(f"{describe_mismatch(output, _EXPECTED)}; {hint}{_ADVICE}")

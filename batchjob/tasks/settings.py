@@ -1,4 +1,4 @@
-"""What the settings of every task have in common: nothing to check, nothing to adapt, nothing known to be right."""
+"""Base settings of all tasks, with no-op defaults for validation, model adaptation and ground truth."""
 
 from __future__ import annotations
 
@@ -21,65 +21,72 @@ __all__ = ["TaskSettings"]
 
 
 class TaskSettings(Settings):
-    """Settings of a task. Beside these methods each has a `type`, `row_bytes` and `prepare`.
+    """Settings of a task. Each task adds a `type`, `row_bytes` and `build_postprocess` to the methods below.
 
     Attributes:
-        classes: whether the largest number of an image's output names its class, so that a faster recipe must name the
-            same one.
+        argmax_is_class: True if the index of the largest value in an image's output is its class. A faster execution
+            config is then accepted only if it predicts the same class.
     """
 
     argmax_is_class: ClassVar[bool] = False
 
     @property
     def truth_columns(self) -> tuple[str, ...]:
-        """The passthrough columns that hold what is right."""
+        """Passthrough columns that hold the ground truth."""
         return ()
 
-    def check(self, reader: Reader, base: Path) -> None:
-        """Looks, without torch, at the files that the task names.
+    def check(self, reader: Reader, folder: Path) -> None:
+        """Check the files that the task names, without importing torch.
 
         Args:
-            reader: for label files.
-            base: the job's folder, for the user's own code.
+            reader: Reader for label files.
+            folder: Folder of the job file, where the user's own code lies.
 
         Raises:
-            InvalidJob: one is not there or cannot be used.
-            Unavailable: the store of one cannot be reached.
+            InvalidJob: If a file is missing or cannot be used.
+            Unavailable: If the store of a file cannot be reached.
         """
 
     def check_truth_columns(self, columns: Sequence[pa.Field]) -> None:
-        """Raises InvalidJob where `truths` are not among these passthrough columns, or of a type that cannot be right.
+        """Check that the source provides the ground truth columns, with a type that this task can compare.
 
         Args:
-            columns: the source's passthrough fields.
+            columns: Passthrough fields of the source.
+
+        Raises:
+            InvalidJob: If a column is missing or has another type.
         """
-        known = {column.name: column.type for column in columns}
+        types = {column.name: column.type for column in columns}
         for name in self.truth_columns:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"write input.passthrough: [{name}]"
+            if name not in types:
+                matches = difflib.get_close_matches(name, types, 1)
+                hint = f"did you mean {matches[0]!r}?" if matches else f"write input.passthrough: [{name}]"
                 raise InvalidJob(f"task.truth: {name!r} is no passthrough column; {hint}")
-            if (wanted := self._expected_truth_type(known[name])) is not None:
+            if (expected := self._expected_truth_type(types[name])) is not None:
                 raise InvalidJob(
-                    f"task.truth: column {name!r} holds {known[name]}, but this task wants {wanted}; "
+                    f"task.truth: column {name!r} holds {types[name]}, but this task wants {expected}; "
                     f"give it a type, as in passthrough: {{{name}: …}}, or name another column"
                 )
 
     def adapt(self, module: nn.Module) -> nn.Module:
-        """The module as the task runs it: as it is."""
+        """Return the module that produces the output this task reads; by default the model itself."""
         return module
 
-    def digest(self, base: Path) -> str | None:
-        """sha256 over the user's own code that the task runs, in hex; None where there is none. Raises InvalidJob."""
+    def digest(self, folder: Path) -> str | None:
+        """Return the sha256 of the user's own code that the task runs, in hex; None if it runs none.
 
-    def compute_metrics(self, sums: Mapping[str, float]) -> dict[str, Any]:  # noqa: ARG002 - not every task tells
-        """How right the rows were, as `report.json` says it; nothing where no `truth` is named.
+        Raises:
+            InvalidJob: If the code cannot be found.
+        """
+
+    def compute_metrics(self, sums: Mapping[str, float]) -> dict[str, Any]:  # noqa: ARG002 - not every task has metrics
+        """Compute the metrics for `report.json`; empty if the job names no `truth`.
 
         Args:
-            sums: what `Postprocess.tally` gave, added up over all batches of all parts.
+            sums: Results of `Postprocess.sum_metrics`, added up over all batches of all parts.
         """
         return {}
 
-    def _expected_truth_type(self, kind: pa.DataType) -> str | None:  # noqa: ARG002
-        """None where a truth column may be of this type, else what it may be."""
+    def _expected_truth_type(self, data_type: pa.DataType) -> str | None:  # noqa: ARG002
+        """Return None if a ground truth column may have this type, else the expected types in words."""
         return None
