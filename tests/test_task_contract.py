@@ -56,7 +56,7 @@ class Case:
     labels: tuple[str, ...] | None = None
     code: str = ""
 
-    def build_postprocess(self, base: Path, output: Any = ...) -> Postprocess:
+    def prepare(self, base: Path, output: Any = ...) -> Postprocess:
         if self.code:
             (base / "post.py").write_text(self.code)
         self.task.check(Reader(), base)
