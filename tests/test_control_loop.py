@@ -27,7 +27,7 @@ from batchjob.plan.head import PlanHead
 from batchjob.plan.head import read_current_head as current_of_head
 from batchjob.report.run_result import RunResult
 from batchjob.sources.listing import SourceListing
-from batchjob.storage.local_backend import DiskStore
+from batchjob.storage.disk_store import DiskStore
 from batchjob.storage.objects import ObjectInfo
 from batchjob.storage.store import Store
 

@@ -41,7 +41,7 @@ from batchjob.storage import local_backend
 from batchjob.storage.objects import ObjectData, ObjectInfo
 from batchjob.storage.options import StorageOptions
 from batchjob.storage.outage import Outage
-from batchjob.storage.probe import probe
+from batchjob.storage.probe import probe_store
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import Store, open_store, put_or_get
 
@@ -230,7 +230,7 @@ def test_a_store_pickles(store: Store) -> None:
 
 
 def test_the_probe_accepts_disk_and_server_and_leaves_nothing(store: Store) -> None:
-    probe(store)
+    probe_store(store)
     assert list(store.list("")) == []
 
 
@@ -254,7 +254,7 @@ class Careless:
 @pytest.mark.parametrize("times", [0, 1])
 def test_the_probe_refuses_a_store_where_two_win(tmp_path: Path, times: int) -> None:
     with pytest.raises(InvalidJob, match="two writers"):
-        probe(Careless(open_store(str(tmp_path)), times))  # type: ignore[arg-type]
+        probe_store(Careless(open_store(str(tmp_path)), times))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("uri", ["http://host/out", "memory://out", "hf://datasets/x"])
@@ -348,7 +348,7 @@ def test_a_read_only_folder_can_still_be_read() -> None:
             with pytest.raises(InvalidJob, match=r"cannot be written \(Permission denied\)"):
                 store.put_if_absent("b", b"1")
             with pytest.raises(InvalidJob, match="cannot be written"):
-                probe(store)
+                probe_store(store)
         finally:
             if not user:
                 os.seteuid(user)
@@ -402,7 +402,7 @@ def test_a_folder_with_more_names_than_are_held_is_listed_whole(
     names = [f"{number:03}" for number in range(100)]
     for name in names:
         (tmp_path / name).write_bytes(b"")
-    monkeypatch.setattr(local_backend, "_NAMES", 7)
+    monkeypatch.setattr(local_backend, "_MAX_NAMES", 7)
     assert [found.uri for found in local_backend.walk(tmp_path)] == names
     assert [found.uri for found in local_backend.walk(tmp_path, "041")] == names[42:]
 

@@ -104,9 +104,9 @@ class Stopped(Reader):
 class Slow(Reader):
     """A store from which each object comes after a while."""
 
-    def _try(self, *asked: Any) -> ObjectData | StorageError | Unavailable:
+    def _try_read(self, *asked: Any) -> ObjectData | StorageError | Unavailable:
         time.sleep(1.0)
-        return super()._try(*asked)
+        return super()._try_read(*asked)
 
 
 def prepare(data: bytes) -> PreparedImage:

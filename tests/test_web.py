@@ -25,12 +25,13 @@ from batchjob.errors import (
 from batchjob.loader.fetch import Fetcher
 from batchjob.sources.manifest import ManifestSource
 from batchjob.sources.prefix import PrefixSource
-from batchjob.storage.address_check import explain_address_refusal
-from batchjob.storage.http_backend import HttpBackend, explain_url_refusal
+from batchjob.storage.http_access import explain_address_refusal, explain_url_refusal
+from batchjob.storage.http_backend import HttpBackend
 from batchjob.storage.objects import ObjectData
 from batchjob.storage.options import StorageOptions
 from batchjob.storage.outage import Outage
 from batchjob.storage.reader import Reader
+from batchjob.storage.retry_policy import RetryPolicy
 from batchjob.types import Cursor, ErrorRecord, ImageRef
 
 OPEN = StorageOptions(private=True)
@@ -130,16 +131,18 @@ def test_every_address_of_a_name_is_looked_at_and_the_one_that_was_is_used(site:
 
     options = {f"http://images.example:{site.port}": OPEN}
     url = f"http://images.example:{site.port}/a.jpg"
-    web = HttpBackend(options, 0.0, Outage(0.0), rebinding)
+    web = HttpBackend(options, RetryPolicy(0.0, Outage(0.0)), rebinding)
     asked = len(site.asked)
     assert web.get(url).data == b"bytes"
     assert web.get(url).data == b"bytes", "no second question to the name server in between"
     assert site.asked[asked][1]["Host"] == f"images.example:{site.port}"
     for addresses in (["127.0.0.1", "169.254.169.254"], ["93.184.215.14", "fe80::1"]):
         with pytest.raises(AddressRefused, match="where a cloud hands credentials"):
-            HttpBackend(options, 0.0, Outage(0.0), lambda *_, found=addresses: found).get(url)
+            HttpBackend(options, RetryPolicy(0.0, Outage(0.0)), lambda *_, found=addresses: found).get(url)
     with pytest.raises(AddressRefused, match="private: true for this host in storage"):
-        HttpBackend({key: StorageOptions() for key in options}, 0.0, Outage(0.0), lambda *_: ["127.0.0.1"]).get(url)
+        HttpBackend(
+            {key: StorageOptions() for key in options}, RetryPolicy(0.0, Outage(0.0)), lambda *_: ["127.0.0.1"]
+        ).get(url)
     assert len(site.asked) == asked + 2
 
 
@@ -254,7 +257,7 @@ def test_a_certificate_is_that_of_the_name_though_an_address_is_asked(
 ) -> None:
     def secure(host: str) -> HttpBackend:
         place = f"https://{host}:{secured.port}"
-        return HttpBackend({place: OPEN}, 0.0, Outage(0.0), lambda *_: ["127.0.0.1"])
+        return HttpBackend({place: OPEN}, RetryPolicy(0.0, Outage(0.0)), lambda *_: ["127.0.0.1"])
 
     with website(certified(tmp_path, "images.example")) as secured:
         secured.pages["/a.jpg"] = Page(b"bytes")

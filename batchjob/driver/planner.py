@@ -19,7 +19,7 @@ from batchjob.plan.chunks import CHUNK_BYTES, Chunk, extend_plan
 from batchjob.plan.head import PlanHead, new_head, read_current_head
 from batchjob.plan.head import put_head as freeze_of_head
 from batchjob.sources.listing import SMALL_INPUT_IMAGES, InputPreview, SourceListing, preview_listing
-from batchjob.storage.probe import probe
+from batchjob.storage.probe import probe_store
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import Store
 from batchjob.types import Cursor
@@ -69,7 +69,11 @@ class Planner:
         Raises:
             JobError: what does not hold; InvalidJob or Temporary.
         """
-        for step in (lambda: probe(self._store), self._check_files, lambda: self._input.check_requirements(self._note)):
+        for step in (
+            lambda: probe_store(self._store),
+            self._check_files,
+            lambda: self._input.check_requirements(self._note),
+        ):
             self._turns.run_blocking(step)
         self._turns.run_blocking(lambda: self._input.fields)
         self.check_columns()

@@ -1,4 +1,4 @@
-"""The nouns: frozen data that the rooms hand to each other. No behaviour beyond reading and writing themselves."""
+"""Objects in storage: what a listing knows of one (`ObjectInfo`), and its bytes (`ObjectData`)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["ObjectData", "ObjectInfo"]
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """An object as a listing shows it.
+    """An object without its bytes, as a listing or a HEAD request describes it.
 
     Attributes:
-        uri: full URI from a `Reader`, key relative to the root from a `Store`.
-        size: bytes.
-        etag: the store's own tag, without quotes, or None where it has none.
-        version: opaque token for `replace_if_match` (an ETag, on GCS a generation).
+        uri: Full URI if a `Reader` returned it; key relative to the output's root if a `Store` did.
+        size: Size in bytes.
+        etag: Tag of the store without quotes; None if it has none.
+        version: Opaque token for `Store.replace_if_match`: an ETag, on GCS a generation.
     """
 
     uri: str
@@ -26,7 +26,7 @@ class ObjectInfo:
 
 @dataclass(frozen=True, slots=True)
 class ObjectData:
-    """An object's bytes, with the tag and the version they were read under."""
+    """The bytes of an object, with the tag and version under which they were read."""
 
     data: bytes
     etag: str | None = None

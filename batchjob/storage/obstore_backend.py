@@ -1,4 +1,4 @@
-"""Buckets through obstore: S3, Google Cloud Storage, Azure."""
+"""Buckets on S3, Google Cloud Storage and Azure through obstore: reads, listings and conditional PUTs."""
 
 from __future__ import annotations
 
@@ -14,79 +14,97 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from batchjob.errors import InvalidJob, NotFound, Unavailable
 from batchjob.storage.backend import CLOUD_SCHEMES, LIST_PAGE_SIZE, Backend, is_plain_key, unquote_etag
-from batchjob.storage.client_errors import check_etag, check_size, read_timeout, translate_errors, treat_416_as_empty
-from batchjob.storage.fsspec_backend import Boto3Backend, FsspecBackend
+from batchjob.storage.boto3_backend import Boto3Backend
+from batchjob.storage.client_errors import check_etag, check_size, translate_errors, treat_416_as_empty
+from batchjob.storage.fsspec_backend import FsspecBackend
 from batchjob.storage.objects import ObjectData, ObjectInfo
 from batchjob.storage.options import StorageOptions
-from batchjob.storage.outage import Outage, upload_timeout
+from batchjob.storage.retry_policy import CONNECT_TIMEOUT, FIRST_BACKOFF, MAX_BACKOFF, RetryPolicy, upload_timeout
 
 if TYPE_CHECKING:
     from obstore import PutMode
     from obstore.store import AzureStore, ClientConfig, GCSStore, RetryConfig, S3Store
 
     CloudClient = S3Store | GCSStore | AzureStore
+    ConnectClient = Callable[[ClientConfig, RetryConfig], CloudClient]
 
 __all__ = ["ObstoreBackend", "open_bucket"]
 
 T = TypeVar("T")
+
 _EXTRAS = {"s3": "s3", "gs": "gcs", "az": "azure"}
-_ACCOUNT = ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "AZURE_STORAGE_USE_EMULATOR")
-_NO_RETRY_AFTER = 1000  # the window in seconds decides, not the count
+_AZURE_ACCOUNT_VARIABLES = (
+    *("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "AZURE_STORAGE_USE_EMULATOR"),
+)
+_AZURE_KEY_VARIABLES = (
+    *("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_SAS_KEY"),
+)
+_MAX_RETRIES = 1000  # more than fit into any retry timeout, so that the timeout decides and not the count
+_READ_SECONDS = 600  # for one answer that is being read
 
 
 class ObstoreBackend:
-    """A bucket through obstore; keys that it cannot name, and listings that hold one, through `other`."""
+    """A bucket through obstore; keys that obstore cannot name, and listings that hold one, go to `fallback`.
+
+    Args:
+        provider: `s3`, `gs` or `az`.
+        base: URI of the bucket; base + key is the URI of an object.
+        connect: Creates an obstore client from its timeouts and retries.
+        fallback: Backend of the same bucket that can name every key.
+        policy: Retries and timeouts.
+    """
 
     def __init__(
-        self,
-        kind: str,
-        base: str,
-        connect: Callable[..., CloudClient],
-        fallback: Backend,
-        retry_timeout: float,
-        outage: Outage,
+        self, provider: str, base: str, connect: ConnectClient, fallback: Backend, policy: RetryPolicy
     ) -> None:
-        self._kind, self._base, self._connect, self._other = kind, base, connect, fallback
-        self._patience, self._outage = retry_timeout, outage
+        self._provider, self._base, self._connect, self._fallback = provider, base, connect, fallback
+        self._policy = policy
         self._clients: dict[int, CloudClient] = {}
         self._lock = Lock()
 
     def get(self, key: str, etag: str | None = None, limit: int | None = None) -> ObjectData:
+        """Return an object. See `Backend.get`."""
         if not is_plain_key(key):
-            return self._other.get(key, etag, limit)
+            return self._fallback.get(key, etag, limit)
 
-        def question() -> ObjectData:
+        def request() -> ObjectData:
             answer = self._client().get(key)
-            check_etag(etag, unquote_etag(answer.meta["e_tag"]), self._base + key)
+            tag = unquote_etag(answer.meta["e_tag"])
+            check_etag(etag, tag, self._base + key)
             check_size(limit, answer.meta["size"], self._base + key)
-            return ObjectData(answer.bytes().to_bytes(), unquote_etag(answer.meta["e_tag"]), self._version(answer.meta))
+            return ObjectData(answer.bytes().to_bytes(), tag, self._version(answer.meta))
 
-        return self._ask(key, question)
+        return self._send(key, request)
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
+        """Return the bytes from `start` up to `end`."""
         if not is_plain_key(key):
-            return self._other.get_range(key, start, end)
-        ask = partial(self._client().get_range, key, start=start, end=end)
-        return self._ask(key, lambda: treat_416_as_empty(lambda: ask().to_bytes()))
+            return self._fallback.get_range(key, start, end)
+        request = partial(self._client().get_range, key, start=start, end=end)
+        return self._send(key, lambda: treat_416_as_empty(lambda: request().to_bytes()))
 
     def get_tail(self, key: str, size: int) -> bytes:
-        if self._kind == "az":  # knows no suffix ranges
+        """Return the last `size` bytes, or all of them."""
+        # Azure knows no suffix ranges.
+        if self._provider == "az":
             end = self.head(key).size
             return self.get_range(key, max(0, end - size), end) if end else b""
-        ask = partial(self._client().get, key, options={"range": {"suffix": size}})
-        return self._ask(key, lambda: treat_416_as_empty(lambda: ask().bytes().to_bytes()))
+        request = partial(self._client().get, key, options={"range": {"suffix": size}})
+        return self._send(key, lambda: treat_416_as_empty(lambda: request().bytes().to_bytes()))
 
     def head(self, key: str) -> ObjectInfo:
+        """Return size and tag of an object."""
         if not is_plain_key(key):
-            return self._other.head(key)
-        return self._ask(key, lambda: self._stat(self._client().head(key)))
+            return self._fallback.head(key)
+        return self._send(key, lambda: self._object_info(self._client().head(key)))
 
     def list(self, prefix: str, after: str | None, recursive: bool) -> Iterator[ObjectInfo]:
-        # One level at a time obstore does not stream; at the root of a bucket it would drop a leading slash (which
-        # only S3 gets right here: through fsspec a whole bucket would be held in memory).
-        nameable = is_plain_key(prefix.removesuffix("/")) or (not prefix and self._kind != "s3")
+        """Yield the objects below a prefix, page by page. Objects of size 0 that stand for a folder are left out."""
+        # obstore streams recursive listings only. At the root of a bucket it would drop a leading slash; only S3 gets
+        # a listing without that fault, because through fsspec a whole bucket would be held in memory.
+        nameable = is_plain_key(prefix.removesuffix("/")) or (not prefix and self._provider != "s3")
         if not recursive or not nameable or not is_plain_key(after or "any"):
-            yield from self._other.list(prefix, after, recursive)
+            yield from self._fallback.list(prefix, after, recursive)
             return
         from obstore.exceptions import InvalidPathError
 
@@ -98,120 +116,129 @@ class ObstoreBackend:
                 pages = pages or iter(self._client().list(prefix, offset=after, chunk_size=LIST_PAGE_SIZE))
                 return next(pages, None)
             except Exception:
-                pages = None  # a listing that broke off is begun anew, after what it has brought
+                # A listing that broke off is started again after the last object that it returned.
+                pages = None
                 raise
 
         try:
-            while (page := self._ask(prefix, next_page, let=InvalidPathError)) is not None:
+            while (page := self._send(prefix, next_page, reraise=InvalidPathError)) is not None:
                 for meta in page:
                     after = meta["path"]
-                    if meta["size"] or self._is_object(after):
-                        yield self._stat(meta)
+                    if meta["size"] or self._exists(after):
+                        yield self._object_info(meta)
         except InvalidPathError:
-            yield from self._other.list(prefix, after, recursive)
+            yield from self._fallback.list(prefix, after, recursive)
 
     def put(self, key: str, body: bytes | Path, mode: PutMode) -> ObjectInfo:
+        """Write an object in one conditional PUT, never multipart.
+
+        Args:
+            key: Key of the object.
+            body: Its bytes, or a file that holds them.
+            mode: `"create"` to fail if the object exists, or `update_mode` to fail if it has another version.
+
+        Raises:
+            AlreadyExists, PreconditionFailed, Unavailable, InvalidJob: As `Store.put_if_absent` and
+                `Store.replace_if_match`.
+        """
         data = body.read_bytes() if isinstance(body, Path) else body
 
-        def question() -> ObjectInfo:
-            done = self._client(len(data)).put(key, data, mode=mode, use_multipart=False)
-            return ObjectInfo(key, len(data), unquote_etag(done["e_tag"]), self._version(done))
+        def request() -> ObjectInfo:
+            result = self._client(len(data)).put(key, data, mode=mode, use_multipart=False)
+            return ObjectInfo(key, len(data), unquote_etag(result["e_tag"]), self._version(result))
 
-        return self._ask(key, question, writing=True)
+        return self._send(key, request, writing=True)
 
     def update_mode(self, version: str) -> PutMode:
-        return {"version": version} if self._kind == "gs" else {"e_tag": version}
+        """Return the mode of a PUT that replaces this version only."""
+        return {"version": version} if self._provider == "gs" else {"e_tag": version}
 
     def delete(self, key: str) -> None:
+        """Delete an object; one that does not exist is no error."""
         with suppress(NotFound):
-            self._ask(key, lambda: self._client().delete(key))
+            self._send(key, lambda: self._client().delete(key))
 
-    def _ask(
-        self, key: str, question: Callable[[], T], *, writing: bool = False, let: type[Exception] | None = None
+    def _send(
+        self, key: str, request: Callable[[], T], *, writing: bool = False, reraise: type[Exception] | None = None
     ) -> T:
-        """What the client answers, in our words, once the store is there again."""
+        return self._policy.send(self._base + key, request, client_retries=True, writing=writing, reraise=reraise)
 
-        def once() -> T:
-            with translate_errors(self._base + key, writing=writing, reraise=let):
-                return question()
-
-        return self._outage.retry_until_answered(once)
-
-    def _is_object(self, key: str) -> bool:
-        """False for the `a/` that stands for a folder: obstore lists it as `a`, empty."""
+    def _exists(self, key: str) -> bool:
+        """Return False for the key `a/` that stands for a folder: obstore lists it as `a`, with size 0."""
         with suppress(NotFound):
             self.head(key)
             return True
         return False
 
-    def _stat(self, meta: Mapping[str, Any]) -> ObjectInfo:
+    def _object_info(self, meta: Mapping[str, Any]) -> ObjectInfo:
         return ObjectInfo(meta["path"], meta["size"], unquote_etag(meta["e_tag"]), self._version(meta))
 
     def _version(self, meta: Mapping[str, Any]) -> str | None:
-        found: str | None = meta["version"] if self._kind == "gs" else meta["e_tag"]
-        return found
+        version: str | None = meta["version"] if self._provider == "gs" else meta["e_tag"]
+        return version
 
-    def _client(self, upload: int | None = None) -> CloudClient:
-        """For reading, or for an upload of so many bytes."""
-        timeout = 0 if upload is None else upload_timeout(upload)
+    def _client(self, upload_bytes: int | None = None) -> CloudClient:
+        """Return the client for reading, or for an upload of so many bytes: a client has one timeout."""
+        timeout = 0 if upload_bytes is None else upload_timeout(upload_bytes)
         with self._lock:
             if timeout not in self._clients:
                 self._clients[timeout] = self._connect(
-                    _client_config(timeout, self._patience), _retries(self._patience)
+                    _client_config(timeout, self._policy), _retry_config(self._policy)
                 )
             return self._clients[timeout]
 
 
-def open_bucket(
-    scheme: str, bucket: str, options: StorageOptions, retry_timeout: float, outage: Outage
-) -> ObstoreBackend:
-    """Raises InvalidJob without a bucket or where the extra is missing, Unavailable without credentials."""
-    kind, base = CLOUD_SCHEMES[scheme.lower()], f"{scheme}://{bucket}/"
+def open_bucket(scheme: str, bucket: str, options: StorageOptions, policy: RetryPolicy) -> ObstoreBackend:
+    """Return the backend of a bucket, without a request.
+
+    Raises:
+        InvalidJob: No bucket is named, an option does not fit the provider, or the provider's extra is not installed.
+        Unavailable: There are no credentials.
+    """
+    provider, base = CLOUD_SCHEMES[scheme.lower()], f"{scheme}://{bucket}/"
     if not bucket:
         raise InvalidJob(f"{scheme}://: names no bucket; write {scheme}://bucket/prefix")
-    if options.requester_pays and kind != "s3":
+    if options.requester_pays and provider != "s3":
         raise InvalidJob(f"{base}: requester_pays is known on s3:// only; remove it")
-    connect = {"s3": _connect_s3, "gs": _connect_gs, "az": _connect_az}[kind]
+    prepare = {"s3": _prepare_s3, "gs": _prepare_gs, "az": _prepare_azure}[provider]
     try:
         with translate_errors(base):
-            client, other = connect(bucket, base, options, retry_timeout, outage)
+            connect, fallback = prepare(bucket, base, options, policy)
     except ImportError as error:
-        raise InvalidJob(f"{scheme}:// needs the extra: pip install 'batchjob[{_EXTRAS[kind]}]'") from error
-    return ObstoreBackend(kind, base, client, other, retry_timeout, outage)
+        raise InvalidJob(f"{scheme}:// needs the extra: pip install 'batchjob[{_EXTRAS[provider]}]'") from error
+    return ObstoreBackend(provider, base, connect, fallback, policy)
 
 
-_Connection = tuple["Callable[..., CloudClient]", Backend]
-
-
-def _connect_s3(bucket: str, base: str, options: StorageOptions, patience: float, outage: Outage) -> _Connection:
+def _prepare_s3(bucket: str, base: str, options: StorageOptions, policy: RetryPolicy) -> tuple[ConnectClient, Backend]:
     from obstore.store import S3Store
 
-    boto = Boto3Backend(bucket, base, options, patience, outage)
-    endpoint = boto.client.meta.endpoint_url
-    provider = None if options.anonymous else _aws_credentials(boto, base)
+    fallback = Boto3Backend(bucket, base, options, policy)
+    endpoint = fallback.client.meta.endpoint_url
+    credentials = None if options.anonymous else _aws_credentials(fallback, base)
 
     def connect(config: ClientConfig, retries: RetryConfig) -> CloudClient:
         if endpoint.startswith("http://"):
             config = {**config, "allow_http": True}
         return S3Store(
             bucket,
-            aws_endpoint_url_s3=endpoint,  # of obstore's two names for it, the one that wins over the environment
-            region=boto.client.meta.region_name,
+            # Of obstore's two names for the endpoint, this one wins over the environment.
+            aws_endpoint_url_s3=endpoint,
+            region=fallback.client.meta.region_name,
             request_payer=options.requester_pays,
             skip_signature=options.anonymous,
-            credential_provider=provider,
+            credential_provider=credentials,
             client_options=config,
             retry_config=retries,
         )
 
-    return connect, boto
+    return connect, fallback
 
 
-def _aws_credentials(boto: Boto3Backend, base: str) -> Any:
+def _aws_credentials(fallback: Boto3Backend, base: str) -> Any:
     from obstore.auth.boto3 import Boto3CredentialProvider
 
     try:
-        return Boto3CredentialProvider(boto.session)
+        return Boto3CredentialProvider(fallback.session)
     except ValueError as error:
         raise Unavailable(
             f"{base}: no AWS credentials found; set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
@@ -219,68 +246,77 @@ def _aws_credentials(boto: Boto3Backend, base: str) -> Any:
         ) from error
 
 
-def _connect_gs(bucket: str, base: str, options: StorageOptions, patience: float, outage: Outage) -> _Connection:
+def _prepare_gs(bucket: str, base: str, options: StorageOptions, policy: RetryPolicy) -> tuple[ConnectClient, Backend]:
     from obstore.auth.google import GoogleCredentialProvider
     from obstore.store import GCSStore
 
-    provider = None if options.anonymous else GoogleCredentialProvider()
-    place = {"base_url": options.endpoint} if options.endpoint else {}
+    credentials = None if options.anonymous else GoogleCredentialProvider()
+    endpoint = {"base_url": options.endpoint} if options.endpoint else {}
 
     def connect(config: ClientConfig, retries: RetryConfig) -> CloudClient:
         config = {**config, "allow_http": (options.endpoint or "").startswith("http://")}
-        skip = options.anonymous
         return GCSStore(
             bucket,
-            skip_signature=skip,
-            credential_provider=provider,
+            skip_signature=options.anonymous,
+            credential_provider=credentials,
             client_options=config,
             retry_config=retries,
-            **place,  # type: ignore[arg-type]
+            **endpoint,  # type: ignore[arg-type]
         )
 
-    return connect, FsspecBackend(base, {"token": "anon"} if options.anonymous else {}, patience, outage)
+    return connect, FsspecBackend(base, {"token": "anon"} if options.anonymous else {}, policy)
 
 
-def _connect_az(bucket: str, base: str, options: StorageOptions, patience: float, outage: Outage) -> _Connection:
+def _prepare_azure(
+    bucket: str, base: str, options: StorageOptions, policy: RetryPolicy
+) -> tuple[ConnectClient, Backend]:
     from obstore.store import AzureStore
 
+    # `abfss://container@account.dfs.core.windows.net/` names the account, `az://container/` does not.
     container, _, host = bucket.partition("@")
-    place = {"account_name": host.partition(".")[0]} if host else {}
-    place |= {"endpoint": options.endpoint} if options.endpoint else {}
-    if not place and not any(os.environ.get(name) for name in _ACCOUNT):
+    account = {"account_name": host.partition(".")[0]} if host else {}
+    account |= {"endpoint": options.endpoint} if options.endpoint else {}
+    if not account and not any(os.environ.get(name) for name in _AZURE_ACCOUNT_VARIABLES):
         raise InvalidJob(
             f"{base}: names no storage account; set AZURE_STORAGE_ACCOUNT_NAME, "
             f"or write abfss://{container}@account.dfs.core.windows.net/prefix"
         )
-    keys = ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_SAS_KEY")
-    provider: Any = None
-    if not options.anonymous and not any(os.environ.get(name) for name in keys):
-        provider = import_module("obstore.auth.azure").AzureCredentialProvider()
+    credentials: Any = None
+    if not options.anonymous and not any(os.environ.get(name) for name in _AZURE_KEY_VARIABLES):
+        credentials = import_module("obstore.auth.azure").AzureCredentialProvider()
 
     def connect(config: ClientConfig, retries: RetryConfig) -> CloudClient:
         config = {**config, "allow_http": (options.endpoint or "").startswith("http://")}
         return AzureStore(
             container,
             skip_signature=options.anonymous,
-            credential_provider=provider,
+            credential_provider=credentials,
             client_options=config,
             retry_config=retries,
-            **place,  # type: ignore[arg-type]
+            **account,  # type: ignore[arg-type]
         )
 
-    return connect, FsspecBackend(base, {"anon": options.anonymous}, patience, outage)
+    return connect, FsspecBackend(base, {"anon": options.anonymous}, policy)
 
 
-def _client_config(timeout: int, patience: float) -> ClientConfig:
-    config: ClientConfig = {"connect_timeout": timedelta(seconds=5), "timeout": timedelta(seconds=timeout or 600)}
-    if not timeout:  # during an upload nothing is read: there it would count the upload itself
-        config["read_timeout"] = timedelta(seconds=read_timeout(patience))
+def _client_config(upload_seconds: int, policy: RetryPolicy) -> ClientConfig:
+    config: ClientConfig = {
+        "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT),
+        "timeout": timedelta(seconds=upload_seconds or _READ_SECONDS),
+    }
+    # During an upload nothing is read: a read timeout would count the time of the upload itself.
+    if not upload_seconds:
+        config["read_timeout"] = timedelta(seconds=policy.read_timeout)
     return config
 
 
-def _retries(patience: float) -> RetryConfig:
+def _retry_config(policy: RetryPolicy) -> RetryConfig:
     return {
-        "max_retries": _NO_RETRY_AFTER if patience else 0,
-        "retry_timeout": timedelta(seconds=patience),
-        "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2},
+        "max_retries": _MAX_RETRIES if policy.retry_timeout else 0,
+        "retry_timeout": timedelta(seconds=policy.retry_timeout),
+        "backoff": {
+            "init_backoff": timedelta(seconds=FIRST_BACKOFF),
+            "max_backoff": timedelta(seconds=MAX_BACKOFF),
+            "base": 2,
+        },
     }

@@ -1,4 +1,4 @@
-"""A store that does not answer at all: how long it is waited for, by all who ask it in this process together."""
+"""Outages: how long a store that does not answer is waited for, by all requests of this process together."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from typing import TypeVar
 
 from batchjob.errors import AccessDenied, StorageError, Unavailable
 
-__all__ = ["Outage", "upload_timeout"]
+__all__ = ["Outage"]
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_PAUSE_SECONDS = 5.0  # at most, between two questions, most of which the client itself retries for a while
-_SILENT_SECONDS = 10.0  # after which people are told
-
-
-def upload_timeout(size: int) -> int:
-    """What an upload of so many bytes is given: a minute, and a second for each MiB, in steps that double."""
-    return 60 * (1 << (size // (60 << 20)).bit_length())
+_MAX_BACKOFF = 5.0  # seconds; short, because most requests have already been retried for a while
+_WARN_AFTER = 10.0  # seconds of silence before the user is told
 
 
 class Outage:
-    """The silence of one store, as it is met from here. Threads may share one; it may be pickled.
+    """State of one store: answering, or silent since some time. Threads may share one; it may be pickled.
+
+    For example, with `max_seconds=60`, thread A gets no answer at t=0 and B none at t=50: both retry until t=60, when
+    each raises Unavailable. Any answer, also NotFound, ends the outage.
 
     Args:
-        seconds: that it may last; with 0 everything is asked once.
-        clock: for tests, as is `sleep`.
+        max_seconds: Seconds that an outage may last; 0 sends every request once.
+        clock: Clock in seconds; replaced in tests, like `sleep`.
+        sleep: Waits for a number of seconds.
     """
 
     def __init__(
@@ -38,70 +37,76 @@ class Outage:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._seconds, self.clock, self._sleep = max_seconds, clock, sleep
+        self._max_seconds, self.clock, self._sleep = max_seconds, clock, sleep
         self._since: float | None = None
-        self._told = False
+        self._warned = False
 
     @property
     def max_seconds(self) -> float:
-        """That it may last."""
-        return self._seconds
+        """Seconds that an outage may last."""
+        return self._max_seconds
 
     @property
     def timed_out(self) -> bool:
-        """Whether the store has been silent for as long as it may: one more question should not take long."""
+        """True if the store has been silent for `max_seconds`: another request should not take long."""
         since = self._since
-        return since is not None and self.clock() - since >= self._seconds
+        return since is not None and self.clock() - since >= self._max_seconds
 
     @property
     def is_ongoing(self) -> bool:
-        """Whether the last that was heard of the store is that it does not answer."""
+        """True if the last request was not answered."""
         return self._since is not None
 
     def record_answer(self) -> None:
-        """The store has answered, be it that something is not there."""
-        self._since, self._told = None, False
+        """End the outage: the store has answered, possibly with an error of its own."""
+        self._since, self._warned = None, False
 
     def record_silence(self, error: Unavailable, waiting_since: float) -> None:
-        """The store has not answered somebody who asks since `asked`.
+        """Begin or continue the outage: a request was not answered.
+
+        Args:
+            error: Error of the request.
+            waiting_since: Time by `clock` when the request was sent for the first time.
 
         Raises:
-            Unavailable: this has lasted too long, for the store or for this question alone; Denied at once.
+            Unavailable: The store has been silent, or this request has waited, for `max_seconds`. AccessDenied is
+                raised at once.
         """
         if isinstance(error, AccessDenied):
             raise error
-        since = self._since  # once: another thread may hear an answer meanwhile
+        # Read once: another thread may record an answer meanwhile.
+        since = self._since
         self._since = since = waiting_since if since is None else since
-        lasted = self.clock() - min(since, waiting_since)
-        if lasted >= self._seconds:
-            raise _lasting(error, lasted) if lasted >= _SILENT_SECONDS else error
-        if lasted >= _SILENT_SECONDS and not self._told:
-            self._told = True
-            _log.warning("%s; it is asked again for up to %.0f s", error.message.partition("; ")[0], self._seconds)
+        seconds = self.clock() - min(since, waiting_since)
+        if seconds >= self._max_seconds:
+            raise _with_duration(error, seconds) if seconds >= _WARN_AFTER else error
+        if seconds >= _WARN_AFTER and not self._warned:
+            self._warned = True
+            _log.warning("%s; it is asked again for up to %.0f s", error.message.partition("; ")[0], self._max_seconds)
 
     def back_off(self, attempts: int) -> None:
-        """Wait a little after so many questions in vain, nobody as long as the other."""
-        self._sleep(random.uniform(0.0, min(_PAUSE_SECONDS, 0.1 * 2 ** min(attempts, 10))))
+        """Sleep for a random time, up to 5 s, that grows with the number of attempts."""
+        self._sleep(random.uniform(0.0, min(_MAX_BACKOFF, 0.1 * 2 ** min(attempts, 10))))
 
     def retry_until_answered(self, request: Callable[[], T]) -> T:
-        """What the store answers at last. Raises what it answers, and as `endured`."""
-        asked = self.clock()
-        for tries in count(1):
+        """Send a request until the store answers. Raises its StorageError, or Unavailable as `record_silence` does."""
+        waiting_since = self.clock()
+        for attempts in count(1):
             try:
                 answer = request()
             except StorageError:
                 self.record_answer()
                 raise
             except Unavailable as error:
-                self.record_silence(error, asked)
-                self.back_off(tries)
+                self.record_silence(error, waiting_since)
+                self.back_off(attempts)
             else:
                 self.record_answer()
                 return answer
-        raise AssertionError("it is asked for ever, or until it raises")
+        raise AssertionError("the loop ends with an answer or an error")
 
 
-def _lasting(error: Unavailable, seconds: float) -> Unavailable:
-    """The same fault, with how long it has lasted."""
-    what, _, advice = error.message.partition("; ")
-    return Unavailable(f"{what}, for {seconds:.0f} s now; {advice}")
+def _with_duration(error: Unavailable, seconds: float) -> Unavailable:
+    """Return the same error with the duration of the outage in its message."""
+    problem, _, advice = error.message.partition("; ")
+    return Unavailable(f"{problem}, for {seconds:.0f} s now; {advice}")

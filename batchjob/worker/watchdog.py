@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from batchjob.storage.objects import ObjectData, ObjectInfo
-from batchjob.storage.outage import upload_timeout
+from batchjob.storage.retry_policy import upload_timeout
 from batchjob.storage.store import Store
 from batchjob.types import StalledStep
 

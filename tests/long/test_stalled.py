@@ -15,7 +15,7 @@ from pathlib import Path
 
 from net import Net
 
-from batchjob.storage.local_backend import DiskStore
+from batchjob.storage.disk_store import DiskStore
 
 put_if_absent = DiskStore.put_if_absent
 

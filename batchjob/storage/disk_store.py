@@ -1,0 +1,228 @@
+"""Output on a local disk, or one mounted on every machine: commits by hard link, replacements under a lock."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from batchjob.errors import (
+    AlreadyExists,
+    AttemptFailed,
+    BatchjobError,
+    InvalidJob,
+    NotFound,
+    PreconditionFailed,
+    Unavailable,
+)
+from batchjob.storage.local_backend import (
+    file_info,
+    file_version,
+    open_file,
+    read_file,
+    stat_file,
+    translate_read_errors,
+    walk,
+)
+from batchjob.storage.objects import ObjectData, ObjectInfo
+
+__all__ = ["DiskStore"]
+
+_TMP = "_batchjob/tmp/"
+_STALE_SECONDS = 24 * 3600  # age at which a temporary file belongs to a writer that died
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
+
+
+class DiskStore:
+    """A `Store` in a folder.
+
+    An object is created by a hard link to a synced temporary file and replaced by a rename under `flock`. Readers thus
+    see whole objects only, and of two writers one wins, also across processes.
+
+    Args:
+        root: Folder of the output.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.uri = str(root)
+        self._root = root
+        self._swept = False
+
+    def read(self, key: str) -> ObjectData:
+        """Return an object. Raises NotFound, Unavailable."""
+        return read_file(self._root / key)
+
+    def read_tail(self, key: str, size: int) -> bytes:
+        """Return the last `size` bytes, or all of them. Raises NotFound, Unavailable."""
+        with open_file(self._root / key) as file, translate_read_errors(self._root / key):
+            file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+            return file.read(size)
+
+    def read_head(self, key: str, size: int) -> bytes:
+        """Return the first `size` bytes, or all of them. Raises NotFound, Unavailable."""
+        with open_file(self._root / key) as file, translate_read_errors(self._root / key):
+            return file.read(size)
+
+    def open(self, key: str) -> BinaryIO:
+        """Return an object as a seekable file. Raises NotFound, Unavailable."""
+        return open_file(self._root / key)
+
+    def stat(self, key: str) -> ObjectInfo:
+        """Return size, tag and version of an object. Raises NotFound, Unavailable."""
+        return stat_file(self._root / key, key)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Yield the objects whose keys start with `prefix`, in key order; temporary files are left out."""
+        folder = prefix[: prefix.rfind("/") + 1]
+        for found in walk(self._root / folder):
+            key = folder + found.uri
+            if key.startswith(prefix) and not key.startswith(_TMP):
+                yield ObjectInfo(key, found.size, found.etag, found.version)
+
+    def put_if_absent(self, key: str, body: bytes | Path) -> ObjectInfo:
+        """Create an object. Raises AlreadyExists; InvalidJob on a read-only disk, AttemptFailed on a full one."""
+        target = self._root / key
+        with self._translate_write_errors(key):
+            if os.path.lexists(target):
+                raise AlreadyExists(f"{target}: already there")
+            with self._temporary_file(body) as temporary:
+                self._make_folder(target.parent)
+                try:
+                    os.link(temporary, target)
+                except FileExistsError as error:
+                    raise AlreadyExists(f"{target}: already there") from error
+                except OSError as error:
+                    raise _no_hard_links(error, target) if error.errno in _NO_HARD_LINKS else error from error
+                status = temporary.stat()
+            _sync_folder(target.parent)
+        return file_info(key, status)
+
+    def replace_if_match(self, key: str, body: bytes | Path, version: str) -> ObjectInfo:
+        """Replace an object. Raises PreconditionFailed if it is absent or has another version; else as for a create."""
+        target = self._root / key
+        with self._translate_write_errors(key), self._temporary_file(body) as temporary, self._locked():
+            try:
+                # Opened, not only looked up: a network file system answers a bare stat from its cache.
+                with open_file(target) as current:
+                    before = os.fstat(current.fileno())
+            except NotFound as error:
+                raise PreconditionFailed(f"{target}: no longer there") from error
+            if file_version(before) != version:
+                raise PreconditionFailed(f"{target}: replaced by another writer")
+            # A modification time that only grows keeps versions apart that are written within one tick of the clock.
+            modified = max(time.time_ns(), before.st_mtime_ns + 1)
+            os.utime(temporary, ns=(modified, modified))
+            temporary.replace(target)
+            _sync_folder(target.parent)
+            return file_info(key, target.stat())
+
+    def delete(self, key: str) -> None:
+        """Delete an object; one that does not exist is no error."""
+        target = self._root / key
+        if os.path.lexists(target):
+            with self._translate_write_errors(key), self._locked(), suppress(FileNotFoundError):
+                target.unlink()
+
+    def delete_if_match(self, key: str, version: str) -> None:
+        """Delete an object, if it exists. Raises PreconditionFailed if it has another version."""
+        target = self._root / key
+        if os.path.lexists(target):
+            with self._translate_write_errors(key), self._locked(), suppress(NotFound):
+                if stat_file(target, key).version != version:
+                    raise PreconditionFailed(f"{target}: replaced by another writer")
+                target.unlink()
+
+    @contextmanager
+    def _temporary_file(self, body: bytes | Path) -> Iterator[Path]:
+        """Give a synced file with these bytes, on the disk of the output; it is deleted afterwards."""
+        folder = self._root / _TMP
+        self._make_folder(folder)
+        self._delete_stale_files(folder)
+        path = folder / uuid.uuid4().hex
+        try:
+            with path.open("xb") as file:
+                if isinstance(body, Path):
+                    with body.open("rb") as source:
+                        shutil.copyfileobj(source, file, 1 << 20)
+                else:
+                    file.write(body)
+                file.flush()
+                # The kernel's own time stamp is only as fine as its tick.
+                now = time.time_ns()
+                os.utime(file.fileno(), ns=(now, now))
+                os.fsync(file.fileno())
+            yield path
+        finally:
+            with suppress(FileNotFoundError):
+                path.unlink()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        folder = self._root / _TMP
+        self._make_folder(folder)
+        with (folder / "lock").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _translate_write_errors(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise _translate_write_error(error, f"{self._root}/{key}") from error
+
+    def _make_folder(self, folder: Path) -> None:
+        """Create a folder and its parents; each entry is synced before anything is written into it."""
+        if folder.is_dir():
+            return
+        self._make_folder(folder.parent)
+        try:
+            with suppress(FileExistsError):
+                folder.mkdir()
+        except FileNotFoundError as error:  # Below a folder that exists: a file system such as /proc.
+            raise InvalidJob(f"{folder}: no folder can be made there; choose another output") from error
+        _sync_folder(folder.parent)
+
+    def _delete_stale_files(self, folder: Path) -> None:
+        """Delete what writers that died have left, once per process."""
+        if self._swept:
+            return
+        self._swept = True
+        for path in folder.iterdir():
+            with suppress(OSError):
+                if path.name != "lock" and time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink()
+
+
+def _translate_write_error(error: OSError, path: str) -> BatchjobError:
+    if error.errno in _FULL:
+        return AttemptFailed(f"{path}: the disk is full ({error.strerror}); make room, then run again")
+    if error.errno in _UNWRITABLE:
+        return InvalidJob(f"{path}: cannot be written ({error.strerror}); choose an output folder that can")
+    return Unavailable(f"{path}: the disk failed ({error.strerror}); check it, then run again")
+
+
+def _no_hard_links(error: OSError, target: Path) -> InvalidJob:
+    return InvalidJob(
+        f"{target}: this file system has no hard links ({error.strerror}), which a safe commit needs; "
+        "choose an output on another disk or on s3://"
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # Some network file systems cannot sync a folder, and need not.
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
