@@ -1,13 +1,13 @@
-# Needs only Python >= 3.11, make and a network index; everything else goes into .venv. `make help` lists the targets.
+# Requires Python >= 3.11, make and a package index; everything else is installed into .venv. `make help` lists the targets.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 UV := VIRTUAL_ENV=$(VENV) $(BIN)/uv
-TREES := batchjob benchmarks jobs tests
+TREES := batchjob benchmarks docs jobs tests
 
-# The lock is made for Linux; other systems resolve the same requirements afresh.
+# The lock is made for Linux; other systems resolve the same requirements without it.
 ifeq ($(shell uname -s),Linux)
 REQUIREMENTS := --require-hashes --requirements requirements.lock
 else
@@ -15,18 +15,19 @@ REQUIREMENTS := --extra dev --requirements pyproject.toml
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint audit format test test-long test-faults demo bench lock wheel clean
+.PHONY: help install architecture lint audit format test test-long test-faults demo bench lock wheel clean
 
-help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
 
-install: $(INSTALLED)  ## .venv with everything in it; does nothing where that is up to date
+install: $(INSTALLED)  ## install everything into .venv; does nothing if it is up to date
 
-# uv itself comes through pip, with the version and hashes of the lock. uv does not read pip's settings, so an index
-# that is set for pip only is handed on.
+# uv itself is installed by pip, with the version and hashes of the lock. uv does not read pip's settings, so an index
+# that is configured for pip only is passed on.
 PIP_INDEX = $${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}
-HAND_ON = UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$(PIP_INDEX)}"
-# Where PYTHONDONTWRITEBYTECODE is set, as in many containers, each process would compile what it imports: seconds.
+INDEX_FOR_UV = UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$(PIP_INDEX)}"
+# With PYTHONDONTWRITEBYTECODE set, as in many containers, each process would compile every module it imports, which
+# takes seconds. Therefore bytecode is compiled at installation.
 COMPILED := --compile-bytecode
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -34,61 +35,64 @@ $(INSTALLED): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(VENV)/uv.lock
-	@echo '$(UV) pip install $(COMPILED) $(REQUIREMENTS)'; $(HAND_ON) $(UV) pip install $(COMPILED) $(REQUIREMENTS)
+	@echo '$(UV) pip install $(COMPILED) $(REQUIREMENTS)'; $(INDEX_FOR_UV) $(UV) pip install $(COMPILED) $(REQUIREMENTS)
 	$(UV) pip install --offline --no-deps --no-build-isolation --editable .
 	@touch $@
 
-lint: $(INSTALLED) audit  ## ruff and mypy, both strict
+lint: $(INSTALLED) audit  ## run ruff and mypy, both strict
 	$(BIN)/ruff check $(TREES)
 	$(BIN)/ruff format --check $(TREES)
-	$(BIN)/mypy batchjob benchmarks tests
+	$(BIN)/mypy batchjob benchmarks docs tests
 	@set -e; for folder in $(sort $(dir $(wildcard jobs/*/*.py))); do \
 	  echo "$(BIN)/mypy $$folder"; $(BIN)/mypy $$folder; done
 
-audit: $(INSTALLED)  ## known vulnerabilities of what the lock names, as far as osv.dev can be asked
+audit: $(INSTALLED)  ## check the locks for known vulnerabilities, if osv.dev can be reached
 	@$(BIN)/python -c 'import urllib.request as u; u.urlopen("https://api.osv.dev/v1/vulns/PYSEC-2018-66", timeout=5)' \
-	  2>/dev/null || { echo "audit: osv.dev cannot be asked from here; the locks were not audited" >&2; exit 0; }; \
+	  2>/dev/null || { echo "audit: osv.dev cannot be reached from here; the locks were not audited" >&2; exit 0; }; \
 	  for lock in requirements.lock benchmarks/daft.lock; do $(BIN)/pip-audit --requirement $$lock --require-hashes \
 	  --disable-pip --vulnerability-service osv --progress-spinner off || exit 1; done
 
-format: $(INSTALLED)  ## ruff, writing
+format: $(INSTALLED)  ## fix and format the code with ruff
 	$(BIN)/ruff check --fix $(TREES)
 	$(BIN)/ruff format $(TREES)
 
-test: $(INSTALLED)  ## the tests, in about ten minutes; longer ones below
+architecture: $(INSTALLED)  ## write docs/internals/architecture.md again
+	$(BIN)/python docs/internals/architecture.py
+
+test: $(INSTALLED)  ## run the tests, about ten minutes; longer ones below
 	$(BIN)/python -m pytest
 
-test-long: $(INSTALLED)  ## end-to-end tests that take minutes each
+test-long: $(INSTALLED)  ## run end-to-end tests that take minutes each
 	$(BIN)/python -m pytest tests/long
 
-test-faults: $(INSTALLED)  ## every promise as a figure: kills, faults, races; BATCHJOB_SEED=1, about 25 minutes
+test-faults: $(INSTALLED)  ## inject faults and measure every promise; BATCHJOB_SEED=1, about 25 minutes
 	$(BIN)/python -m pytest tests/faults --timeout 900
 
-demo: $(INSTALLED)  ## handwritten digits, from pictures to Parquet, on a Ray started for it
+demo: $(INSTALLED)  ## classify handwritten digits, from PNG files to Parquet, on a Ray started for it
 	$(BIN)/python jobs/digits/make_data.py
 	$(BIN)/python jobs/digits/train.py
 	$(BIN)/batchjob run jobs/digits/digits.yaml
 	$(BIN)/python jobs/digits/show.py
 
-# Daft wants an older pyarrow than everything else here, so it lies in a folder that only its own runs see. Where it
-# cannot be installed, the comparison says so and does without.
+# Daft needs an older pyarrow than everything else here, so it is installed into a folder that only its own runs see. If
+# it cannot be installed, the comparison reports that and runs without it.
 SIZE ?= small
 $(VENV)/daft/.installed: $(INSTALLED) benchmarks/daft.lock
-	-$(HAND_ON) $(UV) pip install --quiet $(COMPILED) --require-hashes --target $(@D) --requirements benchmarks/daft.lock && touch $@
+	-$(INDEX_FOR_UV) $(UV) pip install --quiet $(COMPILED) --require-hashes --target $(@D) --requirements benchmarks/daft.lock && touch $@
 
-bench: $(INSTALLED) $(VENV)/daft/.installed  ## beside Ray Data, Daft and a plain loop; SIZE=full takes hours
+bench: $(INSTALLED) $(VENV)/daft/.installed  ## compare with Ray Data, Daft and a plain loop; SIZE=full takes hours
 	$(BIN)/python -m benchmarks.compare --size $(SIZE)
 
-lock: $(INSTALLED)  ## compile requirements.lock again, newest versions
+lock: $(INSTALLED)  ## resolve requirements.lock again, with the newest versions
 	$(UV) pip compile --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-annotate --no-header --extra dev --quiet --output-file requirements.lock pyproject.toml
 	echo daft | $(UV) pip compile --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-annotate --no-header --quiet --output-file benchmarks/daft.lock -
 
-wheel: $(INSTALLED)  ## dist/batchjob-….whl, for cluster.yaml or for your own index
+wheel: $(INSTALLED)  ## build dist/batchjob-….whl, for cluster.yaml or your own index
 	rm -rf dist
 	$(UV) build --wheel --offline --no-build-isolation
 
-clean:  ## remove caches and what the jobs wrote; .venv stays
+clean:  ## remove caches and the jobs' output; .venv stays
 	rm -rf out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(TREES) -name __pycache__ -type d -prune -exec rm -rf {} +
