@@ -87,7 +87,7 @@ def test_rows_too_wide_for_the_shard_size_are_refused_before_the_freeze(tmp_path
 
 def test_wide_passthrough_columns_make_small_chunks_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchjob.plan.chunks.CHUNK_BYTES", 100_000)
-    monkeypatch.setattr("batchjob.driver.planner._PART_BYTES", 640_000)
+    monkeypatch.setattr("batchjob.driver.planner._TARGET_PART_BYTES", 640_000)
     notes = [f"{number:01000}" for number in range(1000)]
     made = planned(listed(tmp_path, 1000, {"note": notes}))
     assert made.shard_size < 640

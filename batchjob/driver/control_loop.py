@@ -1,4 +1,4 @@
-"""The control thread's turns: each beats the lease, hears signals, and listens to whoever reports."""
+"""Control loop: each tick renews the lease, checks for stop signals and collects worker events."""
 
 from __future__ import annotations
 
@@ -19,167 +19,179 @@ __all__ = ["TICK_SECONDS", "ControlLoop", "StopSignals", "acquire_lease"]
 
 T = TypeVar("T")
 TICK_SECONDS = 0.2
-_BEAT_SECONDS = 1.0  # that a beat is waited for, so that nothing is done that it would have prevented
-_FAREWELL_SECONDS = 3.0
+# A heartbeat is waited for this long, so that nothing is done that its answer would have prevented.
+_HEARTBEAT_WAIT_SECONDS = 1.0
+_RELEASE_SECONDS = 3.0
+_SIGNALS = signal.SIGTERM, signal.SIGINT
 
 
 class ControlLoop:
-    """What every wait of the control thread goes through.
+    """Everything that must go on while the driver's thread waits for something.
 
-    The lease is beaten beside it, for a store that does not answer must not keep it from hearing signals. Nobody beats
-    unless the turns go on.
+    The lease is renewed in a thread of its own: a store that does not answer must not keep the driver from noticing
+    stop signals. It is renewed only as long as the loop ticks.
+
+    Example of the ticks of a run whose store is slow (tick 0.2 s, heartbeat every 2 s):
+        0.0 s  tick: start a heartbeat, wait for it up to 1 s, collect worker events
+        1.2 s  tick: the heartbeat is still unanswered; check signals, collect worker events
+        1.4 s  tick: the heartbeat is answered; `another driver has taken the lease` would be raised here
 
     Args:
-        lease: beaten in each turn.
-        drain: whether a signal has asked to stop.
-        output: URI of the output, for the sentence of the end.
-        outage: seconds that the lease may go unwritten because the store does not answer.
+        lease: Lease to renew.
+        signals: Stop signals.
+        output: URI of the output, for messages.
+        outage_seconds: Time that the lease may stay unwritten because the store does not answer, in seconds.
 
     Attributes:
-        listen: takes in what was reported, waiting so many seconds at most.
-        before_stop: called once when a signal has asked to stop, before that ends the run; not in an outage.
+        collect_events: Called in each tick with the longest time to wait for events, in seconds. Sleeps by default.
+        on_stop: Called once when a stop signal has come, before that ends the run; not while the store is out, for
+            then nothing could be committed.
     """
 
     def __init__(self, lease: Lease, signals: StopSignals, output: str, outage_seconds: float = 0.0) -> None:
-        self._lease, self._drain, self._output = lease, signals, output
+        self._lease, self._signals, self._output = lease, signals, output
         self._outage = Outage(outage_seconds)
-        self._beside = DaemonThreadPool(1, "lease")
-        self._beating: Future[None] | None = None
-        self._begun = 0.0
+        self._lease_thread = DaemonThreadPool(1, "lease")
+        self._pending_heartbeat: Future[None] | None = None
+        self._heartbeat_started = 0.0
         self._stopping = False
         self.collect_events: Callable[[float], object] = time.sleep
         self.on_stop: Callable[[], object] = lambda: None
 
     @property
     def visibility_check(self) -> tuple[str, str]:
-        """See `Lease.witness`."""
+        """Key of an object of this driver and a word in it; see `Lease.visibility_check`."""
         return self._lease.visibility_check
 
     def install_signal_handlers(self) -> None:
-        """Once more: a library may have taken them for itself."""
-        self._drain.install()
+        """Install the signal handlers again, since a library may have replaced them."""
+        self._signals.install()
 
     def heartbeat(self) -> None:
-        """Show life and hear signals, without waiting.
+        """Renew the lease if it is due and check for stop signals; wait for neither store nor workers.
 
         Raises:
-            Temporary: another driver has taken over, a signal has asked to stop, or the store has not answered for too
-                long.
+            Temporary: Another driver has taken the lease, or a stop signal has come.
+            Unavailable: The store has not answered for too long.
         """
-        self._show_life()
-        if self._drain.requested.is_set() and not self._stopping:
+        self._renew_lease()
+        if self._signals.requested.is_set() and not self._stopping:
             self._stopping = True
-            if not self._outage.is_ongoing:  # or else nothing could be committed
+            if not self._outage.is_ongoing:
                 self.on_stop()
-            self._drain.raise_if_stopping(self._output)
+            self._signals.raise_if_stopping(self._output)
 
     def tick(self, timeout: float = TICK_SECONDS) -> None:
-        """Beat, then listen for so long at most. Raises: see `beat`; and what was reported may end the run."""
+        """Make one tick: heartbeat, then collect worker events for `timeout` seconds at most.
+
+        Raises:
+            BatchjobError: See `heartbeat`; or an event that ends the run.
+        """
         self.heartbeat()
         self.collect_events(timeout)
 
     def run_blocking(self, work: Callable[[], T]) -> T:
-        """Do something that may block while the turns go on. What ends them leaves it to itself."""
+        """Run work that may block in another thread while the loop ticks; an error of a tick abandons the work."""
         return run_in_background(work, lambda: self.tick(0.0))
 
     def confirm_lease(self) -> None:
-        """Look now whether the lease is still ours; an outage is waited for.
+        """Check now that the lease is still this driver's; wait out an outage of the store.
 
         Raises:
-            Temporary: another driver has taken over, a signal has asked to stop, or the outage lasts too long.
+            Temporary: Another driver has taken the lease, or a stop signal has come.
+            Unavailable: The store has not answered for too long.
         """
         run_in_background(lambda: self._outage.retry_until_answered(self._lease.confirm_ownership), self.heartbeat)
 
     def release_lease(self) -> None:
-        """Give the lease back, unless that takes long: then it falls silent by itself."""
-        until = time.monotonic() + _FAREWELL_SECONDS
-        if self._beating is None or wait([self._beating], _FAREWELL_SECONDS).done:
-            wait([self._beside.submit(self._lease.release)], max(0.0, until - time.monotonic()))
-        self._beside.shutdown()
+        """Give the lease back; if that takes more than 3 s, let it expire instead."""
+        deadline = time.monotonic() + _RELEASE_SECONDS
+        if self._pending_heartbeat is None or wait([self._pending_heartbeat], _RELEASE_SECONDS).done:
+            wait([self._lease_thread.submit(self._lease.release)], max(0.0, deadline - time.monotonic()))
+        self._lease_thread.shutdown()
 
-    def _show_life(self) -> None:
-        if self._beating is None and self._lease.heartbeat_due:
-            self._begun = time.monotonic()
-            self._beating = self._beside.submit(self._lease.heartbeat)
-            wait([self._beating], _BEAT_SECONDS)
-        if self._beating is not None and self._beating.done():
-            beating, self._beating = self._beating, None
-            self._hear(beating)
-
-    def _hear(self, beating: Future[None]) -> None:
-        """What became of a beat. Raises what ends the run."""
-        try:
-            beating.result()
-            self._outage.record_answer()
-        except Unavailable as error:  # safety does not rest on the lease
-            self._outage.record_silence(error, self._begun)
-
-
-def acquire_lease(store: Store, signals: StopSignals, note: Callable[[str], None]) -> Lease:
-    """The lease, however long that takes, while signals are heard; a signal gives back what is taken meanwhile.
-
-    Args:
-        store: the output.
-        drain: whether a signal has asked to stop.
-        note: told while another driver's lease is waited for.
-
-    Raises:
-        Temporary: another driver is at work, or a signal has asked to stop.
-    """
-
-    def pause(seconds: float) -> None:
-        signals.raise_if_stopping(store.uri)
-        time.sleep(seconds)
-
-    def take() -> Lease:
-        lease = Lease.acquire(store, sleep=pause, note=note)
-        if signals.requested.is_set():
-            lease.release()
-        return lease
-
-    beside = DaemonThreadPool(1, "lease")
-    taking = beside.submit(take)
-    while not wait([taking], TICK_SECONDS).done:
-        if signals.requested.is_set() and not wait([taking], _FAREWELL_SECONDS).done:
-            signals.raise_if_stopping(store.uri)
-    beside.shutdown()
-    return taking.result()
-
-
-_SIGNALS = signal.SIGTERM, signal.SIGINT
+    def _renew_lease(self) -> None:
+        if self._pending_heartbeat is None and self._lease.heartbeat_due:
+            self._heartbeat_started = time.monotonic()
+            self._pending_heartbeat = self._lease_thread.submit(self._lease.heartbeat)
+            wait([self._pending_heartbeat], _HEARTBEAT_WAIT_SECONDS)
+        if self._pending_heartbeat is not None and self._pending_heartbeat.done():
+            answered, self._pending_heartbeat = self._pending_heartbeat, None
+            try:
+                answered.result()
+                self._outage.record_answer()
+            except Unavailable as error:
+                # Safety does not rest on the lease, so an outage may last for a while.
+                self._outage.record_silence(error, self._heartbeat_started)
 
 
 class StopSignals:
-    """A context in which the two signals set `asked`. Does nothing outside the main thread."""
+    """Context in which SIGTERM and SIGINT ask the run to stop; a second signal stops it at once.
+
+    Outside the main thread it does nothing, for Python allows no signal handlers there.
+
+    Attributes:
+        requested: Set once a signal has come.
+    """
 
     def __init__(self) -> None:
         self.requested = threading.Event()
-        self._before: dict[signal.Signals, Any] = {}
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         self.install()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def install(self) -> None:
-        """(Re)install the handlers: Ray takes SIGTERM for itself when it starts.
-
-        It does so below Python, which does not know; its handler calls ours, and aborts the process 3 s later.
-        """
+        """Install the handlers, or install them again."""
+        # Ray takes SIGTERM for itself when it starts. It does so below Python, which does not know; its handler calls
+        # ours, and aborts the process 3 s later.
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
-            self._before.setdefault(number, signal.signal(number, self._ask))
+            self._previous_handlers.setdefault(number, signal.signal(number, self._handle_signal))
 
     def raise_if_stopping(self, output: str) -> None:
-        """Raises Temporary where a signal has asked to stop."""
+        """Raise Temporary, with the URI of the output, if a signal has come."""
         if self.requested.is_set():
             raise Temporary(f"{output}: stopped by a signal; the same command resumes")
 
-    def _ask(self, *_: object) -> None:
+    def _handle_signal(self, *_: object) -> None:
         if self.requested.is_set():
             raise Temporary("stopped at once on the second signal; the same command resumes")
         self.requested.set()
+
+
+def acquire_lease(store: Store, signals: StopSignals, note: Callable[[str], None]) -> Lease:
+    """Take the lease, however long that takes, while stop signals are noticed.
+
+    Args:
+        store: The output.
+        signals: Stop signals; a lease that is taken after one came is given back.
+        note: Called with a line for the user before a wait for another driver's lease.
+
+    Raises:
+        Temporary: Another driver is at work, or a stop signal has come.
+    """
+
+    def sleep(seconds: float) -> None:
+        signals.raise_if_stopping(store.uri)
+        time.sleep(seconds)
+
+    def acquire() -> Lease:
+        lease = Lease.acquire(store, sleep=sleep, note=note)
+        if signals.requested.is_set():
+            lease.release()
+        return lease
+
+    thread = DaemonThreadPool(1, "lease")
+    acquired = thread.submit(acquire)
+    while not wait([acquired], TICK_SECONDS).done:
+        if signals.requested.is_set() and not wait([acquired], _RELEASE_SECONDS).done:
+            signals.raise_if_stopping(store.uri)
+    thread.shutdown()
+    return acquired.result()

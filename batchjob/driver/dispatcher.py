@@ -1,4 +1,4 @@
-"""Shards to workers and back: what is handed out, what came of it, which faults end the run."""
+"""Dispatcher: give shards to the worker pool, take in its events, and decide which faults end the run."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ from batchjob.worker.messages import (
 __all__ = ["DRAIN_SECONDS", "Dispatcher", "MakePool"]
 
 MakePool = Callable[[], Pool]
-DRAIN_SECONDS = 8.0  # of the 20 s in all: the pool's end, the lease's farewell and the exit take their share
-_UNAVAILABLE_IN_A_ROW = 3
+# A stopped run ends within 20 s. Closing the pool, giving the lease back and the exit need the rest.
+DRAIN_SECONDS = 8.0
+_MAX_UNAVAILABLE_IN_A_ROW = 3
 
 
 class Dispatcher:
-    """One pool of workers, started when it is first needed, and the shards that it is given.
+    """Worker pool of a run, started when it is needed, and the shards that it is given.
 
     Args:
-        attempts: how often a shard may fail before it is given up.
-        make_pool: makes the pool.
-        progress: told what people may want to know.
-        committed: told of every shard that is committed, once.
+        max_attempts: Failed attempts after which a shard is abandoned.
+        make_pool: Makes the pool.
+        progress: Gets commits and lines for the user.
+        on_commit: Called once for each shard that is committed.
 
     Attributes:
-        schedule: shards waiting, running, done and given up.
-        workers: those that have loaded.
-        starting: called again and again until a worker has loaded, and then once for each that has.
+        scheduler: Shards waiting, running, done and abandoned.
+        workers: Workers that have loaded.
+        on_starting: Called again and again until a worker has loaded, and then once for each that has.
     """
 
     def __init__(
@@ -52,95 +53,127 @@ class Dispatcher:
         progress: ProgressReporter,
         on_commit: Callable[[ShardResult], object],
     ) -> None:
-        self._make_pool, self._progress, self._committed = make_pool, progress, on_commit
-        self._pool: Pool | None = None
-        self._unavailable = 0
+        self._make_pool, self._progress, self._on_commit = make_pool, progress, on_commit
+        self._pool: Pool = _EmptyPool()
+        self._unavailable_in_a_row = 0
         self.scheduler = Scheduler(max_attempts)
         self.workers: list[WorkerInfo] = []
         self.on_starting: Callable[[], object] = lambda: None
 
     @property
     def started(self) -> bool:
-        """Whether there is a pool."""
-        return self._pool is not None
+        """Whether the pool has been started."""
+        return not isinstance(self._pool, _EmptyPool)
 
     @property
     def pool_size(self) -> int:
-        """Workers wanted, 0 as long as that is not known."""
-        return self._pool.size if self._pool else 0
+        """Workers that the pool will have; 0 while that is unknown."""
+        return self._pool.size
 
     def start(self, setup: WorkerSetup) -> None:
-        """Begin to start workers."""
+        """Make the pool, and begin to start its workers."""
         self._pool = self._make_pool()
         self._pool.start(setup)
 
     def collect_events(self, timeout: float) -> None:
-        """Take in what happened, at the latest after so many seconds. Raises what ends the run."""
-        if self._pool is None:
-            time.sleep(timeout)
-            return
+        """Take in events of the workers; wait for them for `timeout` seconds at most.
+
+        Raises:
+            BatchjobError: An event that ends the run.
+        """
         for event in self._pool.wait(timeout):
             self._handle_event(event)
-        if not self.workers:
+        if self.started and not self.workers:
             self.on_starting()
 
     def dispatch(self, plan_number: int) -> None:
-        """Give workers of plan number `plan` as many shards as they take."""
-        assert self._pool is not None, "start comes before hand_out"
+        """Give the workers as many waiting shards of this plan as they take."""
         while self._pool.free_slots() > 0 and (key := self.scheduler.take_next()) is not None:
             self._pool.submit(key, plan_number)
 
     def speculate(self, plan_number: int) -> None:
-        """Where a worker has nothing to do and a shard is late with another one, have both try it: the first counts."""
-        assert self._pool is not None, "start comes before back_up"
+        """Give idle workers a second attempt at stragglers; the first commit counts."""
         while self._pool.idle_workers() > 0 and (key := self.scheduler.take_straggler()) is not None:
             self._progress.note(f"shard {key.index} is late: a second worker begins it too")
             self._pool.submit_speculative(key, plan_number)
 
     def drain(self, heartbeat: Callable[[], object]) -> None:
-        """Hand out no more, and give what runs a moment to commit."""
+        """Dispatch no more shards, and give the running ones up to 8 s to commit; call `heartbeat` meanwhile."""
         if running := self.scheduler.running:
             self._progress.note(f"stopping: up to {DRAIN_SECONDS:.0f} s for {format_count(running, 'running shard')}")
-        until = time.monotonic() + DRAIN_SECONDS
-        while self._pool is not None and self.scheduler.running and time.monotonic() < until:
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while self.scheduler.running and time.monotonic() < deadline:
             heartbeat()
             self.collect_events(TICK_SECONDS)
 
     def close(self) -> None:
         """Stop all workers."""
-        if self._pool is not None:
-            self._pool.close()
+        self._pool.close()
 
     def _handle_event(self, event: WorkerEvent) -> None:
         match event:
-            case WorkerReady(worker, loaded):
-                self.workers.append(loaded)
+            case WorkerReady(worker, info):
+                self.workers.append(info)
                 self.on_starting()
                 self._progress.note(
-                    f"worker {worker}: {loaded.model} on {loaded.device}, {loaded.precision}, batches of "
-                    f"{loaded.batch_size}, after {loaded.seconds:.1f} s"
+                    f"worker {worker}: {info.model} on {info.device}, {info.precision}, batches of "
+                    f"{info.batch_size}, after {info.seconds:.1f} s"
                 )
             case ShardCommitted(result):
-                self._unavailable = 0
+                self._unavailable_in_a_row = 0
                 if self.scheduler.finish(result.key):
-                    self._committed(result)
+                    self._on_commit(result)
                     self._progress.advance(result.key.images_to_read, result.footer.failed)
             case ShardFailed(key, error):
-                self._attempt_failed(key, error)
+                self._handle_failure(key, error)
             case WorkerFailed(error):
                 raise error
 
-    def _attempt_failed(self, key: ShardKey, error: BatchjobError) -> None:
-        """Network and credentials use up no attempt, but end the run when they persist; other job errors end it now."""
-        if not self.scheduler.is_running(key) and (isinstance(error, Unavailable) or not isinstance(error, JobError)):
-            return  # another attempt at it was quicker
+    def _handle_failure(self, key: ShardKey, error: BatchjobError) -> None:
+        """Reschedule a shard whose attempt failed, or raise the error if it ends the run.
+
+        Network and credential faults use up no attempt, but the third in a row ends the run. Other job errors end it
+        at once.
+        """
+        concerns_only_the_shard = isinstance(error, Unavailable) or not isinstance(error, JobError)
+        # Another attempt at the shard was quicker.
+        if concerns_only_the_shard and not self.scheduler.is_running(key):
+            return
         if isinstance(error, Unavailable):
-            self._unavailable += 1
-            if self._unavailable >= _UNAVAILABLE_IN_A_ROW:
+            self._unavailable_in_a_row += 1
+            if self._unavailable_in_a_row >= _MAX_UNAVAILABLE_IN_A_ROW:
                 raise error
         elif isinstance(error, JobError):
             raise error
-        interrupted = isinstance(error, AttemptInterrupted)
-        counts = not interrupted and not isinstance(error, Unavailable)
-        gave_up = self.scheduler.fail(key, error.message, uses_attempt=counts, to_front=interrupted)
-        self._progress.note(f"shard {key.index} failed{', given up' if gave_up else ''}: {error.message}")
+        is_interrupted = isinstance(error, AttemptInterrupted)
+        uses_attempt = not is_interrupted and not isinstance(error, Unavailable)
+        abandoned = self.scheduler.fail(key, error.message, uses_attempt=uses_attempt, to_front=is_interrupted)
+        self._progress.note(f"shard {key.index} failed{', given up' if abandoned else ''}: {error.message}")
+
+
+class _EmptyPool:
+    """Pool without workers, in place of the one that is not started yet."""
+
+    size = 0
+
+    def start(self, setup: WorkerSetup) -> None:
+        raise NotImplementedError
+
+    def free_slots(self) -> int:
+        return 0
+
+    def submit(self, key: ShardKey, plan_number: int) -> None:
+        raise NotImplementedError
+
+    def idle_workers(self) -> int:
+        return 0
+
+    def submit_speculative(self, key: ShardKey, plan_number: int) -> None:
+        raise NotImplementedError
+
+    def wait(self, timeout: float) -> list[WorkerEvent]:
+        time.sleep(timeout)
+        return []
+
+    def close(self) -> None:
+        pass

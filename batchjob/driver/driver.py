@@ -1,4 +1,4 @@
-"""The composition root of control: plan or resume, hand out shards, account, finish."""
+"""Driver of a run: plan or resume, dispatch shards to workers, account for commits, finish; also plan and discard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from batchjob.driver.existing_output import (
     find_finished_result,
     find_plan_to_discard,
     list_stale_parts,
-    raise_nothing_to_retry,
+    no_plan_to_retry_error,
 )
 from batchjob.driver.finalize import RunSummary, finalize_run
 from batchjob.driver.plan_prefetcher import PlanPrefetcher
@@ -25,14 +25,13 @@ from batchjob.driver.progress import ProgressReporter
 from batchjob.driver.run_state import RunState
 from batchjob.errors import BatchjobError
 from batchjob.job.job import Job
-from batchjob.output import commit
+from batchjob.output.commit import delete_objects
 from batchjob.output.success import delete_success, read_success
-from batchjob.plan import reader
 from batchjob.plan.head import PlanHead, read_current_head
+from batchjob.plan.reader import PlanReader
 from batchjob.report.plan_summary import PlanSummary
 from batchjob.report.run_result import RunResult
 from batchjob.sources.listing import DEFAULT_IMAGE_BYTES, SMALL_INPUT_IMAGES, InputPreview
-from batchjob.storage.objects import ObjectInfo
 from batchjob.storage.options import OptionsByPrefix
 from batchjob.storage.store import Store, open_store
 from batchjob.text import format_count
@@ -40,6 +39,7 @@ from batchjob.worker.messages import WorkerSetup
 
 __all__ = ["discard", "make_plan", "run"]
 
+# While this many shards wait, no further chunk of the plan is taken in: the driver's memory stays bounded.
 _MAX_WAITING_SHARDS = 10_000
 
 
@@ -52,253 +52,301 @@ def run(
     repair: bool = False,
     retry: bool = False,
 ) -> RunResult:
-    """Run a job to its end, or up to where it can go; what is committed already is not done again.
+    """Run a job to its end, or as far as it can go. What is committed already is not done again.
 
     Args:
-        job: what to run.
-        make_pool: makes its workers, if any are needed.
-        allow_empty: an input without images is no error.
-        progress: who is told how it goes.
-        repair: what is gone from a finished output is made again.
-        retry: images whose rows hold an error are read again, and their parts replaced.
+        job: The job.
+        make_pool: Makes the worker pool; called only if there is work for it.
+        allow_empty: Accept an input without images.
+        progress: Gets counts and lines for the user.
+        repair: Make parts again that are missing from a finished output.
+        retry: Read the images of error rows again, and replace their parts.
 
     Raises:
-        JobError: every planned ending but success; its class says which, and it carries the counts.
+        BatchjobError: Every planned ending but success. Its class gives the exit code, and it carries the counts.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     store = open_store(job.output.uri, job.storage)
-    if (outcome := find_finished_result(store, job, repair, retry)) is not None:
-        return outcome
-    with _in_control(store, progress, job.errors.outage_seconds) as turns:
-        session = _Driver(job, _patient(job), turns, make_pool, progress, retry)
+    if (result := find_finished_result(store, job, repair, retry)) is not None:
+        return result
+    with _hold_lease(store, progress, job.errors.outage_seconds) as control_loop:
+        driver = _Driver(job, _open_outage_tolerant_store(job), control_loop, make_pool, progress, retry)
         try:
-            head = session.work(allow_empty, repair)
-            return session.finish(head, began)
+            head = driver.run_shards(allow_empty, repair)
+            return driver.finalize(head, started)
         except BatchjobError as error:
-            error.counts = session.counts
+            error.counts = driver.counts
             raise
 
 
 def make_plan(job: Job, *, allow_empty: bool, progress: ProgressReporter) -> PlanSummary:
-    """Freeze a job's plan without running it.
+    """Write the plan of a job without running it; finish the plan if it is there.
+
+    Args:
+        job: The job.
+        allow_empty: Accept an input without images.
+        progress: Gets counts and lines for the user.
 
     Raises:
-        JobError: see `run`.
+        BatchjobError: See `run`.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     store = open_store(job.output.uri, job.storage)
-    with _in_control(store, progress, job.errors.outage_seconds) as turns:
-        store = _patient(job)
-        number, head = turns.run_blocking(lambda: read_current_head(store))
-        planning = Planner(apply_plan_defaults(job, store, head), store, turns, progress.note)
+    with _hold_lease(store, progress, job.errors.outage_seconds) as control_loop:
+        store = _open_outage_tolerant_store(job)
+        number, head = control_loop.run_blocking(lambda: read_current_head(store))
+        planner = Planner(apply_plan_defaults(job, store, head), store, control_loop, progress.note)
         progress.start(None)
         try:
             if head is None:
-                seen = planning.extend_preview(planning.preview_input(allow_empty), 0)
-                RunState(store, turns.heartbeat).delete_stale_parts(turns.heartbeat)
-                head = planning.freeze(number, seen, 0, 0, partial(delete_stale_parts, store))
-            images, shards = _write(planning, head, turns, progress)
+                preview = planner.extend_preview(planner.preview_input(allow_empty), 0)
+                RunState(store, control_loop.heartbeat).delete_stale_parts(control_loop.heartbeat)
+                head = planner.freeze(number, preview, 0, 0, partial(delete_stale_parts, store))
+            images, shards = _write_chunks(planner, head, control_loop, progress)
         finally:
             progress.stop()
-            planning.close()
-    return PlanSummary(head.plan, images, shards, head.shard_size, store.uri, time.monotonic() - began)
+            planner.close()
+    return PlanSummary(head.plan, images, shards, head.shard_size, store.uri, time.monotonic() - started)
 
 
 def discard(uri: str, options: OptionsByPrefix | None = None, progress: ProgressReporter | None = None) -> str:
-    """Bury the plan in force and delete its parts; the next run plans anew. Returns a sentence saying what went.
+    """Discard the plan in force and delete its parts; the next run makes a new plan.
+
+    Args:
+        uri: URI of the output.
+        options: Storage options by URI prefix.
+        progress: Gets lines for the user; None for nobody.
+
+    Returns:
+        A sentence that tells what was deleted.
 
     Raises:
-        Temporary: a driver is at work there, or a signal came; the same command finishes what it began.
-        InvalidJob: there is no plan.
+        InvalidJob: There is no plan.
+        Temporary: A driver is at work there, or a stop signal came; the same command finishes the discard.
     """
     store = open_store(uri, options)
-    find_plan_to_discard(store)  # before the lease leaves a trace in a folder that is not ours
-    with _in_control(store, progress) as turns:
-        _, head = turns.run_blocking(lambda: find_plan_to_discard(store))
-        turns.confirm_lease()  # who was stopped for long would bury what another driver has finished since
-        turns.run_blocking(lambda: discard_current_plan(store, head))
-        leftovers = turns.run_blocking(lambda: list_stale_parts(store))
-        deleted = commit.delete_objects(store, leftovers, turns.heartbeat)
+    # Checked before the lease, which would leave a trace in a folder that is not ours.
+    find_plan_to_discard(store)
+    with _hold_lease(store, progress) as control_loop:
+        head = control_loop.run_blocking(lambda: find_plan_to_discard(store))
+        # A driver that was suspended may have lost its lease, and would discard what another one has finished since.
+        control_loop.confirm_lease()
+        control_loop.run_blocking(lambda: discard_current_plan(store, head))
+        stale_parts = control_loop.run_blocking(lambda: list_stale_parts(store))
+        deleted = delete_objects(store, stale_parts, control_loop.heartbeat)
     name = f"plan {head.plan} (number {head.number})" if head else "an earlier plan's leftovers"
     return f"{store.uri}: discarded {name}, deleted {format_count(deleted, 'part')}"
 
 
 @contextmanager
-def _in_control(store: Store, progress: ProgressReporter | None, outage: float = 0.0) -> Iterator[ControlLoop]:
-    """The lease on an output, and signals as requests to stop. Raises Temporary where another driver is at work."""
-    with StopSignals() as drain:  # around the lease, which nobody is to leave behind
-        lease = acquire_lease(store, drain, progress.note if progress else lambda text: None)
-        turns = ControlLoop(lease, drain, store.uri, outage)
+def _hold_lease(store: Store, progress: ProgressReporter | None, outage_seconds: float = 0.0) -> Iterator[ControlLoop]:
+    """Hold the lease on an output and catch stop signals; raise Temporary if another driver is at work."""
+    # The signals are caught first, so that none can leave a lease behind.
+    with StopSignals() as signals:
+        lease = acquire_lease(store, signals, progress.note if progress else lambda text: None)
+        control_loop = ControlLoop(lease, signals, store.uri, outage_seconds)
         try:
-            yield turns
+            yield control_loop
         finally:
-            turns.release_lease()
+            control_loop.release_lease()
 
 
-def _patient(job: Job) -> Store:
-    """The output once it is known to be there: an outage is waited for."""
+def _open_outage_tolerant_store(job: Job) -> Store:
+    """Open the output so that outages are waited out, now that it is known to be there."""
     return open_store(job.output.uri, job.storage, outage=job.errors.outage_seconds)
 
 
-def _write(planning: Planner, head: PlanHead, turns: ControlLoop, progress: ProgressReporter) -> tuple[int, int]:
-    """Write a plan to its end; its images and shards."""
+def _write_chunks(
+    planner: Planner, head: PlanHead, control_loop: ControlLoop, progress: ProgressReporter
+) -> tuple[int, int]:
+    """Write the rest of a plan; return its images and shards."""
     images = shards = 0
-    feeder = PlanPrefetcher(planning.iter_chunks(head))
+    prefetcher = PlanPrefetcher(planner.iter_chunks(head))
     try:
-        while not feeder.finished:
-            turns.heartbeat()
-            if (chunk := feeder.next_chunk(TICK_SECONDS)) is not None:
+        while not prefetcher.finished:
+            control_loop.heartbeat()
+            if (chunk := prefetcher.next_chunk(TICK_SECONDS)) is not None:
                 images, shards = chunk.end_cursor.rows, shards + len(chunk.shards)
                 progress.set_planned(images, chunk.is_last)
     finally:
-        feeder.close()
+        prefetcher.close()
     return images, shards
 
 
 class _Driver:
-    """One driver's work on one job, under the lease."""
+    """Work of one driver on one job while it holds the lease."""
 
     def __init__(
-        self, job: Job, store: Store, turns: ControlLoop, make_pool: MakePool, progress: ProgressReporter, retry: bool
+        self,
+        job: Job,
+        store: Store,
+        control_loop: ControlLoop,
+        make_pool: MakePool,
+        progress: ProgressReporter,
+        retry: bool,
     ) -> None:
-        self._books = RunState(
-            store, turns.heartbeat, retry
-        )  # before the look at the plan: what it finds is of no later one
-        self._number, self._resumed = turns.run_blocking(lambda: read_current_head(store))
-        self._job = apply_plan_defaults(job, store, self._resumed)
-        self._store, self._turns, self._progress = store, turns, progress
-        self._planning = Planner(self._job, store, turns, progress.note)
-        self._dispatch = Dispatcher(job.errors.attempts, make_pool, progress, self._books.record_commit)
-        self._dispatch.on_starting = turns.install_signal_handlers
-        turns.collect_events, turns.on_stop = (
-            self._dispatch.collect_events,
-            lambda: self._dispatch.drain(turns.heartbeat),
-        )
+        # The parts are listed before the plan is read, so that none of them can be of a later plan.
+        self._state = RunState(store, control_loop.heartbeat, retry)
+        self._plan_number, self._resumed_head = control_loop.run_blocking(lambda: read_current_head(store))
+        self._job = apply_plan_defaults(job, store, self._resumed_head)
+        self._store, self._control_loop, self._progress = store, control_loop, progress
+        self._planner = Planner(self._job, store, control_loop, progress.note)
+        self._dispatcher = Dispatcher(job.errors.attempts, make_pool, progress, self._state.record_commit)
+        self._dispatcher.on_starting = control_loop.install_signal_handlers
+        control_loop.collect_events = self._dispatcher.collect_events
+        control_loop.on_stop = lambda: self._dispatcher.drain(control_loop.heartbeat)
         self._stopped_early = False
         self._retry = retry
-        self._success: ObjectInfo | None = None  # as a retry or a repair has found it
+        self._success_version: str | None = None  # of the `_SUCCESS` that a retry or a repair has found
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """Images planned so far, rows predicted, rows failed."""
-        return self._books.counts
+        """Images planned so far, rows predicted, error rows."""
+        return self._state.counts
 
-    def work(self, allow_empty: bool, repair: bool) -> PlanHead:
-        """Plan or resume, and do every shard that is left; the plan's head."""
+    def run_shards(self, allow_empty: bool, repair: bool) -> PlanHead:
+        """Make or resume the plan and do every shard that is left; return the head of the plan."""
         self._progress.start(None)
         try:
-            head = self._resumed or (
-                raise_nothing_to_retry(self._store) if self._retry else self._new_plan(allow_empty)
-            )
-            if self._resumed:
-                self._look_back(head, repair)
-            feeder = PlanPrefetcher(self._planning.iter_chunks(head))
+            if self._resumed_head is not None:
+                head = self._resumed_head
+                self._resume(head, repair)
+            elif self._retry:
+                raise no_plan_to_retry_error(self._store)
+            else:
+                head = self._make_plan(allow_empty)
+            prefetcher = PlanPrefetcher(self._planner.iter_chunks(head))
             try:
-                self._loop(feeder, head)
+                self._process_chunks(prefetcher, head)
             finally:
-                feeder.close()
+                prefetcher.close()
             return head
         finally:
             self._progress.stop()
-            self._planning.close()
-            self._dispatch.close()
+            self._planner.close()
+            self._dispatcher.close()
 
-    def finish(self, head: PlanHead, began: float) -> RunResult:
-        """Verify what lies there against the plan, write the report, and `_SUCCESS` when the budget holds."""
-        books = self._books
-        ran = RunSummary(
-            books.expected_rows,
-            books.new_parts,
-            tuple(self._dispatch.scheduler.given_up),
-            tuple(self._dispatch.workers),
-            time.monotonic() - began,
-            books.existing_parts,
-            books.plan_complete,
-            self._stopped_early,
+    def finalize(self, head: PlanHead, started: float) -> RunResult:
+        """Check the output against the plan and write the report; write `_SUCCESS` if the budget holds.
+
+        Args:
+            head: Head of the plan.
+            started: Time at which the run started, by `time.monotonic`.
+        """
+        state = self._state
+        summary = RunSummary(
+            expected_rows=state.expected_rows,
+            new_parts=state.new_parts,
+            given_up=tuple(self._dispatcher.scheduler.given_up),
+            workers=tuple(self._dispatcher.workers),
+            seconds=time.monotonic() - started,
+            existing_parts=state.existing_parts,
+            plan_complete=state.plan_complete,
+            stopped_early=self._stopped_early,
         )
-        job, beat = self._job, self._turns.heartbeat
-        self._turns.confirm_lease()  # who has slept through another driver's work is not the one to say how it ended
+        # A driver that was suspended may have lost its lease, and must not write the result then.
+        self._control_loop.confirm_lease()
         return finalize_run(
-            self._store, head, ran, budget=job.errors, summarize=job.task.compute_metrics, heartbeat=beat
+            self._store,
+            head,
+            summary,
+            budget=self._job.errors,
+            summarize=self._job.task.compute_metrics,
+            heartbeat=self._control_loop.heartbeat,
         )
 
-    def _new_plan(self, allow_empty: bool) -> PlanHead:
-        """Freeze a plan, but only once the input is known to be there and the model to stand on its device."""
-        few = self._planning.preview_input(allow_empty)
-        self._start_workers(few)
-        seen = self._planning.extend_preview(few, self._dispatch.pool_size)
-        while not (workers := self._dispatch.workers):
-            self._turns.tick()
-        seen = self._planning.extend_preview(
-            seen, self._dispatch.pool_size
-        )  # how many they are may have shown only now
-        self._planning.check_columns(name for loaded in workers for name in loaded.columns)
-        self._books.delete_stale_parts(self._turns.heartbeat)
-        row_bytes = max(loaded.row_bytes for loaded in workers)
-        clear = partial(delete_stale_parts, self._store)  # what a worker of a discarded plan has put there since
-        return self._planning.freeze(self._number, seen, self._dispatch.pool_size, row_bytes, clear)
+    def _make_plan(self, allow_empty: bool) -> PlanHead:
+        """Freeze a plan, but only once the input is known to be there and a worker has loaded the model."""
+        preview = self._planner.preview_input(allow_empty)
+        self._start_workers(preview)
+        preview = self._planner.extend_preview(preview, self._dispatcher.pool_size)
+        while not (workers := self._dispatcher.workers):
+            self._control_loop.tick()
+        # The number of workers may be known only now.
+        preview = self._planner.extend_preview(preview, self._dispatcher.pool_size)
+        self._planner.check_columns(name for worker in workers for name in worker.columns)
+        self._state.delete_stale_parts(self._control_loop.heartbeat)
+        row_bytes = max(worker.row_bytes for worker in workers)
+        # A worker of a discarded plan may commit a part even now.
+        delete_stale = partial(delete_stale_parts, self._store)
+        return self._planner.freeze(self._plan_number, preview, self._dispatcher.pool_size, row_bytes, delete_stale)
 
-    def _look_back(self, head: PlanHead, repair: bool) -> None:
-        self._progress.note(f"resuming plan {head.plan}: {format_count(self._books.part_count, 'part')} committed")
-        if (repair or self._retry) and (found := self._turns.run_blocking(lambda: read_success(self._store))):
-            _, self._success = found
+    def _resume(self, head: PlanHead, repair: bool) -> None:
+        self._progress.note(f"resuming plan {head.plan}: {format_count(self._state.part_count, 'part')} committed")
+        if (repair or self._retry) and (found := self._control_loop.run_blocking(lambda: read_success(self._store))):
+            _, info = found
+            self._success_version = info.version or ""
         if repair:
-            self._withdraw_success()
-        self._books.read_existing_parts(head, self._turns.heartbeat)
+            self._delete_success()
+        self._state.read_existing_parts(head, self._control_loop.heartbeat)
         if self._retry:
-            self._progress.note(f"to be retried: {format_count(self._books.rows_to_retry, 'error row')}")
-        if self._books.failed:
-            self._progress.advance(0, self._books.failed)  # of images that are counted as the plan is read
+            self._progress.note(f"to be retried: {format_count(self._state.rows_to_retry, 'error row')}")
+        if self._state.failed:
+            # Their images are counted when the plan is read.
+            self._progress.advance(0, self._state.failed)
 
-    def _loop(self, feeder: PlanPrefetcher, head: PlanHead) -> None:
-        """Hand out shards until all are done or given up, or too much has failed."""
-        schedule = self._dispatch.scheduler
-        while not (feeder.finished and schedule.idle):
-            self._absorb(feeder)
-            if self._job.errors.abort_early and self._books.find_exceeded_limit(self._job.errors):
+    def _process_chunks(self, prefetcher: PlanPrefetcher, head: PlanHead) -> None:
+        """Dispatch shards until all are done or abandoned, or the error budget is exceeded."""
+        dispatcher, scheduler = self._dispatcher, self._dispatcher.scheduler
+        while not (prefetcher.finished and scheduler.idle):
+            self._take_chunks(prefetcher)
+            if self._job.errors.abort_early and self._state.find_exceeded_limit(self._job.errors):
                 self._stopped_early = True
-                self._dispatch.drain(self._turns.heartbeat)
+                dispatcher.drain(self._control_loop.heartbeat)
                 return
-            if schedule.waiting:
-                self._hand_out(head)
-            elif feeder.finished and self._dispatch.started:
-                self._dispatch.speculate(head.number)
-            self._turns.tick() if self._dispatch.started else self._turns.heartbeat()
+            if scheduler.waiting:
+                self._dispatch_shards(head)
+            elif prefetcher.finished:
+                dispatcher.speculate(head.number)
+            # Before the workers are started, taking chunks is what the driver waits for.
+            self._control_loop.tick() if dispatcher.started else self._control_loop.heartbeat()
 
-    def _absorb(self, feeder: PlanPrefetcher) -> None:
-        """Take in confirmed chunks as long as few shards wait; look for foreign parts once all are known."""
-        schedule, all_known_before = self._dispatch.scheduler, feeder.finished
-        patience = 0.0 if self._dispatch.started else TICK_SECONDS
-        while schedule.waiting < _MAX_WAITING_SHARDS and (chunk := feeder.next_chunk(patience)) is not None:
-            done, left = self._books.add_chunk(chunk)
-            schedule.add(left)
+    def _take_chunks(self, prefetcher: PlanPrefetcher) -> None:
+        """Take in the chunks that are ready while few shards wait; look for stale parts once all are known."""
+        scheduler, was_finished = self._dispatcher.scheduler, prefetcher.finished
+        timeout = 0.0 if self._dispatcher.started else TICK_SECONDS
+        while scheduler.waiting < _MAX_WAITING_SHARDS and (chunk := prefetcher.next_chunk(timeout)) is not None:
+            images_done, shards = self._state.add_chunk(chunk)
+            scheduler.add(shards)
             self._progress.set_planned(chunk.end_cursor.rows, chunk.is_last)
-            self._progress.add_resumed(done)
-            self._turns.heartbeat()
-        if feeder.finished and not all_known_before:
-            self._books.delete_stale_parts(self._turns.heartbeat)
+            self._progress.add_resumed(images_done)
+            self._control_loop.heartbeat()
+        if prefetcher.finished and not was_finished:
+            self._state.delete_stale_parts(self._control_loop.heartbeat)
 
-    def _hand_out(self, head: PlanHead) -> None:
-        if not self._dispatch.started:
-            first = self._turns.run_blocking(
-                lambda: reader.PlanReader(self._store, head).read_first_refs(SMALL_INPUT_IMAGES + 1)
+    def _dispatch_shards(self, head: PlanHead) -> None:
+        if not self._dispatcher.started:
+            self._start_workers(self._preview_plan(head))
+        if self._dispatcher.workers:
+            self._delete_success()
+            self._dispatcher.dispatch(head.number)
+
+    def _preview_plan(self, head: PlanHead) -> InputPreview:
+        """Preview the input from the plan that is resumed, without listing it again."""
+        reader = PlanReader(self._store, head)
+        refs = self._control_loop.run_blocking(lambda: reader.read_first_refs(SMALL_INPUT_IMAGES + 1))
+        return InputPreview(
+            rows=len(refs),
+            complete=len(refs) <= SMALL_INPUT_IMAGES,
+            sample=tuple(ref.location for ref in refs[:SMALL_INPUT_IMAGES]),
+            image_bytes=sum(DEFAULT_IMAGE_BYTES if ref.size is None else ref.size for ref in refs),
+        )
+
+    def _delete_success(self) -> None:
+        """Delete `_SUCCESS` before the first part is replaced or made again; a retry does so once a worker is ready."""
+        if self._success_version is not None:
+            version, self._success_version = self._success_version, None
+            # The lease shows that the `_SUCCESS` read before is no later driver's.
+            self._control_loop.confirm_lease()
+            self._control_loop.run_blocking(lambda: delete_success(self._store, version))
+
+    def _start_workers(self, preview: InputPreview) -> None:
+        self._dispatcher.start(
+            WorkerSetup(
+                job=self._job.serialize(),
+                job_folder=str(self._job.folder),
+                visibility_check=self._control_loop.visibility_check,
+                sample=preview.sample,
+                small_input_bytes=preview.image_bytes if preview.complete else None,
             )
-            sample = tuple(ref.location for ref in first[:SMALL_INPUT_IMAGES])
-            size = sum(DEFAULT_IMAGE_BYTES if ref.size is None else ref.size for ref in first)
-            self._start_workers(InputPreview(len(first), len(first) <= SMALL_INPUT_IMAGES, sample, image_bytes=size))
-        if self._dispatch.workers:
-            self._withdraw_success()
-            self._dispatch.dispatch(head.number)
-
-    def _withdraw_success(self) -> None:
-        """Before the first part is replaced or made anew; at a retry not before somebody stands ready to do it."""
-        if self._success is not None:
-            version, self._success = self._success.version or "", None
-            self._turns.confirm_lease()  # so that what was read before is no later driver's
-            self._turns.run_blocking(lambda: delete_success(self._store, version))
-
-    def _start_workers(self, seen: InputPreview) -> None:
-        job, few_bytes = self._job, seen.image_bytes if seen.complete else None
-        self._dispatch.start(
-            WorkerSetup(job.serialize(), str(job.folder), self._turns.visibility_check, seen.sample, few_bytes)
         )

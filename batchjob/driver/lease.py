@@ -1,6 +1,6 @@
-"""One driver at a time: numbered epoch objects, rewritten by their owner as long as its control loop turns.
+"""Lease on an output: one driver at a time, by numbered epoch objects that the owner rewrites while it works.
 
-It saves GPUs. Safety never rests on it: two drivers at once commit each part once all the same.
+The lease saves GPUs. Safety never rests on it: two drivers at once still commit each part once.
 """
 
 from __future__ import annotations
@@ -31,13 +31,24 @@ __all__ = ["EXPIRY_SECONDS", "HEARTBEAT_SECONDS", "Lease"]
 HEARTBEAT_SECONDS = 2.0
 EXPIRY_SECONDS = 20.0
 _POLL_SECONDS = 0.5
+_MAX_TRIES = 4
 _FOLDER = "_batchjob/lease/"
-_NAME = re.compile(r"(\d{10})\.json")
-_LOOKS = 4
+_EPOCH_NAME = re.compile(r"(\d{10})\.json")
 
 
 @dataclass(frozen=True)
 class _LeaseState:
+    """Content of an epoch object.
+
+    Attributes:
+        epoch: Number of the epoch.
+        version: Version of the object, for conditional writes.
+        owner: Random id of the driver that created the epoch.
+        where: Host and process of that driver, for a person.
+        released: Whether that driver has given the lease back.
+        data: The object's bytes.
+    """
+
     epoch: int
     version: str
     owner: str
@@ -47,13 +58,25 @@ class _LeaseState:
 
 
 class Lease:
-    """A held lease. Get one by `acquire`, call `beat` in every turn of the control loop, `release` at the end."""
+    """A held lease: get one by `acquire`, call `heartbeat` in every tick of the control loop, `release` it at the end.
+
+    Each owner creates the next epoch with one put-if-absent, and rewrites it every 2 s on the condition that it is
+    unchanged. A newcomer reads the newest epoch and measures with its own monotonic clock, so no two clocks are ever
+    compared:
+
+        epoch 3 changes while it watches                        → another driver is at work: Temporary
+        epoch 3 is unchanged for 20 s of reads, or is released  → create epoch 4; who loses that race: Temporary
+        the owner of epoch 3 comes back and sees epoch 4        → it has lost the lease: Temporary
+
+    Attributes:
+        epoch: Number of the epoch that this driver owns.
+    """
 
     def __init__(self, store: Store, epoch: int, owner: str, version: str, clock: Callable[[], float]) -> None:
         self._store, self._owner, self._version, self._clock = store, owner, version, clock
         self.epoch = epoch
-        self._beats = 0
-        self._last = clock()
+        self._heartbeats = 0
+        self._last_heartbeat = clock()
 
     @classmethod
     def acquire(
@@ -65,165 +88,179 @@ class Lease:
         sleep: Callable[[float], None] = time.sleep,
         note: Callable[[str], None] = lambda text: None,
     ) -> Lease:
-        """Take the lease: at once when it is free, after `silence` seconds without a beat when its owner is gone.
+        """Take the lease, at once if it is free; otherwise wait to see whether its owner is alive.
+
+        Args:
+            store: The output.
+            expiry_seconds: Time without a heartbeat after which an owner counts as gone, in seconds.
+            clock: Monotonic clock, in seconds.
+            sleep: Called between two reads of the owner's epoch; what it raises ends the wait.
+            note: Called with a line for the user before a wait.
 
         Raises:
-            Temporary: another driver is at work.
+            Temporary: Another driver is at work.
         """
         owner = secrets.token_hex(8)
-        newest = _newest(store)
+        newest = _read_newest_epoch(store)
         if newest is not None and not newest.released:
             note(
                 f"a driver ({newest.where}) holds {store.uri}; waiting up to {expiry_seconds:.0f} s "
                 "to see whether it lives"
             )
-            _watch(store, newest, expiry_seconds, clock, sleep)
+            _wait_for_expiry(store, newest, expiry_seconds, clock, sleep)
         epoch = newest.epoch + 1 if newest else 1
-        lease = cls(store, epoch, owner, _create(store, epoch, owner), clock)
+        lease = cls(store, epoch, owner, _create_epoch(store, epoch, owner), clock)
         lease._delete_old_epochs()
         return lease
 
     @property
     def visibility_check(self) -> tuple[str, str]:
-        """Key of the epoch object and a word in it: who can read it sees the same output as this driver."""
-        return _key(self.epoch), self._owner
+        """Key of the epoch object and a word in it: a process that can read both sees the same output as this one."""
+        return _epoch_key(self.epoch), self._owner
 
     @property
     def heartbeat_due(self) -> bool:
-        """Whether the last beat is two seconds old."""
-        return self._clock() - self._last >= HEARTBEAT_SECONDS
+        """Whether the last heartbeat is at least 2 s old."""
+        return self._clock() - self._last_heartbeat >= HEARTBEAT_SECONDS
 
     def heartbeat(self) -> None:
-        """Show life, at most every two seconds.
+        """Rewrite the epoch object if the last heartbeat is at least 2 s old.
 
         Raises:
-            Temporary: another driver has taken over.
+            Temporary: Another driver has taken the lease.
         """
         if not self.heartbeat_due:
             return
-        self._last = self._clock()
-        self._beats += 1
+        self._last_heartbeat = self._clock()
+        self._heartbeats += 1
         self.confirm_ownership()
-        self._rewrite(released=False)
+        self._rewrite_epoch(released=False)
 
     def confirm_ownership(self) -> None:
-        """Look whether it is still ours.
+        """Check that the newest epoch is this driver's.
 
         Raises:
-            Temporary: another driver has taken over.
+            Temporary: Another driver has taken the lease.
         """
-        newest = _newest(self._store)
+        newest = _read_newest_epoch(self._store)
         if newest is None or newest.epoch != self.epoch or newest.owner != self._owner:
-            raise _busy(self._store, newest)
+            raise _busy_error(self._store, newest)
 
     def release(self) -> None:
-        """Let the next driver start at once. A lease lost meanwhile is left as it is, and so is an unwritable one."""
+        """Mark the epoch as released, so that the next driver starts at once; do nothing if the lease is lost."""
         with suppress(BatchjobError):
-            self._rewrite(released=True)
+            self._rewrite_epoch(released=True)
 
-    def _rewrite(self, released: bool) -> None:
-        body = _body(self.epoch, self._owner, self._beats, released)
-        for _ in range(_LOOKS):
-            doubt: BatchjobError
+    def _rewrite_epoch(self, released: bool) -> None:
+        body = _encode_epoch(self.epoch, self._owner, self._heartbeats, released)
+        for _ in range(_MAX_TRIES):
+            write_error: BatchjobError
             try:
-                self._version = self._store.replace_if_match(_key(self.epoch), body, self._version).version or ""
+                self._version = self._store.replace_if_match(_epoch_key(self.epoch), body, self._version).version or ""
                 return
             except (PreconditionFailed, NotFound, Unavailable) as error:
-                doubt = error
-            seen = _look(self._store, self.epoch)
-            if seen is None or seen.owner != self._owner:
-                raise _busy(self._store, seen)
-            self._version = seen.version
-            if seen.data == body:  # our own write, whose answer was lost
+                write_error = error
+            state = _read_epoch(self._store, self.epoch)
+            if state is None or state.owner != self._owner:
+                raise _busy_error(self._store, state)
+            self._version = state.version
+            # Our own write succeeded, and only its answer was lost.
+            if state.data == body:
                 return
-            if isinstance(doubt, Unavailable):
-                raise doubt
-        raise Temporary(f"{self._store.uri}/{_key(self.epoch)}: the lease cannot be rewritten; run again")
+            if isinstance(write_error, Unavailable):
+                raise write_error
+        raise Temporary(f"{self._store.uri}/{_epoch_key(self.epoch)}: the lease cannot be rewritten; run again")
 
     def _delete_old_epochs(self) -> None:
-        """Delete epochs of long ago. Raises Temporary where ours is one: whoever looked before, and slept, is late."""
-        epochs = _epochs(self._store)
+        """Delete all epochs but the newest two.
+
+        Raises:
+            Temporary: Ours is not the newest: this driver was suspended between its look and its create.
+        """
+        epochs = _list_epochs(self._store)
         if max(epochs, default=0) > self.epoch:
-            self._store.delete(_key(self.epoch))
-            raise _busy(self._store, _newest(self._store))
+            self._store.delete(_epoch_key(self.epoch))
+            raise _busy_error(self._store, _read_newest_epoch(self._store))
         for epoch in epochs:
             if epoch < self.epoch - 1:
-                self._store.delete(_key(epoch))
+                self._store.delete(_epoch_key(epoch))
 
 
-def _create(store: Store, epoch: int, owner: str) -> str:
-    """Make the epoch ours; its version. Raises Temporary where another driver was faster."""
-    for _ in range(_LOOKS):
-        doubt: BatchjobError
+def _create_epoch(store: Store, epoch: int, owner: str) -> str:
+    """Create an epoch object and return its version; raise Temporary if another driver was first."""
+    for _ in range(_MAX_TRIES):
+        write_error: BatchjobError
         try:
-            return store.put_if_absent(_key(epoch), _body(epoch, owner, 0)).version or ""
+            return store.put_if_absent(_epoch_key(epoch), _encode_epoch(epoch, owner, 0)).version or ""
         except (AlreadyExists, Unavailable) as error:
-            doubt = error
-        seen = _look(store, epoch)
-        if seen is not None and seen.owner == owner:  # our own write, whose answer was lost
-            return seen.version
-        if seen is not None:
-            raise _busy(store, seen)
-        if isinstance(doubt, Unavailable):
-            raise doubt
-    raise _busy(store, None)
+            write_error = error
+        state = _read_epoch(store, epoch)
+        # Our own write succeeded, and only its answer was lost.
+        if state is not None and state.owner == owner:
+            return state.version
+        if state is not None:
+            raise _busy_error(store, state)
+        if isinstance(write_error, Unavailable):
+            raise write_error
+    raise _busy_error(store, None)
 
 
-def _watch(
-    store: Store, seen: _LeaseState, silence: float, clock: Callable[[], float], sleep: Callable[[float], None]
+def _wait_for_expiry(
+    store: Store, owned: _LeaseState, expiry_seconds: float, clock: Callable[[], float], sleep: Callable[[float], None]
 ) -> None:
-    """Return when the owner released or stayed silent; only successful reads count as silence."""
-    quiet_since = clock()
-    while clock() - quiet_since < silence:
+    """Return once the owner has released its epoch or let it expire; raise Temporary if the epoch changes."""
+    unchanged_since = clock()
+    while clock() - unchanged_since < expiry_seconds:
         sleep(_POLL_SECONDS)
-        before = clock()
-        newest = _newest(store)
-        if newest is None or newest.epoch != seen.epoch or newest.version != seen.version:
-            if newest is not None and newest.epoch == seen.epoch and newest.released:
+        read_started = clock()
+        newest = _read_newest_epoch(store)
+        if newest is None or newest.epoch != owned.epoch or newest.version != owned.version:
+            if newest is not None and newest.epoch == owned.epoch and newest.released:
                 return
-            raise _busy(store, newest)
-        quiet_since += max(0.0, clock() - before - _POLL_SECONDS)  # a slow read says nothing about the owner
+            raise _busy_error(store, newest)
+        # A slow read is no evidence that the owner is gone, so the time that it took does not count.
+        unchanged_since += max(0.0, clock() - read_started - _POLL_SECONDS)
 
 
-def _busy(store: Store, seen: _LeaseState | None) -> Temporary:
-    who = f" ({seen.where})" if seen else ""
-    return Temporary(f"another driver{who} is at work on {store.uri}; let it finish, or try again later")
+def _busy_error(store: Store, state: _LeaseState | None) -> Temporary:
+    owner = f" ({state.where})" if state else ""
+    return Temporary(f"another driver{owner} is at work on {store.uri}; let it finish, or try again later")
 
 
-def _newest(store: Store) -> _LeaseState | None:
-    """The highest epoch, however often the listing and the read disagree."""
-    while True:
-        epochs = _epochs(store)
-        if not epochs:
-            return None
-        seen = _look(store, max(epochs))
-        if seen is not None:
-            return seen
+def _read_newest_epoch(store: Store) -> _LeaseState | None:
+    """Read the epoch with the highest number; None if there is none."""
+    # The object may be deleted between the listing and the read. Then the listing is made again.
+    while epochs := _list_epochs(store):
+        state = _read_epoch(store, max(epochs))
+        if state is not None:
+            return state
+    return None
 
 
-def _look(store: Store, epoch: int) -> _LeaseState | None:
+def _read_epoch(store: Store, epoch: int) -> _LeaseState | None:
     try:
-        blob = store.read(_key(epoch))
+        found = store.read(_epoch_key(epoch))
     except NotFound:
         return None
     try:
-        facts = json.loads(blob.data)
-        return _LeaseState(epoch, blob.version or "", facts["owner"], facts["where"], facts["released"], blob.data)
+        fields = json.loads(found.data)
+        return _LeaseState(epoch, found.version or "", fields["owner"], fields["where"], fields["released"], found.data)
     except (ValueError, LookupError, TypeError) as error:
-        raise CheckFailed(f"{store.uri}/{_key(epoch)} is no lease of batchjob's; remove it and run again") from error
+        message = f"{store.uri}/{_epoch_key(epoch)} is no lease of batchjob's; remove it and run again"
+        raise CheckFailed(message) from error
 
 
-def _key(epoch: int) -> str:
+def _epoch_key(epoch: int) -> str:
     return f"{_FOLDER}{epoch:010d}.json"
 
 
-def _epochs(store: Store) -> list[int]:
-    """Numbers of the epoch objects; what else a file browser may have left there is passed over."""
-    names = (_NAME.fullmatch(stat.uri.removeprefix(_FOLDER)) for stat in store.list(_FOLDER))
+def _list_epochs(store: Store) -> list[int]:
+    """List the numbers of the epoch objects; other files, such as a file browser leaves, are ignored."""
+    names = (_EPOCH_NAME.fullmatch(info.uri.removeprefix(_FOLDER)) for info in store.list(_FOLDER))
     return [int(name[1]) for name in names if name]
 
 
-def _body(epoch: int, owner: str, beats: int, released: bool = False) -> bytes:
+def _encode_epoch(epoch: int, owner: str, heartbeats: int, released: bool = False) -> bytes:
     where = f"host {socket.gethostname()}, process {os.getpid()}"
-    facts = {"epoch": epoch, "owner": owner, "where": where, "beats": beats, "released": released}
-    return json.dumps(facts).encode()
+    fields = {"epoch": epoch, "owner": owner, "where": where, "beats": heartbeats, "released": released}
+    return json.dumps(fields).encode()

@@ -1,4 +1,4 @@
-"""The thread that turns a source into confirmed shards, so that listing never holds up the control loop."""
+"""Plan prefetcher: a thread that reads or writes chunks of the plan ahead, so that listing never blocks the driver."""
 
 from __future__ import annotations
 
@@ -10,22 +10,34 @@ from batchjob.plan.chunks import Chunk
 
 __all__ = ["PlanPrefetcher"]
 
-_CHUNKS_AHEAD = 4
+_PREFETCHED_CHUNKS = 4
+_PUT_SECONDS = 0.2
 
 
 class PlanPrefetcher:
-    """Yields confirmed chunks of the plan, read or written a few ahead in a thread of its own."""
+    """Iterate over the chunks of a plan in a thread, and keep up to four of them ready.
+
+    Args:
+        chunks: Confirmed chunks of the plan, in order; the iterator may block.
+
+    Attributes:
+        finished: Whether the last chunk has been taken.
+    """
 
     def __init__(self, chunks: Iterable[Chunk]) -> None:
         self._chunks = chunks
-        self._queue: queue.Queue[Chunk | BaseException | None] = queue.Queue(_CHUNKS_AHEAD)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._fill, name="feeder", daemon=True)
+        self._queue: queue.Queue[Chunk | BaseException | None] = queue.Queue(_PREFETCHED_CHUNKS)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._prefetch, name="plan-prefetcher", daemon=True)
         self._thread.start()
         self.finished = False
 
     def next_chunk(self, timeout: float = 0.0) -> Chunk | None:
-        """The next confirmed chunk if one comes that soon; `finished` is set after the last. Raises what stopped it."""
+        """Take the next chunk if it is ready within `timeout` seconds, else return None.
+
+        Raises:
+            BaseException: The error that ended the iteration over the chunks.
+        """
         try:
             item = self._queue.get(timeout=timeout) if timeout and not self.finished else self._queue.get_nowait()
         except queue.Empty:
@@ -36,23 +48,24 @@ class PlanPrefetcher:
         return item
 
     def close(self) -> None:
-        """Stop after the chunk at hand."""
-        self._stop.set()
+        """Stop the thread after the chunk that it is working on; do not wait for it."""
+        self._closed.set()
 
-    def _fill(self) -> None:
+    def _prefetch(self) -> None:
         try:
             for chunk in self._chunks:
                 self._put(chunk)
-                if self._stop.is_set():  # going on would list and plan the whole input for nobody
+                # Going on would list and plan the rest of the input for nobody.
+                if self._closed.is_set():
                     return
             self._put(None)
-        except BaseException as error:  # noqa: BLE001 - carried to the control loop, which raises it
+        except BaseException as error:  # noqa: BLE001 - next_chunk raises it in the driver's thread
             self._put(error)
 
     def _put(self, item: Chunk | BaseException | None) -> None:
-        while not self._stop.is_set():
+        while not self._closed.is_set():
             try:
-                self._queue.put(item, timeout=0.2)
+                self._queue.put(item, timeout=_PUT_SECONDS)
                 return
             except queue.Full:
                 continue

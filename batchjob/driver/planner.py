@@ -1,4 +1,4 @@
-"""From a job to its frozen plan: what must be there first, how large shards are, whether a plan is this job's."""
+"""Planner: check the input, choose the shard size, freeze the head of the plan, write its chunks."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from functools import cached_property
 
 import pyarrow as pa
 
-import batchjob
+from batchjob import __version__
 from batchjob.driver.control_loop import ControlLoop
 from batchjob.driver.existing_output import check_fingerprint
 from batchjob.errors import InvalidJob
 from batchjob.job.job import Job
 from batchjob.job.runtime import Workers
-from batchjob.output import success
 from batchjob.output.schema import build_row_schema
+from batchjob.output.success import delete_orphaned_success
 from batchjob.plan.chunks import CHUNK_BYTES, Chunk, extend_plan
-from batchjob.plan.head import PlanHead, new_head, read_current_head
-from batchjob.plan.head import put_head as freeze_of_head
+from batchjob.plan.head import PlanHead, new_head, put_head, read_current_head
 from batchjob.sources.listing import SMALL_INPUT_IMAGES, InputPreview, SourceListing, preview_listing
 from batchjob.storage.probe import probe_store
 from batchjob.storage.reader import Reader
@@ -26,76 +25,72 @@ from batchjob.types import Cursor
 
 __all__ = ["Planner", "check_columns", "choose_shard_size", "no_images_error"]
 
-_PART_BYTES = 512 << 20
-_PART_LIMIT = 4 << 30
-_SHARD_ROWS = (64, 8192)
-_SHARDS_A_WORKER = 4
-
-
-def no_images_error(job: Job) -> InvalidJob:
-    """What is said of an input that lists none."""
-    return InvalidJob(
-        f"{job.input.uri}: no images there (input.uri, its extensions, include and exclude); "
-        "put some there, or run with --allow-empty for an output of no rows"
-    )
+_TARGET_PART_BYTES = 512 << 20
+_MAX_PART_BYTES = 4 << 30
+_MIN_SHARD_ROWS = 64
+_MAX_SHARD_ROWS = 8192
+_SHARDS_PER_WORKER = 4
 
 
 class Planner:
-    """A job's input on its way into the plan. What may block does so aside, while the turns go on.
+    """Make the plan of a job. Whatever may block runs in another thread while the control loop ticks.
 
     Args:
-        job: whose input it is.
-        store: its output.
-        turns: of the control thread.
-        note: told what people may want to know.
+        job: The job.
+        store: Its output.
+        control_loop: Control loop of the driver.
+        note: Called with lines for the user.
     """
 
     def __init__(self, job: Job, store: Store, control_loop: ControlLoop, note: Callable[[str], None]) -> None:
-        self._job, self._store, self._turns, self._note = job, store, control_loop, note
+        self._job, self._store, self._control_loop, self._note = job, store, control_loop, note
 
     @cached_property
-    def _input(self) -> SourceListing:
+    def _listing(self) -> SourceListing:
         return SourceListing(self._job.input, Reader(self._job.storage), self._job.output.uri)
 
     @cached_property
-    def _patient_input(self) -> SourceListing:
-        """The same, once it is known to be there: an outage is waited for."""
+    def _outage_tolerant_listing(self) -> SourceListing:
+        """The listing for writing chunks. By then the input is known to be there, so an outage is waited out."""
         reader = Reader(self._job.storage, outage_timeout=self._job.errors.outage_seconds)
         return SourceListing(self._job.input, reader, self._job.output.uri)
 
     def preview_input(self, allow_empty: bool) -> InputPreview:
-        """Everything that can be said of job, input and store without a model. Nothing is frozen by it.
-
-        Raises:
-            JobError: what does not hold; InvalidJob or Temporary.
-        """
-        for step in (
-            lambda: probe_store(self._store),
-            self._check_files,
-            lambda: self._input.check_requirements(self._note),
-        ):
-            self._turns.run_blocking(step)
-        self._turns.run_blocking(lambda: self._input.fields)
-        self.check_columns()
-        few = self._turns.run_blocking(lambda: preview_listing(self._input, SMALL_INPUT_IMAGES))
-        if few.rows == 0 and not allow_empty:
-            raise no_images_error(self._job)
-        return few
-
-    def extend_preview(self, preview: InputPreview, workers: int) -> InputPreview:
-        """As far as it takes to know how large shards should be for so many workers."""
-        enough = (workers or _asked(self._job)) * _SHARDS_A_WORKER * _SHARD_ROWS[1]
-        if preview.complete or preview.rows > enough:
-            return preview
-        return self._turns.run_blocking(lambda: preview_listing(self._input, enough))
-
-    def check_columns(self, task_columns: Iterable[str] = ()) -> None:
-        """See `check_columns`.
+        """Check everything that can be checked without a model, and list the first images. Writes no plan.
 
         Args:
-            task: names of the task's columns, once they are known.
+            allow_empty: Accept an input without images.
+
+        Raises:
+            InvalidJob: A check failed, or the input has no images.
+            Temporary: The input is not there yet.
         """
-        check_columns(self._job, self._input, task_columns)
+        run_blocking = self._control_loop.run_blocking
+        run_blocking(lambda: probe_store(self._store))
+        run_blocking(self._check_files)
+        run_blocking(lambda: self._listing.check_requirements(self._note))
+        run_blocking(lambda: self._listing.fields)
+        self.check_columns()
+        preview = run_blocking(lambda: preview_listing(self._listing, SMALL_INPUT_IMAGES))
+        if preview.rows == 0 and not allow_empty:
+            raise no_images_error(self._job)
+        return preview
+
+    def extend_preview(self, preview: InputPreview, workers: int) -> InputPreview:
+        """List as many images as it takes to choose the shard size.
+
+        Args:
+            preview: Preview so far; returned as it is if it is long enough.
+            workers: Workers that share the input; 0 if unknown.
+        """
+        min_rows = (workers or _count_requested_workers(self._job)) * _SHARDS_PER_WORKER * _MAX_SHARD_ROWS
+        if preview.complete or preview.rows > min_rows:
+            return preview
+        return self._control_loop.run_blocking(lambda: preview_listing(self._listing, min_rows))
+
+    def check_columns(self, task_columns: Iterable[str] = ()) -> None:
+        """Check the columns of the output; see the function `check_columns`."""
+        check_columns(self._job, self._listing, task_columns)
 
     def freeze(
         self,
@@ -105,68 +100,79 @@ class Planner:
         row_bytes: int,
         delete_stale: Callable[[list[str]], None],
     ) -> PlanHead:
-        """Write the head of plan number `number`; or adopt the one that another driver wrote meanwhile.
+        """Write the head of a plan, or adopt the head that another driver has written meanwhile.
 
         Args:
-            number: of the plan.
-            seen: of the input.
-            workers: that share it, 0 where that is not known.
-            row_bytes: bound on the bytes of the task's columns in a row, 0 where only its settings tell.
-            clear: see `plan.freeze`.
+            number: Number of the plan.
+            preview: Preview of the input.
+            workers: Workers that share the input; 0 if unknown.
+            row_bytes: Upper bound of the bytes of the task's columns per row; 0 if only its settings tell.
+            delete_stale: Called with the parts that lie in the output; see `put_head`.
 
         Raises:
-            InvalidJob: shards would be too large, or the plan that stands is another job's.
+            InvalidJob: Shards would be too large, or the plan in force is another job's.
         """
-        size = choose_shard_size(self._job, preview, workers, row_bytes)
         head = new_head(
             number,
             job=self._job.serialize(),
             fingerprint=self._job.fingerprint(),
-            shard_size=size,
-            source_version=self._turns.run_blocking(lambda: self._input.version),
-            batchjob=batchjob.__version__,
+            shard_size=choose_shard_size(self._job, preview, workers, row_bytes),
+            source_version=self._control_loop.run_blocking(lambda: self._listing.version),
+            batchjob=__version__,
             defaults=self._job.resolved_settings(),
         )
-        if number:  # a discard that was cut short may have left it
-            self._turns.run_blocking(
-                lambda: success.delete_orphaned_success(self._store, lambda: read_current_head(self._store)[1] is None)
+        if number:
+            # A discard that was interrupted may have left the old plan's `_SUCCESS`.
+            self._control_loop.run_blocking(
+                lambda: delete_orphaned_success(self._store, lambda: read_current_head(self._store)[1] is None)
             )
-        stands = self._turns.run_blocking(lambda: freeze_of_head(self._store, head, delete_stale))
-        check_fingerprint(self._store, self._job, stands)
-        return stands
+        current_head = self._control_loop.run_blocking(lambda: put_head(self._store, head, delete_stale))
+        check_fingerprint(self._store, self._job, current_head)
+        return current_head
 
     def iter_chunks(self, head: PlanHead) -> Iterator[Chunk]:
-        """The plan's chunks, those that are there and those that are written now; for a thread of its own."""
-        return extend_plan(self._store, head, self._refs, lambda: self._unchanged(head))
+        """Yield the chunks of the plan: first those that are there, then those that are written now. May block."""
+        return extend_plan(self._store, head, self._read_refs, lambda: self._check_unchanged(head))
 
     def close(self) -> None:
-        """End what may still be listing aside."""
-        for name in {"_input", "_patient_input"} & self.__dict__.keys():
+        """End listings that are still running in other threads."""
+        for name in {"_listing", "_outage_tolerant_listing"} & self.__dict__.keys():
             getattr(self, name).close()
 
-    def _refs(self, after: Cursor) -> Iterator[pa.RecordBatch]:
-        return self._patient_input.refs(after)
+    # The outage-tolerant listing is made only if something is left to be planned.
 
-    def _unchanged(self, head: PlanHead) -> None:
-        self._patient_input.check_unchanged(head.source_version)
+    def _read_refs(self, after: Cursor) -> Iterator[pa.RecordBatch]:
+        return self._outage_tolerant_listing.refs(after)
+
+    def _check_unchanged(self, head: PlanHead) -> None:
+        self._outage_tolerant_listing.check_unchanged(head.source_version)
 
     def _check_files(self) -> None:
-        """Weights, code and labels are there, as far as that shows without torch."""
+        """Check that weights, code and labels are there, as far as that can be seen without torch."""
         reader = Reader(self._job.storage)
         self._job.model.check(reader, self._job.folder)
         self._job.task.check(reader, self._job.folder)
 
 
+def no_images_error(job: Job) -> InvalidJob:
+    """Make the error of an input without images."""
+    return InvalidJob(
+        f"{job.input.uri}: no images there (input.uri, its extensions, include and exclude); "
+        "put some there, or run with --allow-empty for an output of no rows"
+    )
+
+
 def check_columns(job: Job, listing: SourceListing, task_columns: Iterable[str] = ()) -> None:
-    """Do the output's columns go together, and are those there that the task takes as the truth?
+    """Check that the output's columns do not clash, and that the columns of the ground truth are there.
 
     Args:
-        job: whose task and output it is.
-        source: with the passthrough columns.
-        task: names of the task's columns, once they are known.
+        job: The job.
+        listing: Its input, which has the passthrough columns.
+        task_columns: Names of the task's columns; none while they are unknown.
 
     Raises:
-        InvalidJob: a passthrough column clashes with ours, the task's or the output path's; `task.truth` is none.
+        InvalidJob: A passthrough column clashes with one of ours, of the task or of the output path; or `task.truth`
+            names no passthrough column.
     """
     columns = [pa.field(name, pa.string()) for name in dict.fromkeys(task_columns)]
     build_row_schema(listing.fields, columns, job.input.has_id, job.output.uri)
@@ -174,33 +180,40 @@ def check_columns(job: Job, listing: SourceListing, task_columns: Iterable[str] 
 
 
 def choose_shard_size(job: Job, preview: InputPreview, workers: int, row_bytes: int) -> int:
-    """Images a shard: as the job says, else small enough to share out and to keep a part near 512 MiB.
+    """Choose the images per shard: as the job says, or else so that all workers have work and parts stay near 512 MiB.
+
+    Example: 10,000 images for 2 workers, embeddings of 768 float32, no passthrough columns.
+        share of a worker's 4 shards: 10,000 / (2 * 4) = 1,250 rows
+        at most 8,192 rows, and 512 MiB / (768 * 4 B) = 174,762 rows a part
+        → 1,250 images per shard
 
     Args:
-        job: its runtime and task count.
-        seen: of the input; see `Planning.look_further`.
-        workers: that share it, 0 where that is not known.
-        row_bytes: bound on the bytes of the task's columns in a row, 0 where only its settings tell.
+        job: The job; `runtime.shard_size`, `runtime.workers` and its task decide.
+        preview: Preview of the input; see `Planner.extend_preview`.
+        workers: Workers that share the input; 0 if unknown.
+        row_bytes: Upper bound of the bytes of the task's columns per row; 0 if only its settings tell.
 
     Raises:
-        InvalidJob: what the job says may exceed 4 GiB a part.
+        InvalidJob: Parts of the size that the job says may exceed 4 GiB.
     """
     row_bytes = (row_bytes or job.task.row_bytes) + preview.row_bytes
-    wanted = job.runtime.shard_size
-    if wanted == "auto":
-        least, most = _SHARD_ROWS
-        share = -(-preview.rows // ((workers or _asked(job)) * _SHARDS_A_WORKER)) if preview.complete else most
-        in_chunk = CHUNK_BYTES // max(1, preview.row_bytes)  # a chunk of the plan holds whole shards
-        return max(1, min(max(least, share), most, _PART_BYTES // max(1, row_bytes), in_chunk))
-    if wanted * row_bytes > _PART_LIMIT:
+    requested = job.runtime.shard_size
+    if requested == "auto":
+        workers = workers or _count_requested_workers(job)
+        rows = -(-preview.rows // (workers * _SHARDS_PER_WORKER)) if preview.complete else _MAX_SHARD_ROWS
+        rows_per_part = _TARGET_PART_BYTES // max(1, row_bytes)
+        # A chunk of the plan holds whole shards.
+        rows_per_chunk = CHUNK_BYTES // max(1, preview.row_bytes)
+        return max(1, min(max(_MIN_SHARD_ROWS, rows), _MAX_SHARD_ROWS, rows_per_part, rows_per_chunk))
+    if requested * row_bytes > _MAX_PART_BYTES:
         raise InvalidJob(
-            f"runtime.shard_size: {wanted:,} rows of up to {row_bytes:,} bytes may exceed 4 GiB a part; "
-            f"give at most {max(1, _PART_LIMIT // row_bytes):,}"
+            f"runtime.shard_size: {requested:,} rows of up to {row_bytes:,} bytes may exceed 4 GiB a part; "
+            f"give at most {max(1, _MAX_PART_BYTES // row_bytes):,}"
         )
-    return wanted
+    return requested
 
 
-def _asked(job: Job) -> int:
-    """Workers that the job asks for, 1 where it leaves that open."""
-    asked = job.runtime.workers
-    return asked.max if isinstance(asked, Workers) else 1 if asked == "auto" else asked
+def _count_requested_workers(job: Job) -> int:
+    """Return the workers that the job asks for; 1 if it leaves that open."""
+    workers = job.runtime.workers
+    return workers.max if isinstance(workers, Workers) else 1 if workers == "auto" else workers

@@ -1,4 +1,4 @@
-"""The live view of a run: one bar on a terminal, a line every 30 seconds elsewhere, or nothing."""
+"""Progress of a run for a person: a bar on a terminal, a line every 30 seconds in a log, or nothing."""
 
 from __future__ import annotations
 
@@ -20,29 +20,33 @@ Clock = Callable[[], float]
 
 
 class ProgressReporter(Protocol):
-    """What a run tells a person while it goes on. Calls may come from any thread."""
+    """Receiver of a run's progress. Calls may come from any thread.
+
+    Example of a resumed run: start(None), note("resuming …"), set_planned(1000, final=True), add_resumed(400),
+    advance(100, 2), …, stop().
+    """
 
     def start(self, planned: int | None) -> None:
-        """The run begins; `planned` images if that is known yet."""
+        """Begin a run of `planned` images; None if that is unknown."""
 
     def set_planned(self, images: int, final: bool) -> None:
-        """The plan holds `n` images by now; no more when `final`."""
+        """Set the number of images planned so far; `final` if the plan is complete."""
 
     def add_resumed(self, images: int) -> None:
-        """So many images were committed before this run: done, and no measure of its speed."""
+        """Add images that were committed before this run. They are done, but do not count for its speed."""
 
     def advance(self, images: int, failed: int) -> None:
-        """So many more images are committed, `failed` of them as error rows."""
+        """Add images that are committed now; `failed` of them are error rows."""
 
     def note(self, text: str) -> None:
-        """One sentence of its own, such as a worker that was replaced."""
+        """Show one sentence, such as a worker that was replaced."""
 
     def stop(self) -> None:
-        """The run has ended."""
+        """End the run."""
 
 
 class NoProgress:
-    """Says nothing."""
+    """Progress reporter that shows nothing."""
 
     def start(self, planned: int | None) -> None: ...
 
@@ -58,95 +62,109 @@ class NoProgress:
 
 
 class ProgressMeter:
-    """Counts, rate and time to go.
+    """Counts of a run, its speed over the last three minutes, and the time to go.
 
-    The rate is over the last minutes, so that neither the start-up nor an old slow stretch spoils it.
+    Args:
+        clock: Monotonic clock, in seconds.
+
+    Attributes:
+        done: Images done, also those of earlier runs.
+        failed: Error rows among them.
+        total: Images planned so far; None while nothing is known.
+        final: Whether `total` is all of them.
     """
 
+    # The speed is measured over a window, so that neither the start-up nor an old slow stretch distorts it.
     WINDOW_SECONDS = 180.0
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
-        self._began = clock()
-        self._marks: deque[tuple[float, int]] = deque([(self._began, 0)])
+        self._started = clock()
+        self._samples: deque[tuple[float, int]] = deque([(self._started, 0)])  # time, images done
         self.done = self.failed = 0
         self.total: int | None = None
         self.final = False
 
     def add_resumed(self, images: int) -> None:
-        """Counts images as done, as if they had been so from the start."""
+        """Add images as if they had been done from the start."""
         self.done += images
-        self._marks = deque((then, done + images) for then, done in self._marks)
+        self._samples = deque((sampled, done + images) for sampled, done in self._samples)
 
     def advance(self, images: int, failed: int) -> None:
+        """Add images that are done now; `failed` of them are error rows."""
         now = self._clock()
         self.done += images
         self.failed += failed
-        self._marks.append((now, self.done))
-        while len(self._marks) > 2 and self._marks[1][0] <= now - self.WINDOW_SECONDS:
-            self._marks.popleft()
+        self._samples.append((now, self.done))
+        while len(self._samples) > 2 and self._samples[1][0] <= now - self.WINDOW_SECONDS:
+            self._samples.popleft()
 
     @property
     def seconds(self) -> float:
-        return self._clock() - self._began
+        """Time since the start, in seconds."""
+        return self._clock() - self._started
 
     @property
     def rate(self) -> float:
-        """Images a second."""
-        then, done = self._marks[0]
-        elapsed = self._clock() - then
-        return (self.done - done) / elapsed if elapsed > 0 else 0.0
+        """Images per second, over the window."""
+        window_start, done = self._samples[0]
+        seconds = self._clock() - window_start
+        return (self.done - done) / seconds if seconds > 0 else 0.0
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds to go; None while the end or the rate is unknown."""
+        """Time to go, in seconds; None while the plan is incomplete or the speed is unknown."""
         if self.total is None or not self.final or self.rate <= 0:
             return None
         return max(0, self.total - self.done) / self.rate
 
     def describe(self) -> str:
-        """`1,200/5,000 images, 3 errors, 84.1 images/s, ETA 0:00:45`; before the first image what is known by then."""
+        """Describe the run in a line, such as `1,200/5,000 images, 3 errors, 84.1 images/s, ETA 0:00:45`.
+
+        Before the first image is done, the line says what is known by then.
+        """
         if self.total is None:
-            return "starting" if not self.done else self._pace(format_count(self.done, "image"))
+            return "starting" if not self.done else self._add_speed(format_count(self.done, "image"))
         if not self.done:
             return f"{format_count(self.total, 'image')} planned{'' if self.final else ' so far'}"
-        return self._pace(f"{self.done:,}/{self.total:,}{'' if self.final else '+'} images")
+        return self._add_speed(f"{self.done:,}/{self.total:,}{'' if self.final else '+'} images")
 
     def summarize(self) -> str:
-        """`5,000 images, 3 errors, in 0:01:00`; what was planned where nothing was done."""
+        """Describe the run at its end, such as `5,000 images, 3 errors, in 0:01:00`; the plan if nothing was done."""
         if not self.done and self.total:
-            return f"{self.describe()}, in {_span(self.seconds)}"
-        return f"{format_count(self.done, 'image')}, {format_count(self.failed, 'error')}, in {_span(self.seconds)}"
+            return f"{self.describe()}, in {_format_duration(self.seconds)}"
+        counts = f"{format_count(self.done, 'image')}, {format_count(self.failed, 'error')}"
+        return f"{counts}, in {_format_duration(self.seconds)}"
 
-    def _pace(self, done: str) -> str:
-        eta = "" if self.eta_seconds is None else f", ETA {_span(self.eta_seconds)}"
-        return f"{done}, {format_count(self.failed, 'error')}, {self.rate:,.1f} images/s{eta}"
+    def _add_speed(self, counts: str) -> str:
+        eta = "" if self.eta_seconds is None else f", ETA {_format_duration(self.eta_seconds)}"
+        return f"{counts}, {format_count(self.failed, 'error')}, {self.rate:,.1f} images/s{eta}"
 
 
 class ProgressLog:
-    """For logs: a line every `every` seconds, also when nothing moves, and one at the end.
+    """Progress reporter for logs: a line at regular intervals, also when nothing moves, and one at the end.
 
     Args:
-        stream: where to.
-        clock: seconds, monotonic.
-        every: seconds between lines; 0 writes them only when `beat` is called.
+        stream: Stream to write to; stderr by default.
+        clock: Monotonic clock, in seconds.
+        interval: Time between two lines, in seconds; 0 writes a line only when `write_line` is called.
     """
 
     def __init__(self, stream: TextIO | None = None, clock: Clock = time.monotonic, interval: float = 30.0) -> None:
         self._stream = stream or sys.stderr
-        self._clock, self._every = clock, interval
+        self._clock, self._interval = clock, interval
         self._meter = ProgressMeter(clock)
         self._lock = threading.RLock()
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self, planned: int | None) -> None:
         with self._lock:
             self._meter = ProgressMeter(self._clock)
             self._meter.total, self._meter.final = planned, planned is not None
-        if self._every and self._thread is None:
-            self._over.clear()
-            self._thread = threading.Thread(target=self._run, name="batchjob-progress", daemon=True)
+        if self._interval and self._thread is None:
+            self._stopped.clear()
+            self._thread = threading.Thread(target=self._write_lines, name="batchjob-progress", daemon=True)
             self._thread.start()
 
     def set_planned(self, images: int, final: bool) -> None:
@@ -165,20 +183,21 @@ class ProgressLog:
         self._write(sanitize(text))
 
     def write_line(self) -> None:
-        """Writes the line that is due."""
+        """Write the counts and the speed of this moment."""
         with self._lock:
             self._write(self._meter.describe())
 
     def stop(self) -> None:
-        self._over.set()
+        self._stopped.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._meter.done or self._meter.total:  # of a run that found fault with its job, the fault says it all
+        # A run that refuses its job has no counts; its error says everything.
+        if self._meter.done or self._meter.total:
             self._write(self._meter.summarize())
 
-    def _run(self) -> None:
-        while not self._over.wait(self._every):
+    def _write_lines(self) -> None:
+        while not self._stopped.wait(self._interval):
             self.write_line()
 
     def _write(self, text: str) -> None:
@@ -187,17 +206,21 @@ class ProgressLog:
 
 
 class ProgressBar:
-    """For terminals: one line that moves."""
+    """Progress reporter for terminals: one line that moves.
+
+    Args:
+        console: Rich console; one on stderr by default.
+        clock: Monotonic clock, in seconds.
+    """
 
     def __init__(self, console: Console | None = None, clock: Clock = time.monotonic) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as RichProgress
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         self._clock = clock
         self._lock = threading.RLock()
         self._meter = ProgressMeter(clock)
-        self._rich = RichProgress(
+        self._rich_progress = Progress(
             SpinnerColumn(),
             BarColumn(bar_width=30),
             TextColumn("{task.description}"),
@@ -205,45 +228,50 @@ class ProgressBar:
             console=console or Console(stderr=True),
             get_time=clock,
         )
-        self._task = self._rich.add_task("planning", total=None)
+        self._task = self._rich_progress.add_task("planning", total=None)
 
     def start(self, planned: int | None) -> None:
         with self._lock:
             self._meter = ProgressMeter(self._clock)
             self._meter.total, self._meter.final = planned, planned is not None
-            self._rich.reset(self._task, total=planned, description="starting")
-            self._rich.start()
+            self._rich_progress.reset(self._task, total=planned, description="starting")
+            self._rich_progress.start()
 
     def set_planned(self, images: int, final: bool) -> None:
         with self._lock:
             self._meter.total, self._meter.final = images, final
-            self._show()
+            self._update()
 
     def add_resumed(self, images: int) -> None:
         with self._lock:
             self._meter.add_resumed(images)
-            self._show()
+            self._update()
 
     def advance(self, images: int, failed: int) -> None:
         with self._lock:
             self._meter.advance(images, failed)
-            self._show()
+            self._update()
 
     def note(self, text: str) -> None:
-        self._rich.console.print(sanitize(text), markup=False, highlight=False)
+        self._rich_progress.console.print(sanitize(text), markup=False, highlight=False)
 
     def stop(self) -> None:
         with self._lock:
-            self._show()
-        self._rich.stop()
+            self._update()
+        self._rich_progress.stop()
 
-    def _show(self) -> None:
+    def _update(self) -> None:
         meter = self._meter
-        self._rich.update(self._task, total=meter.total, completed=meter.done, description=meter.describe())
+        self._rich_progress.update(self._task, total=meter.total, completed=meter.done, description=meter.describe())
 
 
 def pick_progress(quiet: bool = False, stream: TextIO | None = None) -> ProgressReporter:
-    """The view that fits: nothing if `quiet`, a bar where `stream` (stderr) is a terminal, else lines."""
+    """Pick the progress reporter: none if `quiet`, a bar if the stream is a terminal, else a log.
+
+    Args:
+        quiet: Show nothing.
+        stream: Stream to write to; stderr by default.
+    """
     stream = stream or sys.stderr
     if quiet:
         return NoProgress()
@@ -254,7 +282,7 @@ def pick_progress(quiet: bool = False, stream: TextIO | None = None) -> Progress
     return ProgressLog(stream)
 
 
-def _span(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
+def _format_duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{hours}:{minutes:02}:{seconds:02}"

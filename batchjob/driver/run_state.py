@@ -1,4 +1,4 @@
-"""What a driver knows of its output, and the end of a run: parts against plan, error budget, report, `_SUCCESS`."""
+"""State of one run: parts that are there, parts that are planned, rows and error rows so far, the error budget."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from batchjob.concurrency import run_in_background
 from batchjob.driver.existing_output import Heartbeat, delete_stale_parts, read_present_footers
 from batchjob.job.runtime import ErrorBudget
-from batchjob.output.commit import list_parts as parts_of_commit
+from batchjob.output.commit import list_parts
 from batchjob.output.provenance import PartFooter, ShardResult
 from batchjob.plan.chunks import Chunk
 from batchjob.plan.head import PlanHead
@@ -18,21 +18,26 @@ __all__ = ["RunState", "find_exceeded_limit"]
 
 
 class RunState:
-    """What one driver knows of its output while it works: parts that are there, parts to come, and what they hold.
+    """Knowledge of one driver about its output while it works.
 
     Args:
-        store: the output.
-        beat: called while that takes time, to keep the lease.
-        retry: parts with error rows are to be replaced.
+        store: The output; its parts are listed at once.
+        heartbeat: Called while that takes time, to keep the lease.
+        retry: Parts with error rows are to be replaced.
 
     Attributes:
-        pending: error rows that are still to be retried.
+        expected_rows: Rows of each planned part, by name.
+        new_parts: Shards that this run committed, by part name.
+        existing_parts: Footer and ETag of parts that were there before, by name.
+        planned: Images planned so far.
+        plan_complete: Whether all images are planned.
+        rows_to_retry: Error rows that this run has still to retry; 0 unless `retry`.
     """
 
     def __init__(self, store: Store, heartbeat: Heartbeat, retry: bool = False) -> None:
         self._store, self._retry = store, retry
-        self._there = run_in_background(lambda: parts_of_commit(store), heartbeat)
-        self._rows = self._failed = self.rows_to_retry = 0
+        self._listing = run_in_background(lambda: list_parts(store), heartbeat)
+        self._rows = self._error_rows = self.rows_to_retry = 0
         self.expected_rows: dict[str, int] = {}
         self.new_parts: dict[str, ShardResult] = {}
         self.existing_parts: dict[str, tuple[PartFooter, str | None]] = {}
@@ -40,85 +45,92 @@ class RunState:
 
     @property
     def part_count(self) -> int:
-        """Parts that were there when the run began."""
-        return len(self._there)
+        """Number of parts that were there when the run began, without the stale ones that it has deleted."""
+        return len(self._listing)
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """Images planned so far, rows predicted, rows failed."""
-        return self.planned, self._rows - self._failed, self._failed
-
-    def read_existing_parts(self, head: PlanHead, heartbeat: Heartbeat) -> None:
-        """Read the footers of this plan's parts, so that the error budget counts what failed in earlier runs.
-
-        Raises:
-            CheckFailed: a part was not written by batchjob.
-        """
-        for key, made in read_present_footers(self._store, self._there, heartbeat):
-            if made is not None and made.plan == head.plan:
-                self.existing_parts[key] = made.compact(), self._there[key].etag
-                self._count(made)
-                self.rows_to_retry += made.failed if self._retry else 0
-
-    def add_chunk(self, chunk: Chunk) -> tuple[int, list[ShardKey]]:
-        """Take in a chunk of the plan: images of it that are committed already, and the shards to do."""
-        self.expected_rows.update((key.part_key, key.rows) for key in chunk.shards)
-        self.planned, self.plan_complete = chunk.end_cursor.rows, chunk.is_last
-        left = [key for key in map(self._to_do, chunk.shards) if key is not None]
-        return sum(key.rows for key in chunk.shards) - sum(key.images_to_read for key in left), left
-
-    def record_commit(self, result: ShardResult) -> None:
-        """Count a shard that a worker of this run has seen committed."""
-        key, made = result.key, result.footer.compact()
-        self.new_parts[key.part_key] = replace(result, footer=made)
-        if key.revision:
-            self._failed += made.failed - key.error_rows
-            self.rows_to_retry -= key.error_rows
-        else:
-            self._count(made)
-
-    def delete_stale_parts(self, heartbeat: Heartbeat) -> None:
-        """Look at parts that the plan, as far as it is known, does not name. See `clear_foreign`."""
-        foreign = self._there.keys() - self.expected_rows.keys()
-        delete_stale_parts(self._store, foreign, heartbeat)
-        self._there = {key: stat for key, stat in self._there.items() if key not in foreign}
+        """Images planned so far, rows predicted, error rows."""
+        return self.planned, self._rows - self._error_rows, self._error_rows
 
     @property
     def failed(self) -> int:
-        """Error rows so far, those left out that are to be retried."""
-        return self._failed - self.rows_to_retry
+        """Error rows so far, without those that are still to be retried."""
+        return self._error_rows - self.rows_to_retry
+
+    def read_existing_parts(self, head: PlanHead, heartbeat: Heartbeat) -> None:
+        """Read the footers of this plan's parts, so that the error budget counts the failures of earlier runs.
+
+        Raises:
+            CheckFailed: A part was not written by batchjob.
+        """
+        for name, footer in read_present_footers(self._store, self._listing, heartbeat):
+            if footer is not None and footer.plan == head.plan:
+                self.existing_parts[name] = footer.compact(), self._listing[name].etag
+                self._count_rows(footer)
+                self.rows_to_retry += footer.failed if self._retry else 0
+
+    def add_chunk(self, chunk: Chunk) -> tuple[int, list[ShardKey]]:
+        """Add a chunk of the plan.
+
+        Returns:
+            The number of its images that need no work any more, and its shards that do.
+        """
+        self.expected_rows.update((key.part_key, key.rows) for key in chunk.shards)
+        self.planned, self.plan_complete = chunk.end_cursor.rows, chunk.is_last
+        remaining = [key for key in map(self._select_for_work, chunk.shards) if key is not None]
+        done = sum(key.rows for key in chunk.shards) - sum(key.images_to_read for key in remaining)
+        return done, remaining
+
+    def record_commit(self, result: ShardResult) -> None:
+        """Count a shard that a worker of this run has committed."""
+        key, footer = result.key, result.footer.compact()
+        self.new_parts[key.part_key] = replace(result, footer=footer)
+        if key.revision:
+            self._error_rows += footer.failed - key.error_rows
+            self.rows_to_retry -= key.error_rows
+        else:
+            self._count_rows(footer)
+
+    def delete_stale_parts(self, heartbeat: Heartbeat) -> None:
+        """Delete parts that the plan, as far as it is known, does not name, if discarded plans left them.
+
+        Raises:
+            CheckFailed, Temporary: See `existing_output.delete_stale_parts`.
+        """
+        unplanned = self._listing.keys() - self.expected_rows.keys()
+        delete_stale_parts(self._store, unplanned, heartbeat)
+        self._listing = {name: info for name, info in self._listing.items() if name not in unplanned}
 
     def find_exceeded_limit(self, budget: ErrorBudget) -> str:
-        """What makes it certain that the run ends over its error budget; empty while nothing does."""
+        """Return the limit of the error budget that this run is certain to exceed; empty if there is none yet."""
         return find_exceeded_limit(budget, self.failed, self.planned if self.plan_complete else None)
 
-    def _to_do(self, key: ShardKey) -> ShardKey | None:
-        """As it is to be handed out; None where its part is there and good."""
-        if key.part_key not in self._there:
+    def _select_for_work(self, key: ShardKey) -> ShardKey | None:
+        """Return the key to dispatch, of the next revision if the part is to be replaced; None if it is good."""
+        if key.part_key not in self._listing:
             return key
-        if (
-            not self._retry
-            or key.part_key not in self.existing_parts
-            or not (made := self.existing_parts[key.part_key][0]).failed
-        ):
+        if not self._retry or key.part_key not in self.existing_parts:
             return None
-        return replace(key, revision=made.revision + 1, error_rows=made.failed)
+        footer, _ = self.existing_parts[key.part_key]
+        return replace(key, revision=footer.revision + 1, error_rows=footer.failed) if footer.failed else None
 
-    def _count(self, made: PartFooter) -> None:
-        self._rows += made.rows
-        self._failed += made.failed
+    def _count_rows(self, footer: PartFooter) -> None:
+        self._rows += footer.rows
+        self._error_rows += footer.failed
 
 
 def find_exceeded_limit(budget: ErrorBudget, failed: int, planned: int | None) -> str:
-    """Which setting allows fewer error rows, and how many; empty where none does.
+    """Return the setting of the error budget that is exceeded, with its value; empty if none is.
 
     Args:
-        budget: the limits.
-        failed: error rows.
-        planned: images, None where not all are known yet.
+        budget: The limits.
+        failed: Error rows.
+        planned: Images in the plan; None if not all of them are known yet.
     """
     if budget.max_count is not None and failed > budget.max_count:
         return f"errors.max_count allows {budget.max_count:,}"
-    if planned and failed / planned > budget.max_rate:  # divided, for 0.29 * 100 is less than 29
+    # A division, because the product has rounding errors: 0.29 * 100 is less than 29.
+    if planned and failed / planned > budget.max_rate:
         return f"errors.max_rate allows {budget.max_rate:.2%}"
     return ""

@@ -1,4 +1,4 @@
-"""Which shard next, when to give one up, and which is late. Pure: its clock is given, no input or output."""
+"""Shard scheduler: which shard is next, when to abandon one, which one is a straggler. Pure state, no I/O."""
 
 from __future__ import annotations
 
@@ -12,14 +12,22 @@ from batchjob.types import ShardKey
 
 __all__ = ["AbandonedShard", "Scheduler"]
 
-_LATE = 2.0  # times as long as shards usually take
-_LATE_SECONDS = 5.0  # at least: a second attempt has its own beginning to make
-_REMEMBERED = 101  # shards from whose times the usual one is told
+# A shard is a straggler after this many times the median duration of the last shards …
+_STRAGGLER_FACTOR = 2.0
+# … but not before this many seconds: a second attempt has to start up, too.
+_MIN_STRAGGLER_SECONDS = 5.0
+# Number of durations that the median is taken over.
+_DURATIONS_KEPT = 101
 
 
 @dataclass(frozen=True)
 class AbandonedShard:
-    """A shard that failed as often as it may."""
+    """A shard that used up its attempts.
+
+    Attributes:
+        key: The shard.
+        reason: Message of the last error.
+    """
 
     key: ShardKey
     reason: str
@@ -27,66 +35,78 @@ class AbandonedShard:
 
 @dataclass(slots=True)
 class _RunningShard:
-    """A shard that is with one worker, or with two.
+    """A shard that one worker has, or two.
 
     Attributes:
-        since: when it was handed out.
-        attempts: under way.
-        backed_up: it has had its second attempt.
+        key: The shard.
+        started: Time of its first attempt, by the scheduler's clock.
+        attempts: Attempts that are running now.
+        speculated: Whether it has had its speculative attempt.
     """
 
     key: ShardKey
-    since: float
+    started: float
     attempts: int = 1
     speculated: bool = False
 
 
 @dataclass
 class Scheduler:
-    """Shards waiting, running, done and given up.
+    """Shards of a run: waiting, running, done or abandoned.
 
-    A shard is handed out in plan order; one that failed goes to the back, so that a poisoned shard holds up nobody,
-    and one that was interrupted to the front.
-    When nothing waits, one that takes much longer than the others may be handed out a second time; the first commit
-    counts, and what becomes of the other attempt changes nothing.
+    Shards are handed out in plan order. One that failed goes to the back of the queue, so that a poisoned shard delays
+    no other; one that was interrupted through no fault of its own goes to the front.
+    When no shard waits, a straggler may get a speculative attempt on a second worker. The first commit counts; the
+    result of the other attempt changes nothing.
 
     Args:
-        attempts: how often a shard may fail before it is given up.
-        clock: seconds, monotonic.
+        max_attempts: Failed attempts after which a shard is abandoned.
+        clock: Monotonic clock, in seconds.
+
+    Attributes:
+        given_up: Shards that were abandoned, in that order.
+        done: Number of shards that are committed.
+
+    Example, with `max_attempts=2`:
+        add([s0, s1]); take_next() → s0; take_next() → s1; take_next() → None
+        fail(s0) → False, s0 waits again; take_next() → s0; fail(s0) → True, s0 is in `given_up`
+        finish(s1) → True, `done` is 1; finish(s1) → False; idle → True
     """
 
     max_attempts: int
     clock: Callable[[], float] = time.monotonic
     _waiting: deque[ShardKey] = field(default_factory=deque)
-    _running: dict[int, _RunningShard] = field(default_factory=dict)  # the one handed out first is the first
+    _running: dict[int, _RunningShard] = field(default_factory=dict)  # by shard index, in the order of their start
     _failures: dict[int, int] = field(default_factory=dict)
-    _took: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    _durations: deque[float] = field(default_factory=lambda: deque(maxlen=_DURATIONS_KEPT))
     given_up: list[AbandonedShard] = field(default_factory=list)
     done: int = 0
 
     def add(self, keys: Iterable[ShardKey]) -> None:
-        """More shards to do."""
+        """Append shards to the queue."""
         self._waiting.extend(keys)
 
     @property
     def waiting(self) -> int:
+        """Number of shards in the queue."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
+        """Number of shards that workers have."""
         return len(self._running)
 
     @property
     def idle(self) -> bool:
-        """Nothing waits and nothing runs."""
+        """Whether no shard is waiting or running."""
         return not self._waiting and not self._running
 
     def is_running(self, key: ShardKey) -> bool:
-        """Whether it matters what becomes of an attempt at this shard."""
+        """Tell whether a shard is running; if it is not, the result of an attempt at it changes nothing."""
         return key.index in self._running
 
     def take_next(self) -> ShardKey | None:
-        """The next shard to hand out, now running; None when none waits."""
+        """Take the next shard from the queue and count it as running; None if the queue is empty."""
         if not self._waiting:
             return None
         key = self._waiting.popleft()
@@ -94,15 +114,15 @@ class Scheduler:
         return key
 
     def take_straggler(self) -> ShardKey | None:
-        """The shard that is late for longest, now running twice; None when none is, or others wait still.
+        """Take the oldest straggler for its one speculative attempt; None if there is none or shards are waiting.
 
-        Late is what has been out twice as long as half of the last shards took; each has one such second attempt.
+        A straggler has been running for more than twice the median duration of the last 101 shards, 5 s at least.
         """
-        if self._waiting or not self._took:
+        if self._waiting or not self._durations:
             return None
-        since = self.clock() - max(_LATE_SECONDS, _LATE * median(self._took))
+        started_before = self.clock() - max(_MIN_STRAGGLER_SECONDS, _STRAGGLER_FACTOR * median(self._durations))
         for shard in self._running.values():
-            if shard.since > since:
+            if shard.started > started_before:
                 return None
             if not shard.speculated:
                 shard.speculated, shard.attempts = True, shard.attempts + 1
@@ -110,22 +130,33 @@ class Scheduler:
         return None
 
     def finish(self, key: ShardKey) -> bool:
-        """The shard is committed. False when that was known: a late answer changes nothing."""
+        """Count a shard as committed.
+
+        Returns:
+            False if another attempt at the shard came first: then nothing changes.
+        """
         shard = self._running.pop(key.index, None)
         if shard is None:
             return False
-        self._took.append(self.clock() - shard.since)
+        self._durations.append(self.clock() - shard.started)
         self._failures.pop(key.index, None)
         self.done += 1
         return True
 
     def fail(self, key: ShardKey, reason: str, uses_attempt: bool = True, to_front: bool = False) -> bool:
-        """An attempt failed; True when the shard is given up with it. As long as another one is under way, it is not.
+        """Record a failed attempt; put the shard back into the queue, or abandon it.
+
+        While a second attempt at the shard is running, it is neither queued nor abandoned.
 
         Args:
-            counts: False for faults that are nobody's (network, credentials) or another shard's: they use up no
-                attempt.
-            first: whether it is the next to be handed out.
+            key: The shard.
+            reason: Message of the error.
+            uses_attempt: False for faults that are not the shard's (network, credentials, or another shard's fault):
+                they use up no attempt.
+            to_front: Put the shard at the front of the queue instead of the back.
+
+        Returns:
+            True if the shard is abandoned.
         """
         shard = self._running.get(key.index)
         if shard is None:
