@@ -57,7 +57,7 @@ def simulated() -> Iterator[None]:
         (driver, "StopSignals", Asked),
         (planner, "SourceListing", Given),
         (text, "os", SimpleNamespace(environ={})),  # looked through for each message
-        (planner, "probe", lambda store: None),
+        (planner, "probe_store", lambda store: None),
         (planner.Planner, "_check_files", lambda self: None),
     ]
     patched += [(Job, name, _once(getattr(Job, name))) for name in ("serialize", "resolved_settings", "fingerprint")]
