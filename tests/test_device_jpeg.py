@@ -234,7 +234,7 @@ def test_a_decoder_that_refuses_everything_is_asked_no_more(tmp_path: Path, capl
 
 
 def test_large_images_are_not_all_decoded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchjob.inference.gpu_decode._AT_ONCE", 2 * 90 * 70)
+    monkeypatch.setattr("batchjob.inference.gpu_decode._MAX_DECODED_PIXELS", 2 * 90 * 70)
     seen: list[int] = []
 
     def counted(files: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -247,7 +247,7 @@ def test_large_images_are_not_all_decoded_at_once(tmp_path: Path, monkeypatch: p
 
 
 def test_a_look_at_the_device_holds_no_more_pixels_than_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchjob.inference.gpu_decode._AT_ONCE", 2 * 90 * 70)
+    monkeypatch.setattr("batchjob.inference.gpu_decode._MAX_DECODED_PIXELS", 2 * 90 * 70)
     seen: list[int] = []
 
     def counted(files: Sequence[torch.Tensor]) -> list[torch.Tensor]:

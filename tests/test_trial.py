@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchjob
 from batchjob.errors import InvalidJob
-from batchjob.inference.autotune.trial_process import EngineTrialModel
+from batchjob.inference.autotune.engine_trial import EngineTrialModel
 from batchjob.inference.engine import Engine
 from batchjob.inference.execution_config import ExecutionConfig
 from batchjob.preprocessing.settings import Preprocess

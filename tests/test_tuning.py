@@ -59,6 +59,7 @@ class Pretended(TrialModel):
     """Takes the seconds it is told for a recipe, and gives the outputs it is told."""
 
     batch_size = 10
+    argmax_is_class = True
 
     def __init__(
         self, seconds: dict[ExecutionConfig, float], outputs: dict[ExecutionConfig, Any] | None = None

@@ -1,4 +1,4 @@
-"""Batches through the predictor on a device that may fail under them: which images were with it, and which did it."""
+"""Predictor that isolates faults: finds the image at which a model raises, hangs, or breaks its device."""
 
 from __future__ import annotations
 
@@ -29,21 +29,27 @@ from batchjob.types import (
 __all__ = ["FaultIsolatingPredictor"]
 
 _log = logging.getLogger(__name__)
-_TRACE_SECONDS = 30.0  # that the news of a hang waits until its images are remembered
+
+# Time for which the report of a hang waits until the images of the hanging call are in the quarantine.
+_RECORD_SECONDS = 30.0
 
 
 class FaultIsolatingPredictor:
-    """The predictor as a worker calls it.
+    """Predictor as a worker uses it.
 
-    A batch at which the model raises is predicted again image by image. Images that were with the model when it hung,
-    or when the device failed, are suspects from then on, for all workers and later runs of the plan: they are predicted
-    one by one, too. So the second process that such a fault meets knows which image it is; that one is an error row
-    (`stage=predict`), and nobody meets it again.
+    A batch at which the model raises is predicted again, image by image. The images that the model had when it hung,
+    or when the device failed, become suspects in the quarantine, for all workers and later runs of the plan: suspects
+    are predicted one by one. The second process with the same fault therefore knows the image that causes it; it
+    becomes an error row (`stage=predict`), and no process predicts it again.
+
+    Example: images 100 to 107 are a batch, and image 105 breaks the CUDA context. The first process reports the
+    suspects 100 to 107 and ends. The second one predicts 100, 101, … alone, fails at 105, records it and ends. The
+    third one makes an error row of 105 and predicts the other seven.
 
     Args:
-        predictor: as it was tuned.
-        quarantine: of the plan.
-        device: by its `identity`, for the sentences and for who counts faults of devices.
+        predictor: Predictor with the execution config of the plan.
+        quarantine: Images of the plan known to kill a process, and suspects.
+        device: Name of the device from `identify_device`, for messages and for the count of device faults.
         step: Wraps each call of the model, so that one that hangs is noticed.
     """
 
@@ -53,49 +59,58 @@ class FaultIsolatingPredictor:
         self._predictor, self._quarantine = predictor, quarantine
         self._device, self._step = device, step
         self._lock = threading.Lock()
-        self._under_way: deque[range] = deque()
-        self._alone: dict[int, tuple[int, str | None]] = {}  # in that thread, the image of that position and tag
-        self._broken: DeviceFault | None = None
+        # Positions of the batches that the model has, in the order of their calls.
+        self._in_flight: deque[range] = deque()
+        # Thread -> position and ETag of the image that it has alone in the model.
+        self._single_images: dict[int, tuple[int, str | None]] = {}
+        self._device_fault: DeviceFault | None = None
 
     def predict(self, batch: Batch, positions: Sequence[int]) -> Prediction | None:
-        """The batch's results, None where it holds no good image; on a GPU they may still be under way.
+        """Predict a batch; on a GPU the results may not be complete yet.
 
         Args:
-            batch: as loaded.
-            positions: in the plan, of all its rows.
+            batch: Batch as loaded.
+            positions: Positions in the plan of all its rows.
+
+        Returns:
+            The prediction; None if the batch holds no good image.
 
         Raises:
-            Unavailable: it could not be loaded.
-            DeviceFault: the device or its context is broken, now or since an earlier batch; end this process.
-            Exception: whatever the model raises.
+            Unavailable: The batch could not be loaded.
+            DeviceFault: The device or its context is broken, now or since an earlier batch; this process must end.
+            Exception: Any other error of the model.
         """
         if batch.attempt_error is not None:
             raise Unavailable(batch.attempt_error)
-        if self._broken is not None:
-            raise self._broken
+        if self._device_fault is not None:
+            raise self._device_fault
         if batch.pixels is None:
             return None
-        run = range(positions[0], positions[-1] + 1)
-        if self._quarantine.has_suspect(run):
-            return self._one_by_one(batch, positions)
+        span = range(positions[0], positions[-1] + 1)
+        if self._quarantine.has_suspect(span):
+            return self._predict_one_by_one(batch, positions)
         with self._lock:
-            self._under_way.append(run)
+            self._in_flight.append(span)
         try:
             with self._step("a batch in the model", model=True):
-                predicted = self._predictor(batch.pixels, batch.shapes)
+                prediction = self._predictor(batch.pixels, batch.shapes)
         except Exception as error:
-            if isinstance(error, BatchjobError) or classify_device_error(error, self._predictor.forward.device):
-                raise self._judged(error, run) from error
-            self._ended(run)
-            return self._one_by_one(batch, positions)
-        if predicted.pending:
-            return predicted.on_ready(partial(self._landing, run))
-        self._ended(run)  # now, for nobody may want its results any more
-        return predicted
+            if isinstance(error, BatchjobError) or self._is_device_error(error):
+                raise self._convert_error(error, span) from error
+            self._remove_in_flight(span)
+            return self._predict_one_by_one(batch, positions)
+        if prediction.pending:
+            return prediction.on_ready(partial(self._wait_for_results, span))
+        # The results are complete, and the caller may never wait for them.
+        self._remove_in_flight(span)
+        return prediction
 
     def as_device_fault(self, error: BatchjobError) -> BatchjobError:
-        """A fault that showed elsewhere (in page-locking memory, for one): a DeviceFault if that is what it is."""
-        return self._lost(error) if classify_device_error(error, self._predictor.forward.device) else error
+        """Return a DeviceFault for an error from elsewhere (pinning memory, for example) that means a broken device.
+
+        Any other error is returned unchanged.
+        """
+        return self._record_device_fault(error) if self._is_device_error(error) else error
 
     def explain_stall(self, step: StalledStep, seconds: float) -> WorkerStalled:
         """Describe a step that has stalled; if the model hangs, record the images that it has as suspects.
@@ -105,112 +120,133 @@ class FaultIsolatingPredictor:
             seconds: Time that a step may take.
         """
         limits = "runtime.stall_seconds" + (" and errors.outage_seconds" if step.storage else "")
-        words = f"{self._device}: {step.name} has not ended for {step.seconds:.0f} s ({limits})"
-        found, images = False, tuple[range, ...]()
+        reason = f"{self._device}: {step.name} has not ended for {step.seconds:.0f} s ({limits})"
+        culprit_known, suspects = False, tuple[range, ...]()
         if step.model:
-            alone = f"alone in the model, it has not ended for {seconds:g} s"
-            tracing = DaemonThreadPool(1, "trace").submit(partial(self._traced, step.thread, "hang", alone, words))
-            with suppress(TimeoutError):  # the store may be as stuck as the model
-                found, images = tracing.result(_TRACE_SECONDS)
-        return WorkerStalled(f"{words}; the same command resumes", self._device, images, found, step.storage)
+            message = f"alone in the model, it has not ended for {seconds:g} s"
+            # In a thread of its own, because the store may hang like the model.
+            recording = DaemonThreadPool(1, "record-suspects").submit(
+                partial(self._record_suspects, step.thread, "hang", message, reason)
+            )
+            with suppress(TimeoutError):
+                culprit_known, suspects = recording.result(_RECORD_SECONDS)
+        return WorkerStalled(f"{reason}; the same command resumes", self._device, suspects, culprit_known, step.storage)
 
-    # -- several at once ---------------------------------------------------------------------------------------
+    # -- whole batches -----------------------------------------------------------------------------------------
 
-    def _landing(self, run: range, arrival: Callable[[], None]) -> None:
-        """Wait for results; on a GPU all goes in turn, so what was sent before them has arrived by then too."""
+    def _wait_for_results(self, span: range, wait: Callable[[], None]) -> None:
+        """Wait for a batch; a GPU computes in order, so all batches that were sent before are complete then too."""
         try:
-            arrival()
+            wait()
         except Exception as error:
-            raise self._judged(error, run) from error
+            raise self._convert_error(error, span) from error
         with self._lock:
-            while run in self._under_way and self._under_way.popleft() != run:
+            while span in self._in_flight and self._in_flight.popleft() != span:
                 continue
 
-    def _ended(self, run: range) -> None:
+    def _remove_in_flight(self, span: range) -> None:
         with self._lock:
-            if run in self._under_way:
-                self._under_way.remove(run)
+            if span in self._in_flight:
+                self._in_flight.remove(span)
 
-    def _judged(self, error: Exception, run: range) -> Exception:
-        """What is raised in its place. Its images are suspects now, and those that are with a broken device too."""
-        if classify_device_error(error, self._predictor.forward.device):
-            return self._lost(error)
-        self._ended(run)
+    def _is_device_error(self, error: BaseException) -> bool:
+        return classify_device_error(error, self._predictor.forward.device) is not None
+
+    def _convert_error(self, error: Exception, span: range) -> Exception:
+        """Return the error to raise for a batch; images become suspects, all in flight if the device is broken."""
+        if self._is_device_error(error):
+            return self._record_device_fault(error)
+        self._remove_in_flight(span)
         if not isinstance(error, BatchjobError):
-            self._remember(lambda: self._quarantine.record_suspects(run, _brief(error)))
+            self._try_to_record(lambda: self._quarantine.record_suspects(span, _first_line(error)))
         return error
 
-    def _lost(self, error: Exception) -> DeviceFault:
-        """The device, or this process's part of it, is of no more use."""
-        if self._broken is not None:
-            return self._broken
-        kind, words = classify_device_error(error, self._predictor.forward.device), _brief(error)
-        found, images = False, tuple[range, ...]()
+    def _record_device_fault(self, error: Exception) -> DeviceFault:
+        """Record that the device, or this process's context of it, can no longer be used."""
+        if self._device_fault is not None:
+            return self._device_fault
+        kind, reason = classify_device_error(error, self._predictor.forward.device), _first_line(error)
+        culprit_known, suspects = False, tuple[range, ...]()
+        # Broken hardware is no fault of the images.
         if kind == "context":
-            found, images = self._traced(get_ident(), "device", f"alone on the device, it broke it: {words}", words)
-        said = f"{self._device} failed: {words}; the same command resumes"
-        self._broken = DeviceFault(said, self._device, images, found)
-        return self._broken
+            message = f"alone on the device, it broke it: {reason}"
+            culprit_known, suspects = self._record_suspects(get_ident(), "device", message, reason)
+        message = f"{self._device} failed: {reason}; the same command resumes"
+        self._device_fault = DeviceFault(message, self._device, suspects, culprit_known)
+        return self._device_fault
 
-    def _traced(self, thread: int, kind: str, alone: str, why: str) -> tuple[bool, tuple[range, ...]]:
-        """The image that this thread has alone in the model, remembered as having done it; else all under way."""
-        if (image := self._alone.get(thread)) is not None:
+    def _record_suspects(
+        self, thread: int, error_type: str, message: str, reason: str
+    ) -> tuple[bool, tuple[range, ...]]:
+        """Record in the quarantine the image that a thread has alone in the model, else all images in flight.
+
+        Args:
+            thread: Identifier of the thread that failed or hangs.
+            error_type: `type` of the error row of an image that is known to be the cause.
+            message: Message of that error row.
+            reason: Reason why images in flight become suspects.
+
+        Returns:
+            True and the position of the image, or False and the positions of all suspects.
+        """
+        if (image := self._single_images.get(thread)) is not None:
             position, etag = image
-            facts = ImageInfo(etag, error=ErrorRecord("predict", kind, alone))
-            if self._remember(lambda: self._quarantine.record(position, facts)):
+            info = ImageInfo(etag, error=ErrorRecord("predict", error_type, message))
+            if self._try_to_record(lambda: self._quarantine.record(position, info)):
                 return True, (range(position, position + 1),)
         with self._lock:
-            runs = tuple(self._under_way)
-        for run in runs:
-            self._remember(partial(self._quarantine.record_suspects, run, why))
-        return False, runs
+            spans = tuple(self._in_flight)
+        for span in spans:
+            self._try_to_record(partial(self._quarantine.record_suspects, span, reason))
+        return False, spans
 
-    # -- one by one --------------------------------------------------------------------------------------------
+    # -- image by image ----------------------------------------------------------------------------------------
 
-    def _one_by_one(self, batch: Batch, positions: Sequence[int]) -> Prediction:
-        """Each image in a call of its own; one that the model raises at is a fault of that image.
+    def _predict_one_by_one(self, batch: Batch, positions: Sequence[int]) -> Prediction:
+        """Predict each image in a call of its own; an error of the model becomes the error of that image.
 
         Raises:
-            AttemptFailed: it raises at all of several.
+            AttemptFailed: The model raises at each of several images.
         """
-        pixels, good = batch.pixels, [row for row, facts in enumerate(batch.image_infos) if facts.error is None]
+        pixels, good_rows = batch.pixels, [row for row, info in enumerate(batch.image_infos) if info.error is None]
         assert pixels is not None
         try:
-            self._predictor.wait()  # else what an earlier batch has broken would be laid to one of these
+            # Otherwise the fault of an earlier batch would be put down to one of these images.
+            self._predictor.wait()
         except Exception as error:
-            raise self._lost(error) from error
-        pieces: list[PartialOutput] = []
-        lost: dict[int, ErrorRecord] = {}
-        for number, row in enumerate(good):
-            self._alone[get_ident()] = positions[row], batch.image_infos[row].etag
+            raise self._record_device_fault(error) from error
+        outputs: list[PartialOutput] = []
+        errors: dict[int, ErrorRecord] = {}
+        for index, row in enumerate(good_rows):
+            self._single_images[get_ident()] = positions[row], batch.image_infos[row].etag
             try:
                 with self._step("an image alone in the model", model=True):
-                    made = self._predictor.predict_single(pixels, batch.shapes, number)
-                pieces += made.outputs
-                lost |= made.errors
+                    prediction = self._predictor.predict_single(pixels, batch.shapes, index)
+                outputs += prediction.outputs
+                errors |= prediction.errors
             except Exception as error:
-                if classify_device_error(error, self._predictor.forward.device):
-                    raise self._lost(error) from error
+                if self._is_device_error(error):
+                    raise self._record_device_fault(error) from error
                 if isinstance(error, BatchjobError):
                     raise
-                lost[number] = ErrorRecord("predict", "error", _brief(error))
+                errors[index] = ErrorRecord("predict", "error", _first_line(error))
             finally:
-                del self._alone[get_ident()]
-        if len(lost) > 1 and not pieces:
-            raise AttemptFailed(f"the model fails at every image: {lost[0].message}")
-        return Prediction(tuple(pieces), lost)
+                del self._single_images[get_ident()]
+        if len(errors) > 1 and not outputs:
+            raise AttemptFailed(f"the model fails at every image: {errors[0].message}")
+        return Prediction(tuple(outputs), errors)
 
-    def _remember(self, put: Callable[[], object]) -> bool:
-        """Whether that worked: where the store is away too, what has happened is the more important news."""
+    def _try_to_record(self, record: Callable[[], object]) -> bool:
+        """Write to the quarantine and return whether it worked; the fault itself matters more than an absent store."""
         try:
-            put()
+            record()
         except BatchjobError as error:
-            _log.warning("not remembered: %s", error.message)
+            _log.warning("suspect images could not be recorded: %s", error.message)
             return False
         return True
 
 
-def _brief(error: BaseException) -> str:
-    """Its first line, which of CUDA's many is the one that says it."""
+def _first_line(error: BaseException) -> str:
+    """Return the type and the first line of an error; CUDA adds many lines of general advice to the first."""
     text = error.message if isinstance(error, BatchjobError) else str(error)
     return f"{type(error).__name__}: {(text.strip().splitlines() or ['no message'])[0][:300]}"

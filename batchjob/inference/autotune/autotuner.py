@@ -1,4 +1,4 @@
-"""The recipe that a plan's workers share on one kind of device: found once, put beside the plan, then only read."""
+"""Autotuner: the execution config that all workers of a plan use on one kind of device, decided once and stored."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
 import batchjob
 from batchjob.errors import InvalidJob, NotFound
 from batchjob.inference.autotune.cache import TuningCache, use_compile_cache
 from batchjob.inference.autotune.candidates import list_candidates
 from batchjob.inference.autotune.decision import TuningDecision, choose_config
-from batchjob.inference.autotune.trial_process import (
-    TIME_BUDGET_EXCEEDED,
-    EngineTrialModel,
-    TrialSpec,
-    run_isolated_trials,
-)
+from batchjob.inference.autotune.engine_trial import EngineTrialModel
+from batchjob.inference.autotune.trial_process import TIME_BUDGET_EXCEEDED, TrialSpec, run_isolated_trials
 from batchjob.inference.autotune.trials import Trial
 from batchjob.inference.engine import Engine
 from batchjob.inference.execution_config import ExecutionConfig, requested_config, with_overrides
@@ -32,30 +30,45 @@ from batchjob.storage.store import Store, put_or_get
 __all__ = ["Autotuner"]
 
 _log = logging.getLogger(__name__)
-_WORTH_SECONDS = 60.0  # of eager work; below that compiling costs more than it brings
-_WORTH_QUICK_SECONDS = 25.0  # likewise, of recipes that are not compiled
-_QUICK_BUDGET = 12.0  # seconds for those alone, most of them for a process to start and load the model
-_SHARE = 0.25  # of the estimated run that a trial may take
-_MUCH_MORE = 1.5
-_WORTH_CHECKING = 8  # batches
+
+# Eager work, in seconds, below which compiling costs more than it gains.
+_MIN_SECONDS_TO_COMPILE = 60.0
+# Eager work, in seconds, below which even configs without compilation are not tried.
+_MIN_SECONDS_TO_TRY = 25.0
+# Seconds for configs without compilation; most of them are for the process to start and load the model.
+_QUICK_BUDGET_SECONDS = 12.0
+# Share of the estimated run that trials may take.
+_BUDGET_SHARE = 0.25
+# Factor by which the budget must exceed that of a table that was cut short, for its trials to be made again.
+_RETRY_BUDGET_FACTOR = 1.5
+# Batches of a worker from which on the check of a cached table, which decodes one batch, is worth it.
+_MIN_BATCHES_TO_CHECK = 8
 _TOO_SHORT = "not tried, the job is too short to compile for"
-_WHETHER = {"tuning", "tuning_budget_s"}  # say whether a table is made, not what is in it
+# Settings that say whether there are trials, and do not change their results.
+_NOT_IN_KEY = {"tuning", "tuning_budget_s"}
 
 
 @dataclass(frozen=True)
 class Autotuner:
-    """How a worker learns which recipe it works by.
+    """Decision on the execution config of a worker.
+
+    The first worker on a kind of device tries the candidates and stores its decision beside the plan; all others, and
+    later runs, read it. A machine also caches the results of its trials for other plans.
+
+    Example:
+        decision = autotuner.decide()                             # read, or try the candidates and store
+        decision, predictor = autotuner.build_predictor(decision) # checked and warmed up
 
     Args:
-        store: of the output.
+        store: Store of the output.
         plan_folder: Key prefix of the plan in the store; ends with `/`.
         task_fingerprint: Part of the job's fingerprint that describes the task.
-        engine: with its model loaded and tried out.
-        bench: what a trial needs.
-        images: that this worker will see, about.
-        pace: seconds an image takes eagerly, as the job names it.
-        stopped: asked during trials; True ends them.
-        lanes: batches at once, of which a trial has one.
+        engine: Engine whose model has run once.
+        trial_spec: Input of the trial process.
+        expected_images: Estimate of the images that this worker will predict.
+        seconds_per_image: Seconds that an image takes with the requested config.
+        is_stopped: Polled during trials; True ends them.
+        parallel_batches: Batches that the worker computes at once; a trial computes one.
     """
 
     store: Store
@@ -69,101 +82,131 @@ class Autotuner:
     parallel_batches: int = 1
 
     def decide(self) -> TuningDecision:
-        """The decision that stands for this device and this torch; the first one put does.
+        """Return the decision for this device and this torch; the first one that is stored holds for all workers.
 
-        What the job names by now is stronger.
+        What the job names today overrides it.
         """
-        import torch
-
         use_compile_cache()
-        unknown = TuningDecision(self.engine.capabilities.name, str(torch.__version__), ExecutionConfig(), "")
-        key = f"{self.plan_folder}{unknown.key}"
+        blank = TuningDecision(self.engine.capabilities.name, str(torch.__version__), ExecutionConfig(), "")
+        key = f"{self.plan_folder}{blank.key}"
         with suppress(NotFound):
-            return self._standing(self.store.read(key).data, unknown)
-        named = replace(unknown, recipe=self.engine.requested_config, reason="as the job says")
-        asked = self.engine.acceleration
-        recipes = list_candidates(asked, self.engine.capabilities) if self.engine.model.eager else []
-        if asked.tuning == "off" or len(recipes) < 2:
-            return self._put(key, named, unknown)
-        memory = TuningCache(self._facts(unknown))
-        with memory.lock(self.is_stopped):
-            with suppress(NotFound):  # another worker of this machine may have been at it meanwhile
-                return self._standing(self.store.read(key).data, unknown)
-            return self._put(key, self._decided(named, recipes, memory), unknown)
+            return self._read_decision(self.store.read(key).data, blank)
+        requested = replace(blank, recipe=self.engine.requested_config, reason="as the job says")
+        settings = self.engine.acceleration
+        candidates = list_candidates(settings, self.engine.capabilities) if self.engine.model.eager else []
+        if settings.tuning == "off" or len(candidates) < 2:
+            return self._put_or_get(key, requested, blank)
+        cache = TuningCache(self._cache_key_fields(blank))
+        with cache.lock(self.is_stopped):
+            # Another worker of this machine may have decided while this one waited for the lock.
+            with suppress(NotFound):
+                return self._read_decision(self.store.read(key).data, blank)
+            return self._put_or_get(key, self._make_decision(requested, candidates, cache), blank)
 
-    def _put(self, key: str, ours: TuningDecision, unknown: TuningDecision) -> TuningDecision:
-        """The one that stands then; ours alone where the trials were broken off."""
-        if self.is_stopped():
-            return ours
-        return self._standing(put_or_get(self.store, key, ours.dump()), unknown)
+    def build_predictor(self, decision: TuningDecision) -> tuple[TuningDecision, Predictor]:
+        """Build and warm up the predictor of a decision, after a check of its config on the job's images here.
 
-    def _standing(self, data: bytes, unknown: TuningDecision) -> TuningDecision:
-        """The decision that was put there, as far as this version, and what the job names by now, allow."""
-        named, asked = self.engine.requested_config, self.engine.acceleration
+        Returns:
+            The decision and the predictor; if its config fails here, a decision for the requested config in its place.
+
+        Raises:
+            InvalidJob: The requested config itself fails.
+        """
+        requested = self.engine.requested_config
         try:
-            found = TuningDecision.parse(data)
+            return decision, self._build_warm_predictor(decision.recipe)
+        except InvalidJob:
+            raise
+        except Exception as error:
+            if decision.recipe == requested:
+                raise InvalidJob(
+                    f"runtime: {requested.description} fails with this model: {_summarize(error)}"
+                ) from error
+            reason = f"{decision.recipe.description} fails here ({_summarize(error)})"
+            _log.warning("%s; going on with %s", reason, requested.description)
+            return replace(decision, recipe=requested, reason=reason), self._build_warm_predictor(requested)
+
+    # -- stored decisions --------------------------------------------------------------------------------------
+
+    def _put_or_get(self, key: str, decision: TuningDecision, blank: TuningDecision) -> TuningDecision:
+        """Store a decision and return the one that holds; after interrupted trials the decision is not stored."""
+        if self.is_stopped():
+            return decision
+        return self._read_decision(put_or_get(self.store, key, decision.dump()), blank)
+
+    def _read_decision(self, data: bytes, blank: TuningDecision) -> TuningDecision:
+        """Return a stored decision; the requested config if this version cannot read it or the job overrides it."""
+        requested, settings = self.engine.requested_config, self.engine.acceleration
+        try:
+            stored = TuningDecision.parse(data)
         except (ValueError, KeyError, TypeError, AttributeError):
-            _log.warning("the decision beside the plan is another version's; going on with %s", named.description)
-            return replace(unknown, recipe=named, reason="another version of batchjob decided")
-        if found.recipe == named or (asked.tuning != "off" and with_overrides(found.recipe, asked) == found.recipe):
-            return found
-        return replace(found, recipe=named, reason="as the job says by now")
+            _log.warning("the decision beside the plan is another version's; going on with %s", requested.description)
+            return replace(blank, recipe=requested, reason="another version of batchjob decided")
+        follows_settings = settings.tuning != "off" and with_overrides(stored.recipe, settings) == stored.recipe
+        if stored.recipe == requested or follows_settings:
+            return stored
+        return replace(stored, recipe=requested, reason="as the job says by now")
 
-    def _decided(
-        self, named: TuningDecision, recipes: Sequence[ExecutionConfig], memory: TuningCache
+    # -- a new decision ----------------------------------------------------------------------------------------
+
+    def _make_decision(
+        self, requested: TuningDecision, candidates: Sequence[ExecutionConfig], cache: TuningCache
     ) -> TuningDecision:
-        """By what this machine remembers, or by trials."""
-        began, known = time.monotonic(), _remembered(memory, self._budget())
-        if known is None and not self._worth_a_trial():
-            return replace(named, reason="the job is too short to try anything")
-        if known is not None and not self._worth_a_check():
-            return replace(named, reason="the job is too short to check what this machine found before")
-        trials = known or self._tried(recipes)
-        if known is None and trials[0].passed and not self.is_stopped():
-            memory.write(
-                replace(named, recipe=ExecutionConfig(), reason="", trials=tuple(trials), seconds=self._budget()).dump()
-            )
+        """Decide by trials, or by the cached results of earlier trials on this machine."""
+        started, cached = time.monotonic(), _read_cached_trials(cache, self._budget())
+        if cached is None and not self._is_worth_trials():
+            return replace(requested, reason="the job is too short to try anything")
+        if cached is not None and not self._is_worth_check():
+            return replace(requested, reason="the job is too short to check what this machine found before")
+        trials = cached or self._run_trials(candidates)
+        if cached is None and trials[0].passed and not self.is_stopped():
+            entry = replace(requested, recipe=ExecutionConfig(), reason="", trials=tuple(trials))
+            cache.write(replace(entry, seconds=self._budget()).dump())
         if not trials[0].passed:
-            return replace(named, reason=f"eager fp32 could not be run in a trial: {trials[0].verdict}")
-        recipe, reason = choose_config(
-            self.engine.acceleration, trials, self.expected_images / self.parallel_batches, self.trial_spec.batch_size
-        )
-        reason += ", as this machine found before" if known else ""
-        return replace(
-            named, recipe=recipe, reason=reason, trials=tuple(trials), seconds=round(time.monotonic() - began, 2)
-        )
+            return replace(requested, reason=f"eager fp32 could not be run in a trial: {trials[0].verdict}")
+        settings, batch_size = self.engine.acceleration, self.trial_spec.batch_size
+        config, reason = choose_config(settings, trials, self.expected_images / self.parallel_batches, batch_size)
+        reason += ", as this machine found before" if cached else ""
+        seconds = round(time.monotonic() - started, 2)
+        return replace(requested, recipe=config, reason=reason, trials=tuple(trials), seconds=seconds)
 
-    def _worth_a_trial(self) -> bool:
-        return self.engine.acceleration.tuning == "on" or self._eager_seconds > _WORTH_QUICK_SECONDS
+    def _run_trials(self, candidates: Sequence[ExecutionConfig]) -> list[Trial]:
+        """Run the trials in a process of their own, with as much of the device's memory free as possible."""
+        if self.engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        configs = [config for config in candidates if not (self._is_short and config.compile != "off")]
+        trials = run_isolated_trials(self.trial_spec, configs, self._budget(), self.is_stopped)
+        return trials + [Trial(config, _TOO_SHORT) for config in candidates if config not in configs]
 
-    def _worth_a_check(self) -> bool:
-        """A batch of images is decoded once more for it."""
-        return (
-            self.engine.acceleration.tuning == "on"
-            or self.expected_images >= _WORTH_CHECKING * self.trial_spec.batch_size
-        )
+    def _is_worth_trials(self) -> bool:
+        return self.engine.acceleration.tuning == "on" or self._eager_seconds > _MIN_SECONDS_TO_TRY
+
+    def _is_worth_check(self) -> bool:
+        batches = self.expected_images / self.trial_spec.batch_size
+        return self.engine.acceleration.tuning == "on" or batches >= _MIN_BATCHES_TO_CHECK
 
     def _budget(self) -> float:
-        asked = self.engine.acceleration
-        if asked.tuning == "on":
-            return asked.tuning_budget_s
-        return min(asked.tuning_budget_s, _QUICK_BUDGET if self._short else _SHARE * self._eager_seconds)
+        settings = self.engine.acceleration
+        if settings.tuning == "on":
+            return settings.tuning_budget_s
+        budget = _QUICK_BUDGET_SECONDS if self._is_short else _BUDGET_SHARE * self._eager_seconds
+        return min(settings.tuning_budget_s, budget)
 
     @property
-    def _short(self) -> bool:
-        """Whether the job is too short for anything to be compiled."""
-        return self.engine.acceleration.tuning != "on" and self._eager_seconds <= _WORTH_SECONDS
+    def _is_short(self) -> bool:
+        """Whether the job is too short for compilation."""
+        return self.engine.acceleration.tuning != "on" and self._eager_seconds <= _MIN_SECONDS_TO_COMPILE
 
     @property
     def _eager_seconds(self) -> float:
         return self.expected_images * self.seconds_per_image
 
-    def _facts(self, unknown: TuningDecision) -> dict[str, Any]:
-        """All that a table of trials hangs on."""
+    def _cache_key_fields(self, blank: TuningDecision) -> dict[str, Any]:
+        """Return everything on which the results of trials depend."""
         engine = self.engine
         return {
-            "device": unknown.device,
-            "torch": unknown.torch,
+            "device": blank.device,
+            "torch": blank.torch,
             "batchjob": batchjob.__version__,
             "model": engine.model.digest,
             "task": self.task_fingerprint,
@@ -175,80 +218,53 @@ class Autotuner:
             "open": [
                 name
                 for name in Acceleration.model_fields
-                if name not in _WHETHER and getattr(engine.acceleration, name) == "auto"
+                if name not in _NOT_IN_KEY and getattr(engine.acceleration, name) == "auto"
             ],
         }
 
-    def _tried(self, recipes: Sequence[ExecutionConfig]) -> list[Trial]:
-        """The table, made with as much of the device's memory free as there can be."""
-        import torch
+    # -- the predictor -----------------------------------------------------------------------------------------
 
-        if self.engine.device.type == "cuda":
-            torch.cuda.empty_cache()
-        tried = [recipe for recipe in recipes if not (self._short and recipe.compile != "off")]
-        made = run_isolated_trials(self.trial_spec, tried, self._budget(), self.is_stopped)
-        return made + [Trial(recipe, _TOO_SHORT) for recipe in recipes if recipe not in tried]
-
-    def build_predictor(self, decision: TuningDecision) -> tuple[TuningDecision, Predictor]:
-        """A predictor by that recipe, warmed up, once it has run here on the job's images near enough to eager fp32.
-
-        Falls back to what the job names, and says so, where the recipe fails here.
-
-        Raises:
-            InvalidJob: the recipe is what the job itself names.
-        """
-        named = self.engine.requested_config
-        try:
-            return decision, self._warm(decision.recipe)
-        except InvalidJob:
-            raise
-        except Exception as error:
-            if decision.recipe == named:
-                raise InvalidJob(f"runtime: {named.description} fails with this model: {_brief(error)}") from error
-            reason = f"{decision.recipe.description} fails here ({_brief(error)})"
-            _log.warning("%s; going on with %s", reason, named.description)
-            return replace(decision, recipe=named, reason=reason), self._warm(named)
-
-    def _warm(self, recipe: ExecutionConfig) -> Predictor:
+    def _build_warm_predictor(self, config: ExecutionConfig) -> Predictor:
         engine, batch_size = self.engine, self.trial_spec.batch_size
-        fixed = batch_size if recipe.fixed_batch and not engine.variable_size else None
-        predictor = engine.build_predictor(self._checked(recipe), fixed)
-        if recipe != ExecutionConfig():
+        fixed_size = batch_size if config.fixed_batch and not engine.variable_size else None
+        predictor = engine.build_predictor(self._build_checked_forward(config), fixed_size)
+        if config != ExecutionConfig():
             predictor.warm_up(engine.example_image.shape, batch_size, engine.example_image.dtype)
         return predictor
 
-    def _checked(self, recipe: ExecutionConfig) -> ForwardPass:
-        if recipe == ExecutionConfig():
-            return self.engine.build_forward(recipe)
-        subject = EngineTrialModel(self.engine, self.trial_spec.sample_locations, self.trial_spec.batch_size)
-        forward = subject.build_forward(recipe)
-        found = compare_outputs(
-            subject.run(subject.build_forward(ExecutionConfig())),
-            subject.run(forward),
-            argmax_is_class=subject.argmax_is_class,
-        )
-        fault = found.rejection(recipe)
-        if fault is not None and recipe != self.engine.requested_config:
-            raise ValueError(fault)
-        if fault is not None:
-            _log.warning(
-                "%s, as the job names it, %s (against eager fp32 on its own images)", recipe.description, fault
-            )
+    def _build_checked_forward(self, config: ExecutionConfig) -> ForwardPass:
+        """Build a forward pass and compare its output on the job's images with that of eager fp32.
+
+        Raises:
+            ValueError: The outputs are too far apart, and the job does not name this config itself.
+        """
+        if config == ExecutionConfig():
+            return self.engine.build_forward(config)
+        model = EngineTrialModel(self.engine, self.trial_spec.sample_locations, self.trial_spec.batch_size)
+        forward = model.build_forward(config)
+        reference = model.run(model.build_forward(ExecutionConfig()))
+        comparison = compare_outputs(reference, model.run(forward), argmax_is_class=model.argmax_is_class)
+        rejection = comparison.rejection(config)
+        if rejection is not None and config != self.engine.requested_config:
+            raise ValueError(rejection)
+        if rejection is not None:
+            message = "%s, as the job names it, %s (against eager fp32 on its own images)"
+            _log.warning(message, config.description, rejection)
         return forward
 
 
-def _remembered(memory: TuningCache, budget: float) -> list[Trial] | None:
-    """The table that this machine has made; not one that was cut short by much less time than there is now."""
-    data = memory.read()
+def _read_cached_trials(cache: TuningCache, budget: float) -> list[Trial] | None:
+    """Return the cached trials of this machine; None if they were cut short by a much smaller budget than this one."""
+    data = cache.read()
     if data is None:
         return None
     try:
-        found = TuningDecision.parse(data)
+        cached = TuningDecision.parse(data)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    cut_short = any(trial.verdict.endswith((TIME_BUDGET_EXCEEDED, _TOO_SHORT)) for trial in found.trials)
-    return None if cut_short and budget > _MUCH_MORE * found.seconds else list(found.trials)
+    cut_short = any(trial.verdict.endswith((TIME_BUDGET_EXCEEDED, _TOO_SHORT)) for trial in cached.trials)
+    return None if cut_short and budget > _RETRY_BUDGET_FACTOR * cached.seconds else list(cached.trials)
 
 
-def _brief(error: Exception) -> str:
+def _summarize(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

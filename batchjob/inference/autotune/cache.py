@@ -1,4 +1,4 @@
-"""What this machine remembers between runs, for this user alone: compiled kernels, and tables of what was tried."""
+"""Cache on this machine's disk, one per user: kernels of torch's compiler, and tables of earlier tuning trials."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from typing import IO, Any
 
 __all__ = ["TuningCache", "use_compile_cache"]
 
-_LOOK_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 
 
 def use_compile_cache() -> None:
-    """Have the compiler keep its kernels here, where the environment names no other place; they are code."""
+    """Make torch's compiler keep its kernels in this cache, unless the environment names another folder.
+
+    Kernels are code: the folder is readable by its owner only.
+    """
     with suppress(OSError):
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_folder("inductor")))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_make_folder("inductor")))
 
 
 class TuningCache:
-    """One thing to remember, under a name made of all that it hangs on. On a disk that cannot be written, nothing.
+    """One entry of the cache, under a name derived from all that it depends on; without a writable disk, no entry.
 
     Args:
-        facts: what tells it from others; values that JSON holds.
+        key_fields: Everything on which the entry depends, as values that JSON can hold.
     """
 
     def __init__(self, key_fields: Mapping[str, Any]) -> None:
@@ -36,38 +39,38 @@ class TuningCache:
 
     @contextmanager
     def lock(self, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
-        """Wait until no other process of this machine is at it, or until `stopped` says so."""
+        """Hold the entry's lock among the processes of this machine; enter without it if `is_stopped()` turns true."""
         try:
-            lock = (_folder("tuning") / f"{self._name}.lock").open("w")
+            file = (_make_folder("tuning") / f"{self._name}.lock").open("w")
         except OSError:
             yield
             return
-        with lock:
-            while not is_stopped() and not _locked(lock):
-                time.sleep(_LOOK_SECONDS)
+        with file:
+            while not is_stopped() and not _try_lock(file):
+                time.sleep(_POLL_SECONDS)
             yield
 
     def read(self) -> bytes | None:
-        """What was remembered."""
+        """Return the entry; None if there is none."""
         with suppress(OSError):
             return self._path.read_bytes()
         return None
 
     def write(self, data: bytes) -> None:
-        """Remember it, in place of what was there."""
+        """Write the entry, in place of an earlier one."""
         with suppress(OSError):
-            handle, name = tempfile.mkstemp(dir=_folder("tuning"))
-            with os.fdopen(handle, "wb") as file:
+            descriptor, name = tempfile.mkstemp(dir=_make_folder("tuning"))
+            with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
             Path(name).replace(self._path)
 
     @property
     def _path(self) -> Path:
-        return _folder("tuning") / f"{self._name}.json"
+        return _make_folder("tuning") / f"{self._name}.json"
 
 
-def _locked(file: IO[str]) -> bool:
-    """Whether it is ours now; on a disk that knows no locks it always is."""
+def _try_lock(file: IO[str]) -> bool:
+    """Take the lock if it is free; a disk that does not support locks always grants it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -77,10 +80,10 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
-def _folder(name: str) -> Path:
+def _make_folder(name: str) -> Path:
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchjob"
-    except RuntimeError as error:  # a container's user without a name
+    except RuntimeError as error:  # the user id of a container has no home folder
         raise OSError(str(error)) from error
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

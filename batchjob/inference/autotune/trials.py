@@ -1,4 +1,4 @@
-"""Which recipe a device gains by: candidates, the check against eager fp32, paired timings, the decision."""
+"""Trials of execution configs: each is compared with eager fp32 on the same batch, then timed in turn with it."""
 
 from __future__ import annotations
 
@@ -6,31 +6,33 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from batchjob.inference.execution_config import ExecutionConfig
 from batchjob.inference.output_comparison import OutputComparison, compare_outputs
 
-__all__ = ["Trial", "TrialModel", "run_trials"]
+__all__ = ["Trial", "TrialModel", "measure_seconds", "run_trials"]
 
-_GAIN = 1.03  # below that it is noise, and eager is simpler
-_HOPELESS = 0.7  # a first pair of timings below that needs no second
-_PAIRS = range(5, 31)  # timings: so many at least and at most
-_PAIRS_SECONDS = 3.0
+# Speed relative to eager fp32 in the first pair of timings, below which no second pair is taken.
+_HOPELESS_SPEEDUP = 0.7
+# Least number of pairs of timings, and the number at which they end.
+_MIN_PAIRS, _MAX_PAIRS = 5, 30
+# Time after which no further pair is taken, once there are enough.
+_TIMING_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A line of the table.
+    """Result of one trial; the field names are keys of the stored tuning decisions.
 
     Attributes:
-        recipe: what was tried.
-        verdict: `passed`, or why not.
-        passed: it ran, and its outputs are near enough.
-        speedup: over eager fp32, median of paired timings; 0 where it was not timed.
-        images_per_second: of the forward pass alone: eager fp32's, times `speedup`.
-        likeness: None where it did not run.
-        warm_up_s: from the module to the first output, compiling included.
+        recipe: Execution config that was tried.
+        verdict: `passed`, or the reason why it is not used.
+        passed: It ran, and its outputs are near enough to the reference.
+        speedup: Speed relative to eager fp32, the median of paired timings; 0 if it was not timed.
+        images_per_second: Images per second of the forward pass alone: that of eager fp32 times `speedup`.
+        likeness: Comparison with the outputs of eager fp32; None if it did not run.
+        warm_up_s: Seconds from the plain module to the first output, compilation included.
     """
 
     recipe: ExecutionConfig
@@ -42,70 +44,73 @@ class Trial:
     warm_up_s: float = 0.0
 
 
-class TrialModel:
-    """What is tuned, on its device.
+class TrialModel(Protocol):
+    """A model on its device with a batch to run it on.
+
+    Example: `run = model.build(config)` compiles, and each `run()` returns the outputs for the same 32 images.
 
     Attributes:
-        images: in the batch that `run` sees.
-        classes: see `compare`.
+        batch_size: Images in the batch.
+        argmax_is_class: See `compare_outputs`.
     """
 
     batch_size: int
-    argmax_is_class: bool = True
+    argmax_is_class: bool
 
     def build(self, config: ExecutionConfig) -> Callable[[], Any]:
-        """The model so prepared: each call runs it on the batch, and returns its output once that is there."""
-        raise NotImplementedError
+        """Prepare the model for a config; each call of the result runs the batch and returns its complete output."""
 
 
 def run_trials(model: TrialModel, configs: Sequence[ExecutionConfig]) -> Iterator[Trial]:
-    """Eager fp32, then each recipe against it, one at a time, as they are asked for. What fails is a line as well."""
-    eager = model.build(ExecutionConfig())
-    reference = eager()
-    seconds = min(_clocked(eager) for _ in range(3))
+    """Try eager fp32, then each config against it, one for each `next()`; a config that fails gives a trial too."""
+    run_eager = model.build(ExecutionConfig())
+    reference = run_eager()
+    seconds = min(measure_seconds(run_eager) for _ in range(3))
     yield Trial(
-        ExecutionConfig(),
-        "the reference",
-        True,
-        1.0,
-        model.batch_size / seconds,
-        OutputComparison(0.0, 1.0, 1.0),
+        recipe=ExecutionConfig(),
+        verdict="the reference",
+        passed=True,
+        speedup=1.0,
+        images_per_second=model.batch_size / seconds,
+        likeness=OutputComparison(0.0, 1.0, 1.0),
         warm_up_s=seconds,
     )
-    for recipe in configs:
-        if recipe != ExecutionConfig():
-            yield _tried(model, recipe, eager, reference, model.batch_size / seconds)
+    for config in configs:
+        if config != ExecutionConfig():
+            yield _try_config(model, config, run_eager, reference, model.batch_size / seconds)
 
 
-def _tried(
-    subject: TrialModel, recipe: ExecutionConfig, eager: Callable[[], Any], reference: Any, pace: float
+def measure_seconds(run: Callable[[], Any]) -> float:
+    """Return the wall-clock seconds of one call."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _try_config(
+    model: TrialModel, config: ExecutionConfig, run_eager: Callable[[], Any], reference: Any, images_per_second: float
 ) -> Trial:
-    began = time.perf_counter()
+    started = time.perf_counter()
     try:
-        fast = subject.build(recipe)
-        likeness = compare_outputs(reference, fast(), argmax_is_class=subject.argmax_is_class)
-        warm_up = time.perf_counter() - began
-        if (fault := likeness.rejection(recipe)) is not None:
-            return Trial(recipe, fault, likeness=likeness, warm_up_s=warm_up)
-        speedup = _paired(eager, fast)
-    except Exception as error:  # noqa: BLE001 - a candidate that fails is a line in the table, not a failed job
-        return Trial(recipe, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-    return Trial(recipe, "passed", True, speedup, pace * speedup, likeness, warm_up)
+        run = model.build(config)
+        comparison = compare_outputs(reference, run(), argmax_is_class=model.argmax_is_class)
+        warm_up = time.perf_counter() - started
+        if (rejection := comparison.rejection(config)) is not None:
+            return Trial(config, rejection, likeness=comparison, warm_up_s=warm_up)
+        speedup = _measure_speedup(run_eager, run)
+    except Exception as error:  # noqa: BLE001 - a config that fails is a line of the table, not a failed job
+        return Trial(config, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    return Trial(config, "passed", True, speedup, images_per_second * speedup, comparison, warm_up)
 
 
-def _paired(eager: Callable[[], Any], fast: Callable[[], Any]) -> float:
-    """Median ratio of timings taken in turn, which a noisy machine cannot tilt."""
-    fast()
+def _measure_speedup(run_eager: Callable[[], Any], run: Callable[[], Any]) -> float:
+    """Return the median ratio of timings taken in turn: a change of the machine's speed affects both of a pair."""
+    run()
     ratios: list[float] = []
-    began = time.perf_counter()
-    while len(ratios) < _PAIRS.stop - 1:
-        ratios.append(_clocked(eager) / _clocked(fast))
-        if ratios[0] < _HOPELESS or (len(ratios) >= _PAIRS.start and time.perf_counter() - began > _PAIRS_SECONDS):
+    started = time.perf_counter()
+    while len(ratios) < _MAX_PAIRS:
+        ratios.append(measure_seconds(run_eager) / measure_seconds(run))
+        enough = len(ratios) >= _MIN_PAIRS and time.perf_counter() - started > _TIMING_SECONDS
+        if ratios[0] < _HOPELESS_SPEEDUP or enough:
             break
     return statistics.median(ratios)
-
-
-def _clocked(run: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
