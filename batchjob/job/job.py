@@ -1,7 +1,6 @@
-"""`Job`: everything a run needs to know, as one frozen model made of the settings of the rooms below.
+"""`Job`: all settings of a run, as one frozen model made of the settings of the other packages.
 
-Read from a job file with every fault named at its line, or built in Python. Its fingerprint decides whether an output
-belongs to it.
+A job is read from a job file, which names every fault at its line, or built in Python.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 
 from batchjob.errors import InvalidJob
-from batchjob.job import job_file
+from batchjob.job.fingerprint import DECIDING_SECTIONS, compute_fingerprint, select_deciding_fields
+from batchjob.job.job_file import read_job_file
 from batchjob.job.parameters import Param
 from batchjob.job.runtime import ErrorBudget, Output, Runtime
 from batchjob.job.serialization import fill_unset_fields, serialize_all_fields, serialize_set_fields
@@ -44,9 +44,9 @@ from batchjob.tasks.raw import RawTask
 from batchjob.tasks.regression import RegressionTask
 from batchjob.tasks.segmentation import SegmentationTask
 
-__all__ = ["Job"]
+__all__ = ["AnyModel", "AnySource", "AnyTask", "Job"]
 
-# The extension points: a new kind of source, model or task is one file in its folder, and its name here.
+# Extension points: a new kind of source, model or task is one file in its package, and its class here.
 AnySource = Annotated[PrefixSource | ManifestSource, Field(discriminator="type")]
 AnyModel = Annotated[
     TorchvisionModel
@@ -72,10 +72,8 @@ AnyTask = Annotated[
     | PythonTask,
     Field(discriminator="type"),
 ]
-_ALTERING = ("precision", "half_weights", "quantize")  # of `runtime`: what may alter a prediction by more than rounding
-_DECIDING = ("input", "model", "preprocess", "task", "runtime", "decode")
-_UNDECIDING = {"input": ("require",), "model": ("trust", "sha256")}
-_TAKEN = "defaults"
+# Key of a serialized job for the defaults that differ from this version's.
+_DEFAULTS_KEY = "defaults"
 
 
 def _check_name(value: str) -> str:
@@ -88,18 +86,18 @@ class Job(Settings):
     """One run of a model over a dataset.
 
     Attributes:
-        name: what people call it.
-        params: values given at run time with `-p name=value`, put in place of `${name}` in any text.
-        input: where the images are listed.
-        model: the model, by the format of its weights.
-        preprocess: keys that are given override the weights' own; null switches a step off.
-        task: how the model's output becomes columns.
-        runtime: where and how the job runs.
-        errors: how much may go wrong.
-        output: where the rows go.
-        storage: options by URI prefix, such as `s3://` or `s3://bucket`; the longest that fits counts. No credentials.
-            Web hosts are read only where they stand here, such as `https://images.example.com`.
-        decode: limits on the images that are decoded.
+        name: Name of the job, for people.
+        params: Values given at run time with `-p name=value`; they replace `${name}` in any text.
+        input: Images to read.
+        model: The model, by the format of its weights.
+        preprocess: Keys that are set override the weights' own; null switches a step off.
+        task: Conversion of the model's output to columns.
+        runtime: Place and manner of the run.
+        errors: Limits on errors.
+        output: Place of the output.
+        storage: Options by URI prefix, such as `s3://` or `s3://bucket`; the longest one that fits counts. No
+            credentials. Web hosts are read only if they stand here, such as `https://images.example.com`.
+        decode: Limits on the images that are decoded.
     """
 
     name: Annotated[str, AfterValidator(_check_name)] = "job"
@@ -114,127 +112,128 @@ class Job(Settings):
     storage: dict[str, StorageOptions] = Field(default={})
     decode: DecodeSettings = DecodeSettings()
 
-    _base: Path = PrivateAttr(default_factory=Path.cwd)
-    _data_base: Path | None = PrivateAttr(default=None)
-    _taken: Mapping[str, Any] = PrivateAttr(default={})
+    _folder: Path = PrivateAttr(default_factory=Path.cwd)
+    _data_folder: Path | None = PrivateAttr(default=None)
+    _planned_defaults: Mapping[str, Any] = PrivateAttr(default={})
 
     @property
     def folder(self) -> Path:
-        """The job's folder: the one its file lies in, or the working directory it was built in."""
-        return self._base
+        """The job's folder: the folder of its file, or the working directory in which it was built."""
+        return self._folder
 
     @classmethod
     def from_file(cls, path: str | Path, params: Mapping[str, str] = {}, overrides: Sequence[str] = ()) -> Job:
-        """Reads a job file.
+        """Read a job file.
 
         Args:
-            path: of the YAML file; relative paths in it resolve beside it.
-            params: values of the job's parameters, as typed.
-            overrides: `section.key=value`, the value as YAML writes it; paths resolve against the working directory.
+            path: Path of the YAML file; relative paths in it resolve against its folder.
+            params: Values of the job's parameters, as typed.
+            overrides: `section.key=value`, the value in YAML; paths in it resolve against the working directory.
 
         Raises:
-            InvalidJob: with every fault of the file, a line each, such as
+            InvalidJob: The job has faults. The message names all of them, one line each, such as
                 `job.yaml:7:3: model.nmae: not a field of this model; did you mean 'name'?`.
         """
-        base = Path(os.path.normpath(Path.cwd() / path)).parent
-        text = job_file.read_job_file(Path(path), params, overrides)
+        folder = Path(os.path.normpath(Path.cwd() / path)).parent
+        source_map = read_job_file(Path(path), params, overrides)
         job: Job | None = None
         try:
-            job = cls._built(text.tree, base)
+            job = cls._build(source_map.tree, folder)
         except ValidationError as error:
-            add_validation_errors(error, cls, text)
-        text.raise_if_invalid()
+            add_validation_errors(error, cls, source_map)
+        source_map.raise_if_invalid()
         assert job is not None
         return job
 
     @classmethod
-    def deserialize(cls, doc: Mapping[str, Any], folder: Path, data_folder: Path) -> Job:
-        """The job that `portable` wrote, in another place.
+    def deserialize(cls, document: Mapping[str, Any], folder: Path, data_folder: Path) -> Job:
+        """Restore a job that was serialized, perhaps on another machine.
 
         Args:
-            doc: what `portable` returned.
-            base: this machine's copy of the job's folder, for model, preprocess and task.
-            data_base: the folder the job was started from, for input and output.
+            document: Result of `serialize`.
+            folder: Copy of the job's folder on this machine, for paths of model, preprocess and task.
+            data_folder: Folder that the job was started from, for paths of input and output.
 
         Raises:
-            InvalidJob: the document is none of this version's.
+            InvalidJob: The document was written by another version of batchjob.
         """
-        given, taken = {key: value for key, value in doc.items() if key != _TAKEN}, doc.get(_TAKEN, {})
+        fields = {key: value for key, value in document.items() if key != _DEFAULTS_KEY}
         try:
-            job, there = cls._built(given, folder), cls._built(given, data_folder)
+            job, job_with_data = cls._build(fields, folder), cls._build(fields, data_folder)
         except ValidationError as error:
             raise InvalidJob(f"this job was written by another version of batchjob: {error}") from None
-        moved = job.model_copy(update={"input": there.input, "output": there.output})
-        moved._data_base = data_folder
-        return moved._with(taken)
+        restored = job.model_copy(update={"input": job_with_data.input, "output": job_with_data.output})
+        restored._data_folder = data_folder
+        return restored._fill_unset(document.get(_DEFAULTS_KEY, {}))
 
     def serialize(self) -> dict[str, Any]:
-        """All that was explicitly set, as JSON holds it, with `./` before paths inside the job's folder.
+        """Return the explicitly set fields as a JSON document, with `./` before paths in the job's folder.
 
-        Beside it, where `completed` found any, the defaults that are not this version's.
+        Under `defaults` it holds the defaults that `with_defaults` took over and that differ from this version's.
         """
-        doc = serialize_set_fields(self, self.folder)
-        data = serialize_set_fields(self, self._data_base or self.folder)
-        taken = {_TAKEN: dict(self._taken)} if self._taken else {}
-        return doc | {name: data[name] for name in ("input", "output")} | taken
+        document = serialize_set_fields(self, self.folder)
+        data = serialize_set_fields(self, self._data_folder or self.folder)
+        defaults = {_DEFAULTS_KEY: dict(self._planned_defaults)} if self._planned_defaults else {}
+        return document | {name: data[name] for name in ("input", "output")} | defaults
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the predictions: the explicitly set fields of input, model, preprocess, task, decode, precision.
+        """Return the explicitly set fields that decide the predictions.
 
-        Not in it: what says when, where or how fast (`input.require`, workers, batches, output), what is only checked
+        They are fields of input, model, preprocess, task and decode, and the precision. Not among them: fields that
+        say when, where or how fast to run (`input.require`, workers, batches, output), fields that are only checked
         (`model.sha256`), and versions. The same job in another folder has the same fingerprint.
         """
-        given = self.serialize()
-        for section, keys in _UNDECIDING.items():
-            for key in keys:
-                given[section].pop(key, None)
-        given["runtime"] = {key: value for key, value in given.get("runtime", {}).items() if key in _ALTERING}
-        return {name: given[name] for name in _DECIDING if given.get(name)}
+        return compute_fingerprint(self.serialize())
 
     def resolved_settings(self) -> dict[str, Any]:
-        """All fields of what decides the predictions, set or not, by section: what `completed` goes by."""
-        found = {}
-        for name, settings in self._deciding():
-            fields = serialize_all_fields(
-                settings, (self._data_base or self.folder) if name == "input" else self.folder
-            )
-            found[name] = {key: value for key, value in fields.items() if key not in _UNDECIDING.get(name, ())}
-        return found | {"runtime": {key: getattr(self.runtime, key) for key in _ALTERING}}
+        """Return all fields that decide the predictions, set or not, by section; see `with_defaults`."""
+        resolved = {}
+        for name, settings in self._deciding_sections():
+            folder = (self._data_folder or self.folder) if name == "input" else self.folder
+            resolved[name] = select_deciding_fields(name, serialize_all_fields(settings, folder))
+        return resolved
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Job:
-        """The job as it was planned: what it does not set itself is what `resolved` said then, not today's default.
+        """Return the job with the defaults of the version that planned it, in place of this version's.
 
-        Fields that this version no longer knows are passed over. The fingerprint stays the same.
+        Fields that this version does not know are ignored. The fingerprint stays the same.
+
+        Args:
+            defaults: Result of `resolved_settings` when the job was planned.
 
         Raises:
-            InvalidJob: a value is none that this version takes.
+            InvalidJob: This version does not accept one of the values.
         """
-        now, taken = self.resolved_settings(), {}
-        for name, settings in self._deciding():
-            then = {key: value for key, value in defaults.get(name, {}).items() if key in now[name]}
-            other = {key: value for key, value in then.items() if value != now[name][key]}
-            if more := {key: value for key, value in other.items() if key not in settings.model_fields_set}:
-                taken[name] = more
-        return self._with(taken) if taken else self
+        current, differing = self.resolved_settings(), {}
+        for name, settings in self._deciding_sections():
+            changed = {
+                key: value
+                for key, value in defaults.get(name, {}).items()
+                if key in current[name] and key not in settings.model_fields_set and value != current[name][key]
+            }
+            if changed:
+                differing[name] = changed
+        return self._fill_unset(differing) if differing else self
 
-    def _deciding(self) -> Iterator[tuple[str, Settings]]:
-        """The sections that decide the predictions, as far as the job has them."""
-        for name in _DECIDING:
+    def _deciding_sections(self) -> Iterator[tuple[str, Settings]]:
+        for name in DECIDING_SECTIONS:
             if (settings := getattr(self, name)) is not None:
                 yield name, settings
 
-    def _with(self, taken: Mapping[str, Mapping[str, Any]]) -> Job:
-        """The same job with other defaults; the fields that count as set stay the same."""
+    def _fill_unset(self, defaults: Mapping[str, Mapping[str, Any]]) -> Job:
+        """Return the job with these values in fields that were not set; they still count as not set."""
         try:
-            sections = {name: fill_unset_fields(getattr(self, name), more, self.folder) for name, more in taken.items()}
+            sections = {
+                name: fill_unset_fields(getattr(self, name), values, self.folder) for name, values in defaults.items()
+            }
         except ValidationError as error:
             raise InvalidJob(f"this job was planned by another version of batchjob: {error}") from None
         job = self.model_copy(update=sections)
-        job._taken = taken
+        job._planned_defaults = defaults
         return job
 
     @classmethod
-    def _built(cls, doc: Mapping[str, Any], base: Path) -> Job:
-        job = cls.model_validate(doc, context={"base": base})
-        job._base = base
+    def _build(cls, document: Mapping[str, Any], folder: Path) -> Job:
+        job = cls.model_validate(document, context={"base": folder})
+        job._folder = folder
         return job

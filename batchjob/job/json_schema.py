@@ -1,8 +1,4 @@
-"""`Job`: everything a run needs to know, as one frozen model made of the settings of the rooms below.
-
-Read from a job file with every fault named at its line, or built in Python. Its fingerprint decides whether an output
-belongs to it.
-"""
+"""JSON schema of a job file, with a description of each field from the docstrings."""
 
 from __future__ import annotations
 
@@ -18,29 +14,30 @@ __all__ = ["job_json_schema"]
 
 
 def job_json_schema() -> dict[str, Any]:
-    """JSON schema of a job file, with descriptions, for editors."""
+    """Return the JSON schema of a job file, for editors that complete and check it."""
     schema = Job.model_json_schema()
-    documented = {kind.__name__: kind for kind in _kinds_in(Job)}
+    classes = {settings_class.__name__: settings_class for settings_class in _walk_settings_classes(Job)}
     for name, definition in [("Job", schema), *schema.get("$defs", {}).items()]:
-        if name in documented:
-            _describe(definition, documented[name])
+        if name in classes:
+            _add_descriptions(definition, classes[name])
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "batchjob job"}
 
 
-def _kinds_in(annotation: Any) -> Iterator[type[Settings]]:
+def _walk_settings_classes(annotation: Any) -> Iterator[type[Settings]]:
+    """Yield the settings classes that a type is made of, and those of their fields."""
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         yield annotation
         for field in annotation.model_fields.values():
-            yield from _kinds_in(field.annotation)
-    for part in get_args(annotation):
-        yield from _kinds_in(part)
+            yield from _walk_settings_classes(field.annotation)
+    for argument in get_args(annotation):
+        yield from _walk_settings_classes(argument)
 
 
-def _describe(definition: dict[str, Any], kind: type[Settings]) -> None:
-    """Moves what the docstrings say of each attribute, also of inherited ones, to its property."""
-    definition["description"] = (inspect.getdoc(kind) or "").partition("Attributes:")[0].strip()
-    for ancestor in kind.__mro__:
+def _add_descriptions(definition: dict[str, Any], settings_class: type[Settings]) -> None:
+    """Copy the docstring, and the description of each attribute, also of inherited ones, into a schema definition."""
+    definition["description"] = (inspect.getdoc(settings_class) or "").partition("Attributes:")[0].strip()
+    for ancestor in settings_class.__mro__:
         attributes = (inspect.getdoc(ancestor) or "").partition("Attributes:")[2]
-        for name, words in re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", attributes, re.MULTILINE):
+        for name, text in re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", attributes, re.MULTILINE):
             if name in definition.get("properties", {}):
-                definition["properties"][name].setdefault("description", re.sub(r"\s+", " ", words))
+                definition["properties"][name].setdefault("description", re.sub(r"\s+", " ", text))

@@ -1,4 +1,4 @@
-"""Parameters of a job: declared in it, given as `-p name=value`, put in place of `${name}` in any text."""
+"""Parameters of a job: declared in it, given as `-p name=value`, substituted for `${name}` in any text."""
 
 from __future__ import annotations
 
@@ -15,15 +15,24 @@ from batchjob.text import did_you_mean, redact_assignment
 
 __all__ = ["Param", "substitute_parameters"]
 
+# `$${name}` stands for the text `${name}`.
 _REFERENCE = re.compile(r"\$(\$\{[^}]*\})|\$\{([^}]*)\}")
+_TYPE_NAMES = {
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "date": "a date such as 2026-11-19",
+}
+_PLACEHOLDERS = {"str": "TEXT", "int": "NUMBER", "float": "NUMBER", "bool": "true", "date": "YYYY-MM-DD"}
 
 
 class Param(Settings):
-    """A value given at run time with `-p name=value`, and put in place of `${name}`.
+    """A value given at run time with `-p name=value`, which replaces `${name}`.
 
     Attributes:
-        type: what the value must be; a date reads YYYY-MM-DD.
-        default: what it is when it is not given; without one it must be given.
+        type: Type of the value; a date reads YYYY-MM-DD.
+        default: Value where none is given; null requires one.
     """
 
     type: Literal["str", "int", "float", "bool", "date"] = "str"
@@ -31,112 +40,121 @@ class Param(Settings):
 
 
 def substitute_parameters(source_map: SourceMap, given: Mapping[str, str]) -> None:
-    """Replaces `${name}` in every string of the tree; what is wrong with a parameter is said once, where it belongs."""
-    declared = _declared(source_map)
-    values: dict[str, str] = {}
-    for number, (name, raw) in enumerate(given.items()):
-        place = TextLocation(f"-p {redact_assignment(name, raw)}", (2, number, 0), ())
-        if name not in declared:
-            known = f"it has {', '.join(declared)}" if declared else "it declares none; add it under params"
-            sentence = f"is no parameter of this job{did_you_mean(name, list(declared)) or '; ' + known}"
-            source_map.problems.append(Problem(place, (), sentence))
-            continue
-        converted = _convert(raw, declared[name])
-        if converted is None:
-            source_map.problems.append(Problem(place, (), f"must be {_KINDS[declared[name].type]}"))
-            values[name] = raw
-            continue
-        values[name] = converted
+    """Replace `${name}` in every text of a job. Faults of a parameter are reported once, at its declaration or value.
+
+    Args:
+        source_map: The job; its tree is changed.
+        given: Values by name, as typed.
+    """
+    declared = _read_declarations(source_map)
+    values = _convert_given(source_map, declared, given)
     for name, param in declared.items():
         if name in values:
             continue
         if param.default is None:
-            source_map.add_problem(
-                ("params", name), f"needs a value: add -p {name}={_EXAMPLES[param.type]}", at_key=True
-            )
+            message = f"needs a value: add -p {name}={_PLACEHOLDERS[param.type]}"
+            source_map.add_problem(("params", name), message, at_key=True)
             values[name] = f"${{{name}}}"
             continue
-        default = _convert(_spelled(param.default), param)
+        default = _convert(_to_text(param.default), param)
         if default is None:
-            source_map.add_problem(("params", name, "default"), f"must be {_KINDS[param.type]}")
+            source_map.add_problem(("params", name, "default"), f"must be {_TYPE_NAMES[param.type]}")
         values[name] = default if default is not None else ""
+    substitution = _ParameterSubstitution(source_map, values, declared)
     for key in source_map.tree:
         if key != "params":
-            source_map.tree[key] = _ParameterSubstitution(source_map, values, declared).value(
-                source_map.tree[key], (key,)
-            )
+            source_map.tree[key] = substitution.apply(source_map.tree[key], (key,))
 
 
-def _declared(text: SourceMap) -> dict[str, Param]:
-    """The parameters as far as they are well-formed; `Job` itself says what is wrong with the others."""
-    declared = text.tree.get("params")
-    found: dict[str, Param] = {}
-    for name, raw in (declared if isinstance(declared, dict) else {}).items():
+def _read_declarations(source_map: SourceMap) -> dict[str, Param]:
+    """Return the declared parameters. Faults in a declaration are reported later, when `Job` is validated."""
+    section = source_map.tree.get("params")
+    declared: dict[str, Param] = {}
+    for name, value in (section if isinstance(section, dict) else {}).items():
         try:
-            found[name] = Param.model_validate(raw)
+            declared[name] = Param.model_validate(value)
         except ValidationError:
-            found[name] = Param(default="")
-    return found
+            declared[name] = Param(default="")
+    return declared
 
 
-_KINDS = {
-    "str": "text",
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "date": "a date such as 2026-11-19",
-}
-_EXAMPLES = {"str": "TEXT", "int": "NUMBER", "float": "NUMBER", "bool": "true", "date": "YYYY-MM-DD"}
+def _convert_given(source_map: SourceMap, declared: Mapping[str, Param], given: Mapping[str, str]) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for number, (name, text) in enumerate(given.items()):
+        location = TextLocation(f"-p {redact_assignment(name, text)}", (2, number, 0), ())
+        if name not in declared:
+            known = f"it has {', '.join(declared)}" if declared else "it declares none; add it under params"
+            message = f"is no parameter of this job{did_you_mean(name, list(declared)) or '; ' + known}"
+            source_map.problems.append(Problem(location, (), message))
+            continue
+        converted = _convert(text, declared[name])
+        if converted is None:
+            source_map.problems.append(Problem(location, (), f"must be {_TYPE_NAMES[declared[name].type]}"))
+        values[name] = text if converted is None else converted
+    return values
 
 
-def _spelled(value: str | float) -> str:
+def _to_text(value: str | float) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _convert(raw: str, param: Param) -> str | None:
-    """The one spelling of a value, so that `07` and `7` name one output; None where it is not of the type."""
+def _convert(text: str, param: Param) -> str | None:
+    """Normalize a value, so that `07` and `7` name one output.
+
+    Returns:
+        Its only spelling; None if it is not of the parameter's type.
+    """
     try:
         match param.type:
             case "int":
-                return str(int(raw))
+                return str(int(text))
             case "float":
-                return repr(float(raw))
+                return repr(float(text))
             case "bool":
-                return raw.lower() if raw.lower() in {"true", "false"} else None
+                return text.lower() if text.lower() in {"true", "false"} else None
             case "date":
-                well_formed = re.fullmatch(r"\d{4}-\d\d-\d\d", raw, re.ASCII)
-                return datetime.date.fromisoformat(raw).isoformat() if well_formed else None
+                # fromisoformat also accepts other forms, such as 20261119.
+                well_formed = re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII)
+                return datetime.date.fromisoformat(text).isoformat() if well_formed else None
             case "str":
-                return raw
+                return text
     except ValueError:
         return None
 
 
 class _ParameterSubstitution:
-    """One walk over the tree that puts parameters in."""
+    """Substitution of parameters in a tree of values.
 
-    def __init__(self, text: SourceMap, values: Mapping[str, str], declared: Mapping[str, Param]) -> None:
-        self.text, self.values, self.declared = text, values, declared
+    Args:
+        source_map: The job; faults are added to it.
+        values: Value of each parameter; `${name}` itself for one without a value.
+        declared: Declared parameters, for suggestions.
+    """
 
-    def value(self, value: Any, path: KeyPath) -> Any:
+    def __init__(self, source_map: SourceMap, values: Mapping[str, str], declared: Mapping[str, Param]) -> None:
+        self._source_map, self._values, self._declared = source_map, values, declared
+
+    def apply(self, value: Any, path: KeyPath) -> Any:
+        """Return the value with parameters substituted in all its texts."""
         if isinstance(value, dict):
-            return {key: self.value(item, (*path, key)) for key, item in value.items()}
+            return {key: self.apply(item, (*path, key)) for key, item in value.items()}
         if isinstance(value, list):
-            return [self.value(item, (*path, index)) for index, item in enumerate(value)]
+            return [self.apply(item, (*path, index)) for index, item in enumerate(value)]
         if isinstance(value, str) and "${" in value:
-            return type(value)(_REFERENCE.sub(lambda match: self.one(match, path), value))
+            # A text typed on the command line keeps its class.
+            return type(value)(_REFERENCE.sub(lambda match: self._resolve(match, path), value))
         return value
 
-    def one(self, match: re.Match[str], path: KeyPath) -> str:
+    def _resolve(self, match: re.Match[str], path: KeyPath) -> str:
         escaped, name = match.groups()
         if escaped is not None:
             return str(escaped)
-        if name not in self.values:
+        if name not in self._values:
             advice = f"; declare it under params, or write $${{{name}}} for itself"
-            hint = did_you_mean(name, list(self.declared)) or advice
-            self.text.add_problem(path, f"${{{name}}} is no parameter of this job{hint}")
-            self.text.unresolved.add(path)
+            hint = did_you_mean(name, list(self._declared)) or advice
+            self._source_map.add_problem(path, f"${{{name}}} is no parameter of this job{hint}")
+            self._source_map.unresolved.add(path)
             return match.group()
-        if self.values[name] == match.group():
-            self.text.unresolved.add(path)
-        return self.values[name]
+        if self._values[name] == match.group():
+            self._source_map.unresolved.add(path)
+        return self._values[name]

@@ -1,8 +1,4 @@
-"""`Job`: everything a run needs to know, as one frozen model made of the settings of the rooms below.
-
-Read from a job file with every fault named at its line, or built in Python. Its fingerprint decides whether an output
-belongs to it.
-"""
+"""Job settings of a run: workers, devices, batches, error budget and output."""
 
 from __future__ import annotations
 
@@ -28,39 +24,39 @@ def _check_device(value: str) -> str:
 
 
 class Workers(Settings):
-    """How many workers a run may have.
+    """Number of workers of a run.
 
     Attributes:
-        min: so many before work starts.
-        max: never more than this.
+        min: Workers that must be ready before work starts.
+        max: Most workers at any time.
     """
 
     min: AtLeastOne = 1
     max: AtLeastOne
 
     @model_validator(mode="after")
-    def _in_order(self) -> Self:
+    def _check_order(self) -> Self:
         if self.max < self.min:
             raise ValueError(f"has max {self.max} below min {self.min}")
         return self
 
 
 class Runtime(Acceleration):
-    """Where and how the job runs. Of all this only `precision`, `half_weights` and `quantize` alter a prediction.
+    """Place and manner of a run. Only `precision`, `half_weights` and `quantize` change predictions.
 
     Attributes:
-        pool: `ray` runs workers as Ray actors; `local` one worker in this process.
-        workers: how many workers; a number, or `min` and `max`.
-        gpus_per_worker: GPUs that each worker is given; may be a fraction.
-        cpus_per_worker: cores that each worker is given, its loader processes included.
-        device: auto, cuda, cuda:N, mps, xpu or cpu; one that is asked for and absent is an error.
-        batch_size: images in a batch.
+        pool: `ray` runs workers as Ray actors, `local` runs one worker in this process.
+        workers: Number of workers, or a section with `min` and `max`.
+        gpus_per_worker: GPUs of each worker; may be a fraction.
+        cpus_per_worker: Cores of each worker, its loader processes included.
+        device: auto, cuda, cuda:N, mps, xpu or cpu. A device that is asked for and absent is an error.
+        batch_size: Images in a batch.
         grad_mode: `no_grad` for models that fail under inference mode.
-        shard_size: images in a shard, the unit that is committed.
-        loader: how images reach the model.
-        stall_seconds: that one batch may take in the model, and its loader or, beyond `errors.outage_seconds`, its
-            store go without a sign of life; then a worker is replaced, and on the local pool the run ends. Loading,
-            tuning and compiling do not count.
+        shard_size: Images in a shard, the unit that is committed.
+        loader: Loading of images.
+        stall_seconds: Longest time of one batch in the model, and longest time that a loader, or beyond
+            `errors.outage_seconds` a store, shows no progress, in seconds. After that the worker is replaced; on the
+            local pool the run ends. Loading the model, tuning and compiling do not count.
     """
 
     pool: Literal["ray", "local"] = "ray"
@@ -76,17 +72,17 @@ class Runtime(Acceleration):
 
 
 class ErrorBudget(Settings):
-    """How much may go wrong.
+    """Limits on errors.
 
     Attributes:
-        max_rate: share of images that may be error rows; over it the run ends with exit 3 and no `_SUCCESS`.
-        max_count: error rows that there may be in all; null counts none.
-        abort_early: stop as soon as it is certain that the run will be over one of the two.
-        attempts: how often a shard is tried before it is given up.
-        retries: how often an image that cannot be read, for a reason that may pass, is asked for again while other
-            images of its store can be read, before it is an error row; each time it is retried for up to 30 seconds.
-        outage_seconds: how long a store that does not answer at all is waited for, once work has begun, before the run
-            ends with exit 75. Faults of network and credentials use up no attempts and leave no rows.
+        max_rate: Largest share of images that may be error rows. Above it the run ends with exit 3, without `_SUCCESS`.
+        max_count: Most error rows; null sets no limit.
+        abort_early: Stop as soon as it is certain that the run will exceed one of these two.
+        attempts: Attempts at a shard before it is given up.
+        retries: Further reads of an image that cannot be read for a reason that may pass, while other images of its
+            store can be read; after them it is an error row. Each read is retried for up to 30 seconds.
+        outage_seconds: Time to wait for a store that does not answer at all, in seconds, once work has begun; then the
+            run ends with exit 75. Network and credential faults use up no attempts and leave no error rows.
     """
 
     max_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -98,10 +94,10 @@ class ErrorBudget(Settings):
 
 
 class Output(Settings):
-    """Where the rows go.
+    """Place of the output.
 
     Attributes:
-        uri: folder of the output, a local path or a URI; `predictions/` and `_SUCCESS` appear in it.
+        uri: Folder of the output, a local path or a URI. `predictions/` and `_SUCCESS` appear in it.
     """
 
     uri: Uri

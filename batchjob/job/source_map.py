@@ -1,4 +1,4 @@
-"""A job as it was written: plain values that remember where each stood, and what is wrong with them."""
+"""Source map of a job: plain values, the location in the text of each key and value, and the problems found."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from batchjob.errors import InvalidJob
 __all__ = ["KeyPath", "Problem", "SourceMap", "TextLocation"]
 
 KeyPath = tuple[str | int, ...]
+"""Keys and list indices from the root to a value: `("input", "passthrough", 0)`."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextLocation:
-    """Where a value was written.
+    """Location of a key or value in what the user wrote.
 
     Attributes:
-        label: `job.yaml:7:3`, or the override itself.
-        order: sorts places as a reader meets them.
-        path: what an override's own key already says; None in a file.
+        label: `job.yaml:7:3`, or the override or parameter as typed.
+        sort_key: Order in which a reader meets locations: (0, line, column) in the file, (1, number, 0) for an
+            override, (2, number, 0) for a parameter.
+        path: Key path that an override names itself; messages do not repeat it. None in a file.
     """
 
     label: str
@@ -29,7 +31,13 @@ class TextLocation:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One fault: where, in which key, and the rest of the sentence."""
+    """One fault of a job.
+
+    Attributes:
+        location: Location that the message points at.
+        path: Key path at fault; empty for the whole job.
+        message: Rest of the sentence: `must be at most 1, not 7`.
+    """
 
     location: TextLocation
     path: KeyPath
@@ -43,10 +51,21 @@ class Problem:
 
 @dataclass
 class SourceMap:
-    """A job as it was written: `tree` of plain values, and the place of every key and value in it.
+    """A job as it was written.
+
+    An example, for the file `job.yaml` with the line `task: {top_k: five}`:
+
+        tree             {"task": {"top_k": "five"}}
+        key_locations    ("task",): 1:1    ("task", "top_k"): 1:8
+        value_locations  (): 1:1           ("task",): 1:7           ("task", "top_k"): 1:15
 
     Attributes:
-        unresolved: paths whose text still holds a `${name}` without a value; what else is wrong there does not matter.
+        file: Path of the job file, as messages show it.
+        tree: Plain values.
+        key_locations: Location of each key.
+        value_locations: Location of each value.
+        problems: Faults found so far.
+        unresolved: Paths of texts that hold a `${name}` without a value. Other faults there are not reported.
     """
 
     file: str
@@ -57,10 +76,17 @@ class SourceMap:
     unresolved: set[KeyPath] = field(default_factory=set)
 
     def add_problem(self, path: KeyPath, message: str, at_key: bool = False) -> None:
-        """Keeps a fault, placed at the nearest thing that was written down."""
+        """Add a fault.
+
+        Args:
+            path: Key path at fault.
+            message: Rest of the sentence.
+            at_key: True points at the key, False at the value.
+        """
         self.problems.append(Problem(self.locate(path, at_key), path, message))
 
     def locate(self, path: KeyPath, at_key: bool = False) -> TextLocation:
+        """Return the location of a path, or of its nearest ancestor that was written."""
         for depth in range(len(path), -1, -1):
             if at_key and path[:depth] in self.key_locations:
                 return self.key_locations[path[:depth]]
@@ -69,7 +95,7 @@ class SourceMap:
         return TextLocation(f"{self.file}:1:1", (0, 1, 1))
 
     def raise_if_invalid(self) -> None:
-        """Raises InvalidJob with every fault, a line each, in the order a reader meets them."""
+        """Raise InvalidJob if there are problems: one line each, in the order in which a reader meets them."""
         if self.problems:
             ordered = sorted(self.problems, key=lambda problem: problem.location.sort_key)
             raise InvalidJob("\n".join(dict.fromkeys(map(str, ordered))))
