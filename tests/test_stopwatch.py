@@ -9,7 +9,8 @@ import pytest
 from stores import Killed, MemoryStore
 
 from batchjob.types import StalledStep
-from batchjob.worker.watchdog import MonitoredStore, Watchdog
+from batchjob.worker.monitored_store import MonitoredStore
+from batchjob.worker.watchdog import Watchdog
 
 
 def test_the_latest_of_all_threads_is_told_and_none_when_all_have_ended() -> None:

@@ -27,7 +27,8 @@ from batchjob.loader.shard_queue import ShardQueue
 from batchjob.storage.objects import ObjectData
 from batchjob.storage.reader import Reader
 from batchjob.types import ImageRef, PreparedImage, Shard, ShardKey
-from batchjob.worker.watchdog import MonitoredStore, Watchdog
+from batchjob.worker.monitored_store import MonitoredStore
+from batchjob.worker.watchdog import Watchdog
 
 IMAGES = 16
 

@@ -1,42 +1,50 @@
-"""Which devices are used no more in this run: those that failed twice, but for what images did to them. Pure."""
+"""Devices banned for the rest of a run, after two faults not caused by an image. Pure state, no I/O."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from batchjob.types import overlaps
 
 __all__ = ["DeviceBans"]
 
-_MOST = 2
+_MAX_FAULTS = 2
 
 
-@dataclass
 class DeviceBans:
-    """Faults of devices.
+    """Faults of devices, and the bans that follow.
 
-    A fault that follows images into a second process was theirs: it is no strike, and the first one is taken back.
+    A fault that follows its images into a second process was caused by one of them. It is not the device's, and the
+    first fault with these images is taken back.
     """
 
-    _faults: dict[str, list[tuple[range, ...]]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._faults: dict[str, list[tuple[range, ...]]] = {}  # by device, the images of each fault
 
     @property
     def banned(self) -> set[str]:
-        """Devices that are not to be used."""
-        return {device for device, faults in self._faults.items() if len(faults) >= _MOST}
+        """Devices that must not be used."""
+        return {device for device, faults in self._faults.items() if len(faults) >= _MAX_FAULTS}
 
-    def record_fault(self, device: str, images: Iterable[range] = ()) -> bool:
-        """A fault of that device, while these images were with it. True when it is banned now."""
-        self._faults.setdefault(device, []).append(tuple(images))
+    def record_fault(self, device: str, positions: Iterable[range] = ()) -> bool:
+        """Record a fault of a device.
+
+        Args:
+            device: The device.
+            positions: Positions in the plan of the images that were on the device.
+
+        Returns:
+            True if the device is banned now.
+        """
+        self._faults.setdefault(device, []).append(tuple(positions))
         return device in self.banned
 
-    def clear_faults(self, images: Iterable[range]) -> None:
-        """One of these images did it, and has done it before: faults of any device with them were not the device's."""
-        known = tuple(images)
+    def clear_faults(self, positions: Iterable[range]) -> None:
+        """Take back the faults of all devices that had one of these images, because the image was the cause."""
+        culprits = tuple(positions)
         for device, faults in self._faults.items():
-            self._faults[device] = [fault for fault in faults if not _any_meet(fault, known)]
+            self._faults[device] = [fault for fault in faults if not _any_overlap(fault, culprits)]
 
 
-def _any_meet(some: Iterable[range], others: Iterable[range]) -> bool:
+def _any_overlap(some: Iterable[range], others: Iterable[range]) -> bool:
     return any(overlaps(one, other) for one in some for other in others)

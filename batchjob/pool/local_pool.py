@@ -1,69 +1,65 @@
-"""The pool of one: the worker in a thread of this process, for debugging and for machines without Ray."""
+"""Pool of one worker in a thread of this process, for debugging and for machines without Ray."""
 
 from __future__ import annotations
 
-import queue
 from pathlib import Path
 
-from batchjob.pool.placement import Placement, apply_event
+from batchjob.pool.placement import Placement
 from batchjob.types import ShardKey
 from batchjob.worker.messages import WorkerEvent, WorkerSetup
-from batchjob.worker.worker_thread import _NAME, WorkerThread
+from batchjob.worker.worker_thread import WorkerThread
 
 __all__ = ["LocalPool"]
 
+_WORKER = "local"
+
 
 class LocalPool:
-    """One worker in this process. See `Pool`. Where that worker is lost, so is the run, but for another process.
+    """One worker in this process. See `Pool`.
+
+    The run ends with its worker: only another process can replace a worker that is lost.
 
     Args:
-        cores: how many the worker may use.
-        base: the job's folder as seen from here; None where it is the one that the setup names.
+        cores: Cores that the worker may use, loader processes included.
     """
 
     size = 1
 
-    def __init__(self, cores: int, job_folder: Path | None = None) -> None:
-        self._cores, self._base = cores, job_folder
-        self._events: queue.Queue[WorkerEvent] = queue.Queue()  # a SimpleQueue's get may never end (test_local.py)
-        self._loop: WorkerThread | None = None
+    def __init__(self, cores: int) -> None:
+        self._cores = cores
+        self._thread: WorkerThread | None = None
         self._placement = Placement()
 
     def start(self, setup: WorkerSetup) -> None:
-        base = self._base or Path(setup.job_folder)
-        self._loop = WorkerThread(setup, base, self._cores, self._events.put)
+        self._thread = WorkerThread(_WORKER, setup, Path(setup.job_folder), self._cores)
 
     def free_slots(self) -> int:
         return self._placement.free_slots()
 
-    def submit(self, key: ShardKey, plan_number: int, reattempt: bool = False) -> None:
-        self._placement.submit(key, plan_number, reattempt)
-        self._hand_over()
+    def submit(self, key: ShardKey, plan_number: int) -> None:
+        self._placement.submit(key, plan_number)
+        self._send_assignments()
 
     def idle_workers(self) -> int:
-        return 0  # nobody is beside the one
+        # No worker could make a second attempt beside the only one.
+        return 0
 
     def submit_speculative(self, key: ShardKey, plan_number: int) -> None:
-        raise AssertionError(f"shard {key.index} of plan {plan_number} has nowhere else to go")
+        raise AssertionError(f"shard {key.index} of plan {plan_number}: there is no second worker")
 
     def wait(self, timeout: float) -> list[WorkerEvent]:
-        events: list[WorkerEvent] = []
-        try:
-            events.append(self._events.get(timeout=timeout))
-            while True:
-                events.append(self._events.get_nowait())
-        except queue.Empty:
-            pass
+        events = self._thread.wait(timeout) if self._thread is not None else []
         for event in events:
-            apply_event(self._placement, _NAME, event)
-        self._hand_over()
+            self._placement.apply(_WORKER, event)
+        self._send_assignments()
         return events
 
     def close(self) -> None:
-        if self._loop is not None:
-            self._loop.close()
+        if self._thread is not None:
+            self._thread.close()
 
-    def _hand_over(self) -> None:
-        assert self._loop is not None, "start comes before all else"
-        for due in self._placement.take_assignments():
-            self._loop.submit(due)
+    def _send_assignments(self) -> None:
+        # Before `start` no worker is ready, so there are no assignments.
+        if self._thread is not None:
+            for assignment in self._placement.take_assignments():
+                self._thread.submit(assignment)

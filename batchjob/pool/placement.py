@@ -1,4 +1,4 @@
-"""Which worker gets which shard, and which shards travel alone. Pure: no clock, no input or output."""
+"""Placement of shards on workers. Pure state: no clock, no I/O."""
 
 from __future__ import annotations
 
@@ -7,231 +7,254 @@ from dataclasses import dataclass, field
 
 from batchjob.errors import Unavailable
 from batchjob.types import ShardKey
-from batchjob.worker.messages import ShardCommitted, ShardFailed, WorkerEvent, WorkerReady
+from batchjob.worker.messages import Assignment, ShardCommitted, ShardFailed, WorkerEvent, WorkerReady
 
-__all__ = ["Assignment", "Placement", "apply_event"]
+__all__ = ["Placement"]
 
-# One at work, one on its way into the output, and two queued, so that the pipeline never runs dry between shards. Where
-# more than one waits for the store, the store sets the pace and not the queue.
-_SHARDS = 4
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """A shard of plan number `plan` for a worker; `again` where it has been tried before, or is tried elsewhere."""
-
-    worker: str
-    key: ShardKey
-    plan_number: int
-    reattempt: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class _WorkerQueue:
-    """What one worker has in hand, oldest first.
-
-    Attributes:
-        worker: whose it is.
-        ahead: images that its loader keeps under way, 0 where that is not known.
-        rows: images that are to be read for its shards.
-        alone: it has a suspect, and gets nothing beside it.
-        cleared: it gets nothing more, so that it comes to have nothing else when a suspect waits.
-    """
-
-    worker: str
-    ahead: int
-    shards: dict[int, ShardKey] = field(default_factory=dict)
-    rows: int = 0
-    alone: bool = False
-    cleared: bool = False
-
-    @property
-    def room(self) -> int:
-        """How many more it takes: four in all, of small shards as many as keep its loader busy."""
-        if self.alone or self.cleared:
-            return 0
-        return max(_SHARDS - len(self.shards), int(self.rows < 2 * self.ahead))
-
-    def take(self, key: ShardKey) -> None:
-        self.shards[key.index] = key
-        self.rows += key.images_to_read
-
-    def put_down(self, key: ShardKey) -> None:
-        if self.shards.pop(key.index, None) is not None:
-            self.rows -= key.images_to_read
-            self.alone = False
-
-
-class _FreeSlots:
-    """Desks with room, by the shards they have in hand; found, entered and left without a look at the others."""
-
-    def __init__(self) -> None:
-        self._by_load: defaultdict[int, dict[str, _WorkerQueue]] = defaultdict(dict)
-        self._where: dict[str, tuple[int, int]] = {}
-        self._least = 0
-        self.room = 0
-
-    def enter(self, desk: _WorkerQueue) -> None:
-        """As it is now; it stays unchanged until it leaves."""
-        if not (room := desk.room):
-            return
-        load = len(desk.shards)
-        self._by_load[load][desk.worker] = desk
-        self._where[desk.worker] = load, room
-        self._least = min(self._least, load)
-        self.room += room
-
-    def leave(self, desk: _WorkerQueue) -> None:
-        load, room = self._where.pop(desk.worker, (0, 0))
-        self._by_load[load].pop(desk.worker, None)
-        self.room -= room
-
-    def least_busy(self) -> _WorkerQueue:
-        """The one with the fewest shards. There must be one."""
-        assert self._where, "room is asked for first"
-        while not self._by_load[self._least]:
-            self._least += 1
-        return next(iter(self._by_load[self._least].values()))
-
-    def idle(self) -> int:
-        """How many have nothing in hand."""
-        return len(self._by_load[0])
+# One shard in the model, one being committed, and two in line, so that the pipeline never runs empty between shards.
+# If more than one waits for its commit, the store limits the throughput, and a longer line would not help.
+_SHARDS_PER_WORKER = 4
 
 
 class Placement:
-    """Shards in the hands of workers.
+    """Assigns shards to workers, each to the worker that has the fewest.
 
-    A shard whose attempt failed is a suspect: it goes to a worker that has nothing else, which gets nothing beside it,
-    so that what takes its worker down again takes no neighbour with it and is known for certain.
+    A shard whose attempt failed is a suspect: it goes to a worker that has no other shard, and that worker gets no
+    other one beside it. If the suspect takes its worker down again, it harms no other shard and is known to be the
+    cause.
 
-    What it costs to place a shard does not grow with the number of workers, but for suspects.
+    The cost of an assignment does not grow with the number of workers, except for suspects.
+
+    Example:
+        >>> placement = Placement()
+        >>> placement.add_worker("a")
+        >>> placement.free_slots()
+        4
+        >>> placement.submit(key, plan_number=0)
+        >>> placement.take_assignments()
+        [Assignment(worker='a', key=key, plan_number=0, reattempt=False)]
+        >>> placement.apply("a", ShardCommitted(result))  # of this key
+        >>> placement.free_slots()
+        4
 
     Args:
-        least: workers that must be there before work begins. Once they were, a lost one holds up nobody.
+        min_workers: Number of workers that must be ready before any shard is assigned. It counts only once: a worker
+            that is lost later holds up no other.
     """
 
     def __init__(self, min_workers: int = 1) -> None:
-        self._least = min_workers
-        self._desks: dict[str, _WorkerQueue] = {}
-        self._openings = _FreeSlots()
-        self._suspects: set[int] = set()
-        self._tried: set[int] = set()  # in vain, whatever the reason
-        self._held: deque[tuple[ShardKey, int]] = deque()
-        self._clearing = False
-        self._due: list[Assignment] = []
+        self._min_workers = min_workers
+        self._workers: dict[str, _WorkerQueue] = {}
+        self._free = _FreeSlots()
+        self._suspects: set[int] = set()  # shard indices
+        self._tried: set[int] = set()  # shards with an attempt that failed, for any reason
+        self._waiting_suspects: deque[tuple[ShardKey, int]] = deque()  # with their plan numbers
+        self._is_draining = False
+        self._assignments: list[Assignment] = []  # not yet taken
 
     # -- workers -----------------------------------------------------------------------------------------------
 
     @property
     def ready_workers(self) -> int:
-        """Workers that are there."""
-        return len(self._desks)
+        """Number of workers that are ready."""
+        return len(self._workers)
 
     @property
     def required_workers(self) -> int:
-        """Workers without which nothing is handed out."""
-        return self._least
+        """Number of workers that must be ready before a shard is assigned."""
+        return self._min_workers
 
     def add_worker(self, worker: str, images_in_flight: int = 0) -> None:
-        """A worker is ready, whose loader keeps so many images under way."""
-        desk = self._desks[worker] = _WorkerQueue(worker, images_in_flight)
-        self._openings.enter(desk)
-        self._clear_for_suspects()
-        if len(self._desks) >= self._least:
-            self._least = 1
+        """Add a worker that is ready.
+
+        Args:
+            worker: Name of the worker.
+            images_in_flight: Images that its loader keeps in flight; 0 if unknown.
+        """
+        queue = self._workers[worker] = _WorkerQueue(worker, images_in_flight)
+        self._free.add(queue)
+        self._drain_for_suspects()
+        if len(self._workers) >= self._min_workers:
+            self._min_workers = 1
 
     def remove_worker(self, worker: str) -> list[ShardKey]:
-        """A worker is gone; returns what it had in hand, the one at work first. All of them are suspects now."""
-        desk = self._desks.pop(worker, None)
-        self._due = [due for due in self._due if due.worker != worker]
-        if desk is None:
+        """Remove a worker that is lost; return its shards, the one it was working on first. All become suspects."""
+        queue = self._workers.pop(worker, None)
+        self._assignments = [assignment for assignment in self._assignments if assignment.worker != worker]
+        if queue is None:
             return []
-        self._openings.leave(desk)
-        self._clear_for_suspects()
-        self._suspects.update(desk.shards)
-        self._tried.update(desk.shards)
-        return list(desk.shards.values())
+        self._free.remove(queue)
+        self._drain_for_suspects()
+        self._suspects.update(queue.shards)
+        self._tried.update(queue.shards)
+        return list(queue.shards.values())
 
     # -- shards ------------------------------------------------------------------------------------------------
 
     def free_slots(self) -> int:
-        """Shards that would be taken on now."""
-        return self._openings.room if self.ready_workers >= self._least else 0
+        """Return how many shards can be assigned now."""
+        return self._free.total if self.ready_workers >= self._min_workers else 0
 
     def idle_workers(self) -> int:
-        """Workers that have nothing in hand, and could make a second attempt at what another one is late with."""
-        return self._openings.idle() if self.ready_workers >= self._least else 0
+        """Return how many workers have no shard and could make a second attempt at a straggler."""
+        return self._free.count_idle() if self.ready_workers >= self._min_workers else 0
 
-    def submit(self, key: ShardKey, plan_number: int, reattempt: bool = False) -> None:
-        """Find a worker for a shard, at once or, for a suspect, when one has nothing else; `again` as others know."""
+    def submit(self, key: ShardKey, plan_number: int) -> None:
+        """Assign a shard: at once, or, if it is a suspect, as soon as a worker has no other shard."""
         if key.index in self._suspects:
-            self._held.append((key, plan_number))
-            self._clear_for_suspects()
+            self._waiting_suspects.append((key, plan_number))
+            self._drain_for_suspects()
         else:
-            self._assign(self._openings.least_busy(), key, plan_number, again=reattempt)
+            self._assign(self._free.least_busy(), key, plan_number)
 
     def submit_speculative(self, key: ShardKey, plan_number: int) -> None:
-        """Give a shard that another worker has in hand to one that has nothing; see `idle`."""
-        self._assign(self._openings.least_busy(), key, plan_number, alone=key.index in self._suspects, again=True)
+        """Assign a shard that one worker is working on to an idle one, too."""
+        is_suspect = key.index in self._suspects
+        self._assign(self._free.least_busy(), key, plan_number, exclusive=is_suspect, reattempt=True)
 
     def take_assignments(self) -> list[Assignment]:
-        """What is to be handed over now, told once."""
-        while self._held and (desk := self._idle_desk()) is not None:
-            self._assign(desk, *self._held.popleft(), alone=True, again=True)
-        self._clear_for_suspects()
-        due, self._due = self._due, []
-        return due
+        """Return the assignments since the last call."""
+        while self._waiting_suspects and (queue := self._find_idle_worker()) is not None:
+            self._assign(queue, *self._waiting_suspects.popleft(), exclusive=True, reattempt=True)
+        self._drain_for_suspects()
+        assignments, self._assignments = self._assignments, []
+        return assignments
+
+    def apply(self, worker: str, event: WorkerEvent) -> None:
+        """Apply an event of a worker."""
+        match event:
+            case WorkerReady(_, info):
+                self.add_worker(worker, info.ahead)
+            case ShardCommitted(result):
+                self.finish(worker, result.key)
+            case ShardFailed(key, error):
+                self.fail(worker, key, suspect=not isinstance(error, Unavailable))
 
     def finish(self, worker: str, key: ShardKey) -> None:
-        """The shard is committed, says this worker."""
+        """Record that a worker has committed a shard."""
         self._suspects.discard(key.index)
         self._tried.discard(key.index)
-        self._put_down(worker, key)
+        self._release(worker, key)
 
     def fail(self, worker: str, key: ShardKey, suspect: bool = True) -> None:
-        """The attempt there ended without a commit; `suspect` unless that was the fault of network or credentials."""
+        """Record that an attempt ended without a commit.
+
+        Args:
+            worker: Name of the worker.
+            key: The shard.
+            suspect: The shard may be the cause; False for network and credentials.
+        """
         self._tried.add(key.index)
         if suspect:
             self._suspects.add(key.index)
-        self._put_down(worker, key)
+        self._release(worker, key)
 
-    def _assign(self, desk: _WorkerQueue, key: ShardKey, plan: int, alone: bool = False, again: bool = False) -> None:
-        self._openings.leave(desk)
-        desk.take(key)
-        desk.alone, desk.cleared = alone, False
-        self._openings.enter(desk)
-        self._due.append(Assignment(desk.worker, key, plan, again or key.index in self._tried))
+    def _assign(
+        self, queue: _WorkerQueue, key: ShardKey, plan_number: int, exclusive: bool = False, reattempt: bool = False
+    ) -> None:
+        self._free.remove(queue)
+        queue.add(key)
+        queue.exclusive, queue.draining = exclusive, False
+        self._free.add(queue)
+        self._assignments.append(Assignment(queue.worker, key, plan_number, reattempt or key.index in self._tried))
 
-    def _put_down(self, worker: str, key: ShardKey) -> None:
-        desk = self._desks.get(worker)
-        if desk is not None:
-            self._openings.leave(desk)
-            desk.put_down(key)
-            self._openings.enter(desk)
+    def _release(self, worker: str, key: ShardKey) -> None:
+        queue = self._workers.get(worker)
+        if queue is not None:
+            self._free.remove(queue)
+            queue.remove(key)
+            self._free.add(queue)
 
-    # -- suspects: few, so that a look at all workers costs little ----------------------------------------------
+    # -- suspects: there are few, so looking at all workers costs little ----------------------------------------
 
-    def _idle_desk(self) -> _WorkerQueue | None:
-        return next((desk for desk in self._desks.values() if not desk.shards), None)
+    def _find_idle_worker(self) -> _WorkerQueue | None:
+        return next((queue for queue in self._workers.values() if not queue.shards), None)
 
-    def _clear_for_suspects(self) -> None:
-        """As many desks as suspects are held get nothing more, those with the fewest shards."""
-        if not self._held and not self._clearing:
+    def _drain_for_suspects(self) -> None:
+        """Assign nothing more to as many workers as suspects wait, those with the fewest shards."""
+        if not self._waiting_suspects and not self._is_draining:
             return
-        able = sorted((desk for desk in self._desks.values() if not desk.alone), key=lambda desk: len(desk.shards))
-        for place, desk in enumerate(able):
-            self._openings.leave(desk)
-            desk.cleared = place < len(self._held)
-            self._openings.enter(desk)
-        self._clearing = bool(self._held)
+        candidates = [queue for queue in self._workers.values() if not queue.exclusive]
+        for rank, queue in enumerate(sorted(candidates, key=lambda queue: len(queue.shards))):
+            self._free.remove(queue)
+            queue.draining = rank < len(self._waiting_suspects)
+            self._free.add(queue)
+        self._is_draining = bool(self._waiting_suspects)
 
 
-def apply_event(placement: Placement, worker: str, event: WorkerEvent) -> None:
-    """Enter into the placement what a worker told."""
-    match event:
-        case WorkerReady(_, loaded):
-            placement.add_worker(worker, loaded.ahead)
-        case ShardCommitted(result):
-            placement.finish(worker, result.key)
-        case ShardFailed(key, error):
-            placement.fail(worker, key, suspect=not isinstance(error, Unavailable))
+@dataclass(slots=True, eq=False)
+class _WorkerQueue:
+    """Shards of one worker, oldest first.
+
+    Attributes:
+        worker: Name of the worker.
+        images_in_flight: Images that its loader keeps in flight; 0 if unknown.
+        shards: Shards by index.
+        images: Images to be read for these shards.
+        exclusive: It has a suspect, and gets no other shard beside it.
+        draining: It gets no more shards, so that it is idle when a suspect needs it.
+    """
+
+    worker: str
+    images_in_flight: int
+    shards: dict[int, ShardKey] = field(default_factory=dict)
+    images: int = 0
+    exclusive: bool = False
+    draining: bool = False
+
+    @property
+    def free_slots(self) -> int:
+        """Number of shards that it takes now: up to four; more if they are too small to keep its loader busy.
+
+        Example:
+            The loader keeps 512 images in flight. With 4 shards of 64 images each, 256 < 2 * 512: one more.
+        """
+        if self.exclusive or self.draining:
+            return 0
+        return max(_SHARDS_PER_WORKER - len(self.shards), int(self.images < 2 * self.images_in_flight))
+
+    def add(self, key: ShardKey) -> None:
+        self.shards[key.index] = key
+        self.images += key.images_to_read
+
+    def remove(self, key: ShardKey) -> None:
+        if self.shards.pop(key.index, None) is not None:
+            self.images -= key.images_to_read
+            self.exclusive = False
+
+
+class _FreeSlots:
+    """Workers with free slots, by their number of shards; found, added and removed without looking at the others."""
+
+    def __init__(self) -> None:
+        self._by_shards: defaultdict[int, dict[str, _WorkerQueue]] = defaultdict(dict)
+        self._entries: dict[str, tuple[int, int]] = {}  # shards and free slots of a worker
+        self._fewest_shards = 0  # no worker with free slots has fewer
+        self.total = 0
+
+    def add(self, queue: _WorkerQueue) -> None:
+        """Add a worker if it has free slots. It must not change until it is removed."""
+        if not (slots := queue.free_slots):
+            return
+        shards = len(queue.shards)
+        self._by_shards[shards][queue.worker] = queue
+        self._entries[queue.worker] = shards, slots
+        self._fewest_shards = min(self._fewest_shards, shards)
+        self.total += slots
+
+    def remove(self, queue: _WorkerQueue) -> None:
+        """Remove a worker; does nothing if it has no free slots."""
+        shards, slots = self._entries.pop(queue.worker, (0, 0))
+        self._by_shards[shards].pop(queue.worker, None)
+        self.total -= slots
+
+    def least_busy(self) -> _WorkerQueue:
+        """Return the worker with the fewest shards. There must be a free slot."""
+        assert self._entries, "call free_slots or idle_workers first"
+        while not self._by_shards[self._fewest_shards]:
+            self._fewest_shards += 1
+        return next(iter(self._by_shards[self._fewest_shards].values()))
+
+    def count_idle(self) -> int:
+        """Return how many workers have no shard."""
+        return len(self._by_shards[0])

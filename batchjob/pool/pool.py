@@ -1,4 +1,4 @@
-"""The seam between the driver and whoever runs workers: submit shard keys, wait for what became of them."""
+"""Protocol between the driver and the workers: submit shards, wait for events."""
 
 from __future__ import annotations
 
@@ -11,29 +11,39 @@ __all__ = ["Pool"]
 
 
 class Pool(Protocol):
-    """Workers, somewhere. Every method returns soon; only `wait` waits, and no longer than told."""
+    """Workers, in this process or on a cluster. Every method returns soon; only `wait` waits.
+
+    Example:
+        >>> pool.start(setup)
+        >>> while not pool.free_slots():
+        ...     events = pool.wait(1.0)  # [WorkerReady("0", info)], after a while
+        >>> pool.submit(key, plan_number=0)
+        >>> pool.wait(60.0)
+        [ShardCommitted(result)]
+        >>> pool.close()
+    """
 
     @property
     def size(self) -> int:
-        """Workers wanted; 0 as long as that is not known."""
+        """Number of workers wanted; 0 as long as it is unknown."""
 
     def start(self, setup: WorkerSetup) -> None:
-        """Begin to start workers; their readiness or failure comes through `wait`."""
+        """Begin to start workers. `wait` reports when they are ready or have failed."""
 
     def free_slots(self) -> int:
-        """Shards that would be taken on now: two are kept queued a worker, see `Placement`."""
+        """Return how many shards the pool takes now: two per worker are kept in line, see `Placement`."""
 
     def submit(self, key: ShardKey, plan_number: int) -> None:
-        """Hand a shard of plan number `plan` to some worker."""
+        """Hand a shard of this plan to a worker. Call it only while there are free slots."""
 
     def idle_workers(self) -> int:
-        """Workers that have nothing in hand."""
+        """Return how many workers have nothing to do."""
 
     def submit_speculative(self, key: ShardKey, plan_number: int) -> None:
-        """Hand a shard that a worker has in hand to one that has nothing; see `idle`. Both say what became of it."""
+        """Hand a shard that one worker is working on to an idle worker, too. Both report their results."""
 
     def wait(self, timeout: float) -> list[WorkerEvent]:
-        """What happened, at the latest after `timeout` seconds."""
+        """Return the events since the last call; wait for the first one, at most `timeout` seconds."""
 
     def close(self) -> None:
-        """Stop all workers now, leave nothing behind."""
+        """Stop all workers now and leave nothing behind."""

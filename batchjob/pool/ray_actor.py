@@ -1,8 +1,4 @@
-"""The pool on Ray: one actor a worker, each holding a `LocalPool`; the only file that imports ray.
-
-Ray carries shard keys, events and nothing else. Lost actors are replaced here; the shards they held come back to the
-driver as failed attempts, of which only the one at work counts.
-"""
+"""Ray actor of one worker."""
 
 from __future__ import annotations
 
@@ -10,41 +6,55 @@ import os
 import platform
 from pathlib import Path
 
-from batchjob.pool.local_pool import LocalPool
-from batchjob.pool.ray_cluster import NODE_DIGITS
-from batchjob.types import ShardKey
-from batchjob.worker.messages import WorkerEvent, WorkerSetup
+from batchjob.pool.ray_cluster import NODE_ID_DIGITS
+from batchjob.worker.messages import Assignment, WorkerEvent, WorkerSetup
+from batchjob.worker.worker_thread import WorkerThread
+
+__all__ = ["RayWorker"]
 
 
 class RayWorker:
-    """The actor: a `LocalPool` at the other end of a wire."""
+    """Actor that holds one worker thread. Ray carries assignments, events and nothing else.
 
-    def __init__(self, cores: int, job_folder: str | None, setup: WorkerSetup) -> None:
-        self._pool = LocalPool(cores, job_folder=None if job_folder is None else _home() / job_folder)
-        self._pool.start(setup)
+    Args:
+        name: Name of the worker.
+        setup: The driver's message.
+        job_folder: Folder of the job, relative to the actor's working directory; None if the actor is on the driver's
+            machine.
+        cores: Cores that the worker may use, loader processes included.
+    """
 
-    def submit(self, key: ShardKey, plan_number: int, reattempt: bool) -> None:
-        self._pool.submit(key, plan_number, reattempt)
+    def __init__(self, name: str, setup: WorkerSetup, job_folder: str | None, cores: int) -> None:
+        folder = Path(setup.job_folder) if job_folder is None else _working_directory() / job_folder
+        self._thread = WorkerThread(name, setup, folder, cores)
+
+    def submit(self, assignment: Assignment) -> None:
+        """Run a shard after those that were submitted before."""
+        self._thread.submit(assignment)
 
     def wait(self, timeout: float) -> tuple[str, list[WorkerEvent]]:
-        """Where it is, and what happened."""
-        told = self._pool.wait(timeout)
-        _home()
-        return _here(), told
+        """Return the actor's node and the events since the last call; wait at most `timeout` seconds."""
+        events = self._thread.wait(timeout)
+        _working_directory()
+        return _node_name(), events
 
     def close(self) -> None:
-        self._pool.close()
+        """Begin no further batch, and clear away temporary files and processes."""
+        self._thread.close()
 
 
-def _here() -> str:
-    """The node that this process is on, as people and Ray know it."""
+def _node_name() -> str:
+    """Return the node's host name and Ray's id of it."""
     import ray
 
-    return f"{platform.node()} (node {ray.get_runtime_context().get_node_id()[:NODE_DIGITS]})"
+    return f"{platform.node()} (node {ray.get_runtime_context().get_node_id()[:NODE_ID_DIGITS]})"
 
 
-def _home() -> Path:
-    """The working directory. A node about to go may have taken it away: what fails then is lost, and not a bug."""
+def _working_directory() -> Path:
+    """Return the working directory; end the actor if Ray has deleted it, as a node does that is about to go.
+
+    Whatever fails without the directory would look like a bug. An actor that has died is replaced.
+    """
     try:
         return Path.cwd()
     except FileNotFoundError:

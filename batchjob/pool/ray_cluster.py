@@ -1,4 +1,7 @@
-"""How many workers of what size a cluster is asked for. Pure: the nodes are given."""
+"""Ray cluster as a run uses it: connect, ship the job's folder, list the live nodes, notice that the cluster is lost.
+
+`ray` is imported inside functions: only the pool's own thread waits for it, and a missing package gets its own message.
+"""
 
 from __future__ import annotations
 
@@ -7,151 +10,111 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from batchjob.errors import InvalidJob
 from batchjob.job.job import Job
-from batchjob.job.runtime import Workers
+from batchjob.pool.worker_sizing import Node
 
-__all__ = ["NODE_DIGITS", "ClusterHealth", "Node", "WorkerSizing", "remote_job_dir", "runtime_env", "size_workers"]
+__all__ = ["NODE_ID_DIGITS", "ClusterHealth", "actor_runtime_env", "connect", "list_nodes", "remote_job_dir"]
 
+NODE_ID_DIGITS = 12  # enough to tell nodes apart
 
-NODE_DIGITS = 12  # of a node's id: enough to tell nodes apart
-
-
-@dataclass(frozen=True)
-class Node:
-    """A live node and what it has."""
-
-    name: str
-    cpus: float
-    gpus: float
-
-
-@dataclass(frozen=True)
-class WorkerSizing:
-    """What is asked for.
-
-    Attributes:
-        workers: as many as there is room for.
-        least: that must be there before work begins.
-        cpus: for each; `gpus` likewise.
-    """
-
-    workers: int
-    min_workers: int
-    cpus: float
-    gpus: float
-
-    def count_devices(self, nodes: Sequence[Node]) -> int:
-        """Devices that workers may run on: GPUs where they ask for any, else the nodes themselves."""
-        if self.gpus:
-            return sum(int(node.gpus) for node in nodes)
-        return sum(node.cpus >= self.cpus for node in nodes)
-
-    def describe_shortage(self, nodes: Sequence[Node]) -> str:
-        """What is asked for, what is there, and what to do about it."""
-        there = f"{sum(node.cpus for node in nodes):g} CPUs, {sum(node.gpus for node in nodes):g} GPUs"
-        return (
-            f"each asks for {self.cpus:g} CPUs and {self.gpus:g} GPUs, the cluster has {there} on "
-            f"{len(nodes)} node{'' if len(nodes) == 1 else 's'}; run again when it is larger, or ask for less "
-            "(runtime.workers, cpus_per_worker, gpus_per_worker)"
-        )
+# Only events go through Ray's object store. What it takes of /dev/shm is missing for the batches of the loaders.
+_OBJECT_STORE_BYTES = 128 << 20
+_NOT_SHIPPED = (".git", ".venv", "__pycache__", "*.pyc")
+_POLL_SECONDS = 5.0
+# Without a head node, Ray ends the driver's process after 60 s, with an exit code of its own.
+_MAX_SILENCE_SECONDS = 30.0
+# Without it, a worker that asks for no GPU sees all of them.
+_HIDE_GPUS = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
 
 
-def size_workers(job: Job, nodes: Sequence[Node]) -> WorkerSizing:
-    """One worker a GPU where there are any, else one a node with all its cores.
-
-    Raises:
-        InvalidJob: `runtime` contradicts itself.
-    """
-    runtime = job.runtime
-    gpus = _gpus_each(job, nodes)
-    hosts = [node for node in nodes if (node.gpus >= gpus if gpus else node.cpus >= 1)]
-    if runtime.cpus_per_worker == "auto":
-        shares = [node.cpus * gpus / node.gpus if gpus else node.cpus for node in hosts]
-        cpus = max(1.0, float(int(min(shares, default=1.0))))
-    else:
-        cpus = runtime.cpus_per_worker
-    fit = sum(int(node.gpus // gpus if gpus else node.cpus // cpus) for node in hosts)
-    match runtime.workers:
-        case "auto":
-            return WorkerSizing(max(1, fit), 1, cpus, gpus)
-        case Workers(min=least, max=most):
-            return WorkerSizing(most, least, cpus, gpus)
-        case count:
-            return WorkerSizing(count, 1, cpus, gpus)
-
-
-def _gpus_each(job: Job, nodes: Sequence[Node]) -> float:
-    """GPUs a worker asks for: one where the device is, or by `auto` may be, a GPU."""
-    runtime = job.runtime
-    if runtime.gpus_per_worker == "auto":
-        has_gpu = any(node.gpus for node in nodes)
-        return 1.0 if runtime.device.startswith("cuda") or (runtime.device == "auto" and has_gpu) else 0.0
-    if runtime.device.startswith("cuda") and not runtime.gpus_per_worker:
-        raise InvalidJob("runtime.gpus_per_worker is 0 but runtime.device asks for cuda; give gpus_per_worker: 1")
-    return runtime.gpus_per_worker
-
-
-NodeT = TypeVar("NodeT")
-_PULSE_SECONDS = 5.0
-_SILENT_SECONDS = 30.0  # without a head, Ray ends the driver's process after 60, with an exit code of its own
-
-
-class ClusterHealth(Generic[NodeT]):
-    """Asks every few seconds.
+def connect(job: Job, address: str | None) -> None:
+    """Connect to a cluster and ship the job's folder there, or start a Ray on this machine.
 
     Args:
-        ask: for the nodes that live; may hang, or raise.
-        nodes: the first answer.
-
-    Attributes:
-        nodes: the last answer.
+        job: The job.
+        address: Address of the cluster; None starts a Ray that ends with this process.
     """
+    import ray
 
-    def __init__(self, list_nodes: Callable[[], Sequence[NodeT]], nodes: Sequence[NodeT]) -> None:
-        self._ask, self.nodes = list_nodes, nodes
-        self._answered = time.monotonic()
-        self._stopped = threading.Event()
-        threading.Thread(target=self._beat, name="pulse", daemon=True).start()
-
-    def find_failure(self) -> str | None:
-        """What befell the cluster, if something did."""
-        if not self.nodes:
-            return "has lost all its nodes"
-        silent = time.monotonic() - self._answered
-        return f"has not answered for {silent:.0f} s" if silent > _SILENT_SECONDS else None
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def _beat(self) -> None:
-        while not self._stopped.wait(_PULSE_SECONDS):
-            with suppress(Exception):  # no answer, whatever it raises
-                self.nodes = self._ask()
-                self._answered = time.monotonic()
+    os.environ.setdefault(_HIDE_GPUS, "1")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+    if address:
+        ray.init(address=address, runtime_env=_runtime_env(job), **quiet)
+    else:
+        ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
 
 
-_UNSHIPPED = (".git", ".venv", "__pycache__", "*.pyc")
+def list_nodes() -> list[Node]:
+    """Return the live nodes."""
+    import ray
 
-
-def runtime_env(job: Job) -> dict[str, Any] | None:
-    """Ray's `runtime_env` with the job's folder; None where Ray has it already (`ray job submit --working-dir`)."""
-    if _submitted():
-        return None
-    data = (Path(uri) for uri in (job.input.uri, job.output.uri))
-    inside = [f"/{path.relative_to(job.folder)}" for path in data if path.is_relative_to(job.folder)]
-    return {"working_dir": str(job.folder), "excludes": [*_UNSHIPPED, *inside]}
+    return [
+        Node(node["NodeID"][:NODE_ID_DIGITS], node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 def remote_job_dir(job: Job) -> str:
-    """The job's folder on the cluster, relative to a worker's working directory."""
-    return os.path.relpath(job.folder, Path.cwd()) if _submitted() else "."
+    """Return the job's folder on the cluster, relative to the working directory of a worker."""
+    return os.path.relpath(job.folder, Path.cwd()) if _is_submitted() else "."
 
 
-def _submitted() -> bool:
-    """Whether this driver is the entrypoint of a submitted Ray job."""
+def actor_runtime_env(address: str | None) -> dict[str, Any] | None:
+    """Return Ray's `runtime_env` of an actor; None for a Ray on this machine, which has our environment.
+
+    A Ray on this machine starts the processes of workers together with itself, unless they ask for an environment.
+    """
+    return {"env_vars": {_HIDE_GPUS: "1"}} if address else None
+
+
+def _runtime_env(job: Job) -> dict[str, Any] | None:
+    """Return Ray's `runtime_env` with the job's folder; None if Ray has it (`ray job submit --working-dir`)."""
+    if _is_submitted():
+        return None
+    data = (Path(uri) for uri in (job.input.uri, job.output.uri))
+    data_inside = [f"/{path.relative_to(job.folder)}" for path in data if path.is_relative_to(job.folder)]
+    return {"working_dir": str(job.folder), "excludes": [*_NOT_SHIPPED, *data_inside]}
+
+
+def _is_submitted() -> bool:
+    """Return True if this driver is the entrypoint of a submitted Ray job."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+class ClusterHealth:
+    """Polls the live nodes of a cluster, in a thread of its own: Ray's calls may hang without an error.
+
+    Args:
+        list_nodes: Returns the live nodes. It may hang or raise.
+        nodes: The first answer.
+
+    Attributes:
+        nodes: The latest answer.
+    """
+
+    def __init__(self, list_nodes: Callable[[], Sequence[Node]], nodes: Sequence[Node]) -> None:
+        self._list_nodes, self.nodes = list_nodes, nodes
+        self._last_answer = time.monotonic()
+        self._stopped = threading.Event()
+        threading.Thread(target=self._poll, name="cluster health", daemon=True).start()
+
+    def find_failure(self) -> str | None:
+        """Return what is wrong with the cluster, as the rest of a sentence; None if it is well."""
+        if not self.nodes:
+            return "has lost all its nodes"
+        silence = time.monotonic() - self._last_answer
+        return f"has not answered for {silence:.0f} s" if silence > _MAX_SILENCE_SECONDS else None
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopped.set()
+
+    def _poll(self) -> None:
+        while not self._stopped.wait(_POLL_SECONDS):
+            with suppress(Exception):  # any exception means that there is no answer
+                self.nodes = self._list_nodes()
+                self._last_answer = time.monotonic()

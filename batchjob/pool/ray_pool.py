@@ -1,12 +1,10 @@
-"""The pool on Ray: one actor a worker, each holding a `LocalPool`; the only file that imports ray.
+"""Pool of Ray actors, one per worker. Actors that are lost are replaced.
 
-Ray carries shard keys, events and nothing else. Lost actors are replaced here; the shards they held come back to the
-driver as failed attempts, of which only the one at work counts.
+The shards of a lost actor come back to the driver as failed attempts, of which only the one it was working on counts.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import defaultdict
@@ -31,50 +29,57 @@ from batchjob.errors import (
 )
 from batchjob.job.job import Job
 from batchjob.pool.device_bans import DeviceBans
-from batchjob.pool.placement import Placement, apply_event
+from batchjob.pool.placement import Placement
 from batchjob.pool.ray_actor import RayWorker
-from batchjob.pool.ray_cluster import (
-    NODE_DIGITS,
-    ClusterHealth,
-    Node,
-    WorkerSizing,
-    remote_job_dir,
-    runtime_env,
-    size_workers,
-)
+from batchjob.pool.ray_cluster import ClusterHealth, actor_runtime_env, connect, list_nodes, remote_job_dir
+from batchjob.pool.worker_sizing import WorkerSizing, size_workers
 from batchjob.types import ShardKey
 from batchjob.worker.messages import ShardCommitted, ShardFailed, WorkerEvent, WorkerFailed, WorkerReady, WorkerSetup
 
 __all__ = ["RayPool"]
 
 _POLL_SECONDS = 5.0
-_POLLS_MISSED = 3  # before an actor that says nothing counts as lost, however short runtime.stall_seconds is
-_DEATHS_IN_A_ROW = 3  # for each worker
-_DEATHS_AT_WORK = 10  # at least: where they had shards, each may have found an image that is deadly
-_SCHEDULE_SECONDS = 900.0
-_START_SECONDS = 1.0  # that the end of a run waits for its beginning
-_CLOSE_SECONDS = 4.0  # with the drain, the lease's farewell and the exit, a run ends within 20 s
-_FAREWELL_SECONDS = 3.0  # for the actors to clear away what is theirs, before they are killed
-_OBJECT_STORE_BYTES = 128 << 20  # events only; what plasma takes of /dev/shm, the loaders lack
+# An actor counts as lost after so many polls without an answer, even if runtime.stall_seconds is shorter.
+_MAX_POLLS_MISSED = 3
+# Limits for the deaths of workers in a row, with no shard committed: per worker, and for all workers that had shards.
+# Each death may have found an image that kills its process.
+_MAX_DEATHS_PER_WORKER = 3
+_MAX_DEATHS_AT_WORK = 10
+_SCHEDULING_TIMEOUT = 900.0
+# With the driver's drain, the release of the lease and the exit, a run that is stopped ends within 20 s.
+_CLOSE_SECONDS = 4.0
+_START_SECONDS = 1.0  # that `close` waits for `start` to end
+_ACTOR_CLOSE_SECONDS = 3.0  # for actors to clear away temporary files and processes, before they are killed
 
 
 @dataclass
 class _ActorState:
-    """One actor, the open question what happened there, the device it is ready on, and when it last answered."""
+    """An actor and what is known of it.
+
+    Attributes:
+        name: Name of the worker.
+        actor: Ray's handle.
+        poll: Pending result of `RayWorker.wait`.
+        device: Device and node that it is ready on; empty before.
+        last_answer: Monotonic time of its last answer.
+    """
 
     name: str
     actor: Any
     poll: Any
     device: str = ""
-    heard: float | None = None
+    last_answer: float | None = None
 
 
 class RayPool:
     """Ray actors, on a cluster or on a Ray started for this run. See `Pool`.
 
     Args:
-        job: its `runtime` says how many workers of what size.
-        address: of a cluster; None starts a local Ray that ends with the run.
+        job: The job; `runtime` limits number and size of the workers.
+        address: Address of a cluster; None starts a Ray on this machine that ends with the run.
+
+    Raises:
+        InvalidJob: Ray is not installed.
     """
 
     def __init__(self, job: Job, address: str | None) -> None:
@@ -83,23 +88,24 @@ class RayPool:
                 "runtime.pool: ray is not installed here; pip install 'ray[default]', or run with --pool local"
             )
         self._job, self._address = job, address
-        self._slots: list[_ActorState] = []
-        self._retired: dict[str, list[Any]] = defaultdict(list)  # actors that do nothing but keep a device occupied
-        self._strikes = DeviceBans()
+        self._actors: list[_ActorState] = []
+        self._retired: dict[str, list[Any]] = defaultdict(list)  # idle actors that keep a banned device occupied
+        self._bans = DeviceBans()
         self._events: list[WorkerEvent] = []
-        self._layout: WorkerSizing | None = None
         self._setup: WorkerSetup | None = None
+        self._sizing: WorkerSizing | None = None
+        self._health: ClusterHealth | None = None
         self._placement = Placement()
-        self._enough_at = time.monotonic()
-        self._deaths = 0
-        self._pulse: ClusterHealth[Node] | None = None
+        self._last_enough = time.monotonic()  # when enough workers were ready
+        self._deaths = 0  # since a shard was committed
         self._started = threading.Event()
         self._closed = threading.Event()
+        # Linux ends the processes of a Ray on this machine together with the thread that started them.
         self._thread = threading.Thread(target=self._live, name="ray", daemon=True)
 
     @property
     def size(self) -> int:
-        return self._layout.workers if self._layout else 0
+        return self._sizing.workers if self._sizing else 0
 
     def start(self, setup: WorkerSetup) -> None:
         self._setup = setup
@@ -110,262 +116,264 @@ class RayPool:
 
     def submit(self, key: ShardKey, plan_number: int) -> None:
         self._placement.submit(key, plan_number)
-        self._hand_over()
+        self._send_assignments()
 
     def idle_workers(self) -> int:
         return self._placement.idle_workers()
 
     def submit_speculative(self, key: ShardKey, plan_number: int) -> None:
         self._placement.submit_speculative(key, plan_number)
-        self._hand_over()
+        self._send_assignments()
 
     def wait(self, timeout: float) -> list[WorkerEvent]:
         if not self._started.wait(timeout):
-            return self._too_few()
+            return self._check_enough_workers()
         events, self._events = self._events, []
-        if self._pulse is not None and (lost := self._pulse.find_failure()):
-            return [*events, WorkerFailed(Temporary(f"{self._where} {lost}; the same command resumes"))]
-        if self._slots:
-            events += self._poll(0.0 if events else timeout)
-        self._hand_over()
-        return events + self._too_few()
+        if self._health is not None and (failure := self._health.find_failure()):
+            return [*events, WorkerFailed(Temporary(f"{self._cluster} {failure}; the same command resumes"))]
+        if self._actors:
+            events += self._poll_actors(0.0 if events else timeout)
+        self._send_assignments()
+        return events + self._check_enough_workers()
 
     def close(self) -> None:
         self._closed.set()
         if self._started.wait(_START_SECONDS):
             self._thread.join(_CLOSE_SECONDS)  # a Ray that is gone may never answer
 
-    def _live(self) -> None:
-        """In a thread of its own: Linux ends a local Ray's processes with the thread that started them."""
-        try:
-            self._start()
-        except Exception as error:  # noqa: BLE001 - the driver is told, not this thread's stderr
-            self._events.append(WorkerFailed(as_crash_error(error)))
-        self._started.set()
-        self._closed.wait()
-        self._leave()
-
-    def _leave(self) -> None:
-        import ray
-
-        if self._pulse is not None:
-            self._pulse.stop()
-        farewells = [slot.actor.close.remote() for slot in self._slots if slot.device]
-        if farewells:
-            ray.wait(farewells, num_returns=len(farewells), timeout=_FAREWELL_SECONDS)
-        self._dismiss(*(slot.actor for slot in self._slots), *chain(*self._retired.values()))
-        self._slots.clear()
-        ray.shutdown()
-
     @property
-    def _where(self) -> str:
+    def _cluster(self) -> str:
+        """The cluster in words."""
         return f"the cluster at {self._address}" if self._address else "a local Ray"
 
-    # -- starting ----------------------------------------------------------------------------------------------
-
-    def _start(self) -> None:
-        with self._usable():
-            self._connect()
-            self._pulse = ClusterHealth(_nodes, _nodes())
-        self._layout = size_workers(self._job, self._pulse.nodes)
-        self._placement = Placement(self._layout.min_workers)
-        for number in range(self._layout.workers):
-            self._slots.append(self._hire(f"{number}"))
-
     @contextmanager
-    def _usable(self) -> Iterator[None]:
-        """Around calls of Ray: what they raise is no bug of ours."""
+    def _ray_errors_as_temporary(self) -> Iterator[None]:
+        """Raise Temporary in place of an error of Ray: it is not a bug of ours."""
         try:
             yield
         except Exception as error:
-            raise Temporary(f"{self._where} could not be used: {_first_line(error)}") from error
+            raise Temporary(f"{self._cluster} could not be used: {_first_line(error)}") from error
 
-    def _connect(self) -> None:
+    # -- start and end, in the pool's thread -------------------------------------------------------------------
+
+    def _live(self) -> None:
+        try:
+            self._start_actors()
+        except Exception as error:  # noqa: BLE001 - an error that ends this thread reaches the driver only as event
+            self._events.append(WorkerFailed(as_crash_error(error)))
+        self._started.set()
+        self._closed.wait()
+        self._disconnect()
+
+    def _start_actors(self) -> None:
+        with self._ray_errors_as_temporary():
+            connect(self._job, self._address)
+            self._health = ClusterHealth(list_nodes, list_nodes())
+        self._sizing = size_workers(self._job, self._health.nodes)
+        self._placement = Placement(self._sizing.min_workers)
+        for number in range(self._sizing.workers):
+            self._actors.append(self._start_actor(f"{number}", self._sizing))
+
+    def _start_actor(self, name: str, sizing: WorkerSizing) -> _ActorState:
         import ray
 
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a worker without GPUs must see none
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
-        if self._address:
-            ray.init(address=self._address, runtime_env=runtime_env(self._job), **quiet)
-        else:
-            ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
-
-    def _hire(self, name: str) -> _ActorState:
-        import ray
-
-        assert self._layout is not None
-        options: dict[str, Any] = {"num_cpus": self._layout.cpus, "num_gpus": self._layout.gpus}
+        options: dict[str, Any] = {"num_cpus": sizing.cpus, "num_gpus": sizing.gpus}
+        # `submit` and `close` must not wait for the `wait` that is running.
         options |= {"max_concurrency": 4, "max_restarts": 0}
-        if self._address:  # a local Ray has this from us; without a word on it, its workers begin with Ray itself
-            options["runtime_env"] = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}}
-        cores, folder = max(1, int(self._layout.cpus)), remote_job_dir(self._job) if self._address else None
-        with self._usable():
-            actor: Any = ray.remote(**options)(RayWorker).remote(cores, folder, self._setup)
+        if runtime_env := actor_runtime_env(self._address):
+            options["runtime_env"] = runtime_env
+        job_folder = remote_job_dir(self._job) if self._address else None
+        with self._ray_errors_as_temporary():
+            actor: Any = ray.remote(**options)(RayWorker).remote(
+                name, self._setup, job_folder, max(1, int(sizing.cpus))
+            )
             return _ActorState(name, actor, actor.wait.remote(_POLL_SECONDS))
 
-    # -- listening ---------------------------------------------------------------------------------------------
-
-    def _poll(self, timeout: float) -> list[WorkerEvent]:
+    def _disconnect(self) -> None:
         import ray
 
-        polls = [slot.poll for slot in self._slots]
-        patience = max(self._job.runtime.stall_seconds, _POLLS_MISSED * _POLL_SECONDS)
-        with self._usable():
+        if self._health is not None:
+            self._health.stop()
+        closing = [state.actor.close.remote() for state in self._actors if state.device]
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=_ACTOR_CLOSE_SECONDS)
+        _kill_actors(*(state.actor for state in self._actors), *chain(*self._retired.values()))
+        self._actors.clear()
+        ray.shutdown()
+
+    # -- assignments and events --------------------------------------------------------------------------------
+
+    def _send_assignments(self) -> None:
+        actors = {state.name: state.actor for state in self._actors}
+        for assignment in self._placement.take_assignments():
+            with self._ray_errors_as_temporary():
+                actors[assignment.worker].submit.remote(assignment)
+
+    def _poll_actors(self, timeout: float) -> list[WorkerEvent]:
+        """Collect events; replace actors that are lost or silent; retire those on banned devices."""
+        import ray
+
+        polls = [state.poll for state in self._actors]
+        max_silence = max(self._job.runtime.stall_seconds, _MAX_POLLS_MISSED * _POLL_SECONDS)
+        with self._ray_errors_as_temporary():
             ray.wait(polls, timeout=timeout)
             answered, _ = ray.wait(polls, num_returns=len(polls), timeout=0)
         events: list[WorkerEvent] = []
-        for slot in list(self._slots):
-            if slot.poll in answered:
-                try:
-                    where, told = ray.get(slot.poll)
-                except ray.exceptions.RayError as error:
-                    events += [_crashed(slot, error)] if _is_bug(error) else self._lost(slot, error)
-                    continue
-                with self._usable():
-                    slot.poll, slot.heard = slot.actor.wait.remote(_POLL_SECONDS), time.monotonic()
-                events += self._take_in(slot, where, told)
-            elif slot.heard is not None and time.monotonic() - slot.heard > patience:
-                silent = f"it has not answered for {patience:g} s (runtime.stall_seconds)"
-                events += self._replace(slot, f"worker {slot.name} was lost: {silent}", blamed=1)
-        beside = [slot for slot in self._slots if slot.device in self._strikes.banned]
-        return events + [event for slot in beside for event in self._retire(slot)]
-
-    def _hand_over(self) -> None:
-        actors = {slot.name: slot.actor for slot in self._slots}
-        for due in self._placement.take_assignments():
-            with self._usable():
-                actors[due.worker].submit.remote(due.key, due.plan_number, due.reattempt)
-
-    def _take_in(self, slot: _ActorState, where: str, told: list[WorkerEvent]) -> list[WorkerEvent]:
-        """What an actor on that node has told; if it can do no more, that takes the place of what befell its shards."""
-        events: list[WorkerEvent] = []
-        for event in sorted(
-            told, key=lambda event: not isinstance(event, ShardCommitted)
-        ):  # what is committed comes first
-            match event:
-                case ShardFailed(_, WorkerLost() as lost) | WorkerFailed(WorkerLost() as lost):
-                    return events + self._give_up(slot, where, lost)
-                case WorkerReady(_, loaded):
-                    slot.device = f"{loaded.device} on {where}"
-                    if slot.device in self._strikes.banned:
-                        return events + self._retire(slot)
-                    events.append(WorkerReady(slot.name, loaded))
-                case ShardCommitted():
-                    self._deaths = 0
-                    events.append(event)
-                case _:
-                    events.append(event)
-            apply_event(self._placement, slot.name, event)
+        for state in list(self._actors):
+            if state.poll in answered:
+                events += self._take_answer(state)
+            elif state.last_answer is not None and time.monotonic() - state.last_answer > max_silence:
+                reason = f"it has not answered for {max_silence:g} s (runtime.stall_seconds)"
+                events += self._replace(state, f"worker {state.name} was lost: {reason}", blamed_shards=1)
+        for state in [state for state in self._actors if state.device in self._bans.banned]:
+            events += self._retire(state)
         return events
 
-    # -- replacing ---------------------------------------------------------------------------------------------
-
-    def _lost(self, slot: _ActorState, error: Exception) -> list[WorkerEvent]:
-        """An actor that died, or cannot be reached."""
-        blamed = 0 if getattr(error, "preempted", False) else 1
-        return self._replace(slot, f"worker {slot.name} was lost: {_first_line(error)}", blamed)
-
-    def _give_up(self, slot: _ActorState, where: str, lost: WorkerLost) -> list[WorkerEvent]:
-        """An actor that can do no more, as it says itself."""
-        device, reason = f"{lost.device} on {where}", f"worker {slot.name} on {where}: {lost.message}"
-        if lost.culprit_known:
-            self._strikes.clear_faults(lost.suspect_positions)
-            for freed in self._retired.keys() - self._strikes.banned:
-                self._dismiss(*self._retired.pop(freed))
-        elif isinstance(lost, DeviceFault) and self._strikes.record_fault(device, lost.suspect_positions):
-            reason += "; after two such faults this device is used no more in this run"
-        blamed = isinstance(lost, WorkerStalled) and not lost.culprit_known and not lost.storage
-        return self._replace(slot, reason, int(blamed)) + self._none_left()
-
-    def _replace(self, slot: _ActorState, reason: str, blamed: int) -> list[WorkerEvent]:
-        """Its shards fail this attempt, a new actor takes its place; too many lost without a shard done end the run.
-
-        Only the attempt at the oldest counts, which was at work, where any does. That may be a mistake: then it shows,
-        as from now on each of them is alone with its worker.
-        """
-        self._slots.remove(slot)
-        self._dismiss(slot.actor)
-        shards = self._placement.remove_worker(slot.name)
-        events: list[WorkerEvent] = [ShardFailed(key, AttemptInterrupted(reason)) for key in reversed(shards[blamed:])]
-        events += [ShardFailed(key, AttemptFailed(reason)) for key in shards[:blamed]]
-        self._deaths += 1
-        if self._deaths > max(_DEATHS_IN_A_ROW * self.size, _DEATHS_AT_WORK if shards else 1):
-            often = f"{self._deaths} workers were lost and no shard was done meanwhile; look at device and model"
-            return [*events, WorkerFailed((AttemptFailed if blamed else Temporary)(f"{reason}; {often}"))]
-        if not self._closed.is_set():
-            self._slots.append(self._hire(slot.name))
-        return events
-
-    def _retire(self, slot: _ActorState) -> list[WorkerEvent]:
-        """An actor on a device that is used no more rests there, so that the next lands elsewhere; nobody blames it."""
-        self._slots.remove(slot)
-        self._retired[slot.device].append(slot.actor)
-        with self._usable():
-            slot.actor.close.remote()
-        reason = f"worker {slot.name} was put to rest: {slot.device} is used no more in this run"
-        events: list[WorkerEvent] = [
-            ShardFailed(key, AttemptInterrupted(reason)) for key in reversed(self._placement.remove_worker(slot.name))
-        ]
-        self._slots.append(self._hire(slot.name))
-        return events + self._none_left()
-
-    def _none_left(self) -> list[WorkerEvent]:
-        """The end of the run, when every device there is is used no more: another day they may be well."""
-        assert self._layout is not None
-        assert self._pulse is not None
-        nodes = self._pulse.nodes
-        banned = [device for device in sorted(self._strikes.banned) if any(node.name in device for node in nodes)]
-        if not banned or len(banned) < self._layout.count_devices(nodes):
-            return []
-        those = f"{banned[0]}{f' and {len(banned) - 1} more' if banned[1:] else ''}"
-        said = f"{self._where}: no device is left that works, {those} failed twice; look at device and model"
-        return [WorkerFailed(Temporary(f"{said}, the same command resumes"))]
-
-    def _dismiss(self, *actors: Any) -> None:
+    def _take_answer(self, state: _ActorState) -> list[WorkerEvent]:
+        """Take the result of a poll and poll again; or replace an actor that has died or cannot be reached."""
         import ray
 
-        for actor in actors:
-            with suppress(Exception):  # one that is out of reach ends with its last handle
-                ray.kill(actor)
+        try:
+            node, answer = ray.get(state.poll)
+        except ray.exceptions.RayError as error:
+            if _is_bug(error):
+                return [_as_crash(state, error)]
+            blamed_shards = 0 if getattr(error, "preempted", False) else 1
+            return self._replace(state, f"worker {state.name} was lost: {_first_line(error)}", blamed_shards)
+        with self._ray_errors_as_temporary():
+            state.poll, state.last_answer = state.actor.wait.remote(_POLL_SECONDS), time.monotonic()
+        return self._apply_events(state, node, answer)
 
-    def _too_few(self) -> list[WorkerEvent]:
-        """The end of the run, when too few workers have been there for too long."""
-        ready, wanted, now = self._placement.ready_workers, self._placement.required_workers, time.monotonic()
-        if ready >= wanted:
-            self._enough_at = now
-        if now - self._enough_at <= _SCHEDULE_SECONDS:
+    def _apply_events(self, state: _ActorState, node: str, answer: list[WorkerEvent]) -> list[WorkerEvent]:
+        """Apply the events of an actor; if it cannot continue, that replaces what its shards reported."""
+        events: list[WorkerEvent] = []
+        # Commits first: they count even if the worker is lost.
+        for event in sorted(answer, key=lambda event: not isinstance(event, ShardCommitted)):
+            match event:
+                case ShardFailed(_, WorkerLost() as lost) | WorkerFailed(WorkerLost() as lost):
+                    return events + self._give_up(state, node, lost)
+                case WorkerReady(_, info):
+                    state.device = f"{info.device} on {node}"
+                    if state.device in self._bans.banned:
+                        return events + self._retire(state)
+                case ShardCommitted():
+                    self._deaths = 0
+            events.append(event)
+            self._placement.apply(state.name, event)
+        return events
+
+    # -- replacements ------------------------------------------------------------------------------------------
+
+    def _give_up(self, state: _ActorState, node: str, lost: WorkerLost) -> list[WorkerEvent]:
+        """Replace an actor that reports itself lost; count the fault against its device, unless an image caused it."""
+        device, reason = f"{lost.device} on {node}", f"worker {state.name} on {node}: {lost.message}"
+        if lost.culprit_known:
+            self._bans.clear_faults(lost.suspect_positions)
+            for allowed in self._retired.keys() - self._bans.banned:
+                _kill_actors(*self._retired.pop(allowed))
+        elif isinstance(lost, DeviceFault) and self._bans.record_fault(device, lost.suspect_positions):
+            reason += "; after two such faults this device is used no more in this run"
+        is_blamed = isinstance(lost, WorkerStalled) and not lost.culprit_known and not lost.storage
+        return self._replace(state, reason, int(is_blamed)) + self._check_devices_left()
+
+    def _replace(self, state: _ActorState, reason: str, blamed_shards: int) -> list[WorkerEvent]:
+        """Start a new actor in place of a lost one, whose attempts have failed; end the run after too many deaths.
+
+        If any attempt counts, it is the one at the oldest shard, which the worker was working on. That may be a
+        mistake. It becomes apparent, because each of these shards is alone with its worker from now on.
+
+        Args:
+            state: The actor.
+            reason: Error message for its shards.
+            blamed_shards: 1 if the attempt at the oldest shard counts, else 0.
+        """
+        self._actors.remove(state)
+        _kill_actors(state.actor)
+        shards = self._placement.remove_worker(state.name)
+        events = _interrupt(shards[blamed_shards:], reason)
+        events += [ShardFailed(key, AttemptFailed(reason)) for key in shards[:blamed_shards]]
+        self._deaths += 1
+        if self._deaths > max(_MAX_DEATHS_PER_WORKER * self.size, _MAX_DEATHS_AT_WORK if shards else 1):
+            deaths = f"{self._deaths} workers were lost and no shard was done meanwhile; look at device and model"
+            error_class = AttemptFailed if blamed_shards else Temporary
+            return [*events, WorkerFailed(error_class(f"{reason}; {deaths}"))]
+        if not self._closed.is_set():
+            self._add_actor(state.name)
+        return events
+
+    def _retire(self, state: _ActorState) -> list[WorkerEvent]:
+        """Keep an idle actor on a banned device so that Ray places its replacement elsewhere.
+
+        Its shards are rescheduled without using up an attempt.
+        """
+        self._actors.remove(state)
+        self._retired[state.device].append(state.actor)
+        with self._ray_errors_as_temporary():
+            state.actor.close.remote()
+        reason = f"worker {state.name} was put to rest: {state.device} is used no more in this run"
+        events = _interrupt(self._placement.remove_worker(state.name), reason)
+        self._add_actor(state.name)
+        return events + self._check_devices_left()
+
+    def _add_actor(self, name: str) -> None:
+        assert self._sizing is not None, "there is no actor to replace before the first ones are started"
+        self._actors.append(self._start_actor(name, self._sizing))
+
+    def _check_devices_left(self) -> list[WorkerEvent]:
+        """End the run if every device is banned. Another day they may work again."""
+        if self._sizing is None or self._health is None:
             return []
-        asked = "Ray did not answer; run again when it does"
-        if self._layout is not None and self._pulse is not None:
-            asked = self._layout.describe_shortage(self._pulse.nodes)
-        found = f"{ready} of {wanted}" if ready else "no"
-        workers = f"{found} worker{'s' if wanted > 1 else ''} came up in {_SCHEDULE_SECONDS:.0f} s"
-        return [WorkerFailed(Temporary(f"{self._where}: {workers}; {asked}"))]
+        nodes = self._health.nodes
+        banned = [device for device in sorted(self._bans.banned) if any(node.name in device for node in nodes)]
+        if not banned or len(banned) < self._sizing.count_devices(nodes):
+            return []
+        devices = f"{banned[0]}{f' and {len(banned) - 1} more' if banned[1:] else ''}"
+        message = f"{self._cluster}: no device is left that works, {devices} failed twice; look at device and model"
+        return [WorkerFailed(Temporary(f"{message}, the same command resumes"))]
+
+    def _check_enough_workers(self) -> list[WorkerEvent]:
+        """End the run if too few workers have been ready for too long."""
+        ready, required, now = self._placement.ready_workers, self._placement.required_workers, time.monotonic()
+        if ready >= required:
+            self._last_enough = now
+        if now - self._last_enough <= _SCHEDULING_TIMEOUT:
+            return []
+        advice = "Ray did not answer; run again when it does"
+        if self._sizing is not None and self._health is not None:
+            advice = self._sizing.describe_shortage(self._health.nodes)
+        found = f"{ready} of {required}" if ready else "no"
+        shortage = f"{found} worker{'s' if required > 1 else ''} came up in {_SCHEDULING_TIMEOUT:.0f} s"
+        return [WorkerFailed(Temporary(f"{self._cluster}: {shortage}; {advice}"))]
 
 
-def _nodes() -> list[Node]:
-    """Those that live."""
+def _interrupt(shards: list[ShardKey], reason: str) -> list[WorkerEvent]:
+    """Fail attempts that do not count.
+
+    The driver puts each such shard first in its line, so the latest one goes first here, to keep their order.
+    """
+    return [ShardFailed(key, AttemptInterrupted(reason)) for key in reversed(shards)]
+
+
+def _kill_actors(*actors: Any) -> None:
     import ray
 
-    return [
-        Node(node["NodeID"][:NODE_DIGITS], node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
+    for actor in actors:
+        with suppress(Exception):  # an actor that cannot be reached ends with its last handle
+            ray.kill(actor)
 
 
 def _is_bug(error: Exception) -> bool:
-    """Whether the actor's own code raised, and did not die."""
+    """Return True if the actor's own code raised; False if the actor died."""
     import ray
 
     return isinstance(error, ray.exceptions.RayTaskError) or bool(getattr(error, "actor_init_failed", False))
 
 
-def _crashed(slot: _ActorState, error: Exception) -> WorkerFailed:
-    """A bug in an actor ends the run as one; Ray's text holds the traceback, its last line what it was."""
+def _as_crash(state: _ActorState, error: Exception) -> WorkerFailed:
+    """Convert the error of an actor with a bug; Ray's text holds the traceback, and the message on its last line."""
     text = str(error).strip()
-    last = text.splitlines()[-1] if text else type(error).__name__
-    return WorkerFailed(with_traceback(BatchjobError(f"worker {slot.name} crashed: {last}"), text))
+    message = text.splitlines()[-1] if text else type(error).__name__
+    return WorkerFailed(with_traceback(BatchjobError(f"worker {state.name} crashed: {message}"), text))
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What brings a worker its batches: a loader as large as cores and memory allow, and a device's decoder beside it."""
+"""Loader of one worker, as large as its cores and memory allow, with the GPU's JPEG decoder in front if asked for."""
 
 from __future__ import annotations
 
@@ -13,137 +13,158 @@ from batchjob.loader.loader import Loader
 from batchjob.loader.settings import LoaderConfig, resolve_loader_settings
 from batchjob.storage.reader import Reader
 from batchjob.system import available_memory, free_shared_memory
-from batchjob.worker.watchdog import Watchdog
+from batchjob.types import StepMonitor, no_monitor
 
 __all__ = ["LoaderSetup"]
 
-_BATCH_SIZES = {"cuda": 128}
-_BATCH_SIZE_ELSEWHERE = 32
-_BATCH_SIZE_MOST = 1024
+_DEFAULT_BATCH_SIZES = {"cuda": 128}
+_DEFAULT_BATCH_SIZE = 32
+_MAX_BATCH_SIZE = 1024
 
 
 class LoaderSetup:
-    """Loads for one engine; started once, and again where images turn out to have another size.
+    """Loader for one engine. It is built again if the workers of a plan agree on another image shape.
 
     Args:
-        job: what to load.
-        engine: for which, loaded.
-        reader: of images.
-        cores: that the worker may use.
-        few_bytes: see `settle`.
-        stopwatch: on which decoding on a device shows its steps.
+        job: The job.
+        engine: The loaded engine that the batches are for.
+        reader: Reader of the images.
+        cores: Cores that the worker may use, in this process and in loader processes.
+        small_input_bytes: See `resolve_loader_settings`.
+        step: Wraps decoding on the GPU, so that a decoder that hangs is noticed.
 
     Attributes:
-        batch_size: images a batch.
-        size: `[c, h, w]` of an image.
-        on_device: decodes a share of the images on the engine's device, where the job asks for it.
+        batch_size: Images per batch.
+        image_shape: `(c, h, w)` of an image as the model gets it.
+        loader: The loader.
+        gpu_decoding: Decodes a share of the images on the engine's GPU; None unless `decode.device` is cuda.
+
+    Raises:
+        InvalidJob: `decode.device` is cuda, and this GPU or torchvision cannot decode there.
     """
 
     def __init__(
-        self, job: Job, engine: Engine, reader: Reader, cores: int, small_input_bytes: int | None, watchdog: Watchdog
+        self,
+        job: Job,
+        engine: Engine,
+        reader: Reader,
+        cores: int,
+        small_input_bytes: int | None,
+        step: StepMonitor = no_monitor,
     ) -> None:
         self._job, self._engine, self._reader = job, engine, reader
-        self._cores, self._few_bytes, self._stopwatch = cores, small_input_bytes, watchdog
-        self._decode = create_jpeg_decoder(engine.device) if job.decode.device == "cuda" else None
-        self._loader: Loader | None = None
-        self.gpu_decoding: GpuDecodingLoader | None = None
-        self.batch_size = self._first_batch_size()
+        self._cores, self._small_input_bytes, self._step = cores, small_input_bytes, step
+        self._decoder = create_jpeg_decoder(engine.device) if job.decode.device == "cuda" else None
+        self._is_closed = False
+        self.batch_size = self._initial_batch_size()
         self.image_shape = tuple(engine.example_image.shape)
-
-    @property
-    def loader(self) -> Loader:
-        """Once started."""
-        assert self._loader is not None, "start comes before"
-        return self._loader
+        self.loader, self.gpu_decoding = self._build()
 
     @property
     def batch_source(self) -> Loader | GpuDecodingLoader:
-        """Where whole batches come from."""
+        """The loader, or the GPU decoding in front of it: its batches hold the pixels of all images."""
         return self.gpu_decoding or self.loader
 
     @property
-    def decodes_on_gpu(self) -> bool:
-        """Whether a share of the images is decoded on a device."""
-        return self._decode is not None
-
-    @property
     def images_in_flight(self) -> int:
-        """Images under way at most."""
-        plan = self.loader.config
-        return plan.processes * plan.prefetch * self.batch_size
+        """Upper bound for the images that are being loaded or wait to be used."""
+        config = self.loader.config
+        return config.processes * config.prefetch * self.batch_size
 
     @property
     def chooses_batch_size(self) -> bool:
-        """Whether neither job nor model says how many images make a batch."""
+        """True if neither the job nor the model fixes the batch size."""
         return self._job.runtime.batch_size == "auto" and self._engine.model.batch_size is None
 
     @property
     def max_batch_size(self) -> int:
-        """Images that a batch may have for all under way to find room in shared memory."""
+        """Largest batch size with which all batches in flight fit into half of the free shared memory.
+
+        Example:
+            4 processes of 2 batches each, 600 KB per image, 12 GB free: 6 GB / (8 * 600 KB) = 1250, limited to 1024.
+        """
         free, batches = free_shared_memory(), self.loader.config.processes * self.loader.config.prefetch
         if free is None or not batches:
-            return _BATCH_SIZE_MOST
-        return max(1, min(_BATCH_SIZE_MOST, free // 2 // (batches * self._engine.example_image.nbytes)))
+            return _MAX_BATCH_SIZE
+        return max(1, min(_MAX_BATCH_SIZE, free // 2 // (batches * self._engine.example_image.nbytes)))
 
-    def start(self, image_shape: tuple[int, ...] | None = None) -> None:
-        """Start loading images of this size, or of the engine's example, in place of those of another."""
+    def start(self) -> None:
+        """Begin to start the loader processes, in the background."""
+        self.loader.start()
+
+    def restart(self, image_shape: tuple[int, ...]) -> None:
+        """Load images of another shape from now on.
+
+        Args:
+            image_shape: `(c, h, w)`.
+        """
         self.close()
-        self.image_shape = image_shape or self.image_shape
-        chosen = resolve_loader_settings(
+        self.image_shape = image_shape
+        self.loader, self.gpu_decoding = self._build()
+        self._is_closed = False
+        self.start()
+
+    def set_batch_size(self, batch_size: int) -> None:
+        """Make batches of so many images from the next shard on."""
+        self.batch_size = self.loader.batch_size = batch_size
+
+    def close(self) -> None:
+        """End processes and threads. Calling it again does nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self.gpu_decoding is not None:
+            self.gpu_decoding.close()
+        self.loader.close()
+
+    def _initial_batch_size(self) -> int:
+        requested = self._job.runtime.batch_size
+        if requested != "auto":
+            return requested
+        fixed_by_model = self._engine.model.batch_size
+        return fixed_by_model or _DEFAULT_BATCH_SIZES.get(self._engine.device.type, _DEFAULT_BATCH_SIZE)
+
+    def _build(self) -> tuple[Loader, GpuDecodingLoader | None]:
+        config = resolve_loader_settings(
             self._job.runtime.loader,
             cores=self._cores,
-            small_input_bytes=self._few_bytes,
+            small_input_bytes=self._small_input_bytes,
             cuda=self._engine.device.type == "cuda",
             memory_bytes=available_memory(),
             max_pixels=self._job.decode.max_pixels,
             batch_bytes=self.batch_size * self._engine.example_image.nbytes,
             shared_memory_bytes=free_shared_memory(),
         )
-        self._loader = self._made(chosen) if self._decode is None else self._divided(chosen, self._decode)
-        self._loader.start()
+        if self._decoder is None:
+            return self._build_loader(config), None
+        return self._build_gpu_decoding(config, self._decoder)
 
-    def set_batch_size(self, batch_size: int) -> None:
-        """So many images a batch from now on."""
-        self.batch_size = self.loader.batch_size = batch_size
-
-    def close(self) -> None:
-        """End processes and threads. It may be started again."""
-        for one in (self.gpu_decoding, self._loader):
-            if one is not None:
-                one.close()
-
-    def _first_batch_size(self) -> int:
-        asked = self._job.runtime.batch_size
-        if asked != "auto":
-            return asked
-        own = self._engine.model.batch_size
-        return own or _BATCH_SIZES.get(self._engine.device.type, _BATCH_SIZE_ELSEWHERE)
-
-    def _divided(self, chosen: LoaderConfig, decode: JpegDecoder) -> Loader:
-        """A loader that leaves a share of the images to the device, and beside it what decodes them there."""
+    def _build_gpu_decoding(self, config: LoaderConfig, decoder: JpegDecoder) -> tuple[Loader, GpuDecodingLoader]:
+        """Build a loader that leaves a share of the images encoded, and the GPU decoding that completes its batches."""
         share = GpuShare(get_context("forkserver"))
-        loader = self._made(chosen, GpuSplitTransform(self._engine.image_transform, share))
-        alone = replace(chosen, processes=min(chosen.processes, 1), prefetch=1, pin_memory=False)
-        self.gpu_decoding = GpuDecodingLoader(
+        loader = self._build_loader(config, GpuSplitTransform(self._engine.image_transform, share))
+        # Decodes the few files that the GPU refuses, one batch at a time.
+        cpu_config = replace(config, processes=min(config.processes, 1), prefetch=1, pin_memory=False)
+        decoding = GpuDecodingLoader(
             loader=loader,
-            cpu_loader=self._made(alone),
-            decode=decode,
+            cpu_loader=self._build_loader(cpu_config),
+            decode=decoder,
             geometry=self._engine.image_transform.resize_crop,
             device=self._engine.device,
-            share_controller=GpuShareController(share, max(1, chosen.processes) * chosen.prefetch),
-            step=self._stopwatch.step,
+            share_controller=GpuShareController(share, max(1, config.processes) * config.prefetch),
+            step=self._step,
         )
-        return loader
+        return loader, decoding
 
-    def _made(self, chosen: LoaderConfig, divided: GpuSplitTransform | None = None) -> Loader:
+    def _build_loader(self, config: LoaderConfig, split_transform: GpuSplitTransform | None = None) -> Loader:
         return Loader(
             reader=self._reader,
             transform=self._engine.image_transform,
             batch_size=self.batch_size,
-            config=chosen,
+            config=config,
             size=self.image_shape,
             variable_size=self._engine.variable_size,
             max_bytes=self._job.decode.max_bytes,
             retries=self._job.errors.retries,
-            split_transform=divided,
+            split_transform=split_transform,
         )

@@ -1,4 +1,4 @@
-"""The seam between the driver and whoever runs workers: submit shard keys, wait for what became of them."""
+"""Messages between a pool and its workers: the setup and the assignments a worker gets, the events it reports."""
 
 from __future__ import annotations
 
@@ -10,20 +10,30 @@ from batchjob.errors import BatchjobError
 from batchjob.output.provenance import ShardResult
 from batchjob.types import ShardKey
 
-__all__ = ["ShardCommitted", "ShardFailed", "WorkerEvent", "WorkerFailed", "WorkerInfo", "WorkerReady", "WorkerSetup"]
+__all__ = [
+    "Assignment",
+    "ShardCommitted",
+    "ShardFailed",
+    "WorkerEvent",
+    "WorkerFailed",
+    "WorkerInfo",
+    "WorkerReady",
+    "WorkerSetup",
+]
 
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What a worker is told before it loads.
+    """Everything a worker needs to load.
 
     Attributes:
-        job: the job in portable form (`Job.portable`).
-        folder: the job's folder as the driver sees it; input and output paths mean this one.
-        witness: key of an object the driver wrote and a word in it, to see that the worker reaches the same output.
-        sample: locations of the first images, to learn the image size where no setting fixes it.
-        few_bytes: of all images, encoded and as far as they are known, where the whole input is so short that a worker
-            can take longer to get ready for it than to do it; else None.
+        job: The job, serialized (`Job.serialize`).
+        job_folder: The job's folder as the driver sees it; relative paths of input and output start there.
+        visibility_check: Key of an object that the driver wrote, and its content: the worker reads it to make sure that
+            both reach the same output. None if driver and worker share a machine.
+        sample: Locations of the first images, from which the worker learns the image size if no setting fixes it.
+        small_input_bytes: Encoded size of all images, as far as it is known, in bytes, if the input is so small that a
+            worker may take longer to start than to work; None for any larger input.
     """
 
     job: Mapping[str, Any]
@@ -35,14 +45,17 @@ class WorkerSetup:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """What a worker knows once its model stands on its device.
+    """Facts about a worker that has loaded. Its fields are keys of the run's report.
 
     Attributes:
-        device, precision, model: for people; `columns`: the task's.
-        batch_size: images in a call of the model.
-        seconds: that loading took.
-        ahead: images that its loader keeps under way, 0 where it does not say.
-        row_bytes: a bound on the bytes of the task's columns in a row, 0 where it knows no better than the settings.
+        device: The device in words, for example `cuda:0 (NVIDIA H200, GPU-…)`.
+        precision: Precision that the job asks for.
+        model: Name and digest of the model.
+        columns: Names of the task's columns.
+        batch_size: Images per batch.
+        seconds: Time to load and warm up, in seconds.
+        ahead: Images that the loader keeps in flight; 0 if unknown.
+        row_bytes: Upper bound for the size of the task's columns in one row, in bytes; 0 if only the settings say.
     """
 
     device: str
@@ -56,8 +69,25 @@ class WorkerInfo:
 
 
 @dataclass(frozen=True)
+class Assignment:
+    """A shard for one worker.
+
+    Attributes:
+        worker: Name of the worker.
+        key: The shard.
+        plan_number: Number of the plan that the shard belongs to.
+        reattempt: The shard has been tried before, or another worker is trying it now.
+    """
+
+    worker: str
+    key: ShardKey
+    plan_number: int
+    reattempt: bool = False
+
+
+@dataclass(frozen=True)
 class WorkerReady:
-    """A worker has loaded and warmed up."""
+    """The worker of this name has loaded and warmed up."""
 
     worker: str
     info: WorkerInfo
@@ -72,7 +102,7 @@ class ShardCommitted:
 
 @dataclass(frozen=True)
 class ShardFailed:
-    """An attempt at a shard ended without a commit. Its error says how far that reaches."""
+    """An attempt at a shard ended without a commit. The class of its error tells what else is affected."""
 
     key: ShardKey
     error: BatchjobError
@@ -80,7 +110,7 @@ class ShardFailed:
 
 @dataclass(frozen=True)
 class WorkerFailed:
-    """A worker could not load, or the pool could not start or replace one: no shard is to blame."""
+    """A worker cannot load or continue, or the pool cannot start or replace one. No shard is the cause."""
 
     error: BatchjobError
 

@@ -1,43 +1,180 @@
-"""JPEG files that the loader has left to the device, decoded there; what its decoder refuses is the CPU's."""
+"""Session of a worker on one plan: what it has agreed on with the plan's other workers, and the shards it reads."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from batchjob.plan.head import PlanHead
+from batchjob.errors import Temporary
+from batchjob.inference.autotune.autotuner import Autotuner
+from batchjob.inference.autotune.trial_process import TrialSpec
+from batchjob.inference.execution_config import ExecutionConfig
+from batchjob.inference.predictor import Predictor
+from batchjob.job.runtime import Runtime
+from batchjob.loader.quarantine import Quarantine
+from batchjob.output import retry
+from batchjob.output.part_builder import PartMetadata
+from batchjob.output.schema import build_row_schema
+from batchjob.plan.chunks import CHUNK_ROWS
+from batchjob.plan.contract import Contract, put_or_verify
+from batchjob.plan.head import PlanHead, is_discarded, read_current_head
 from batchjob.plan.reader import PlanReader
-from batchjob.storage.store import Store, put_or_get
-from batchjob.types import ShardKey
+from batchjob.storage.store import put_or_get
+from batchjob.types import Shard, ShardKey
+from batchjob.worker.setup import LoadedWorker
 
-__all__ = ["claim_first_attempt"]
+__all__ = ["PlanSession"]
 
-
-def claim_first_attempt(store: Store, head: PlanHead, key: ShardKey) -> bool:
-    """Whether nobody has had this shard before, in any process; to be asked once by each who takes it.
-
-    A decoder that crashes on a device takes the whole worker with it: its shard is decoded on the CPU then.
-
-    Raises:
-        Unavailable: the store cannot be reached.
-    """
-    ours = secrets.token_hex(8).encode()
-    return put_or_get(store, f"{head.folder}decoding/{key.id}", ours) == ours
-
-
-_SAMPLE = 128  # images that a trial may look at
+_log = logging.getLogger(__name__)
+_TRIAL_IMAGES = 128  # images that a tuning trial may look at
 
 
 @dataclass(frozen=True)
-class _JoinedPlan:
-    """What the worker knows of the plan it works on."""
+class PlanSession:
+    """A loaded worker's part in one plan.
 
+    Attributes:
+        loaded: The worker.
+        head: Head of the plan.
+        reader: Reader of the plan's shards.
+        contract: Schema, model digest and image shape that all workers of the plan have agreed on.
+        execution_config: Execution config for this kind of device in this plan.
+        predictor: The model in that config, warmed up.
+        quarantine: Images of the plan that are known, or suspected, to kill a process.
+    """
+
+    loaded: LoadedWorker
     head: PlanHead
     reader: PlanReader
+    contract: Contract
+    execution_config: ExecutionConfig
+    predictor: Predictor
+    quarantine: Quarantine
+
+    @classmethod
+    def join(cls, loaded: LoadedWorker, number: int, is_stopped: Callable[[], bool] = lambda: False) -> PlanSession:
+        """Join a plan: agree with its other workers on schema, model and image shape; choose the execution config.
+
+        Args:
+            loaded: The worker.
+            number: Number of the plan.
+            is_stopped: Returns True if tuning must end at once.
+
+        Raises:
+            InvalidJob: Another worker has loaded another model, or makes other columns.
+            Temporary: The plan has been discarded.
+        """
+        store = loaded.store
+        current, head = read_current_head(store)
+        if head is None or current != number:
+            raise Temporary(f"{store.uri}: plan {number} was discarded while this run was starting; run again")
+        reader = PlanReader(store, head)
+        contract = _agree_on_contract(loaded, head, reader)
+        config, predictor = _choose_execution_config(loaded, head, reader, is_stopped)
+        quarantine = Quarantine(store, head.folder)
+        loaded.loader_setup.loader.quarantine = quarantine
+        return cls(loaded, head, reader, contract, config, predictor, quarantine)
+
+    @property
+    def part_metadata(self) -> PartMetadata:
+        """Facts that every part of this session carries."""
+        fingerprint = json.dumps(self.loaded.job.fingerprint(), sort_keys=True)
+        return PartMetadata(
+            plan_id=self.head.plan,
+            fingerprint=hashlib.sha256(fingerprint.encode()).hexdigest(),
+            model_digest=self.contract.model_digest,
+            model_id=self.loaded.info.model,
+            execution_config=self.execution_config.description,
+            schema=self.contract.schema,
+        )
+
+    def read_shard(self, key: ShardKey, reattempt: bool = False) -> Shard:
+        """Read a shard's image refs from the plan; for a retry, only those whose rows hold an error.
+
+        Args:
+            key: The shard.
+            reattempt: The shard has been tried before, so the quarantine may hold images of it by now.
+
+        Raises:
+            BatchjobError: The plan, the part or the quarantine cannot be read.
+        """
+        loaded = self.loaded
+        shard = self.reader.read_shard(key)
+        if key.revision:
+            shard = retry.select_error_rows(loaded.store, shard, loaded.job.decode.max_bytes)
+        if shard.refs:
+            self.quarantine.load([ref.position for ref in shard.refs], key.revision, reattempt)
+        if loaded.loader_setup.gpu_decoding is None:
+            return shard
+        return replace(shard, decode_on_cpu=reattempt or bool(key.revision) or not self._claim_first_attempt(key))
+
+    def raise_if_discarded(self) -> None:
+        """Raise Temporary if the plan has been discarded."""
+        store = self.loaded.store
+        if is_discarded(store, self.head):
+            raise Temporary(f"{store.uri}: the plan was discarded while this run was at work; run again")
+
+    def _claim_first_attempt(self, key: ShardKey) -> bool:
+        """Return True if no process has begun this shard before. Each attempt asks only once.
+
+        A decoder that crashes on a GPU takes the whole worker with it, so the shard's next attempt decodes on the CPU.
+        """
+        token = secrets.token_hex(8).encode()
+        return put_or_get(self.loaded.store, f"{self.head.folder}decoding/{key.id}", token) == token
 
 
-def _digest_of(fingerprint: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+def _agree_on_contract(loaded: LoadedWorker, head: PlanHead, reader: PlanReader) -> Contract:
+    """Put this worker's contract if it is the first one; load images of the agreed shape."""
+    engine, loader_setup = loaded.engine, loaded.loader_setup
+    schema = build_row_schema(
+        list(reader.passthrough_schema), engine.postprocess.fields, has_id=loaded.job.input.has_id
+    )
+    own = Contract(schema, engine.digest, None if engine.variable_size else loader_setup.image_shape)
+    agreed = put_or_verify(loaded.store, head, own)
+    if agreed.image_shape is not None and agreed.image_shape != loader_setup.image_shape:
+        loader_setup.restart(agreed.image_shape)
+    # Both schemas are equal, but only ours has its metadata.
+    return replace(agreed, schema=schema)
+
+
+def _choose_execution_config(
+    loaded: LoadedWorker, head: PlanHead, reader: PlanReader, is_stopped: Callable[[], bool]
+) -> tuple[ExecutionConfig, Predictor]:
+    """Use the config that the plan holds for this kind of device, or find one by trials."""
+    job, parallelism = loaded.job, loaded.cpu_parallelism
+    refs = reader.read_first_refs(CHUNK_ROWS)
+    spec = TrialSpec(
+        job=loaded.setup.job,
+        base=job.folder,
+        data_base=Path(loaded.setup.job_folder),
+        sample_locations=tuple(ref.location for ref in refs[:_TRIAL_IMAGES]),
+        batch_size=loaded.loader_setup.batch_size,
+        threads=parallelism.threads_per_batch,
+    )
+    autotuner = Autotuner(
+        store=loaded.store,
+        plan_folder=head.folder,
+        task_fingerprint=head.fingerprint.get("task"),
+        engine=loaded.engine,
+        trial_spec=spec,
+        expected_images=len(refs) / _expected_workers(job.runtime),
+        seconds_per_image=loaded.seconds_per_image,
+        is_stopped=is_stopped,
+        parallel_batches=parallelism.parallel_batches,
+    )
+    decision, predictor = autotuner.build_predictor(autotuner.decide())
+    _log.info("%s on %s: %s", decision.recipe.description, decision.device, decision.reason)
+    return decision.recipe, predictor
+
+
+def _expected_workers(runtime: Runtime) -> int:
+    """Return the number of workers that share the images, as far as the job says."""
+    workers = runtime.workers
+    if workers == "auto":
+        return 1
+    return workers if isinstance(workers, int) else workers.max

@@ -1,100 +1,134 @@
-"""The pool of one: the worker in a thread of this process, for debugging and for machines without Ray."""
+"""Thread that holds one worker: a pool submits assignments to it and waits for its events."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections import deque
+from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from batchjob.errors import DeviceFault, as_batchjob_error, as_crash_error, describe_error
-from batchjob.inference.device_errors import classify_device_error
+from batchjob.errors import as_batchjob_error, as_crash_error
 from batchjob.job.job import Job
 from batchjob.loader.shard_queue import ShardQueue
-from batchjob.pool.placement import Assignment
 from batchjob.types import Shard
-from batchjob.worker.messages import ShardFailed, WorkerEvent, WorkerFailed, WorkerReady, WorkerSetup
-from batchjob.worker.worker import Worker
+from batchjob.worker.loader_forkserver import start_loader_forkserver
+from batchjob.worker.messages import Assignment, ShardFailed, WorkerEvent, WorkerFailed, WorkerReady, WorkerSetup
 
-_NAME = "local"
+# These import torch, which takes seconds. The thread does so, while its pool goes on: a driver has a lease to renew.
+if TYPE_CHECKING:
+    from batchjob.worker.plan_session import PlanSession
+    from batchjob.worker.setup import LoadedWorker
+    from batchjob.worker.worker import Worker
+
+__all__ = ["WorkerThread"]
+
 _CLOSE_SECONDS = 5.0
-_LOOK_SECONDS = 0.5
+_WATCHDOG_SECONDS = 0.5
 
 
 class WorkerThread:
-    """The worker's thread: loads, then works through the shards that are submitted, until closed."""
+    """Worker in a thread of its own. It loads at once, then runs assigned shards until it is closed.
 
-    def __init__(
-        self, setup: WorkerSetup, job_folder: Path, cores: int, on_event: Callable[[WorkerEvent], None]
-    ) -> None:
-        self._setup, self._base, self._cores, self._tell = setup, job_folder, cores, on_event
-        self._due: queue.SimpleQueue[Assignment | None] = queue.SimpleQueue()
-        self._next: Assignment | None = None
+    A second thread watches it: a worker that hangs can neither tell so itself nor be ended.
+
+    Events, in order: one `WorkerReady`; then a `ShardCommitted` or `ShardFailed` per assignment. `WorkerFailed` at any
+    time is the last one.
+
+    Args:
+        name: Name of the worker.
+        setup: The driver's message.
+        job_folder: Folder of the job on this machine.
+        cores: Cores that the worker may use, loader processes included.
+    """
+
+    def __init__(self, name: str, setup: WorkerSetup, job_folder: Path, cores: int) -> None:
+        self._name, self._setup, self._job_folder, self._cores = name, setup, job_folder, cores
+        # Not a SimpleQueue: in Python 3.11 its `get` may never return after a signal (test_local_pool.py).
+        self._events: queue.Queue[WorkerEvent] = queue.Queue()
+        self._assignments: deque[Assignment] = deque()
+        self._changed = threading.Condition()
         self._closed = threading.Event()
         self._worker: Worker | None = None
-        self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
         self._thread.start()
-        threading.Thread(target=self._look_out, name="watchdog", daemon=True).start()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def submit(self, assignment: Assignment) -> None:
-        self._due.put(assignment)
+        """Run a shard after those that were submitted before."""
+        with self._changed:
+            self._assignments.append(assignment)
+            self._changed.notify()
+
+    def wait(self, timeout: float) -> list[WorkerEvent]:
+        """Return the events since the last call; wait for the first one, at most `timeout` seconds."""
+        events: list[WorkerEvent] = []
+        try:
+            events.append(self._events.get(timeout=timeout))
+            while True:
+                events.append(self._events.get_nowait())
+        except queue.Empty:
+            return events
 
     def close(self) -> None:
+        """Begin no further batch, and give the parts that are complete a few seconds to be committed."""
         self._closed.set()
-        if self._worker is not None:
-            self._worker.stop()
-        self._due.put(None)
+        with self._changed:
+            self._changed.notify()
         self._thread.join(_CLOSE_SECONDS)
 
-    def _next_shard(self) -> Shard | None:
-        """Read the next shard if one is assigned now."""
-        while not self._closed.is_set():
-            due, self._next = self._next, None
-            try:
-                due = due or self._due.get_nowait()
-            except queue.Empty:
-                return None
-            if due is None:
-                return None
-            assert self._worker is not None
-            try:
-                return self._worker.read_shard(due.key, due.reattempt)
-            except Exception as error:  # noqa: BLE001 - this shard's attempt ends, the feed goes on
-                self._tell(ShardFailed(due.key, as_batchjob_error(error)))
-        return None
-
-    def _work(self) -> None:
+    def _run(self) -> None:
         try:
-            job = Job.deserialize(self._setup.job, self._base, Path(self._setup.job_folder))
-            self._worker = worker = Worker(job, self._setup, self._cores, self._tell)
+            job = Job.deserialize(self._setup.job, self._job_folder, Path(self._setup.job_folder))
+            # The fork server and this thread import torch at the same time.
+            start_loader_forkserver(job)
+            from batchjob.worker import setup
+
+            with closing(setup.load(job, self._setup, self._cores)) as loaded:
+                self._events.put(WorkerReady(self._name, loaded.info))
+                with setup.report_device_faults(loaded.info.device):
+                    self._run_shards(loaded)
+        except BaseException as error:  # noqa: BLE001 - an error that ends this thread reaches the driver only as event
+            self._events.put(WorkerFailed(as_crash_error(error)))
+
+    def _run_shards(self, loaded: LoadedWorker) -> None:
+        """Join the plan of the first assignment; run shards as they are assigned, until closed."""
+        from batchjob.worker.plan_session import PlanSession
+        from batchjob.worker.worker import Worker
+
+        is_stopped = self._closed.is_set
+        if (first := self._wait_for_assignment()) is None:
+            return
+        session = PlanSession.join(loaded, first.plan_number, is_stopped)
+        with closing(Worker(loaded, session, on_event=self._events.put, is_stopped=is_stopped)) as worker:
+            self._worker = worker
+            shards = ShardQueue(partial(self._read_next_shard, session), is_open=lambda: not is_stopped())
+            while self._wait_for_assignment() is not None:
+                worker.run(shards)
+
+    def _wait_for_assignment(self) -> Assignment | None:
+        """Return the first assignment in line, which stays there; None once closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._assignments or self._closed.is_set())
+            return None if self._closed.is_set() else self._assignments[0]
+
+    def _read_next_shard(self, session: PlanSession) -> Shard | None:
+        """Read the shard of the next assignment, None if there is none now. A shard that cannot be read has failed."""
+        while True:
+            with self._changed:
+                if not self._assignments:
+                    return None
+                assignment = self._assignments.popleft()
             try:
-                self._tell(WorkerReady(_NAME, worker.load()))
-                self._go_round(worker)
-            finally:
-                worker.close()
-        except BaseException as error:  # noqa: BLE001 - the driver is told: nobody else hears what ends this thread
-            self._tell(WorkerFailed(as_crash_error(self._device_fault(error) or error)))
+                return session.read_shard(assignment.key, assignment.reattempt)
+            except Exception as error:  # noqa: BLE001 - ends this attempt, the others go on
+                self._events.put(ShardFailed(assignment.key, as_batchjob_error(error)))
 
-    def _device_fault(self, error: BaseException) -> DeviceFault | None:
-        """What is said of an error that a broken device has caused while the worker loaded or began."""
-        if isinstance(error, DeviceFault) or self._worker is None or classify_device_error(error) is None:
-            return None
-        device = self._worker.device
-        return DeviceFault(f"{device} failed: {describe_error(error)}; the same command resumes", device)
-
-    def _look_out(self) -> None:
-        """In a thread of its own: the worker's cannot tell that it hangs, nor be ended."""
-        while not self._closed.wait(_LOOK_SECONDS):
-            if self._worker is not None and (overdue := self._worker.find_stall()) is not None:
-                self._tell(WorkerFailed(overdue))
-                return
-
-    def _go_round(self, worker: Worker) -> None:
-        """Wait for a shard, then work until none is there; again until closed."""
-        queue = ShardQueue(self._next_shard, lambda: not self._closed.is_set())
-        while (due := self._due.get()) is not None:
-            self._next = due
-            worker.join_plan(due.plan_number)
-            worker.run(queue)
-            if self._closed.is_set():
+    def _watch(self) -> None:
+        """Report the first step that hangs."""
+        while not self._closed.wait(_WATCHDOG_SECONDS):
+            if self._worker is not None and (stall := self._worker.find_stall()) is not None:
+                self._events.put(WorkerFailed(stall))
                 return

@@ -22,7 +22,7 @@ from batchjob.plan import contract
 from batchjob.plan.contract import Contract
 from batchjob.plan.head import PlanHead, is_discarded, read_current_head
 from batchjob.plan.reader import PlanReader
-from batchjob.pool.placement import Placement, apply_event
+from batchjob.pool.placement import Placement
 from batchjob.types import ErrorRecord as ImageError
 from batchjob.types import ImageInfo, ImageRef, Shard, ShardKey
 from batchjob.worker.messages import (
@@ -105,7 +105,7 @@ class Crew:
             self._driver.clock += timeout
         told, self._events = self._events, []
         for worker, event in told:
-            apply_event(self._placement, worker, event)
+            self._placement.apply(worker, event)
         self._hand_over()
         return [event for _, event in told]
 
