@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from batchjob import system
@@ -24,6 +25,7 @@ from batchjob.storage.options import OptionsByPrefix
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import Store, open_store
 from batchjob.text import format_count
+from batchjob.worker.loader_forkserver import start_loader_forkserver
 from batchjob.worker.messages import WorkerInfo, WorkerSetup
 
 if TYPE_CHECKING:
@@ -219,14 +221,13 @@ def _count_cores(job: Job) -> int:
 
 
 def _load_worker(job: Job, preview: InputPreview) -> WorkerInfo:
-    from batchjob.worker.worker import Worker
+    # The fork server and this process import torch at the same time.
+    start_loader_forkserver(job)
+    from batchjob.worker.setup import load
 
     setup = WorkerSetup(job.serialize(), str(job.folder), None, preview.sample, small_input_bytes=0)
-    worker = Worker(job, setup, _count_cores(job))
-    try:
-        return worker.load()
-    finally:
-        worker.close()
+    with closing(load(job, setup, _count_cores(job))) as loaded:
+        return loaded.info
 
 
 def _describe_output(store: Store, head: PlanHead | None) -> str:

@@ -266,7 +266,7 @@ def _drive(request: dict[str, Any]) -> None:
     from multiprocessing import forkserver
 
     from batchjob.cli import main
-    from batchjob.worker import worker
+    from batchjob.worker import loader_forkserver
 
     server: Any = forkserver._forkserver
     if request["loaders"] == "shared":
@@ -274,7 +274,7 @@ def _drive(request: dict[str, Any]) -> None:
     else:
         server.__init__()  # the shared one is forgotten
     if request["loaders"] != "own":
-        worker.__dict__["preload"] = lambda *modules: None
+        loader_forkserver.__dict__["start_forkserver"] = lambda *modules: None
     sys.argv = ["batchjob", *request["arguments"]]
     code = main.main()
     atexit._run_exitfuncs()

@@ -41,7 +41,7 @@ def notes(error: BatchjobError) -> str:
 
 def test_a_bug_is_exit_1_and_its_traceback_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = dict(job(tmp_path, ["a.png"]).serialize())
-    monkeypatch.setattr("batchjob.worker.worker.Worker.load", lambda self: NOTHING["a bug"])
+    monkeypatch.setattr("batchjob.worker.setup.load", lambda *_: NOTHING["a bug"])
     error = ending(tmp_path, document)
     assert (type(error), error.exit_code, error.status) == (BatchjobError, 1, "crashed")
     assert error.message == "a worker crashed: KeyError: 'a bug'"
@@ -53,10 +53,10 @@ def test_user_code_that_exits_is_no_silence(tmp_path: Path, monkeypatch: pytest.
     """In a thread, SystemExit is heard by nobody."""
     document = dict(job(tmp_path, ["a.png"]).serialize())
 
-    def leave(self: object) -> None:
+    def leave(*_: object) -> None:
         raise SystemExit(3)
 
-    monkeypatch.setattr("batchjob.worker.worker.Worker.load", leave)
+    monkeypatch.setattr("batchjob.worker.setup.load", leave)
     assert ending(tmp_path, document).message == "a worker crashed: SystemExit: 3"
 
 
@@ -65,7 +65,7 @@ def test_a_signal_that_outlasts_a_wait_does_not_make_it_endless(
 ) -> None:
     """In Python 3.11 `SimpleQueue.get` waits for ever when a signal's handler ends past its deadline."""
     document, heard = dict(job(tmp_path, ["a.png"]).serialize()), threading.Event()
-    monkeypatch.setattr("batchjob.worker.worker.Worker.load", lambda self: NOTHING["a bug"])
+    monkeypatch.setattr("batchjob.worker.setup.load", lambda *_: NOTHING["a bug"])
     pool = LocalPool(1)
     pool.start(WorkerSetup(document, str(tmp_path)))
     assert len(pool.wait(30)) == 1

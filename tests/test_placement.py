@@ -224,8 +224,8 @@ def test_poison_is_given_up_and_no_innocent_with_it(
 def test_who_gets_a_shard_that_was_tried_before_is_told() -> None:
     placement, plan = with_workers("a", "b"), keys(2)
     placement.submit(plan[0], 0)
-    placement.submit(plan[1], 0, reattempt=True)
-    assert [(due.key.index, due.reattempt) for due in placement.take_assignments()] == [(0, False), (1, True)]
+    placement.submit(plan[1], 0)
+    assert [(due.key.index, due.reattempt) for due in placement.take_assignments()] == [(0, False), (1, False)]
     placement.remove_worker("b")
     placement.finish("a", plan[0])
     placement.submit(plan[1], 0)

@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,8 +25,9 @@ from batchjob.pool.pool import Pool
 from batchjob.report.plan_summary import PlanSummary
 from batchjob.report.run_result import RunResult
 from batchjob.storage.store import open_store
-from batchjob.worker.messages import WorkerReady, WorkerSetup
-from batchjob.worker.worker import Worker
+from batchjob.worker.messages import WorkerReady
+from batchjob.worker.plan_session import PlanSession
+from batchjob.worker.setup import LoadedWorker
 
 
 def no_pool() -> Pool:
@@ -196,7 +198,6 @@ def test_a_worker_that_finds_its_plan_discarded_asks_to_be_run_again(tmp_path: P
     the = job(tmp_path, ["0.png"])
     planned(the)
     driver.discard(str(tmp_path / "out"))
-    worker = Worker(the, WorkerSetup(the.serialize(), str(tmp_path)), 1)
+    loaded = cast("LoadedWorker", SimpleNamespace(store=open_store(str(tmp_path / "out"))))
     with pytest.raises(Temporary, match="plan 0 was discarded while this run was starting; run again"):
-        worker.join_plan(0)
-    worker.close()
+        PlanSession.join(loaded, 0)

@@ -45,7 +45,7 @@ def released() -> Iterator[threading.Event]:
 def store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
     """The output of jobs, for driver and worker."""
     made = MemoryStore()
-    for room in ("driver.driver", "worker.worker"):
+    for room in ("driver.driver", "worker.setup"):
         monkeypatch.setattr(f"batchjob.{room}.open_store", lambda *_, **__: made)
     return made
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count, cycle, islice
 from pathlib import Path
@@ -17,8 +17,14 @@ from batchjob.bench.machine_stats import read_cpu_seconds
 from batchjob.bench.results import StageMeasurement
 from batchjob.driver.planner import choose_shard_size
 from batchjob.errors import AttemptFailed, InvalidJob
+from batchjob.inference.cpu_parallelism import CpuParallelism
+from batchjob.inference.engine import Engine
+from batchjob.inference.gpu_decode import GpuDecodingLoader
+from batchjob.inference.predictor import Predictor
 from batchjob.job.job import Job
+from batchjob.loader.loader import Loader
 from batchjob.loader.shard_queue import ShardQueue
+from batchjob.output.part_builder import PartBuilder
 from batchjob.output.provenance import ShardResult
 from batchjob.output.scratch import ScratchFolder
 from batchjob.plan import chunks
@@ -28,7 +34,9 @@ from batchjob.storage.reader import Reader
 from batchjob.storage.store import open_store
 from batchjob.types import Batch, Cursor, ImageRef, Shard, ShardKey, StageTiming
 from batchjob.worker.messages import ShardCommitted, ShardFailed, WorkerEvent, WorkerInfo, WorkerSetup
-from batchjob.worker.worker import Worker, WorkerComponents
+from batchjob.worker.plan_session import PlanSession
+from batchjob.worker.setup import load
+from batchjob.worker.worker import Worker
 
 __all__ = ["BenchWorker", "InputSample", "RunRecord", "open_bench_worker", "sample_input"]
 
@@ -99,6 +107,19 @@ def sample_input(job: Job, images: int) -> InputSample:
     return InputSample(tuple(found), rows, StageMeasurement("list", rows / seconds, spent / rows * 1e3, note=note))
 
 
+@dataclass(frozen=True)
+class WorkerComponents:
+    """Components of a worker, each of which is measured alone."""
+
+    reader: Reader
+    engine: Engine
+    loader: Loader
+    predictor: Predictor
+    part_builder: PartBuilder
+    cpu_parallelism: CpuParallelism
+    gpu_decoding: GpuDecodingLoader | None
+
+
 class BenchWorker:
     """What a bench measures with.
 
@@ -126,9 +147,10 @@ class BenchWorker:
             job.serialize(), str(job.folder), None, locations, size if rows <= SMALL_INPUT_IMAGES else None
         )
         self.began = time.perf_counter()
-        self._worker = Worker(job, setup, cores, self._events.put, self.timings.append)
+        self._resources = ExitStack()
         try:
-            self.loaded: WorkerInfo = self._worker.load()
+            self._loaded = self._resources.enter_context(closing(load(job, setup, cores)))
+            self.loaded: WorkerInfo = self._loaded.info
             self._check_enough(images, listed.rows)
             self.shards = self._planned(images, rows, listed)
         except BaseException:
@@ -138,7 +160,16 @@ class BenchWorker:
 
     @property
     def parts(self) -> WorkerComponents:
-        return self._worker.components
+        loaded = self._loaded
+        return WorkerComponents(
+            loaded.reader,
+            loaded.engine,
+            loaded.loader_setup.loader,
+            self._worker.session.predictor,
+            self._worker.part_builder,
+            loaded.cpu_parallelism,
+            loaded.loader_setup.gpu_decoding,
+        )
 
     @property
     def batch_size(self) -> int:
@@ -200,7 +231,7 @@ class BenchWorker:
 
     def close(self) -> None:
         """End the worker and its processes."""
-        self._worker.close()
+        self._resources.close()
 
     def _check_enough(self, images: int, listed: int) -> None:
         size = self.loaded.batch_size
@@ -239,8 +270,10 @@ class BenchWorker:
         return self._begun(list(keys))
 
     def _begun(self, keys: Sequence[ShardKey]) -> tuple[Shard, ...]:
-        self._worker.join_plan(0)
-        return tuple(self._worker.read_shard(key) for key in keys)
+        session = PlanSession.join(self._loaded, 0)
+        worker = Worker(self._loaded, session, on_event=self._events.put, timing_sink=self.timings.append)
+        self._worker = self._resources.enter_context(closing(worker))
+        return tuple(session.read_shard(key) for key in keys)
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from batchjob.inference.cpu_parallelism import (
     release_freed_memory,
     retain_freed_memory,
 )
-from batchjob.inference.device_errors import classify_device_error, identify_device
+from batchjob.inference.device_errors import classify_device_error
+from batchjob.inference.devices import identify_device
 from batchjob.inference.engine import Engine
 from batchjob.inference.execution_config import ExecutionConfig
 from batchjob.job.job import Job
@@ -53,7 +54,7 @@ class LoadedWorker:
         engine: The model with its preprocessing and postprocessing.
         loader_setup: The loader, and the batch size.
         cpu_parallelism: Batches that are computed at the same time, and threads for each.
-        seconds_per_image: Time that an image takes with the plain execution config; 0 if the input is too small to tune.
+        seconds_per_image: Time that an image takes in the plain execution config; 0 if the input is too small to tune.
         info: Facts for the driver.
     """
 
@@ -145,9 +146,7 @@ def report_device_faults(device: str) -> Iterator[None]:
         raise DeviceFault(f"{device} failed: {describe_error(error)}; the same command resumes", device) from error
 
 
-def _warm_up(
-    engine: Engine, loader_setup: LoaderSetup, cores: int, setup: WorkerSetup
-) -> tuple[CpuParallelism, float]:
+def _warm_up(engine: Engine, loader_setup: LoaderSetup, cores: int, setup: WorkerSetup) -> tuple[CpuParallelism, float]:
     """Run the plain execution config; find the batch size and measure how long an image takes."""
     example, kind = engine.example_image, engine.device.type
     predictor = engine.build_predictor(engine.build_forward(ExecutionConfig()))

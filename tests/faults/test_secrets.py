@@ -78,13 +78,13 @@ def mean():
     if os.environ.get("BREAK") == "load":
         raise RuntimeError("https://me:" + os.environ["DB_PASSWORD"] + "@db/ refuses Bearer " + os.environ["HF_TOKEN"])
     if os.environ.get("BREAK") == "worker":
-        from batchjob.worker.worker import Worker
+        from batchjob.worker.plan_session import PlanSession
 
-        Worker.join_plan = broken
+        PlanSession.join = broken
     if os.environ.get("BREAK") == "actor":
-        from batchjob.pool.local_pool import LocalPool
+        from batchjob.worker.worker_thread import WorkerThread
 
-        LocalPool.wait = broken
+        WorkerThread.wait = broken
     return Mean()
 
 

@@ -33,15 +33,15 @@ def make():
 BUGGY_NET = """\
 from slow import Slow
 
-from batchjob.worker.worker import Worker
+from batchjob.worker.plan_session import PlanSession
 
 
-def broken(self, number):
+def broken(*_):
     raise RuntimeError("a bug in begin")
 
 
 def make():
-    Worker.join_plan = broken
+    PlanSession.join = broken
     return Slow()
 """
 
@@ -51,7 +51,7 @@ import sys
 from batchjob.cli import main
 from batchjob.pool import ray_pool
 
-ray_pool._SCHEDULE_SECONDS = 25.0  # which a Ray may take to start on a busy machine
+ray_pool._SCHEDULING_TIMEOUT = 25.0  # which a Ray may take to start on a busy machine
 sys.exit(main.main(sys.argv[1:]))
 """
 
