@@ -1,28 +1,26 @@
-"""A batch's pixels in one tensor, in shared memory where they travel from a loader process."""
+"""Collation of prepared images into one batch tensor, in shared memory where it travels from a loader process."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
+
+import torch
 
 from batchjob.errors import AttemptFailed
 from batchjob.types import EncodedImages, ErrorRecord
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["GpuSplitBatch", "RaggedBatch", "StackedBatch"]
 
 
 class StackedBatch:
-    """The batch's tensor, made for the first good image and filled in place.
+    """Batch of images of one size, allocated for the first good image and filled in place.
 
     Args:
-        rows: that it may come to have.
-        size: the last dimensions every image must have; None takes those of the first.
-        shared: whether it must travel to another process.
+        rows: Images that the batch may get.
+        size: Last dimensions that every image must have; None takes those of the first image.
+        shared: True if the batch travels to another process.
     """
 
     def __init__(self, rows: int, size: tuple[int, ...] | None, shared: bool) -> None:
@@ -31,14 +29,17 @@ class StackedBatch:
         self._used = 0
 
     def add(self, image: torch.Tensor) -> ErrorRecord | None:
-        """Put one image behind the others, or say why it does not go with them."""
+        """Append an image; return an error if it does not fit to the others."""
         shape = tuple(image.shape)
         size = self._size or (shape if self._tensor is None else tuple(self._tensor.shape[1:]))
         if shape[-len(size) :] != size or (self._tensor is not None and shape != self._tensor.shape[1:]):
-            message = f"comes out as {_shape(shape)}, the others as {_shape(size)}: give resize and crop in preprocess"
+            message = (
+                f"comes out as {_format_shape(shape)}, the others as {_format_shape(size)}: "
+                "give resize and crop in preprocess"
+            )
             return ErrorRecord("transform", "size", message)
         if self._tensor is None:
-            self._tensor = _room_for(self._rows, image, self._shared)
+            self._tensor = _allocate_batch(self._rows, image, self._shared)
         if image.dtype != self._tensor.dtype:
             return ErrorRecord("transform", "type", f"comes out as {image.dtype}, the others as {self._tensor.dtype}")
         self._tensor[self._used] = image
@@ -46,94 +47,102 @@ class StackedBatch:
         return None
 
     def to_tensor(self) -> torch.Tensor | None:
-        """`[n, c, h, w]` of the images that were added; None of none."""
+        """Return the images that were added, `[n, c, h, w]`; None if there are none."""
         return None if self._tensor is None else self._tensor[: self._used]
 
     def shapes(self) -> None:
-        """All alike."""
+        """Return None: all images have the same shape."""
 
     def encoded(self) -> EncodedImages | None:
-        """The images that a device is to decode."""
+        """Return the images that the GPU has to decode; None if there are none."""
         return None
 
 
 class GpuSplitBatch(StackedBatch):
-    """Prepared images and, flat among them, such as a device is still to decode."""
+    """Stacked batch in which some images are still encoded (uint8 `[bytes]`), for the GPU to decode.
+
+    Example: images A (decoded), B (encoded), C (decoded) give the tensor [A, C] and the encoded image B at index 1.
+    """
 
     def __init__(self, rows: int, size: tuple[int, ...] | None, shared: bool) -> None:
         super().__init__(rows, size, shared)
-        self._files: dict[int, torch.Tensor] = {}  # by place among the good images
+        self._files: dict[int, torch.Tensor] = {}  # by index among the good images
 
     def add(self, image: torch.Tensor) -> ErrorRecord | None:
-        """Put one image behind the others, or say why it does not go with them."""
+        """Append an image; return an error if it does not fit to the others."""
         if image.ndim != 1:
             return super().add(image)
         self._files[self._used + len(self._files)] = image
         return None
 
     def encoded(self) -> EncodedImages | None:
-        """The images that a device is to decode."""
-        import torch
-
+        """Return the images that the GPU has to decode; None if there are none."""
         if not self._files:
             return None
         ends = tuple(accumulate(file.numel() for file in self._files.values()))
-        room = _room((ends[-1],), torch.uint8, self._shared)
-        return EncodedImages(tuple(self._files), torch.cat(list(self._files.values()), out=room), ends)
+        data = _allocate((ends[-1],), torch.uint8, self._shared)
+        return EncodedImages(tuple(self._files), torch.cat(list(self._files.values()), out=data), ends)
 
 
 class RaggedBatch:
-    """Images of different sizes, one behind the other in one flat tensor."""
+    """Batch of images of different sizes, their values one after another in one flat tensor.
+
+    Args:
+        shared: True if the batch travels to another process.
+    """
 
     def __init__(self, shared: bool) -> None:
         self._images: list[torch.Tensor] = []
         self._shared = shared
 
     def add(self, image: torch.Tensor) -> ErrorRecord | None:
-        """Put one image behind the others, or say why it does not go with them."""
+        """Append an image; return an error if it does not fit to the others."""
         if self._images and image.dtype != self._images[0].dtype:
-            return ErrorRecord(
-                "transform", "type", f"comes out as {image.dtype}, the others as {self._images[0].dtype}"
-            )
+            message = f"comes out as {image.dtype}, the others as {self._images[0].dtype}"
+            return ErrorRecord("transform", "type", message)
         if image.ndim != 3:
-            return ErrorRecord(
-                "transform", "size", f"comes out as {_shape(image.shape)}, not as channels x height x width"
-            )
+            message = f"comes out as {_format_shape(image.shape)}, not as channels x height x width"
+            return ErrorRecord("transform", "size", message)
         self._images.append(image)
         return None
 
     def to_tensor(self) -> torch.Tensor | None:
-        """All values, image after image; None of none."""
-        import torch
-
+        """Return all values, image after image, as a flat tensor; None if there are no images."""
         if not self._images:
             return None
-        room = _room((sum(image.numel() for image in self._images),), self._images[0].dtype, self._shared)
-        return torch.cat([image.reshape(-1) for image in self._images], out=room)
+        values = sum(image.numel() for image in self._images)
+        tensor = _allocate((values,), self._images[0].dtype, self._shared)
+        return torch.cat([image.reshape(-1) for image in self._images], out=tensor)
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """`[c, h, w]` of each."""
+        """Return `[c, h, w]` of each image."""
         return tuple(tuple(image.shape) for image in self._images)
 
     def encoded(self) -> None:
-        """None of them."""
+        """Return None: all images are decoded."""
 
 
-def _room_for(rows: int, image: torch.Tensor, shared: bool) -> torch.Tensor:
-    """Room for so many images in the layout of this one: no value is moved on the way that stands well."""
+def _allocate_batch(rows: int, image: torch.Tensor, shared: bool) -> torch.Tensor:
+    """Allocate a batch in the memory layout of its first image, so that images are copied without a transposition.
+
+    Example: a decoded image `[3, 224, 224]` has its channels last in memory (stride 1 in the first dimension); so the
+    batch is allocated as `[rows, 224, 224, 3]` and viewed as `[rows, 3, 224, 224]`.
+    """
     if image.ndim != 3 or image.shape[0] == 1 or image.stride(0) != 1:
-        return _room((rows, *image.shape), image.dtype, shared)
+        return _allocate((rows, *image.shape), image.dtype, shared)
     channels, height, width = image.shape
-    return _room((rows, height, width, channels), image.dtype, shared).permute(0, 3, 1, 2)
+    return _allocate((rows, height, width, channels), image.dtype, shared).permute(0, 3, 1, 2)
 
 
-def _room(shape: tuple[int, ...], dtype: torch.dtype, shared: bool) -> torch.Tensor:
-    """Raises AttemptFailed where there is no shared memory: no image is at fault."""
-    import torch
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, shared: bool) -> torch.Tensor:
+    """Allocate a tensor, in shared memory if asked for.
 
+    Raises:
+        AttemptFailed: Shared memory is full, which is not the fault of any image.
+    """
     if not shared:
         return torch.empty(shape, dtype=dtype)
-    # Not `share_memory_`: it copies what was not even written yet.
+    # `share_memory_` would copy a tensor whose values are not even written yet.
     try:
         storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
     except RuntimeError as error:
@@ -144,5 +153,5 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype, shared: bool) -> torch.Ten
     return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
-def _shape(shape: Sequence[int]) -> str:
+def _format_shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))

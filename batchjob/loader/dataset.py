@@ -1,4 +1,4 @@
-"""A request in, a batch out: fetched, decoded and transformed; what is wrong with an image stays in its place."""
+"""Dataset that turns a request for images into a batch: fetch, decode, transform, collate; bad images stay in place."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from batchjob.loader.fetch import Fetcher, check_file_size, group_refs
 from batchjob.storage.objects import ObjectData
 from batchjob.types import Batch, ErrorRecord, ImageInfo, ImageRef, PreparedImage, StageTiming
 
-__all__ = ["BatchRequest", "ImageDataset", "TransformFn"]
+__all__ = ["BatchRequest", "ImageDataset", "LoadCallback", "TransformFn"]
 
 TransformFn = Callable[[bytes], PreparedImage]
-"""An encoded image to what goes into the batch. Raises ImageFault."""
+"""Function from an encoded image to its tensor. Raises ImageError."""
 
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """One batch to load.
+    """Request for one batch.
 
     Attributes:
-        shard: index of the shard; `take` the number of the attempt at it.
-        start: offset of its first row within the shard.
-        refs: its images.
-        known: rows that are not tried, and what is known of them.
-        on_host: nothing is left for a device to decode.
+        shard_index: Index of the shard.
+        attempt_number: Number of the attempt at the shard.
+        start: Offset of the first row within the shard.
+        refs: Images of the batch.
+        known_errors: Rows that are not loaded, and the errors known of them.
+        decode_on_cpu: True if no image is left for the GPU to decode.
     """
 
     shard_index: int
@@ -41,32 +42,41 @@ class BatchRequest:
     known_errors: Mapping[int, ImageInfo] = field(default_factory=dict)
     decode_on_cpu: bool = False
 
-    def with_known_error(self, row: int, facts: ImageInfo) -> BatchRequest:
-        """The same, with that row not to be tried."""
-        return replace(self, known_errors={**self.known_errors, row: facts})
+    def with_known_error(self, row: int, info: ImageInfo) -> BatchRequest:
+        """Return the request with one row that is not loaded any more."""
+        return replace(self, known_errors={**self.known_errors, row: info})
 
     def select_rows(self, rows: range) -> BatchRequest:
-        """The batch of these rows."""
-        known = {row - rows.start: facts for row, facts in self.known_errors.items() if row in rows}
-        return replace(self, start=self.start + rows.start, refs=self.refs[rows.start : rows.stop], known_errors=known)
+        """Return a request for some of the rows.
+
+        Example: of a request with `start` 64, rows 16 to 31 are a request with `start` 80; row 20 becomes row 4.
+        """
+        known_errors = {row - rows.start: info for row, info in self.known_errors.items() if row in rows}
+        return replace(
+            self, start=self.start + rows.start, refs=self.refs[rows.start : rows.stop], known_errors=known_errors
+        )
 
     def split(self) -> tuple[BatchRequest, BatchRequest]:
-        """Two batches in place of this one."""
+        """Return two requests with half of the rows each."""
         middle, end = len(self.refs) // 2, len(self.refs)
         return self.select_rows(range(middle)), self.select_rows(range(middle, end))
 
 
 class LoadCallback(Protocol):
-    """Told what is at work."""
+    """Callback for the steps of `ImageDataset.load_batch`.
+
+    Example: a batch of two images calls `on_fetch()` when it begins, `on_fetch()` as each object arrives,
+    `on_image(0, etag)`, `on_image(1, etag)`, and `on_send()`.
+    """
 
     def on_fetch(self) -> None:
-        """No image is in work; told again as each object arrives, from any thread."""
+        """Handle the start of a fetch, or the arrival of an object; called from any thread."""
 
     def on_image(self, row: int, etag: str | None) -> None:
-        """The image of this row of the request is in work."""
+        """Handle the start of decoding the image of this row."""
 
     def on_send(self) -> None:
-        """All images are through."""
+        """Handle the end of the last image."""
 
 
 class _NoOpCallback:
@@ -79,14 +89,15 @@ class _NoOpCallback:
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """Loads what is requested.
+    """Dataset of images by request. Picklable: each loader process has a copy.
 
     Attributes:
-        fetcher: reads encoded images.
-        prepare: decode and geometry.
-        size: the last dimensions every prepared image must have; None takes the first good image of each batch.
-        varying: images may differ in size; `size` says nothing then.
-        divided: in place of `prepare`, where a device decodes a part of the images; those come flat, `[bytes]`.
+        fetcher: Reader of encoded images.
+        transform: Decode, resize and crop of one image.
+        size: Last dimensions that every prepared image must have; None takes those of each batch's first good image.
+        variable_size: True if images may differ in size; `size` is then ignored.
+        split_transform: Used in place of `transform` where a GPU decodes a share of the images; those come as flat
+            uint8 `[bytes]`.
     """
 
     fetcher: Fetcher
@@ -96,42 +107,49 @@ class ImageDataset:
     split_transform: TransformFn | None = None
 
     def make_collator(self, rows: int, shared: bool = False) -> StackedBatch | RaggedBatch:
-        """Room for so many prepared images."""
+        """Make an empty batch for so many prepared images, in shared memory if it travels to another process."""
         if self.variable_size:
             return RaggedBatch(shared)
         return (StackedBatch if self.split_transform is None else GpuSplitBatch)(rows, self.size, shared)
 
     def load_batch(
-        self,
-        request: BatchRequest,
-        callback: LoadCallback | None = None,
-        shared: bool = False,
+        self, request: BatchRequest, callback: LoadCallback | None = None, shared: bool = False
     ) -> Batch | BatchjobError:
-        """The batch, or what ends the job, given and not raised; `shared` where it travels to another process."""
+        """Load one batch.
+
+        Args:
+            request: Images to load.
+            callback: Callback for each step.
+            shared: True if the batch travels to another process.
+
+        Returns:
+            The batch, with the error of each bad image in its row; or an error that ends the job, not raised.
+        """
         callback = callback or _NoOpCallback()
-        spans: list[StageTiming] = []
-        pixels = self.make_collator(len(request.refs), shared)
-        prepare = self.transform if request.decode_on_cpu else self.split_transform or self.transform
-        facts = dict(request.known_errors)
-        rows = [row for row in range(len(request.refs)) if row not in facts]
-        left = iter(rows)
+        timings: list[StageTiming] = []
+        collator = self.make_collator(len(request.refs), shared)
+        transform = self.transform if request.decode_on_cpu else self.split_transform or self.transform
+        infos = dict(request.known_errors)
+        rows = [row for row in range(len(request.refs)) if row not in infos]
+        next_row = iter(rows)
         try:
             for refs in group_refs([request.refs[row] for row in rows]):
                 callback.on_fetch()
-                with _timed(spans, "fetch", len(refs)):
-                    found = self.fetcher.fetch(refs, callback.on_fetch)[::-1]  # so that each can be let go once decoded
-                with _timed(spans, "decode", len(refs)):
-                    while found:
-                        row = next(left)
-                        facts[row] = self._prepared(row, found.pop(), prepare, pixels, callback)
-        except Unavailable as trouble:
+                with _record_stage(timings, "fetch", len(refs)):
+                    # Reversed, so that `pop` lets go of each image's bytes once it is decoded.
+                    objects = self.fetcher.fetch(refs, callback.on_fetch)[::-1]
+                with _record_stage(timings, "decode", len(refs)):
+                    while objects:
+                        row = next(next_row)
+                        infos[row] = self._prepare_image(row, objects.pop(), transform, collator, callback)
+        except Unavailable as error:
             return Batch(
-                request.shard_index,
-                request.start,
-                (),
-                None,
-                trouble.message,
-                _summed(spans),
+                shard_index=request.shard_index,
+                start=request.start,
+                image_infos=(),
+                pixels=None,
+                attempt_error=error.message,
+                stage_seconds=_sum_stages(timings),
                 attempt_number=request.attempt_number,
             )
         except BatchjobError as error:
@@ -140,59 +158,60 @@ class ImageDataset:
         return Batch(
             shard_index=request.shard_index,
             start=request.start,
-            image_infos=tuple(facts[row] for row in range(len(request.refs))),
-            pixels=pixels.to_tensor(),
-            stage_seconds=_summed(spans),
-            shapes=pixels.shapes(),
+            image_infos=tuple(infos[row] for row in range(len(request.refs))),
+            pixels=collator.to_tensor(),
+            stage_seconds=_sum_stages(timings),
+            shapes=collator.shapes(),
             attempt_number=request.attempt_number,
-            timings=tuple(spans),
-            encoded=pixels.encoded(),
+            timings=tuple(timings),
+            encoded=collator.encoded(),
         )
 
-    def _prepared(
+    def _prepare_image(
         self,
         row: int,
-        found: ObjectData | ErrorRecord,
-        prepare: TransformFn,
-        pixels: StackedBatch | RaggedBatch,
-        progress: LoadCallback,
+        answer: ObjectData | ErrorRecord,
+        transform: TransformFn,
+        collator: StackedBatch | RaggedBatch,
+        callback: LoadCallback,
     ) -> ImageInfo:
-        if isinstance(found, ErrorRecord):
-            return ImageInfo(error=found)
-        etag = found.etag
-        fault = check_file_size(len(found.data), self.fetcher.max_bytes)
-        if fault is not None:
-            return ImageInfo(etag, error=fault)
-        progress.on_image(row, etag)
+        """Decode and transform one image and add it to the batch; its info holds the error if that fails."""
+        if isinstance(answer, ErrorRecord):
+            return ImageInfo(error=answer)
+        etag = answer.etag
+        error_record = check_file_size(len(answer.data), self.fetcher.max_bytes)
+        if error_record is not None:
+            return ImageInfo(etag, error=error_record)
+        callback.on_image(row, etag)
         try:
-            made = prepare(found.data)
-            return ImageInfo(etag, made.width, made.height, pixels.add(made.pixels), made.axes_swapped)
+            image = transform(answer.data)
+            return ImageInfo(etag, image.width, image.height, collator.add(image.pixels), image.axes_swapped)
         except ImageError as error:
-            fault = ErrorRecord(error.stage, error.type, error.message)
-        except BatchjobError:  # of the whole batch
+            error_record = ErrorRecord(error.stage, error.type, error.message)
+        except BatchjobError:  # the fault of the whole batch
             raise
-        except Exception as error:  # noqa: BLE001 - one image's fault is that image's row
-            fault = _fault(error)
-        return ImageInfo(etag, error=fault)
+        except Exception as error:  # noqa: BLE001 - a fault of one image becomes the error of its row
+            error_record = _convert_image_error(error)
+        return ImageInfo(etag, error=error_record)
 
 
-def _fault(error: Exception) -> ErrorRecord:
+def _convert_image_error(error: Exception) -> ErrorRecord:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
         return ErrorRecord("decode", "memory", "there was not enough memory to decode it (runtime.loader.memory_mib)")
     return ErrorRecord("transform", type(error).__name__, str(error) or type(error).__name__)
 
 
 @contextlib.contextmanager
-def _timed(spans: list[StageTiming], stage: str, images: int) -> Iterator[None]:
-    begun = time.perf_counter()
+def _record_stage(timings: list[StageTiming], stage: str, images: int) -> Iterator[None]:
+    started = time.perf_counter()
     try:
         yield
     finally:
-        spans.append(StageTiming(stage, begun, time.perf_counter(), os.getpid(), images))
+        timings.append(StageTiming(stage, started, time.perf_counter(), os.getpid(), images))
 
 
-def _summed(spans: Sequence[StageTiming]) -> dict[str, float]:
+def _sum_stages(timings: Sequence[StageTiming]) -> dict[str, float]:
     seconds: dict[str, float] = defaultdict(float)
-    for span in spans:
-        seconds[span.stage] += span.ended - span.began
+    for timing in timings:
+        seconds[timing.stage] += timing.ended - timing.began
     return dict(seconds)

@@ -1,11 +1,10 @@
-"""A batch's objects to their bytes, telling the fault of one object from the fault of its store."""
+"""Objects of a batch to their bytes, with the fault of one object told apart from the fault of its store."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from batchjob.errors import (
     AddressRefused,
@@ -18,163 +17,170 @@ from batchjob.errors import (
 )
 from batchjob.settings import is_local
 from batchjob.storage.objects import ObjectData
+from batchjob.storage.reader import Reader
 from batchjob.types import ErrorRecord, ImageRef
-
-if TYPE_CHECKING:
-    from batchjob.storage.reader import Reader
 
 __all__ = ["Fetcher", "check_file_size", "group_refs"]
 
+MAX_FETCH_BYTES = 128 * 1024 * 1024  # encoded bytes that a loader process holds at the same time, where sizes are known
+
+_MAX_CANARIES = 4  # of the web, each from another host
+
 _Answer = ObjectData | StorageError | Unavailable
-MAX_FETCH_BYTES = 128 * 1024 * 1024  # encoded bytes that one loader process holds at once, where sizes are known
-_CANARIES = 4  # of the web, from as many hosts
 
 
 @dataclass(frozen=True)
 class Fetcher:
-    """Reads images, many at once.
+    """Concurrent reader of images that finds out whether an image or its store is at fault.
 
-    An object that cannot be read is the image's fault only if a canary, an object of the same store that this process
-    has read before, can be read at the same time; else the store or its credentials are to blame. A store that does
-    not answer is waited for as long as the reader waits out an outage. All of the web is one store: a host that is gone
-    is the fault of its images as long as another answers.
+    An unreadable object is the image's fault only if a canary can be read at the same time: an object of the same
+    store that this process has read before. Otherwise the store or its credentials are at fault. A store that does
+    not answer is waited for, up to the reader's outage timeout. The whole web counts as one store: a host that is gone
+    is the fault of its images as long as another host answers.
 
     Attributes:
-        reader: of any URI.
-        max_bytes: larger images are not fetched, where the plan or their store tells the size.
-        retries: how often an object that cannot be read is asked for again while its store answers.
+        reader: Reader of any URI.
+        max_bytes: Images known to be larger, in bytes, are not fetched; None for no limit.
+        retries: Further reads of an object that cannot be read while its store answers.
     """
 
     reader: Reader
     max_bytes: int | None = None
     retries: int = 2
-    _canaries: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _canaries: dict[str, tuple[str, ...]] = field(default_factory=dict)  # store → locations, the latest last
 
     def fetch(
         self, refs: Sequence[ImageRef], on_result: Callable[[], None] = lambda: None
     ) -> list[ObjectData | ErrorRecord]:
-        """As many answers as refs, in order; `came` is called, from any thread, as each of them arrives.
+        """Read objects concurrently.
+
+        Args:
+            refs: Images to read.
+            on_result: Called from any thread as each answer arrives.
+
+        Returns:
+            Bytes or error of each ref, in order.
 
         Raises:
-            Unavailable: the store cannot be reached.
+            Unavailable: A store cannot be reached.
         """
-        faults = [check_file_size(ref.size, self.max_bytes) for ref in refs]
-        wanted = [ref for ref, fault in zip(refs, faults, strict=True) if fault is None]
-        found = self._read(wanted, on_result)
-        answers = iter([_as_planned(ref, answer) for ref, answer in zip(wanted, found, strict=True)])
-        return [fault or next(answers) for fault in faults]
+        errors = [check_file_size(ref.size, self.max_bytes) for ref in refs]
+        to_read = [ref for ref, error in zip(refs, errors, strict=True) if error is None]
+        answers = self._read_with_retries(to_read, on_result)
+        results = iter([_convert_answer(ref, answer) for ref, answer in zip(to_read, answers, strict=True)])
+        return [error or next(results) for error in errors]
 
-    def _read(self, refs: Sequence[ImageRef], came: Callable[[], None]) -> list[_Answer]:
-        asked, waits, retries, waited = time.monotonic(), 0, 0, False
-        answers = self._asked(refs, False, came)
-        while refused := {at: answer for at, answer in enumerate(answers) if isinstance(answer, Unavailable)}:
-            if self._in_reach({refs[at].location: error for at, error in refused.items()}, asked):
-                if not waited and retries == self.retries:
+    def _read_with_retries(self, refs: Sequence[ImageRef], on_result: Callable[[], None]) -> list[_Answer]:
+        """Read objects again while some get no answer, as often as `retries` allows beyond outages."""
+        started, pauses, retries, after_pause = time.monotonic(), 0, 0, False
+        answers = self._read_once(refs, False, on_result)
+        while unanswered := {at: answer for at, answer in enumerate(answers) if isinstance(answer, Unavailable)}:
+            if self._stores_answer({refs[at].location: error for at, error in unanswered.items()}, started):
+                if not after_pause and retries == self.retries:
                     break
-                retries += not waited  # what an outage refused says nothing of an image
-                wanted, waited = list(refused), False
+                # A read that failed during an outage says nothing about the image, so it uses up no retry.
+                retries += not after_pause
+                again, after_pause = list(unanswered), False
             else:
-                waits, waited = waits + 1, True
-                wanted = [list(refused)[waits % len(refused)]]  # one is enough to see that it is over
-                self.reader.outage(refs[wanted[0]].location).back_off(waits)
-            again = self._asked([refs[at] for at in wanted], not waited, came)
-            for at, answer in zip(wanted, again, strict=True):
+                # One object at a time is enough to see that the outage is over.
+                pauses, after_pause = pauses + 1, True
+                again = [list(unanswered)[pauses % len(unanswered)]]
+                self.reader.outage(refs[again[0]].location).back_off(pauses)
+            new_answers = self._read_once([refs[at] for at in again], not after_pause, on_result)
+            for at, answer in zip(again, new_answers, strict=True):
                 answers[at] = answer
         return answers
 
-    def _asked(self, refs: Sequence[ImageRef], stubborn: bool, came: Callable[[], None]) -> list[_Answer]:
+    def _read_once(self, refs: Sequence[ImageRef], retry_each: bool, on_result: Callable[[], None]) -> list[_Answer]:
         locations = [ref.location for ref in refs]
-        answers = self.reader.read_many(locations, stubborn, [ref.etag for ref in refs], self.max_bytes, came)
+        answers = self.reader.read_many(locations, retry_each, [ref.etag for ref in refs], self.max_bytes, on_result)
         for location, answer in zip(locations, answers, strict=True):
             if isinstance(answer, ObjectData):
-                self._keep(location)
+                self._keep_canary(location)
         return answers
 
-    def _keep(self, location: str) -> None:
-        """As a canary: the latest of its host, and on the web beside those of a few others."""
-        store, host = _store(location), _host(location)
-        others = (at for at in self._canaries.get(store, ()) if _host(at) != host)
-        self._canaries[store] = (*others, location)[-_CANARIES:]
+    def _keep_canary(self, location: str) -> None:
+        """Keep the latest object of each host: one for a bucket, `_MAX_CANARIES` for the web."""
+        store, host = _store_of(location), _host_of(location)
+        others = (other for other in self._canaries.get(store, ()) if _host_of(other) != host)
+        self._canaries[store] = (*others, location)[-_MAX_CANARIES:]
 
-    def _in_reach(self, refused: Mapping[str, Unavailable], asked: float) -> bool:
-        """Whether all stores of these objects answer now.
+    def _stores_answer(self, unanswered: Mapping[str, Unavailable], started: float) -> bool:
+        """Read canaries of all stores of these locations; return True if every store answers now.
 
         Raises:
-            Unavailable: it has not answered for too long.
+            Unavailable: A store has not answered for too long.
         """
-        for store in dict.fromkeys(map(_store, refused)):
-            location, trouble = next((at, error) for at, error in refused.items() if _store(at) == store)
-            canaries = [at for at in self._canaries.get(store, ()) if at not in refused]
-            seen = self.reader.read_many(canaries, limit=self.max_bytes)
-            silent = [answer for answer in seen if isinstance(answer, Unavailable)]
-            if len(silent) < len(seen):
+        for store in dict.fromkeys(map(_store_of, unanswered)):
+            location, error = next((at, error) for at, error in unanswered.items() if _store_of(at) == store)
+            canaries = [canary for canary in self._canaries.get(store, ()) if canary not in unanswered]
+            answers = self.reader.read_many(canaries, limit=self.max_bytes)
+            failures = [answer for answer in answers if isinstance(answer, Unavailable)]
+            if len(failures) < len(answers):
                 continue
-            trouble = silent[-1] if silent else trouble
+            error = failures[-1] if failures else error
             if is_local(location):
-                raise trouble
-            self.reader.outage(location).record_silence(trouble, asked)
+                raise error
+            self.reader.outage(location).record_silence(error, started)
             return False
         return True
 
 
 def check_file_size(size: int | None, limit: int | None) -> ErrorRecord | None:
-    """The fault of an image of more bytes than allowed."""
+    """Return the error of a file with more bytes than allowed; None of all others."""
     if size is None or limit is None or size <= limit:
         return None
-    return _too_large(size, limit)
-
-
-def _too_large(size: int, limit: int) -> ErrorRecord:
-    return ErrorRecord("fetch", "too_large", f"the file has {size:,} bytes, over decode.max_bytes {limit:,}")
+    return _too_large_error(size, limit)
 
 
 def group_refs(refs: Sequence[ImageRef]) -> Iterator[Sequence[ImageRef]]:
-    """Runs of refs that are read at once: as many as `FETCH_BYTES` allow, at least one."""
-    start, held = 0, 0
+    """Group refs that are read together: at most `MAX_FETCH_BYTES` a group, but at least one ref.
+
+    Example: with a limit of 10 bytes, sizes 4, 6, 1, 20, 3 give the groups [4, 6], [1], [20], [3].
+    """
+    start, group_bytes = 0, 0
     for index, ref in enumerate(refs):
-        held += ref.size or 0
-        if held > MAX_FETCH_BYTES and index > start:
+        group_bytes += ref.size or 0
+        if group_bytes > MAX_FETCH_BYTES and index > start:
             yield refs[start:index]
-            start, held = index, ref.size or 0
+            start, group_bytes = index, ref.size or 0
     if start < len(refs):
         yield refs[start:]
 
 
-def _as_planned(ref: ImageRef, answer: _Answer) -> ObjectData | ErrorRecord:
-    """The answer; a fault where the object is no longer the one that was planned, as far as its tags tell."""
-    if isinstance(answer, NotFound) and ref.etag is not None:
-        return ErrorRecord(
-            "fetch", "deleted", f"{ref.location}: deleted since the plan was made ({ref.etag}, now absent)"
-        )
+def _convert_answer(ref: ImageRef, answer: _Answer) -> ObjectData | ErrorRecord:
+    """Convert a store's answer to bytes or error; an object that has changed since the plan is an error."""
     if isinstance(answer, ObjectData):
         return answer
+    if isinstance(answer, NotFound) and ref.etag is not None:
+        message = f"{ref.location}: deleted since the plan was made ({ref.etag}, now absent)"
+        return ErrorRecord("fetch", "deleted", message)
     if isinstance(answer, ObjectTooLarge):
-        return _too_large(answer.size, answer.limit)
+        return _too_large_error(answer.size, answer.limit)
     if isinstance(answer, PreconditionFailed):
         return ErrorRecord("fetch", "changed", answer.message.rpartition("; ")[0])
-    return _fault(answer, ref.location)
+    if isinstance(answer, Unavailable):
+        problem = answer.message.partition("; ")[0]
+        others = "others on the web" if _is_on_web(ref.location) else "other objects of the same store"
+        return ErrorRecord("fetch", "unreadable", f"{problem}; {others} can be read")
+    types = ((NotFound, "not_found"), (AddressRefused, "refused"), (UnaddressableKey, "unaddressable"))
+    error_type = next((name for kind, name in types if isinstance(answer, kind)), "storage")
+    return ErrorRecord("fetch", error_type, answer.message)
 
 
-def _fault(error: StorageError | Unavailable, location: str) -> ErrorRecord:
-    if isinstance(error, Unavailable):
-        said = error.message.partition("; ")[0]
-        others = "others on the web" if _is_web(location) else "other objects of the same store"
-        return ErrorRecord("fetch", "unreadable", f"{said}; {others} can be read")
-    words = ((NotFound, "not_found"), (AddressRefused, "refused"), (UnaddressableKey, "unaddressable"))
-    return ErrorRecord(
-        "fetch", next((word for kind, word in words if isinstance(error, kind)), "storage"), error.message
-    )
+def _too_large_error(size: int, limit: int) -> ErrorRecord:
+    return ErrorRecord("fetch", "too_large", f"the file has {size:,} bytes, over decode.max_bytes {limit:,}")
 
 
-def _store(location: str) -> str:
-    """What shares its canaries: a bucket, all of the web, and all local disks."""
-    return "web" if _is_web(location) else _host(location)
+def _store_of(location: str) -> str:
+    """Return the name under which canaries are kept: the bucket, `web` for the whole web, "" for local disks."""
+    return "web" if _is_on_web(location) else _host_of(location)
 
 
-def _host(location: str) -> str:
-    """A bucket or host; empty for all local disks."""
+def _host_of(location: str) -> str:
+    """Return scheme and bucket or host, like `s3://bucket`; "" for local disks."""
     return "" if is_local(location) else "/".join(location.split("/", 3)[:3])
 
 
-def _is_web(location: str) -> bool:
+def _is_on_web(location: str) -> bool:
     return location[:8].lower().startswith(("http://", "https://"))

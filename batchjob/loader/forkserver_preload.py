@@ -1,4 +1,7 @@
-"""Torchvision's transforms without torch's compiler, for a fork server: it imports modules by their names alone."""
+"""Module to preload in the fork server: torchvision's transforms, without torch's compiler.
+
+The fork server imports modules by name, so this import needs a module of its own.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding divided between the loader's CPUs and the device, so that both are busy: a share, and what steers it."""
+"""Decoding shared between the loader's CPUs and the GPU, so that both are busy: the share, its control, its transform."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import ctypes
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from multiprocessing.context import BaseContext
+from typing import Any, TypeVar
+
+import torch
 
 from batchjob.preprocessing.decode import read_jpeg_orientation
 from batchjob.preprocessing.jpeg import read_baseline_jpeg_size
@@ -14,81 +17,99 @@ from batchjob.preprocessing.settings import DecodeSettings
 from batchjob.preprocessing.transforms import ImageTransform
 from batchjob.types import PreparedImage
 
-if TYPE_CHECKING:
-    from multiprocessing.context import BaseContext
-
-
 __all__ = ["GpuShare", "GpuShareController", "GpuSplitTransform", "adjust_share"]
 
 T = TypeVar("T")
+
 INITIAL_SHARE = 0.5
+
 _STEP = 0.05
-_STARVED = 0.05  # of the time, waiting for the loader; over it the device is given more to decode
-_FED = 0.01  # under it less
+_HIGH_WAIT = 0.05  # fraction of the time spent waiting for the loader above which the GPU gets a larger share
+_LOW_WAIT = 0.01  # fraction below which it gets a smaller one
+_MAX_GPU_PIXELS = 32 << 20  # of one image that the GPU may decode, before and after the resize
 
 
 class GpuShare:
-    """The part of the images it can decode that a device is given: one number for all loader processes.
+    """Share of the suitable images that the GPU decodes: one number in shared memory for all loader processes.
 
-    Written in the worker, read in the loader processes. Travels only to a process that is being started.
+    The worker writes it, loader processes read it. It can only be passed to a process as that process starts.
+
+    Example: with a share of 0.4, `is_gpu_turn` adds 0.4 a call and becomes true at 0.4, 0.8, 1.2: on the third image.
+    `assign_to_gpu` subtracts 1, and the sums go on with 0.6, 1.0: the fifth image.
 
     Args:
-        context: the one that the processes are started by.
-        value: between 0 and 1.
+        context: Multiprocessing context that starts the processes.
+        value: Initial share, from 0 to 1.
     """
 
     def __init__(self, context: BaseContext, value: float = INITIAL_SHARE) -> None:
-        self._cell: Any = context.RawValue(ctypes.c_double, value)
-        self._owed = 0.0  # images, in this process
+        self._shared_value: Any = context.RawValue(ctypes.c_double, value)
+        self._due = 0.0  # images that the GPU should have got, of those of this process
 
     @property
     def value(self) -> float:
-        return float(self._cell.value)
+        return float(self._shared_value.value)
 
     @value.setter
     def value(self, value: float) -> None:
-        self._cell.value = value
+        self._shared_value.value = value
 
     def is_gpu_turn(self) -> bool:
-        """Whether the image at hand is the device's, if it can decode it. To be asked once for each image."""
-        self._owed = min(self._owed + self._cell.value, 2.0)  # what nothing could be given for is forgotten
-        return self._owed >= 1.0
+        """Return True if the GPU should decode the next image, provided it can. Call it once for each image."""
+        # Capped: after many unsuitable images the GPU does not get all of the next ones.
+        self._due = min(self._due + self._shared_value.value, 2.0)
+        return self._due >= 1.0
 
     def assign_to_gpu(self) -> None:
-        """The device gets the image at hand."""
-        self._owed -= 1.0
+        """Count the image as one that the GPU decodes."""
+        self._due -= 1.0
 
 
-def adjust_share(share: float, wait_fraction: float) -> float:
-    """The share from now on.
+@dataclass(frozen=True)
+class GpuSplitTransform:
+    """Encoded image to tensor, where the GPU decodes a share of the images: those stay encoded. Picklable.
 
-    Whoever waits for batches of the loader has time to decode some more himself; where batches are always ready, either
-    the model or the device's decoder is what all wait for, and the CPU takes over what it can.
-
-    Args:
-        share: so far.
-        waited: part of the time, 0 to 1, that was spent waiting for the loader.
+    Attributes:
+        cpu_transform: Transform of all images that are not left to the GPU.
+        share: Share of the suitable images that the GPU decodes.
     """
-    if wait_fraction > _STARVED:
-        return min(1.0, share + _STEP)
-    return max(0.0, share - _STEP) if wait_fraction < _FED else share
+
+    cpu_transform: ImageTransform
+    share: GpuShare
+
+    def __call__(self, data: bytes) -> PreparedImage:
+        """Prepare one encoded image; one for the GPU comes as flat uint8 `[bytes]`. Raises ImageError."""
+        size = self._read_suitable_size(data) if self.share.is_gpu_turn() else None
+        if size is None:
+            return self.cpu_transform(data)
+        self.share.assign_to_gpu()
+        return PreparedImage(torch.frombuffer(bytearray(data), dtype=torch.uint8), size[1], size[0])
+
+    def _read_suitable_size(self, data: bytes) -> tuple[int, int] | None:
+        """Read height and width of an image that the GPU can decode; None of all others."""
+        size, settings = read_baseline_jpeg_size(data), self.cpu_transform.settings
+        if size is None or size[0] * size[1] > min(settings.max_pixels, _MAX_GPU_PIXELS):
+            return None
+        if self.cpu_transform.resize_crop.resized_pixels(size) > _MAX_GPU_PIXELS:
+            return None
+        return size if not self.cpu_transform.apply_exif or _is_upright(data, settings) else None
 
 
 class GpuShareController:
-    """Steers a share by how long the loader's batches are waited for.
+    """Control of the GPU's share by the time that the loader's batches are waited for.
 
     Args:
-        share: what is steered.
-        window: batches that are looked at together; so many are under way that were divided by an earlier share.
-        clock: seconds, monotonic.
+        share: Share to adjust.
+        window: Batches between two adjustments: as many as are in flight, which were divided by an earlier share.
+        clock: Monotonic clock, in seconds.
     """
 
     def __init__(self, share: GpuShare, window: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.share, self._window, self._clock = share, window, clock
-        self._ended = False
+        self._disabled = False
 
     def observe(self, batches: Iterator[T]) -> Iterator[T]:
-        """The same; the time that each takes to come is what counts, but for the first."""
+        """Pass batches through and measure the wait for each but the first, whose wait is start-up time."""
         seen, waited, began = -1, 0.0, 0.0
         while True:
             asked = self._clock()
@@ -98,57 +119,35 @@ class GpuShareController:
             now = self._clock()
             seen, waited = seen + 1, waited + (now - asked)
             if seen in {0, self._window}:
-                if seen and now > began:
-                    self._steer(waited / (now - began))
+                if seen and now > began and not self._disabled:
+                    self.share.value = adjust_share(self.share.value, waited / (now - began))
                 seen, waited, began = 0, 0.0, now
             yield batch
 
     def disable(self) -> None:
-        """Give the device nothing any more."""
-        self._ended, self.share.value = True, 0.0
-
-    def _steer(self, waited: float) -> None:
-        if not self._ended:
-            self.share.value = adjust_share(self.share.value, waited)
+        """Set the share to 0 for good: the CPU decodes everything."""
+        self._disabled, self.share.value = True, 0.0
 
 
-_DEVICE_PIXELS = 32 << 20  # of one image that is left to a device, before and after the resize
+def adjust_share(share: float, wait_fraction: float) -> float:
+    """Compute the next share.
 
+    A worker that waits for the loader has time left on its GPU, which can decode more. Where batches are always ready,
+    the model or the GPU's decoder is the bottleneck, and the CPU takes over what it can.
 
-@dataclass(frozen=True)
-class GpuSplitTransform:
-    """What a loader process does to each image where a device decodes a share of them.
+    Example: at a share of 0.5, waiting 8 % of the time gives 0.55, 3 % keeps 0.5, and 0 % gives 0.45.
 
-    Attributes:
-        host: does what is not left to the device.
-        share: of the images that the device can decode.
+    Args:
+        share: Current share.
+        wait_fraction: Part of the time, 0 to 1, that was spent waiting for the loader.
     """
-
-    cpu_transform: ImageTransform
-    share: GpuShare
-
-    def __call__(self, data: bytes) -> PreparedImage:
-        """One encoded image; what the device is to decode is flat, uint8 `[bytes]`. Raises ImageFault."""
-        import torch
-
-        size = self._size(data) if self.share.is_gpu_turn() else None
-        if size is None:
-            return self.cpu_transform(data)
-        self.share.assign_to_gpu()
-        return PreparedImage(torch.frombuffer(bytearray(data), dtype=torch.uint8), size[1], size[0])
-
-    def _size(self, data: bytes) -> tuple[int, int] | None:
-        """Height and width of an image that the device can decode, None of all that need more care."""
-        size, settings = read_baseline_jpeg_size(data), self.cpu_transform.settings
-        if size is None or size[0] * size[1] > min(settings.max_pixels, _DEVICE_PIXELS):
-            return None
-        if self.cpu_transform.resize_crop.resized_pixels(size) > _DEVICE_PIXELS:
-            return None
-        return size if not self.cpu_transform.apply_exif or _upright(data, settings) else None
+    if wait_fraction > _HIGH_WAIT:
+        return min(1.0, share + _STEP)
+    return max(0.0, share - _STEP) if wait_fraction < _LOW_WAIT else share
 
 
-def _upright(data: bytes, settings: DecodeSettings) -> bool:
+def _is_upright(data: bytes, settings: DecodeSettings) -> bool:
     try:
         return read_jpeg_orientation(data, settings) == 1
-    except Exception:  # noqa: BLE001 - whatever Pillow meets in it, the host's decoder names it
+    except Exception:  # noqa: BLE001 - the CPU's decoder meets the same fault, and names it
         return False

@@ -1,4 +1,4 @@
-"""The face of the loader: shards in, batches out, in order, whatever becomes of the processes behind it."""
+"""Loader: shards in, batches out, in order, from processes that a bad image may kill without harm."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from typing import TYPE_CHECKING
+
+import torch
 
 from batchjob.concurrency import start_forkserver
 from batchjob.errors import AttemptFailed, BatchjobError
@@ -19,35 +20,33 @@ from batchjob.loader.shard_queue import ShardQueue
 from batchjob.storage.reader import Reader
 from batchjob.types import Batch
 
-if TYPE_CHECKING:
-    import torch
-
 __all__ = ["Loader"]
 
 
 class Loader:
-    """Fetches and decodes batches ahead of their use, in order, in processes that are cheap to replace.
+    """Loader of batches ahead of their use, in order, in replaceable processes.
 
-    An image that kills the process which decodes it, by a crash, by taking too long or too much memory, and does so
-    again when it is tried alone, is a fault in its place like any other.
+    An image that kills the process which decodes it (by a crash, by taking too long or too much memory), and kills
+    another one when it is tried alone, gets an error row like any other bad image.
 
     Args:
-        reader: reads encoded images; goes to the loader processes.
-        prepare: decode and geometry; picklable.
-        batch_size: images in a batch; the last of a shard may have fewer.
-        plan: from `settle`; with 0 processes this one works, as the batches are asked for, and nothing is isolated.
-        size: the last dimensions every prepared image must have; None takes the first good image of each batch.
-        varying: images may differ in size; `size` says nothing then.
-        max_bytes: images known to be larger are not fetched.
-        retries: how often an image that cannot be read is asked for again while its store answers.
-        divided: in place of `prepare`, where a device decodes a part of the images; likewise picklable.
+        reader: Reader of encoded images; copied to the loader processes.
+        transform: Decode, resize and crop of one image; picklable.
+        batch_size: Images in a batch; the last batch of a shard may have fewer.
+        config: Loader settings. With 0 processes, batches are loaded in the thread that asks for them, and nothing is
+            isolated.
+        size: Last dimensions that every prepared image must have; None takes those of each batch's first good image.
+        variable_size: True if images may differ in size; `size` is then ignored.
+        max_bytes: Images known to be larger, in bytes, are not fetched; None for no limit.
+        retries: Further reads of an image that cannot be read while its store answers.
+        split_transform: Used in place of `transform` where a GPU decodes a share of the images; picklable.
 
     Attributes:
-        batch_size: images in a batch; another one counts from the next shard on.
-        quarantine: of deadly images; until another one is given, it lasts as long as the loader.
+        batch_size: Images in a batch; a new value counts from the next shard on.
+        quarantine: Images that are known to kill a process. The initial one lasts as long as the loader.
     """
 
-    def __init__(  # noqa: PLR0913 - all by keyword, from the few places that put a loader together
+    def __init__(  # noqa: PLR0913 - keyword only, and called in few places
         self,
         *,
         reader: Reader,
@@ -60,85 +59,80 @@ class Loader:
         retries: int = 2,
         split_transform: TransformFn | None = None,
     ) -> None:
-        self._images = ImageDataset(
-            Fetcher(reader, max_bytes, retries), transform, size, variable_size, split_transform
-        )
-        self._plan = config
-        self._running: Future[LoaderProcessPool] | None = None
-        self._lost, self._own = 0, _TimestampCallback()
+        fetcher = Fetcher(reader, max_bytes, retries)
+        self._dataset = ImageDataset(fetcher, transform, size, variable_size, split_transform)
+        self._config = config
+        self._starting_pool: Future[LoaderProcessPool] | None = None
+        self._deaths_before, self._callback = 0, _TimestampCallback()
         self.batch_size = batch_size
         self.quarantine = Quarantine()
 
     @property
     def config(self) -> LoaderConfig:
-        """As it was given."""
-        return self._plan
+        """Loader settings, without `auto`."""
+        return self._config
 
     def collate(self, images: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """Prepared images as the pixels of one batch; what does not go with the first of them is left out."""
-        room = self._images.make_collator(len(images), shared=self._plan.processes > 0)
+        """Collate prepared images to the pixels of one batch; images that do not fit to the first are left out."""
+        collator = self._dataset.make_collator(len(images), shared=self._config.processes > 0)
         for image in images:
-            room.add(image)
-        return room.to_tensor()
+            collator.add(image)
+        return collator.to_tensor()
 
     @property
     def process_deaths(self) -> int:
-        """Processes that died so far, those in which suspects were tried alone included."""
-        crew = self._crew_at_work()
-        return self._lost + (crew.process_deaths if crew is not None else 0)
+        """Processes that have died so far, those of trials included."""
+        pool = self._find_pool()
+        return self._deaths_before + (pool.process_deaths if pool is not None else 0)
 
     def last_progress(self) -> float:
-        """When loading was last seen to have come a step further, on the monotonic clock; 0 before it began."""
-        crew = self._crew_at_work()
-        return self._own.last_progress if crew is None else crew.last_progress
+        """Return the time of the last step of loading, on the monotonic clock; 0 before the first."""
+        pool = self._find_pool()
+        return self._callback.last_progress if pool is None else pool.last_progress
 
     def start(self) -> None:
-        """Begin starting the processes in the background. Calling it again does nothing."""
-        if self._plan.processes and self._running is None:
-            starter = ThreadPoolExecutor(1, thread_name_prefix="batchjob-loader")
-            self._running = starter.submit(self._start_crew)
-            starter.shutdown(wait=False)
+        """Start the processes in the background. Repeated calls do nothing."""
+        if self._config.processes and self._starting_pool is None:
+            executor = ThreadPoolExecutor(1, thread_name_prefix="batchjob-loader")
+            self._starting_pool = executor.submit(self._start_pool)
+            executor.shutdown(wait=False)
 
     def batches(self, queue: ShardQueue) -> Iterator[Batch]:
-        """One epoch: batches of the shards that the feed gives, in order, until it gives None.
+        """Load one epoch: the batches of the queue's shards, in order, until it returns None.
 
-        A new shard is asked for as soon as the last one's batches are all under way. A shard of no images has no
-        batch, and one that the feed no longer wants no further ones. A batch may have fewer images than asked for
-        where a process was lost over it. The processes stay for the next epoch.
+        The next shard is taken as soon as all batches of the last one are requested. A shard without images has no
+        batch; a shard that the queue does not want any more gets no further batches. A batch may have fewer images
+        than `batch_size` where a process died over it. The processes stay for the next epoch.
 
         Raises:
-            AttemptFailed: loader processes die, and no image is to blame; the next call starts new ones.
-            Unavailable: the output, where a deadly image has to be remembered, cannot be reached.
-            InvalidJob: the images cannot be read as the job stands (a missing extra, for one).
+            AttemptFailed: Loader processes die and no image is to blame; the next call starts new ones.
+            Unavailable: The output, in which a deadly image has to be recorded, cannot be reached.
+            InvalidJob: The images cannot be read with this job, for one because an extra is missing.
         """
-        with closing(self._in_processes(queue) if self._plan.processes else self._in_this_process(queue)) as items:
-            for item in items:
-                if isinstance(item, BatchjobError):
-                    raise item
-                yield item
+        with closing(self._load_in_pool(queue) if self._config.processes else self._load_here(queue)) as results:
+            for result in results:
+                if isinstance(result, BatchjobError):
+                    raise result
+                yield result
 
     def close(self) -> None:
         """End the processes. The loader may be started again."""
-        running, self._running = self._running, None
-        if running is not None and running.exception() is None:
-            crew = running.result()
-            crew.close()
-            self._lost += crew.process_deaths
+        starting_pool, self._starting_pool = self._starting_pool, None
+        if starting_pool is not None and starting_pool.exception() is None:
+            pool = starting_pool.result()
+            pool.close()
+            self._deaths_before += pool.process_deaths
 
-    def _start_crew(self) -> LoaderProcessPool:
-        start_forkserver(__name__)
-        return LoaderProcessPool(self._images, self._plan, self.quarantine)
+    def _load_here(self, queue: ShardQueue) -> Generator[Batch | BatchjobError, None, None]:
+        for request in self._make_requests(queue):
+            result = self._dataset.load_batch(request, self._callback)
+            yield result.pin_memory() if self._config.pin_memory and isinstance(result, Batch) else result
 
-    def _in_this_process(self, feed: ShardQueue) -> Generator[Batch | BatchjobError, None, None]:
-        for request in self._requests(feed):
-            item = self._images.load_batch(request, self._own)
-            yield item.pin_memory() if self._plan.pin_memory and isinstance(item, Batch) else item
-
-    def _in_processes(self, feed: ShardQueue) -> Generator[Batch | BatchjobError, None, None]:
-        crew = self._started()
-        crew.quarantine = self.quarantine
+    def _load_in_pool(self, queue: ShardQueue) -> Generator[Batch | BatchjobError, None, None]:
+        pool = self._wait_for_pool()
+        pool.quarantine = self.quarantine
         try:
-            yield from crew.batches(self._requests(feed))
+            yield from pool.batches(self._make_requests(queue))
         except BatchjobError:
             self.close()
             raise
@@ -146,43 +140,52 @@ class Loader:
             self.close()
             raise AttemptFailed(f"the loader failed and is started anew: {type(error).__name__}: {error}") from error
 
-    def _requests(self, feed: ShardQueue) -> Iterator[BatchRequest]:
-        while (shard := feed.next_shard()) is not None:
-            size = self.batch_size
-            for start in range(0, len(shard.refs), size):
-                if not feed.is_wanted(shard):
+    def _make_requests(self, queue: ShardQueue) -> Iterator[BatchRequest]:
+        while (shard := queue.next_shard()) is not None:
+            batch_size = self.batch_size
+            for start in range(0, len(shard.refs), batch_size):
+                if not queue.is_wanted(shard):
                     break
-                refs = shard.refs[start : start + size]
-                known = self.quarantine.errors_by_row(ref.position for ref in refs)
-                yield BatchRequest(shard.key.index, shard.attempt_number, start, refs, known, shard.decode_on_cpu)
+                refs = shard.refs[start : start + batch_size]
+                known_errors = self.quarantine.errors_by_row(ref.position for ref in refs)
+                yield BatchRequest(
+                    shard.key.index, shard.attempt_number, start, refs, known_errors, shard.decode_on_cpu
+                )
 
-    def _started(self) -> LoaderProcessPool:
+    def _start_pool(self) -> LoaderProcessPool:
+        start_forkserver(__name__)
+        return LoaderProcessPool(self._dataset, self._config, self.quarantine)
+
+    def _wait_for_pool(self) -> LoaderProcessPool:
+        """Return a usable pool, started now if need be."""
         try:
-            crew = self._crew_at_work()
-            if crew is not None and not crew.healthy:
+            pool = self._find_pool()
+            if pool is not None and not pool.healthy:
                 self.close()
             self.start()
-            assert self._running is not None
-            return self._running.result()
-        except Exception:  # they could not be started: the next call tries again
-            self._running = None
+            assert self._starting_pool is not None
+            return self._starting_pool.result()
+        except Exception:  # the processes could not be started: the next call tries again
+            self._starting_pool = None
             raise
 
-    def _crew_at_work(self) -> LoaderProcessPool | None:
-        """The one that has been started, if that is so by now."""
-        running = self._running
-        return running.result() if running is not None and running.done() and running.exception() is None else None
+    def _find_pool(self) -> LoaderProcessPool | None:
+        """Return the pool, if it has started by now."""
+        starting = self._starting_pool
+        if starting is None or not starting.done() or starting.exception() is not None:
+            return None
+        return starting.result()
 
 
 class _TimestampCallback:
-    """Told what is at work where this process loads."""
+    """Callback that keeps the time of the last step, where batches are loaded in this process."""
 
     last_progress = 0.0
 
     def on_fetch(self) -> None:
         self.last_progress = time.monotonic()
 
-    def on_image(self, row: int, etag: str | None) -> None:  # noqa: ARG002 - the face of who is told
+    def on_image(self, row: int, etag: str | None) -> None:  # noqa: ARG002 - required by LoadCallback
         self.last_progress = time.monotonic()
 
     def on_send(self) -> None:

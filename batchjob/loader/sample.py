@@ -1,12 +1,12 @@
-"""A few images prepared one by one, to look at them: in a process of their own, for one of them may be deadly."""
+"""A few images prepared one by one, to look at before a run; in a process of their own, since one may be deadly."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
+import torch
 
 from batchjob.errors import Unavailable
 from batchjob.loader.dataset import TransformFn
@@ -16,30 +16,27 @@ from batchjob.loader.shard_queue import ShardQueue
 from batchjob.storage.reader import Reader
 from batchjob.types import ImageRef, Shard, ShardKey
 
-if TYPE_CHECKING:
-    import torch
-
 __all__ = ["load_samples"]
 
 
 def load_samples(
     reader: Reader, transform: TransformFn, locations: Iterable[str], config: LoaderConfig
 ) -> Iterator[torch.Tensor]:
-    """The images there as they go into a batch; those that cannot be read or decoded are left out.
+    """Load images one by one, prepared for a batch; images that cannot be read or decoded are left out.
 
     Args:
-        reader: of the locations.
-        prepare: decode and geometry; picklable.
-        locations: of images.
-        plan: from `settle`; no more than one process is used.
+        reader: Reader of the locations.
+        transform: Decode, resize and crop of one image; picklable.
+        locations: URIs of images.
+        config: Loader settings; at most one process is used.
 
     Raises:
-        Unavailable: the store cannot be reached.
-        AttemptFailed: processes die, and no image is to blame.
+        Unavailable: The store cannot be reached.
+        AttemptFailed: Processes die and no image is to blame.
     """
-    refs = tuple(ImageRef(at, location, location) for at, location in enumerate(locations))
-    one = replace(config, processes=min(config.processes, 1), prefetch=1, pin_memory=False)
-    loader = Loader(reader=reader, transform=transform, batch_size=1, config=one, size=None)
+    refs = tuple(ImageRef(position, location, location) for position, location in enumerate(locations))
+    one_process = replace(config, processes=min(config.processes, 1), prefetch=1, pin_memory=False)
+    loader = Loader(reader=reader, transform=transform, batch_size=1, config=one_process, size=None)
     shard = Shard(ShardKey(0, "", len(refs), 0, 0), refs, pa.table({}))
     try:
         for batch in loader.batches(ShardQueue.of([shard])):

@@ -1,4 +1,4 @@
-"""What a job may say of its loader, and the rule behind `auto`."""
+"""Job settings of the loader (`runtime.loader:`), and the rule that resolves `auto`."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ __all__ = ["LoaderConfig", "LoaderSettings", "resolve_loader_settings"]
 
 MAX_PROCESSES = 32
 DEFAULT_IMAGE_SECONDS = 60.0
+
 _PREFETCH = 2
 _MIB = 1 << 20
-_WORTH_A_PROCESS = 16 * _MIB  # of encoded images: half a second of decoding
-_AT_REST_MIB = 2048  # interpreter, torch, storage clients, stacks of their threads, the encoded files of a batch
+_BYTES_PER_PROCESS = 16 * _MIB  # encoded images worth one more process: half a second of decoding
+_IDLE_MIB = 2048  # interpreter, torch, storage clients, stacks of their threads, the encoded files of a batch
 _BYTES_PER_PIXEL = 16  # of the largest image: Pillow's four, its RGB, and copies of it while it is resized
-_ENOUGH_MIB = 6 * 1024  # where images need no more
+_ENOUGH_MIB = 6 * 1024  # for a process whose images need no more
 
 
 class LoaderSettings(Settings):
-    """How images reach the model.
+    """Processes that fetch and decode images, and their limits.
 
     Attributes:
-        processes: that fetch and decode; 0 does it in the worker itself, which a crash of a decoder then ends.
-        prefetch: batches each process keeps ready.
-        pin_memory: page-locked batches, for faster copies to a GPU.
-        image_seconds: that one image may take to decode and transform, by the clock and of CPU seconds of all its
-            threads together; its download does not count.
-        memory_mib: that one process may use, shared batches left out; an image that needs more is an error row.
+        processes: Processes that fetch and decode; 0 does it in the worker itself, which then ends if a decoder
+            crashes.
+        prefetch: Batches that each process keeps ready.
+        pin_memory: Page-locked batches, for faster copies to a GPU.
+        image_seconds: Seconds in which one image must be decoded and transformed, by the clock and also in CPU time
+            of all threads together; its download does not count.
+        memory_mib: Memory of one process in MiB, shared batches not included; an image that needs more is an error
+            row.
     """
 
     processes: Annotated[int, Field(ge=0, le=1024)] | Literal["auto"] = "auto"
@@ -42,7 +45,15 @@ class LoaderSettings(Settings):
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Loader settings with nothing left open; `memory` in bytes, None without a limit."""
+    """Loader settings without `auto`.
+
+    Attributes:
+        processes: Loader processes; 0 loads in the worker.
+        prefetch: Batches that each process keeps ready.
+        pin_memory: Copy batches into page-locked memory.
+        image_seconds: Seconds in which one image must be decoded and transformed.
+        memory_bytes: Memory of one process, in bytes; None without a limit.
+    """
 
     processes: int
     prefetch: int
@@ -62,42 +73,54 @@ def resolve_loader_settings(
     batch_bytes: int = 0,
     shared_memory_bytes: int | None = None,
 ) -> LoaderConfig:
-    """The rule behind `auto`: a process per core, or fewer for a few images; pinned where there is a CUDA device.
+    """Resolve `auto`: one process per core, fewer for a small input, pinned batches for a CUDA device.
 
-    There are fewer, too, where shared memory has no room for what they would keep ready.
+    There are also fewer processes where shared memory has no room for the batches that they keep ready.
+
+    Example: 8 cores, 1 GiB of shared memory and batches of 64 MiB leave room for 8 batches, half of the memory; so
+    `prefetch` is 1 (8 batches // 8 processes) and there are 8 processes.
 
     Args:
-        settings: what the job says.
-        cores: that this worker may use.
-        few_bytes: of all images, where the whole job has no more than `FEW_IMAGES`.
-        cuda: whether batches go to a CUDA device.
-        memory: bytes that this worker and its loader may use, where that is known.
-        max_pixels: of the largest image that is decoded.
-        batch_bytes: of the pixels of a batch.
-        shared: bytes that are free in shared memory, where that is known.
+        settings: Settings of the job.
+        cores: CPU cores that this worker may use.
+        small_input_bytes: Bytes of all encoded images; None where the job has more than `SMALL_INPUT_IMAGES`.
+        cuda: True if batches go to a CUDA device.
+        memory_bytes: Memory that this worker and its loader may use, in bytes; None if unknown.
+        max_pixels: Pixels of the largest image that is decoded.
+        batch_bytes: Bytes of the pixels of a batch.
+        shared_memory_bytes: Free shared memory, in bytes; None if unknown.
     """
-    most = max(1, min(cores, MAX_PROCESSES))
-    wanted = most if small_input_bytes is None else min(most, 1 + small_input_bytes // _WORTH_A_PROCESS)
-    each = wanted if settings.processes == "auto" else max(1, settings.processes)
-    room = (
-        shared_memory_bytes // 2 // batch_bytes if shared_memory_bytes is not None and batch_bytes else _PREFETCH * each
-    )
-    prefetch = max(1, min(_PREFETCH, room // each)) if settings.prefetch == "auto" else settings.prefetch
-    processes = max(1, min(wanted, room // prefetch)) if settings.processes == "auto" else settings.processes
+    max_processes = max(1, min(cores, MAX_PROCESSES))
+    useful = max_processes
+    if small_input_bytes is not None:
+        useful = min(max_processes, 1 + small_input_bytes // _BYTES_PER_PROCESS)
+    processes = useful if settings.processes == "auto" else max(1, settings.processes)
+    batches_in_memory = _PREFETCH * processes
+    if shared_memory_bytes is not None and batch_bytes:
+        batches_in_memory = shared_memory_bytes // 2 // batch_bytes
+    prefetch = settings.prefetch
+    if prefetch == "auto":
+        prefetch = max(1, min(_PREFETCH, batches_in_memory // processes))
+    processes = settings.processes if settings.processes != "auto" else max(1, min(useful, batches_in_memory // prefetch))
     return LoaderConfig(
         processes=processes,
         prefetch=prefetch,
         pin_memory=cuda and settings.pin_memory in {True, "auto"},
         image_seconds=settings.image_seconds,
-        memory_bytes=_memory(memory_bytes, processes, max_pixels)
-        if settings.memory_mib == "auto"
-        else settings.memory_mib * _MIB,
+        memory_bytes=(
+            _choose_process_memory(memory_bytes, processes, max_pixels)
+            if settings.memory_mib == "auto"
+            else settings.memory_mib * _MIB
+        ),
     )
 
 
-def _memory(given: int | None, processes: int, max_pixels: int) -> int | None:
-    """Bytes for each process: its share, more where the largest image needs more, less where that is plenty."""
-    if given is None:
+def _choose_process_memory(available: int | None, processes: int, max_pixels: int) -> int | None:
+    """Choose the memory of each process: its share, more if the largest image needs it, less if that is plenty.
+
+    Example: 3 processes and the worker share 16 GiB, so each may use 4 GiB.
+    """
+    if available is None:
         return None
-    share = given // (processes + 1)
-    return max(_AT_REST_MIB * _MIB + _BYTES_PER_PIXEL * max_pixels, min(share, _ENOUGH_MIB * _MIB))
+    share = available // (processes + 1)
+    return max(_IDLE_MIB * _MIB + _BYTES_PER_PIXEL * max_pixels, min(share, _ENOUGH_MIB * _MIB))

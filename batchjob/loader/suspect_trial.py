@@ -1,4 +1,4 @@
-"""A suspect tried alone, in a process that is thrown away: only an image that kills twice is to blame."""
+"""Trial of a suspect image alone in a disposable process: only an image that kills twice gets an error row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from multiprocessing.connection import wait
 
 from batchjob.errors import AttemptFailed
 from batchjob.loader.dataset import BatchRequest
-from batchjob.loader.worker_process import LoaderProcess, WorkerExit
+from batchjob.loader.worker_process import LoaderProcess, LoadResult, WorkerExit
 from batchjob.types import Batch, ErrorRecord, ImageInfo
 
 __all__ = ["TrialResult", "try_image_alone"]
@@ -15,11 +15,11 @@ __all__ = ["TrialResult", "try_image_alone"]
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What became of an image on its own.
+    """Outcome of a trial.
 
     Attributes:
-        facts: its fault, None where it can be decoded like any other.
-        death: of the process, where it came to that.
+        info: Info with the image's error; None if it can be decoded like any other.
+        exit: End of the process, if it died.
     """
 
     info: ImageInfo | None
@@ -27,44 +27,45 @@ class TrialResult:
 
 
 def try_image_alone(process: LoaderProcess, request: BatchRequest, seconds: float) -> TrialResult:
-    """Load a request of one image, in a process that serves nothing else. The clock is kept by who watches it.
+    """Load one image in a process that does nothing else. The caller's clock kills the process if it takes too long.
 
     Args:
-        process: fresh.
-        request: of one image.
-        seconds: what the clock allows, for the words.
+        process: New process.
+        request: Request for one image.
+        seconds: Limit of the caller's clock, for the error message.
 
     Raises:
-        AttemptFailed: the process ended before it came to load anything.
+        AttemptFailed: The process ended before it was ready.
     """
     process.send(0, replace(request, decode_on_cpu=True))
     while True:
         ready = wait([process.pipe, process.sentinel])
-        if (arrived := process.receive()) is not None:
-            return TrialResult(_faulty(arrived[1]))
+        if (received := process.receive()) is not None:
+            return TrialResult(_find_image_error(received[1]))
         if process.sentinel in ready:
             break
-    death = process.wait_for_exit()
+    process_exit = process.wait_for_exit()
     if not process.progress.started:
-        raise AttemptFailed(f"a loader process {death.description} as it started")
-    if death.snapshot is None or death.snapshot.row is None:  # not over the image
-        return TrialResult(None, death)
-    return TrialResult(ImageInfo(death.snapshot.etag, error=_fault(death, seconds)), death)
+        raise AttemptFailed(f"a loader process {process_exit.description} as it started")
+    snapshot = process_exit.snapshot
+    if snapshot is None or snapshot.row is None:  # it did not die over the image
+        return TrialResult(None, process_exit)
+    return TrialResult(ImageInfo(snapshot.etag, error=_make_error(process_exit, seconds)), process_exit)
 
 
-def _faulty(item: object) -> ImageInfo | None:
-    """The facts of an image that has an ordinary fault of its own."""
-    if isinstance(item, Batch) and item.image_infos and item.image_infos[0].error is not None:
-        return item.image_infos[0]
+def _find_image_error(result: LoadResult) -> ImageInfo | None:
+    """Return the image's info if it has an ordinary error of its own."""
+    if isinstance(result, Batch) and result.image_infos and result.image_infos[0].error is not None:
+        return result.image_infos[0]
     return None
 
 
-def _fault(death: WorkerExit, seconds: float) -> ErrorRecord:
-    match death.kind:
+def _make_error(process_exit: WorkerExit, seconds: float) -> ErrorRecord:
+    match process_exit.kind:
         case "hang":
-            words = f"it was not decoded within {seconds:g} s (runtime.loader.image_seconds), alone neither"
+            message = f"it was not decoded within {seconds:g} s (runtime.loader.image_seconds), alone neither"
         case "memory":
-            words = "the process that decoded it was killed (SIGKILL), as for want of memory, alone too"
+            message = "the process that decoded it was killed (SIGKILL), as for want of memory, alone too"
         case _:
-            words = f"the process that decoded it {death.description.partition(' (')[0]}, alone too"
-    return ErrorRecord("decode", death.kind, words)
+            message = f"the process that decoded it {process_exit.description.partition(' (')[0]}, alone too"
+    return ErrorRecord("decode", process_exit.kind, message)

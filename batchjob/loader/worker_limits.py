@@ -1,4 +1,4 @@
-"""What a loader process may take of its machine: memory, no core files, and CPU seconds while an image is in work."""
+"""Limits of a loader process, set by itself: memory, no core files, and CPU seconds for each image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from batchjob.loader.worker_progress import WorkerProgress
 
@@ -17,54 +16,61 @@ __all__ = ["WorkerCallback", "apply_process_limits"]
 
 
 class WorkerCallback:
-    """Told what is at work in this process: the worker's clock reads it off the mark, the kernel's counts CPU seconds.
+    """Callback of a loader process: records progress for the worker and limits the CPU time of each image.
 
-    The process may use so many of them for an image, or to send a batch, or the kernel ends it by SIGXCPU: also where
-    the worker's clock, which counts all seconds, cannot look. Fetching is under neither. A call costs a microsecond.
+    There are two clocks. The worker reads the progress and kills a process that takes too long by the wall clock. The
+    kernel sends SIGXCPU to one that uses too much CPU time for an image or for sending a batch, which also works where
+    the worker cannot look. Fetching is under neither. A call costs a microsecond.
 
     Args:
-        mark: read by the worker.
-        seconds: of the worker's clock; the kernel counts whole ones, and up to one more.
+        progress: Slot that the worker reads.
+        seconds: Limit of both clocks; the kernel counts whole seconds, up to one more.
     """
 
     def __init__(self, progress: WorkerProgress, seconds: float) -> None:
-        self._mark, self._seconds = progress, seconds
-        _, self._hard = resource.getrlimit(resource.RLIMIT_CPU)
-        signal.signal(signal.SIGXCPU, signal.SIG_DFL)  # who started us may have ignored it
+        self._progress, self._seconds = progress, seconds
+        _, self._hard_limit = resource.getrlimit(resource.RLIMIT_CPU)
+        signal.signal(signal.SIGXCPU, signal.SIG_DFL)  # the program that started us may have ignored it
 
     def on_fetch(self) -> None:
-        self._allow(math.inf)
-        self._mark.set_fetching()
+        self._limit_cpu_time(math.inf)
+        self._progress.set_fetching()
 
     def on_image(self, row: int, etag: str | None) -> None:
-        self._allow(self._seconds)
-        self._mark.set_image(row, etag)
+        self._limit_cpu_time(self._seconds)
+        self._progress.set_image(row, etag)
 
     def on_send(self) -> None:
-        self._allow(self._seconds)
-        self._mark.set_sending()
+        self._limit_cpu_time(self._seconds)
+        self._progress.set_sending()
 
-    def _allow(self, seconds: float) -> None:
-        """From now on; the hard limit, which nobody can raise again, stays as it is."""
-        bound = self._hard
+    def _limit_cpu_time(self, seconds: float) -> None:
+        """Allow so many CPU seconds from now on.
+
+        Only the soft limit moves: a hard limit, once lowered, cannot be raised again.
+
+        Example: a process that has used 12.3 s and gets 60 s for an image has the soft limit 73.
+        """
+        limit = self._hard_limit
         if math.isfinite(seconds) and seconds < sys.maxsize // 2:
             wanted = math.ceil(time.process_time() + seconds)
-            bound = wanted if bound == resource.RLIM_INFINITY else min(wanted, bound)
+            limit = wanted if limit == resource.RLIM_INFINITY else min(wanted, limit)
         with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_CPU, (bound, self._hard))
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, self._hard_limit))
 
 
-def apply_process_limits(memory: int | None) -> None:
-    """Limit this process to so many bytes; where the system runs out of them nevertheless, it is the first to go."""
-    _limit(resource.RLIMIT_CORE, 0)
-    if memory is not None and sys.platform == "linux":  # elsewhere it counts no mapped memory, or all address space
-        _limit(resource.RLIMIT_DATA, memory)
+def apply_process_limits(memory_bytes: int | None) -> None:
+    """Limit this process to so many bytes (None: no limit), without core files, and make it the OOM killer's choice."""
+    _limit_resource(resource.RLIMIT_CORE, 0)
+    # Outside Linux, RLIMIT_DATA does not count mapped memory, or counts all of the address space.
+    if memory_bytes is not None and sys.platform == "linux":
+        _limit_resource(resource.RLIMIT_DATA, memory_bytes)
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")
 
 
-def _limit(what: Any, most: int) -> None:
-    _, hard = resource.getrlimit(what)
-    bound = most if hard == resource.RLIM_INFINITY else min(most, hard)
+def _limit_resource(resource_id: int, limit: int) -> None:
+    _, hard_limit = resource.getrlimit(resource_id)
+    limit = limit if hard_limit == resource.RLIM_INFINITY else min(limit, hard_limit)
     with suppress(OSError, ValueError):
-        resource.setrlimit(what, (bound, bound))
+        resource.setrlimit(resource_id, (limit, limit))
