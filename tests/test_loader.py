@@ -392,6 +392,7 @@ if __name__ == "__main__":
     def go_on():
         with contextlib.suppress(AttemptFailed):  # one may not even have begun
             list(batches)
+        threading.Event().wait()
     threading.Thread(target=go_on, daemon=True).start()
     before = children()
     kill_child_processes()

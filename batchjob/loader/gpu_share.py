@@ -1,4 +1,4 @@
-"""Decoding shared between the loader's CPUs and the GPU, so that both are busy: the share, its control, its transform."""
+"""Decoding shared between the loader's CPUs and the GPU, so that both are busy: share, transform and control."""
 
 from __future__ import annotations
 

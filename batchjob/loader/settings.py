@@ -98,10 +98,12 @@ def resolve_loader_settings(
     batches_in_memory = _PREFETCH * processes
     if shared_memory_bytes is not None and batch_bytes:
         batches_in_memory = shared_memory_bytes // 2 // batch_bytes
-    prefetch = settings.prefetch
-    if prefetch == "auto":
-        prefetch = max(1, min(_PREFETCH, batches_in_memory // processes))
-    processes = settings.processes if settings.processes != "auto" else max(1, min(useful, batches_in_memory // prefetch))
+    prefetch = max(1, min(_PREFETCH, batches_in_memory // processes))
+    if settings.prefetch != "auto":
+        prefetch = settings.prefetch
+    processes = max(1, min(useful, batches_in_memory // prefetch))
+    if settings.processes != "auto":
+        processes = settings.processes
     return LoaderConfig(
         processes=processes,
         prefetch=prefetch,
