@@ -27,7 +27,7 @@ from typing import Any, Literal
 ROOT = Path(__file__).parents[1]
 
 if __name__ != "__main__":
-    from commands import Ended, descendants
+    from batchjob_process import CompletedCommand, find_descendants
 
 __all__ = ["Driver", "Loaders", "Nursery"]
 
@@ -148,17 +148,17 @@ class Driver:
 
     def kill(self) -> set[tuple[int, int]]:
         """SIGKILL to the driver alone, seen through; returns what it had started."""
-        family = descendants(self.pid)
+        family = find_descendants(self.pid)
         self.send(signal.SIGKILL)
         assert self.nursery.end(self.pid, 30) is not None
         return family
 
-    def end(self, timeout: float = 240) -> Ended:
+    def end(self, timeout: float = 240) -> CompletedCommand:
         """Wait for its end."""
         end = self.nursery.end(self.pid, timeout)
         assert end is not None, f"still at work after {timeout} s:\n{self.said}"
         code, moment = end
-        return Ended(code, (self.log / "out").read_text(), self.said, moment - self.began)
+        return CompletedCommand(code, (self.log / "out").read_text(), self.said, moment - self.began)
 
     def until(self, condition: Callable[[], Any], timeout: float = 120) -> Any:
         """Wait until the condition holds, or the driver has ended; what the condition gave at last."""

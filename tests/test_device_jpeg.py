@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
-from commands import table
+from batchjob_process import read_rows
 from jpeg_files import (
     CENTER_CROP,
     PLAIN_JPEG,
@@ -379,7 +379,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[JpegDecoder], None]:
 
 
 def embeddings(folder: Path) -> dict[str, list[float] | None]:
-    rows = table(folder / "out").to_pylist()
+    rows = read_rows(folder / "out").to_pylist()
     assert [row["position"] for row in rows] == list(range(len(rows)))
     return {row["uri"].rpartition("/")[2]: row["embedding"] for row in rows}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import table
+from batchjob_process import read_rows
 from lost import ASSERT, ECC, write_harmful_job
 from scripted_pool import job
 
@@ -119,7 +119,7 @@ def test_a_broken_context_ends_the_run_and_the_same_command_goes_on_past_the_ima
         assert error.message == f"cpu failed: RuntimeError: {ASSERT}; the same command resumes"
     outcome = run(Job.from_file(Path(path)))
     assert (outcome.status, outcome.predicted, outcome.failed) == ("complete", 23, 1)
-    rows = table(tmp_path / "out").to_pylist()
+    rows = read_rows(tmp_path / "out").to_pylist()
     assert [row["position"] for row in rows] == list(range(24))
     assert {row["position"]: (row["error_stage"], row["error_type"]) for row in rows if row["error_stage"]} == {
         13: ("predict", "device")
@@ -141,7 +141,7 @@ def test_an_image_that_the_model_raises_at_is_an_error_row(tmp_path: Path, monke
     monkeypatch.setenv("BATCHJOB_TEST_HARM", "not this one")
     outcome = run(Job.from_file(Path(path)))
     assert (outcome.status, outcome.predicted, outcome.failed) == ("complete", 21, 3)
-    rows = table(tmp_path / "out").to_pylist()
+    rows = read_rows(tmp_path / "out").to_pylist()
     assert {row["position"]: row["error_message"] for row in rows if row["error_stage"] == "predict"} == dict.fromkeys(
         [0, 13, 14], "RuntimeError: not this one"
     )

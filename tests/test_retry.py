@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import scripted_pool
-from commands import footers, opened, table
+from batchjob_process import open_output, read_all_footers, read_rows
 from faulty import LOSE_ANSWER, Reply, between
 from nursery import Nursery
 from PIL import Image
@@ -101,7 +101,7 @@ def job(path: str, *overrides: str) -> batchjob.Job:
 
 
 def rows(output: str | Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = table(output).to_pylist()
+    found: list[dict[str, Any]] = read_rows(output).to_pylist()
     return found
 
 
@@ -110,7 +110,7 @@ def failed(output: str | Path) -> list[int]:
 
 
 def revisions(output: str | Path) -> list[int]:
-    return [made.revision for made in footers(output).values()]
+    return [made.revision for made in read_all_footers(output).values()]
 
 
 def files(output: Path) -> dict[str, tuple[int, int]]:
@@ -121,7 +121,7 @@ def files(output: Path) -> dict[str, tuple[int, int]]:
 
 def agrees(output: str | Path) -> bool:
     """Whether `_SUCCESS` stands and lists just what is there."""
-    store = opened(str(output))
+    store = open_output(str(output))
     found = success.read_success(store)
     return found is not None and success.find_part_mismatches(found[0], commit.list_parts(store)) == []
 
@@ -143,7 +143,7 @@ def out(tmp_path: Path) -> Path:
 def test_what_was_mended_is_predicted_and_all_else_stays_as_it_was(path: str, out: Path) -> None:
     first = batchjob.run(job(path))
     assert (first.failed, failed(out)) == (3, list(BROKEN))
-    before, made, stamps = rows(out), footers(out), files(out)
+    before, made, stamps = rows(out), read_all_footers(out), files(out)
     mend(out.parent)
     outcome = batchjob.retry(job(path))
     assert (outcome.status, outcome.exit_code) == ("complete", 0)
@@ -157,9 +157,9 @@ def test_what_was_mended_is_predicted_and_all_else_stays_as_it_was(path: str, ou
         assert after[number]["value"] == pytest.approx(20 * number / 255, abs=1e-6)
         assert after[number]["sku"] == f"sku-{number}"
         assert (after[number]["width"], after[number]["error_message"]) == (8, None)
-        assert after[number]["etag"] == opened(str(out.parent)).stat(f"{number}.png").etag
+        assert after[number]["etag"] == open_output(str(out.parent)).stat(f"{number}.png").etag
     assert revisions(out) == [1, 0, 1]
-    now = footers(out)
+    now = read_all_footers(out)
     (middle,) = (key for key, footer in now.items() if footer.revision == 0)
     assert now[middle] == made[middle]
     assert files(out)[str(out / middle)] == stamps[str(out / middle)]
@@ -227,7 +227,7 @@ def test_an_image_that_changed_since_the_plan_is_taken_as_it_is_now(path: str, o
     assert [row["error_type"] for row in rows(out) if row["error_type"]] == ["changed"]
     assert batchjob.retry(job(path)).failed == 0
     (row,) = (row for row in rows(out) if row["embedding"] == pytest.approx([1.0]))
-    assert row["etag"] == opened(str(out.parent)).stat("5.png").etag
+    assert row["etag"] == open_output(str(out.parent)).stat("5.png").etag
 
 
 # --- where there is nothing to retry, or more than that -------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_another_job_is_refused(path: str, out: Path) -> None:
 def test_a_run_that_stopped_early_is_retried_and_brought_to_its_end(path: str, out: Path) -> None:
     strict = job(path, "errors.max_count=1", "runtime.shard_size=1")
     assert batchjob.run(strict).exit_code == 3
-    assert len(footers(out)) < IMAGES
+    assert len(read_all_footers(out)) < IMAGES
     assert batchjob.run(strict).exit_code == 3, "what failed before counts"
     mend(out.parent)
     outcome = batchjob.retry(strict)
@@ -390,7 +390,7 @@ def test_a_retry_that_was_killed_goes_on_and_a_second_one_beside_it_is_told_to_w
     assert not (out / "_SUCCESS").exists()
     done = revisions(out)
     ended = nursery.start("retry", path, "--quiet", short_lease=True).end()
-    assert ended.code == 0, ended.err
+    assert ended.exit_code == 0, ended.stderr
     assert (failed(out), revisions(out)) == ([], [1, 1, 1])
     assert sum(done) < 3, "it was killed too late to show anything"
     assert agrees(out)
@@ -402,10 +402,10 @@ def test_a_run_after_a_killed_retry_finishes_what_is_there(path: str, out: Path,
     first = nursery.start("retry", path, "--quiet", env={"BATCHJOB_TEST_NAP": "1"}, short_lease=True)
     first.until(lambda: not (out / "_SUCCESS").exists())
     first.kill()
-    before = footers(out)
+    before = read_all_footers(out)
     ended = nursery.start("run", path, "--quiet", "--json", short_lease=True).end()
-    assert (ended.code, ended.answer["failed"]) == (0, len(failed(out)))
-    assert footers(out) == before
+    assert (ended.exit_code, ended.json_result["failed"]) == (0, len(failed(out)))
+    assert read_all_footers(out) == before
     assert agrees(out)
 
 
@@ -667,7 +667,7 @@ def test_a_success_that_was_put_since_stays() -> None:
 @pytest.mark.parametrize("where", ["disk", "s3"])
 def test_deleting_on_a_condition(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     uri = str(tmp_path) if where == "disk" else request.getfixturevalue("s3").bucket()
-    store = opened(uri)
+    store = open_output(uri)
     first = store.put_if_absent("a", b"1")
     second = store.replace_if_match("a", b"22", first.version or "")
     with pytest.raises(BatchjobError, match="another writer"):

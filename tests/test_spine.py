@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import forget_lease
+from batchjob_process import delete_lease
 from seaweed import Seaweed
 from spine import cifar, footers, labels_right, rows, run, start, wait
 
@@ -116,7 +116,7 @@ def test_a_killed_driver_resumes_and_redoes_nothing(
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     wait(process)
-    forget_lease(output)
+    delete_lease(output)
     committed = {key: made.attempt for key, made in footers(output).items()}
     ended = run(arguments)
     assert (ended.code, ended.answer["planned"]) == (0, 1000), ended.said
@@ -226,7 +226,7 @@ def test_on_ray_a_killed_actor_and_a_killed_driver_lose_nothing(test_data: Path,
     first.send_signal(signal.SIGKILL)
     _, said = first.communicate(timeout=60)
     assert "was lost" in said
-    forget_lease(output)
+    delete_lease(output)
     committed = {key: made.attempt for key, made in footers(output).items()}
     ended = run([job, "runtime.pool=ray"])
     assert ended.code == 0, ended.said

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from commands import SLOW_NET, footers, opened, plans, table
+from batchjob_process import SLOW_NET, list_plan_heads, open_output, read_all_footers, read_rows
 from PIL import Image
 from seaweed import Seaweed
 
@@ -91,9 +91,9 @@ class OutputCheck:
 
 def check_output(output: str, images: int) -> OutputCheck:
     """Look at every row of a finished output, and at the files beside them."""
-    rows: list[dict[str, Any]] = table(output).to_pylist()
+    rows: list[dict[str, Any]] = read_rows(output).to_pylist()
     seen = Counter(row["position"] for row in rows)
-    store = opened(output)
+    store = open_output(output)
     found = success.read_success(store)
     assert found is not None, f"{output} has no _SUCCESS"
     return OutputCheck(
@@ -101,14 +101,14 @@ def check_output(output: str, images: int) -> OutputCheck:
         duplicates=seen.total() - len(seen),
         wrong=sum(not _is_right(row) for row in rows),
         foreign_files=len(success.find_part_mismatches(found[0], commit.list_parts(store))),
-        plans=len(plans(output)),
+        plans=len(list_plan_heads(output)),
     )
 
 
 def list_committed_parts(output: str) -> dict[str, tuple[str, str | None]]:
     """Attempt and ETag of each committed part, by name."""
-    tags = {stat.uri: stat.etag for stat in opened(output).list("predictions/")}
-    return {key: (made.attempt, tags[key]) for key, made in footers(output).items() if key in tags}
+    tags = {stat.uri: stat.etag for stat in open_output(output).list("predictions/")}
+    return {key: (made.attempt, tags[key]) for key, made in read_all_footers(output).items() if key in tags}
 
 
 def run_parallel(work: Callable[[T], R], items: Iterable[T], at_once: int) -> list[R]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from batchjob_process import CompletedCommand, kill_on_exit, start_batchjob
 from color_coded_job import (
     OutputCheck,
     check_output,
@@ -15,7 +16,6 @@ from color_coded_job import (
     upload_job,
     write_job,
 )
-from commands import Ended, ends, start
 from figures import Figure
 from nursery import Nursery
 from seaweed import Seaweed
@@ -30,8 +30,8 @@ class Fired:
     """What became of drivers that were started at once."""
 
     drivers: int
-    winners: list[Ended]
-    losers: list[Ended]
+    winners: list[CompletedCommand]
+    losers: list[CompletedCommand]
     tally: OutputCheck
 
 
@@ -41,9 +41,9 @@ def fire(nursery: Nursery, job: str, output: str, drivers: int) -> Fired:
     return sorted_out([driver.end() for driver in started], output)
 
 
-def sorted_out(ended: list[Ended], output: str) -> Fired:
-    winners = [one for one in ended if one.code == 0]
-    losers = [one for one in ended if one.code != 0]
+def sorted_out(ended: list[CompletedCommand], output: str) -> Fired:
+    winners = [one for one in ended if one.exit_code == 0]
+    losers = [one for one in ended if one.exit_code != 0]
     return Fired(len(ended), winners, losers, check_output(output, IMAGES))
 
 
@@ -61,23 +61,26 @@ def test_of_many_drivers_one_works(
     figure(
         "double fire",
         f"2, 4 and 8 drivers at once, {where}: {[len(one.winners) for one in fired]} winners, losers' exit codes "
-        f"{sorted({loser.code for loser in losers})} after {format_range(loser.seconds for loser in losers)} s, "
+        f"{sorted({loser.exit_code for loser in losers})} after {format_range(loser.seconds for loser in losers)} s, "
         f"{[one.tally.plans for one in fired]} plans, {sum(one.tally.duplicates for one in fired)} rows twice",
     )
     for one in fired:
-        assert len(one.winners) == 1, [ended.err for ended in one.losers]
+        assert len(one.winners) == 1, [ended.stderr for ended in one.losers]
         assert one.tally.is_correct, one.tally
     for loser in losers:
-        assert (loser.code, loser.answer["status"]) == (75, "temporary"), loser.err
-        assert "another driver" in loser.answer["message"]
+        assert (loser.exit_code, loser.json_result["status"]) == (75, "temporary"), loser.stderr
+        assert "another driver" in loser.json_result["message"]
         assert loser.seconds <= LOSER_SECONDS
 
 
 def test_a_scheduler_s_own_command_fired_twice(tmp_path: Path, figure: Figure) -> None:
     """The same from the shell, with all that a start takes."""
     command = ["run", write_job(tmp_path, IMAGES), "--json"]
-    with ends(start(*command, env=NAP)) as one, ends(start(*command, env=NAP)) as other:
-        ended = run_parallel(lambda command: command.end(), [one, other], at_once=2)
+    with (
+        kill_on_exit(start_batchjob(*command, env=NAP)) as one,
+        kill_on_exit(start_batchjob(*command, env=NAP)) as other,
+    ):
+        ended = run_parallel(lambda command: command.wait(), [one, other], at_once=2)
     fired = sorted_out(ended, str(tmp_path / "out"))
     figure(
         "double fire",
@@ -85,5 +88,5 @@ def test_a_scheduler_s_own_command_fired_twice(tmp_path: Path, figure: Figure) -
     )
     assert fired.tally.is_correct, fired.tally
     (loser,) = fired.losers
-    assert (loser.code, loser.answer["status"]) == (75, "temporary"), loser.err
+    assert (loser.exit_code, loser.json_result["status"]) == (75, "temporary"), loser.stderr
     assert loser.seconds <= LOSER_SECONDS

@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from commands import cifar, footers, table
+from batchjob_process import cifar_arguments, read_all_footers, read_rows
 from figures import Figure
 from nursery import Nursery
 
@@ -29,7 +29,7 @@ def test_every_hostile_file_is_one_row(
         csv.writer(manifest).writerows([["file"], *([name] for name in mixed)])
     output = tmp_path / "out"
     ended = nursery.start(
-        *cifar(test_data, output),
+        *cifar_arguments(test_data, output),
         f"input={{type: manifest, uri: {tmp_path}/manifest.csv, uri_column: file}}",
         "preprocess.resize=[32, 32]",
         "runtime.shard_size=1000",
@@ -39,12 +39,12 @@ def test_every_hostile_file_is_one_row(
         "decode.max_pixels=50000000",
         loaders="shared",
     ).end()
-    assert ended.code == 0, ended.err
-    rows = table(output).to_pylist()
+    assert ended.exit_code == 0, ended.stderr
+    rows = read_rows(output).to_pylist()
     faults = Counter(f"{row['error_stage']}/{row['error_type']}" for row in rows if row["error_stage"] is not None)
     harmless = set(clean)
     right = sum(row["label"] == row["uri"].split("/")[-2] for row in rows if row["uri"] in harmless)
-    lost = ended.err.count("loader process ") + ended.err.count("failed:")
+    lost = ended.stderr.count("loader process ") + ended.stderr.count("failed:")
     figure(
         "hostile files",
         f"{len(hostile):,} among {len(clean):,} clean: {len(rows):,} rows, {faults.total():,} of them errors, "
@@ -56,7 +56,7 @@ def test_every_hostile_file_is_one_row(
     assert {kind.split("/")[0] for kind in faults} == {"decode"}
     assert {kind.split("/")[1] for kind in faults} <= KNOWN
     assert [row["uri"] for row in rows if (row["label"] is None) != (row["error_message"] is not None)] == []
-    assert ended.answer.items() >= {"planned": len(mixed), "failed": faults.total()}.items()
-    assert sum((Counter(made.errors) for made in footers(output).values()), Counter[str]()) == faults
+    assert ended.json_result.items() >= {"planned": len(mixed), "failed": faults.total()}.items()
+    assert sum((Counter(made.errors) for made in read_all_footers(output).values()), Counter[str]()) == faults
     assert abs(right - 804) <= 1
     assert lost == 0

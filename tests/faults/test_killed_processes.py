@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import pytest
+from batchjob_process import filter_alive, find_descendants, wait_until
 from color_coded_job import OutputCheck, check_output, format_overrides, format_range, run_parallel, upload_job
-from commands import alive, descendants, until
 from figures import Figure
 from nursery import Driver, Loaders, Nursery
 from seaweed import Seaweed
@@ -32,7 +32,7 @@ class Survived:
 
 def loaders(driver: Driver) -> set[int]:
     """Its loader processes: children of the fork server, which is its child."""
-    return {pid for child, _ in descendants(driver.pid) for pid, _ in descendants(child)}
+    return {pid for child, _ in find_descendants(driver.pid) for pid, _ in find_descendants(child)}
 
 
 @dataclass
@@ -69,8 +69,8 @@ class Run:
                 driver = self.start()
             kills[victim] += 1
         ended = driver.end()
-        assert ended.code == 0, ended.err
-        until(lambda: not alive(family), timeout=30)
+        assert ended.exit_code == 0, ended.stderr
+        wait_until(lambda: not filter_alive(family), timeout=30)
         return Survived(check_output(self.output, IMAGES), kills, ended.seconds)
 
 

@@ -7,8 +7,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from batchjob_process import find_descendants
 from color_coded_job import JOB
-from commands import descendants
 from figures import Figure
 from nursery import Driver, Nursery
 
@@ -81,7 +81,7 @@ class Watcher:
 
     def _look(self) -> None:
         while not self._over.wait(0.1):
-            below = sorted(descendants(self._driver.pid), key=lambda process: process[1])
+            below = sorted(find_descendants(self._driver.pid), key=lambda process: process[1])
             for pid in [self._driver.pid, *(pid for pid, _ in below)]:
                 if (found := memory(pid)) is not None:
                     peak, size = found
@@ -126,7 +126,7 @@ def test_driver_worker_and_loader_stay_flat(nursery: Nursery, tmp_path: Path, fi
             ended = driver.end()
         finally:
             found.append(watcher.courses())
-        assert ended.code == 0, ended.err
+        assert ended.exit_code == 0, ended.stderr
     (few, *_, few_loader), (many, *_, many_loader) = found
     figure(
         "memory",
@@ -148,7 +148,7 @@ def test_a_plan_of_ten_times_the_images_takes_no_more(nursery: Nursery, tmp_path
             ended = driver.end()
         finally:
             found.append(watcher.courses()[0])
-        assert ended.code == 0, ended.err
+        assert ended.exit_code == 0, ended.stderr
     few, many = found
     figure("memory", f"{PLANNED[0]:,} → {PLANNED[1]:,} images planned: driver {few.peak} → {many.peak} MiB ({many})")
     assert many.peak - few.peak <= FLAT_MIB

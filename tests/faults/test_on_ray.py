@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from batchjob_process import filter_alive, find_descendants, read_command_line, wait_until
 from color_coded_job import (
     OutputCheck,
     check_output,
@@ -29,7 +30,6 @@ from color_coded_job import (
     run_parallel,
     upload_job,
 )
-from commands import alive, descendants, title, until
 from figures import Figure
 from nursery import Driver, Nursery
 from seaweed import Seaweed
@@ -50,7 +50,7 @@ class Head:
 
     def workers(self, job: str) -> set[tuple[int, int]]:
         """Processes of this job's actors: their working directory is a copy of the job's folder."""
-        actors = {(pid, born) for pid, born in descendants(self.pid) if "ray::RayWorker" in title(pid)}
+        actors = {(pid, born) for pid, born in find_descendants(self.pid) if "ray::RayWorker" in read_command_line(pid)}
         return {(pid, born) for pid, born in actors if Path(f"/proc/{pid}/cwd", mark(job)).exists()}
 
 
@@ -98,7 +98,7 @@ def head(s3: Seaweed) -> Iterator[Head]:
             preexec_fn=end_with_parent if sys.platform == "linux" else None,
         )
     try:
-        until(lambda: "Ray runtime started" in (Path(folder) / "said").read_text(), timeout=90)
+        wait_until(lambda: "Ray runtime started" in (Path(folder) / "said").read_text(), timeout=90)
         yield Head(f"127.0.0.1:{port}", environment, process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -137,7 +137,7 @@ def more_than(parts: int, output: str) -> bool:
 def kill_worker(victim: tuple[int, int], driver: Driver) -> None:
     """SIGKILL to one of this driver's, seen through, until the driver knows."""
     os.kill(victim[0], signal.SIGKILL)
-    assert driver.until(lambda: not alive({victim}) and "was lost" in driver.said), driver.said
+    assert driver.until(lambda: not filter_alive({victim}) and "was lost" in driver.said), driver.said
 
 
 def test_every_image_exactly_once_on_ray(
@@ -166,7 +166,7 @@ def test_every_image_exactly_once_on_ray(
             kills[victim] += 1
             redone += len(before.items() - list_committed_parts(output).items())
         ended = driver.end()
-        assert ended.code == 0, ended.err
+        assert ended.exit_code == 0, ended.stderr
         redone += len(before.items() - list_committed_parts(output).items())
         return Survived(Counter(due), kills, redone, check_output(output, IMAGES), ended.seconds)
 
@@ -191,7 +191,7 @@ def test_sigterm_on_ray(s3: Seaweed, nursery: Nursery, head: Head, job: str, fig
     asked = driver.seconds
     driver.send(signal.SIGTERM)
     ended = driver.end()
-    figure("SIGTERM", f"on Ray, amid its shards: exit code {ended.code} after {ended.seconds - asked:.1f} s")
-    assert ended.code == 75, ended.err
-    assert ended.answer["status"] == "temporary"
+    figure("SIGTERM", f"on Ray, amid its shards: exit code {ended.exit_code} after {ended.seconds - asked:.1f} s")
+    assert ended.exit_code == 75, ended.stderr
+    assert ended.json_result["status"] == "temporary"
     assert ended.seconds - asked <= 20

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from commands import Ended, table, write_slow_job
+from batchjob_process import CompletedCommand, read_rows, write_slow_job
 from figures import Figure
 from nursery import Nursery
 
@@ -58,7 +58,7 @@ def write_job(folder: Path, pills: dict[int, str]) -> None:
     (folder / "manifest.csv").write_text("\n".join(["file", *names, ""]))
 
 
-def predict(nursery: Nursery, folder: Path) -> Ended:
+def predict(nursery: Nursery, folder: Path) -> CompletedCommand:
     """Loader processes come from a fork server that runs: it takes longer to start than the rest takes."""
     command = ["run", str(folder / "job.yaml"), "--json", "preprocess={transform: poison:deadly}", "errors.max_rate=1"]
     command += ["runtime.loader.processes=2", f"runtime.loader.image_seconds={HANG_SECONDS}", "errors.attempts=1"]
@@ -74,7 +74,7 @@ def clean_seconds(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) ->
         folder = tmp_path_factory.mktemp("clean")
         write_job(folder, {})
         ended = predict(nursery, folder)
-        assert (ended.code, ended.answer["failed"]) == (0, 0), ended.err
+        assert (ended.exit_code, ended.json_result["failed"]) == (0, 0), ended.stderr
         seconds = ended.seconds
     return seconds
 
@@ -90,21 +90,21 @@ def test_pills_are_one_error_row_each(
         pills = dict.fromkeys(chance.sample(range(IMAGES), count), kind)
         write_job(folder, pills)
         ended = predict(nursery, folder)
-        assert (ended.code, ended.answer["status"]) == (0, "complete"), ended.err
-        deaths = ended.err.count("loader process ") + ended.err.count("is an error row")
+        assert (ended.exit_code, ended.json_result["status"]) == (0, "complete"), ended.stderr
+        deaths = ended.stderr.count("loader process ") + ended.stderr.count("is an error row")
         each = 2 * (HANG_SECONDS + LOST_SECONDS) if hangs else CRASH_SECONDS
         told.append(f"{count}: {deaths} processes lost, {ended.seconds:.1f} s")
         check_rows(folder, dict.fromkeys(pills, PILLS[kind][1]))
         assert deaths <= 2 * count
         assert ended.seconds <= 1.5 * clean_seconds + count * each
-        assert "failed:" not in ended.err, "an attempt was used up"
+        assert "failed:" not in ended.stderr, "an attempt was used up"
     figure(
         "poison", f"{kind} in {IMAGES:,} images ({clean_seconds:.1f} s without): {'; '.join(told)}; all others right"
     )
 
 
 def check_rows(folder: Path, faults: dict[int, tuple[str, str]]) -> None:
-    rows = table(folder / "out").to_pylist()
+    rows = read_rows(folder / "out").to_pylist()
     assert [row["position"] for row in rows] == list(range(IMAGES))
     found = {row["position"]: (row["error_stage"], row["error_type"]) for row in rows if row["error_stage"]}
     assert found == faults
@@ -116,13 +116,13 @@ def test_what_is_known_of_a_pill_outlives_the_run(nursery: Nursery, tmp_path: Pa
     """A second run of the same plan, from its first shard on, meets none of them."""
     pills = {5: "segv", 333: "exit", 777: "segv"}
     write_job(tmp_path, pills)
-    assert predict(nursery, tmp_path).code == 0
+    assert predict(nursery, tmp_path).exit_code == 0
     kept = sorted((tmp_path / "out/_batchjob/plans/0000/quarantine").iterdir())
     assert [json.loads(path.read_text())["position"] for path in kept] == sorted(pills)
     for part in (tmp_path / "out/predictions").iterdir():
         part.unlink()
     (tmp_path / "out/_SUCCESS").unlink()
     again = predict(nursery, tmp_path)
-    assert again.code == 0, again.err
-    assert Counter(again.err.split())["SIGSEGV"] == again.err.count("loader process") == 0
+    assert again.exit_code == 0, again.stderr
+    assert Counter(again.stderr.split())["SIGSEGV"] == again.stderr.count("loader process") == 0
     check_rows(tmp_path, dict.fromkeys(pills, ("decode", "crash")))

@@ -13,7 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Command, alive, descendants, ends, footers, forget_lease, kill, start, table, until, write_slow_job
+from batchjob_process import (
+    Command,
+    delete_lease,
+    filter_alive,
+    find_descendants,
+    kill,
+    kill_on_exit,
+    read_all_footers,
+    read_rows,
+    start_batchjob,
+    wait_until,
+    write_slow_job,
+)
 from figures import Figure
 from lost import ASSERT, ECC, write_harmful_job
 
@@ -47,13 +59,13 @@ class Machines:
 
     def actors(self) -> list[int]:
         """The workers that run now."""
-        below = {pid for node in self.nodes for pid, _ in descendants(self.raylet(node))}
+        below = {pid for node in self.nodes for pid, _ in find_descendants(self.raylet(node))}
         return sorted(pid for pid in below if "ray::RayWorker" in title(pid))
 
     def loaders(self) -> list[int]:
         """Their loader processes: children of the fork server, which is a child of the worker."""
-        servers = {child for actor in self.actors() for child, _ in descendants(actor)}
-        return sorted({pid for server in servers for pid, _ in descendants(server)})
+        servers = {child for actor in self.actors() for child, _ in find_descendants(actor)}
+        return sorted({pid for server in servers for pid, _ in find_descendants(server)})
 
     def remove(self, node: Any, graceful: bool = False) -> None:
         """Take a node away with all that runs on it."""
@@ -156,23 +168,23 @@ class Run:
         settings = ["runtime.pool=ray", f"runtime.workers={workers}", "runtime.cpus_per_worker=1"]
         settings += [f"runtime.loader.processes={processes}", f"runtime.stall_seconds={STALL_SECONDS}"]
         where = {"RAY_ADDRESS": self.machines.cluster.address, "BATCHJOB_TEST_NAP": nap}
-        return start("run", str(self.folder / "job.yaml"), "--json", *settings, *more, env=where)
+        return start_batchjob("run", str(self.folder / "job.yaml"), "--json", *settings, *more, env=where)
 
     def parts(self) -> Mapping[str, str]:
         """Each committed part and the attempt that made it."""
-        return {key: made.attempt for key, made in footers(self.output).items()}
+        return {key: made.attempt for key, made in read_all_footers(self.output).items()}
 
     def goes_on(self, driver: Command, more: int = 2) -> None:
         """Wait until so many more parts are there."""
         before = len(self.parts())
-        until(lambda: len(self.parts()) >= min(before + more, IMAGES // SHARD), command=driver)
+        wait_until(lambda: len(self.parts()) >= min(before + more, IMAGES // SHARD), command=driver)
 
     def check(self, images: int = IMAGES) -> None:
-        assert sorted(table(self.output)["position"].to_pylist()) == list(range(images))
+        assert sorted(read_rows(self.output)["position"].to_pylist()) == list(range(images))
 
     def check_without_errors(self, images: int) -> None:
         self.check(images)
-        assert table(self.output)["error_stage"].null_count == images
+        assert read_rows(self.output)["error_stage"].null_count == images
 
 
 def killed(run: Run, driver: Command, chance: random.Random, victim: str) -> None:
@@ -181,7 +193,7 @@ def killed(run: Run, driver: Command, chance: random.Random, victim: str) -> Non
     match victim:
         case "actor" | "loader":
             find: Callable[[], list[int]] = them.actors if victim == "actor" else them.loaders
-            os.kill(chance.choice(until(find, command=driver)), signal.SIGKILL)
+            os.kill(chance.choice(wait_until(find, command=driver)), signal.SIGKILL)
         case "raylet":
             node = chance.choice(them.nodes)
             os.kill(them.raylet(node), signal.SIGKILL)
@@ -201,22 +213,22 @@ def test_killed_actors_loaders_raylets_nodes_and_drivers_lose_nothing(
     victims = chance.sample(["actor", "loader", "raylet", "node"], 4)
     with machines() as them:
         run = Run(them, tmp_path)
-        with ends(run.start(processes=1)) as driver:
+        with kill_on_exit(run.start(processes=1)) as driver:
             run.goes_on(driver)
             for victim in victims[:2]:
                 killed(run, driver, chance, victim)
                 run.goes_on(driver)
             family = kill(driver)
-        until(lambda: not alive(family), timeout=60)
+        wait_until(lambda: not filter_alive(family), timeout=60)
         first = run.parts()
-        forget_lease(run.output)
-        with ends(run.start(processes=1)) as driver:
+        delete_lease(run.output)
+        with kill_on_exit(run.start(processes=1)) as driver:
             run.goes_on(driver)
             for victim in victims[2:]:
                 killed(run, driver, chance, victim)
                 run.goes_on(driver)
-            ended = driver.end()
-    assert (ended.code, ended.answer["status"]) == (0, "complete"), ended.err
+            ended = driver.wait()
+    assert (ended.exit_code, ended.json_result["status"]) == (0, "complete"), ended.stderr
     assert first.items() <= run.parts().items(), "a committed part was done again"
     run.check()
     figure("every image exactly once", f"Ray: {', '.join(victims)} and the driver killed; 0 missing, 0 twice")
@@ -232,21 +244,21 @@ def test_what_is_stopped_is_replaced_and_does_no_harm_when_it_wakes(
     monkeypatch.setenv("BATCHJOB_TEST_NAP", "1")  # of the nodes, whose actors have their environment
     with machines() as them:
         run = Run(them, tmp_path)
-        with ends(run.start(nap="1")) as driver:
-            until(lambda: len(them.actors()) == 2, command=driver)
+        with kill_on_exit(run.start(nap="1")) as driver:
+            wait_until(lambda: len(them.actors()) == 2, command=driver)
             run.goes_on(driver)
             sleeper = chance.choice(them.actors()) if victim == "actor" else them.raylet(chance.choice(them.nodes))
             os.kill(sleeper, signal.SIGSTOP)
             if victim == "actor":
-                until(lambda: sleeper not in them.actors(), command=driver)  # killed, stopped as it is
+                wait_until(lambda: sleeper not in them.actors(), command=driver)  # killed, stopped as it is
             else:
                 run.goes_on(driver, 12)
             with suppress(ProcessLookupError):
                 os.kill(sleeper, signal.SIGCONT)
-            ended = driver.end()
-    print(ended.err[-1500:])
-    assert (ended.code, ended.answer["status"]) == (0, "complete"), ended.err
-    assert victim == "raylet" or "has not answered for" in ended.err
+            ended = driver.wait()
+    print(ended.stderr[-1500:])
+    assert (ended.exit_code, ended.json_result["status"]) == (0, "complete"), ended.stderr
+    assert victim == "raylet" or "has not answered for" in ended.stderr
     run.check()
     figure("a worker that does not move is replaced", f"Ray: {victim} stopped and woken; 0 missing, 0 twice")
 
@@ -260,8 +272,8 @@ def test_loaders_that_are_stopped_go_on_or_are_replaced(
     monkeypatch.setenv("BATCHJOB_TEST_NAP", "0.4")  # of the nodes, whose actors have their environment
     with machines() as them:
         run = Run(them, tmp_path)
-        with ends(run.start(f"runtime.loader.image_seconds={HALTED_SECONDS}", processes=1)) as driver:
-            until(lambda: len(them.loaders()) == 2, command=driver)
+        with kill_on_exit(run.start(f"runtime.loader.image_seconds={HALTED_SECONDS}", processes=1)) as driver:
+            wait_until(lambda: len(them.loaders()) == 2, command=driver)
             run.goes_on(driver)
             sleepers = chance.sample(them.loaders(), 2)
             for sleeper in sleepers:
@@ -269,12 +281,12 @@ def test_loaders_that_are_stopped_go_on_or_are_replaced(
             run.goes_on(driver, 1)
             with suppress(ProcessLookupError):
                 os.kill(sleepers[0], signal.SIGCONT)
-            until(lambda: sleepers[1] not in them.loaders(), command=driver)  # killed, stopped as it is
+            wait_until(lambda: sleepers[1] not in them.loaders(), command=driver)  # killed, stopped as it is
             woken = sleepers[0] in them.loaders()
-            ended = driver.end()
-    print(ended.err[-1500:])
-    assert (ended.code, ended.answer["status"]) == (0, "complete"), ended.err
-    assert "was lost" not in ended.err, "a loader's death is not its worker's"
+            ended = driver.wait()
+    print(ended.stderr[-1500:])
+    assert (ended.exit_code, ended.json_result["status"]) == (0, "complete"), ended.stderr
+    assert "was lost" not in ended.stderr, "a loader's death is not its worker's"
     run.check_without_errors(images)
     went_on = "woke and went on" if woken else "was woken too late"
     figure(
@@ -292,15 +304,15 @@ def test_nobody_stays_on_a_device_that_has_failed_under_others(tmp_path: Path, f
         them.add(1, BATCHJOB_TEST_MARKS=str(marks))
         run = Run(them, tmp_path)
         three = ["runtime.workers={min: 3, max: 3}", "errors.attempts=1", "runtime.stall_seconds=120"]
-        with ends(run.start(*three)) as driver:
-            ended = driver.end()
-    print(ended.err[-3000:])
-    assert (ended.code, ended.answer["status"]) == (0, "complete"), ended.err
+        with kill_on_exit(run.start(*three)) as driver:
+            ended = driver.wait()
+    print(ended.stderr[-3000:])
+    assert (ended.exit_code, ended.json_result["status"]) == (0, "complete"), ended.stderr
     run.check_without_errors(images)
     batches = len((marks / "done").read_bytes())
     assert len(list(marks.glob("fault-*"))) == 2
     assert batches <= 2 * IN_HAND < images // SHARD // 3, "it went on there"
-    assert "was put to rest: cpu on" in ended.err
+    assert "was put to rest: cpu on" in ended.stderr
     figure(
         "a device that fails is banned",
         f"Ray: 2 workers on one device, 2 faults: the one without a fault did {batches} of {images // SHARD} shards",
@@ -315,17 +327,17 @@ def test_a_device_that_fails_is_used_no_more_and_without_any_the_run_is_temporar
     with machines(nodes=0) as them:
         them.add(BATCHJOB_TEST_HARM=ECC)
         run = Run(them, tmp_path)
-        with ends(run.start()) as driver:
-            ended = driver.end()
-        assert (ended.code, ended.answer["status"]) == (75, "temporary"), ended.err
-        assert "no device is left that works, cpu on" in ended.answer["message"]
-        forget_lease(run.output)
+        with kill_on_exit(run.start()) as driver:
+            ended = driver.wait()
+        assert (ended.exit_code, ended.json_result["status"]) == (75, "temporary"), ended.stderr
+        assert "no device is left that works, cpu on" in ended.json_result["message"]
+        delete_lease(run.output)
         them.add()
-        with ends(run.start()) as driver:
-            ended = driver.end()
-    print(ended.err[-2000:])
-    assert (ended.code, ended.answer["status"]) == (0, "complete"), ended.err
-    assert not ended.answer["failed"]
+        with kill_on_exit(run.start()) as driver:
+            ended = driver.wait()
+    print(ended.stderr[-2000:])
+    assert (ended.exit_code, ended.json_result["status"]) == (0, "complete"), ended.stderr
+    assert not ended.json_result["failed"]
     run.check(images)
     figure("a device that fails is banned", "Ray: 2 faults, then the other node did all; alone: exit 75; 0 error rows")
 
@@ -340,13 +352,13 @@ def test_images_that_break_the_device_are_error_rows_and_no_fault_of_the_device(
         for _ in range(2):
             them.add(BATCHJOB_TEST_HARM=ASSERT)
         run = Run(them, tmp_path)
-        with ends(run.start()) as driver:
-            ended = driver.end()
-    print(ended.err[-3000:])
-    assert (ended.code, ended.answer["status"]) == (0, "complete"), ended.err
-    assert "used no more" not in ended.err
+        with kill_on_exit(run.start()) as driver:
+            ended = driver.wait()
+    print(ended.stderr[-3000:])
+    assert (ended.exit_code, ended.json_result["status"]) == (0, "complete"), ended.stderr
+    assert "used no more" not in ended.stderr
     run.check(images)
-    faults = {row["position"]: row["error_type"] for row in table(run.output).to_pylist() if row["error_stage"]}
+    faults = {row["position"]: row["error_type"] for row in read_rows(run.output).to_pylist() if row["error_stage"]}
     assert faults == dict.fromkeys(black, "device")
-    deaths = Counter("failed: RuntimeError" in line for line in ended.err.splitlines())[True]
+    deaths = Counter("failed: RuntimeError" in line for line in ended.stderr.splitlines())[True]
     figure("poison", f"Ray: {len(black)} images that break the context, {deaths} failed attempts, all other rows right")

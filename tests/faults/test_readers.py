@@ -82,7 +82,7 @@ def test_no_reader_sees_a_partial_or_foreign_file(tmp_path: Path, nursery: Nurse
             driver.kill()
             driver = nursery.start("run", job, *settings, env=NAP, short_lease=True)
         ended = driver.end()
-        assert ended.code == 0, ended.err
+        assert ended.exit_code == 0, ended.stderr
         while sum(len(poll.seen) for poll in polls) < READS and not any(poll.wrong for poll in polls):
             stop.wait(0.1)
         return polls

@@ -110,11 +110,11 @@ def test_a_fresh_driver_redoes_nothing_that_is_committed(
             killer = Killer(proxy, point)
             driver = run_through(proxy, nursery, job, output)
             killer.watch(driver)
-            assert driver.end().code == -signal.SIGKILL, f"{point} never came: {driver.said}"
+            assert driver.end().exit_code == -signal.SIGKILL, f"{point} never came: {driver.said}"
         before = list_committed_parts(output)
         with between(s3.endpoint) as proxy:
             ended = run_through(proxy, nursery, job, output).end()
-            assert ended.code == 0, ended.err
+            assert ended.exit_code == 0, ended.stderr
             read = images_read(proxy)
         after = list_committed_parts(output)
         redone = [part for part, made in before.items() if after.get(part) != made]
@@ -137,7 +137,7 @@ def test_a_fresh_driver_redoes_nothing_that_is_committed(
 def steps_of_a_clean_run(s3: Seaweed, nursery: Nursery, job: str) -> int:
     """How many writes there are from first to last."""
     with between(s3.endpoint) as proxy:
-        assert run_through(proxy, nursery, job, s3.bucket() + "out/").end().code == 0
+        assert run_through(proxy, nursery, job, s3.bucket() + "out/").end().exit_code == 0
         return sum(is_step(method, path) for method, path in proxy.seen)
 
 

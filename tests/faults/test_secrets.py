@@ -18,7 +18,7 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import own_ray
+from batchjob_process import ray_environment
 from figures import Figure
 from PIL import Image
 from seaweed import Seaweed, environment, running, weed_binary
@@ -317,7 +317,7 @@ def test_no_secret_is_in_anything_that_a_crash_leaves(
 ) -> None:
     """A model that fails over one image; ends its process; bugs in a worker and in its actor: each tells secrets."""
     left: dict[str, bytes] = {}
-    with own_ray() as own:
+    with ray_environment() as own:
         for broken, code in CRASHES.items():
             kept = Kept()
             one = Jobs(tmp_path / f"{pool}-{broken}", guarded, kept, tmp_path / "caches", scratch)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from batchjob_process import CompletedCommand, delete_lease, kill_on_exit, open_output, start_batchjob, wait_until
 from color_coded_job import (
     OutputCheck,
     check_output,
@@ -21,7 +22,6 @@ from color_coded_job import (
     upload_job,
     write_job,
 )
-from commands import Ended, ends, forget_lease, opened, start, until
 from faulty import RESET, Decide, Delay, between
 from figures import Figure
 from nursery import Loaders, Nursery
@@ -61,7 +61,7 @@ class Stopped:
     """How a driver ended that was asked to, and what the next one made of it."""
 
     moment: Moment
-    ended: Ended
+    ended: CompletedCommand
     seconds: float
     parts: int
     redone: int
@@ -71,7 +71,7 @@ class Stopped:
 
 def held(output: str) -> bool:
     """Whether a driver has taken the lease."""
-    return any(True for _ in opened(output).list("_batchjob/lease/"))
+    return any(True for _ in open_output(output).list("_batchjob/lease/"))
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +114,9 @@ def test_it_drains_and_the_next_run_resumes(s3: Seaweed, nursery: Nursery, job: 
             ended = driver.end()
         before = list_committed_parts(output)
         if moment.silence:
-            forget_lease(output)  # it could not be given back
+            delete_lease(output)  # it could not be given back
         heir = nursery.start("run", job, *settings, loaders=servers).end()
-        assert heir.code == 0, heir.err
+        assert heir.exit_code == 0, heir.stderr
         redone = len(before.items() - list_committed_parts(output).items())
         return Stopped(
             moment,
@@ -124,13 +124,13 @@ def test_it_drains_and_the_next_run_resumes(s3: Seaweed, nursery: Nursery, job: 
             ended.seconds - asked,
             len(before),
             redone,
-            "waiting" in heir.err,
+            "waiting" in heir.stderr,
             check_output(output, IMAGES),
         )
 
     stopped = run_parallel(stop, moments(seed), at_once=12)
     for one in stopped:
-        print(f"{one.moment}: {one.ended.code} after {one.seconds:.1f} s with {one.parts} parts")
+        print(f"{one.moment}: {one.ended.exit_code} after {one.seconds:.1f} s with {one.parts} parts")
     heard = [one for one in stopped if not one.moment.silence]
     unheard = [one for one in stopped if one.moment.silence]
     after = format_range(one.moment.after for one in heard)
@@ -141,7 +141,7 @@ def test_it_drains_and_the_next_run_resumes(s3: Seaweed, nursery: Nursery, job: 
         f"patience: {words(unheard)}",
     )
     for one in stopped:
-        assert (one.ended.code, one.ended.answer["status"]) == (75, "temporary"), one
+        assert (one.ended.exit_code, one.ended.json_result["status"]) == (75, "temporary"), one
         assert one.seconds <= SECONDS, one
         assert one.redone == 0, one
         assert not one.waited, "the lease was left behind"
@@ -150,7 +150,7 @@ def test_it_drains_and_the_next_run_resumes(s3: Seaweed, nursery: Nursery, job: 
 
 def words(stopped: list[Stopped]) -> str:
     """How they ended, for the table."""
-    codes, seconds = sorted({one.ended.code for one in stopped}), format_range(one.seconds for one in stopped)
+    codes, seconds = sorted({one.ended.exit_code for one in stopped}), format_range(one.seconds for one in stopped)
     redone, parts = sum(one.redone for one in stopped), sum(one.parts for one in stopped)
     return f"exit codes {codes} after {seconds} s, {redone} of {parts} parts redone"
 
@@ -159,12 +159,12 @@ def words(stopped: list[Stopped]) -> str:
 def test_while_torch_is_still_being_imported(after: float, tmp_path: Path, figure: Figure) -> None:
     """The command from the shell, which takes the lease first and imports afterwards."""
     job, output = write_job(tmp_path, IMAGES), str(tmp_path / "out")
-    with ends(start("run", job, "--json", env={"BATCHJOB_TEST_NAP": "1"})) as command:
-        until(lambda: held(output), command=command)
+    with kill_on_exit(start_batchjob("run", job, "--json", env={"BATCHJOB_TEST_NAP": "1"})) as command:
+        wait_until(lambda: held(output), command=command)
         asked = command.seconds + after
-        until(lambda: command.seconds >= asked, command=command)
+        wait_until(lambda: command.seconds >= asked, command=command)
         command.process.send_signal(signal.SIGTERM)
-        ended = command.end()
+        ended = command.wait()
     figure("SIGTERM", f"{after:.0f} s after a command from the shell took the lease: {ended.seconds - asked:.1f} s")
-    assert (ended.code, ended.answer["status"]) == (75, "temporary"), ended.err
+    assert (ended.exit_code, ended.json_result["status"]) == (75, "temporary"), ended.stderr
     assert ended.seconds - asked <= SECONDS

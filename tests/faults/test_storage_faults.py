@@ -17,7 +17,18 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute
 import pytest
-from commands import Command, Ended, cifar, ends, footers, forget_lease, run, start, table, until
+from batchjob_process import (
+    Command,
+    CompletedCommand,
+    cifar_arguments,
+    delete_lease,
+    kill_on_exit,
+    read_all_footers,
+    read_rows,
+    run_batchjob,
+    start_batchjob,
+    wait_until,
+)
 from faulty import RESET, Faulty, Reply, Weather, between
 from figures import Figure
 from seaweed import Seaweed
@@ -43,9 +54,9 @@ def images(s3: Seaweed, test_data: Path) -> str:
 def clean(images: str, test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
     """Their rows as a run makes them that nothing befalls."""
     output = tmp_path_factory.mktemp("clean") / "out"
-    ended = run(*command(test_data, images, output))
-    assert ended.code == 0, ended.err
-    return table(output).select(COMPARED).sort_by("position")
+    ended = run_batchjob(*command(test_data, images, output))
+    assert ended.exit_code == 0, ended.stderr
+    return read_rows(output).select(COMPARED).sort_by("position")
 
 
 @pytest.fixture
@@ -65,7 +76,7 @@ def put_images(s3: Seaweed, folder: Path, count: int) -> str:
 
 def command(data: Path, images: str, output: str | Path, *more: str) -> list[str]:
     settings = [f"input.uri={images}", f"runtime.shard_size={SHARD}", "runtime.tuning=off"]
-    return [*cifar(data, output), *settings, *more]
+    return [*cifar_arguments(data, output), *settings, *more]
 
 
 def behind(gate: Faulty, patience: float = 2.0) -> dict[str, str]:
@@ -78,7 +89,7 @@ def has_parts(output: str, least: int) -> bool:
 
 def check_rows(output: str | Path, clean: pa.Table) -> None:
     """All as in the clean run, each once."""
-    rows = table(output).select(COMPARED).sort_by("position")
+    rows = read_rows(output).select(COMPARED).sort_by("position")
     assert rows["position"].to_pylist() == list(range(1000))
     assert rows["error_stage"].null_count == 1000
     assert rows.drop_columns("score").equals(clean.drop_columns("score"))
@@ -86,23 +97,23 @@ def check_rows(output: str | Path, clean: pa.Table) -> None:
         assert ours == pytest.approx(theirs, abs=1e-4)
 
 
-def check_ended_in_between(ended: Ended, output: str, clean: pa.Table) -> None:
+def check_ended_in_between(ended: CompletedCommand, output: str, clean: pa.Table) -> None:
     """Exit 75, no rows of faults, nothing of what is committed wrong."""
-    assert (ended.code, ended.answer["status"]) == (75, "temporary"), ended.err
-    assert "Traceback" not in ended.err
-    parts = footers(output)
+    assert (ended.exit_code, ended.json_result["status"]) == (75, "temporary"), ended.stderr
+    assert "Traceback" not in ended.stderr
+    parts = read_all_footers(output)
     assert sum(made.failed for made in parts.values()) == 0
     assert 0 < len(parts) < PARTS
-    rows = table(output)["position"].to_pylist()
+    rows = read_rows(output)["position"].to_pylist()
     assert len(set(rows)) == len(rows) == len(parts) * SHARD
     expected = clean.filter(pa.compute.is_in(clean["position"], pa.array(rows)))
-    found = table(output).select(COMPARED).sort_by("position")
+    found = read_rows(output).select(COMPARED).sort_by("position")
     assert found.drop_columns("score").equals(expected.drop_columns("score"))
 
 
 def check_nothing_redone(output: str, before: dict[str, str]) -> dict[str, str]:
     """The attempts that made the parts; those before still stand."""
-    attempts = {key: made.attempt for key, made in footers(output).items()}
+    attempts = {key: made.attempt for key, made in read_all_footers(output).items()}
     assert before.items() <= attempts.items(), "a committed part was made again"
     return attempts
 
@@ -116,11 +127,11 @@ def test_many_faults_at_once_change_no_row(
     weather = Weather(seed, throttled=0.20, reset=0.05, lost=0.10, truncated=0.05, late=0.05)
     gate.decide = weather
     output = s3.bucket() + "out"
-    ended = run(*command(test_data, images, output), env=behind(gate, 30))
+    ended = run_batchjob(*command(test_data, images, output), env=behind(gate, 30))
     print(f"{ended.seconds:.1f} s, {len(gate.seen)} requests, {dict(weather.met)}")
-    assert (ended.code, ended.answer["predicted"], ended.answer["failed"]) == (0, 1000, 0), ended.err
+    assert (ended.exit_code, ended.json_result["predicted"], ended.json_result["failed"]) == (0, 1000, 0), ended.stderr
     check_rows(output, clean)
-    assert len(footers(output)) == PARTS
+    assert len(read_all_footers(output)) == PARTS
     assert {key.split("/")[0] for key in s3.keys(output + "/")} == {"_SUCCESS", "_batchjob", "predictions"}
     assert {weather.met[kind] > 20 for kind in ("503", "reset", "lost", "truncated")} == {True}
     met = ", ".join(f"{count} {kind}" for kind, count in weather.met.most_common())
@@ -155,12 +166,12 @@ def silent_after(gate: Faulty, output: str, parts: int, seconds: float) -> Itera
 
 def ride_out(
     gate: Faulty, output: str, seconds: float, arguments: list[str], clean: pa.Table, patience: float
-) -> Ended:
+) -> CompletedCommand:
     with silent_after(gate, output, 2, seconds) as lasted:
-        ended = run(*arguments, env=behind(gate, patience), timeout=seconds + 240)
-    print(f"{ended.seconds:.1f} s in all, silent for {lasted[0]:.1f} s\n{ended.err}")
+        ended = run_batchjob(*arguments, env=behind(gate, patience), timeout=seconds + 240)
+    print(f"{ended.seconds:.1f} s in all, silent for {lasted[0]:.1f} s\n{ended.stderr}")
     assert lasted[0] >= seconds, "the run ended before the outage did"
-    assert (ended.code, ended.answer["predicted"], ended.answer["failed"]) == (0, 1000, 0), ended.err
+    assert (ended.exit_code, ended.json_result["predicted"], ended.json_result["failed"]) == (0, 1000, 0), ended.stderr
     check_rows(output, clean)
     return ended
 
@@ -227,21 +238,21 @@ def test_what_befalls_a_whole_store_leaves_no_rows_and_each_run_goes_on_where_th
     attempts: dict[str, str] = {}
     for promise, (befalls, words, seconds) in faults.items():
         with between(s3.endpoint) as gate:
-            driver = start(*arguments, f"errors.outage_seconds={seconds}", env=behind(gate))
-            with ends(driver):
-                until(partial(has_parts, output, len(attempts) + 2), command=driver)
+            driver = start_batchjob(*arguments, f"errors.outage_seconds={seconds}", env=behind(gate))
+            with kill_on_exit(driver):
+                wait_until(partial(has_parts, output, len(attempts) + 2), command=driver)
                 befalls(gate, driver)
                 began = time.monotonic()
-                ended = driver.end()
+                ended = driver.wait()
                 took = time.monotonic() - began
-        print(f"{words}: {took:.1f} s\n{ended.err}")
+        print(f"{words}: {took:.1f} s\n{ended.stderr}")
         check_ended_in_between(ended, output, clean)
         assert promise != "SIGTERM" or took <= 20
         attempts = check_nothing_redone(output, attempts)
-        forget_lease(output)  # it could not be given back
+        delete_lease(output)  # it could not be given back
         figure(promise.strip(), f"{words}: exit 75 after {took:.0f} s, 0 error rows, {len(attempts)} parts kept")
-    ended = run(*arguments)
-    assert (ended.code, ended.answer["predicted"]) == (0, 1000), ended.err
+    ended = run_batchjob(*arguments)
+    assert (ended.exit_code, ended.json_result["predicted"]) == (0, 1000), ended.stderr
     check_nothing_redone(output, attempts)
     check_rows(output, clean)
 
@@ -253,16 +264,16 @@ def test_images_that_change_after_the_plan_are_told_apart(s3: Seaweed, test_data
     folder = test_data / "cifar10/images"
     images, output = put_images(s3, folder, 200), s3.bucket() + "out"
     arguments = command(test_data, images, output, "errors.max_rate=1")
-    assert run("plan", *arguments[1:]).code == 0
+    assert run_batchjob("plan", *arguments[1:]).exit_code == 0
     keys = s3.keys(images)
     overwritten, deleted = keys[3::20], keys[7::20]
     for key in overwritten:
         s3.put(images + key, (folder / keys[0]).read_bytes())
     for key in deleted:
         s3.delete(images + key)
-    ended = run(*arguments)
-    assert (ended.code, ended.answer["failed"]) == (0, 20), ended.err
-    found = {row["uri"].removeprefix(images): row for row in table(output).to_pylist()}
+    ended = run_batchjob(*arguments)
+    assert (ended.exit_code, ended.json_result["failed"]) == (0, 20), ended.stderr
+    found = {row["uri"].removeprefix(images): row for row in read_rows(output).to_pylist()}
     for names, kind in ((overwritten, "changed"), (deleted, "deleted")):
         for name in names:
             row = found[name]
@@ -293,34 +304,34 @@ def mounted(folder: Path, kib: int) -> Iterator[Path]:
 
 def test_a_full_spool_is_a_shards_error(test_data: Path, tmp_path: Path, figure: Figure) -> None:
     output = tmp_path / "out"
-    arguments = [*cifar(test_data, output), "runtime.shard_size=1000", "runtime.tuning=off"]
+    arguments = [*cifar_arguments(test_data, output), "runtime.shard_size=1000", "runtime.tuning=off"]
     with mounted(tmp_path / "disk", kib=8) as disk:
-        ended = run(*arguments, env={"TMPDIR": str(disk)})
-        print(ended.err)
-        assert (ended.code, ended.answer["status"]) == (4, "incomplete"), ended.err
-        assert f"{disk}/batchjob-" in ended.answer["message"]
-        assert "the disk is full" in ended.answer["message"]
-        assert "Traceback" not in ended.err
+        ended = run_batchjob(*arguments, env={"TMPDIR": str(disk)})
+        print(ended.stderr)
+        assert (ended.exit_code, ended.json_result["status"]) == (4, "incomplete"), ended.stderr
+        assert f"{disk}/batchjob-" in ended.json_result["message"]
+        assert "the disk is full" in ended.json_result["message"]
+        assert "Traceback" not in ended.stderr
         assert visible(output) == []
         assert not list(disk.glob("batchjob-*")), "the room was not given back"
         (disk / "filler").unlink()
-        again = run(*arguments, env={"TMPDIR": str(disk)})
-        assert (again.code, again.answer["predicted"]) == (0, 1000), again.err
+        again = run_batchjob(*arguments, env={"TMPDIR": str(disk)})
+        assert (again.exit_code, again.json_result["predicted"]) == (0, 1000), again.stderr
     figure("disk full", "spool on a 1 MB disk: the shard's error, exit 4, nothing visible; with room it completes")
 
 
 def test_a_full_output_is_an_error_and_shows_nothing(test_data: Path, tmp_path: Path, figure: Figure) -> None:
     with mounted(tmp_path / "disk", kib=96) as disk:
         output = disk / "out"
-        arguments = [*cifar(test_data, output), "runtime.shard_size=1000", "runtime.tuning=off"]
-        assert run("plan", *arguments[1:]).code == 0
+        arguments = [*cifar_arguments(test_data, output), "runtime.shard_size=1000", "runtime.tuning=off"]
+        assert run_batchjob("plan", *arguments[1:]).exit_code == 0
         free = os.statvfs(disk)
         (disk / "more").write_bytes(bytes(max(0, free.f_bavail - 4) * free.f_bsize))
-        ended = run(*arguments)
-        print(ended.err)
-        assert (ended.code, ended.answer["status"]) == (4, "incomplete"), ended.err
-        assert "the disk is full" in ended.answer["message"]
-        assert "Traceback" not in ended.err
+        ended = run_batchjob(*arguments)
+        print(ended.stderr)
+        assert (ended.exit_code, ended.json_result["status"]) == (4, "incomplete"), ended.stderr
+        assert "the disk is full" in ended.json_result["message"]
+        assert "Traceback" not in ended.stderr
         assert visible(output) == []
     figure("disk full", "output on a 1 MB disk: exit 4, nothing visible")
 
@@ -329,11 +340,11 @@ def test_an_output_that_is_read_only_is_said(test_data: Path, tmp_path: Path, fi
     with mounted(tmp_path / "disk", kib=512) as disk:
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         output = disk / "out"
-        ended = run(*cifar(test_data, output), "runtime.tuning=off")
-        print(ended.err)
-        assert (ended.code, ended.answer["status"]) == (2, "invalid"), ended.err
-        assert f"{disk}" in ended.answer["message"]
-        assert "cannot be written" in ended.answer["message"]
+        ended = run_batchjob(*cifar_arguments(test_data, output), "runtime.tuning=off")
+        print(ended.stderr)
+        assert (ended.exit_code, ended.json_result["status"]) == (2, "invalid"), ended.stderr
+        assert f"{disk}" in ended.json_result["message"]
+        assert "cannot be written" in ended.json_result["message"]
         assert visible(output) == []
     figure("disk full", "a read-only output: exit 2 with one sentence, nothing visible")
 

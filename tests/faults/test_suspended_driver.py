@@ -115,7 +115,7 @@ def test_what_a_rival_has_committed_stands(s3: Seaweed, nursery: Nursery, job: s
             assert zombie.until(trap.stopped.is_set), zombie.said
             before, puts = list_committed_parts(output), len(proxy.seen)
             rival = nursery.start("run", job, *settings).end()
-            assert rival.code == 0, rival.err
+            assert rival.exit_code == 0, rival.stderr
             after = list_committed_parts(output)
             assert before.items() <= after.items()
             part = sorted(after)[commit - 1]
@@ -125,7 +125,7 @@ def test_what_a_rival_has_committed_stands(s3: Seaweed, nursery: Nursery, job: s
             later = proxy.seen[puts:] if not number % 2 else proxy.seen
         late = any(method == "PUT" and path.endswith(part) for method, path in later)
         kept = list_committed_parts(output) == after
-        return Risen(part, part not in before, kept, late, ended.code, rival.seconds, check_output(output, IMAGES))
+        return Risen(part, part not in before, kept, late, ended.exit_code, rival.seconds, check_output(output, IMAGES))
 
     risen = run_parallel(rise, range(ZOMBIES), at_once=ZOMBIES)
     figure(

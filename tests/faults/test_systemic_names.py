@@ -7,8 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from batchjob_process import (
+    Command,
+    delete_lease,
+    kill_on_exit,
+    open_output,
+    read_all_footers,
+    start_program,
+    wait_until,
+)
 from color_coded_job import check_output, format_overrides, format_range, list_committed_parts, upload_job
-from commands import Command, ends, footers, forget_lease, opened, started, until
 from faulty import RESET, between
 from figures import Figure
 from seaweed import Seaweed
@@ -45,7 +53,7 @@ class Names:
         """A program with its arguments."""
         files = [str(self.folder / "hosts"), str(self.folder / "nsswitch.conf")]
         command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", IN_A_NAMESPACE, "sh", *files]
-        return started([*command, *arguments], env=environment)
+        return start_program([*command, *arguments], env=environment)
 
 
 @pytest.fixture
@@ -55,11 +63,11 @@ def names(tmp_path: Path) -> Names:
     found.know()
     ask = [sys.executable, "-c", f"import socket; socket.gethostbyname({NAME!r})"]
     try:
-        ended = found.start(*ask).end()
+        ended = found.start(*ask).wait()
     except OSError as error:
         pytest.skip(f"a process cannot be given names of its own here: {error}")
-    if ended.code:
-        pytest.skip(f"a process cannot be given names of its own here: {ended.err.strip()}")
+    if ended.exit_code:
+        pytest.skip(f"a process cannot be given names of its own here: {ended.stderr.strip()}")
     return found
 
 
@@ -82,8 +90,8 @@ def test_a_name_that_ceases_to_resolve_leaves_no_rows_and_the_next_run_goes_on(
             "BATCHJOB_PATIENCE": "2",
             "BATCHJOB_TEST_NAP": "0.3",
         }
-        with ends(names.start(*command, **env)) as driver:
-            until(lambda: len(commit.list_parts(opened(output))) >= 2, command=driver)
+        with kill_on_exit(names.start(*command, **env)) as driver:
+            wait_until(lambda: len(commit.list_parts(open_output(output))) >= 2, command=driver)
             names.forget()
             began, arrived = driver.seconds, list[float]()
 
@@ -92,21 +100,23 @@ def test_a_name_that_ceases_to_resolve_leaves_no_rows_and_the_next_run_goes_on(
                 return RESET
 
             gate.decide = broken  # connections that stand need no name
-            ended = driver.end()
+            ended = driver.wait()
         took = ended.seconds - began
-        print(f"{took:.1f} s, {len(arrived)} requests came through after {format_range(arrived)} s\n{ended.err}")
+        print(f"{took:.1f} s, {len(arrived)} requests came through after {format_range(arrived)} s\n{ended.stderr}")
         assert len(arrived) <= CONNECTIONS, "it is not the name that keeps them away"
-        assert (ended.code, ended.answer["status"]) == (75, "temporary"), ended.err
-        assert "Traceback" not in ended.err
+        assert (ended.exit_code, ended.json_result["status"]) == (75, "temporary"), ended.stderr
+        assert "Traceback" not in ended.stderr
         before = list_committed_parts(output)
         assert 2 <= len(before) < IMAGES // SHARD
-        assert sum(made.failed for made in footers(output).values()) == 0
-        forget_lease(output)  # it could not be given back
+        assert sum(made.failed for made in read_all_footers(output).values()) == 0
+        delete_lease(output)  # it could not be given back
         names.know()
         gate.decide = lambda method, path: None
-        with ends(names.start(*command, **env)) as driver:
-            again = driver.end()
-    assert (again.code, again.answer["predicted"], again.answer["failed"]) == (0, IMAGES, 0), again.err
+        with kill_on_exit(names.start(*command, **env)) as driver:
+            again = driver.wait()
+    assert (again.exit_code, again.json_result["predicted"], again.json_result["failed"]) == (0, IMAGES, 0), (
+        again.stderr
+    )
     assert before.items() <= list_committed_parts(output).items(), "a committed part was made again"
     assert check_output(output, IMAGES).is_correct
     figure(

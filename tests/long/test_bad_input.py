@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import footers, run, table
+from batchjob_process import read_all_footers, read_rows, run_batchjob
 from tiny import red, write_tiny_job
 
 from batchjob.cli.main import main
@@ -141,7 +141,7 @@ def test_the_sound_job_reads_its_images(bad: Path, opened: Opened) -> None:
     assert main(["run", "job.yaml", "--quiet", "output.uri=grad", "model.target=net:differentiates"]) == 2
     allowed = ["output.uri=grad", "model.target=net:differentiates", "runtime.grad_mode=no_grad"]
     assert main(["run", "job.yaml", "--quiet", *allowed]) == 0
-    assert table(bad / "grad")["embedding"].to_pylist()[0] == pytest.approx((2.0, 0.0, 0.4), abs=0.02)
+    assert read_rows(bad / "grad")["embedding"].to_pylist()[0] == pytest.approx((2.0, 0.0, 0.4), abs=0.02)
 
 
 def test_an_output_of_another_job_is_refused_with_the_difference(
@@ -170,9 +170,9 @@ def test_an_output_of_another_job_is_refused_with_the_difference(
 def test_an_input_that_is_required_and_not_there_at_all_yet_is_temporary(bad: Path) -> None:
     for source in ("{type: manifest, uri: none.csv, uri_column: file}", "{type: prefix, uri: none/}"):
         whole = f"input={source[:-1]}, require: {{min_images: 3}}}}"
-        ended = run("run", "job.yaml", whole, "--json", cwd=bad)
-        assert (ended.code, ended.answer["status"]) == (75, "temporary"), ended.err
-        assert "not there yet" in ended.err or "nothing there yet" in ended.err
+        ended = run_batchjob("run", "job.yaml", whole, "--json", cwd=bad)
+        assert (ended.exit_code, ended.json_result["status"]) == (75, "temporary"), ended.stderr
+        assert "not there yet" in ended.stderr or "nothing there yet" in ended.stderr
 
 
 def test_a_gpu_that_is_asked_for_by_number_is_not_replaced_by_the_cpu(bad: Path) -> None:
@@ -180,17 +180,19 @@ def test_a_gpu_that_is_asked_for_by_number_is_not_replaced_by_the_cpu(bad: Path)
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    ended = run("run", "job.yaml", "--json", "runtime.device=auto", "runtime.gpus_per_worker=1", cwd=bad)
-    assert (ended.code, ended.answer["status"]) == (2, "invalid"), ended.err
-    assert "runtime.gpus_per_worker is 1" in ended.err
+    ended = run_batchjob("run", "job.yaml", "--json", "runtime.device=auto", "runtime.gpus_per_worker=1", cwd=bad)
+    assert (ended.exit_code, ended.json_result["status"]) == (2, "invalid"), ended.stderr
+    assert "runtime.gpus_per_worker is 1" in ended.stderr
 
 
 def test_nothing_to_do_may_be_allowed(bad: Path) -> None:
     empty = ["job.yaml", "input={type: prefix, uri: images/, include: ['*.tif']}"]
-    ended = run("run", *empty, "--allow-empty", "--json", cwd=bad)
-    assert (ended.code, ended.answer["status"], ended.answer["planned"]) == (0, "complete", 0), ended.err
-    rows = table(bad / "out")
+    ended = run_batchjob("run", *empty, "--allow-empty", "--json", cwd=bad)
+    assert (ended.exit_code, ended.json_result["status"], ended.json_result["planned"]) == (0, "complete", 0), (
+        ended.stderr
+    )
+    rows = read_rows(bad / "out")
     assert rows.num_rows == 0
     assert "embedding" in rows.column_names
-    assert len(footers(bad / "out")) == 1
+    assert len(read_all_footers(bad / "out")) == 1
     assert (bad / "out/_SUCCESS").is_file()

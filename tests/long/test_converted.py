@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import cifar, right, run, table
+from batchjob_process import cifar_arguments, count_correct_labels, read_rows, run_batchjob
 
 
 @pytest.mark.parametrize("to", ["onnx", "exported", "aoti"])
 def test_a_converted_model_is_as_right_as_before(to: str, tmp_path: Path, test_data: Path) -> None:
-    command = cifar(test_data, tmp_path / "out")
-    made = run("convert", *command[1:], "--to", to, "-o", str(tmp_path / "net.bin"))
-    assert made.code == 0, made.err
-    found = made.answer
+    command = cifar_arguments(test_data, tmp_path / "out")
+    made = run_batchjob("convert", *command[1:], "--to", to, "-o", str(tmp_path / "net.bin"))
+    assert made.exit_code == 0, made.stderr
+    found = made.json_result
     job = {
         "input": {"type": "prefix", "uri": str(test_data / "cifar10/images")},
         "model": found["model"],
@@ -24,8 +24,8 @@ def test_a_converted_model_is_as_right_as_before(to: str, tmp_path: Path, test_d
         "output": {"uri": str(tmp_path / "converted")},
     }
     (tmp_path / "converted.yaml").write_text(yaml.safe_dump(job))
-    ended = run("run", str(tmp_path / "converted.yaml"), "--json")
-    assert (ended.code, ended.answer["predicted"]) == (0, 1000), ended.err
-    hits = right(table(tmp_path / "converted"))
+    ended = run_batchjob("run", str(tmp_path / "converted.yaml"), "--json")
+    assert (ended.exit_code, ended.json_result["predicted"]) == (0, 1000), ended.stderr
+    hits = count_correct_labels(read_rows(tmp_path / "converted"))
     print(f"{to}: deviates by {found['likeness']['deviation']:.1e} of the largest output; {hits} of 1,000 right")
     assert abs(hits - 804) <= 1

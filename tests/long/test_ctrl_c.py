@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import table, write_slow_job
+from batchjob_process import read_rows, write_slow_job
 
 
 @pytest.mark.parametrize("moment", ["while it loads", "once a worker is there"])
@@ -36,4 +36,4 @@ def test_ctrl_c_ends_with_75_and_no_traceback(processes: int, moment: str, tmp_p
     assert "Traceback" not in said
     env["BATCHJOB_TEST_NAP"] = "0"
     subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True)
-    assert sorted(table(tmp_path / "out")["position"].to_pylist()) == list(range(40))
+    assert sorted(read_rows(tmp_path / "out")["position"].to_pylist()) == list(range(40))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import table
+from batchjob_process import read_rows
 from tiny import red, write_tiny_job
 
 import batchjob
@@ -77,7 +77,7 @@ def test_a_run_from_python_leaves_the_process_as_it_was(tiny: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (0, "unchanged\n"), done.stderr
     alone, helped = (
-        np.stack(table(tiny / out)["embedding"].to_numpy(zero_copy_only=False)) for out in ("out0", "out1")
+        np.stack(read_rows(tiny / out)["embedding"].to_numpy(zero_copy_only=False)) for out in ("out0", "out1")
     )
     assert alone.dtype == np.float32, "the caller's default of float64 is not the job's"
     assert np.array_equal(alone, helped)

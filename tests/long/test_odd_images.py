@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import run, table
+from batchjob_process import read_rows, run_batchjob
 from PIL import Image
 from tiny import encoded, red, write_tiny_job
 
@@ -59,9 +59,9 @@ def odd(tmp_path: Path) -> Path:
 
 
 def test_an_odd_image_is_one_row_predicted_or_explained(odd: Path) -> None:
-    ended = run("run", "job.yaml", "--json", cwd=odd)
-    assert ended.code == 0, ended.err
-    rows = table(odd / "out").sort_by("position").to_pylist()
+    ended = run_batchjob("run", "job.yaml", "--json", cwd=odd)
+    assert ended.exit_code == 0, ended.stderr
+    rows = read_rows(odd / "out").sort_by("position").to_pylist()
     assert [row["uri"] for row in rows] == [name for name, *_ in ODD]
     for row, (name, _, size, expected) in zip(rows, ODD, strict=True):
         fault = f"{row['error_stage']}/{row['error_type']}" if row["error_stage"] else None
@@ -73,7 +73,7 @@ def test_an_odd_image_is_one_row_predicted_or_explained(odd: Path) -> None:
             assert (row["width"], row["height"]) == size, name
             assert row["embedding"] == pytest.approx(expected, abs=0.02), name
     faults = sum(isinstance(expected, str) for *_, expected in ODD)
-    assert ended.answer.items() >= {"predicted": len(ODD) - faults, "failed": faults}.items()
-    counts = run("errors", "out", "--json", cwd=odd).answer
+    assert ended.json_result.items() >= {"predicted": len(ODD) - faults, "failed": faults}.items()
+    counts = run_batchjob("errors", "out", "--json", cwd=odd).json_result
     assert counts["total"] == faults
     assert counts["by_type"] == dict.fromkeys((e for *_, e in ODD if isinstance(e, str)), 1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import ROOT, cifar, right, run, table
+from batchjob_process import ROOT, cifar_arguments, count_correct_labels, read_rows, run_batchjob
 
 from batchjob.user_code import load_target
 
@@ -35,20 +35,20 @@ def outputs(model: Any, load: Callable[[Path], Any], paths: Iterable[Path]) -> n
 
 
 def test_a_thousand_labels_are_as_right_as_published(test_data: Path, tmp_path: Path) -> None:
-    ended = run(*cifar(test_data, tmp_path / "out"))
-    assert (ended.code, ended.answer["status"]) == (0, "complete"), ended.err
-    rows = table(tmp_path / "out")
-    hits = right(rows)
+    ended = run_batchjob(*cifar_arguments(test_data, tmp_path / "out"))
+    assert (ended.exit_code, ended.json_result["status"]) == (0, "complete"), ended.stderr
+    rows = read_rows(tmp_path / "out")
+    hits = count_correct_labels(rows)
     print(f"CIFAR: {rows.num_rows} rows, {hits} right, whole process {ended.seconds:.1f} s")
     assert abs(hits - 804) <= 1
     assert rows["error_stage"].null_count == rows.num_rows == 1000
-    again = run(*cifar(test_data, tmp_path / "out"))
+    again = run_batchjob(*cifar_arguments(test_data, tmp_path / "out"))
     print(f"the finished job again: {again.seconds:.1f} s")
-    assert (again.code, again.answer["status"]) == (0, "already_complete")
-    status = run("status", str(tmp_path / "out"), "--json")
+    assert (again.exit_code, again.json_result["status"]) == (0, "already_complete")
+    status = run_batchjob("status", str(tmp_path / "out"), "--json")
     print(f"batchjob status: {status.seconds:.2f} s")
-    assert status.answer.items() >= {"status": "complete", "planned": 1000, "rows": 1000, "parts": 10}.items()
-    assert run("errors", str(tmp_path / "out"), "--json").answer["total"] == 0
+    assert status.json_result.items() >= {"status": "complete", "planned": 1000, "rows": 1000, "parts": 10}.items()
+    assert run_batchjob("errors", str(tmp_path / "out"), "--json").json_result["total"] == 0
 
 
 def test_embeddings_of_a_thousand_images_are_those_of_a_plain_loop(test_data: Path, tmp_path: Path) -> None:
@@ -56,9 +56,9 @@ def test_embeddings_of_a_thousand_images_are_those_of_a_plain_loop(test_data: Pa
     from PIL import Image
     from torchvision.transforms import Compose, Normalize, ToTensor
 
-    ended = run(*cifar(test_data, tmp_path / "out", "task={type: embedding}"))
-    assert ended.code == 0, ended.err
-    rows = table(tmp_path / "out").sort_by("position")
+    ended = run_batchjob(*cifar_arguments(test_data, tmp_path / "out", "task={type: embedding}"))
+    assert ended.exit_code == 0, ended.stderr
+    rows = read_rows(tmp_path / "out").sort_by("position")
 
     saved = torch.load(test_data / "cifar10/resnet20-12fca82f.th", map_location="cpu", weights_only=True)
     model = load_target("net:resnet20", ROOT / "jobs/cifar10_resnet20")()
@@ -81,9 +81,9 @@ def test_photographs_come_out_as_in_the_documented_loop(test_data: Path, tmp_pat
     from torchvision.models import ResNet18_Weights, resnet18
 
     (tmp_path / "job.yaml").write_text(PHOTOGRAPHS)
-    ended = run("run", str(tmp_path / "job.yaml"), f"input.uri={test_data}/imagenet-sample/", "--json")
-    assert ended.code == 0, ended.err
-    rows = table(tmp_path / "out").sort_by("position")
+    ended = run_batchjob("run", str(tmp_path / "job.yaml"), f"input.uri={test_data}/imagenet-sample/", "--json")
+    assert ended.exit_code == 0, ended.stderr
+    rows = read_rows(tmp_path / "out").sort_by("position")
 
     transform = ResNet18_Weights.DEFAULT.transforms()
     with torch.random.fork_rng():

@@ -9,20 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from commands import (
+from batchjob_process import (
     Command,
-    actors,
-    alive,
-    descendants,
-    ends,
-    footers,
-    forget_lease,
+    delete_lease,
+    filter_alive,
+    find_actors,
+    find_descendants,
     kill,
-    own_ray,
-    plans,
-    start,
-    table,
-    until,
+    kill_on_exit,
+    list_plan_heads,
+    ray_environment,
+    read_all_footers,
+    read_rows,
+    start_batchjob,
+    wait_until,
     write_slow_job,
 )
 
@@ -30,7 +30,7 @@ IMAGES, SHARD = 64, 4
 
 
 def attempts(output: Path) -> dict[str, str]:
-    return {key: made.attempt for key, made in footers(output).items()}
+    return {key: made.attempt for key, made in read_all_footers(output).items()}
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def family_of(command: Command) -> Iterator[set[tuple[int, int]]]:
 
     def look() -> None:
         while not over.wait(0.2):
-            seen.update(descendants(command.pid))
+            seen.update(find_descendants(command.pid))
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -57,26 +57,26 @@ def test_killed_drivers_and_workers_lose_nothing_and_leave_nothing(tmp_path: Pat
     output = tmp_path / "out"
     command = ["run", str(tmp_path / "job.yaml"), "--json", "runtime.pool=ray", "runtime.workers=2"]
     command += ["runtime.cpus_per_worker=1"]
-    with own_ray() as env:
+    with ray_environment() as env:
         env |= {"BATCHJOB_TEST_NAP": "0.3"}
-        with ends(start(*command, env=env)) as driver:
-            until(lambda: len(attempts(output)) >= 2, command=driver)
+        with kill_on_exit(start_batchjob(*command, env=env)) as driver:
+            wait_until(lambda: len(attempts(output)) >= 2, command=driver)
             family = kill(driver)
         assert family
-        until(lambda: not alive(family), timeout=120)  # Ray's agents need 60 s
+        wait_until(lambda: not filter_alive(family), timeout=120)  # Ray's agents need 60 s
         first = attempts(output)
-        forget_lease(output)
+        delete_lease(output)
 
-        with ends(start(*command, env=env)) as driver, family_of(driver) as family:
-            until(lambda: len(attempts(output)) >= len(first) + 2, command=driver)
-            victim, _ = min(actors(driver))
+        with kill_on_exit(start_batchjob(*command, env=env)) as driver, family_of(driver) as family:
+            wait_until(lambda: len(attempts(output)) >= len(first) + 2, command=driver)
+            victim, _ = min(find_actors(driver))
             os.kill(victim, signal.SIGKILL)
-            ended = driver.end()
-        until(lambda: not alive(family), timeout=120)
-    assert (ended.code, ended.answer["status"]) == (0, "complete"), ended.err
-    assert "was lost" in ended.err
+            ended = driver.wait()
+        wait_until(lambda: not filter_alive(family), timeout=120)
+    assert (ended.exit_code, ended.json_result["status"]) == (0, "complete"), ended.stderr
+    assert "was lost" in ended.stderr
     assert victim in {pid for pid, _ in family}
     print(f"driver killed at {len(first)} of {IMAGES // SHARD} parts, then a worker; {len(family)} processes, all gone")
     assert first.items() <= attempts(output).items(), "a committed part was done again"
-    assert sorted(table(output)["position"].to_pylist()) == list(range(IMAGES))
-    assert len(plans(output)) == 1
+    assert sorted(read_rows(output)["position"].to_pylist()) == list(range(IMAGES))
+    assert len(list_plan_heads(output)) == 1

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import ROOT, Ended, own_ray, run, table, write_slow_job
+from batchjob_process import ROOT, CompletedCommand, ray_environment, read_rows, run_batchjob, write_slow_job
 
 IMAGES, SHARD, POISON = 40, 4, 17
 
@@ -79,19 +79,19 @@ def test_a_poisoned_shard_is_given_up_alone_and_workers_clear_away_what_is_their
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     arguments = command(tmp_path, "runtime.workers=2", "model.target=deadly:make")
-    with own_ray() as env:
+    with ray_environment() as env:
         env |= {"TMPDIR": str(temporary)}
-        poisoned = run(*arguments, env={**env, "BATCHJOB_TEST_POISON": "1"})
-        print(poisoned.err[-2000:])
-        assert (poisoned.code, poisoned.answer["status"]) == (4, "incomplete"), poisoned.err
+        poisoned = run_batchjob(*arguments, env={**env, "BATCHJOB_TEST_POISON": "1"})
+        print(poisoned.stderr[-2000:])
+        assert (poisoned.exit_code, poisoned.json_result["status"]) == (4, "incomplete"), poisoned.stderr
         shard = range(POISON // SHARD * SHARD, POISON // SHARD * SHARD + SHARD)
-        found = table(tmp_path / "out")["position"].to_pylist()
+        found = read_rows(tmp_path / "out")["position"].to_pylist()
         assert sorted(found) == [position for position in range(IMAGES) if position not in shard]
 
         left = spools(temporary)
-        healed = run(*arguments, env=env)
-        assert healed.code == 0, healed.err
-        assert sorted(table(tmp_path / "out")["position"].to_pylist()) == list(range(IMAGES))
+        healed = run_batchjob(*arguments, env=env)
+        assert healed.exit_code == 0, healed.stderr
+        assert sorted(read_rows(tmp_path / "out")["position"].to_pylist()) == list(range(IMAGES))
         assert spools(temporary) <= left
     print(f"{len(left)} workers died, {len(spools(temporary))} spools left by them")
 
@@ -100,19 +100,21 @@ def test_a_poisoned_shard_is_given_up_alone_and_workers_clear_away_what_is_their
 def test_a_bug_in_a_worker_is_exit_1_with_its_traceback(tmp_path: Path, pool: str) -> None:
     write_slow_job(tmp_path, IMAGES)
     (tmp_path / "buggy.py").write_text(BUGGY_NET)
-    with own_ray() as env:
-        ended = run(*command(tmp_path, f"runtime.pool={pool}", "model.target=buggy:make", "runtime.workers=1"), env=env)
-    assert (ended.code, ended.answer["status"]) == (1, "crashed"), ended.err
-    assert ended.answer["message"] == "a worker crashed: RuntimeError: a bug in begin"
-    assert "Traceback" in ended.err
-    assert "buggy.py" in ended.err
+    with ray_environment() as env:
+        ended = run_batchjob(
+            *command(tmp_path, f"runtime.pool={pool}", "model.target=buggy:make", "runtime.workers=1"), env=env
+        )
+    assert (ended.exit_code, ended.json_result["status"]) == (1, "crashed"), ended.stderr
+    assert ended.json_result["message"] == "a worker crashed: RuntimeError: a bug in begin"
+    assert "Traceback" in ended.stderr
+    assert "buggy.py" in ended.stderr
 
 
 def test_too_few_workers_end_as_temporary_and_say_what_was_asked_and_what_is_there(tmp_path: Path) -> None:
     write_slow_job(tmp_path, IMAGES)
     cores = len(os.sched_getaffinity(0))
     workers = "runtime.workers={min: 2, max: 2}"
-    with own_ray() as env:
+    with ray_environment() as env:
         arguments = command(tmp_path, workers, f"runtime.cpus_per_worker={cores // 2 + 1}")
         done = subprocess.run(
             [sys.executable, "-c", IMPATIENT, *arguments],
@@ -123,7 +125,7 @@ def test_too_few_workers_end_as_temporary_and_say_what_was_asked_and_what_is_the
             check=False,
             timeout=200,
         )
-    ended = Ended(done.returncode, done.stdout, done.stderr, 0.0)
-    print(ended.err[-500:])
-    assert (ended.code, ended.answer["status"]) == (75, "temporary"), ended.err
-    assert f"asks for {cores // 2 + 1} CPUs and 0 GPUs, the cluster has {cores} CPUs" in ended.answer["message"]
+    ended = CompletedCommand(done.returncode, done.stdout, done.stderr, 0.0)
+    print(ended.stderr[-500:])
+    assert (ended.exit_code, ended.json_result["status"]) == (75, "temporary"), ended.stderr
+    assert f"asks for {cores // 2 + 1} CPUs and 0 GPUs, the cluster has {cores} CPUs" in ended.json_result["message"]

@@ -15,23 +15,23 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import (
+from batchjob_process import (
     Command,
-    Ended,
-    actors,
-    alive,
-    cifar,
-    ends,
-    footers,
-    forget_lease,
+    CompletedCommand,
+    cifar_arguments,
+    count_correct_labels,
+    delete_lease,
+    filter_alive,
+    find_actors,
     kill,
-    own_ray,
-    plans,
-    right,
-    run,
-    start,
-    table,
-    until,
+    kill_on_exit,
+    list_plan_heads,
+    ray_environment,
+    read_all_footers,
+    read_rows,
+    run_batchjob,
+    start_batchjob,
+    wait_until,
 )
 from faulty import RESET, between
 from seaweed import Seaweed
@@ -79,7 +79,7 @@ class Committed:
 
     def look(self) -> int:
         """The number of parts; fails when one that was there has gone, was made again, or was written again."""
-        attempts = {key: made.attempt for key, made in footers(self.output).items()}
+        attempts = {key: made.attempt for key, made in read_all_footers(self.output).items()}
         etags = {stat.uri: stat.etag for stat in open_store(self.output).list("predictions/")}
         assert self.attempts.items() <= attempts.items(), "a committed part was done again"
         assert self.etags.items() <= etags.items(), "a committed part was written again"
@@ -92,34 +92,34 @@ def kill_driver(
 ) -> None:
     """Run until the moment, then SIGKILL to the driver; look when those that may commit are gone as well."""
     before = len(committed.attempts)
-    with ends(start(*command, env=env)) as driver:
-        until(moment, command=driver)
-        left = actors(driver)
+    with kill_on_exit(start_batchjob(*command, env=env)) as driver:
+        wait_until(moment, command=driver)
+        left = find_actors(driver)
         kill(driver)
-    until(lambda: not alive(left), timeout=60)
-    forget_lease(committed.output)
+    wait_until(lambda: not filter_alive(left), timeout=60)
+    delete_lease(committed.output)
     print(f"driver killed with {committed.look()} of {PARTS} parts committed, {before} of them by drivers before it")
 
 
-def check_whole(s3: Seaweed, ended: Ended, committed: Committed) -> None:
+def check_whole(s3: Seaweed, ended: CompletedCommand, committed: Committed) -> None:
     """1,000 rows, none twice, as right as ever, of one plan; and nothing half-written beside them."""
     output = committed.output
-    assert (ended.code, ended.answer["status"]) == (0, "complete"), ended.err
+    assert (ended.exit_code, ended.json_result["status"]) == (0, "complete"), ended.stderr
     assert committed.look() == PARTS
-    rows = table(output)
-    hits = right(rows)
+    rows = read_rows(output)
+    hits = count_correct_labels(rows)
     print(f"then to the end: {rows.num_rows} rows, each image once, {hits} right")
     assert abs(hits - 804) <= 1
-    assert len(plans(output)) == 1
-    assert set(rows["run_id"].to_pylist()) == {made.plan for made in footers(output).values()}
+    assert len(list_plan_heads(output)) == 1
+    assert set(rows["run_id"].to_pylist()) == {made.plan for made in read_all_footers(output).values()}
     assert {key.split("/")[0] for key in s3.keys(output)} == {"_SUCCESS", "_batchjob", "predictions"}
     assert not [key for key in s3.keys(output) if key.startswith("_batchjob") and key.endswith(".parquet")]
 
 
 def test_a_prefix_on_s3_through_several_killed_drivers(s3: Seaweed, lake: str, test_data: Path) -> None:
     committed = Committed(s3.bucket() + "killed/")
-    command = [*cifar(test_data, committed.output), f"input.uri={lake}images/", f"runtime.shard_size={SHARD}"]
-    kill_driver(command, committed, lambda: plans(committed.output))
+    command = [*cifar_arguments(test_data, committed.output), f"input.uri={lake}images/", f"runtime.shard_size={SHARD}"]
+    kill_driver(command, committed, lambda: list_plan_heads(committed.output))
     for least in (2, 9):
         kill_driver(command, committed, partial(committed.reached, least))
     with between(s3.endpoint) as gate:  # closed to `_SUCCESS`, so that all parts are there and it is not
@@ -127,17 +127,17 @@ def test_a_prefix_on_s3_through_several_killed_drivers(s3: Seaweed, lake: str, t
         env = {"AWS_ENDPOINT_URL": gate.endpoint}
         kill_driver(command, committed, lambda: any(gate.decide(*request) for request in gate.seen), env)
     assert committed.count() == PARTS
-    check_whole(s3, run(*command), committed)
-    assert run(*command).answer["status"] == "already_complete"
+    check_whole(s3, run_batchjob(*command), committed)
+    assert run_batchjob(*command).json_result["status"] == "already_complete"
 
 
 def kill_actor(driver: Command, committed: Committed, least: int, earlier: set[int]) -> int:
     """SIGKILL to an actor that was not killed before, once so many parts are committed."""
 
     def fresh() -> list[int]:
-        return sorted({pid for pid, _ in actors(driver)} - earlier)
+        return sorted({pid for pid, _ in find_actors(driver)} - earlier)
 
-    until(lambda: committed.count() >= least and fresh(), command=driver)
+    wait_until(lambda: committed.count() >= least and fresh(), command=driver)
     victim = fresh()[0]
     os.kill(victim, signal.SIGKILL)
     print(f"actor killed with {committed.look()} of {PARTS} parts committed")
@@ -146,17 +146,17 @@ def kill_actor(driver: Command, committed: Committed, least: int, earlier: set[i
 
 def test_the_same_on_ray_through_killed_actors_and_drivers(s3: Seaweed, lake: str, test_data: Path) -> None:
     committed = Committed(s3.bucket() + "killed/")
-    command = [*cifar(test_data, committed.output), f"input.uri={lake}images/", f"runtime.shard_size={SHARD}"]
+    command = [*cifar_arguments(test_data, committed.output), f"input.uri={lake}images/", f"runtime.shard_size={SHARD}"]
     command += ["runtime.pool=ray", "runtime.batch_size=1"]  # slow enough to be caught at work
-    with own_ray() as env:
-        kill_driver(command, committed, lambda: plans(committed.output), env)
+    with ray_environment() as env:
+        kill_driver(command, committed, lambda: list_plan_heads(committed.output), env)
         kill_driver(command, committed, lambda: committed.count() >= 3, env)
-        with ends(start(*command, env=env)) as driver:
+        with kill_on_exit(start_batchjob(*command, env=env)) as driver:
             victims: set[int] = set()
             for least in (0, 6, 12):  # while it loads, and twice at work
                 victims.add(kill_actor(driver, committed, least, victims))
-            ended = driver.end()
-    assert "was lost" in ended.err
+            ended = driver.wait()
+    assert "was lost" in ended.stderr
     check_whole(s3, ended, committed)
 
 
@@ -166,27 +166,27 @@ def test_the_same_on_ray_through_killed_actors_and_drivers(s3: Seaweed, lake: st
 def test_a_manifest_on_s3_and_its_columns(s3: Seaweed, lake: str, test_data: Path) -> None:
     output = s3.bucket() + "dt=2026-11-19/"
     source = "input={type: manifest, uri: %smanifest/, uri_column: image, passthrough: [truth]}" % lake  # noqa: UP031
-    ended = run(*cifar(test_data, output, source))
-    assert (ended.code, ended.answer["planned"]) == (0, 1000), ended.err
-    rows = table(output).sort_by("position")
-    assert right(rows) == sum(
+    ended = run_batchjob(*cifar_arguments(test_data, output, source))
+    assert (ended.exit_code, ended.json_result["planned"]) == (0, 1000), ended.stderr
+    rows = read_rows(output).sort_by("position")
+    assert count_correct_labels(rows) == sum(
         a == b for a, b in zip(*rows.select(["label", "truth"]).to_pydict().values(), strict=True)
     )
     assert rows["uri"][0].as_py().startswith("../images/")
     assert rows["etag"].null_count == 0
-    print(f"manifest on S3: {ended.seconds:.1f} s, {len(footers(output))} parts")
-    status = run("status", output, "--json")
-    assert status.answer.items() >= {"status": "complete", "rows": 1000, "parts": 10}.items()
+    print(f"manifest on S3: {ended.seconds:.1f} s, {len(read_all_footers(output))} parts")
+    status = run_batchjob("status", output, "--json")
+    assert status.json_result.items() >= {"status": "complete", "rows": 1000, "parts": 10}.items()
 
 
 def test_wrong_credentials_commit_nothing(s3: Seaweed, lake: str, test_data: Path) -> None:
     wrong = {"AWS_SECRET_ACCESS_KEY": "wrong"}
     output = s3.bucket()
-    command = [*cifar(test_data, output), f"input.uri={lake}images/"]
-    ended = run(*command, env=wrong)
-    print(ended.err)
-    assert (ended.code, ended.answer["status"]) == (75, "temporary"), ended.err
-    assert "Traceback" not in ended.err
+    command = [*cifar_arguments(test_data, output), f"input.uri={lake}images/"]
+    ended = run_batchjob(*command, env=wrong)
+    print(ended.stderr)
+    assert (ended.exit_code, ended.json_result["status"]) == (75, "temporary"), ended.stderr
+    assert "Traceback" not in ended.stderr
     assert s3.keys(output) == []
 
 
@@ -195,20 +195,20 @@ def test_images_out_of_reach_are_no_error_rows(
     fault: str, s3: Seaweed, lake: str, test_data: Path, tmp_path: Path
 ) -> None:
     """The plan stands; then the images cannot be read. A local output shows that nothing was committed from it."""
-    command = [*cifar(test_data, tmp_path / "out"), f"input.uri={lake}images/"]
-    assert run("plan", *command[1:]).code == 0
+    command = [*cifar_arguments(test_data, tmp_path / "out"), f"input.uri={lake}images/"]
+    assert run_batchjob("plan", *command[1:]).exit_code == 0
     if fault == "expired":
-        ended = run(*command, env={"AWS_SECRET_ACCESS_KEY": "expired"})
+        ended = run_batchjob(*command, env={"AWS_SECRET_ACCESS_KEY": "expired"})
     else:
         with between(s3.endpoint) as cut:
             cut.decide = lambda method, path: RESET
-            ended = run(*command, "errors.outage_seconds=2", env={"AWS_ENDPOINT_URL": cut.endpoint})
-    print(f"{fault}: {ended.answer['message']} ({ended.seconds:.1f} s)")
-    assert (ended.code, ended.answer["status"]) == (75, "temporary"), ended.err
-    assert "Traceback" not in ended.err
-    assert footers(tmp_path / "out") == {}
-    resumed = run(*command)
-    assert (resumed.code, resumed.answer["predicted"]) == (0, 1000), resumed.err
+            ended = run_batchjob(*command, "errors.outage_seconds=2", env={"AWS_ENDPOINT_URL": cut.endpoint})
+    print(f"{fault}: {ended.json_result['message']} ({ended.seconds:.1f} s)")
+    assert (ended.exit_code, ended.json_result["status"]) == (75, "temporary"), ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert read_all_footers(tmp_path / "out") == {}
+    resumed = run_batchjob(*command)
+    assert (resumed.exit_code, resumed.json_result["predicted"]) == (0, 1000), resumed.stderr
 
 
 def test_a_dead_server_is_temporary(test_data: Path) -> None:
@@ -216,6 +216,6 @@ def test_a_dead_server_is_temporary(test_data: Path) -> None:
         nobody.decide = lambda method, path: RESET
         env = {"AWS_ENDPOINT_URL": nobody.endpoint, "BATCHJOB_PATIENCE": "2", "AWS_EC2_METADATA_DISABLED": "true"}
         keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
-        ended = run(*cifar(test_data, "s3://bucket/out/"), env={**env, **keys})
-    print(f"{ended.answer['message']} ({ended.seconds:.1f} s)")
-    assert (ended.code, ended.answer["status"]) == (75, "temporary"), ended.err
+        ended = run_batchjob(*cifar_arguments(test_data, "s3://bucket/out/"), env={**env, **keys})
+    print(f"{ended.json_result['message']} ({ended.seconds:.1f} s)")
+    assert (ended.exit_code, ended.json_result["status"]) == (75, "temporary"), ended.stderr

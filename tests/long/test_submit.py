@@ -15,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from commands import ROOT, right, table, until
+from batchjob_process import ROOT, count_correct_labels, read_rows, wait_until
 
 RAY = Path(sys.executable).with_name("ray")
 BATCHJOB = Path(sys.executable).with_name("batchjob")
@@ -64,7 +64,7 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
         start_new_session=True,
     )
     try:
-        until(lambda: answers(dashboard), timeout=90)
+        wait_until(lambda: answers(dashboard), timeout=90)
         yield environment
     finally:
         process.send_signal(signal.SIGTERM)
@@ -105,4 +105,4 @@ def test_a_submitted_job_succeeds_with_the_token_only(head: dict[str, str], test
     print(done.stdout[-600:])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in (done.stdout + done.stderr).lower()
-    assert abs(right(table(tmp_path / "out")) - 804) <= 1
+    assert abs(count_correct_labels(read_rows(tmp_path / "out")) - 804) <= 1

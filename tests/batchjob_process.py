@@ -28,25 +28,25 @@ __all__ = [
     "ROOT",
     "SLOW_NET",
     "Command",
-    "Ended",
-    "actors",
-    "alive",
-    "cifar",
-    "descendants",
-    "ends",
-    "footers",
-    "forget_lease",
+    "CompletedCommand",
+    "cifar_arguments",
+    "count_correct_labels",
+    "delete_lease",
+    "filter_alive",
+    "find_actors",
+    "find_descendants",
     "kill",
-    "opened",
-    "own_ray",
-    "plans",
-    "right",
-    "run",
-    "start",
-    "started",
-    "table",
-    "title",
-    "until",
+    "kill_on_exit",
+    "list_plan_heads",
+    "open_output",
+    "ray_environment",
+    "read_all_footers",
+    "read_command_line",
+    "read_rows",
+    "run_batchjob",
+    "start_batchjob",
+    "start_program",
+    "wait_until",
     "write_slow_job",
 ]
 
@@ -81,7 +81,7 @@ output: {uri: out}
 
 
 @dataclass(frozen=True)
-class Ended:
+class CompletedCommand:
     """A command that has ended.
 
     Attributes:
@@ -90,15 +90,15 @@ class Ended:
         seconds: from start to exit, of which `run` knows.
     """
 
-    code: int
-    out: str
-    err: str
+    exit_code: int
+    stdout: str
+    stderr: str
     seconds: float
 
     @property
-    def answer(self) -> dict[str, Any]:
+    def json_result(self) -> dict[str, Any]:
         """The object on the last line of stdout."""
-        found: dict[str, Any] = json.loads(self.out.splitlines()[-1])
+        found: dict[str, Any] = json.loads(self.stdout.splitlines()[-1])
         return found
 
 
@@ -107,7 +107,7 @@ class Command:
     """A command at work."""
 
     process: subprocess.Popen[str]
-    began: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.monotonic)
 
     @property
     def pid(self) -> int:
@@ -116,20 +116,20 @@ class Command:
     @property
     def seconds(self) -> float:
         """Since its start."""
-        return time.monotonic() - self.began
+        return time.monotonic() - self.started_at
 
-    def end(self, timeout: float = 240) -> Ended:
+    def wait(self, timeout: float = 240) -> CompletedCommand:
         """Wait for its end."""
         out, err = self.process.communicate(timeout=timeout)
-        return Ended(self.process.returncode, out, err, self.seconds)
+        return CompletedCommand(self.process.returncode, out, err, self.seconds)
 
 
-def start(*arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> Command:
+def start_batchjob(*arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> Command:
     """Start `python -m batchjob …`."""
-    return started([sys.executable, "-m", "batchjob", *arguments], cwd, env)
+    return start_program([sys.executable, "-m", "batchjob", *arguments], cwd, env)
 
 
-def started(command: Sequence[str], cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> Command:
+def start_program(command: Sequence[str], cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> Command:
     """Start any program, which finds batchjob."""
     whole = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     process = subprocess.Popen(
@@ -145,14 +145,16 @@ def started(command: Sequence[str], cwd: Path = ROOT, env: Mapping[str, str] | N
     return Command(process)
 
 
-def run(*arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None, timeout: float = 240) -> Ended:
+def run_batchjob(
+    *arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None, timeout: float = 240
+) -> CompletedCommand:
     """The same, to its end."""
-    with ends(start(*arguments, cwd=cwd, env=env)) as command:
-        return command.end(timeout)
+    with kill_on_exit(start_batchjob(*arguments, cwd=cwd, env=env)) as command:
+        return command.wait(timeout)
 
 
 @contextmanager
-def ends(command: Command) -> Iterator[Command]:
+def kill_on_exit(command: Command) -> Iterator[Command]:
     """See to it that the command is gone afterwards, come what may."""
     try:
         yield command
@@ -163,13 +165,13 @@ def ends(command: Command) -> Iterator[Command]:
 
 def kill(command: Command) -> set[tuple[int, int]]:
     """SIGKILL to the command alone, as the kernel does when memory is short; returns what it had started."""
-    family = descendants(command.pid)
+    family = find_descendants(command.pid)
     command.process.send_signal(signal.SIGKILL)
     command.process.communicate()
     return family
 
 
-def until(condition: Callable[[], Any], *, command: Command | None = None, timeout: float = 120) -> Any:
+def wait_until(condition: Callable[[], Any], *, command: Command | None = None, timeout: float = 120) -> Any:
     """Wait until the condition holds and return its value; fails when the command ends before."""
     deadline = time.monotonic() + timeout
     while not (found := condition()):
@@ -182,7 +184,7 @@ def until(condition: Callable[[], Any], *, command: Command | None = None, timeo
 
 
 @contextmanager
-def own_ray() -> Iterator[dict[str, str]]:
+def ray_environment() -> Iterator[dict[str, str]]:
     """Environment in which a driver starts a Ray of its own; its sockets want a folder with a short path."""
     folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")
     try:
@@ -191,7 +193,7 @@ def own_ray() -> Iterator[dict[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def cifar(data: Path, output: str | Path, *more: str) -> list[str]:
+def cifar_arguments(data: Path, output: str | Path, *more: str) -> list[str]:
     """`run` with the CIFAR job over the real images on the local pool, in ten shards unless `more` says otherwise."""
     return [
         "run",
@@ -219,39 +221,39 @@ def write_slow_job(folder: Path, images: int) -> None:
 
 
 @lru_cache(maxsize=100)
-def opened(output: str) -> Store:
+def open_output(output: str) -> Store:
     """The store of an output; making one takes a tenth of a second."""
     return open_store(output)
 
 
-def table(output: str | Path) -> pa.Table:
+def read_rows(output: str | Path) -> pa.Table:
     """All committed rows, in the order of the parts' names."""
-    store = opened(str(output))
+    store = open_output(str(output))
     return pa.concat_tables(
         pq.read_table(pa.BufferReader(store.read(key).data)) for key in sorted(commit.list_parts(store))
     )
 
 
-def footers(output: str | Path) -> dict[str, PartFooter]:
+def read_all_footers(output: str | Path) -> dict[str, PartFooter]:
     """Provenance of each committed part, by name."""
-    store = opened(str(output))
+    store = open_output(str(output))
     return dict(commit.read_footers(store, sorted(commit.list_parts(store))))
 
 
-def plans(output: str | Path) -> list[str]:
+def list_plan_heads(output: str | Path) -> list[str]:
     """Keys of the plan heads that were frozen there."""
-    store = opened(str(output))
+    store = open_output(str(output))
     return [stat.uri for stat in store.list("_batchjob/plans/") if stat.uri.endswith("head.json")]
 
 
-def forget_lease(output: str | Path) -> None:
+def delete_lease(output: str | Path) -> None:
     """Remove what a killed driver held, so that a test need not wait until its silence counts."""
-    store = opened(str(output))
+    store = open_output(str(output))
     for stat in list(store.list("_batchjob/lease/")):
         store.delete(stat.uri)
 
 
-def right(rows: pa.Table) -> int:
+def count_correct_labels(rows: pa.Table) -> int:
     """How many CIFAR rows name the class of the folder that the image lies in; each image is there once."""
     found = rows.select(["position", "uri", "label"]).to_pylist()
     assert sorted(row["position"] for row in found) == list(range(1000))
@@ -262,7 +264,7 @@ def right(rows: pa.Table) -> int:
 # -- processes, by /proc ---------------------------------------------------------------------------------------
 
 
-def descendants(pid: int) -> set[tuple[int, int]]:
+def find_descendants(pid: int) -> set[tuple[int, int]]:
     """Processes below this one, as (pid, start time): a pid alone may come again."""
     children: dict[int, list[tuple[int, int]]] = {}
     for child, parent, born in _processes():
@@ -276,17 +278,17 @@ def descendants(pid: int) -> set[tuple[int, int]]:
     return found
 
 
-def alive(processes: set[tuple[int, int]]) -> set[tuple[int, int]]:
+def filter_alive(processes: set[tuple[int, int]]) -> set[tuple[int, int]]:
     """Those of them that still run (a zombie does not)."""
     return processes & {(pid, born) for pid, _, born in _processes()}
 
 
-def actors(command: Command) -> set[tuple[int, int]]:
+def find_actors(command: Command) -> set[tuple[int, int]]:
     """The command's Ray workers."""
-    return {(pid, born) for pid, born in descendants(command.pid) if "ray::RayWorker" in title(pid)}
+    return {(pid, born) for pid, born in find_descendants(command.pid) if "ray::RayWorker" in read_command_line(pid)}
 
 
-def title(pid: int) -> str:
+def read_command_line(pid: int) -> str:
     """Its command line, or what it calls itself; nothing where it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
