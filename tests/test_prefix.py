@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from seaweed import Seaweed
 
 from batchjob.errors import InvalidJob
-from batchjob.sources import locations
+from batchjob.sources.glob_patterns import has_magic, make_path_filter, split_glob
 from batchjob.sources.prefix import PrefixSource
 from batchjob.sources.source import REF_FIELDS
 from batchjob.storage.reader import Reader
@@ -40,7 +40,7 @@ def uris(batches: Iterator[pa.RecordBatch]) -> list[str]:
 def listed(source: PrefixSource, after: Cursor = Cursor(), outside: str | None = None) -> list[str]:  # noqa: B008
     """Locations, relative to the folder."""
     found = uris(source.refs(READER, after, outside))
-    folder = locations.split_glob(source.uri)[0] if locations.has_magic(source.uri) else source.uri.rstrip("/") + "/"
+    folder = split_glob(source.uri)[0] if has_magic(source.uri) else source.uri.rstrip("/") + "/"
     return [uri.removeprefix(folder) for uri in found]
 
 
@@ -186,12 +186,12 @@ class TestGlobs:
     def test_any_pattern_is_refused_or_works(self, pattern: str, path: str) -> None:
         refusable = not pattern.strip("/") or "-" in pattern  # an empty one, or a range that may run backwards
         with suppress(*[ValidationError][:refusable]):
-            locations.make_path_filter(PrefixSource(uri="photos", include=[pattern]).include, ())(path)
+            make_path_filter(PrefixSource(uri="photos", include=[pattern]).include, ())(path)
 
     @given(st.text(alphabet="ab[]!-^&~|\\.*?", min_size=1, max_size=8))
     def test_a_name_with_its_magic_in_brackets_matches_itself_alone(self, name: str) -> None:
         pattern = "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-        chosen = locations.make_path_filter((pattern,), ())
+        chosen = make_path_filter((pattern,), ())
         assert chosen(name)
         assert not chosen(name + "x")
 

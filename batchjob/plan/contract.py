@@ -1,4 +1,4 @@
-"""What the first warmed-up worker fixes for all workers of a plan: row schema, model digest, the images' shape."""
+"""The contract of a plan: row schema, model digest and image shape that all its workers share."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ from batchjob.storage.store import Store, put_or_get
 
 __all__ = ["Contract", "put_or_verify"]
 
-_CONTRACT_META = b"batchjob.contract"
+_METADATA_KEY = b"batchjob.contract"
 
 
 @dataclass(frozen=True)
 class Contract:
-    """What the first warmed-up worker fixed for all: row schema, model digest, the images' shape as prepared."""
+    """The decisions of the first worker that has warmed up, for all workers of a plan.
+
+    Attributes:
+        schema: Arrow schema of the rows in every part.
+        model_digest: SHA-256 of weights and model code, hexadecimal.
+        image_shape: Shape `(c, h, w)` of a preprocessed image; None if images differ in shape.
+    """
 
     schema: pa.Schema
     model_digest: str
@@ -26,38 +32,43 @@ class Contract:
 
 
 def put_or_verify(store: Store, head: PlanHead, contract: Contract) -> Contract:
-    """Put the contract if absent, and return the one that stands; its image size is the one that counts.
+    """Store a worker's contract if the plan has none; return the stored one, whose image shape counts.
+
+    Args:
+        store: Output of the job.
+        head: Head of the plan.
+        contract: Contract as this worker would have it.
 
     Raises:
-        InvalidJob: the one that stands has another schema or model digest.
+        InvalidJob: The stored contract has another schema or model digest.
     """
     key = f"{head.folder}schema.arrow"
-    facts = json.dumps({"model": contract.model_digest, "size": contract.image_shape})
-    body = contract.schema.with_metadata({_CONTRACT_META: facts}).serialize().to_pybytes()
-    stands = put_or_get(store, key, body)
+    metadata = json.dumps({"model": contract.model_digest, "size": contract.image_shape})
+    body = contract.schema.with_metadata({_METADATA_KEY: metadata}).serialize().to_pybytes()
+    stored_body = put_or_get(store, key, body)
     with report_damage(store, key):
-        theirs = _parse_contract(stands)
-    if theirs.model_digest != contract.model_digest:
+        stored = _parse_contract(stored_body)
+    if stored.model_digest != contract.model_digest:
         raise InvalidJob(
             f"the model loaded here has digest {contract.model_digest[:12]}, the plan at {store.uri} was begun with "
-            f"{theirs.model_digest[:12]}: weights or model code changed meanwhile; restore them, or `batchjob discard "
+            f"{stored.model_digest[:12]}: weights or model code changed meanwhile; restore them, or `batchjob discard "
             f"{store.uri} --yes` and run again"
         )
-    if not theirs.schema.equals(contract.schema):
+    if not stored.schema.equals(contract.schema):
         raise InvalidJob(
             f"rows would have another schema here than the plan at {store.uri} fixed "
-            f"({_schema_difference(theirs, contract)}); use the versions it was begun with, or `batchjob discard` it"
+            f"({_describe_difference(stored, contract)}); use the versions it was begun with, or `batchjob discard` it"
         )
-    return theirs
+    return stored
 
 
-def _schema_difference(theirs: Contract, ours: Contract) -> str:
-    there, here = set(map(str, theirs.schema)), set(map(str, ours.schema))
+def _describe_difference(stored: Contract, contract: Contract) -> str:
+    there, here = set(map(str, stored.schema)), set(map(str, contract.schema))
     return f"here {sorted(here - there)}, there {sorted(there - here)}"
 
 
 def _parse_contract(data: bytes) -> Contract:
     schema = pa.ipc.read_schema(pa.py_buffer(data))
-    facts = json.loads(schema.metadata[_CONTRACT_META])
-    size = tuple(facts["size"]) if facts["size"] else None
-    return Contract(schema.remove_metadata(), facts["model"], size)
+    metadata = json.loads(schema.metadata[_METADATA_KEY])
+    image_shape = tuple(metadata["size"]) if metadata["size"] else None
+    return Contract(schema.remove_metadata(), metadata["model"], image_shape)

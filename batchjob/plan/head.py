@@ -1,4 +1,4 @@
-"""The head of a plan: who and what it is; put once, compared before anything else, buried by a tombstone."""
+"""The head of a plan: its id, job and fingerprint; written once before anything else, ended by a tombstone."""
 
 from __future__ import annotations
 
@@ -32,16 +32,19 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class PlanHead:
-    """What a plan is: written first, compared before anything else.
+    """The identity of a plan, stored as `head.json` under the names of these attributes.
 
     Attributes:
-        plan: random id of this plan.
-        number: its folder; grows by one with each `discard`.
-        job: the job as submitted, its folder's paths written `./…`.
-        fingerprint: the settings that alter predictions, by dotted name.
-        shard_size: images a shard.
-        source_version: digest of the manifest, None where the source has no version.
-        defaults: what all other settings that alter predictions stood at; none in plans of older versions.
+        plan: Random id of the plan.
+        number: Number of its folder, from 0; each `discard` adds one.
+        job: The job as submitted; paths below its folder are written `./…`.
+        fingerprint: The settings that alter predictions and were set explicitly, by dotted name.
+        shard_size: Images in a shard; the last shard may have fewer.
+        source_version: Digest of the manifest; None if the source has no version.
+        batchjob: Version of batchjob that wrote the plan.
+        created: Time of creation, UTC, ISO 8601.
+        format: Version of the plan's format.
+        defaults: Values of all other settings that alter predictions; empty in plans of older versions.
     """
 
     plan: str
@@ -57,74 +60,95 @@ class PlanHead:
 
     @property
     def folder(self) -> str:
-        return _folder(self.number)
+        """Key prefix of everything that belongs to this plan; ends with `/`."""
+        return _plan_folder(self.number)
 
 
 def new_head(number: int, **facts: Any) -> PlanHead:
-    """A head with a fresh random plan id."""
+    """Return a head with a fresh random plan id.
+
+    Args:
+        number: Number of the plan.
+        facts: The other attributes of `PlanHead`.
+    """
     return PlanHead(plan=secrets.token_hex(8), number=number, **facts)
 
 
 def read_current_head(store: Store) -> tuple[int, PlanHead | None]:
-    """The number of the plan in force and its head; head None when none is written yet.
+    """Return the number of the plan that is not discarded, and its head; None if no head is written yet.
 
     Raises:
-        InvalidJob: the plan was written in a format that this version does not know (a discarded one may be), or its
-            head is damaged.
+        InvalidJob: The head is damaged, or the plan has a format that this version does not know; a discarded plan may
+            have any format.
     """
     number = 0
-    while (data := _read(store, f"{_folder(number)}head.json")) is not None:
-        if _read(store, f"{_folder(number)}discarded") is None:
+    while (data := _read_if_present(store, _head_key(number))) is not None:
+        if _read_if_present(store, _tombstone_key(number)) is None:
             return number, _parse_head(data, store, number)
         number += 1
     return number, None
 
 
 def put_head(store: Store, head: PlanHead, delete_stale_parts: Callable[[list[str]], None] | None = None) -> PlanHead:
-    """Put the head if absent, while `predictions/` is empty; another driver's head is adopted instead.
+    """Store a plan's head while `predictions/` is empty; return the stored one, which may be another driver's.
 
     Args:
-        store: of the output.
-        head: of the plan.
-        clear: takes away what lies there without a plan, or raises where no discarded plan left it.
+        store: Output of the job.
+        head: Head of the plan.
+        delete_stale_parts: Deletes parts that lie there without a plan, given their keys; raises InvalidJob for a part
+            that no discarded plan has left. None raises InvalidJob for every part.
 
     Raises:
-        InvalidJob: parts lie there without a plan, and there is no `clear`.
+        InvalidJob: Parts lie there without a plan.
     """
-    key = f"{head.folder}head.json"
-    foreign = [stat.uri for stat in store.list("predictions/")]
-    if foreign and _read(store, key) is None:  # with a head, another driver has begun meanwhile
+    key = _head_key(head.number)
+    parts = [found.uri for found in store.list("predictions/")]
+    # If there is a head, another driver has begun meanwhile, and the parts are its own.
+    if parts and _read_if_present(store, key) is None:
         if delete_stale_parts is None:
             raise InvalidJob(
-                f"{store.uri}: {foreign[0]} is there but no plan is; output.uri must be empty or hold this job's own "
+                f"{store.uri}: {parts[0]} is there but no plan is; output.uri must be empty or hold this job's own "
                 "output: choose another folder, or remove it"
             )
-        delete_stale_parts(foreign)
+        delete_stale_parts(parts)
     return _parse_head(put_or_get(store, key, json.dumps(asdict(head), indent=1).encode()), store, head.number)
 
 
+def discard_plan(store: Store, head: PlanHead) -> None:
+    """Write the tombstone of a plan: from now on no worker commits a part of it."""
+    put_or_get(store, _tombstone_key(head.number), b"{}\n")
+
+
 def is_discarded(store: Store, head: PlanHead) -> bool:
-    """Whether the plan's tombstone stands."""
-    return _read(store, f"{head.folder}discarded") is not None
+    """Return True if the plan has a tombstone."""
+    return _read_if_present(store, _tombstone_key(head.number)) is not None
 
 
 def is_plan_id_discarded(store: Store, plan_id: str) -> bool:
-    """Whether `plan` is the id of a discarded plan of this output."""
+    """Return True if a discarded plan of this output has the id."""
     number = 0
-    while (data := _read(store, f"{_folder(number)}head.json")) is not None:
-        if _facts(data, store, number)["plan"] == plan_id:
-            return _read(store, f"{_folder(number)}discarded") is not None
+    while (data := _read_if_present(store, _head_key(number))) is not None:
+        if _parse_json(data, store, number)["plan"] == plan_id:
+            return _read_if_present(store, _tombstone_key(number)) is not None
         number += 1
     return False
 
 
-def discard_plan(store: Store, head: PlanHead) -> None:
-    """Put the tombstone: from now on no worker commits a part of this plan."""
-    put_or_get(store, f"{head.folder}discarded", b"{}\n")
+@contextmanager
+def report_damage(store: Store, key: str) -> Iterator[None]:
+    """Raise each error of parsing an object of the plan as an InvalidJob that names the object."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InvalidJob(
+            f"{store.uri}/{key} is damaged ({reason}); put it back as it was, or `batchjob discard {store.uri} --yes` "
+            "and run again"
+        ) from error
 
 
 def _parse_head(data: bytes, store: Store, number: int) -> PlanHead:
-    facts = _facts(data, store, number)
+    facts = _parse_json(data, store, number)
     if facts.get("format") != FORMAT_VERSION:
         raise InvalidJob(
             f"{store.uri}: its plan has format {facts.get('format')}, this version knows {FORMAT_VERSION}; "
@@ -133,44 +157,38 @@ def _parse_head(data: bytes, store: Store, number: int) -> PlanHead:
     try:
         return PlanHead(**facts)
     except TypeError as error:
-        raise _damaged(store, number, error) from error
+        raise _damaged_head_error(store, number, error) from error
 
 
-@contextmanager
-def report_damage(store: Store, key: str) -> Iterator[None]:
-    """Around the reading of a plan's bytes: whatever is wrong with them is an InvalidJob that names them."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError, OverflowError) as error:
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InvalidJob(
-            f"{store.uri}/{key} is damaged ({said}); put it back as it was, or `batchjob discard {store.uri} --yes` "
-            "and run again"
-        ) from error
-
-
-def _facts(data: bytes, store: Store, number: int) -> dict[str, Any]:
+def _parse_json(data: bytes, store: Store, number: int) -> dict[str, Any]:
     try:
         facts = json.loads(data)
         if not isinstance(facts, dict) or "plan" not in facts:
             raise ValueError("it names no plan")
     except ValueError as error:
-        raise _damaged(store, number, error) from error
+        raise _damaged_head_error(store, number, error) from error
     return facts
 
 
-def _damaged(store: Store, number: int, error: Exception) -> InvalidJob:
+def _damaged_head_error(store: Store, number: int, error: Exception) -> InvalidJob:
     return InvalidJob(
-        f"{store.uri}/{_folder(number)}head.json is damaged ({error}); put it back as it was, or choose another "
-        "output.uri"
+        f"{store.uri}/{_head_key(number)} is damaged ({error}); put it back as it was, or choose another output.uri"
     )
 
 
-def _folder(number: int) -> str:
+def _plan_folder(number: int) -> str:
     return f"_batchjob/plans/{number:04d}/"
 
 
-def _read(store: Store, key: str) -> bytes | None:
+def _head_key(number: int) -> str:
+    return f"{_plan_folder(number)}head.json"
+
+
+def _tombstone_key(number: int) -> str:
+    return f"{_plan_folder(number)}discarded"
+
+
+def _read_if_present(store: Store, key: str) -> bytes | None:
     try:
         return store.read(key).data
     except NotFound:

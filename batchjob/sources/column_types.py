@@ -1,4 +1,4 @@
-"""Columns of a manifest: the type names a job may use, the plain form of stored types, casts that name their row."""
+"""Column types of a manifest: their names in a job, their plain form, and casts that name the row that fails."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from batchjob.errors import InvalidJob
 
 __all__ = ["can_cast", "cast_column", "is_text", "parse_type", "plain_type", "require_column", "require_known_type"]
 
-_NAMES = [
+_TYPE_NAMES = [
     *("string", "binary", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     *("float16", "float32", "float64", "date32", "timestamp"),
     *("timestamp[s]", "timestamp[ms]", "timestamp[us]", "timestamp[ns]"),
 ]
-_ZONED = re.compile(r"timestamp\[(s|ms|us|ns), ?tz=([\w/+:-]+)\]")
+_ZONED_TIMESTAMP = re.compile(r"timestamp\[(s|ms|us|ns), ?tz=([\w/+:-]+)\]")
 _DECIMAL = re.compile(r"decimal128\((\d+), ?(-?\d+)\)")
-_SHOWN = 30
+_MAX_LISTED_COLUMNS = 30
+_MAX_VALUE_LENGTH = 80  # characters of a value in a message
 
 
 def parse_type(name: str) -> pa.DataType:
-    """The Arrow type of a name such as `int64`, `timestamp[us, tz=UTC]`, `decimal128(10, 2)`.
+    """Return the Arrow type with a name such as `int64`, `timestamp[us, tz=UTC]`, `decimal128(10, 2)`.
 
-    Raises ValueError with the nearest name where there is none.
+    Raises:
+        ValueError: There is no such type; names the nearest one.
     """
     if name == "timestamp":
         return pa.timestamp("us")
-    if zoned := _ZONED.fullmatch(name):
+    if zoned := _ZONED_TIMESTAMP.fullmatch(name):
         return pa.timestamp(zoned[1], zoned[2])
     if decimal := _DECIMAL.fullmatch(name):
         return pa.decimal128(int(decimal[1]), int(decimal[2]))
@@ -40,13 +42,13 @@ def parse_type(name: str) -> pa.DataType:
             return pa.type_for_alias(name)
         except ValueError:
             pass
-    near = difflib.get_close_matches(name, _NAMES, 1)
+    near = difflib.get_close_matches(name, _TYPE_NAMES, 1)
     hint = f" (did you mean '{near[0]}'?)" if near else ""
-    raise ValueError(f"{name!r} is not a type{hint}; there are: {', '.join(_NAMES)}")
+    raise ValueError(f"{name!r} is not a type{hint}; there are: {', '.join(_TYPE_NAMES)}")
 
 
 def plain_type(stored: pa.DataType) -> pa.DataType:
-    """The type that a column of `stored` has in the output: values in place of dictionaries, views and extensions."""
+    """Return a type without dictionaries, views and extensions, at every depth: the column's type in the output."""
     if isinstance(stored, pa.BaseExtensionType):
         return plain_type(stored.storage_type)
     if pa.types.is_dictionary(stored):
@@ -55,10 +57,10 @@ def plain_type(stored: pa.DataType) -> pa.DataType:
         return pa.string()
     if pa.types.is_binary_view(stored):
         return pa.binary()
-    return _plain_inside(stored) if pa.types.is_nested(stored) else stored
+    return _plain_nested_type(stored) if pa.types.is_nested(stored) else stored
 
 
-def _plain_inside(stored: pa.DataType) -> pa.DataType:
+def _plain_nested_type(stored: pa.DataType) -> pa.DataType:
     if pa.types.is_struct(stored):
         return pa.struct([field.with_type(plain_type(field.type)) for field in stored])
     if pa.types.is_map(stored):
@@ -71,29 +73,32 @@ def _plain_inside(stored: pa.DataType) -> pa.DataType:
 
 
 def require_column(names: Iterable[str], column: str, file: str, job_key: str) -> None:
-    """Nothing where `wanted` is in `names` once.
+    """Check that a column is there exactly once.
 
     Args:
-        said: the key of the job that names the column.
+        names: Names of the file's columns.
+        column: Column that the job names.
+        file: URI of the file, for the message.
+        job_key: Key of the job that names the column.
 
     Raises:
-        InvalidJob: with the nearest name and the columns that are there.
+        InvalidJob: The column is not there, or twice; names the nearest column and those that are there.
     """
-    there = Counter(names)
-    if there[column] == 1:
+    counts = Counter(names)
+    if counts[column] == 1:
         return
-    if there[column] > 1:
-        raise InvalidJob(f"{job_key}: {file} has {there[column]} columns called {column!r}; rename all but one")
-    folded = {name.lower(): name for name in there}
-    near = difflib.get_close_matches(column.lower(), folded, 1)
-    hint = f" (did you mean {folded[near[0]]!r}?)" if near else ""
-    shown = ", ".join(list(there)[:_SHOWN]) + (", …" if len(there) > _SHOWN else "")
-    raise InvalidJob(f"{job_key}: {file} has no column {column!r}{hint}; it has: {shown}")
+    if counts[column] > 1:
+        raise InvalidJob(f"{job_key}: {file} has {counts[column]} columns called {column!r}; rename all but one")
+    by_lower_case = {name.lower(): name for name in counts}
+    near = difflib.get_close_matches(column.lower(), by_lower_case, 1)
+    hint = f" (did you mean {by_lower_case[near[0]]!r}?)" if near else ""
+    listed = ", ".join(list(counts)[:_MAX_LISTED_COLUMNS]) + (", …" if len(counts) > _MAX_LISTED_COLUMNS else "")
+    raise InvalidJob(f"{job_key}: {file} has no column {column!r}{hint}; it has: {listed}")
 
 
 def require_known_type(stored: pa.DataType, file: str, column: str, job_key: str) -> None:
-    """Raises InvalidJob where some part of the type is null: no reader of the output could tell what it is."""
-    if _has_null(stored):
+    """Raise InvalidJob if a part of the type is null: readers of the output could not tell what the column holds."""
+    if _contains_null_type(stored):
         raise InvalidJob(
             f"{job_key}: column {column!r} of {file} holds only nulls and has no type; "
             f"give it one, as in passthrough: {{{column}: string}}, or leave it out"
@@ -101,13 +106,13 @@ def require_known_type(stored: pa.DataType, file: str, column: str, job_key: str
 
 
 def is_text(stored: pa.DataType) -> bool:
-    """Text, also where its writer marked it as mere bytes."""
+    """Return True for a type of text, also for one whose writer marked it as binary."""
     tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
     return any(test(stored) for test in tests)
 
 
 def can_cast(stored: pa.DataType, target: pa.DataType) -> bool:
-    """True where Arrow has a way from the plain form of one type to the other."""
+    """Return True if Arrow can cast the plain form of one type to the other."""
     try:
         pa.nulls(0, plain_type(stored)).cast(target)
     except pa.ArrowNotImplementedError:
@@ -116,13 +121,17 @@ def can_cast(stored: pa.DataType, target: pa.DataType) -> bool:
 
 
 def cast_column(values: pa.Array, target: pa.DataType, file: str, column: str, first_row: int) -> pa.Array:
-    """The values as `target`, none of them altered. Text that is empty is null in any type but text.
+    """Cast values without changing any of them. Empty text is null in any type but text.
 
     Args:
-        start: row of the first value within the file, from 0.
+        values: Values of the column.
+        target: Type to cast to.
+        file: URI of the file, for the message.
+        column: Name of the column, for the message.
+        first_row: Row of the first value in the file, from 0.
 
     Raises:
-        InvalidJob: naming the first row whose value does not fit.
+        InvalidJob: A value does not fit; names the first such row.
     """
     if isinstance(values, pa.ExtensionArray):
         values = values.storage
@@ -137,15 +146,16 @@ def cast_column(values: pa.Array, target: pa.DataType, file: str, column: str, f
     except pa.ArrowNotImplementedError as error:
         raise InvalidJob(f"{file}: column {column!r} is {values.type} here and cannot become {target}") from error
     except pa.ArrowInvalid as error:
-        row = _first_bad(values, target)
+        row = _find_misfit(values, target)
         hint = "; give the type a time zone, or none, as the values have it" if "zone offset" in str(error) else ""
         raise InvalidJob(
-            f"{file}, row {first_row + row + 1}: {_shown(values[row])} in column {column!r} is no {target}{hint}; "
-            f"correct it, or give the column another type"
+            f"{file}, row {first_row + row + 1}: {_format_value(values[row])} in column {column!r} is no "
+            f"{target}{hint}; correct it, or give the column another type"
         ) from error
 
 
-def _first_bad(values: pa.Array, target: pa.DataType) -> int:
+def _find_misfit(values: pa.Array, target: pa.DataType) -> int:
+    """Return the first row that cannot be cast, by binary search: rows before `low` fit, one before `high` does not."""
     low, high = 0, len(values)
     while high - low > 1:
         middle = (low + high) // 2
@@ -157,19 +167,19 @@ def _first_bad(values: pa.Array, target: pa.DataType) -> int:
     return low
 
 
-def _shown(value: pa.Scalar) -> str:
+def _format_value(value: pa.Scalar) -> str:
     try:
         text = repr(value.as_py())
-    except (ValueError, OverflowError):  # text that is not UTF-8, dates that Python has not
+    except (ValueError, OverflowError):  # Text that is not UTF-8, or a date that Python does not have.
         text = "the value"
-    return text if len(text) <= 80 else text[:80] + "…"
+    return text if len(text) <= _MAX_VALUE_LENGTH else text[:_MAX_VALUE_LENGTH] + "…"
 
 
-def _has_null(stored: pa.DataType) -> bool:
+def _contains_null_type(stored: pa.DataType) -> bool:
     if pa.types.is_null(stored):
         return True
     if isinstance(stored, pa.BaseExtensionType):
-        return _has_null(stored.storage_type)
+        return _contains_null_type(stored.storage_type)
     if pa.types.is_dictionary(stored):
-        return _has_null(stored.value_type)
-    return any(_has_null(stored.field(index).type) for index in range(stored.num_fields))
+        return _contains_null_type(stored.value_type)
+    return any(_contains_null_type(stored.field(index).type) for index in range(stored.num_fields))

@@ -1,17 +1,18 @@
-"""Where an input lies: a file, a folder or a glob, found out once and then listed in key order."""
+"""Locations of inputs: a file, a folder or a glob, told apart once and then listed in key order."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchjob.errors import AddressRefused, InvalidJob, NotFound, UnaddressableKey
 from batchjob.settings import is_local, local_path
+from batchjob.sources.glob_patterns import glob_to_regex, has_magic, literal_prefix, split_glob
 from batchjob.storage.objects import ObjectInfo
 
 if TYPE_CHECKING:
@@ -19,31 +20,27 @@ if TYPE_CHECKING:
 
 __all__ = [
     "InputLocation",
-    "excluded_prefix",
     "explain_missing_input",
     "find_location",
-    "glob_to_regex",
-    "has_magic",
     "list_location",
-    "literal_prefix",
-    "make_path_filter",
     "normalize_uri",
     "parent_folder",
     "require_location",
-    "split_glob",
     "with_trailing_slash",
 ]
 
 
 @dataclass(frozen=True)
 class InputLocation:
-    """An input that is there.
+    """An input that exists.
+
+    For example, the glob `s3://lake/in/*.jpg` has the folder `s3://lake/in/` and the pattern `*.jpg`.
 
     Attributes:
-        uri: as the job names it.
-        folder: what relative names below are relative to; ends with `/`.
-        file: the only object, where `uri` names one.
-        pattern: glob relative to `folder`, where `uri` is one.
+        uri: URI as the job names it.
+        folder: URI of the folder that relative names refer to; ends with `/`.
+        file: The only object, if `uri` names one.
+        pattern: Glob relative to `folder`, if `uri` is one.
     """
 
     uri: str
@@ -53,7 +50,7 @@ class InputLocation:
 
 
 def find_location(reader: Reader, uri: str) -> InputLocation | None:
-    """Tell file, folder and glob apart; None where nothing is there. Raises InvalidJob for what no name can be."""
+    """Tell file, folder and glob apart; return None if there is nothing. Raises InvalidJob for an impossible name."""
     uri = normalize_uri(uri)
     if _is_glob(uri):
         folder, pattern = split_glob(uri)
@@ -61,129 +58,147 @@ def find_location(reader: Reader, uri: str) -> InputLocation | None:
             re.compile(glob_to_regex(pattern))
         except re.error as error:
             raise InvalidJob(f"input.uri {uri}: not a glob pattern ({error}); write '[[]' for a literal '['") from error
-        place = InputLocation(uri, folder, pattern=pattern)
-    elif (file := _file(reader, uri)) is not None:
+        location = InputLocation(uri, folder, pattern=pattern)
+    elif (file := _find_file(reader, uri)) is not None:
         return InputLocation(uri, parent_folder(uri), file=file)
     else:
-        place = InputLocation(uri, with_trailing_slash(uri))
-    return place if _folder_there(reader, place.folder) else None
+        location = InputLocation(uri, with_trailing_slash(uri))
+    return location if _folder_exists(reader, location.folder) else None
 
 
 def require_location(reader: Reader, uri: str) -> InputLocation:
-    """Like `find`. Raises InvalidJob where nothing is there."""
-    place = find_location(reader, uri)
-    if place is None:
+    """Return the location like `find_location`. Raises InvalidJob if there is nothing."""
+    location = find_location(reader, uri)
+    if location is None:
         raise InvalidJob(f"input.uri {uri}: nothing there; check its spelling, or what should have written it")
-    return place
+    return location
+
+
+def explain_missing_input(reader: Reader, uri: str, marker: str | None) -> str | None:
+    """Return a sentence that says why the input is not there yet: nothing at all, or no marker in its folder."""
+    location = find_location(reader, uri)
+    if location is None:
+        return f"input.uri {uri}: nothing there yet"
+    if marker is not None:
+        try:
+            reader.stat(location.folder + marker)
+        except NotFound:
+            return f"input.require.marker: {location.folder}{marker} is not there yet"
+    return None
 
 
 def list_location(
     reader: Reader, location: InputLocation, after: str | None, recursive: bool, excluded_folder: str | None
 ) -> Iterator[ObjectInfo]:
-    """The place's objects in the order of a listing (UTF-8 bytes of keys), after `after`; nothing below `outside`.
+    """Yield the objects of a location in the order of a listing, which is that of the UTF-8 bytes of their keys.
 
-    Folder markers (keys that end with `/`) are no objects. A glob says itself how deep it reaches.
+    Folder markers (keys that end with `/`) are left out.
+
+    Args:
+        reader: Reader with the job's storage options.
+        location: Location to list.
+        after: URI of the last object that is left out; None starts at the first one.
+        recursive: List the folders below too. A glob says itself how deep it reaches.
+        excluded_folder: URI of a folder whose objects are left out.
+
+    Raises:
+        InvalidJob: The location lies in the excluded folder.
     """
-    hidden = excluded_prefix(location, excluded_folder)
+    excluded_prefix = _excluded_prefix(location, excluded_folder)
     if location.file is not None:
         if after is None:
             yield location.file
         return
-    found = _matches(reader, location, after) if location.pattern else reader.list(location.folder, after, recursive)
-    for stat in found:
-        if not stat.uri.endswith("/") and not (hidden and stat.uri.startswith(hidden)):
-            yield stat
-
-
-def excluded_prefix(location: InputLocation, excluded_folder: str | None) -> str | None:
-    """`outside` as a listing of the place spells it (ends with `/`); None where the two do not meet.
-
-    Raises InvalidJob when the place itself lies there.
-    """
-    if excluded_folder is None or is_local(excluded_folder) != is_local(location.folder):
-        return None
-    home, out = with_trailing_slash(location.folder), with_trailing_slash(normalize_uri(excluded_folder))
-    if is_local(out):
-        home, out = (with_trailing_slash(os.path.realpath(folder)) for folder in (home, out))
-    if home.startswith(out):
-        raise InvalidJob(
-            f"input.uri {location.uri} lies in the output {excluded_folder}, which is never read as input; "
-            f"give output.uri a folder of its own"
-        )
-    return location.folder + out.removeprefix(home) if out.startswith(home) else None
-
-
-def explain_missing_input(reader: Reader, uri: str, marker: str | None) -> str | None:
-    """Why the input is not there yet: nothing at all, or its marker, which lies in the input's folder."""
-    place = find_location(reader, uri)
-    if place is None:
-        return f"input.uri {uri}: nothing there yet"
-    if marker is not None:
-        try:
-            reader.stat(place.folder + marker)
-        except NotFound:
-            return f"input.require.marker: {place.folder}{marker} is not there yet"
-    return None
+    if location.pattern:
+        listed = _list_matches(reader, location.folder, location.pattern, after)
+    else:
+        listed = reader.list(location.folder, after, recursive)
+    for found in listed:
+        if not found.uri.endswith("/") and not (excluded_prefix and found.uri.startswith(excluded_prefix)):
+            yield found
 
 
 def normalize_uri(uri: str) -> str:
-    """The URI as listings spell it: local ones as a path, with the last `/` kept."""
+    """Return a URI as listings spell it: a local one as a path, with its last `/`."""
     return str(local_path(uri)) + ("/" if uri.endswith("/") and uri != "/" else "") if is_local(uri) else uri
 
 
 def with_trailing_slash(uri: str) -> str:
-    """The URI with exactly the `/` that names what lies below it."""
+    """Return the URI of a folder with its final `/`."""
     return uri if uri.endswith("/") else uri + "/"
 
 
 def parent_folder(uri: str) -> str:
-    """The folder an object lies in; ends with `/`."""
+    """Return the folder of an object; ends with `/`."""
     return uri[: uri.rfind("/") + 1]
 
 
-def _matches(reader: Reader, place: InputLocation, after: str | None) -> Iterator[ObjectInfo]:
-    """Only what can match is listed: from the pattern's literal beginning on, and none after the last one with it."""
-    pattern = place.pattern or ""
+def _excluded_prefix(location: InputLocation, excluded_folder: str | None) -> str | None:
+    """Return the excluded folder as a listing of the location spells it, with a final `/`; None if they are apart.
+
+    For example, with the folder `/data/link/` and `/data/real/out` excluded, where `link` points to `real`, it is
+    `/data/link/out/`. Raises InvalidJob if the location lies in the excluded folder.
+    """
+    if excluded_folder is None or is_local(excluded_folder) != is_local(location.folder):
+        return None
+    folder, excluded = with_trailing_slash(location.folder), with_trailing_slash(normalize_uri(excluded_folder))
+    if is_local(excluded):
+        folder, excluded = (with_trailing_slash(os.path.realpath(path)) for path in (folder, excluded))
+    if folder.startswith(excluded):
+        raise InvalidJob(
+            f"input.uri {location.uri} lies in the output {excluded_folder}, which is never read as input; "
+            f"give output.uri a folder of its own"
+        )
+    return location.folder + excluded.removeprefix(folder) if excluded.startswith(folder) else None
+
+
+def _list_matches(reader: Reader, folder: str, pattern: str, after: str | None) -> Iterator[ObjectInfo]:
+    """List a glob. The listing begins at the pattern's literal prefix, and ends after the last name with that prefix.
+
+    For example, of `a-*` the listing begins after `a`, and ends at the first name after `a-` that has another prefix.
+    """
     matches = re.compile(glob_to_regex(pattern) + ("(?s:.*)" if pattern.endswith("/") else "")).fullmatch
-    literal = literal_prefix(pattern)
-    if after is None and len(literal) > 1:
-        after = place.folder + literal[:-1]
-    deep = "/" in pattern or "**" in pattern
-    for stat in reader.list(place.folder, after, deep):
-        name = stat.uri.removeprefix(place.folder)
+    prefix = literal_prefix(pattern)
+    if after is None and len(prefix) > 1:
+        after = folder + prefix[:-1]
+    recursive = "/" in pattern or "**" in pattern
+    for found in reader.list(folder, after, recursive):
+        name = found.uri.removeprefix(folder)
         if matches(name):
-            yield stat
-        # First segments rise in every order that is met, also where a server lists `a/x` before `a-b`.
-        elif _key(first := name.partition("/")[0]) > _key(literal) and not first.startswith(literal):
+            yield found
+            continue
+        # First segments rise in the order of every server, also of one that lists `a/x` before `a-b`.
+        segment = name.partition("/")[0]
+        if _encode_key(segment) > _encode_key(prefix) and not segment.startswith(prefix):
             return
 
 
-def _key(uri: str) -> bytes:
-    return uri.encode("utf-8", "surrogateescape")
+def _encode_key(key: str) -> bytes:
+    return key.encode("utf-8", "surrogateescape")
 
 
-def _file(reader: Reader, uri: str) -> ObjectInfo | None:
+def _find_file(reader: Reader, uri: str) -> ObjectInfo | None:
     if uri.endswith("/"):
         return None
     if is_local(uri):
         return reader.stat(uri) if Path(uri).is_file() else None
     try:
-        stat = reader.stat(uri)
+        found = reader.stat(uri)
     except NotFound:
         return None
     except UnaddressableKey as error:
         raise InvalidJob(f"input.uri {uri}: no client can address this ({error.message}); correct it") from error
     except AddressRefused as error:
         raise InvalidJob(f"input.uri {error.message}") from error
-    # Stores with real folders answer for one as for an object of no bytes.
-    return stat if stat.size or not _anything(reader, with_trailing_slash(uri)) else None
+    # A store with real folders answers for a folder like for an empty object.
+    return found if found.size or not _has_objects(reader, with_trailing_slash(uri)) else None
 
 
-def _folder_there(reader: Reader, folder: str) -> bool:
-    return Path(folder).is_dir() if is_local(folder) else _anything(reader, folder)
+def _folder_exists(reader: Reader, folder: str) -> bool:
+    return Path(folder).is_dir() if is_local(folder) else _has_objects(reader, folder)
 
 
-def _anything(reader: Reader, folder: str) -> bool:
+def _has_objects(reader: Reader, folder: str) -> bool:
     try:
         return any(True for _ in itertools.islice(reader.list(folder), 1))
     except NotFound:
@@ -194,80 +209,3 @@ def _is_glob(uri: str) -> bool:
     if is_local(uri):
         return has_magic(uri) and not Path(uri).exists()
     return has_magic(uri) and not uri.startswith(("http://", "https://"))
-
-
-_MAGIC = re.compile(r"[*?[]")
-
-
-def has_magic(text: str) -> bool:
-    """True where a character of `text` has a meaning in a pattern."""
-    return _MAGIC.search(text) is not None
-
-
-def split_glob(pattern: str) -> tuple[str, str]:
-    """The folder before the first segment with magic (ends with `/`), and the pattern below it."""
-    first = _MAGIC.search(pattern)
-    cut = pattern.rfind("/", 0, first.start() if first else len(pattern)) + 1
-    return pattern[:cut], pattern[cut:]
-
-
-def literal_prefix(pattern: str) -> str:
-    """What every match begins with."""
-    first = _MAGIC.search(pattern)
-    return pattern[: first.start()] if first else pattern
-
-
-def glob_to_regex(pattern: str) -> str:
-    """The pattern as a regular expression for `fullmatch`. A segment `**` stands for any number of segments."""
-    out, at = "", 0
-    while at < len(pattern):
-        if pattern.startswith("**/", at) and (at == 0 or pattern[at - 1] == "/"):
-            out, at = out + "(?:[^/]+/)*", at + 3
-        elif pattern.startswith("**", at):
-            out, at = out + ".*", at + 2
-        elif pattern[at] == "*":
-            out, at = out + "[^/]*", at + 1
-        elif pattern[at] == "?":
-            out, at = out + "[^/]", at + 1
-        elif pattern[at] == "[" and (end := pattern.find("]", at + 2 + (pattern[at + 1 : at + 2] == "!"))) > 0:
-            out, at = out + _class(pattern[at + 1 : end]), end + 1
-        else:
-            out, at = out + re.escape(pattern[at]), at + 1
-    return f"(?s:{out})"
-
-
-def make_path_filter(include: tuple[str, ...], exclude: tuple[str, ...]) -> Callable[[str], bool]:
-    """A test of paths relative to the input: matched by one of `include` (where given) and by none of `exclude`.
-
-    As in `.gitignore`: a pattern with a `/` before its end is matched from the input's folder on, any other one
-    against each name of the path; what matches a folder matches all below it.
-    """
-    wanted, unwanted = _any_of(include), _any_of(exclude)
-
-    def passes(path: str) -> bool:
-        return (wanted is None or wanted.fullmatch(path) is not None) and (
-            unwanted is None or unwanted.fullmatch(path) is None
-        )
-
-    return passes
-
-
-def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str] | None:
-    return re.compile("|".join(map(_anchored, patterns))) if patterns else None
-
-
-def _anchored(pattern: str) -> str:
-    name = pattern.rstrip("/")
-    below = "/.*" if pattern.endswith("/") else "(?:/.*)?"
-    above = "" if "/" in name else "(?:.*/)?"
-    return f"(?s:{above}{glob_to_regex(name.removeprefix('/'))}{below})"
-
-
-def _class(inside: str) -> str:
-    letters, out = inside.removeprefix("!"), ""
-    while letters:
-        if letters[1:2] == "-" and len(letters) > 2:
-            out, letters = f"{out}{re.escape(letters[0])}-{re.escape(letters[2])}", letters[3:]
-        else:
-            out, letters = out + re.escape(letters[0]), letters[1:]
-    return f"(?!/)[{'^' if inside.startswith('!') else ''}{out}]"

@@ -1,4 +1,4 @@
-"""Images named by a table: Parquet, CSV or JSON Lines, one file or many, with columns to pass on to the output."""
+"""Source of images that a table names: Parquet, CSV or JSON Lines, one file or many, with columns for the output."""
 
 from __future__ import annotations
 
@@ -44,104 +44,109 @@ if TYPE_CHECKING:
 __all__ = ["ManifestSource"]
 
 _ABSOLUTE = r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)"
-_DOTS = r"(^|/)\.\.?(/|$)"
+_DOT_SEGMENT = r"(^|/)\.\.?(/|$)"
 _LOCAL_OR_CLOUD = r"^(/|(file|s3|s3a|s3n|gs|gcs|az|abfs|abfss)://)"
-_WITH_MORE = r"^[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*@|(?s:.)*\?)"
-_EMPTY = pa.scalar("")  # given bare, pyarrow would import pandas to look at it
-_OURS = {"uri", "location", "size", "etag", "id"}
+_USER_OR_QUERY = r"^[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*@|(?s:.)*\?)"
+# A scalar, because pyarrow would import pandas to look at a bare string.
+_EMPTY = pa.scalar("")
+_REF_NAMES = frozenset(field.name for field in REF_FIELDS) - {"location"}
+_RESERVED_NAMES = {"uri", "location", "size", "etag", "id"}
 
 
-def _is_type(name: str) -> str:
+def _check_type(name: str) -> str:
     parse_type(name)
     return name
 
 
-def _once(names: tuple[str, ...]) -> tuple[str, ...]:
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"names {', '.join(map(repr, twice))} twice")
+def _refuse_duplicates(names: tuple[str, ...]) -> tuple[str, ...]:
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"names {', '.join(map(repr, duplicates))} twice")
     return names
 
 
-_Name = Annotated[str, Field(min_length=1)]
-_Names = Annotated[tuple[_Name, ...], AfterValidator(_once)]
-_Types = dict[_Name, Annotated[str, AfterValidator(_is_type)]]
+_ColumnName = Annotated[str, Field(min_length=1)]
+_ColumnNames = Annotated[tuple[_ColumnName, ...], AfterValidator(_refuse_duplicates)]
+_TypedColumns = dict[_ColumnName, Annotated[str, AfterValidator(_check_type)]]
 
 
 class ManifestSource(Settings):
-    """Every image that a table names, in the table's order; one named twice is two images.
+    """Every image that a table names, in the table's order; an image that is named twice is two images.
 
     Attributes:
-        uri: a file, or a folder or glob of part files, read in the order of their names. Names that begin with `_` or
-            `.` are no parts; neither is what lies in folders below a folder (a glob with `**` reaches it).
-        format: by the name of each file where `auto`. CSV and JSON Lines may be gzipped (`.gz`).
-        uri_column: where each image lies: a URI, an absolute path, or a path relative to the manifest's own folder. Web
-            hosts, and protocols but those of buckets and of the manifest itself, only where `storage` names them.
-        passthrough: columns to copy to the output: names, or names with types. Without types, Parquet keeps its own
-            and CSV and JSON Lines are text.
-        size_column: bytes of each image; null where unknown.
-        etag_column: the store's tag of each image; null where unknown.
-        id_column: becomes the output's column `id`.
-        require: what must be there before anything is planned.
+        uri: A file, or a folder or glob of part files, which are read in the order of their names. Names that begin
+            with `_` or `.` are not read, and neither are the folders below a folder (a glob with `**` reaches them).
+        format: Format of the files; `auto` goes by the name of each file. CSV and JSON Lines may be gzipped (`.gz`).
+        uri_column: Column with each image's location: a URI, an absolute path, or a path relative to the manifest's own
+            folder. Web hosts, and protocols other than those of buckets and of the manifest itself, are read only if
+            `storage` names them.
+        passthrough: Columns to copy to the output: names, or names with types. Without types, Parquet columns keep
+            theirs, and columns of CSV and JSON Lines are text.
+        size_column: Column with the size of each image in bytes; null if unknown.
+        etag_column: Column with the store's tag of each image; null if unknown.
+        id_column: Column that becomes the output's column `id`.
+        require: Conditions under which the input is planned.
     """
 
     type: Literal["manifest"] = "manifest"
     uri: Uri
     format: Literal["auto", "parquet", "csv", "jsonl"] = "auto"
-    uri_column: _Name
-    passthrough: _Names | _Types = ()
-    size_column: _Name | None = None
-    etag_column: _Name | None = None
-    id_column: _Name | None = None
+    uri_column: _ColumnName
+    passthrough: _ColumnNames | _TypedColumns = ()
+    size_column: _ColumnName | None = None
+    etag_column: _ColumnName | None = None
+    id_column: _ColumnName | None = None
     require: Require | None = None
 
     @model_validator(mode="after")
-    def _no_clash(self) -> ManifestSource:
-        if clash := sorted(_OURS.intersection(self.passthrough)):
+    def _check_reserved_names(self) -> ManifestSource:
+        if reserved := sorted(_RESERVED_NAMES.intersection(self.passthrough)):
             raise ValueError(
-                f"passthrough: {', '.join(map(repr, clash))} is what batchjob calls a column of its own; "
+                f"passthrough: {', '.join(map(repr, reserved))} is what batchjob calls a column of its own; "
                 f"rename it in the manifest, or leave it out (uri, size, etag and id have keys of their own here)"
             )
         return self
 
     def check(self, reader: Reader) -> None:
-        """Look whether the manifest is there and has the columns that are named. Raises InvalidJob."""
+        """Check that the manifest exists and has the columns that the settings name. Raises InvalidJob."""
         self.fields(reader)
 
     @property
     def has_id(self) -> bool:
-        """Whether the first of `fields` is the user's own id."""
+        """True if the first field of `fields` is the user's own `id`."""
         return self.id_column is not None
 
     def fields(self, reader: Reader, excluded_folder: str | None = None) -> list[pa.Field]:
-        """`id` where there is one, then the passthrough columns, all nullable.
+        """Return `id` if there is one, then the passthrough columns, all nullable.
 
         Raises:
-            InvalidJob: nothing there, not readable, a column is not there, has no type or cannot become the one given.
+            InvalidJob: The manifest does not exist or cannot be read; or a column does not exist, has no type, or
+                cannot have the type that the job gives it.
         """
-        return self._fields(reader, self._parts(reader, excluded_folder))
+        return self._read_fields(reader, self._list_files(reader, excluded_folder))
 
     def version(self, reader: Reader, excluded_folder: str | None = None) -> str | None:
-        """sha256 over URI, size and etag of each file."""
-        facts = [[stat.uri, stat.size, stat.etag] for stat, _ in self._parts(reader, excluded_folder)]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        """Return the SHA-256 over URI, size and tag of each file, hexadecimal."""
+        files = [[info.uri, info.size, info.etag] for info, _ in self._list_files(reader, excluded_folder)]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
     def refs(self, reader: Reader, after: Cursor, excluded_folder: str | None = None) -> Iterator[pa.RecordBatch]:
-        """Batches of REF_FIELDS + `fields()`, at least one; `uri` as the manifest gives it.
+        """Yield batches of `REF_FIELDS` and `fields()`, at least one; `uri` stands as in the manifest.
 
         Args:
-            after: goes on behind as many `rows`.
-            outside: URI of a folder that is never read: its files are no parts, and a row that names an object in it
-                is refused (left out, it would shift the rows that a cursor counts).
+            reader: Reader with the job's storage options.
+            after: Cursor whose `rows` are skipped.
+            excluded_folder: URI of a folder that is never read: its files are not part of the manifest, and a row that
+                names an object in it is an error (left out, it would shift the rows that a cursor counts).
 
         Raises:
-            InvalidJob: as `fields()`; a row without URI, or with a value that does not fit its type.
+            InvalidJob: As `fields()`; or a row has no URI, or a value that does not fit its type.
         """
-        parts = self._parts(reader, excluded_folder)
-        schema = pa.schema([*REF_FIELDS, *self._fields(reader, parts)])
-        return skip_empty_batches(self._batches(reader, parts, schema, after.rows, excluded_folder), schema)
+        files = self._list_files(reader, excluded_folder)
+        schema = pa.schema([*REF_FIELDS, *self._read_fields(reader, files)])
+        return skip_empty_batches(self._read_files(reader, files, schema, after.rows, excluded_folder), schema)
 
     def explain_missing(self, reader: Reader) -> str | None:
-        """Why the input is not there yet, as a sentence; None when it may be planned (or nothing is required)."""
+        """Return a sentence that says which condition of `require` does not hold yet; None if all hold."""
         return self.require.explain_missing(reader, self.uri) if self.require else None
 
     @property
@@ -150,174 +155,174 @@ class ManifestSource(Settings):
         named = {"uri": self.uri_column, "size": self.size_column, "etag": self.etag_column, "id": self.id_column}
         return {name: column for name, column in named.items() if column} | {name: name for name in self.passthrough}
 
-    def _parts(self, reader: Reader, outside: str | None) -> list[tuple[ObjectInfo, TableFormat]]:
-        place = require_location(reader, self.uri)
-        stats = [
-            stat
-            for stat in list_location(reader, place, None, False, outside)
-            if place.file or not _hidden(stat, place)
-        ]
+    def _list_files(self, reader: Reader, excluded_folder: str | None) -> list[tuple[ObjectInfo, TableFormat]]:
+        location = require_location(reader, self.uri)
+        listed = list_location(reader, location, None, False, excluded_folder)
+        infos = [info for info in listed if location.file or not _is_hidden(info, location)]
         if self.format != "auto":
-            fits = {None, self.format}
-            parts: list[tuple[ObjectInfo, TableFormat]] = [
-                (stat, self.format) for stat in stats if place.file or guess_table_format(stat.uri) in fits
+            accepted = {None, self.format}
+            files: list[tuple[ObjectInfo, TableFormat]] = [
+                (info, self.format) for info in infos if location.file or guess_table_format(info.uri) in accepted
             ]
         else:
-            parts = [(stat, kind) for stat in stats if (kind := guess_table_format(stat.uri))]
-        if place.file and not parts:
-            raise InvalidJob(f"input.uri {place.uri}: no known ending; give input.format: parquet, csv or jsonl")
-        if not parts:
+            files = [(info, found) for info in infos if (found := guess_table_format(info.uri))]
+        if location.file and not files:
+            raise InvalidJob(f"input.uri {location.uri}: no known ending; give input.format: parquet, csv or jsonl")
+        if not files:
             raise InvalidJob(
-                f"input.uri {place.uri}: no manifest files in it ({len(stats)} others); name a file, give "
+                f"input.uri {location.uri}: no manifest files in it ({len(infos)} others); name a file, give "
                 f"input.format, or reach into folders below with '**/*.parquet'"
             )
-        if len(kinds := sorted({kind for _, kind in parts})) > 1:
+        if len(formats := sorted({table_format for _, table_format in files})) > 1:
             raise InvalidJob(
-                f"input.uri {place.uri}: both {' and '.join(kinds)} files; choose with a glob or input.format"
+                f"input.uri {location.uri}: both {' and '.join(formats)} files; choose with a glob or input.format"
             )
-        return parts
+        return files
 
-    def _fields(self, reader: Reader, parts: list[tuple[ObjectInfo, TableFormat]]) -> list[pa.Field]:
-        """By the first file that has columns at all."""
-        for stat, kind in parts:
-            with open_table(reader, stat.uri, kind) as file:
+    def _read_fields(self, reader: Reader, files: list[tuple[ObjectInfo, TableFormat]]) -> list[pa.Field]:
+        """Return the fields after `REF_FIELDS`, by the first file that has columns at all."""
+        names = [name for name in self._columns if name not in _REF_NAMES]
+        for info, table_format in files:
+            with open_table(reader, info.uri, table_format) as file:
                 if file.schema.names:
-                    self._check_columns(file, stat.uri)
-                    return [
-                        pa.field(name, self._target(file, stat.uri, name, column))
-                        for name, column in self._columns.items()
-                        if name not in {"uri", "size", "etag"}
-                    ]
-        if parts[0][1] == "csv":
-            raise InvalidJob(f"input.uri: {parts[0][0].uri} is empty; its first line must name its columns")
-        names = [name for name in self._columns if name not in {"uri", "size", "etag"}]
-        return [pa.field(name, self._given(name) or pa.string()) for name in names]
+                    self._check_columns(file, info.uri)
+                    return [pa.field(name, self._target_type(file, info.uri, name)) for name in names]
+        first, table_format = files[0]
+        if table_format == "csv":
+            raise InvalidJob(f"input.uri: {first.uri} is empty; its first line must name its columns")
+        return [pa.field(name, self._type_in_job(name) or pa.string()) for name in names]
 
     def _check_columns(self, file: TableFile, uri: str) -> None:
-        where = uri if file.schema_is_complete else f"{uri} (in its first rows)"
+        described = uri if file.schema_is_complete else f"{uri} (in its first rows)"
         for name, column in self._columns.items():
-            require_column(file.schema.names, column, where, self._key(name))
+            require_column(file.schema.names, column, described, self._job_key(name))
         stored = plain_type(file.schema.field(self.uri_column).type)
         if not is_text(stored) and not pa.types.is_null(stored):
             raise InvalidJob(f"input.uri_column: column {self.uri_column!r} of {uri} is {stored}; it must be text")
 
-    def _target(self, file: TableFile, uri: str, name: str, column: str) -> pa.DataType:
+    def _target_type(self, file: TableFile, uri: str, name: str) -> pa.DataType:
+        column = self._columns[name]
         stored = file.schema.field(column).type
-        target = self._given(name)
+        target = self._type_in_job(name)
         if target is None:
-            require_known_type(stored, uri, column, self._key(name))
+            require_known_type(stored, uri, column, self._job_key(name))
             return plain_type(stored)
         if not can_cast(stored, target):
-            raise InvalidJob(f"{self._key(name)}: column {column!r} of {uri} is {stored} and cannot become {target}")
+            raise InvalidJob(
+                f"{self._job_key(name)}: column {column!r} of {uri} is {stored} and cannot become {target}"
+            )
         return target
 
-    def _given(self, name: str) -> pa.DataType | None:
+    def _type_in_job(self, name: str) -> pa.DataType | None:
         typed = self.passthrough if isinstance(self.passthrough, dict) else {}
         return parse_type(typed[name]) if name in typed else None
 
-    def _key(self, name: str) -> str:
+    def _job_key(self, name: str) -> str:
         return "input.passthrough" if name in self.passthrough else f"input.{name}_column"
 
-    def _batches(
+    def _read_files(
         self,
         reader: Reader,
-        parts: list[tuple[ObjectInfo, TableFormat]],
+        files: list[tuple[ObjectInfo, TableFormat]],
         schema: pa.Schema,
         skip: int,
-        outside: str | None,
+        excluded_folder: str | None,
     ) -> Iterator[pa.RecordBatch]:
-        for stat, kind in parts:
-            rows = yield from self._part(reader, stat, kind, schema, skip, outside)
+        """Yield the rows of all files after the first `skip`: of files of 5 and 4 rows, `skip=7` leaves 2 rows."""
+        for info, table_format in files:
+            rows = yield from self._read_file(reader, info.uri, table_format, schema, skip, excluded_folder)
             skip = max(0, skip - rows)
 
-    def _part(
-        self, reader: Reader, stat: ObjectInfo, kind: TableFormat, schema: pa.Schema, skip: int, outside: str | None
+    def _read_file(
+        self,
+        reader: Reader,
+        uri: str,
+        table_format: TableFormat,
+        schema: pa.Schema,
+        skip: int,
+        excluded_folder: str | None,
     ) -> Generator[pa.RecordBatch, None, int]:
-        with open_table(reader, stat.uri, kind) as file:
+        """Yield the rows of a file after the first `skip`; return the number of all its rows."""
+        with open_table(reader, uri, table_format) as file:
             if file.schema_is_complete and file.schema.names:
-                self._check_columns(file, stat.uri)
+                self._check_columns(file, uri)
             batches = file.read_rows(list(dict.fromkeys(self._columns.values())), skip)
             while True:
                 try:
-                    start, batch = next(batches)
+                    first_row, batch = next(batches)
                 except StopIteration as end:
                     return int(end.value)
-                refs = self._refs(batch, schema, stat.uri, start, outside)
-                self._check_locations(reader, refs, stat.uri, start)
+                refs = self._to_refs(batch, schema, uri, first_row, excluded_folder)
+                self._check_access(reader, refs, uri, first_row)
                 yield refs
 
-    def _refs(
-        self, batch: pa.RecordBatch, schema: pa.Schema, file: str, start: int, outside: str | None
+    def _to_refs(
+        self, batch: pa.RecordBatch, schema: pa.Schema, uri: str, first_row: int, excluded_folder: str | None
     ) -> pa.RecordBatch:
         arrays = {}
         for field in schema:
             if (column := self._columns.get(field.name)) is not None:
-                arrays[field.name] = cast_column(batch.column(column), field.type, file, column, start)
+                arrays[field.name] = cast_column(batch.column(column), field.type, uri, column, first_row)
             else:
                 arrays[field.name] = pa.nulls(batch.num_rows, field.type)
-        self._check_rows(arrays, file, start)
+        self._check_values(arrays, uri, first_row)
         arrays["etag"] = pc.utf8_trim(arrays["etag"], '"')
-        arrays["location"] = resolve_locations(arrays["uri"], parent_folder(file))
-        if outside is not None:
-            inside = pc.starts_with(arrays["location"], with_trailing_slash(normalize_uri(outside)))
-            if (row := _first(inside)) >= 0:
+        arrays["location"] = _resolve_locations(arrays["uri"], parent_folder(uri))
+        if excluded_folder is not None:
+            is_excluded = pc.starts_with(arrays["location"], with_trailing_slash(normalize_uri(excluded_folder)))
+            if (row := _first_true(is_excluded)) >= 0:
                 raise InvalidJob(
-                    f"{file}, row {start + row + 1}: {arrays['uri'][row]} lies in the output {outside}, which is never "
-                    f"read as input; give output.uri a folder of its own"
+                    f"{uri}, row {first_row + row + 1}: {arrays['uri'][row]} lies in the output {excluded_folder}, "
+                    f"which is never read as input; give output.uri a folder of its own"
                 )
         return pa.RecordBatch.from_arrays([arrays[name] for name in schema.names], schema=schema)
 
-    def _check_rows(self, arrays: dict[str, pa.Array], file: str, start: int) -> None:
-        empty = pc.equal(pc.utf8_trim_whitespace(pc.fill_null(arrays["uri"], _EMPTY)), _EMPTY)
-        negative = pc.less(arrays["size"], pa.scalar(0))
-        for bad, said in (
-            (empty, f"no image in column {self.uri_column!r}; fill it, or drop the row"),
-            (negative, f"a negative size in column {self.size_column!r}; correct it"),
+    def _check_values(self, arrays: dict[str, pa.Array], uri: str, first_row: int) -> None:
+        is_empty = pc.equal(pc.utf8_trim_whitespace(pc.fill_null(arrays["uri"], _EMPTY)), _EMPTY)
+        is_negative = pc.less(arrays["size"], pa.scalar(0))
+        for flags, problem in (
+            (is_empty, f"no image in column {self.uri_column!r}; fill it, or drop the row"),
+            (is_negative, f"a negative size in column {self.size_column!r}; correct it"),
         ):
-            if (row := _first(bad)) >= 0:
-                raise InvalidJob(f"{file}, row {start + row + 1}: {said}")
+            if (row := _first_true(flags)) >= 0:
+                raise InvalidJob(f"{uri}, row {first_row + row + 1}: {problem}")
 
-    def _check_locations(self, reader: Reader, refs: pa.RecordBatch, file: str, start: int) -> None:
-        """Raises InvalidJob for a row that carries a secret, or that leads where data may not lead."""
+    def _check_access(self, reader: Reader, refs: pa.RecordBatch, uri: str, first_row: int) -> None:
+        """Raise InvalidJob for a row whose location holds a secret, or leads to a host that the job does not name."""
         locations = refs.column("location")
-        asked: dict[str, str | None] = {}
-        for row in _rows(pc.match_substring_regex(locations, _WITH_MORE)):
-            if not is_local(uri := locations[row].as_py()) and (why := explain_uri_secret(uri)):
-                raise InvalidJob(f"{file}, row {start + row + 1}: {redact_queries(uri)} {why}")
-        for row in _rows(pc.invert(pc.match_substring_regex(locations, _LOCAL_OR_CLOUD))):
-            uri = locations[row].as_py()
-            site = uri if "::" in uri else "/".join(uri.split("/", 3)[:3])
-            if site not in asked:
-                asked[site] = reader.explain_refusal(uri, self.uri)
-            if why := asked[site]:
-                raise InvalidJob(f"{file}, row {start + row + 1}: {uri} {why}")
+        for row in _true_rows(pc.match_substring_regex(locations, _USER_OR_QUERY)):
+            location = locations[row].as_py()
+            if not is_local(location) and (reason := explain_uri_secret(location)):
+                raise InvalidJob(f"{uri}, row {first_row + row + 1}: {redact_queries(location)} {reason}")
+        # One question per host, because a manifest may name millions of images on the same one.
+        refusals: dict[str, str | None] = {}
+        for row in _true_rows(pc.invert(pc.match_substring_regex(locations, _LOCAL_OR_CLOUD))):
+            location = locations[row].as_py()
+            host = location if "::" in location else "/".join(location.split("/", 3)[:3])
+            if host not in refusals:
+                refusals[host] = reader.explain_refusal(location, self.uri)
+            if reason := refusals[host]:
+                raise InvalidJob(f"{uri}, row {first_row + row + 1}: {location} {reason}")
 
 
-def resolve_locations(uris: pa.StringArray, folder: str) -> pa.StringArray:
-    """Where each image is read: what is absolute as it stands, the rest below `folder` (ends with `/`)."""
-    absolute = pc.match_substring_regex(uris, _ABSOLUTE)
-    joined = pc.if_else(absolute, uris, pc.binary_join_element_wise(pa.scalar(folder), uris, _EMPTY))
-    dotted = pc.and_not(pc.match_substring_regex(uris, _DOTS), absolute)
-    if not pc.any(dotted).as_py():
+def _resolve_locations(uris: pa.StringArray, folder: str) -> pa.StringArray:
+    """Return each image's location: an absolute URI unchanged, a relative one below `folder`, which ends with `/`.
+
+    For example, `../a.jpg` below `s3://lake/index/` is `s3://lake/a.jpg`.
+    """
+    is_absolute = pc.match_substring_regex(uris, _ABSOLUTE)
+    joined = pc.if_else(is_absolute, uris, pc.binary_join_element_wise(pa.scalar(folder), uris, _EMPTY))
+    has_dots = pc.and_not(pc.match_substring_regex(uris, _DOT_SEGMENT), is_absolute)
+    if not pc.any(has_dots).as_py():
         return joined
-    straight = [_straight(uri.as_py()) for uri in joined.filter(dotted)]
-    return pc.replace_with_mask(joined, dotted, pa.array(straight, pa.string()))
+    resolved = [_resolve_dots(uri.as_py()) for uri in joined.filter(has_dots)]
+    return pc.replace_with_mask(joined, has_dots, pa.array(resolved, pa.string()))
 
 
-def _rows(flags: pa.BooleanArray) -> list[int]:
-    """Those that are true."""
-    found: list[int] = pc.indices_nonzero(flags).to_pylist()
-    return found
-
-
-def _first(flags: pa.BooleanArray) -> int:
-    return int(pc.index(flags, pa.scalar(True)).as_py())
-
-
-def _straight(uri: str) -> str:
-    """Without `.` and `..`, which no object store knows; left alone where it climbs out of the bucket."""
-    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://[^/]*/|/", uri)
-    root = scheme[0] if scheme else ""
+def _resolve_dots(uri: str) -> str:
+    """Return a URI without `.` and `..`, which no object store knows; unchanged if it climbs out of the bucket."""
+    match = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://[^/]*/|/", uri)
+    root = match[0] if match else ""
     kept: list[str] = []
     for segment in uri.removeprefix(root).split("/"):
         if segment == ".." and not kept and not is_local(uri):
@@ -329,5 +334,16 @@ def _straight(uri: str) -> str:
     return root + "/".join(kept)
 
 
-def _hidden(stat: ObjectInfo, place: InputLocation) -> bool:
-    return any(name.startswith(("_", ".")) for name in PurePosixPath(stat.uri.removeprefix(place.folder)).parts)
+def _true_rows(flags: pa.BooleanArray) -> list[int]:
+    rows: list[int] = pc.indices_nonzero(flags).to_pylist()
+    return rows
+
+
+def _first_true(flags: pa.BooleanArray) -> int:
+    """Return the first row that is true; -1 if none is."""
+    return int(pc.index(flags, pa.scalar(True)).as_py())
+
+
+def _is_hidden(info: ObjectInfo, location: InputLocation) -> bool:
+    names = PurePosixPath(info.uri.removeprefix(location.folder)).parts
+    return any(name.startswith(("_", ".")) for name in names)

@@ -1,4 +1,4 @@
-"""Files of rows, read a batch at a time: Parquet with its own types, CSV and JSON Lines as text."""
+"""Table files read a batch at a time: Parquet with its own types, CSV and JSON Lines as text."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ __all__ = ["RowBatches", "TableFile", "TableFormat", "guess_table_format", "open
 
 TableFormat = Literal["parquet", "csv", "jsonl"]
 RowBatches = Generator[tuple[int, pa.RecordBatch], None, int]
-"""Batches with the row they start at, from 0; in the end the number of rows in the file."""
-_ENDINGS: dict[str, TableFormat] = {
+"""Batches, each with its first row in the file, from 0; returns the number of rows of the file."""
+
+_FORMAT_BY_ENDING: dict[str, TableFormat] = {
     ".parquet": "parquet",
     ".pq": "parquet",
     ".csv": "csv",
@@ -41,124 +42,141 @@ _ENDINGS: dict[str, TableFormat] = {
     ".json": "jsonl",
     ".json.gz": "jsonl",
 }
-_PARQUET_BUFFER = 4 << 20  # bytes read ahead in each column: pages stream in, never a whole column chunk
-_CSV_BLOCK = 1 << 20  # bytes; also the longest row
-_JSON_BLOCK = 1 << 20
-_LONGEST_LINE = 64 << 20
-_PEEKED_ROWS = 1000
+# Bytes read ahead in each column of a Parquet file: pages stream in, never a whole column chunk.
+_PARQUET_BUFFER_BYTES = 4 << 20
+_CSV_BLOCK_BYTES = 1 << 20  # also the longest row
+_JSON_BLOCK_BYTES = 1 << 20
+_MAX_JSON_LINE_BYTES = 64 << 20
+_SCHEMA_ROWS = 1000  # lines of a JSON Lines file that are read for its columns
 
 
 class TableFile(Protocol):
-    """An open file of rows.
+    """An open table file.
 
     Attributes:
-        whole: whether `schema` holds all columns there are; JSON Lines may have more further down.
-        schema: columns and their types; text formats have text only. No columns where the file is empty.
+        schema_is_complete: True if `schema` has all columns; False for JSON Lines, where later lines may have more.
+        schema: Columns and their types, all of them text in text formats; no columns if the file is empty.
     """
 
     schema_is_complete: bool
     schema: pa.Schema
 
     def read_rows(self, names: Sequence[str], skip: int) -> RowBatches:
-        """Those columns, in that order, from row `skip` on; at most BATCH_ROWS rows a batch."""
+        """Yield the rows after the first `skip`, at most `BATCH_ROWS` in a batch.
+
+        For example, a file of 3 rows with `skip=1` yields `(1, batch of 2 rows)` and returns 3.
+
+        Args:
+            names: Columns to read, in this order.
+            skip: Number of rows that are left out.
+        """
 
 
 def guess_table_format(uri: str) -> TableFormat | None:
-    """What the name says; None where it says nothing."""
+    """Return the format by the ending of a name; None if the ending is unknown."""
     name = uri.lower()
-    return next((kind for ending, kind in _ENDINGS.items() if name.endswith(ending)), None)
+    return next((found for ending, found in _FORMAT_BY_ENDING.items() if name.endswith(ending)), None)
 
 
 @contextmanager
 def open_table(reader: Reader, uri: str, table_format: TableFormat) -> Iterator[TableFile]:
-    """Open a file of rows; whatever is wrong with it, also while rows are read, is an InvalidJob that names it."""
+    """Open a table file; each fault of the file, also while rows are read, is an InvalidJob that names it.
+
+    Raises:
+        InvalidJob: The file is gone, or cannot be read in this format.
+        Unavailable: The store or the disk fails.
+    """
+    is_gzipped = uri.lower().endswith(".gz")
     try:
         with reader.open(uri) as stream:
             if table_format == "parquet":
                 yield _ParquetFile(stream)
             elif table_format == "csv":
-                yield _CsvFile(stream, zipped=uri.lower().endswith(".gz"))
+                yield _CsvFile(stream, is_gzipped)
             else:
-                yield _JsonLinesFile(stream, uri, zipped=uri.lower().endswith(".gz"))
+                yield _JsonLinesFile(stream, uri, is_gzipped)
     except NotFound as error:
         raise InvalidJob(f"input.uri: {uri} is gone since it was listed; run again when it is written") from error
     except AddressRefused as error:
         raise InvalidJob(f"input.uri {error.message}") from error
     except (pa.ArrowException, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
-        raise _unreadable(uri, table_format, error) from error
+        raise _unreadable_file_error(uri, table_format, error) from error
     except OSError as error:
-        if error.errno:  # the disk's own; what Arrow raises for damaged bytes has no number
+        # An error of the disk has a number; the one that Arrow raises for damaged bytes has none.
+        if error.errno:
             raise Unavailable(f"{uri}: {error.strerror}; make the file readable, and run again") from error
-        raise _unreadable(uri, table_format, error) from error
+        raise _unreadable_file_error(uri, table_format, error) from error
 
 
-def _unreadable(uri: str, kind: TableFormat, error: Exception) -> InvalidJob:
-    said = re.sub(r"\s+", " ", str(error)).strip(" .")[:200]
-    advice = "save it as UTF-8" if "UTF8" in said else "write it again, or give its format in input.format"
-    return InvalidJob(f"input.uri: {uri} cannot be read as {kind} ({said}); {advice}")
+def _unreadable_file_error(uri: str, table_format: TableFormat, error: Exception) -> InvalidJob:
+    reason = re.sub(r"\s+", " ", str(error)).strip(" .")[:200]
+    advice = "save it as UTF-8" if "UTF8" in reason else "write it again, or give its format in input.format"
+    return InvalidJob(f"input.uri: {uri} cannot be read as {table_format} ({reason}); {advice}")
 
 
 class _ParquetFile:
     schema_is_complete = True
 
     def __init__(self, stream: BinaryIO) -> None:
-        self._file = pq.ParquetFile(stream, buffer_size=_PARQUET_BUFFER, pre_buffer=False)
+        self._file = pq.ParquetFile(stream, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False)
         self.schema: pa.Schema = self._file.schema_arrow
 
     def read_rows(self, names: Sequence[str], skip: int) -> RowBatches:
         metadata = self._file.metadata
-        start, first = 0, 0
-        while first < metadata.num_row_groups and start + metadata.row_group(first).num_rows <= skip:
-            start += metadata.row_group(first).num_rows
-            first += 1
-        groups = range(first, metadata.num_row_groups)
-        for batch in self._file.iter_batches(BATCH_ROWS, row_groups=list(groups), columns=list(names)):
-            batch.validate(full=True)  # Parquet's reader takes damaged text for text
-            cut = max(0, skip - start)
+        # Row groups that are skipped as a whole are not read: of groups of 5 rows, `skip=12` begins with the third.
+        first_row, first_group = 0, 0
+        while first_group < metadata.num_row_groups and first_row + metadata.row_group(first_group).num_rows <= skip:
+            first_row += metadata.row_group(first_group).num_rows
+            first_group += 1
+        groups = list(range(first_group, metadata.num_row_groups))
+        for batch in self._file.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(names)):
+            # Arrow's Parquet reader does not check that text is UTF-8.
+            batch.validate(full=True)
+            cut = max(0, skip - first_row)
             if cut < batch.num_rows:
-                yield start + cut, batch.select(names).slice(cut)
-            start += batch.num_rows
+                yield first_row + cut, batch.select(names).slice(cut)
+            first_row += batch.num_rows
         return int(metadata.num_rows)
 
 
 class _CsvFile:
-    """Text as it stands: an empty value is null, a quoted empty one is empty text."""
+    """A CSV file as text: an empty value is null, a quoted empty value is empty text."""
 
     schema_is_complete = True
 
-    def __init__(self, stream: BinaryIO, zipped: bool) -> None:
-        self._stream, self._zipped = stream, zipped
-        self.schema: pa.Schema = pa.schema([pa.field(name, pa.string()) for name in self._names()])
+    def __init__(self, stream: BinaryIO, is_gzipped: bool) -> None:
+        self._stream, self._is_gzipped = stream, is_gzipped
+        self.schema: pa.Schema = pa.schema([pa.field(name, pa.string()) for name in self._read_header()])
 
     def read_rows(self, names: Sequence[str], skip: int) -> RowBatches:
-        start = 0
-        for block in self._blocks(list(names)):
-            end = start + block.num_rows
-            for row in range(max(start, skip), end, BATCH_ROWS):
-                yield row, block.slice(row - start, BATCH_ROWS)
-            start = end
-        return start
+        block_start = 0
+        for block in self._read_blocks(list(names)):
+            block_end = block_start + block.num_rows
+            for row in range(max(block_start, skip), block_end, BATCH_ROWS):
+                yield row, block.slice(row - block_start, BATCH_ROWS)
+            block_start = block_end
+        return block_start
 
-    def _names(self) -> list[str]:
-        # Not by Arrow: its reader goes on reading in the background, and would move the stream under the next one.
-        head = self._bytes().read(_CSV_BLOCK).decode("utf-8-sig", "replace")
-        return next(filter(None, csv.reader(io.StringIO(head, newline=""))), [])
+    def _read_header(self) -> list[str]:
+        # Not by Arrow: its reader goes on reading in the background, and would move the stream under the next reader.
+        beginning = self._open_bytes().read(_CSV_BLOCK_BYTES).decode("utf-8-sig", "replace")
+        return next(filter(None, csv.reader(io.StringIO(beginning, newline=""))), [])
 
-    def _blocks(self, names: list[str]) -> Iterator[pa.RecordBatch]:
+    def _read_blocks(self, names: list[str]) -> Iterator[pa.RecordBatch]:
         self._stream.seek(0)
         try:
-            opened = self._open(names)
+            blocks = self._open_csv(names)
         except pa.ArrowInvalid as error:
-            if "Empty CSV" in str(error):  # nothing, or a header without a line end
+            if "Empty CSV" in str(error):  # The file is empty, or has a header without a line end.
                 return
             raise
-        with opened:
-            yield from opened
+        with blocks:
+            yield from blocks
 
-    def _open(self, names: list[str]) -> pyarrow.csv.CSVStreamingReader:
+    def _open_csv(self, names: list[str]) -> pyarrow.csv.CSVStreamingReader:
         return pyarrow.csv.open_csv(
-            self._bytes(),
-            pyarrow.csv.ReadOptions(block_size=_CSV_BLOCK),
+            self._open_bytes(),
+            pyarrow.csv.ReadOptions(block_size=_CSV_BLOCK_BYTES),
             pyarrow.csv.ParseOptions(newlines_in_values=True),
             pyarrow.csv.ConvertOptions(
                 default_column_type=pa.string(),
@@ -169,95 +187,97 @@ class _CsvFile:
             ),
         )
 
-    def _bytes(self) -> Any:
-        return gzip.GzipFile(fileobj=self._stream) if self._zipped else self._stream
+    def _open_bytes(self) -> Any:
+        return gzip.GzipFile(fileobj=self._stream) if self._is_gzipped else self._stream
 
 
 class _JsonLinesFile:
-    """Every value as text: numbers as they are written, `true` and `false`, the JSON text of what is nested."""
+    """A JSON Lines file as text: numbers as they are written, `true`, `false`, and nested values as JSON."""
 
     schema_is_complete = False
 
-    def __init__(self, stream: BinaryIO, uri: str, zipped: bool) -> None:
-        self._stream, self._uri, self._zipped = stream, uri, zipped
+    def __init__(self, stream: BinaryIO, uri: str, is_gzipped: bool) -> None:
+        self._stream, self._uri, self._is_gzipped = stream, uri, is_gzipped
         self._decode = json.JSONDecoder(
-            object_pairs_hook=_once, parse_int=str, parse_float=str, parse_constant=str
+            object_pairs_hook=_to_row, parse_int=str, parse_float=str, parse_constant=str
         ).decode
         names = dict.fromkeys(
-            name for line, text in itertools.islice(self._lines(), _PEEKED_ROWS) for name in self._row(line, text)
+            name
+            for number, line in itertools.islice(self._read_lines(), _SCHEMA_ROWS)
+            for name in self._parse_row(number, line)
         )
         self.schema: pa.Schema = pa.schema([pa.field(name, pa.string()) for name in names])
 
     def read_rows(self, names: Sequence[str], skip: int) -> RowBatches:
-        lines, start = self._lines(), 0
-        while held := list(itertools.islice(lines, BATCH_ROWS)):
-            end = start + len(held)
+        lines, first_row = self._read_lines(), 0
+        while batch := list(itertools.islice(lines, BATCH_ROWS)):
+            end = first_row + len(batch)
             if end > skip:
-                cut = max(0, skip - start)
-                yield start + cut, self._batch(held[cut:], names)
-            start = end
-        return start
+                cut = max(0, skip - first_row)
+                yield first_row + cut, self._parse_batch(batch[cut:], names)
+            first_row = end
+        return first_row
 
-    def _batch(self, lines: list[tuple[int, bytes]], names: Sequence[str]) -> pa.RecordBatch:
-        rows = [self._row(line, text) for line, text in lines]
+    def _parse_batch(self, lines: list[tuple[int, bytes]], names: Sequence[str]) -> pa.RecordBatch:
+        rows = [self._parse_row(number, line) for number, line in lines]
         columns = []
         for name in names:
             values = [row.get(name) for row in rows]
             if not all(value is None or isinstance(value, str) for value in values):
-                values = [_text(value, text, name) for value, (_, text) in zip(values, lines, strict=True)]
+                values = [_to_text(value, line, name) for value, (_, line) in zip(values, lines, strict=True)]
             columns.append(values)
         try:
             arrays = [pa.array(values, pa.string()) for values in columns]
         except UnicodeEncodeError as error:
-            line = next(line for line, text in lines if b"\\u" in text and _has_surrogate(text))
-            raise self._bad(line, "half a surrogate pair is no text; correct it") from error
+            number = next(number for number, line in lines if b"\\u" in line and _has_surrogate(line))
+            raise self._line_error(number, "half a surrogate pair is no text; correct it") from error
         return pa.RecordBatch.from_arrays(arrays, names=list(names))
 
-    def _row(self, line: int, text: bytes) -> dict[str, Any]:
+    def _parse_row(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            row = self._decode(text.decode())
+            row = self._decode(line.decode())
         except (ValueError, RecursionError) as error:
-            where = "; a JSON array must become one object a line" if text.startswith(b"[") else "; correct it"
-            raise self._bad(line, f"not JSON ({error}){where}") from error
+            advice = "a JSON array must become one object a line" if line.startswith(b"[") else "correct it"
+            raise self._line_error(number, f"not JSON ({error}); {advice}") from error
         if not isinstance(row, dict):
-            raise self._bad(line, "not a JSON object; write one object a line")
+            raise self._line_error(number, "not a JSON object; write one object a line")
         return row
 
-    def _bad(self, line: int, said: str) -> InvalidJob:
-        return InvalidJob(f"input.uri: {self._uri}, line {line}: {said}")
+    def _line_error(self, number: int, problem: str) -> InvalidJob:
+        return InvalidJob(f"input.uri: {self._uri}, line {number}: {problem}")
 
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
-        """Lines that are not blank, with their number from 1."""
+    def _read_lines(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the lines that are not blank, with their number from 1."""
         self._stream.seek(0)
-        source: Any = gzip.GzipFile(fileobj=self._stream) if self._zipped else self._stream
+        source: Any = gzip.GzipFile(fileobj=self._stream) if self._is_gzipped else self._stream
         number, rest = 0, source.read(3)
         rest = b"" if rest == b"\xef\xbb\xbf" else rest
-        while block := source.read(_JSON_BLOCK):
+        while block := source.read(_JSON_BLOCK_BYTES):
             *lines, rest = (rest + block).split(b"\n")
             for line in lines:
                 number += 1
                 if line := line.strip():
                     yield number, line
-            if len(rest) > _LONGEST_LINE:
-                raise self._bad(number + 1, "longer than 64 MiB; write one object a line")
+            if len(rest) > _MAX_JSON_LINE_BYTES:
+                raise self._line_error(number + 1, "longer than 64 MiB; write one object a line")
         if rest := rest.strip():
             yield number + 1, rest
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _to_row(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"{twice!r} is named twice in one object")
+        duplicate = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{duplicate!r} is named twice in one object")
     return row
 
 
-def _text(value: Any, line: bytes, name: str) -> str | None:
+def _to_text(value: Any, line: bytes, name: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, bool):
         return "true" if value else "false"
-    # Decoded once more, for numbers inside were made text.
+    # The line is decoded once more, because the numbers inside the value have become text.
     return json.dumps(json.loads(line)[name], ensure_ascii=False)
 
 
