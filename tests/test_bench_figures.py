@@ -17,7 +17,7 @@ from torch import nn
 
 from batchjob.bench.bottleneck import compute_ceilings, explain_bottleneck
 from batchjob.bench.profiler_trace import ANCHOR, TRACKS, build_track_events
-from batchjob.bench.stages import StageClock
+from batchjob.bench.stage_clock import StageClock
 from batchjob.errors import BatchjobError
 from batchjob.inference.fault_isolation import FaultIsolatingPredictor
 from batchjob.inference.forward import ForwardOptions, ForwardPass

@@ -1,4 +1,4 @@
-"""The order of a bench: list, a run, each stage alone, the ladder, the modes; and what follows from them."""
+"""`batchjob bench`: measure the listing, a run, each stage alone, the throughput steps and the grad modes."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ from pathlib import Path
 from tempfile import gettempdir
 
 from batchjob import system
-from batchjob.bench.bench_worker import BenchWorker, InputSample, open_bench_worker, sample_input
+from batchjob.bench.bench_worker import BenchWorker, open_bench_worker
 from batchjob.bench.bottleneck import compute_ceilings, explain_bottleneck
 from batchjob.bench.grad_modes import measure_grad_modes
+from batchjob.bench.input_sample import InputSample, sample_input
+from batchjob.bench.io_rates import measure_disk_rate, measure_fetch_rate
 from batchjob.bench.machine_stats import MemorySampler, calibrate
 from batchjob.bench.profiler_trace import write_profile
 from batchjob.bench.results import BenchResult, Calibration, MemoryPeak, RunMetrics
-from batchjob.bench.stages import measure_disk_rate, measure_fetch_rate, measure_stages
-from batchjob.bench.throughput import compute_run_metrics, measure_throughput_steps
+from batchjob.bench.run_metrics import compute_run_metrics
+from batchjob.bench.stages import measure_stages
+from batchjob.bench.throughput import measure_throughput_steps
 from batchjob.errors import AttemptFailed, InvalidJob, Temporary
 from batchjob.job.job import Job
 from batchjob.text import format_count
 
 __all__ = ["BenchOptions", "bench"]
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure.
+    """Options of a bench.
 
     Attributes:
-        images: of a run; where the job has fewer they come again.
-        profile: folder for torch's table and a Chrome trace; None for neither.
+        images: Images of a run; if the job has fewer, they are repeated.
+        profile: Folder for torch's table and a Chrome trace; None writes neither.
     """
 
     images: int = 1000
@@ -42,96 +45,103 @@ class BenchOptions:
 
 
 def bench(job: Job, options: BenchOptions) -> BenchResult:
-    """Measure a job's path from storage to Parquet, through the parts that a run uses. Its output is not touched.
+    """Measure a job's path from storage to Parquet, with the parts that a run uses. Its output is not touched.
 
     Raises:
-        InvalidJob: the job cannot run, or has fewer than two batches of images.
-        Temporary: the disk for temporary files is full.
-        BatchjobError: the run itself fails.
+        InvalidJob: If the job cannot run, or has fewer than two batches of images.
+        Temporary: If the disk for temporary files is full.
+        BatchjobError: If the run itself fails.
     """
-    with _disk_may_be_full():
-        before = calibrate()
-        listed = sample_input(job, options.images)
-        with open_bench_worker(job, options.images, _cores(job), listed) as rig:
-            return _found(rig, options, listed, before)
+    with _detect_full_disk():
+        calibration_ms = calibrate()
+        sample = sample_input(job, options.images)
+        with open_bench_worker(job, options.images, _count_cores(job), sample) as worker:
+            return _measure(worker, options, sample, calibration_ms)
 
 
-def _found(rig: BenchWorker, wanted: BenchOptions, listed: InputSample, before: float) -> BenchResult:
-    run, memory = _run(rig)
-    batches = rig.load_batches(rig.sample_shard)
-    stages = (listed.stage, *measure_stages(rig, batches))
-    found = compute_ceilings(
-        stages, rig.cores, store_images_per_second=measure_fetch_rate(rig), disk_bytes_per_second=measure_disk_rate(rig)
+def _measure(worker: BenchWorker, options: BenchOptions, sample: InputSample, calibration_ms: float) -> BenchResult:
+    run, memory = _measure_run(worker)
+    batches = worker.load_batches(worker.sample_shard)
+    stages = (sample.stage, *measure_stages(worker, batches))
+    ceilings = compute_ceilings(
+        stages,
+        worker.cores,
+        store_images_per_second=measure_fetch_rate(worker),
+        disk_bytes_per_second=measure_disk_rate(worker),
     )
-    rungs, side_by_side = measure_throughput_steps(rig, batches, run), measure_grad_modes(rig, batches)
-    files = () if wanted.profile is None else write_profile(rig, wanted.profile)
-    processes, engine = rig.parts.loader.config.processes, rig.parts.engine
+    steps = measure_throughput_steps(worker, batches, run)
+    grad_modes = measure_grad_modes(worker, batches)
+    profile = () if options.profile is None else write_profile(worker, options.profile)
+    loader_processes = worker.loader.config.processes
     return BenchResult(
-        model=rig.loaded.model,
-        device=rig.loaded.device,
-        recipe=rig.parts.predictor.forward.config.description,
-        batch_size=rig.batch_size,
-        cores=rig.cores,
-        loader_processes=processes,
+        model=worker.info.model,
+        device=worker.info.device,
+        recipe=worker.predictor.forward.config.description,
+        batch_size=worker.batch_size,
+        cores=worker.cores,
+        loader_processes=loader_processes,
         images=run.images,
-        distinct=min(run.images, listed.rows),
+        distinct=min(run.images, sample.rows),
         stages=stages,
-        ceilings=found,
-        ladder=rungs,
+        ceilings=ceilings,
+        ladder=steps,
         run=run,
-        share=run.images_per_second / found[0].images_per_second if found else None,
-        modes=side_by_side,
+        share=run.images_per_second / ceilings[0].images_per_second if ceilings else None,
+        modes=grad_modes,
         memory=memory,
-        calibration=Calibration(before, calibrate()),
+        calibration=Calibration(calibration_ms, calibrate()),
         verdict=explain_bottleneck(
             run.images_per_second,
-            found,
+            ceilings,
             stages,
             starvation=run.starvation,
-            loader_processes=processes,
-            on_cpu=engine.device.type == "cpu",
-            cores=rig.cores,
+            loader_processes=loader_processes,
+            on_cpu=worker.engine.device.type == "cpu",
+            cores=worker.cores,
             cores_busy=run.cores_busy,
-            exact_decode=rig.job.decode.mode == "exact",
+            exact_decode=worker.job.decode.mode == "exact",
         ),
-        profile=files,
+        profile=profile,
     )
 
 
-def _run(rig: BenchWorker) -> tuple[RunMetrics, tuple[MemoryPeak, ...]]:
-    """The run itself. Raises InvalidJob where not one image came through it."""
-    with MemorySampler(lambda: {span.pid for span in list(rig.timings) if span.stage == "decode"}) as watch:
-        ran = rig.run(rig.shards)
-    if ran.failed == ran.images:
+def _measure_run(worker: BenchWorker) -> tuple[RunMetrics, tuple[MemoryPeak, ...]]:
+    """Run all shards. Raises InvalidJob if every image became an error row."""
+
+    def find_loader_pids() -> set[int]:
+        return {timing.pid for timing in list(worker.timings) if timing.stage == "decode"}
+
+    with MemorySampler(find_loader_pids) as sampler:
+        run = worker.run(worker.shards)
+    if run.failed == run.images:
         raise InvalidJob(
-            f"{rig.job.input.uri}: {format_count(ran.failed, 'image')} tried, each an error row: "
-            "nothing can be measured; "
-            "`batchjob run` and `batchjob errors` say why"
+            f"{worker.job.input.uri}: {format_count(run.failed, 'image')} tried, each an error row: nothing can be "
+            "measured; `batchjob run` and `batchjob errors` say why"
         )
-    return compute_run_metrics(rig, ran), watch.peaks()
+    return compute_run_metrics(worker, run), sampler.peaks()
 
 
-def _cores(job: Job) -> int:
-    asked = job.runtime.cpus_per_worker
-    return system.available_cores() if asked == "auto" else max(1, int(asked))
+def _count_cores(job: Job) -> int:
+    cores = job.runtime.cpus_per_worker
+    return system.available_cores() if cores == "auto" else max(1, int(cores))
 
 
 @contextmanager
-def _disk_may_be_full() -> Iterator[None]:
-    """Raises Temporary in place of whatever a full disk makes of a write."""
+def _detect_full_disk() -> Iterator[None]:
+    """Raise Temporary in place of any error that a full disk causes."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in _DISK_FULL:
             raise
-        raise _full() from error
+        raise _disk_full_error() from error
     except AttemptFailed as error:
-        if "disk is full" not in error.message and not any(os.strerror(code) in error.message for code in _FULL):
+        if "disk is full" not in error.message and not any(os.strerror(code) in error.message for code in _DISK_FULL):
             raise
-        raise _full() from error
+        raise _disk_full_error() from error
 
 
-def _full() -> Temporary:
+def _disk_full_error() -> Temporary:
     return Temporary(
         f"{gettempdir()}: the disk is full, so nothing could be measured; make room or set TMPDIR, then run again"
     )

@@ -1,61 +1,62 @@
-"""Batches through the predictor the way a worker sends them: as many at once as it has lanes, one begun ahead."""
+"""Throughput of the forward loop: batches go through the predictor as a worker sends them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING
+
+import torch
 
 from batchjob.bench.bench_worker import BenchWorker
 from batchjob.concurrency import parallel_map
 from batchjob.types import Prediction
 
-if TYPE_CHECKING:
-    import torch
-
 __all__ = ["ForwardInput", "measure_forward_rate"]
 
-_SECONDS = 3.0  # at most
-_ROUNDS = 3  # at least
-ForwardInput = tuple["torch.Tensor", tuple[tuple[int, ...], ...] | None]
+_MAX_SECONDS = 3.0
+_MIN_ROUNDS = 3
+
+ForwardInput = tuple[torch.Tensor, tuple[tuple[int, ...], ...] | None]
+"""Pixels of a batch, and the shapes of its images if the pixels are flat."""
 
 
-def measure_forward_rate(rig: BenchWorker, items: Sequence[ForwardInput]) -> float:
-    """Images/s through the predictor.
+def measure_forward_rate(worker: BenchWorker, inputs: Sequence[ForwardInput]) -> float:
+    """Measure images/s through the predictor: as many batches at once as in a run, the next begun in advance.
 
     Args:
-        rig: whose predictor and lanes.
-        items: pixels, and their shapes where they are flat; again and again.
+        worker: Worker whose predictor is measured.
+        inputs: Batches; they are repeated until there are enough.
     """
-    rig.parts.predictor(*items[0]).wait()
-    began, images = time.perf_counter(), 0
-    for predicted in _through(rig, _again(rig, items, began)):
-        images += sum(len(piece.rows) for piece in predicted.outputs)
-    return images / (time.perf_counter() - began)
+    worker.predictor(*inputs[0]).wait()
+    started, images = time.perf_counter(), 0
+    for prediction in _predict(worker, _repeat_inputs(worker, inputs, started)):
+        images += sum(len(output.rows) for output in prediction.outputs)
+    return images / (time.perf_counter() - started)
 
 
-def _again(rig: BenchWorker, items: Sequence[ForwardInput], began: float) -> Iterator[ForwardInput]:
-    """Until there were enough of them for every lane."""
-    images = 0
-    for rounds, (pixels, shapes) in enumerate(cycle(items)):
-        enough = images >= rig.images or time.perf_counter() - began > _SECONDS
-        if rounds >= _ROUNDS * rig.parts.cpu_parallelism.parallel_batches and enough:
+def _repeat_inputs(worker: BenchWorker, inputs: Sequence[ForwardInput], started: float) -> Iterator[ForwardInput]:
+    """Yield inputs until there were as many images as in a run, or the time is over; some for each parallel batch."""
+    images, min_inputs = 0, _MIN_ROUNDS * worker.cpu_parallelism.parallel_batches
+    for count, (pixels, shapes) in enumerate(cycle(inputs)):
+        enough = images >= worker.images or time.perf_counter() - started > _MAX_SECONDS
+        if count >= min_inputs and enough:
             return
         images += len(pixels if shapes is None else shapes)
         yield pixels, shapes
 
 
-def _through(rig: BenchWorker, items: Iterator[ForwardInput]) -> Iterator[Prediction]:
-    predictor, most = rig.parts.predictor, rig.parts.cpu_parallelism.parallel_batches
-    if most > 1:
-        yield from parallel_map(lambda item: predictor(*item).wait(), items, threads=most, prefetch=most + 1)
+def _predict(worker: BenchWorker, inputs: Iterator[ForwardInput]) -> Iterator[Prediction]:
+    predictor, parallel = worker.predictor, worker.cpu_parallelism.parallel_batches
+    if parallel > 1:
+        yield from parallel_map(lambda item: predictor(*item).wait(), inputs, threads=parallel, prefetch=parallel + 1)
         return
-    before: Prediction | None = None
-    for pixels, shapes in items:
-        made = predictor(pixels, shapes)
-        if before is not None:
-            yield before.wait()
-        before = made
-    if before is not None:
-        yield before.wait()
+    # Start each batch before waiting for the one before it, so that a GPU always has work.
+    previous: Prediction | None = None
+    for pixels, shapes in inputs:
+        current = predictor(pixels, shapes)
+        if previous is not None:
+            yield previous.wait()
+        previous = current
+    if previous is not None:
+        yield previous.wait()

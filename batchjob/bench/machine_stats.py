@@ -1,4 +1,4 @@
-"""This process and all that come of it, as Linux tells: CPU seconds, and the most memory they held meanwhile."""
+"""Statistics of the machine: CPU time and peak memory of the bench's processes, and the speed of one core."""
 
 from __future__ import annotations
 
@@ -19,34 +19,44 @@ from batchjob.bench.results import MemoryPeak
 __all__ = ["MemorySampler", "calibrate", "read_cpu_seconds"]
 
 _PROC = Path("/proc")
-_EVERY_SECONDS = 0.5
-_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+_SAMPLE_INTERVAL_SECONDS = 0.5
+_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+_CALIBRATION_BYTES = 4 << 20
+_CALIBRATION_ROUNDS = 25
+
+
+def calibrate() -> float:
+    """Measure the milliseconds that one core takes to hash 4 MiB of noise; median of 25 rounds."""
+    noise = Random(0).randbytes(_CALIBRATION_BYTES)
+    hashlib.sha256(noise).digest()
+    return median(_time_hash(noise) for _ in range(_CALIBRATION_ROUNDS)) * 1e3
 
 
 def read_cpu_seconds() -> float | None:
-    """Of this process and its descendants that live; None where the system does not say."""
+    """Return the CPU time of this process and its living descendants; None if the system does not tell."""
     if not _PROC.is_dir():
         return None
-    spent = 0.0
-    for pid in [os.getpid(), *_descendants()]:
+    seconds = 0.0
+    for pid in [os.getpid(), *_list_descendants()]:
         with suppress(OSError, ValueError, IndexError):
-            words = _stat(pid)
-            spent += (int(words[11]) + int(words[12])) / _TICKS
-    return spent
+            fields = _read_stat(pid)
+            user_ticks, system_ticks = int(fields[11]), int(fields[12])
+            seconds += (user_ticks + system_ticks) / _TICKS_PER_SECOND
+    return seconds
 
 
 class MemorySampler:
-    """Looks twice a second at what processes hold, as long as it is entered.
+    """Thread that reads the memory of this process and its descendants twice a second while it is entered.
 
     Args:
-        loaders: process ids of loader processes, as far as they are known by now.
+        loader_pids: Returns the ids of the loader processes known by now.
     """
 
     def __init__(self, loader_pids: Callable[[], Iterable[int]]) -> None:
-        self._loaders = loader_pids
-        self._most: dict[str, tuple[int, int, int | None]] = {}
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="memory-watch", daemon=True)
+        self._loader_pids = loader_pids
+        self._peaks: dict[str, MemoryPeak] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="memory-sampler", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -55,36 +65,48 @@ class MemorySampler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._over.set()
+        self._ended.set()
         self._thread.join()
 
     def peaks(self) -> tuple[MemoryPeak, ...]:
-        """By kind of process; none where the system does not say."""
-        return tuple(MemoryPeak(name, count, rss, pss) for name, (count, rss, pss) in self._most.items())
+        """Return the peak of each group of processes; empty if the system does not tell."""
+        return tuple(self._peaks.values())
 
-    def _watch(self) -> None:
-        while not self._over.wait(_EVERY_SECONDS):
-            self._look()
-        self._look()
+    def _run(self) -> None:
+        while not self._ended.wait(_SAMPLE_INTERVAL_SECONDS):
+            self._sample()
+        self._sample()
 
-    def _look(self) -> None:
-        loaders = set(self._loaders()) - {os.getpid()}
-        rest = set(_descendants()) - loaders
-        groups = {"driver and worker (one process)": {os.getpid()}, "loaders": loaders, "others": rest}
+    def _sample(self) -> None:
+        loaders = set(self._loader_pids()) - {os.getpid()}
+        others = set(_list_descendants()) - loaders
+        groups = {"driver and worker (one process)": {os.getpid()}, "loaders": loaders, "others": others}
         for name, pids in groups.items():
-            held = [one for one in map(_held, pids) if one is not None]
-            if not held:
-                continue
-            rss = sum(one[0] for one in held)
-            shares = [one[1] for one in held if one[1] is not None]
-            pss = sum(shares) if len(shares) == len(held) else None
-            count, most_rss, most_pss = self._most.get(name, (0, 0, None))
-            larger = max(pss or 0, most_pss or 0) or None
-            self._most[name] = max(count, len(held)), max(rss, most_rss), larger
+            usages = [usage for usage in map(_read_memory, pids) if usage is not None]
+            if usages:
+                self._update_peak(name, usages)
+
+    def _update_peak(self, name: str, usages: list[tuple[int, int | None]]) -> None:
+        known_pss = [pss for _, pss in usages if pss is not None]
+        # The sum is too low if the PSS of one process is missing.
+        pss = sum(known_pss) if len(known_pss) == len(usages) else 0
+        peak = self._peaks.get(name, MemoryPeak(name, 0, 0, None))
+        self._peaks[name] = MemoryPeak(
+            processes=name,
+            count=max(peak.count, len(usages)),
+            rss=max(peak.rss, sum(rss for rss, _ in usages)),
+            pss=max(peak.pss or 0, pss) or None,
+        )
 
 
-def _held(pid: int) -> tuple[int, int | None] | None:
-    """RSS and PSS in bytes."""
+def _time_hash(noise: bytes) -> float:
+    started = time.perf_counter()
+    hashlib.sha256(noise).digest()
+    return time.perf_counter() - started
+
+
+def _read_memory(pid: int) -> tuple[int, int | None] | None:
+    """Return RSS and PSS of a process in bytes; None if it has ended."""
     try:
         rss = int((_PROC / str(pid) / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
@@ -96,39 +118,26 @@ def _held(pid: int) -> tuple[int, int | None] | None:
     return rss, None
 
 
-def _descendants() -> list[int]:
-    """Children, their children and so on."""
+def _list_descendants() -> list[int]:
+    """Return the ids of the children of this process, of their children, and so on."""
     children: dict[int, list[int]] = {}
     for path in _PROC.glob("[0-9]*"):
         with suppress(OSError, ValueError, IndexError):
             pid = int(path.name)
-            children.setdefault(int(_stat(pid)[1]), []).append(pid)
-    found: list[int] = []
-    left = [os.getpid()]
-    while left:
-        more = children.get(left.pop(), [])
-        found += more
-        left += more
-    return found
+            parent = int(_read_stat(pid)[1])
+            children.setdefault(parent, []).append(pid)
+    descendants: list[int] = []
+    remaining = [os.getpid()]
+    while remaining:
+        pids = children.get(remaining.pop(), [])
+        descendants += pids
+        remaining += pids
+    return descendants
 
 
-def _stat(pid: int) -> list[str]:
-    """The fields after the name, which may hold blanks: state, parent, …"""
+def _read_stat(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat after the process name: state, parent, … (proc(5), fields 3 and up).
+
+    The name may contain blanks and parentheses, so the line is cut at its last `)`.
+    """
     return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
-
-
-_BYTES = 4 << 20
-_ROUNDS = 25
-
-
-def calibrate() -> float:
-    """Milliseconds that hashing 4 MiB of noise takes one core; median of 25."""
-    noise = Random(0).randbytes(_BYTES)
-    hashlib.sha256(noise).digest()
-    return median(_clocked(noise) for _ in range(_ROUNDS)) * 1e3
-
-
-def _clocked(noise: bytes) -> float:
-    began = time.perf_counter()
-    hashlib.sha256(noise).digest()
-    return time.perf_counter() - began

@@ -1,4 +1,6 @@
-"""What a bench finds, as frozen data. A figure that was not measured is None, and is never made up of others."""
+"""Figures of a bench, as frozen data. A figure that was not measured is None; none is derived from others instead."""
+
+# The field names are the keys of `batchjob bench --json`.
 
 from __future__ import annotations
 
@@ -19,6 +21,8 @@ __all__ = [
     "ThroughputStep",
 ]
 
+_NOISY_DRIFT = 0.05
+
 
 @dataclass(frozen=True)
 class StageMeasurement:
@@ -26,11 +30,11 @@ class StageMeasurement:
 
     Attributes:
         name: list, fetch, decode, transform, collate, device decode, H2D, forward, D2H or write.
-        images_per_second: by the clock on the wall.
-        cpu_ms: milliseconds of all CPU cores together, an image.
-        gpu_ms: of the GPU, an image.
-        bytes: that come out of it, an image.
-        note: what else there is to know, or why a figure is missing.
+        images_per_second: Throughput by wall-clock time.
+        cpu_ms: Milliseconds of CPU per image, of all cores together.
+        gpu_ms: Milliseconds of the GPU per image.
+        bytes: Bytes per image that the stage puts out.
+        note: Conditions of the measurement, or the reason why a figure is missing.
     """
 
     name: str
@@ -43,7 +47,13 @@ class StageMeasurement:
 
 @dataclass(frozen=True)
 class ThroughputStep:
-    """The path from one place on to its end, each rung with one thing more to do than the one above it."""
+    """Throughput of the path from one place to its end; each step does one thing more than the step before it.
+
+    Attributes:
+        name: Place where the images start.
+        images_per_second: Throughput; None if it was not measured.
+        note: Work that this step adds.
+    """
 
     name: str
     images_per_second: float | None
@@ -55,8 +65,8 @@ class StageUtilization:
     """A stage within the run.
 
     Attributes:
-        images_per_second: of one process or thread, while it is at this.
-        busy: share of the run that it was, of all processes or threads that do it.
+        images_per_second: Throughput of one process or thread while it works on this stage.
+        busy: Share of the run that its processes or threads worked on this stage, 0 to 1.
     """
 
     images_per_second: float
@@ -68,17 +78,18 @@ class RunMetrics:
     """The run itself: from storage, through the worker, into Parquet.
 
     Attributes:
-        images: that went through; `failed` of them are error rows.
-        images_per_second: between 10 % and 90 % of the images and past what was loaded ahead, where `steady`; else over
-            all of the run.
-        steady: whether the run was long enough for that.
-        load_s: until the worker stood, tuning included.
-        first_batch_s: until the first batch was predicted, from the beginning of `load_s`.
-        total_s: until the last part was committed, from there too.
-        starvation: share of the time between first and last batch that the forward loop waited for pixels.
-        ready: share of batches that were there when it asked.
-        cores_busy: CPU seconds of all processes, a second.
-        services: stage → how it did.
+        images: Images of the run, error rows included.
+        failed: Error rows among them.
+        images_per_second: Throughput between 10 % and 90 % of the images, and after those loaded in advance, if
+            `steady`; else over the whole run.
+        steady: True if the run was long enough for a steady state.
+        load_s: Seconds until the worker was ready, tuning included.
+        first_batch_s: Seconds until the first batch was predicted, from the same start as `load_s`.
+        total_s: Seconds until the last part was committed, from the same start.
+        starvation: Share of the time between the first and the last batch that the forward loop waited for pixels.
+        ready: Share of batches that were there when the forward loop asked for them.
+        cores_busy: CPU seconds of all processes per second.
+        services: Utilization of each stage, by its name.
     """
 
     images: int
@@ -96,8 +107,13 @@ class RunMetrics:
 
 @dataclass(frozen=True)
 class GradModeResult:
-    """Eager fp32 with gradients on, under `no_grad`, under `inference_mode`: milliseconds an image, and peak bytes of
-    tensors for a batch, weights left out.
+    """An eager forward pass in fp32 in one grad mode.
+
+    Attributes:
+        name: gradients on, no_grad or inference_mode.
+        ms: Milliseconds per image.
+        bytes: Peak bytes of tensors for a batch, without the weights.
+        note: Reason why a figure is missing.
     """
 
     name: str
@@ -108,7 +124,14 @@ class GradModeResult:
 
 @dataclass(frozen=True)
 class MemoryPeak:
-    """The most memory that processes held during the run: RSS counts shared pages in each, PSS once. Bytes."""
+    """Peak memory of a group of processes during the run.
+
+    Attributes:
+        processes: Name of the group.
+        count: Highest number of processes in it.
+        rss: Resident set size in bytes; shared pages count once per process.
+        pss: Proportional set size in bytes; shared pages count once. None if the system does not tell.
+    """
 
     processes: str
     count: int
@@ -118,31 +141,50 @@ class MemoryPeak:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Milliseconds of one small piece of work, before and after: how steady the machine was meanwhile."""
+    """Time of one small piece of work before and after the bench: how steady the machine was.
+
+    Attributes:
+        before_ms: Milliseconds before the bench.
+        after_ms: Milliseconds after it.
+    """
 
     before_ms: float
     after_ms: float
 
     @property
     def drift(self) -> float:
-        """How much slower (or, below 0, faster) the machine had become."""
+        """Relative slowdown of the machine: 0.05 is 5 % slower after the bench; negative is faster."""
         return self.after_ms / self.before_ms - 1
 
     @property
     def noisy(self) -> bool:
-        """Whether figures of the same bench may differ by that much."""
-        return abs(self.drift) > 0.05
+        """True if the machine changed so much that figures of the same bench cannot be compared."""
+        return abs(self.drift) > _NOISY_DRIFT
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """All of it.
+    """All figures of a bench.
 
     Attributes:
-        images: that were asked for; `distinct` of them differ, the others are repeats.
-        share: of the tightest ceiling that the run reaches.
-        verdict: one sentence: what holds the run back, and which setting would move it.
-        profile: files that `--profile` wrote.
+        model: Name and digest of the model.
+        device: Device on which it ran.
+        recipe: Execution config of the forward pass, in words.
+        batch_size: Images per call of the model.
+        cores: Cores that the worker may use.
+        loader_processes: Number of loader processes.
+        images: Images of the run.
+        distinct: Distinct images among them; the others are repeats.
+        stages: Each stage alone.
+        ceilings: Joint ceilings, the tightest first.
+        ladder: Throughput from four places, from the device up to storage.
+        run: The run itself.
+        share: Share of the tightest ceiling that the run reaches.
+        modes: The forward pass in each grad mode.
+        memory: Peak memory of each group of processes.
+        calibration: Steadiness of the machine.
+        verdict: One sentence: what limits the run, and which setting would change that.
+        profile: Files that `--profile` wrote.
     """
 
     model: str
@@ -165,8 +207,8 @@ class BenchResult:
     profile: tuple[str, ...] = field(default=())
 
     def to_json_dict(self) -> dict[str, Any]:
-        """For a machine: null is `not measured`."""
+        """Return the result for JSON; null means `not measured`."""
         tightest = self.ceilings[0].name if self.ceilings else None
-        steady = {"drift": self.calibration.drift, "noisy": self.calibration.noisy}
-        found = asdict(self)
-        return found | {"tightest": tightest, "calibration": {**found["calibration"], **steady}}
+        steadiness = {"drift": self.calibration.drift, "noisy": self.calibration.noisy}
+        fields = asdict(self)
+        return fields | {"tightest": tightest, "calibration": {**fields["calibration"], **steadiness}}

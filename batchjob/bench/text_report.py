@@ -1,4 +1,4 @@
-"""Findings as lines for a person."""
+"""A bench result as lines of text."""
 
 from __future__ import annotations
 
@@ -9,90 +9,92 @@ from batchjob.bench.results import BenchResult, GradModeResult, MemoryPeak, RunM
 __all__ = ["NOT_MEASURED", "format_report"]
 
 NOT_MEASURED = "not measured"
+"""Text in place of a missing figure."""
 
 
-def format_report(found: BenchResult) -> list[str]:
-    """The report, section by section."""
+def format_report(result: BenchResult) -> list[str]:
+    """Format the report, section by section."""
     return [
-        f"{found.model} on {found.device}, {found.recipe}, batches of {found.batch_size}",
-        f"{found.cores} cores, {found.loader_processes} loader process{'' if found.loader_processes == 1 else 'es'}",
-        f"{found.images:,} images, {found.distinct:,} of them distinct",
-        *_calibration(found),
-        *_stages(found.stages),
+        f"{result.model} on {result.device}, {result.recipe}, batches of {result.batch_size}",
+        f"{result.cores} cores, {result.loader_processes} loader process{'' if result.loader_processes == 1 else 'es'}",
+        f"{result.images:,} images, {result.distinct:,} of them distinct",
+        *_format_calibration(result),
+        *_format_stages(result.stages),
         "joint ceilings, images/s, the tightest first",
-        *(f"  {one.name:<10}{one.images_per_second:>12,.1f}   {one.words}" for one in found.ceilings),
-        *([] if found.ceilings else [f"  {NOT_MEASURED}"]),
+        *(f"  {one.name:<10}{one.images_per_second:>12,.1f}   {one.words}" for one in result.ceilings),
+        *([] if result.ceilings else [f"  {NOT_MEASURED}"]),
         "ladder, images/s",
-        *(f"  {_number(one.images_per_second, 12, 1)}   {one.name}; {one.note}" for one in found.ladder),
-        *_run(found),
+        *(f"  {_format_number(one.images_per_second, 12, 1)}   {one.name}; {one.note}" for one in result.ladder),
+        *_format_run(result),
         "memory at most, MiB",
-        *_memory(found.memory),
+        *_format_memory(result.memory),
         "a forward pass, eager fp32                  ms/image   MiB of tensors a batch",
-        *map(_mode, found.modes),
-        *(f"wrote {path}" for path in found.profile),
-        f"{found.verdict}{' (NOISY: measure again)' if found.calibration.noisy else ''}",
+        *map(_format_grad_mode, result.modes),
+        *(f"wrote {path}" for path in result.profile),
+        f"{result.verdict}{' (NOISY: measure again)' if result.calibration.noisy else ''}",
     ]
 
 
-def _calibration(found: BenchResult) -> Iterator[str]:
-    steady = found.calibration
+def _format_calibration(result: BenchResult) -> Iterator[str]:
+    calibration = result.calibration
     yield (
-        f"calibration {steady.before_ms:.2f} ms before, {steady.after_ms:.2f} ms after ({steady.drift:+.1%})"
-        f"{': NOISY, figures may be off by as much' if steady.noisy else ''}"
+        f"calibration {calibration.before_ms:.2f} ms before, {calibration.after_ms:.2f} ms after "
+        f"({calibration.drift:+.1%}){': NOISY, figures may be off by as much' if calibration.noisy else ''}"
     )
 
 
-def _stages(stages: Sequence[StageMeasurement]) -> Iterator[str]:
+def _format_stages(stages: Sequence[StageMeasurement]) -> Iterator[str]:
     yield f"{'each stage alone':<18}{'images/s':>14}{'CPU ms':>14}{'GPU ms':>14}{'bytes/image':>14}"
-    for one in stages:
+    for stage in stages:
         cells = (
-            _number(one.images_per_second, 14, 1),
-            _number(one.cpu_ms, 14, 3),
-            _number(one.gpu_ms, 14, 4),
-            _number(one.bytes, 14, 0),
+            _format_number(stage.images_per_second, 14, 1),
+            _format_number(stage.cpu_ms, 14, 3),
+            _format_number(stage.gpu_ms, 14, 4),
+            _format_number(stage.bytes, 14, 0),
         )
-        yield f"  {one.name:<16}{''.join(cells)}{f'   {one.note}' if one.note else ''}"
+        yield f"  {stage.name:<16}{''.join(cells)}{f'   {stage.note}' if stage.note else ''}"
 
 
-def _run(found: BenchResult) -> Iterator[str]:
-    run = found.run
-    kind = "in steady state" if run.steady else "over the whole run, too short for a steady state"
-    yield f"the run: {run.images:,} images, {run.failed:,} error rows, {run.images_per_second:,.1f} images/s {kind}"
-    tightest = f" of the tightest joint ceiling ({found.ceilings[0].name})" if found.ceilings else ""
-    yield f"  {_share(found.share)}{tightest}"
+def _format_run(result: BenchResult) -> Iterator[str]:
+    run = result.run
+    period = "in steady state" if run.steady else "over the whole run, too short for a steady state"
+    yield f"the run: {run.images:,} images, {run.failed:,} error rows, {run.images_per_second:,.1f} images/s {period}"
+    tightest = f" of the tightest joint ceiling ({result.ceilings[0].name})" if result.ceilings else ""
+    yield f"  {_format_share(result.share)}{tightest}"
     yield (
         f"  worker ready after {run.load_s:,.1f} s, first batch after {run.first_batch_s:,.1f} s, "
         f"all committed after {run.total_s:,.1f} s"
     )
     yield (
-        f"  starvation {_share(run.starvation)} (the forward loop waited for pixels); batches ready when asked for "
-        f"{_share(run.ready)}; cores busy {_number(run.cores_busy, 0, 2)} of {found.cores}"
+        f"  starvation {_format_share(run.starvation)} (the forward loop waited for pixels); batches ready when asked "
+        f"for {_format_share(run.ready)}; cores busy {_format_number(run.cores_busy, 0, 2)} of {result.cores}"
     )
-    yield from _services(run)
+    yield from _format_services(run)
 
 
-def _services(run: RunMetrics) -> Iterator[str]:
+def _format_services(run: RunMetrics) -> Iterator[str]:
     for stage, service in run.services.items():
         yield f"  {stage:<10}{service.images_per_second:>12,.1f} images/s while at it, busy {service.busy:.0%}"
 
 
-def _memory(peaks: Sequence[MemoryPeak]) -> Iterator[str]:
+def _format_memory(peaks: Sequence[MemoryPeak]) -> Iterator[str]:
     if not peaks:
         yield f"  {NOT_MEASURED}: this system has no /proc"
-    for one in peaks:
-        pss = NOT_MEASURED if one.pss is None else f"{one.pss / 2**20:,.0f}"
-        yield f"  {one.processes:<32}{one.count:>3}   RSS {one.rss / 2**20:>8,.0f}   PSS {pss:>8}"
+    for peak in peaks:
+        pss = NOT_MEASURED if peak.pss is None else f"{peak.pss / 2**20:,.0f}"
+        yield f"  {peak.processes:<32}{peak.count:>3}   RSS {peak.rss / 2**20:>8,.0f}   PSS {pss:>8}"
 
 
-def _mode(one: GradModeResult) -> str:
-    held = None if one.bytes is None else one.bytes / 2**20
-    return f"  {one.name:<38}{_number(one.ms, 12, 3)}{_number(held, 17, 1)}{f'   {one.note}' if one.note else ''}"
+def _format_grad_mode(mode: GradModeResult) -> str:
+    mib = None if mode.bytes is None else mode.bytes / 2**20
+    figures = f"{_format_number(mode.ms, 12, 3)}{_format_number(mib, 17, 1)}"
+    return f"  {mode.name:<38}{figures}{f'   {mode.note}' if mode.note else ''}"
 
 
-def _number(value: float | None, width: int, digits: int) -> str:
-    said = NOT_MEASURED if value is None else f"{value:,.{digits}f}"
-    return f"{said:>{width}}" if width else said
+def _format_number(value: float | None, width: int, digits: int) -> str:
+    text = NOT_MEASURED if value is None else f"{value:,.{digits}f}"
+    return f"{text:>{width}}" if width else text
 
 
-def _share(value: float | None) -> str:
+def _format_share(value: float | None) -> str:
     return NOT_MEASURED if value is None else f"{value:.0%}"
