@@ -20,9 +20,9 @@ __all__ = ["LoadedModel", "detect_input_kind", "isolated_torch_state", "prepare_
 class LoadedModel:
     """Model in memory, ready for inference, with the facts that its file or its format states.
 
-    A format is one file with one frozen settings class, listed in the union `Model` of job/job.py. Its fields are what
-    the job file may say under `model`. Besides them it has three members; `reader` reads any URI, and `base` is the
-    folder of the job file. Example:
+    A format is one file with one frozen settings class, listed in the union `AnyModel` of job/job.py. Its fields are
+    what the job file may say under `model`. Besides them it has three members; `reader` reads any URI, and `base` is
+    the folder of the job file. Example:
 
         class LinearModel(Settings):
             type: Literal["linear"] = "linear"

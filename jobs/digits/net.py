@@ -1,4 +1,4 @@
-"""The network of the demo: the function that `architecture: net:digits_cnn` names."""
+"""Network of the example, built by the function that `architecture: net:digits_cnn` in digits.yaml names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["digits_cnn"]
 
 
 def digits_cnn(num_classes: int = 10) -> nn.Module:
-    """A small convolutional network: float `[n, 1, 8, 8]` in, logits `[n, num_classes]` out."""
+    """Build a small convolutional network, from float32 `[n, 1, 8, 8]` to logits `[n, num_classes]`."""
     return nn.Sequential(
         nn.Conv2d(1, 32, kernel_size=3, padding=1),
         nn.BatchNorm2d(32),

@@ -1,4 +1,4 @@
-"""TensorRT engines: what is said where they cannot run. That they run is for a machine with a GPU to show."""
+"""`type: tensorrt`: messages on a machine that cannot run an engine. Running one needs a GPU and torch-tensorrt."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ READER = Reader()
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Path:
+    """File that stands for an engine."""
     path = tmp_path / "net.ep"
     path.write_bytes(b"compiled elsewhere")
     return path
 
 
-def test_an_engine_is_code_and_needs_trust(engine: Path) -> None:
+def test_engine_without_trust_is_refused(engine: Path) -> None:
     digest = hashlib.sha256(engine.read_bytes()).hexdigest()
-    for more in ({}, {"trust": True}, {"sha256": digest}):
+    for settings in ({}, {"trust": True}, {"sha256": digest}):
         with pytest.raises(InvalidJob, match=rf"net\.ep is an engine of torch-tensorrt, .*model\.sha256: {digest}"):
-            TensorrtModel(weights=str(engine), **more).load(READER, Path())
+            TensorrtModel(weights=str(engine), **settings).load(READER, Path())
     with pytest.raises(InvalidJob, match=r"but model\.sha256 is 0000"):
         TensorrtModel(weights=str(engine), trust=True, sha256="0" * 64).load(READER, Path())
 
 
-def test_without_a_gpu_it_is_refused(engine: Path) -> None:
+def test_machine_without_a_gpu_is_refused(engine: Path) -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+        pytest.skip("this machine has a GPU")
     digest = hashlib.sha256(engine.read_bytes()).hexdigest()
     with pytest.raises(InvalidJob, match="needs an NVIDIA GPU, and there is none; run it where one is"):
         TensorrtModel(weights=str(engine), trust=True, sha256=digest).load(READER, Path())
 
 
-def test_a_missing_package_is_named(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_torch_tensorrt_is_named(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     with pytest.raises(InvalidJob, match=r"needs torch-tensorrt, .*pip install torch-tensorrt"):
         TensorrtModel(weights=str(engine)).check(READER, Path())

@@ -1,4 +1,4 @@
-"""timm's models: held against timm's own loading and its own evaluation transform."""
+"""`type: timm`: compared with timm's own loading and its own evaluation transform."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ def load(**settings: Any) -> LoadedModel:
     return TimmModel(**settings).load(READER, Path())
 
 
-def seeded(name: str, seed: int = 3, **more: Any) -> Any:
+def make_module(name: str, seed: int = 3, **arguments: Any) -> Any:
     torch.manual_seed(seed)
-    return timm.create_model(name, **more).eval()
+    return timm.create_model(name, **arguments).eval()
 
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As HF_HUB_OFFLINE=1 with an empty cache has it."""
+    """Environment of HF_HUB_OFFLINE=1 with an empty cache."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
-def test_random_weights_are_those_of_timm_under_the_seed() -> None:
+def test_random_weights_equal_those_of_timm_with_the_seed() -> None:
     before = torch.get_rng_state()
     model = load(name=NAME, seed=3)
     assert torch.get_rng_state().equal(before)
-    for key, value in seeded(NAME).state_dict().items():
+    for key, value in make_module(NAME).state_dict().items():
         assert model.module.state_dict()[key].equal(value), key
     assert model.digest == load(name=NAME, seed=3).digest
     assert model.digest != load(name=NAME, seed=4).digest
@@ -62,17 +62,17 @@ def test_random_weights_are_those_of_timm_under_the_seed() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-def test_a_file_gives_what_timm_gives(suffix: str, tmp_path: Path) -> None:
-    net = seeded(NAME, num_classes=7)
+def test_model_from_a_file_equals_that_of_timm(suffix: str, tmp_path: Path) -> None:
+    module = make_module(NAME, num_classes=7)
     path = tmp_path / f"mine.{suffix}"
     if suffix == "pth":
-        torch.save({"state_dict": net.state_dict(), "epoch": 3}, path)
+        torch.save({"state_dict": module.state_dict(), "epoch": 3}, path)
     else:
-        save_file(net.state_dict(), path)
+        save_file(module.state_dict(), path)
     model = load(name="test_resnet", weights=str(path), num_classes=7)
     x = torch.rand(2, 3, 64, 64)
     with torch.inference_mode():
-        torch.testing.assert_close(model.module(x), net(x), rtol=0, atol=0)
+        torch.testing.assert_close(model.module(x), module(x), rtol=0, atol=0)
     assert model.digest == hashlib.sha256(path.read_bytes()).hexdigest()
     assert model.labels is None
     assert model.preprocess == Preprocess(
@@ -80,28 +80,28 @@ def test_a_file_gives_what_timm_gives(suffix: str, tmp_path: Path) -> None:
     )
 
 
-def test_features_come_from_the_same_file_without_its_last_layer(tmp_path: Path) -> None:
+def test_features_come_from_the_same_file_without_the_last_layer(tmp_path: Path) -> None:
     for name in (NAME, "test_vit", "test_convnext"):
-        net = seeded(name)
-        save_file(net.state_dict(), tmp_path / "w.safetensors")
+        module = make_module(name)
+        save_file(module.state_dict(), tmp_path / "w.safetensors")
         model = load(name=name, weights=str(tmp_path / "w.safetensors"), num_classes=0)
         x = torch.rand(2, 3, 160, 160)
         with torch.inference_mode():
-            want = net.forward_head(net.forward_features(x), pre_logits=True)
-            torch.testing.assert_close(model.module(x), want)
+            expected = module.forward_head(module.forward_features(x), pre_logits=True)
+            torch.testing.assert_close(model.module(x), expected)
         assert model.labels is None
 
 
-def test_labels_are_imagenets_only_where_the_weights_are(tmp_path: Path) -> None:
-    save_file(seeded(NAME).state_dict(), tmp_path / "w.safetensors")
+def test_imagenet_labels_need_imagenet_weights(tmp_path: Path) -> None:
+    save_file(make_module(NAME).state_dict(), tmp_path / "w.safetensors")
     weights = str(tmp_path / "w.safetensors")
     assert load(name=NAME, weights=weights).labels is not None
     assert load(name="test_resnet", weights=weights).labels is None
     assert load(name=NAME, seed=1, num_classes=5).labels is None
 
 
-# Photographs: timm resizes with Pillow, the loader uint8 tensors with torchvision, which round differently.
-MODELS: dict[str, dict[str, Any]] = {
+# timm resizes with Pillow, the loader resizes uint8 tensors with torchvision. The two round differently.
+PREPROCESSING_CASES: dict[str, dict[str, Any]] = {
     "bilinear, cropped": {"name": NAME},
     "bicubic, cropped": {"name": "test_vit"},
     "nothing cropped": {"name": "test_mambaout"},
@@ -109,13 +109,13 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("which", MODELS)
-def test_images_are_prepared_as_timm_prepares_them(which: str, test_data: Path) -> None:
-    model = load(seed=3, **MODELS[which])
-    more = MODELS[which].get("arguments", {})
-    config = data.resolve_model_data_config(timm.create_model(MODELS[which]["name"], **more))
-    if "img_size" in more:
-        config["input_size"] = (3, more["img_size"], more["img_size"])
+@pytest.mark.parametrize("case", PREPROCESSING_CASES)
+def test_preprocessing_equals_that_of_timm(case: str, test_data: Path) -> None:
+    model = load(seed=3, **PREPROCESSING_CASES[case])
+    arguments = PREPROCESSING_CASES[case].get("arguments", {})
+    config = data.resolve_model_data_config(timm.create_model(PREPROCESSING_CASES[case]["name"], **arguments))
+    if "img_size" in arguments:
+        config["input_size"] = (3, arguments["img_size"], arguments["img_size"])
     transform = create_transform(**config, is_training=False)
     assert model.preprocess is not None
     geometry, normalize = ResizeCrop(model.preprocess), Normalizer(model.preprocess)
@@ -123,18 +123,19 @@ def test_images_are_prepared_as_timm_prepares_them(which: str, test_data: Path) 
     assert photographs
     for path in photographs:
         image = Image.open(path).convert("RGB")
-        ours = normalize(geometry(np.asarray(image).copy())[None], torch.float32)
-        theirs = transform(image)[None]
-        assert ours.shape == theirs.shape
-        step = 1 / 255 / min(config["std"])  # one grey level
-        steep = 1.01 if config["interpolation"] == "bilinear" else 16  # bicubic overshoots at edges, and is cut off
-        assert (ours - theirs).abs().max() <= steep * step
-        assert (ours - theirs).abs().mean() <= 0.25 * step
+        pixels = normalize(geometry(np.asarray(image).copy())[None], torch.float32)
+        expected = transform(image)[None]
+        assert pixels.shape == expected.shape
+        grey_level = 1 / 255 / min(config["std"])
+        # Bicubic interpolation overshoots at edges; uint8 pixels cut that off.
+        levels = 1.01 if config["interpolation"] == "bilinear" else 16
+        assert (pixels - expected).abs().max() <= levels * grey_level
+        assert (pixels - expected).abs().mean() <= 0.25 * grey_level
         with torch.inference_mode():
-            torch.testing.assert_close(model.module(ours), model.module(theirs), rtol=0.02, atol=0.02)
+            torch.testing.assert_close(model.module(pixels), model.module(expected), rtol=0.02, atol=0.02)
 
 
-def test_squashed_images() -> None:
+def test_squash_crop_mode_resizes_both_sides() -> None:
     name = "convnext_tiny.fb_in22k_ft_in1k_384"
     config = timm.get_pretrained_cfg(name)
     assert config is not None
@@ -147,13 +148,13 @@ def test_squashed_images() -> None:
     )
 
 
-def test_what_cannot_be_said_in_settings_is_left_to_the_job(caplog: pytest.LogCaptureFixture) -> None:
+def test_transform_that_settings_cannot_express_is_left_to_the_job(caplog: pytest.LogCaptureFixture) -> None:
     assert load(name=NAME, seed=1, arguments={"in_chans": 1}).preprocess is None
     assert "with 1 channels, for which 'preprocess' has no words" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"name": "resnet_18"}, r"timm has no model named 'resnet_18'; did you mean .*resnet18"),
         ({"name": "resnet18.a9_in1k"}, r"resnet18 has no weights tagged 'a9_in1k'; there are .*a1_in1k"),
@@ -161,17 +162,17 @@ def test_what_cannot_be_said_in_settings_is_left_to_the_job(caplog: pytest.LogCa
         ({"name": "resnet18", "output": "x"}, None),
     ],
 )
-def test_names_and_arguments_that_timm_does_not_know(settings: dict[str, Any], said: str | None) -> None:
-    if said is None:
+def test_unknown_names_and_arguments_are_explained(settings: dict[str, Any], message: str | None) -> None:
+    if message is None:
         with pytest.raises(InvalidJob, match=r"leave model\.output out"):
             load(seed=1, **settings).module(torch.rand(1, 3, 64, 64))
         return
-    with pytest.raises(InvalidJob, match=said):
+    with pytest.raises(InvalidJob, match=message):
         load(seed=1, **settings)
 
 
-def test_weights_of_another_number_of_classes(tmp_path: Path) -> None:
-    save_file(seeded(NAME, num_classes=7).state_dict(), tmp_path / "w.safetensors")
+def test_wrong_number_of_classes_is_explained(tmp_path: Path) -> None:
+    save_file(make_module(NAME, num_classes=7).state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(
         InvalidJob, match=r"w\.safetensors does not fit timm's test_resnet: .*set model\.num_classes: 7"
     ):
@@ -181,14 +182,14 @@ def test_weights_of_another_number_of_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-def test_published_weights_without_a_way_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_published_weights_offline_are_unavailable(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(Unavailable, match=rf"timm's {NAME} cannot be had .*set model\.weights to its path"):
         load(name=NAME, pretrained=True)
     assert not caplog.text
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({}, "one of weights"),
         ({"seed": 1, "pretrained": True}, "one of weights"),
@@ -198,12 +199,12 @@ def test_published_weights_without_a_way_out(caplog: pytest.LogCaptureFixture) -
         ({"seed": 1, "name": "local-dir:/x"}, "the file in that folder under weights"),
     ],
 )
-def test_settings_that_contradict_each_other(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_contradicting_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         TimmModel(**{"name": NAME, **settings})
 
 
-def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_timm_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     model = TimmModel(name=NAME, seed=1)
     for call in (model.check, model.load):
@@ -211,7 +212,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
             call(READER, Path())
 
 
-def test_the_cheap_check_looks_for_the_file(tmp_path: Path) -> None:
+def test_check_looks_for_the_file(tmp_path: Path) -> None:
     TimmModel(name=NAME, seed=1).check(READER, tmp_path)
     with pytest.raises(InvalidJob, match=r"there is no file .*absent\.pth"):
         TimmModel(name=NAME, weights=str(tmp_path / "absent.pth")).check(READER, tmp_path)

@@ -1,4 +1,4 @@
-"""Models of transformers: held against the library's own pipeline, from every storage; and a sentence for the rest."""
+"""`type: huggingface`: compared with transformers itself, from every storage, and a message for each broken folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from batchjob.storage.reader import Reader
 
 READER = Reader()
 LABELS = {0: "cat", 1: "dog", 2: "tree"}
-VIT: dict[str, Any] = {
+VIT_CONFIG: dict[str, Any] = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -45,30 +45,33 @@ VIT: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session", autouse=True)
-def imported() -> None:
-    """transformers imports its parts when they are first used, and what some of them import warns."""
+def import_transformers() -> None:
+    """Import parts of transformers that it imports on first use, because some of their imports emit warnings."""
     with silence_hub_libraries():
-        vit()
-        transformers.AutoImageProcessor, transformers.AutoModel  # noqa: B018 - looked up, they are imported
+        make_vit()
+        transformers.AutoImageProcessor, transformers.AutoModel  # noqa: B018 - the attribute access imports them
 
 
-def vit(kind: str = "ViTForImageClassification", **more: Any) -> Any:
+def make_vit(class_name: str = "ViTForImageClassification", **config: Any) -> Any:
     torch.manual_seed(1)
-    return getattr(transformers, kind)(transformers.ViTConfig(**VIT, id2label=LABELS, **more)).eval()
+    return getattr(transformers, class_name)(transformers.ViTConfig(**VIT_CONFIG, id2label=LABELS, **config)).eval()
 
 
-def resnet(kind: str = "ResNetForImageClassification") -> Any:
+def make_resnet(class_name: str = "ResNetForImageClassification") -> Any:
     torch.manual_seed(1)
     config = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label=LABELS
     )
-    return getattr(transformers, kind)(config).eval()
+    return getattr(transformers, class_name)(config).eval()
 
 
-def yolos() -> Any:
+def make_yolos() -> Any:
     torch.manual_seed(1)
     config = transformers.YolosConfig(
-        **{**VIT, "image_size": [32, 48]}, num_detection_tokens=5, id2label=LABELS, use_mid_position_embeddings=False
+        **{**VIT_CONFIG, "image_size": [32, 48]},
+        num_detection_tokens=5,
+        id2label=LABELS,
+        use_mid_position_embeddings=False,
     )
     net: Any = transformers.YolosForObjectDetection(config)
     return net.eval()
@@ -100,108 +103,116 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
 }
 
 
-def saved(model: Any, folder: Path, processor: Any = None) -> str:
+def save(model: Any, folder: Path, processor: Any = None) -> str:
     model.save_pretrained(folder)
     (processor or PROCESSORS["squashed"]()).save_pretrained(folder)
     return str(folder)
 
 
-def load(model: str, **more: Any) -> LoadedModel:
-    return HuggingfaceModel(model=model, **more).load(READER, Path())
+def load(model: str, **settings: Any) -> LoadedModel:
+    return HuggingfaceModel(model=model, **settings).load(READER, Path())
 
 
-def x(n: int = 2, height: int = 32, width: int = 32) -> torch.Tensor:
+def make_pixels(n: int = 2, height: int = 32, width: int = 32) -> torch.Tensor:
     return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(3))
 
 
-# ---------------------------------------------------------------------------------------------------------- answers
+# ----------------------------------------------------------------------------------------------------------- outputs
 
 
-@pytest.mark.parametrize("make", [vit, resnet])
-def test_classification_gives_the_logits(make: Callable[[], Any], tmp_path: Path) -> None:
-    net = make()
-    model = load(saved(net, tmp_path))
+@pytest.mark.parametrize("make_model", [make_vit, make_resnet])
+def test_classification_returns_logits(make_model: Callable[[], Any], tmp_path: Path) -> None:
+    net = make_model()
+    model = load(save(net, tmp_path))
     with torch.inference_mode():
-        torch.testing.assert_close(model.module(x()), net(pixel_values=x()).logits, rtol=0, atol=0)
+        torch.testing.assert_close(model.module(make_pixels()), net(pixel_values=make_pixels()).logits, rtol=0, atol=0)
     assert model.labels == ("cat", "dog", "tree")
     assert (model.input_kind, model.eager, model.batch_size) == ("batch", True, None)
-    assert not any(part.training for part in model.module.modules())
+    assert not any(layer.training for layer in model.module.modules())
     assert not any(parameter.requires_grad for parameter in model.module.parameters())
 
 
-def test_detection_gives_logits_and_boxes(tmp_path: Path) -> None:
-    net = yolos()
-    model = load(saved(net, tmp_path))
+def test_detection_returns_logits_and_boxes(tmp_path: Path) -> None:
+    net = make_yolos()
+    model = load(save(net, tmp_path))
     with torch.inference_mode():
-        found, want = model.module(x(2, 32, 48)), net(pixel_values=x(2, 32, 48))
-    assert list(found) == ["logits", "pred_boxes"]
-    assert found["logits"].shape == (2, 5, 4)
-    torch.testing.assert_close(found["logits"], want.logits, rtol=0, atol=0)
-    torch.testing.assert_close(found["pred_boxes"], want.pred_boxes, rtol=0, atol=0)
+        outputs, expected = model.module(make_pixels(2, 32, 48)), net(pixel_values=make_pixels(2, 32, 48))
+    assert list(outputs) == ["logits", "pred_boxes"]
+    assert outputs["logits"].shape == (2, 5, 4)
+    torch.testing.assert_close(outputs["logits"], expected.logits, rtol=0, atol=0)
+    torch.testing.assert_close(outputs["pred_boxes"], expected.pred_boxes, rtol=0, atol=0)
     assert model.labels == ("cat", "dog", "tree")
-    boxes = load(str(tmp_path), output="pred_boxes").module(x(2, 32, 48))
-    assert boxes.equal(found["pred_boxes"])
+    boxes = load(str(tmp_path), output="pred_boxes").module(make_pixels(2, 32, 48))
+    assert boxes.equal(outputs["pred_boxes"])
 
 
-def test_features_are_the_pooled_output_where_it_was_trained(tmp_path: Path) -> None:
-    for number, net in enumerate((vit("ViTModel"), resnet("ResNetModel"))):
-        model = load(saved(net, tmp_path / str(number)))
+def test_features_are_the_pooled_output_if_it_was_trained(tmp_path: Path) -> None:
+    for number, net in enumerate((make_vit("ViTModel"), make_resnet("ResNetModel"))):
+        model = load(save(net, tmp_path / str(number)))
         with torch.inference_mode():
-            torch.testing.assert_close(model.module(x()), net(pixel_values=x()).pooler_output.flatten(1))
+            torch.testing.assert_close(
+                model.module(make_pixels()), net(pixel_values=make_pixels()).pooler_output.flatten(1)
+            )
         assert model.labels is None
 
 
 def test_features_of_a_classifier_are_its_class_token(tmp_path: Path) -> None:
-    net = vit()
-    folder = saved(net, tmp_path)
-    before = load(folder, kind="features").module(x())
+    net = make_vit()
+    folder = save(net, tmp_path)
+    features = load(folder, kind="features").module(make_pixels())
     with torch.inference_mode():
-        want = net.vit(pixel_values=x()).last_hidden_state[:, 0]
-        torch.testing.assert_close(before, want)
+        expected = net.vit(pixel_values=make_pixels()).last_hidden_state[:, 0]
+        torch.testing.assert_close(features, expected)
 
 
 def test_features_of_a_model_of_images_and_text_are_those_of_the_image(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    text = {**VIT, "vocab_size": 20, "eos_token_id": 2, "bos_token_id": 1}
-    net: Any = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=VIT, projection_dim=12))
+    text_config = {**VIT_CONFIG, "vocab_size": 20, "eos_token_id": 2, "bos_token_id": 1}
+    net: Any = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text_config, vision_config=VIT_CONFIG, projection_dim=12)
+    )
     net.eval()
-    model = load(saved(net, tmp_path))
+    model = load(save(net, tmp_path))
     with torch.inference_mode():
-        torch.testing.assert_close(model.module(x()), net.get_image_features(pixel_values=x()).pooler_output)
-    assert model.module(x()).shape == (2, 12)
+        torch.testing.assert_close(
+            model.module(make_pixels()), net.get_image_features(pixel_values=make_pixels()).pooler_output
+        )
+    assert model.module(make_pixels()).shape == (2, 12)
 
 
-def test_weights_in_half_precision_are_computed_with_in_full(tmp_path: Path) -> None:
-    model = load(saved(vit().half(), tmp_path))
+def test_half_precision_weights_are_converted_to_float32(tmp_path: Path) -> None:
+    model = load(save(make_vit().half(), tmp_path))
     assert {value.dtype for value in model.module.state_dict().values()} == {torch.float32}
 
 
 # ---------------------------------------------------------------------------------------------------- preprocessing
 
 
-@pytest.mark.parametrize("which", PROCESSORS)
-def test_images_are_prepared_as_the_image_processor_prepares_them(which: str, test_data: Path) -> None:
-    processor = PROCESSORS[which]()
+@pytest.mark.parametrize("case", PROCESSORS)
+def test_preprocessing_equals_that_of_the_image_processor(case: str, test_data: Path) -> None:
+    processor = PROCESSORS[case]()
     preprocess = convert_image_processor(processor, "model.model")
     assert preprocess is not None
     geometry, normalize = ResizeCrop(preprocess), Normalizer(preprocess)
     for path in sorted((test_data / "imagenet-sample").rglob("*.JPEG"))[:3]:
         image = Image.open(path).convert("RGB")
-        ours = normalize(geometry(np.asarray(image).copy())[None], torch.float32)
-        theirs = processor(images=image, return_tensors="pt")["pixel_values"].float()
-        assert ours.shape == theirs.shape
+        pixels = normalize(geometry(np.asarray(image).copy())[None], torch.float32)
+        expected = processor(images=image, return_tensors="pt")["pixel_values"].float()
+        assert pixels.shape == expected.shape
         if preprocess.crop is not None and isinstance(preprocess.resize, int):
-            spare = [side * preprocess.resize // min(image.size) - theirs.shape[-1] for side in image.size]
-            if any(odd % 4 == 3 for odd in spare):  # there torchvision's centre lies one pixel further
+            margins = [side * preprocess.resize // min(image.size) - expected.shape[-1] for side in image.size]
+            # With such a margin the centre crop of torchvision is one pixel further.
+            if any(margin % 4 == 3 for margin in margins):
                 continue
-        level = (1 / 255 if preprocess.scale == "unit" else 1) / min(preprocess.std or (1.0,))
-        # They resize planes and we interleaved pixels, which torch rounds differently; bicubic overshoots at edges.
-        assert (ours - theirs).abs().max() <= (16 if preprocess.interpolation == "bicubic" else 1.01) * level
-        assert (ours - theirs).abs().mean() <= 0.25 * level
+        grey_level = (1 / 255 if preprocess.scale == "unit" else 1) / min(preprocess.std or (1.0,))
+        # The processor resizes planes and the loader interleaved pixels, which torch rounds differently. Bicubic
+        # interpolation overshoots at edges.
+        assert (pixels - expected).abs().max() <= (16 if preprocess.interpolation == "bicubic" else 1.01) * grey_level
+        assert (pixels - expected).abs().mean() <= 0.25 * grey_level
 
 
 @pytest.mark.parametrize(
-    ("which", "want"),
+    ("case", "expected"),
     [
         ("squashed", {"resize": (32, 32), "crop": None, "mean": (0.5,) * 3, "std": (0.5,) * 3, "scale": "unit"}),
         ("cropped", {"resize": 40, "crop": (32, 32), "interpolation": "bicubic"}),
@@ -213,27 +224,29 @@ def test_images_are_prepared_as_the_image_processor_prepares_them(which: str, te
         ("no steps", {"resize": None, "crop": None, "mean": None, "scale": "none"}),
     ],
 )
-def test_settings_that_an_image_processor_becomes(which: str, want: dict[str, Any]) -> None:
-    preprocess = convert_image_processor(PROCESSORS[which](), "model.model")
+def test_image_processor_is_converted_to_settings(case: str, expected: dict[str, Any]) -> None:
+    preprocess = convert_image_processor(PROCESSORS[case](), "model.model")
     assert preprocess is not None
-    assert {key: getattr(preprocess, key) for key in want} == want
+    assert {key: getattr(preprocess, key) for key in expected} == expected
 
 
 @pytest.mark.parametrize(
-    "make",
+    "make_processor",
     [
         lambda: transformers.DetrImageProcessor(size={"shortest_edge": 40, "longest_edge": 60}),
         lambda: transformers.EfficientNetImageProcessor(rescale_offset=True),
         lambda: transformers.ViTImageProcessor(resample=4),
     ],
 )
-def test_what_settings_cannot_say_is_left_to_the_job(make: Callable[[], Any], caplog: pytest.LogCaptureFixture) -> None:
-    assert convert_image_processor(make(), "model.model: there") is None
+def test_processor_that_settings_cannot_express_is_left_to_the_job(
+    make_processor: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert convert_image_processor(make_processor(), "model.model: there") is None
     assert re.search("model.model: there: ('preprocess' has no words for what its|its image processor)", caplog.text)
 
 
-def test_a_folder_brings_its_preprocessing_or_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert load(saved(vit(), tmp_path)).preprocess == Preprocess(
+def test_folder_brings_its_preprocessing_or_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert load(save(make_vit(), tmp_path)).preprocess == Preprocess(
         resize=(32, 32), crop=None, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3
     )
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "NoSuchProcessor"}')
@@ -243,62 +256,64 @@ def test_a_folder_brings_its_preprocessing_or_none(tmp_path: Path, caplog: pytes
     assert load(str(tmp_path)).preprocess is None
 
 
-# ------------------------------------------------------------------------------------------------------------ places
+# ---------------------------------------------------------------------------------------------- folders and the Hub
 
 
-def test_a_folder_lies_anywhere(tmp_path: Path) -> None:
-    net = vit()
-    folder = Path(saved(net, tmp_path / "vit"))
+def test_folder_loads_from_any_storage(tmp_path: Path) -> None:
+    net = make_vit()
+    folder = Path(save(net, tmp_path / "vit"))
     for path in folder.iterdir():
-        with fsspec.open(f"memory://huggingface/vit/{path.name}", "wb") as there:
-            there.write(path.read_bytes())
-    want = net(pixel_values=x()).logits
+        with fsspec.open(f"memory://huggingface/vit/{path.name}", "wb") as file:
+            file.write(path.read_bytes())
+    expected = net(pixel_values=make_pixels()).logits
     digests = set()
-    for place in (str(folder), f"{folder}/", f"file://{folder}", "memory://huggingface/vit"):
-        HuggingfaceModel(model=place).check(READER, Path())
-        model = load(place)
-        torch.testing.assert_close(model.module(x()), want, rtol=0, atol=0)
+    for uri in (str(folder), f"{folder}/", f"file://{folder}", "memory://huggingface/vit"):
+        HuggingfaceModel(model=uri).check(READER, Path())
+        model = load(uri)
+        torch.testing.assert_close(model.module(make_pixels()), expected, rtol=0, atol=0)
         digests.add(model.digest)
-        assert HuggingfaceModel(model=place).title == "vit"
+        assert HuggingfaceModel(model=uri).title == "vit"
     assert len(digests) == 1
 
 
-def test_weights_in_several_files_and_their_digest(tmp_path: Path) -> None:
-    net = vit()
+def test_weights_in_several_files_have_one_digest(tmp_path: Path) -> None:
+    net = make_vit()
     net.save_pretrained(tmp_path, max_shard_size="20KB")
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 1
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in shards)).hexdigest()
-    torch.testing.assert_close(load(str(tmp_path), sha256=digest).module(x()), net(pixel_values=x()).logits)
+    torch.testing.assert_close(
+        load(str(tmp_path), sha256=digest).module(make_pixels()), net(pixel_values=make_pixels()).logits
+    )
     with pytest.raises(InvalidJob, match=rf"has the sha256 {digest}, but model\.sha256 is 0000"):
         load(str(tmp_path), sha256="0" * 64)
-    first = load(str(tmp_path)).digest
+    digest_before = load(str(tmp_path)).digest
     shards[0].rename(tmp_path / "elsewhere")
     with pytest.raises(InvalidJob, match=rf"lacks {shards[0].name}, which model\.safetensors\.index\.json names"):
         load(str(tmp_path))
     (tmp_path / "elsewhere").rename(shards[0])
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-3}))
-    assert load(str(tmp_path)).digest != first
+    assert load(str(tmp_path)).digest != digest_before
 
 
-def test_a_folder_beside_the_job_goes_before_a_name_of_the_hub(tmp_path: Path) -> None:
+def test_folder_beside_the_job_has_precedence_over_a_name_on_the_hub(tmp_path: Path) -> None:
     (tmp_path / "models" / "vit").mkdir(parents=True)
 
-    def model(text: str) -> HuggingfaceModel:
+    def parse_model(text: str) -> HuggingfaceModel:
         document = {"type": "huggingface", "model": text}
         return HuggingfaceModel.model_validate(document, context={"base": tmp_path})
 
-    assert model("models/vit").model == str(tmp_path / "models" / "vit")
-    assert model("./vit").model == str(tmp_path / "vit")
-    assert model("google/vit-base-patch16-224").model == "google/vit-base-patch16-224"
-    assert model("google/vit-base-patch16-224").title == "google/vit-base-patch16-224"
-    assert model("s3://models/vit").model == "s3://models/vit"
+    assert parse_model("models/vit").model == str(tmp_path / "models" / "vit")
+    assert parse_model("./vit").model == str(tmp_path / "vit")
+    assert parse_model("google/vit-base-patch16-224").model == "google/vit-base-patch16-224"
+    assert parse_model("google/vit-base-patch16-224").title == "google/vit-base-patch16-224"
+    assert parse_model("s3://models/vit").model == "s3://models/vit"
     with pytest.raises(ValidationError, match="credentials"):
-        model("https://me:secret@example.org/vit")
+        parse_model("https://me:secret@example.org/vit")
 
 
-def test_a_name_of_the_hub_without_a_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_hub_model_offline_is_unavailable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     HuggingfaceModel(model="google/vit").check(READER, Path())
@@ -306,43 +321,43 @@ def test_a_name_of_the_hub_without_a_way_out(monkeypatch: pytest.MonkeyPatch, tm
         load("google/vit")
 
 
-def test_a_model_of_the_hub_that_is_in_the_cache_needs_no_network(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_cached_hub_model_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     snapshot = tmp_path / "models--me--vit" / "snapshots" / ("0" * 40)
-    net = vit()
-    saved(net, snapshot)
+    net = make_vit()
+    save(net, snapshot)
     (tmp_path / "models--me--vit" / "refs").mkdir()
     (tmp_path / "models--me--vit" / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    torch.testing.assert_close(load("me/vit").module(x()), net(pixel_values=x()).logits, rtol=0, atol=0)
+    torch.testing.assert_close(
+        load("me/vit").module(make_pixels()), net(pixel_values=make_pixels()).logits, rtol=0, atol=0
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
 
 
-class Sneaky:
+class MaliciousObject:
+    """Object that prints a text when it is unpickled."""
+
     def __reduce__(self) -> tuple[Any, ...]:
         return (print, ("code ran",))
 
 
-def test_pickled_weights_are_loaded_only_where_they_are_no_code(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    net = vit()
-    saved(net, tmp_path)
+def test_pickled_weights_load_unless_they_hold_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = make_vit()
+    save(net, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(net.state_dict(), tmp_path / "pytorch_model.bin")
-    torch.testing.assert_close(load(str(tmp_path)).module(x()), net(pixel_values=x()).logits)
-    torch.save(net.state_dict() | {"sneaky": Sneaky()}, tmp_path / "pytorch_model.bin")
+    torch.testing.assert_close(load(str(tmp_path)).module(make_pixels()), net(pixel_values=make_pixels()).logits)
+    torch.save(net.state_dict() | {"malicious": MaliciousObject()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(InvalidJob, match="cannot be loaded"):
         load(str(tmp_path))
     assert "code ran" not in capsys.readouterr().out
 
 
 def test_code_in_the_folder_never_runs(tmp_path: Path) -> None:
-    saved(vit(), tmp_path)
+    save(make_vit(), tmp_path)
     (tmp_path / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "modeling.C", "AutoModel": "modeling.M"}}
@@ -352,8 +367,8 @@ def test_code_in_the_folder_never_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_that_are_not_there_are_not_made_up(tmp_path: Path) -> None:
-    saved(vit("ViTModel"), tmp_path)
+def test_missing_weights_are_refused(tmp_path: Path) -> None:
+    save(make_vit("ViTModel"), tmp_path)
     with pytest.raises(
         InvalidJob, match=r"saved as ViTModel and has no weights for classifier\.bias, .*correct model\.kind"
     ):
@@ -364,15 +379,15 @@ def test_weights_that_are_not_there_are_not_made_up(tmp_path: Path) -> None:
         load(str(tmp_path))
 
 
-def test_another_number_of_classes_than_the_config_says(tmp_path: Path) -> None:
-    saved(vit(), tmp_path)
+def test_number_of_classes_unlike_the_config_is_refused(tmp_path: Path) -> None:
+    save(make_vit(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}, "label2id": None}))
     with pytest.raises(InvalidJob, match="cannot be loaded"):
         load(str(tmp_path))
 
 
-def changed(key: str, value: Any) -> Callable[[Path], None]:
+def make_config_change(key: str, value: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {key: value}))
@@ -381,36 +396,44 @@ def changed(key: str, value: Any) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "more", "said"),
+    ("damage", "settings", "message"),
     [
-        (lambda at: (at / "config.json").unlink(), {}, r"but no config\.json; name a folder"),
-        (lambda at: (at / "config.json").write_text("{"), {}, r"config\.json is no JSON"),
-        (lambda at: (at / "config.json").write_text("[]"), {}, "holds no JSON object"),
-        (lambda at: (at / "model.safetensors").unlink(), {}, r"holds neither model\.safetensors nor"),
-        (lambda at: (at / "model.safetensors").write_bytes(b"rubbish"), {}, "cannot be loaded"),
-        (changed("model_type", "nonesuch"), {}, "nonesuch, which this version of transformers does not know"),
-        (changed("architectures", None), {}, r"write model\.kind: classification, detection or features"),
-        (changed("architectures", ["ViTForMaskedImageModeling"]), {}, r"write model\.kind: features"),
-        (changed("id2label", LABELS), {"kind": "detection"}, "is a vit, which transformers has not for detection"),
+        (lambda folder: (folder / "config.json").unlink(), {}, r"but no config\.json; name a folder"),
+        (lambda folder: (folder / "config.json").write_text("{"), {}, r"config\.json is no JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), {}, "holds no JSON object"),
+        (lambda folder: (folder / "model.safetensors").unlink(), {}, r"holds neither model\.safetensors nor"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"rubbish"), {}, "cannot be loaded"),
+        (
+            make_config_change("model_type", "nonesuch"),
+            {},
+            "nonesuch, which this version of transformers does not know",
+        ),
+        (make_config_change("architectures", None), {}, r"write model\.kind: classification, detection or features"),
+        (make_config_change("architectures", ["ViTForMaskedImageModeling"]), {}, r"write model\.kind: features"),
+        (
+            make_config_change("id2label", LABELS),
+            {"kind": "detection"},
+            "is a vit, which transformers has not for detection",
+        ),
     ],
 )
-def test_folders_that_are_no_such_model(
-    spoil: Callable[[Path], Any], more: dict[str, Any], said: str, tmp_path: Path
+def test_damaged_folder_is_explained(
+    damage: Callable[[Path], Any], settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    folder = saved(vit(), tmp_path)
-    spoil(tmp_path)
-    with pytest.raises(InvalidJob, match=said):
-        load(folder, **more)
+    folder = save(make_vit(), tmp_path)
+    damage(tmp_path)
+    with pytest.raises(InvalidJob, match=message):
+        load(folder, **settings)
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_folder_is_refused(tmp_path: Path) -> None:
     model = HuggingfaceModel(model=str(tmp_path / "absent"))
     for call in (model.check, model.load):
         with pytest.raises(InvalidJob, match=r"absent/ holds nothing, but no config\.json"):
             call(READER, Path())
 
 
-def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_transformers_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     model = HuggingfaceModel(model="google/vit")
     for call in (model.check, model.load):
@@ -418,8 +441,10 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
             call(READER, Path())
 
 
-def test_transformers_is_silent_and_left_as_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    folder = saved(vit(), tmp_path)
+def test_transformers_is_silent_and_its_settings_are_restored(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = save(make_vit(), tmp_path)
     logger = logging.getLogger("transformers")
     before = logger.level, are_progress_bars_disabled(), constants.HF_HUB_OFFLINE, torch.get_rng_state()
     capfd.readouterr()
