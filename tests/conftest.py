@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from nursery import Nursery
+from driver_server import DriverServer
 from seaweed import Seaweed, environment, running, weed_binary
 
 pytest_plugins = ("figures",)  # fixtures `figure`, `seed` and `full_clocks`
@@ -31,9 +31,9 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
 
 
 @pytest.fixture(scope="session")
-def nursery(tmp_path_factory: pytest.TempPathFactory, full_clocks: bool) -> Iterator[Nursery]:
+def driver_server(tmp_path_factory: pytest.TempPathFactory, full_clocks: bool) -> Iterator[DriverServer]:
     """What starts drivers in no time; all that are left end with the session."""
-    found = Nursery(tmp_path_factory.mktemp("nursery"), full_clocks)
+    found = DriverServer(tmp_path_factory.mktemp("driver_server"), full_clocks)
     try:
         yield found
     finally:

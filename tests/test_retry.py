@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import scripted_pool
 from batchjob_process import open_output, read_all_footers, read_rows
+from driver_server import DriverServer
 from faulty import LOSE_ANSWER, Reply, between
-from nursery import Nursery
 from PIL import Image
 from scripted_pool import Act, ScriptedPool, fail, fail_after_commit, slow, twice
 from seaweed import Seaweed
@@ -374,36 +374,36 @@ def test_a_doubtful_answer_to_a_replacement_is_looked_into(tmp_path: Path, s3: S
 
 
 def test_a_retry_that_was_killed_goes_on_and_a_second_one_beside_it_is_told_to_wait(
-    tmp_path: Path, out: Path, nursery: Nursery, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, out: Path, driver_server: DriverServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = write_job(tmp_path, broken=range(1, IMAGES))
     batchjob.run(job(path, "errors.max_rate=1"))
     mend(tmp_path, range(IMAGES))
-    first = nursery.start("retry", path, "--quiet", env={"BATCHJOB_TEST_NAP": "1"}, short_lease=True)
-    first.until(lambda: not (out / "_SUCCESS").exists())
+    first = driver_server.start("retry", path, "--quiet", env={"BATCHJOB_TEST_NAP": "1"}, short_lease=True)
+    first.wait_until(lambda: not (out / "_SUCCESS").exists())
     assert main(["retry", path, "--json", "--quiet"]) == 75
     assert json.loads(capfd.readouterr().out.splitlines()[-1])["status"] == "temporary"
     assert main(["status", str(out)]) == 0
-    first.until(lambda: 1 in revisions(out))
+    first.wait_until(lambda: 1 in revisions(out))
     first.kill()
-    assert first.code == -signal.SIGKILL
+    assert first.exit_code == -signal.SIGKILL
     assert not (out / "_SUCCESS").exists()
     done = revisions(out)
-    ended = nursery.start("retry", path, "--quiet", short_lease=True).end()
+    ended = driver_server.start("retry", path, "--quiet", short_lease=True).wait()
     assert ended.exit_code == 0, ended.stderr
     assert (failed(out), revisions(out)) == ([], [1, 1, 1])
     assert sum(done) < 3, "it was killed too late to show anything"
     assert agrees(out)
 
 
-def test_a_run_after_a_killed_retry_finishes_what_is_there(path: str, out: Path, nursery: Nursery) -> None:
+def test_a_run_after_a_killed_retry_finishes_what_is_there(path: str, out: Path, driver_server: DriverServer) -> None:
     batchjob.run(job(path))
     mend(out.parent)
-    first = nursery.start("retry", path, "--quiet", env={"BATCHJOB_TEST_NAP": "1"}, short_lease=True)
-    first.until(lambda: not (out / "_SUCCESS").exists())
+    first = driver_server.start("retry", path, "--quiet", env={"BATCHJOB_TEST_NAP": "1"}, short_lease=True)
+    first.wait_until(lambda: not (out / "_SUCCESS").exists())
     first.kill()
     before = read_all_footers(out)
-    ended = nursery.start("run", path, "--quiet", "--json", short_lease=True).end()
+    ended = driver_server.start("run", path, "--quiet", "--json", short_lease=True).wait()
     assert (ended.exit_code, ended.json_result["failed"]) == (0, len(failed(out)))
     assert read_all_footers(out) == before
     assert agrees(out)

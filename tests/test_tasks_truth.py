@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from cifar_job import footers
 from PIL import Image
 from pydantic import ValidationError
 from sklearn import metrics
-from spine import footers
 
 import batchjob
 from batchjob.errors import InvalidJob

@@ -16,8 +16,8 @@ from color_coded_job import (
     upload_job,
     write_job,
 )
+from driver_server import DriverServer
 from figures import Figure
-from nursery import Nursery
 from seaweed import Seaweed
 
 IMAGES = 120
@@ -35,10 +35,10 @@ class Fired:
     tally: OutputCheck
 
 
-def fire(nursery: Nursery, job: str, output: str, drivers: int) -> Fired:
+def fire(driver_server: DriverServer, job: str, output: str, drivers: int) -> Fired:
     settings = [*format_overrides(output__uri=output), "--json"]
-    started = [nursery.start("run", job, *settings, env=NAP) for _ in range(drivers)]
-    return sorted_out([driver.end() for driver in started], output)
+    started = [driver_server.start("run", job, *settings, env=NAP) for _ in range(drivers)]
+    return sorted_out([driver.wait() for driver in started], output)
 
 
 def sorted_out(ended: list[CompletedCommand], output: str) -> Fired:
@@ -49,12 +49,12 @@ def sorted_out(ended: list[CompletedCommand], output: str) -> Fired:
 
 @pytest.mark.parametrize("where", ["local", "SeaweedFS"])
 def test_of_many_drivers_one_works(
-    where: str, s3: Seaweed, nursery: Nursery, tmp_path: Path, request: pytest.FixtureRequest, figure: Figure
+    where: str, s3: Seaweed, driver_server: DriverServer, tmp_path: Path, request: pytest.FixtureRequest, figure: Figure
 ) -> None:
     on_s3 = where == "SeaweedFS"
     job = upload_job(tmp_path, IMAGES, s3) if on_s3 else write_job(tmp_path, IMAGES)
     fired = [
-        fire(nursery, job, s3.bucket() + "out/" if on_s3 else str(tmp_path / f"out{drivers}"), drivers)
+        fire(driver_server, job, s3.bucket() + "out/" if on_s3 else str(tmp_path / f"out{drivers}"), drivers)
         for drivers in (2, 4, 8)
     ]
     losers = [loser for one in fired for loser in one.losers]

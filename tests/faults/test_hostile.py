@@ -9,8 +9,8 @@ from collections import Counter
 from pathlib import Path
 
 from batchjob_process import cifar_arguments, read_all_footers, read_rows
+from driver_server import DriverServer
 from figures import Figure
-from nursery import Nursery
 
 KNOWN = {"corrupt", "truncated", "not_an_image", "unsupported", "too_large", "empty"}
 
@@ -21,14 +21,14 @@ def files(folder: Path) -> list[str]:
 
 
 def test_every_hostile_file_is_one_row(
-    nursery: Nursery, test_data: Path, tmp_path: Path, seed: int, figure: Figure
+    driver_server: DriverServer, test_data: Path, tmp_path: Path, seed: int, figure: Figure
 ) -> None:
     hostile, clean = files(test_data / "hostile"), files(test_data / "cifar10" / "images")
     mixed = random.Random(f"hostile {seed}").sample(hostile + clean, len(hostile) + len(clean))
     with (tmp_path / "manifest.csv").open("w", newline="") as manifest:
         csv.writer(manifest).writerows([["file"], *([name] for name in mixed)])
     output = tmp_path / "out"
-    ended = nursery.start(
+    ended = driver_server.start(
         *cifar_arguments(test_data, output),
         f"input={{type: manifest, uri: {tmp_path}/manifest.csv, uri_column: file}}",
         "preprocess.resize=[32, 32]",
@@ -38,7 +38,7 @@ def test_every_hostile_file_is_one_row(
         "errors.attempts=1",
         "decode.max_pixels=50000000",
         loaders="shared",
-    ).end()
+    ).wait()
     assert ended.exit_code == 0, ended.stderr
     rows = read_rows(output).to_pylist()
     faults = Counter(f"{row['error_stage']}/{row['error_type']}" for row in rows if row["error_stage"] is not None)

@@ -12,8 +12,8 @@ from functools import partial
 import pytest
 from batchjob_process import filter_alive, find_descendants, wait_until
 from color_coded_job import OutputCheck, check_output, format_overrides, format_range, run_parallel, upload_job
+from driver_server import DriverProcess, DriverServer, LoaderOrigin
 from figures import Figure
-from nursery import Driver, Loaders, Nursery
 from seaweed import Seaweed
 
 RUNS, WITH_LOADERS = 25, 6
@@ -30,7 +30,7 @@ class Survived:
     seconds: float
 
 
-def loaders(driver: Driver) -> set[int]:
+def loaders(driver: DriverProcess) -> set[int]:
     """Its loader processes: children of the fork server, which is its child."""
     return {pid for child, _ in find_descendants(driver.pid) for pid, _ in find_descendants(child)}
 
@@ -39,17 +39,17 @@ def loaders(driver: Driver) -> set[int]:
 class Run:
     """One output, and who works on it."""
 
-    nursery: Nursery
+    driver_server: DriverServer
     job: str
     output: str
     processes: int
 
-    def start(self) -> Driver:
+    def start(self) -> DriverProcess:
         settings = format_overrides(output__uri=self.output, runtime__loader__processes=self.processes)
-        servers: Loaders = "own" if self.processes else "none"
-        return self.nursery.start("run", self.job, *settings, env=NAP, short_lease=True, loaders=servers)
+        servers: LoaderOrigin = "own" if self.processes else "none"
+        return self.driver_server.start("run", self.job, *settings, env=NAP, short_lease=True, loaders=servers)
 
-    def has_loaders(self, driver: Driver) -> bool:
+    def has_loaders(self, driver: DriverProcess) -> bool:
         return len(loaders(driver)) >= self.processes
 
     def survive(self, chance: random.Random, victims: list[str]) -> Survived:
@@ -59,8 +59,8 @@ class Run:
         driver = self.start()
         for victim in victims:
             if victim == "loader":
-                driver.until(partial(self.has_loaders, driver))
-            if not driver.work(chance.uniform(0.2, 2.5)):
+                driver.wait_until(partial(self.has_loaders, driver))
+            if not driver.run_for(chance.uniform(0.2, 2.5)):
                 break
             if victim == "loader":
                 os.kill(chance.choice(sorted(loaders(driver))), signal.SIGKILL)
@@ -68,7 +68,7 @@ class Run:
                 family |= driver.kill()
                 driver = self.start()
             kills[victim] += 1
-        ended = driver.end()
+        ended = driver.wait()
         assert ended.exit_code == 0, ended.stderr
         wait_until(lambda: not filter_alive(family), timeout=30)
         return Survived(check_output(self.output, IMAGES), kills, ended.seconds)
@@ -81,14 +81,14 @@ def job(tmp_path_factory: pytest.TempPathFactory, s3: Seaweed) -> str:
 
 
 def test_every_image_exactly_once_whoever_is_killed(
-    s3: Seaweed, nursery: Nursery, job: str, seed: int, figure: Figure
+    s3: Seaweed, driver_server: DriverServer, job: str, seed: int, figure: Figure
 ) -> None:
     def survive(number: int) -> Survived:
         chance = random.Random(f"kills {seed} {number}")
         with_loaders = number < WITH_LOADERS  # the long ones first
         victims = ["loader"] * 4 + ["driver"] * (number % 2) if with_loaders else ["driver"] * chance.randint(2, 4)
         chance.shuffle(victims)
-        return Run(nursery, job, s3.bucket() + "out/", 2 if with_loaders else 0).survive(chance, victims)
+        return Run(driver_server, job, s3.bucket() + "out/", 2 if with_loaders else 0).survive(chance, victims)
 
     runs = run_parallel(survive, range(RUNS), at_once=12)
     kills = sum((run.kills for run in runs), Counter[str]())

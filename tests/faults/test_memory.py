@@ -9,8 +9,8 @@ from pathlib import Path
 
 from batchjob_process import find_descendants
 from color_coded_job import JOB
+from driver_server import DriverProcess, DriverServer
 from figures import Figure
-from nursery import Driver, Nursery
 
 FEW, TIMES, DISTINCT, SIDE = 3000, 10, 50, 128
 PLANNED = 1_000_000, 10_000_000  # enough chunks of a plan to keep all of its rooms busy, and ten times as many
@@ -57,7 +57,7 @@ class Course:
 class Watcher:
     """Looks at a driver, which is the worker here, and at all below it, ten times a second until it ends."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: DriverProcess) -> None:
         self._driver, self._over = driver, threading.Event()
         self._looks: dict[int, list[tuple[float, int]]] = {}  # of each process, by age: the moment, and MiB
         self._peaks: dict[int, int] = {}
@@ -114,16 +114,16 @@ def write_job(folder: Path, images: int) -> str:
     return str(folder / "job.yaml")
 
 
-def test_driver_worker_and_loader_stay_flat(nursery: Nursery, tmp_path: Path, figure: Figure) -> None:
+def test_driver_worker_and_loader_stay_flat(driver_server: DriverServer, tmp_path: Path, figure: Figure) -> None:
     """Two runs alone could not tell what is kept for good from what is warming up."""
     found = []
     for images in (FEW, FEW * TIMES):
         job = write_job(tmp_path / str(images), images)
         settings = ["runtime.batch_size=32", "runtime.shard_size=250", "runtime.loader.processes=1"]
-        driver = nursery.start("run", job, *settings, loaders="own")
+        driver = driver_server.start("run", job, *settings, loaders="own")
         watcher = Watcher(driver)
         try:
-            ended = driver.end()
+            ended = driver.wait()
         finally:
             found.append(watcher.courses())
         assert ended.exit_code == 0, ended.stderr
@@ -138,14 +138,16 @@ def test_driver_worker_and_loader_stay_flat(nursery: Nursery, tmp_path: Path, fi
     assert [course for course in found[-1] if not course.steady] == [], "one of the processes goes on growing"
 
 
-def test_a_plan_of_ten_times_the_images_takes_no_more(nursery: Nursery, tmp_path: Path, figure: Figure) -> None:
+def test_a_plan_of_ten_times_the_images_takes_no_more(
+    driver_server: DriverServer, tmp_path: Path, figure: Figure
+) -> None:
     found = []
     for images in PLANNED:
         job = write_job(tmp_path / str(images), images)
-        driver = nursery.start("plan", job, "runtime.shard_size=1000")
+        driver = driver_server.start("plan", job, "runtime.shard_size=1000")
         watcher = Watcher(driver)
         try:
-            ended = driver.end()
+            ended = driver.wait()
         finally:
             found.append(watcher.courses()[0])
         assert ended.exit_code == 0, ended.stderr

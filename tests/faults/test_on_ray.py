@@ -30,8 +30,8 @@ from color_coded_job import (
     run_parallel,
     upload_job,
 )
+from driver_server import DriverProcess, DriverServer
 from figures import Figure
-from nursery import Driver, Nursery
 from seaweed import Seaweed
 
 RUNS, IMAGES = 5, 240
@@ -123,9 +123,9 @@ def mark(job: str | Path) -> str:
     return f"is-{Path(job).parent.name}"
 
 
-def start(nursery: Nursery, head: Head, job: str, output: str) -> Driver:
+def start(driver_server: DriverServer, head: Head, job: str, output: str) -> DriverProcess:
     settings = format_overrides(output__uri=output, runtime__pool="ray", runtime__workers=1, runtime__cpus_per_worker=1)
-    return nursery.start(
+    return driver_server.start(
         "run", job, *settings, "--json", "--address", head.address, env=head.environment, short_lease=True
     )
 
@@ -134,14 +134,14 @@ def more_than(parts: int, output: str) -> bool:
     return len(list_committed_parts(output)) > parts
 
 
-def kill_worker(victim: tuple[int, int], driver: Driver) -> None:
+def kill_worker(victim: tuple[int, int], driver: DriverProcess) -> None:
     """SIGKILL to one of this driver's, seen through, until the driver knows."""
     os.kill(victim[0], signal.SIGKILL)
-    assert driver.until(lambda: not filter_alive({victim}) and "was lost" in driver.said), driver.said
+    assert driver.wait_until(lambda: not filter_alive({victim}) and "was lost" in driver.stderr), driver.stderr
 
 
 def test_every_image_exactly_once_on_ray(
-    tmp_path: Path, s3: Seaweed, nursery: Nursery, head: Head, job: str, seed: int, figure: Figure
+    tmp_path: Path, s3: Seaweed, driver_server: DriverServer, head: Head, job: str, seed: int, figure: Figure
 ) -> None:
     """Each run loses a driver, most a worker too, before or after it."""
     orders = random.Random(f"ray {seed}").sample(ORDERS, len(ORDERS)) * 2
@@ -150,11 +150,11 @@ def test_every_image_exactly_once_on_ray(
         chance, due = random.Random(f"ray {seed} {number}"), orders[number]
         own = copied(job, tmp_path / f"run{number}")
         output, kills, redone, orphans = s3.bucket() + "out/", Counter[str](), 0, set[tuple[int, int]]()
-        driver, before = start(nursery, head, own, output), list_committed_parts(output)
+        driver, before = start(driver_server, head, own, output), list_committed_parts(output)
         for victim in due:
             seen = list_committed_parts(output)
-            driver.until(partial(more_than, len(seen), output))
-            if not driver.work(chance.uniform(0, 1)):
+            driver.wait_until(partial(more_than, len(seen), output))
+            if not driver.run_for(chance.uniform(0, 1)):
                 break
             before = list_committed_parts(output)
             if victim == "worker":
@@ -162,10 +162,10 @@ def test_every_image_exactly_once_on_ray(
             else:
                 driver.kill()
                 orphans = head.workers(own)
-                driver = start(nursery, head, own, output)
+                driver = start(driver_server, head, own, output)
             kills[victim] += 1
             redone += len(before.items() - list_committed_parts(output).items())
-        ended = driver.end()
+        ended = driver.wait()
         assert ended.exit_code == 0, ended.stderr
         redone += len(before.items() - list_committed_parts(output).items())
         return Survived(Counter(due), kills, redone, check_output(output, IMAGES), ended.seconds)
@@ -184,13 +184,13 @@ def test_every_image_exactly_once_on_ray(
     assert kills == due, "a run was through before its time"
 
 
-def test_sigterm_on_ray(s3: Seaweed, nursery: Nursery, head: Head, job: str, figure: Figure) -> None:
+def test_sigterm_on_ray(s3: Seaweed, driver_server: DriverServer, head: Head, job: str, figure: Figure) -> None:
     output = s3.bucket() + "out/"
-    driver = start(nursery, head, job, output)
-    assert driver.until(lambda: list_committed_parts(output)), driver.said
+    driver = start(driver_server, head, job, output)
+    assert driver.wait_until(lambda: list_committed_parts(output)), driver.stderr
     asked = driver.seconds
-    driver.send(signal.SIGTERM)
-    ended = driver.end()
+    driver.send_signal(signal.SIGTERM)
+    ended = driver.wait()
     figure("SIGTERM", f"on Ray, amid its shards: exit code {ended.exit_code} after {ended.seconds - asked:.1f} s")
     assert ended.exit_code == 75, ended.stderr
     assert ended.json_result["status"] == "temporary"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from batchjob_process import CompletedCommand, read_rows, write_slow_job
+from driver_server import DriverServer
 from figures import Figure
-from nursery import Nursery
 
 IMAGES, HANG_SECONDS = 1000, 2
 CRASH_SECONDS, LOST_SECONDS = 5, 0.25  # the latter until a hung process is seen (0.1 s) and another one in its place
@@ -58,22 +58,22 @@ def write_job(folder: Path, pills: dict[int, str]) -> None:
     (folder / "manifest.csv").write_text("\n".join(["file", *names, ""]))
 
 
-def predict(nursery: Nursery, folder: Path) -> CompletedCommand:
+def predict(driver_server: DriverServer, folder: Path) -> CompletedCommand:
     """Loader processes come from a fork server that runs: it takes longer to start than the rest takes."""
     command = ["run", str(folder / "job.yaml"), "--json", "preprocess={transform: poison:deadly}", "errors.max_rate=1"]
     command += ["runtime.loader.processes=2", f"runtime.loader.image_seconds={HANG_SECONDS}", "errors.attempts=1"]
     command += ["runtime.batch_size=25", "runtime.shard_size=100"]
-    return nursery.start(*command, loaders="shared").end()
+    return driver_server.start(*command, loaders="shared").wait()
 
 
 @pytest.fixture(scope="module")
-def clean_seconds(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> float:
+def clean_seconds(driver_server: DriverServer, tmp_path_factory: pytest.TempPathFactory) -> float:
     """What the same job takes without a pill, by the second time."""
     seconds = 0.0
     for _ in range(2):
         folder = tmp_path_factory.mktemp("clean")
         write_job(folder, {})
-        ended = predict(nursery, folder)
+        ended = predict(driver_server, folder)
         assert (ended.exit_code, ended.json_result["failed"]) == (0, 0), ended.stderr
         seconds = ended.seconds
     return seconds
@@ -81,7 +81,7 @@ def clean_seconds(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.mark.parametrize("kind", list(PILLS))
 def test_pills_are_one_error_row_each(
-    kind: str, nursery: Nursery, tmp_path: Path, clean_seconds: float, seed: int, figure: Figure
+    kind: str, driver_server: DriverServer, tmp_path: Path, clean_seconds: float, seed: int, figure: Figure
 ) -> None:
     chance, told = random.Random(f"poison {seed} {kind}"), []
     hangs = PILLS[kind][1][1] == "hang"
@@ -89,7 +89,7 @@ def test_pills_are_one_error_row_each(
         folder = tmp_path / str(count)
         pills = dict.fromkeys(chance.sample(range(IMAGES), count), kind)
         write_job(folder, pills)
-        ended = predict(nursery, folder)
+        ended = predict(driver_server, folder)
         assert (ended.exit_code, ended.json_result["status"]) == (0, "complete"), ended.stderr
         deaths = ended.stderr.count("loader process ") + ended.stderr.count("is an error row")
         each = 2 * (HANG_SECONDS + LOST_SECONDS) if hangs else CRASH_SECONDS
@@ -112,17 +112,17 @@ def check_rows(folder: Path, faults: dict[int, tuple[str, str]]) -> None:
     assert all(row["embedding"] == pytest.approx(right) for row in rows if row["error_stage"] is None)
 
 
-def test_what_is_known_of_a_pill_outlives_the_run(nursery: Nursery, tmp_path: Path) -> None:
+def test_what_is_known_of_a_pill_outlives_the_run(driver_server: DriverServer, tmp_path: Path) -> None:
     """A second run of the same plan, from its first shard on, meets none of them."""
     pills = {5: "segv", 333: "exit", 777: "segv"}
     write_job(tmp_path, pills)
-    assert predict(nursery, tmp_path).exit_code == 0
+    assert predict(driver_server, tmp_path).exit_code == 0
     kept = sorted((tmp_path / "out/_batchjob/plans/0000/quarantine").iterdir())
     assert [json.loads(path.read_text())["position"] for path in kept] == sorted(pills)
     for part in (tmp_path / "out/predictions").iterdir():
         part.unlink()
     (tmp_path / "out/_SUCCESS").unlink()
-    again = predict(nursery, tmp_path)
+    again = predict(driver_server, tmp_path)
     assert again.exit_code == 0, again.stderr
     assert Counter(again.stderr.split())["SIGSEGV"] == again.stderr.count("loader process") == 0
     check_rows(tmp_path, dict.fromkeys(pills, ("decode", "crash")))

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from color_coded_job import check_output, format_overrides, write_job
+from driver_server import DriverServer
 from figures import Figure
-from nursery import Nursery
 
 IMAGES, SHARD = 240, 10
 READS = 1000
@@ -67,21 +67,23 @@ class Poll:
             self.seen.append(count)
 
 
-def test_no_reader_sees_a_partial_or_foreign_file(tmp_path: Path, nursery: Nursery, seed: int, figure: Figure) -> None:
+def test_no_reader_sees_a_partial_or_foreign_file(
+    tmp_path: Path, driver_server: DriverServer, seed: int, figure: Figure
+) -> None:
     """Every reader looks from the first committed part on, through kills and resumes, until all is done."""
     chance = random.Random(f"readers {seed}")
     job, output, stop = write_job(tmp_path, IMAGES), tmp_path / "out", threading.Event()
 
     def go() -> list[Poll]:
         settings = format_overrides(output__uri=output, runtime__shard_size=SHARD)
-        driver = nursery.start("run", job, *settings, env=NAP, short_lease=True)
-        driver.until(lambda: any(output.glob("predictions/*")))
+        driver = driver_server.start("run", job, *settings, env=NAP, short_lease=True)
+        driver.wait_until(lambda: any(output.glob("predictions/*")))
         polls = [Poll(read, stop) for read in readers(output).values()]
         for _ in range(KILLS):
-            assert driver.work(chance.uniform(0.5, 2.0))
+            assert driver.run_for(chance.uniform(0.5, 2.0))
             driver.kill()
-            driver = nursery.start("run", job, *settings, env=NAP, short_lease=True)
-        ended = driver.end()
+            driver = driver_server.start("run", job, *settings, env=NAP, short_lease=True)
+        ended = driver.wait()
         assert ended.exit_code == 0, ended.stderr
         while sum(len(poll.seen) for poll in polls) < READS and not any(poll.wrong for poll in polls):
             stop.wait(0.1)

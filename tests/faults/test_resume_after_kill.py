@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import pytest
 from color_coded_job import OutputCheck, check_output, format_overrides, list_committed_parts, run_parallel, upload_job
+from driver_server import DriverProcess, DriverServer
 from faulty import RESET, Faulty, between
 from figures import Figure
-from nursery import Driver, Nursery
 from seaweed import Seaweed
 
 IMAGES, SHARD, POINTS = 120, 10, 20
@@ -44,14 +44,14 @@ class Killer:
     def __init__(self, proxy: Faulty, point: Point) -> None:
         self._point, self._lock, self._puts = point, threading.Lock(), 0
         self._born = threading.Event()
-        self._driver: Driver | None = None
+        self._driver: DriverProcess | None = None
         self.request = ""
         if point.carried_out:
             proxy.carried_out = self._see
         else:
             proxy.decide = lambda method, path: RESET if self._see(method, path) else None
 
-    def watch(self, driver: Driver) -> None:
+    def watch(self, driver: DriverProcess) -> None:
         self._driver = driver
         self._born.set()
 
@@ -66,7 +66,7 @@ class Killer:
             self._born.wait(10)
             assert self._driver is not None
             self.request = path
-            self._driver.send(signal.SIGKILL)
+            self._driver.send_signal(signal.SIGKILL)
         return hit
 
 
@@ -88,9 +88,9 @@ def images_read(proxy: Faulty) -> set[int]:
     return {int(name[1]) for name in found if name}
 
 
-def run_through(proxy: Faulty, nursery: Nursery, job: str, output: str) -> Driver:
+def run_through(proxy: Faulty, driver_server: DriverServer, job: str, output: str) -> DriverProcess:
     env = {"AWS_ENDPOINT_URL": proxy.endpoint}
-    return nursery.start(
+    return driver_server.start(
         "run", job, *format_overrides(output__uri=output, runtime__shard_size=SHARD), env=env, short_lease=True
     )
 
@@ -102,18 +102,18 @@ def job(tmp_path_factory: pytest.TempPathFactory, s3: Seaweed) -> str:
 
 
 def test_a_fresh_driver_redoes_nothing_that_is_committed(
-    s3: Seaweed, nursery: Nursery, job: str, seed: int, figure: Figure
+    s3: Seaweed, driver_server: DriverServer, job: str, seed: int, figure: Figure
 ) -> None:
     def resume(point: Point) -> Resumed:
         output = s3.bucket() + "out/"
         with between(s3.endpoint) as proxy:
             killer = Killer(proxy, point)
-            driver = run_through(proxy, nursery, job, output)
+            driver = run_through(proxy, driver_server, job, output)
             killer.watch(driver)
-            assert driver.end().exit_code == -signal.SIGKILL, f"{point} never came: {driver.said}"
+            assert driver.wait().exit_code == -signal.SIGKILL, f"{point} never came: {driver.stderr}"
         before = list_committed_parts(output)
         with between(s3.endpoint) as proxy:
-            ended = run_through(proxy, nursery, job, output).end()
+            ended = run_through(proxy, driver_server, job, output).wait()
             assert ended.exit_code == 0, ended.stderr
             read = images_read(proxy)
         after = list_committed_parts(output)
@@ -121,7 +121,7 @@ def test_a_fresh_driver_redoes_nothing_that_is_committed(
         again = {position for part in before for position in positions(part)} & read
         return Resumed(point, killer.request, len(before), redone, len(again), check_output(output, IMAGES))
 
-    points = chosen(seed, steps_of_a_clean_run(s3, nursery, job))
+    points = chosen(seed, steps_of_a_clean_run(s3, driver_server, job))
     runs = run_parallel(resume, points, at_once=8)
     for run in sorted(runs, key=lambda run: run.point.number):
         print(f"{run.point}: {run.request}: {run.before} parts, {run.read_again} images read again")
@@ -134,10 +134,10 @@ def test_a_fresh_driver_redoes_nothing_that_is_committed(
     assert [run for run in runs if run.redone or run.read_again or not run.tally.is_correct] == []
 
 
-def steps_of_a_clean_run(s3: Seaweed, nursery: Nursery, job: str) -> int:
+def steps_of_a_clean_run(s3: Seaweed, driver_server: DriverServer, job: str) -> int:
     """How many writes there are from first to last."""
     with between(s3.endpoint) as proxy:
-        assert run_through(proxy, nursery, job, s3.bucket() + "out/").end().exit_code == 0
+        assert run_through(proxy, driver_server, job, s3.bucket() + "out/").wait().exit_code == 0
         return sum(is_step(method, path) for method, path in proxy.seen)
 
 

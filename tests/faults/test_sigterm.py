@@ -22,9 +22,9 @@ from color_coded_job import (
     upload_job,
     write_job,
 )
+from driver_server import DriverServer, LoaderOrigin
 from faulty import RESET, Decide, Delay, between
 from figures import Figure
-from nursery import Loaders, Nursery
 from seaweed import Seaweed
 
 IMAGES, LONG, SECONDS = 120, 100, 20
@@ -90,10 +90,12 @@ def moments(seed: int) -> list[Moment]:
     return [*early, *short, *long, Moment(chance.uniform(6, 15), LONG, 1), *silent]
 
 
-def test_it_drains_and_the_next_run_resumes(s3: Seaweed, nursery: Nursery, job: str, seed: int, figure: Figure) -> None:
+def test_it_drains_and_the_next_run_resumes(
+    s3: Seaweed, driver_server: DriverServer, job: str, seed: int, figure: Figure
+) -> None:
     def stop(moment: Moment) -> Stopped:
         output = s3.bucket() + "out/"
-        servers: Loaders = "own" if moment.processes else "none"
+        servers: LoaderOrigin = "own" if moment.processes else "none"
         settings = format_overrides(
             output__uri=output,
             runtime__shard_size=moment.shard,
@@ -103,19 +105,19 @@ def test_it_drains_and_the_next_run_resumes(s3: Seaweed, nursery: Nursery, job: 
         with between(s3.endpoint) as gate:
             if moment.silence:
                 env["AWS_ENDPOINT_URL"] = gate.endpoint
-            driver = nursery.start("run", job, *settings, "--json", env=env, loaders=servers)
-            driver.until(lambda: held(output))
-            assert driver.work(moment.after)
+            driver = driver_server.start("run", job, *settings, "--json", env=env, loaders=servers)
+            driver.wait_until(lambda: held(output))
+            assert driver.run_for(moment.after)
             if moment.silence:
-                driver.until(lambda: list_committed_parts(output))
+                driver.wait_until(lambda: list_committed_parts(output))
                 gate.decide = SILENCES[moment.silence]
             asked = driver.seconds
-            driver.send(signal.SIGTERM)
-            ended = driver.end()
+            driver.send_signal(signal.SIGTERM)
+            ended = driver.wait()
         before = list_committed_parts(output)
         if moment.silence:
             delete_lease(output)  # it could not be given back
-        heir = nursery.start("run", job, *settings, loaders=servers).end()
+        heir = driver_server.start("run", job, *settings, loaders=servers).wait()
         assert heir.exit_code == 0, heir.stderr
         redone = len(before.items() - list_committed_parts(output).items())
         return Stopped(

@@ -17,9 +17,9 @@ from color_coded_job import (
     run_parallel,
     upload_job,
 )
+from driver_server import DriverProcess, DriverServer
 from faulty import Faulty, between
 from figures import Figure
-from nursery import Driver, Nursery
 from seaweed import Seaweed
 
 ZOMBIES, IMAGES, SHARD = 20, 60, 5
@@ -64,11 +64,11 @@ class Trap:
         self._number, self._on_the_way = number, on_the_way
         self._puts = self._looks = 0
         self._born = threading.Event()
-        self._driver: Driver | None = None
+        self._driver: DriverProcess | None = None
         self.stopped, self.go_on = threading.Event(), threading.Event()
         proxy.decide, proxy.carried_out = self._asked, self._answered
 
-    def watch(self, driver: Driver) -> None:
+    def watch(self, driver: DriverProcess) -> None:
         self._driver = driver
         self._born.set()
 
@@ -89,7 +89,7 @@ class Trap:
     def _stop(self) -> None:
         self._born.wait(10)
         assert self._driver is not None
-        self._driver.send(signal.SIGSTOP)
+        self._driver.send_signal(signal.SIGSTOP)
         self.stopped.set()
         self.go_on.wait(120)
 
@@ -100,7 +100,9 @@ def job(tmp_path_factory: pytest.TempPathFactory, s3: Seaweed) -> str:
     return upload_job(tmp_path_factory.mktemp("zombie"), IMAGES, s3)
 
 
-def test_what_a_rival_has_committed_stands(s3: Seaweed, nursery: Nursery, job: str, seed: int, figure: Figure) -> None:
+def test_what_a_rival_has_committed_stands(
+    s3: Seaweed, driver_server: DriverServer, job: str, seed: int, figure: Figure
+) -> None:
     """With the lease's clock at full length."""
 
     def rise(number: int) -> Risen:
@@ -110,18 +112,18 @@ def test_what_a_rival_has_committed_stands(s3: Seaweed, nursery: Nursery, job: s
         with between(s3.endpoint) as proxy:
             commit = chance.randint(2, IMAGES // SHARD)
             trap = Trap(proxy, commit, on_the_way=bool(number % 2))
-            zombie = nursery.start("run", job, *settings, env={**NAP, "AWS_ENDPOINT_URL": proxy.endpoint})
+            zombie = driver_server.start("run", job, *settings, env={**NAP, "AWS_ENDPOINT_URL": proxy.endpoint})
             trap.watch(zombie)
-            assert zombie.until(trap.stopped.is_set), zombie.said
+            assert zombie.wait_until(trap.stopped.is_set), zombie.stderr
             before, puts = list_committed_parts(output), len(proxy.seen)
-            rival = nursery.start("run", job, *settings).end()
+            rival = driver_server.start("run", job, *settings).wait()
             assert rival.exit_code == 0, rival.stderr
             after = list_committed_parts(output)
             assert before.items() <= after.items()
             part = sorted(after)[commit - 1]
-            zombie.send(signal.SIGCONT)
+            zombie.send_signal(signal.SIGCONT)
             trap.go_on.set()
-            ended = zombie.end()
+            ended = zombie.wait()
             later = proxy.seen[puts:] if not number % 2 else proxy.seen
         late = any(method == "PUT" and path.endswith(part) for method, path in later)
         kept = list_committed_parts(output) == after

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from batchjob_process import read_all_footers, read_rows, run_batchjob
-from tiny import red, write_tiny_job
+from tiny_job import red, write_tiny_job
 
 from batchjob.cli.main import main
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from batchjob_process import read_rows
-from tiny import red, write_tiny_job
+from tiny_job import red, write_tiny_job
 
 import batchjob
 

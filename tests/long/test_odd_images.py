@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from batchjob_process import read_rows, run_batchjob
 from PIL import Image
-from tiny import encoded, red, write_tiny_job
+from tiny_job import encoded, red, write_tiny_job
 
 
 def rotated() -> bytes:

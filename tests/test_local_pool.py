@@ -46,7 +46,7 @@ def test_a_bug_is_exit_1_and_its_traceback_is_kept(tmp_path: Path, monkeypatch: 
     assert (type(error), error.exit_code, error.status) == (BatchjobError, 1, "crashed")
     assert error.message == "a worker crashed: KeyError: 'a bug'"
     assert "Traceback" in notes(error)
-    assert "test_local.py" in notes(error)
+    assert "test_local_pool.py" in notes(error)
 
 
 def test_user_code_that_exits_is_no_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,15 +29,15 @@ ROOT = Path(__file__).parents[1]
 if __name__ != "__main__":
     from batchjob_process import CompletedCommand, find_descendants
 
-__all__ = ["Driver", "Loaders", "Nursery"]
+__all__ = ["DriverProcess", "DriverServer", "LoaderOrigin"]
 
-Loaders = Literal["none", "own", "shared"]
+LoaderOrigin = Literal["none", "own", "shared"]
 
 _PR_SET_PDEATHSIG = 1
 _SHORT_SECONDS = 3.0
 
 
-class Nursery:
+class DriverServer:
     """Starts drivers. All that are left end with it.
 
     Args:
@@ -66,8 +66,8 @@ class Nursery:
         *arguments: str,
         env: Mapping[str, str] | None = None,
         short_lease: bool = False,
-        loaders: Loaders = "none",
-    ) -> Driver:
+        loaders: LoaderOrigin = "none",
+    ) -> DriverProcess:
         """`python -m batchjob …`, now.
 
         Args:
@@ -89,9 +89,9 @@ class Nursery:
             assert self._process.stdin is not None
             print(json.dumps(request), file=self._process.stdin, flush=True)
             pid = self._born.get(timeout=120)
-        return Driver(self, pid, log, time.monotonic())
+        return DriverProcess(self, pid, log, time.monotonic())
 
-    def end(self, pid: int, timeout: float = 0) -> tuple[int, float] | None:
+    def wait_for_exit(self, pid: int, timeout: float = 0) -> tuple[int, float] | None:
         """Exit code of a driver, negative the signal that killed it, and when it ended; None while it lives."""
         with self._changed:
             self._changed.wait_for(lambda: pid in self._ends, timeout)
@@ -117,60 +117,60 @@ class Nursery:
 
 
 @dataclass(frozen=True)
-class Driver:
+class DriverProcess:
     """A driver at work."""
 
-    nursery: Nursery
+    server: DriverServer
     pid: int
     log: Path
-    began: float
+    started: float
 
     @property
-    def code(self) -> int | None:
+    def exit_code(self) -> int | None:
         """Exit code, negative the signal that killed it; None while it lives."""
-        end = self.nursery.end(self.pid)
+        end = self.server.wait_for_exit(self.pid)
         return None if end is None else end[0]
 
     @property
     def seconds(self) -> float:
         """Since its start."""
-        return time.monotonic() - self.began
+        return time.monotonic() - self.started
 
     @property
-    def said(self) -> str:
+    def stderr(self) -> str:
         """What it wrote to stderr so far."""
         return (self.log / "err").read_text(errors="replace")
 
-    def send(self, number: signal.Signals) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
         """Send it a signal; it may have ended."""
-        if self.code is None:
+        if self.exit_code is None:
             os.kill(self.pid, number)
 
     def kill(self) -> set[tuple[int, int]]:
         """SIGKILL to the driver alone, seen through; returns what it had started."""
         family = find_descendants(self.pid)
-        self.send(signal.SIGKILL)
-        assert self.nursery.end(self.pid, 30) is not None
+        self.send_signal(signal.SIGKILL)
+        assert self.server.wait_for_exit(self.pid, 30) is not None
         return family
 
-    def end(self, timeout: float = 240) -> CompletedCommand:
+    def wait(self, timeout: float = 240) -> CompletedCommand:
         """Wait for its end."""
-        end = self.nursery.end(self.pid, timeout)
-        assert end is not None, f"still at work after {timeout} s:\n{self.said}"
+        end = self.server.wait_for_exit(self.pid, timeout)
+        assert end is not None, f"still at work after {timeout} s:\n{self.stderr}"
         code, moment = end
-        return CompletedCommand(code, (self.log / "out").read_text(), self.said, moment - self.began)
+        return CompletedCommand(code, (self.log / "out").read_text(), self.stderr, moment - self.started)
 
-    def until(self, condition: Callable[[], Any], timeout: float = 120) -> Any:
+    def wait_until(self, condition: Callable[[], Any], timeout: float = 120) -> Any:
         """Wait until the condition holds, or the driver has ended; what the condition gave at last."""
         deadline = time.monotonic() + timeout
-        while not (found := condition()) and self.code is None:
-            assert time.monotonic() < deadline, f"did not come about in {timeout} s:\n{self.said}"
-            self.nursery.end(self.pid, 0.05)
+        while not (found := condition()) and self.exit_code is None:
+            assert time.monotonic() < deadline, f"did not come about in {timeout} s:\n{self.stderr}"
+            self.server.wait_for_exit(self.pid, 0.05)
         return found
 
-    def work(self, seconds: float) -> bool:
+    def run_for(self, seconds: float) -> bool:
         """Let it work for so long; whether it still does then."""
-        return self.nursery.end(self.pid, seconds) is None
+        return self.server.wait_for_exit(self.pid, seconds) is None
 
 
 # -- the process that forks ------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from batchjob_process import delete_lease
+from cifar_job import cifar, footers, labels_right, rows, run, start, wait
 from seaweed import Seaweed
-from spine import cifar, footers, labels_right, rows, run, start, wait
 
 import batchjob
 from batchjob.output import commit
