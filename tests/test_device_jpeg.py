@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from batchjob_process import read_rows
+from harmful_job import CUDA_ASSERT
 from jpeg_files import (
     CENTER_CROP,
     PLAIN_JPEG,
@@ -28,7 +29,6 @@ from jpeg_files import (
     make_photograph,
     make_split_transform,
 )
-from lost import ASSERT
 from PIL import Image
 
 from batchjob import Job, run
@@ -290,7 +290,7 @@ def test_a_thread_that_outlives_it_starts_no_processes(tmp_path: Path) -> None:
 
 def test_a_device_that_breaks_fails_the_attempt_in_its_own_words(tmp_path: Path) -> None:
     def broken(files: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        raise RuntimeError(ASSERT)
+        raise RuntimeError(CUDA_ASSERT)
 
     with pytest.raises(AttemptFailed, match="device-side assert"):
         Decoding(broken, 1.0).batches(written(tmp_path, [PLAIN_JPEG] * 3))
@@ -415,7 +415,7 @@ def test_after_a_crash_there_the_shard_is_decoded_on_the_cpu(
     tmp_path: Path, device: Callable[[JpegDecoder], None]
 ) -> None:
     def broken(files: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        raise RuntimeError(ASSERT)
+        raise RuntimeError(CUDA_ASSERT)
 
     device(broken)
     path = write_job(tmp_path, [PLAIN_JPEG] * 10)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from memory_store import MemoryStore
 from simulation import play
-from stores import MemoryStore
 
 from batchjob.errors import Temporary
 from batchjob.output import commit, success
@@ -32,7 +32,7 @@ def test_a_part_whose_plan_was_discarded_during_its_put_is_taken_back(tmp_path: 
 
     with pytest.raises(Temporary, match="discarded"):
         commit.commit_part(store, key, tmp_path / "part", made, wanted)
-    assert store.held() == []
+    assert store.stored_keys() == []
 
 
 def test_a_success_whose_plan_was_discarded_during_its_put_is_taken_back() -> None:
@@ -45,4 +45,4 @@ def test_a_success_whose_plan_was_discarded_during_its_put_is_taken_back() -> No
 
     with pytest.raises(Temporary, match="discarded"):
         success.write_success(store, {"plan": "p", "counts": {}}, [], wanted)
-    assert store.held() == []
+    assert store.stored_keys() == []

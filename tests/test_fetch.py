@@ -8,7 +8,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from faulty import RESET, TRUNCATE, Faulty, Reply, between
+from fault_proxy import RESET, TRUNCATE, FaultProxy, Reply, run_fault_proxy
 from seaweed import Seaweed
 
 from batchjob.errors import AccessDenied, Unavailable
@@ -23,13 +23,13 @@ BROKEN = Reply(500, b"<Error><Code>InternalError</Code><Message>We encountered a
 
 
 @pytest.fixture
-def faulty(s3: Seaweed) -> Iterator[Faulty]:
-    with between(s3.endpoint) as running:
+def faulty(s3: Seaweed) -> Iterator[FaultProxy]:
+    with run_fault_proxy(s3.endpoint) as running:
         yield running
 
 
 @pytest.fixture
-def fetcher(faulty: Faulty) -> Fetcher:
+def fetcher(faulty: FaultProxy) -> Fetcher:
     return Fetcher(Reader({"s3://": StorageOptions(endpoint=faulty.endpoint)}, retry_timeout=0.3))
 
 
@@ -44,13 +44,13 @@ def told(found: list[ObjectData | ErrorRecord]) -> list[str]:
     return [answer.type if isinstance(answer, ErrorRecord) else answer.data.decode() for answer in found]
 
 
-def deny(faulty: Faulty, reply: Reply, *names: str) -> None:
+def deny(faulty: FaultProxy, reply: Reply, *names: str) -> None:
     faulty.decide = lambda method, path: reply if method == "GET" and path.endswith(names) else None
 
 
 @pytest.mark.parametrize("reply", [DENIED, BROKEN], ids=["denied", "broken"])
 def test_an_object_that_is_always_refused_is_that_images_fault(
-    s3: Seaweed, faulty: Faulty, fetcher: Fetcher, reply: Reply
+    s3: Seaweed, faulty: FaultProxy, fetcher: Fetcher, reply: Reply
 ) -> None:
     refs = photos(s3, "a.jpg", "b.jpg", "c.jpg", "d.jpg")
     deny(faulty, reply, "b.jpg", "d.jpg")
@@ -64,7 +64,7 @@ def test_an_object_that_is_always_refused_is_that_images_fault(
     assert "credentials" not in fault.message
 
 
-def test_a_store_that_refuses_everything_is_no_images_fault(s3: Seaweed, faulty: Faulty, fetcher: Fetcher) -> None:
+def test_a_store_that_refuses_everything_is_no_images_fault(s3: Seaweed, faulty: FaultProxy, fetcher: Fetcher) -> None:
     refs = photos(s3, "a.jpg", "b.jpg", "c.jpg")
     assert told(fetcher.fetch(refs[:2])) == ["a.jpg", "b.jpg"]
     deny(faulty, DENIED, ".jpg")
@@ -72,7 +72,7 @@ def test_a_store_that_refuses_everything_is_no_images_fault(s3: Seaweed, faulty:
         fetcher.fetch(refs)
 
 
-def test_where_nothing_has_been_read_yet_nobody_can_tell(s3: Seaweed, faulty: Faulty, fetcher: Fetcher) -> None:
+def test_where_nothing_has_been_read_yet_nobody_can_tell(s3: Seaweed, faulty: FaultProxy, fetcher: Fetcher) -> None:
     refs = photos(s3, "a.jpg", "b.jpg")
     deny(faulty, DENIED, "a.jpg")
     with pytest.raises(Unavailable):
@@ -81,7 +81,9 @@ def test_where_nothing_has_been_read_yet_nobody_can_tell(s3: Seaweed, faulty: Fa
     assert told(fetcher.fetch(refs[:1])) == ["unreadable"]
 
 
-def test_credentials_that_expire_between_two_looks_leave_no_row(s3: Seaweed, faulty: Faulty, fetcher: Fetcher) -> None:
+def test_credentials_that_expire_between_two_looks_leave_no_row(
+    s3: Seaweed, faulty: FaultProxy, fetcher: Fetcher
+) -> None:
     refs = photos(s3, "a.jpg", "b.jpg")
     fetcher.fetch(refs[:1])
     canary_reads = 0
@@ -98,7 +100,7 @@ def test_credentials_that_expire_between_two_looks_leave_no_row(s3: Seaweed, fau
     assert canary_reads == 2
 
 
-def test_another_stores_canary_says_nothing(s3: Seaweed, faulty: Faulty, fetcher: Fetcher, tmp_path: Path) -> None:
+def test_another_stores_canary_says_nothing(s3: Seaweed, faulty: FaultProxy, fetcher: Fetcher, tmp_path: Path) -> None:
     local = tmp_path / "here.jpg"
     local.write_bytes(b"here")
     fetcher.fetch([ImageRef(0, str(local), str(local))])
@@ -108,7 +110,9 @@ def test_another_stores_canary_says_nothing(s3: Seaweed, faulty: Faulty, fetcher
         fetcher.fetch(refs)
 
 
-def test_a_fault_that_has_passed_by_the_second_try_is_no_fault(s3: Seaweed, faulty: Faulty, fetcher: Fetcher) -> None:
+def test_a_fault_that_has_passed_by_the_second_try_is_no_fault(
+    s3: Seaweed, faulty: FaultProxy, fetcher: Fetcher
+) -> None:
     refs = photos(s3, "a.jpg", "b.jpg")
     fetcher.fetch(refs[:1])
     denials = [DENIED]
@@ -122,14 +126,14 @@ def in_order(*actions: Reply | str | None) -> Callable[[str, str], Reply | str |
 
 
 @pytest.fixture
-def patient(faulty: Faulty) -> Fetcher:
+def patient(faulty: FaultProxy) -> Fetcher:
     """Asks once within its window, and waits out an outage."""
     return Fetcher(
         Reader({"s3://": StorageOptions(endpoint=faulty.endpoint)}, retry_timeout=0.05, outage_timeout=30), retries=2
     )
 
 
-def test_a_store_that_falls_silent_is_waited_for(s3: Seaweed, faulty: Faulty, patient: Fetcher) -> None:
+def test_a_store_that_falls_silent_is_waited_for(s3: Seaweed, faulty: FaultProxy, patient: Fetcher) -> None:
     refs = photos(s3, "a.jpg", "b.jpg", "c.jpg")
     faulty.decide = in_order(*[RESET] * 12)
     assert told(patient.fetch(refs)) == ["a.jpg", "b.jpg", "c.jpg"], "before anything could be read"
@@ -139,7 +143,7 @@ def test_a_store_that_falls_silent_is_waited_for(s3: Seaweed, faulty: Faulty, pa
 
 
 def test_a_silence_that_lasts_is_raised_and_costs_the_next_batch_no_second_one(
-    s3: Seaweed, faulty: Faulty, patient: Fetcher
+    s3: Seaweed, faulty: FaultProxy, patient: Fetcher
 ) -> None:
     refs = photos(s3, "a.jpg", "b.jpg")
     patient.fetch(refs)
@@ -150,35 +154,35 @@ def test_a_silence_that_lasts_is_raised_and_costs_the_next_batch_no_second_one(
     for _ in range(2):
         with pytest.raises(Unavailable, match="does not answer"):
             brief.fetch(refs)
-        faulty.seen.clear()
+        faulty.requests.clear()
     faulty.decide = lambda method, path: None
     assert told(brief.fetch(refs)) == ["a.jpg", "b.jpg"]
 
 
 def test_an_object_that_is_refused_is_asked_for_as_often_as_the_job_says(
-    s3: Seaweed, faulty: Faulty, patient: Fetcher
+    s3: Seaweed, faulty: FaultProxy, patient: Fetcher
 ) -> None:
     refs = photos(s3, "a.jpg", "b.jpg")
     patient.fetch(refs[:1])
     deny(faulty, DENIED, "b.jpg")
     for retries in (0, 1, 5):
-        faulty.seen.clear()
+        faulty.requests.clear()
         assert told(replace(patient, retries=retries).fetch(refs[1:])) == ["unreadable"]
-        assert sum(path.endswith("b.jpg") for _, path in faulty.seen) == 1 + retries
+        assert sum(path.endswith("b.jpg") for _, path in faulty.requests) == 1 + retries
 
 
-def test_refused_credentials_are_not_waited_for(s3: Seaweed, faulty: Faulty, patient: Fetcher) -> None:
+def test_refused_credentials_are_not_waited_for(s3: Seaweed, faulty: FaultProxy, patient: Fetcher) -> None:
     refs = photos(s3, "a.jpg", "b.jpg")
     patient.fetch(refs)
     deny(faulty, DENIED, ".jpg")
-    faulty.seen.clear()
+    faulty.requests.clear()
     with pytest.raises(AccessDenied):
         patient.fetch(refs)
-    assert len(faulty.seen) == 2, "each image once; of the canary more would not be known"
+    assert len(faulty.requests) == 2, "each image once; of the canary more would not be known"
 
 
 def test_a_canary_that_is_gone_still_shows_that_the_store_answers(
-    s3: Seaweed, faulty: Faulty, fetcher: Fetcher
+    s3: Seaweed, faulty: FaultProxy, fetcher: Fetcher
 ) -> None:
     refs = photos(s3, "a.jpg", "b.jpg")
     fetcher.fetch(refs[:1])
@@ -218,7 +222,7 @@ def test_a_run_of_large_images_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_object_that_was_overwritten_after_the_plan_is_a_fault_that_says_so(
-    s3: Seaweed, faulty: Faulty, fetcher: Fetcher, tmp_path: Path
+    s3: Seaweed, faulty: FaultProxy, fetcher: Fetcher, tmp_path: Path
 ) -> None:
     refs = photos(s3, "a.jpg", "b.jpg")
     tags = [fetcher.reader.stat(ref.location).etag for ref in refs]
@@ -239,7 +243,7 @@ def test_an_object_that_was_overwritten_after_the_plan_is_a_fault_that_says_so(
 
 
 def test_an_object_that_is_too_large_or_another_is_not_read(
-    s3: Seaweed, faulty: Faulty, fetcher: Fetcher, tmp_path: Path
+    s3: Seaweed, faulty: FaultProxy, fetcher: Fetcher, tmp_path: Path
 ) -> None:
     bucket, local = s3.bucket(), tmp_path / "large.jpg"
     local.write_bytes(b"x" * 100_000)
@@ -254,7 +258,7 @@ def test_an_object_that_is_too_large_or_another_is_not_read(
     for uri, etag in zip(clouds, tags, strict=True):
         (fault,) = fetcher.fetch([ImageRef(0, uri, uri, etag="planned")])
         assert fault == ErrorRecord("fetch", "changed", f"{uri}: changed since the plan was made (planned, now {etag})")
-    assert len([1 for method, _ in faulty.seen if method == "GET"]) == 4, "each once"
+    assert len([1 for method, _ in faulty.requests if method == "GET"]) == 4, "each once"
 
 
 def test_a_file_of_any_protocol_that_is_too_large_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stores import Fault, MemoryStore
+from memory_store import Fault, MemoryStore
 
 from batchjob.driver.existing_output import delete_stale_parts
 from batchjob.driver.finalize import RunSummary, finalize_run
@@ -94,7 +94,7 @@ class Output:
         self.beats += 1
 
     def footers_read(self) -> set[str]:
-        return {call.key for call in self.store.calls if call.verb == "read_tail"}
+        return {call.key for call in self.store.calls if call.method == "read_tail"}
 
     def said(self, key: str) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads(self.store.read(key).data)
@@ -102,7 +102,7 @@ class Output:
 
     @property
     def finished(self) -> bool:
-        return success.SUCCESS in self.store.held()
+        return success.SUCCESS in self.store.stored_keys()
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_the_sums_are_those_of_the_parts(output: Output) -> None:
 def test_success_comes_last(output: Output) -> None:
     output.put(0)
     output.conclude()
-    assert output.store.written()[-2:] == ["_batchjob/report.json", "_SUCCESS"]
+    assert output.store.written_keys()[-2:] == ["_batchjob/report.json", "_SUCCESS"]
 
 
 def test_the_lease_is_kept_meanwhile(output: Output) -> None:
@@ -207,7 +207,7 @@ def test_a_part_of_no_plan_is_an_alarm(output: Output) -> None:
     output.store.put_if_absent("predictions/notes.txt", b"mine")
     with pytest.raises(CheckFailed, match=r"notes\.txt was not written by batchjob"):
         output.conclude()
-    assert foreign in output.store.held()
+    assert foreign in output.store.stored_keys()
     assert not output.finished
 
 
@@ -219,7 +219,7 @@ def test_what_a_discarded_plan_left_is_deleted(output: Output) -> None:
     output.head = replace(output.head, plan="second", number=1)
     mine = output.put(1)
     assert output.conclude().exit_code == 0
-    assert left not in output.store.held()
+    assert left not in output.store.stored_keys()
     assert [part["name"] for part in output.said("_SUCCESS")["parts"]] == [mine]
 
 
@@ -324,7 +324,7 @@ def test_of_a_plan_that_is_not_whole_nothing_is_foreign(output: Output) -> None:
     later = output.put(1)
     del output.expected[later]
     assert output.conclude(stopped_early=True, plan_complete=False).exit_code == 3
-    assert later in output.store.held()
+    assert later in output.store.stored_keys()
 
 
 # --- how right the rows were -----------------------------------------------------------------------------------------

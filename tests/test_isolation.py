@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from stores import MemoryStore
+from memory_store import MemoryStore
 
 from batchjob.errors import AttemptFailed, StorageError, Unavailable
 from batchjob.loader.loader import Loader
@@ -253,13 +253,13 @@ def test_the_quarantine_is_listed_once_and_anew_for_a_shard_that_was_tried_befor
     for first in range(8, 800, 8):
         quarantine.load(range(first, first + 8))
     assert quarantine.errors_by_row(range(800)) == {}
-    assert Counter(call.verb for call in store.calls) == {"list": 1}, "a request in all, for 100 shards"
+    assert Counter(call.method for call in store.calls) == {"list": 1}, "a request in all, for 100 shards"
     assert quarantine.find(21) == verdict, "who meets it nevertheless loses one process, and asks"
     for again in (True, False):
         quarantine.load(range(16, 32), refresh=again)
         assert quarantine.errors_by_row([20, 21]) == {1: verdict}
         assert quarantine.has_suspect(range(24, 25))
-    assert Counter(call.verb for call in store.calls) == {"list": 2, "read": 1}
+    assert Counter(call.method for call in store.calls) == {"list": 2, "read": 1}
 
 
 def test_processes_that_die_as_they_start_are_no_image_s_fault(tmp_path: Path) -> None:

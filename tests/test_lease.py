@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from memory_store import Fault, Killed, MemoryStore
 from seaweed import Seaweed
-from stores import Fault, Killed, MemoryStore
 
 from batchjob.driver.lease import EXPIRY_SECONDS, HEARTBEAT_SECONDS, Lease
 from batchjob.errors import Temporary, Unavailable
@@ -134,7 +134,7 @@ def test_a_store_that_does_not_answer_hands_over_nothing(memory: MemoryStore) ->
     newcomer.inject("list", "*", Fault.DOWN, skip=5)
     with pytest.raises(Unavailable):
         acquire(newcomer)
-    assert memory.held() == [key(1)]
+    assert memory.stored_keys() == [key(1)]
 
 
 def test_a_third_driver_that_was_faster_is_left_alone(memory: MemoryStore) -> None:
@@ -142,7 +142,7 @@ def test_a_third_driver_that_was_faster_is_left_alone(memory: MemoryStore) -> No
     clock = Clock(lambda: memory.put_if_absent(key(2), memory.read(key(1)).data) if clock.now == 1005 else None)
     with pytest.raises(Temporary):
         acquire(memory.client(), clock)
-    assert memory.held() == [key(1), key(2)]
+    assert memory.stored_keys() == [key(1), key(2)]
 
 
 @pytest.mark.parametrize("owned", [False, True], ids=["free", "silent"])
@@ -181,7 +181,7 @@ def test_the_owner_rewrites_its_epoch_every_two_seconds_at_most(memory: MemorySt
         lease.heartbeat()
     assert HEARTBEAT_SECONDS == 2
     assert 9 <= beats(memory) <= 10
-    assert memory.written().count(key(1)) == 1 + beats(memory)
+    assert memory.written_keys().count(key(1)) == 1 + beats(memory)
     assert not json.loads(memory.read(key(1)).data)["released"]
 
 
@@ -204,12 +204,12 @@ def test_an_owner_whose_epoch_was_swept_stops(memory: MemoryStore) -> None:
     hung = acquire(memory, clock)
     for _ in range(2):
         acquire(memory).release()
-    assert key(1) not in memory.held()
+    assert key(1) not in memory.stored_keys()
     clock.now += 60
     with pytest.raises(Temporary):
         hung.heartbeat()
     hung.release()
-    assert key(1) not in memory.held()
+    assert key(1) not in memory.stored_keys()
 
 
 def test_an_owner_that_finds_no_lease_at_all_stops(memory: MemoryStore) -> None:
@@ -281,7 +281,7 @@ def test_a_store_that_refuses_every_write_is_temporary(memory: MemoryStore) -> N
     clock.now += 5
     with pytest.raises(Temporary):
         lease.heartbeat()
-    assert len(other.written()) < 10
+    assert len(other.written_keys()) < 10
 
 
 @pytest.mark.parametrize("fault", [Fault.KILLED_BEFORE, Fault.KILLED_AFTER])
@@ -307,4 +307,4 @@ def test_who_looked_long_ago_does_not_take_an_epoch_that_was_swept(memory: Memor
     late.inject("put_if_absent", key(2), others_come_and_go)
     with pytest.raises(Temporary, match="another driver"):
         acquire(late)
-    assert memory.held() == [key(3), key(4)]
+    assert memory.stored_keys() == [key(3), key(4)]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from memory_store import Fault, Killed, MemoryStore
 from seaweed import Seaweed
-from stores import Fault, Killed, MemoryStore
 
 from batchjob.errors import AttemptFailed, CheckFailed, InvalidJob, NotFound, Unavailable
 from batchjob.output import error_rows, success
@@ -99,7 +99,7 @@ def test_a_commit_is_one_put_of_the_whole_part(store: Store, mine: Path) -> None
 
 def test_nothing_else_is_written(memory: MemoryStore, mine: Path) -> None:
     commit(memory, mine)
-    assert memory.written() == [KEY.part_key]
+    assert memory.written_keys() == [KEY.part_key]
 
 
 def test_a_rivals_part_of_the_same_shard_is_as_good(store: Store, mine: Path, rivals: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_lost_answer_is_looked_up_and_is_ours(memory: MemoryStore, mine: Path,
     memory.inject("put_if_absent", KEY.part_key, fault)
     done = commit(memory, mine)
     assert (done.committed_here, done.footer) == (True, MADE)
-    assert memory.written() == [KEY.part_key]
+    assert memory.written_keys() == [KEY.part_key]
     assert done.info == memory.stat(KEY.part_key)
 
 
@@ -125,7 +125,7 @@ def test_a_lost_answer_is_looked_up_and_is_ours(memory: MemoryStore, mine: Path,
 def test_a_put_that_stored_nothing_is_tried_again(memory: MemoryStore, mine: Path, fault: Fault, times: int) -> None:
     memory.inject("put_if_absent", KEY.part_key, fault, times=times)
     assert commit(memory, mine).committed_here
-    assert memory.written() == [KEY.part_key] * (times + 1)
+    assert memory.written_keys() == [KEY.part_key] * (times + 1)
     assert memory.read(KEY.part_key).data == mine.read_bytes()
 
 
@@ -133,8 +133,8 @@ def test_exists_for_ever_with_nothing_there_fails_the_attempt(memory: MemoryStor
     memory.inject("put_if_absent", KEY.part_key, Fault.CONFLICT, times=100)
     with pytest.raises(AttemptFailed, match="shows nothing"):
         commit(memory, mine)
-    assert len(memory.written()) < 10
-    assert memory.held() == []
+    assert len(memory.written_keys()) < 10
+    assert memory.stored_keys() == []
 
 
 def test_a_store_that_stays_away_is_temporary_and_commits_nothing(memory: MemoryStore, mine: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_store_that_stays_away_is_temporary_and_commits_nothing(memory: Memory
     with pytest.raises(Unavailable) as caught:
         commit(memory, mine)
     assert caught.value.exit_code == 75
-    assert memory.held() == []
+    assert memory.stored_keys() == []
 
 
 def test_a_look_that_fails_is_temporary_and_the_next_attempt_finds_the_part(memory: MemoryStore, mine: Path) -> None:
@@ -163,7 +163,7 @@ def test_killed_at_the_put_another_worker_ends_with_one_part(
         commit(dying, rivals)
     done = commit(memory, mine)
     assert done.committed_here == (fault is Fault.KILLED_BEFORE)
-    assert memory.held() == [KEY.part_key]
+    assert memory.stored_keys() == [KEY.part_key]
     assert done.footer.attempt == read_footer(memory, KEY.part_key).attempt
 
 
@@ -194,7 +194,7 @@ def test_only_the_success_that_was_looked_at_is_cleared_away(memory: MemoryStore
     success.delete_orphaned_success(memory, lambda: pytest.fail("there is none"))
     memory.put_if_absent(SUCCESS, b"{}")
     success.delete_orphaned_success(memory, lambda: False)
-    assert memory.held() == [SUCCESS]
+    assert memory.stored_keys() == [SUCCESS]
 
     def another_plan_comes_to_its_end() -> bool:
         memory.client().delete(SUCCESS)
@@ -204,7 +204,7 @@ def test_only_the_success_that_was_looked_at_is_cleared_away(memory: MemoryStore
     success.delete_orphaned_success(memory, another_plan_comes_to_its_end)
     assert memory.read(SUCCESS).data == b"{ }"
     success.delete_orphaned_success(memory, lambda: True)
-    assert memory.held() == []
+    assert memory.stored_keys() == []
 
 
 def test_a_discarded_plan_is_asked_after_before_each_put(memory: MemoryStore, mine: Path) -> None:
@@ -213,7 +213,7 @@ def test_a_discarded_plan_is_asked_after_before_each_put(memory: MemoryStore, mi
 
     with pytest.raises(InvalidJob, match="discarded"):
         commit(memory, mine, gone)
-    assert memory.written() == []
+    assert memory.written_keys() == []
     answers = iter([still_wanted, gone])
 
     def soon_gone() -> None:
@@ -222,7 +222,7 @@ def test_a_discarded_plan_is_asked_after_before_each_put(memory: MemoryStore, mi
     memory.inject("put_if_absent", KEY.part_key, Fault.CONFLICT)
     with pytest.raises(InvalidJob, match="discarded"):
         commit(memory, mine, soon_gone)
-    assert memory.held() == []
+    assert memory.stored_keys() == []
 
 
 def test_a_part_deleted_between_two_looks_is_put_again(memory: MemoryStore, mine: Path, rivals: Path) -> None:
@@ -244,7 +244,7 @@ def test_a_footer_is_read_back(store: Store, mine: Path) -> None:
 def test_only_the_end_of_a_part_is_read(memory: MemoryStore, tmp_path: Path) -> None:
     memory.put_if_absent(KEY.part_key, part(tmp_path / "p", replace(MADE, rows=50_000, failed=0)))
     read_footer(memory, KEY.part_key)
-    assert {call.verb for call in memory.calls} == {"put_if_absent", "read_tail"}
+    assert {call.method for call in memory.calls} == {"put_if_absent", "read_tail"}
 
 
 def test_a_footer_longer_than_the_first_look_is_read_whole(store: Store, tmp_path: Path) -> None:
@@ -324,8 +324,8 @@ def test_of_a_part_with_errors_only_its_error_columns_are_read(memory: MemorySto
         made = replace(MADE, index=index, failed=failed)
         memory.put_if_absent(f"predictions/{index}.parquet", part(tmp_path / f"{index}", made))
     assert len(list(error_rows.read_error_rows(memory))) == 2
-    assert [call.key for call in memory.calls if call.verb == "open"] == ["predictions/0.parquet"]
-    assert not [call for call in memory.calls if call.verb == "read"]
+    assert [call.key for call in memory.calls if call.method == "open"] == ["predictions/0.parquet"]
+    assert not [call for call in memory.calls if call.method == "read"]
 
 
 def test_a_part_is_a_file_that_can_be_sought(store: Store, mine: Path) -> None:
@@ -391,7 +391,7 @@ def test_it_is_replaced_under_the_version_that_was_read(memory: MemoryStore) -> 
     rival = memory.client()
     memory.inject("replace_if_match", SUCCESS, lambda: success.write_success(rival, {"plan": "theirs"}, PARTS))
     success.write_success(memory, {"plan": "new"}, PARTS)
-    assert memory.written().count(SUCCESS) > 3  # the first replacement lost, and was tried on what stood then
+    assert memory.written_keys().count(SUCCESS) > 3  # the first replacement lost, and was tried on what stood then
     assert json.loads(memory.read(SUCCESS).data)["plan"] == "new"
 
 

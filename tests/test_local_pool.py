@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from batchjob_process import read_rows
-from lost import ASSERT, ECC, write_harmful_job
+from harmful_job import CUDA_ASSERT, CUDA_ECC_ERROR, write_harmful_job
 from scripted_pool import job
 
 from batchjob import Job, run
@@ -111,12 +111,12 @@ def ended_with(path: str) -> BatchjobError:
 def test_a_broken_context_ends_the_run_and_the_same_command_goes_on_past_the_image_that_did_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_harmful_job(tmp_path, 24, black=[13])
-    monkeypatch.setenv("BATCHJOB_TEST_HARM", ASSERT)
+    path = write_harmful_job(tmp_path, 24, black_positions=[13])
+    monkeypatch.setenv("BATCHJOB_TEST_HARM", CUDA_ASSERT)
     for _ in range(2):
         error = ended_with(path)
         assert (type(error), error.exit_code, error.status) == (DeviceFault, 75, "temporary")
-        assert error.message == f"cpu failed: RuntimeError: {ASSERT}; the same command resumes"
+        assert error.message == f"cpu failed: RuntimeError: {CUDA_ASSERT}; the same command resumes"
     outcome = run(Job.from_file(Path(path)))
     assert (outcome.status, outcome.predicted, outcome.failed) == ("complete", 23, 1)
     rows = read_rows(tmp_path / "out").to_pylist()
@@ -129,15 +129,15 @@ def test_a_broken_context_ends_the_run_and_the_same_command_goes_on_past_the_ima
 def test_hardware_that_fails_while_the_worker_loads_is_no_fault_of_the_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_harmful_job(tmp_path, 8, black=[])
-    (tmp_path / "net.py").write_text(f"def make():\n    raise RuntimeError({ECC!r})\n")
+    path = write_harmful_job(tmp_path, 8, black_positions=[])
+    (tmp_path / "net.py").write_text(f"def make():\n    raise RuntimeError({CUDA_ECC_ERROR!r})\n")
     error = ended_with(path)
     assert (type(error), error.exit_code) == (DeviceFault, 75)
-    assert ECC in error.message
+    assert CUDA_ECC_ERROR in error.message
 
 
 def test_an_image_that_the_model_raises_at_is_an_error_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_harmful_job(tmp_path, 24, black=[0, 13, 14])
+    path = write_harmful_job(tmp_path, 24, black_positions=[0, 13, 14])
     monkeypatch.setenv("BATCHJOB_TEST_HARM", "not this one")
     outcome = run(Job.from_file(Path(path)))
     assert (outcome.status, outcome.predicted, outcome.failed) == ("complete", 21, 3)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from memory_store import Fault, Killed, MemoryStore
 from seaweed import Seaweed
-from stores import Fault, Killed, MemoryStore
 
 import batchjob
 from batchjob.driver.driver import make_plan
@@ -285,7 +285,7 @@ def test_a_store_that_always_says_exists_is_temporary(memory: MemoryStore) -> No
     with pytest.raises(Unavailable, match=r"head\.json.*run again") as caught:
         put_head(memory, new_head())
     assert caught.value.exit_code == 75
-    assert len(memory.written()) < 10
+    assert len(memory.written_keys()) < 10
 
 
 def test_an_unknown_format_names_the_version_that_can_finish_it(store: Store) -> None:
@@ -339,10 +339,12 @@ def test_killed_at_any_put_the_next_driver_ends_with_the_same_plan(puts: int, fa
     memory.inject("put_if_absent", "*", fault, skip=puts)
     with pytest.raises(Killed):
         written(memory, Listing(14), head)
-    left = memory.held()
+    left = memory.stored_keys()
     listing, again = Listing(14, batch=5), memory.client()
     assert written(again, listing, head) == (head, whole)
-    assert sorted([*left, *again.written()]) == sorted([HEAD, *(chunk_key(n) for n in range(3))])  # each written once
+    assert sorted([*left, *again.written_keys()]) == sorted(
+        [HEAD, *(chunk_key(n) for n in range(3))]
+    )  # each written once
     complete = fault is Fault.KILLED_AFTER and puts == 3
     assert [after.rows for after in listing.asked] == ([] if complete else [CHUNK * max(0, len(left) - 1)])
 
@@ -350,7 +352,7 @@ def test_killed_at_any_put_the_next_driver_ends_with_the_same_plan(puts: int, fa
 def test_a_chunk_is_given_out_only_once_it_stands(memory: MemoryStore) -> None:
     head = put_head(memory, new_head())
     for chunk in extend_plan(memory, head, Listing(14).refs, unchanged):
-        assert chunk_key(chunk.number) in memory.held()
+        assert chunk_key(chunk.number) in memory.stored_keys()
 
 
 @pytest.mark.parametrize("fault", [Fault.REPEATED, Fault.CONFLICT])
@@ -429,7 +431,7 @@ def test_a_manifest_that_changed_before_the_last_chunk_ends_the_plan(memory: Mem
     listing.version = "v2"
     with pytest.raises(InvalidJob, match="the manifest changed"):
         next(chunks)
-    assert chunk_key(2) not in memory.held()
+    assert chunk_key(2) not in memory.stored_keys()
     listing.version = "v1"
     assert list(extend_plan(memory, head, listing.refs, changing(listing, head)))[-1].is_last
 
@@ -441,7 +443,7 @@ def test_a_resume_finds_a_changed_manifest_before_it_writes_anything(memory: Mem
     listing.version = "v2"
     with pytest.raises(InvalidJob, match="the manifest changed"):
         list(extend_plan(memory, head, listing.refs, changing(listing, head)))
-    assert memory.held() == [chunk_key(0), HEAD]
+    assert memory.stored_keys() == [chunk_key(0), HEAD]
 
 
 def test_a_chunk_of_another_plan_is_refused(memory: MemoryStore) -> None:

@@ -16,11 +16,11 @@ import pytest
 import scripted_pool
 from batchjob_process import open_output, read_all_footers, read_rows
 from driver_server import DriverServer
-from faulty import LOSE_ANSWER, Reply, between
+from fault_proxy import LOSE_ANSWER, Reply, run_fault_proxy
+from memory_store import Fault, MemoryStore
 from PIL import Image
 from scripted_pool import Act, ScriptedPool, fail, fail_after_commit, slow, twice
 from seaweed import Seaweed
-from stores import Fault, MemoryStore
 
 import batchjob
 from batchjob.cli.main import main
@@ -354,7 +354,7 @@ def test_a_doubtful_answer_to_a_replacement_is_looked_into(tmp_path: Path, s3: S
     for number in BROKEN:
         picture(tmp_path, number)
         s3.put(f"{where}{number}.png", tmp_path / f"{number}.png")
-    with between(s3.endpoint) as proxy:
+    with run_fault_proxy(s3.endpoint) as proxy:
         met: list[str] = []
 
         def once(method: str, path: str) -> str | Reply | None:
@@ -533,7 +533,7 @@ def test_a_part_that_was_deleted_is_not_put_again(tmp_path: Path, store: MemoryS
     store.inject("replace_if_match", KEY.part_key, lambda: rival.delete(KEY.part_key))
     with pytest.raises(AttemptFailed, match="gone"):
         replace(store, tmp_path)
-    assert store.held() == []
+    assert store.stored_keys() == []
 
 
 def test_nothing_is_replaced_under_a_success(tmp_path: Path, store: MemoryStore) -> None:
@@ -652,7 +652,7 @@ def test_success_is_withdrawn(fault: Fault | None) -> None:
         with pytest.raises(Unavailable):
             success.delete_success(store, version)
     success.delete_success(store, version)
-    assert store.held() == []
+    assert store.stored_keys() == []
 
 
 def test_a_success_that_was_put_since_stays() -> None:
@@ -661,7 +661,7 @@ def test_a_success_that_was_put_since_stays() -> None:
     store.replace_if_match("_SUCCESS", b'{"parts": [], "later": 1}', version)
     with pytest.raises(Temporary, match="another driver"):
         success.delete_success(store, version)
-    assert store.held() == ["_SUCCESS"]
+    assert store.stored_keys() == ["_SUCCESS"]
 
 
 @pytest.mark.parametrize("where", ["disk", "s3"])

@@ -23,7 +23,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from faulty import LOSE_ANSWER, RESET, TRUNCATE, Faulty, Reply, Weather, between
+from fault_proxy import LOSE_ANSWER, RESET, TRUNCATE, FaultProxy, RandomFaults, Reply, run_fault_proxy
 from seaweed import Seaweed
 
 from batchjob.errors import (
@@ -82,12 +82,12 @@ def store(root: str) -> Store:
 
 
 @pytest.fixture
-def faulty(s3: Seaweed) -> Iterator[Faulty]:
-    with between(s3.endpoint) as server:
+def faulty(s3: Seaweed) -> Iterator[FaultProxy]:
+    with run_fault_proxy(s3.endpoint) as server:
         yield server
 
 
-def through(faulty: Faulty) -> dict[str, StorageOptions]:
+def through(faulty: FaultProxy) -> dict[str, StorageOptions]:
     return {"s3://": StorageOptions(endpoint=faulty.endpoint)}
 
 
@@ -287,7 +287,7 @@ def test_an_azure_container_without_account_is_refused(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("uri", ["gs://bucket/images/a", "abfss://container@account.dfs.core.windows.net/images/a"])
-def test_the_other_clouds_are_read_by_the_same_verbs(faulty: Faulty, uri: str) -> None:
+def test_the_other_clouds_are_read_by_the_same_verbs(faulty: FaultProxy, uri: str) -> None:
     """Only on the wire, anonymously: no server of theirs is part of these tests."""
     headers = {"etag": '"tag"', "x-goog-generation": "77", "last-modified": "Sat, 21 Nov 2026 01:00:00 GMT"}
     faulty.decide = lambda method, path: Reply(200, b"1", headers) if "absent" not in path else Reply(404)
@@ -571,7 +571,7 @@ def test_an_option_wins_over_the_environment(s3: Seaweed, monkeypatch: pytest.Mo
     assert keys(Reader(retry_timeout=0).list(uri.rpartition("/")[0])) == [uri]
 
 
-def test_anonymous_and_requester_pays_reach_the_server(s3: Seaweed, faulty: Faulty) -> None:
+def test_anonymous_and_requester_pays_reach_the_server(s3: Seaweed, faulty: FaultProxy) -> None:
     uri = s3.bucket() + "a"
     s3.put(uri, b"1")
     public = {"s3://": StorageOptions(endpoint=s3.endpoint, anonymous=True)}
@@ -589,7 +589,7 @@ def test_anonymous_and_requester_pays_reach_the_server(s3: Seaweed, faulty: Faul
 
 
 @pytest.fixture
-def odd(faulty: Faulty) -> tuple[Faulty, dict[str, bytes]]:
+def odd(faulty: FaultProxy) -> tuple[FaultProxy, dict[str, bytes]]:
     """Answers reads and listings from a dict: SeaweedFS folds `a//b` into `a/b` and refuses `..`; Amazon does not."""
     held: dict[str, bytes] = {}
 
@@ -625,7 +625,7 @@ def listing(held: dict[str, bytes], asked: dict[str, str]) -> bytes:
     return f"<ListBucketResult><Name>odd</Name><Prefix>{escape(prefix)}</Prefix>{body}</ListBucketResult>".encode()
 
 
-def test_keys_that_obstore_cannot_name_are_listed_and_read(odd: tuple[Faulty, dict[str, bytes]]) -> None:
+def test_keys_that_obstore_cannot_name_are_listed_and_read(odd: tuple[FaultProxy, dict[str, bytes]]) -> None:
     faulty, held = odd
     names = ["in/1.jpg", "in/2.jpg", "in/a/../c.jpg", "in/a/./d.jpg", "in/a//b.jpg", "in/m/", "in/m/é.jpg", "in/~"]
     held.update({name: name.encode() for name in names if not name.endswith("/")}, **{"in/m/": b"", "/in/3.jpg": b"3"})
@@ -646,15 +646,15 @@ def test_keys_that_obstore_cannot_name_are_listed_and_read(odd: tuple[Faulty, di
         reader.read("s3://odd/in//absent.jpg")
 
 
-def test_listing_streams_page_by_page(odd: tuple[Faulty, dict[str, bytes]]) -> None:
+def test_listing_streams_page_by_page(odd: tuple[FaultProxy, dict[str, bytes]]) -> None:
     faulty, held = odd
     held.update({f"in/{number:04}": b"1" for number in range(5000)})
     for recursive in (True, False):
-        faulty.seen.clear()
+        faulty.requests.clear()
         found = Reader(through(faulty)).list("s3://odd/in", recursive=recursive)
         assert next(found).uri == "s3://odd/in/0000"
-        assert len(faulty.seen) < 4
-        assert (len(list(found)), len(faulty.seen)) == (4999, 5)
+        assert len(faulty.requests) < 4
+        assert (len(list(found)), len(faulty.requests)) == (4999, 5)
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -681,7 +681,7 @@ TRANSIENT = [
 
 
 @pytest.mark.parametrize("action", TRANSIENT, ids=["503", "500", "429", "reset"])
-def test_transient_faults_are_retried(s3: Seaweed, faulty: Faulty, action: Reply | str) -> None:
+def test_transient_faults_are_retried(s3: Seaweed, faulty: FaultProxy, action: Reply | str) -> None:
     root = s3.bucket()
     s3.put(root + "in/a", b"1")
     reader, store = Reader(through(faulty)), open_store(root, through(faulty))
@@ -700,7 +700,9 @@ def test_transient_faults_are_retried(s3: Seaweed, faulty: Faulty, action: Reply
 
 
 @pytest.mark.parametrize("action", [*TRANSIENT[:1], RESET], ids=["503", "reset"])
-def test_faults_that_last_end_as_unavailable_in_bounded_time(s3: Seaweed, faulty: Faulty, action: Reply | str) -> None:
+def test_faults_that_last_end_as_unavailable_in_bounded_time(
+    s3: Seaweed, faulty: FaultProxy, action: Reply | str
+) -> None:
     root = s3.bucket()
     faulty.decide = lambda method, path: action
     reader, store = Reader(through(faulty), retry_timeout=0.2), open_store(root, through(faulty), retry_timeout=0.2)
@@ -806,7 +808,9 @@ def test_refused_credentials_and_answers_are_not_waited_for() -> None:
 
 
 @pytest.mark.parametrize("action", [RESET, LOSE_ANSWER, TRUNCATE, Reply(503)], ids=["reset", "lost", "cut", "503"])
-def test_a_store_that_falls_silent_is_asked_until_it_answers(s3: Seaweed, faulty: Faulty, action: Reply | str) -> None:
+def test_a_store_that_falls_silent_is_asked_until_it_answers(
+    s3: Seaweed, faulty: FaultProxy, action: Reply | str
+) -> None:
     """Every verb, with a window for each request that is far too short."""
     root = s3.bucket()
     s3.put(root + "in/a", b"12")
@@ -828,10 +832,10 @@ def test_a_store_that_falls_silent_is_asked_until_it_answers(s3: Seaweed, faulty
     assert s3.keys(root) == ["in/a"]
 
 
-def test_a_listing_that_breaks_off_goes_on_where_it_was(odd: tuple[Faulty, dict[str, bytes]]) -> None:
+def test_a_listing_that_breaks_off_goes_on_where_it_was(odd: tuple[FaultProxy, dict[str, bytes]]) -> None:
     faulty, held = odd
     held.update({f"in/{number:04}": b"1" for number in range(3000)})
-    serve, breaks = faulty.decide, Weather(7, throttled=0.3, reset=0.3)
+    serve, breaks = faulty.decide, RandomFaults(7, throttled=0.3, reset=0.3)
     faulty.decide = lambda method, path: breaks(method, path) or serve(method, path)
     found = keys(Reader(through(faulty), retry_timeout=0.1, outage_timeout=60).list("s3://odd/in"))
     assert found == [f"s3://odd/in/{number:04}" for number in range(3000)]
@@ -843,7 +847,7 @@ def test_the_window_can_be_set_from_outside(s3: Seaweed, monkeypatch: pytest.Mon
         Reader({"s3://": StorageOptions(endpoint="http://127.0.0.1:9")}).read("s3://tests/a")
 
 
-def test_a_lost_answer_to_a_create_is_left_to_the_caller(s3: Seaweed, faulty: Faulty) -> None:
+def test_a_lost_answer_to_a_create_is_left_to_the_caller(s3: Seaweed, faulty: FaultProxy) -> None:
     root = s3.bucket()
     store = open_store(root, through(faulty))
     faulty.decide = first_times(1, LOSE_ANSWER, "PUT")
@@ -853,7 +857,7 @@ def test_a_lost_answer_to_a_create_is_left_to_the_caller(s3: Seaweed, faulty: Fa
     assert store.read("a").data == b"ours"
 
 
-def test_a_lost_answer_to_a_replace_is_left_to_the_caller(s3: Seaweed, faulty: Faulty) -> None:
+def test_a_lost_answer_to_a_replace_is_left_to_the_caller(s3: Seaweed, faulty: FaultProxy) -> None:
     store = open_store(s3.bucket(), through(faulty))
     first = store.put_if_absent("a", b"1")
     faulty.decide = first_times(1, LOSE_ANSWER, "PUT")
@@ -863,7 +867,7 @@ def test_a_lost_answer_to_a_replace_is_left_to_the_caller(s3: Seaweed, faulty: F
 
 
 @pytest.mark.parametrize("status", [409, 412])
-def test_a_refusal_that_stored_nothing_is_already_exists(s3: Seaweed, faulty: Faulty, status: int) -> None:
+def test_a_refusal_that_stored_nothing_is_already_exists(s3: Seaweed, faulty: FaultProxy, status: int) -> None:
     root = s3.bucket()
     store = open_store(root, through(faulty), retry_timeout=0.5)
     body = b"<Error><Code>ConditionalRequestConflict</Code><Message>being written</Message></Error>"
@@ -879,7 +883,7 @@ def test_a_refusal_that_stored_nothing_is_already_exists(s3: Seaweed, faulty: Fa
     ("status", "code"),
     [(400, "ExpiredToken"), (403, "InvalidAccessKeyId"), (403, "AccessDenied"), (401, "Unauthorized")],
 )
-def test_bad_credentials_are_said_at_once(s3: Seaweed, faulty: Faulty, status: int, code: str) -> None:
+def test_bad_credentials_are_said_at_once(s3: Seaweed, faulty: FaultProxy, status: int, code: str) -> None:
     root = s3.bucket()
     body = f"<Error><Code>{code}</Code><Message>no good</Message><AWSAccessKeyId>AKIASECRET</AWSAccessKeyId></Error>"
     faulty.decide = lambda method, path: Reply(status, body.encode())
@@ -895,12 +899,12 @@ def test_bad_credentials_are_said_at_once(s3: Seaweed, faulty: Faulty, status: i
         lambda: store.delete("a"),
     ]
     for ask in asks:
-        faulty.seen.clear()
+        faulty.requests.clear()
         with pytest.raises(Unavailable, match=r"s3://tests/.*access denied.*credentials") as caught:
             ask()
         assert "AKIASECRET" not in caught.value.message
         assert "\n" not in caught.value.message
-        assert len(faulty.seen) == 1
+        assert len(faulty.requests) == 1
 
 
 def test_missing_credentials_are_said_without_asking_anybody(s3: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -912,7 +916,7 @@ def test_missing_credentials_are_said_without_asking_anybody(s3: Seaweed, monkey
         open_store("s3://tests/a")
 
 
-def test_a_bucket_in_another_region_is_a_fault_of_the_job(s3: Seaweed, faulty: Faulty) -> None:
+def test_a_bucket_in_another_region_is_a_fault_of_the_job(s3: Seaweed, faulty: FaultProxy) -> None:
     faulty.decide = lambda method, path: Reply(301, b"<Error><Code>PermanentRedirect</Code></Error>")
     with pytest.raises(InvalidJob, match="another region"):
         Reader(through(faulty)).read("s3://tests/a")
@@ -952,11 +956,11 @@ def test_files_inside_an_archive_are_read(tmp_path: Path) -> None:
     assert [blob.data for blob in Reader().read_many(found) if isinstance(blob, ObjectData)] == [b"one", b"two"]
 
 
-def test_a_web_server_is_read(faulty: Faulty) -> None:
+def test_a_web_server_is_read(faulty: FaultProxy) -> None:
     pages = {"/images/a%20b.jpg?size=1": b"image", "/manifest.csv.gz": gzip.compress(b"uri\n1\n")}
 
     def decide(method: str, path: str) -> Reply:
-        if path == "/throttled" and len(faulty.seen) < 3:
+        if path == "/throttled" and len(faulty.requests) < 3:
             return Reply(503)
         if path in ("/denied", "/broken"):
             return Reply({"/denied": 403, "/broken": 500}[path])
@@ -981,7 +985,7 @@ def test_a_web_server_is_read(faulty: Faulty) -> None:
         reader.read(f"{faulty.endpoint}/denied")
     with pytest.raises(Unavailable, match="does not answer"):
         Reader(named, retry_timeout=0.3).read(f"{faulty.endpoint}/broken")
-    faulty.seen.clear()
+    faulty.requests.clear()
     assert reader.read(f"{faulty.endpoint}/throttled").data == b""
 
 

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from stores import Killed, MemoryStore
+from memory_store import Killed, MemoryStore
 
 from batchjob.types import StalledStep
 from batchjob.worker.monitored_store import MonitoredStore

@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from lost import write_harmful_job
-from stores import MemoryStore
+from harmful_job import write_harmful_job
+from memory_store import MemoryStore
 
 from batchjob import Job, run
 from batchjob.errors import AttemptFailed, StorageError, Unavailable, WorkerStalled
@@ -51,7 +51,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
 
 
 def the_job(folder: Path, *settings: str) -> Job:
-    return Job.from_file(Path(write_harmful_job(folder, IMAGES, black=[])), overrides=list(settings))
+    return Job.from_file(Path(write_harmful_job(folder, IMAGES, black_positions=[])), overrides=list(settings))
 
 
 def test_a_store_that_never_answers_ends_a_run_on_the_local_pool_as_temporary(
@@ -65,7 +65,7 @@ def test_a_store_that_never_answers_ends_a_run_on_the_local_pool_as_temporary(
     assert "the writing of memory://out/predictions/part-" in told.value.message
     assert re.search(r"ended for \d+ s \(runtime.stall_seconds and errors.outage_seconds\)", told.value.message)
     assert "the same command resumes" in told.value.message
-    assert not [key for key in store.held() if "quarantine" in key], "no image is to blame"
+    assert not [key for key in store.stored_keys() if "quarantine" in key], "no image is to blame"
     released.set()
     assert run(the_job(tmp_path)).status == "complete"
 
@@ -217,7 +217,7 @@ def test_each_verb_of_a_store_is_a_step(tmp_path: Path) -> None:
     changed = attended.replace_if_match("a/b", b"other", stat.version or "")
     attended.delete_if_match("a/b", changed.version or "")
     attended.delete("a/b")
-    assert store.held() == []
+    assert store.stored_keys() == []
     assert stopwatch.stalled_step(0.0, 0.0) is None
     assert len(seen) == 10
     assert all(name.split(" memory://out/a/")[0].split()[-1] in {"of", "at"} for name in seen), seen

@@ -17,8 +17,8 @@ import pytest
 from figures import Figure
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from memory_store import MemoryStore
 from scripted_pool import LOADED, job, make_part
-from stores import MemoryStore
 
 from batchjob.driver.lease import Lease
 from batchjob.errors import BatchjobError
@@ -276,7 +276,7 @@ def _looks(store: MemoryStore, head: PlanHead) -> list[Callable[[], object]]:
 )
 def test_an_output_with_any_damage(output: tuple[MemoryStore, PlanHead, Job], which: str) -> None:
     store, head, _ = output
-    (key,) = [key for key in store.held() if which in key]
+    (key,) = [key for key in store.stored_keys() if which in key]
     sound, objects = store._disk.objects[key], dict(store._disk.objects)
 
     @fuzzed

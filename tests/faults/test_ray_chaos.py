@@ -27,7 +27,7 @@ from batchjob_process import (
     write_slow_job,
 )
 from figures import Figure
-from lost import ASSERT, ECC, write_harmful_job
+from harmful_job import CUDA_ASSERT, CUDA_ECC_ERROR, write_harmful_job
 
 IMAGES, SHARD = 240, 4
 STALL_SECONDS = 6
@@ -300,7 +300,7 @@ def test_nobody_stays_on_a_device_that_has_failed_under_others(tmp_path: Path, f
     images = 160
     marks = write_sharing_job(tmp_path, images)
     with machines(nodes=0) as them:
-        them.add(2, BATCHJOB_TEST_MARKS=str(marks), BATCHJOB_TEST_HARM=ECC)
+        them.add(2, BATCHJOB_TEST_MARKS=str(marks), BATCHJOB_TEST_HARM=CUDA_ECC_ERROR)
         them.add(1, BATCHJOB_TEST_MARKS=str(marks))
         run = Run(them, tmp_path)
         three = ["runtime.workers={min: 3, max: 3}", "errors.attempts=1", "runtime.stall_seconds=120"]
@@ -323,9 +323,9 @@ def test_a_device_that_fails_is_used_no_more_and_without_any_the_run_is_temporar
     tmp_path: Path, figure: Figure
 ) -> None:
     images = 96
-    write_harmful_job(tmp_path, images, black=range(images))
+    write_harmful_job(tmp_path, images, black_positions=range(images))
     with machines(nodes=0) as them:
-        them.add(BATCHJOB_TEST_HARM=ECC)
+        them.add(BATCHJOB_TEST_HARM=CUDA_ECC_ERROR)
         run = Run(them, tmp_path)
         with kill_on_exit(run.start()) as driver:
             ended = driver.wait()
@@ -350,7 +350,7 @@ def test_images_that_break_the_device_are_error_rows_and_no_fault_of_the_device(
     write_harmful_job(tmp_path, images, black)
     with machines(nodes=0) as them:
         for _ in range(2):
-            them.add(BATCHJOB_TEST_HARM=ASSERT)
+            them.add(BATCHJOB_TEST_HARM=CUDA_ASSERT)
         run = Run(them, tmp_path)
         with kill_on_exit(run.start()) as driver:
             ended = driver.wait()

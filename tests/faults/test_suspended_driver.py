@@ -18,7 +18,7 @@ from color_coded_job import (
     upload_job,
 )
 from driver_server import DriverProcess, DriverServer
-from faulty import Faulty, between
+from fault_proxy import FaultProxy, run_fault_proxy
 from figures import Figure
 from seaweed import Seaweed
 
@@ -60,13 +60,13 @@ class Trap:
         on_the_way: which of both.
     """
 
-    def __init__(self, proxy: Faulty, number: int, on_the_way: bool) -> None:
+    def __init__(self, proxy: FaultProxy, number: int, on_the_way: bool) -> None:
         self._number, self._on_the_way = number, on_the_way
         self._puts = self._looks = 0
         self._born = threading.Event()
         self._driver: DriverProcess | None = None
         self.stopped, self.go_on = threading.Event(), threading.Event()
-        proxy.decide, proxy.carried_out = self._asked, self._answered
+        proxy.decide, proxy.on_done = self._asked, self._answered
 
     def watch(self, driver: DriverProcess) -> None:
         self._driver = driver
@@ -109,13 +109,13 @@ def test_what_a_rival_has_committed_stands(
         chance = random.Random(f"zombie {seed} {number}")
         output = s3.bucket() + "out/"
         settings = format_overrides(output__uri=output, runtime__shard_size=SHARD)
-        with between(s3.endpoint) as proxy:
+        with run_fault_proxy(s3.endpoint) as proxy:
             commit = chance.randint(2, IMAGES // SHARD)
             trap = Trap(proxy, commit, on_the_way=bool(number % 2))
             zombie = driver_server.start("run", job, *settings, env={**NAP, "AWS_ENDPOINT_URL": proxy.endpoint})
             trap.watch(zombie)
             assert zombie.wait_until(trap.stopped.is_set), zombie.stderr
-            before, puts = list_committed_parts(output), len(proxy.seen)
+            before, puts = list_committed_parts(output), len(proxy.requests)
             rival = driver_server.start("run", job, *settings).wait()
             assert rival.exit_code == 0, rival.stderr
             after = list_committed_parts(output)
@@ -124,7 +124,7 @@ def test_what_a_rival_has_committed_stands(
             zombie.send_signal(signal.SIGCONT)
             trap.go_on.set()
             ended = zombie.wait()
-            later = proxy.seen[puts:] if not number % 2 else proxy.seen
+            later = proxy.requests[puts:] if not number % 2 else proxy.requests
         late = any(method == "PUT" and path.endswith(part) for method, path in later)
         kept = list_committed_parts(output) == after
         return Risen(part, part not in before, kept, late, ended.exit_code, rival.seconds, check_output(output, IMAGES))

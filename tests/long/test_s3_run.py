@@ -33,7 +33,7 @@ from batchjob_process import (
     start_batchjob,
     wait_until,
 )
-from faulty import RESET, between
+from fault_proxy import RESET, run_fault_proxy
 from seaweed import Seaweed
 
 from batchjob.output import commit
@@ -122,10 +122,10 @@ def test_a_prefix_on_s3_through_several_killed_drivers(s3: Seaweed, lake: str, t
     kill_driver(command, committed, lambda: list_plan_heads(committed.output))
     for least in (2, 9):
         kill_driver(command, committed, partial(committed.reached, least))
-    with between(s3.endpoint) as gate:  # closed to `_SUCCESS`, so that all parts are there and it is not
+    with run_fault_proxy(s3.endpoint) as gate:  # closed to `_SUCCESS`, so that all parts are there and it is not
         gate.decide = lambda method, path: RESET if method == "PUT" and path.endswith("/_SUCCESS") else None
         env = {"AWS_ENDPOINT_URL": gate.endpoint}
-        kill_driver(command, committed, lambda: any(gate.decide(*request) for request in gate.seen), env)
+        kill_driver(command, committed, lambda: any(gate.decide(*request) for request in gate.requests), env)
     assert committed.count() == PARTS
     check_whole(s3, run_batchjob(*command), committed)
     assert run_batchjob(*command).json_result["status"] == "already_complete"
@@ -200,7 +200,7 @@ def test_images_out_of_reach_are_no_error_rows(
     if fault == "expired":
         ended = run_batchjob(*command, env={"AWS_SECRET_ACCESS_KEY": "expired"})
     else:
-        with between(s3.endpoint) as cut:
+        with run_fault_proxy(s3.endpoint) as cut:
             cut.decide = lambda method, path: RESET
             ended = run_batchjob(*command, "errors.outage_seconds=2", env={"AWS_ENDPOINT_URL": cut.endpoint})
     print(f"{fault}: {ended.json_result['message']} ({ended.seconds:.1f} s)")
@@ -212,7 +212,7 @@ def test_images_out_of_reach_are_no_error_rows(
 
 
 def test_a_dead_server_is_temporary(test_data: Path) -> None:
-    with between("http://127.0.0.1:9") as nobody:
+    with run_fault_proxy("http://127.0.0.1:9") as nobody:
         nobody.decide = lambda method, path: RESET
         env = {"AWS_ENDPOINT_URL": nobody.endpoint, "BATCHJOB_PATIENCE": "2", "AWS_EC2_METADATA_DISABLED": "true"}
         keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}

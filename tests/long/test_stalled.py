@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from batchjob_process import ray_environment, read_rows, run_batchjob
-from lost import write_harmful_job
+from harmful_job import write_harmful_job
 
 # The first part that is written to this output never arrives, nor does its writer ever hear of it.
 STUCK = """\
@@ -35,7 +35,7 @@ def make():
 
 
 def test_what_hangs_in_the_model_ends_the_run_and_the_same_command_goes_on_past_it(tmp_path: Path) -> None:
-    path = write_harmful_job(tmp_path, 24, black=[13])
+    path = write_harmful_job(tmp_path, 24, black_positions=[13])
     for attempt in range(3):
         ended = run_batchjob("run", path, "--json", "runtime.stall_seconds=2", env={"BATCHJOB_TEST_HARM": "hang"})
         print(f"attempt {attempt}: {ended.exit_code} after {ended.seconds:.0f} s: {ended.json_result.get('message')}")
@@ -55,7 +55,7 @@ def test_what_hangs_in_the_model_ends_the_run_and_the_same_command_goes_on_past_
 
 
 def test_a_worker_whose_store_never_answers_is_replaced_and_no_attempt_is_used_up(tmp_path: Path) -> None:
-    path = write_harmful_job(tmp_path, 24, black=[])
+    path = write_harmful_job(tmp_path, 24, black_positions=[])
     (tmp_path / "stuck.py").write_text(STUCK)
     command = ["run", path, "--json", "runtime.pool=ray", "runtime.workers=1", "runtime.cpus_per_worker=1"]
     command += ["model.target=stuck:make", "runtime.stall_seconds=3", "errors.outage_seconds=0", "errors.attempts=1"]

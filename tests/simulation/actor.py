@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import ClassVar, cast
 
-from stores import Call, Fault, Killed, MemoryStore
+from memory_store import Call, Fault, Killed, MemoryStore
 
 __all__ = ["KILLS", "REST", "Actor", "Client"]
 
@@ -80,7 +80,7 @@ class Actor:
             raise Killed(self.name)
         self.stop = call
         self._calls -= 1
-        if not self._in_order() or self._calls <= 0 or call.verb == REST or (self._resting and call.verb == "wait"):
+        if not self._in_order() or self._calls <= 0 or call.method == REST or (self._resting and call.method == "wait"):
             self._back.release()
             self._go.acquire()
         return self._ordered(call)
@@ -108,7 +108,7 @@ class Actor:
         fault = self._last if self._calls == 1 else None
         if fault in KILLS:
             self.dead = True
-        if fault is Fault.STALE and call.verb == "list":
+        if fault is Fault.STALE and call.method == "list":
             self.stale += 1
         return fault
 

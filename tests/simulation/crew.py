@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
-from stores import Call, MemoryStore
+from memory_store import Call, MemoryStore
 
 from batchjob.driver.lease import HEARTBEAT_SECONDS
 from batchjob.errors import AttemptFailed, AttemptInterrupted, BatchjobError, Temporary

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from stores import Call
+from memory_store import Call
 
 from batchjob.storage.objects import ObjectData
 
@@ -99,7 +99,7 @@ class Laws:
     def _deleted(self, key: str) -> None:
         self._owners.pop(key, None)  # an epoch of long ago: who comes late and makes it anew must see that, and leave
         if key == "_SUCCESS":
-            verb = self._calls[-1].verb if self._calls else ""
+            verb = self._calls[-1].method if self._calls else ""
             _must(verb == "delete_if_match", "_SUCCESS was deleted, whosever it had become")
         elif key in self._parts:
             _must(self._parts[key][0].buried, f"{key} of a plan in force was deleted")

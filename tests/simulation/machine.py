@@ -11,8 +11,8 @@ from typing import ClassVar, Literal
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from memory_store import WRITE_METHODS, Call, Fault, MemoryStore
 from scripted_pool import job
-from stores import WRITES, Call, Fault, MemoryStore
 
 from batchjob.errors import BatchjobError, CheckFailed, InvalidJob, Temporary
 from batchjob.job.job import Job
@@ -257,7 +257,7 @@ class Drivers(RuleBasedStateMachine):
         for _ in range(80):
             if actor.stop is None or (isinstance(actor, Worker) and actor.resting):
                 return
-            if actor.stop.verb in WRITES and actor.stop.key.startswith(what):
+            if actor.stop.method in WRITE_METHODS and actor.stop.key.startswith(what):
                 break
             self._advance(actor, 1)
         if fault is not None:
@@ -280,7 +280,7 @@ class Drivers(RuleBasedStateMachine):
     def _goes_on(self, actor: Actor, write: str) -> bool:
         """Whether it has come to the PUT of that key, within some calls."""
         for _ in range(20):
-            if actor.stop is None or (actor.stop.key == write and actor.stop.verb in WRITES):
+            if actor.stop is None or (actor.stop.key == write and actor.stop.method in WRITE_METHODS):
                 return True
             self._advance(actor, 1, to_a_rest=True)
             if actor.stop == Call("wait", ""):

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar, cast
 from unittest import mock
 
 import pyarrow as pa
-from stores import Killed
+from memory_store import Killed
 
 from batchjob import concurrency, text
 from batchjob.driver import control_loop, dispatcher, driver, lease, planner

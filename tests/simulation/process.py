@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 
-from stores import MemoryStore
+from memory_store import MemoryStore
 
 from batchjob.driver import driver
 from batchjob.driver.lease import Lease

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from websites import Page, Website, website
+from http_server import HttpServer, Response, run_http_server
 
 from batchjob.errors import (
     AddressRefused,
@@ -38,17 +38,17 @@ OPEN = StorageOptions(private=True)
 
 
 @pytest.fixture(scope="module")
-def site() -> Iterator[Website]:
-    with website() as running:
+def site() -> Iterator[HttpServer]:
+    with run_http_server() as running:
         yield running
 
 
-def reader(site: Website, **options: Any) -> Reader:
+def reader(site: HttpServer, **options: Any) -> Reader:
     return Reader({site.url: StorageOptions(private=True, **options)}, retry_timeout=0.0)
 
 
-def test_the_web_is_off_unless_the_job_names_the_host(site: Website) -> None:
-    site.pages["/a.jpg"] = Page(b"bytes", headers={"ETag": '"v1"'})
+def test_the_web_is_off_unless_the_job_names_the_host(site: HttpServer) -> None:
+    site.responses["/a.jpg"] = Response(b"bytes", headers={"ETag": '"v1"'})
     for options in (
         {},
         {"https://127.0.0.1": OPEN},
@@ -60,15 +60,15 @@ def test_the_web_is_off_unless_the_job_names_the_host(site: Website) -> None:
             AddressRefused, match=r"on the web, which is read only where the job names the host, storage: \{'http"
         ):
             Reader(options, retry_timeout=0.0).read(f"{site.url}/a.jpg")
-    asked = len(site.asked)
+    asked = len(site.requests)
     assert reader(site).read(f"{site.url}/a.jpg") == ObjectData(b"bytes", "v1")
-    assert len(site.asked) == asked + 1
-    headers = site.asked[-1][1]
+    assert len(site.requests) == asked + 1
+    headers = site.requests[-1][1]
     assert headers["Host"] == site.url.removeprefix("http://")
     assert not {"Authorization", "Cookie"} & set(headers)
 
 
-def test_a_name_that_only_looks_like_the_host_is_another(site: Website) -> None:
+def test_a_name_that_only_looks_like_the_host_is_another(site: HttpServer) -> None:
     options = {"https://good.example": OPEN}
     for url in (
         "https://good.example.evil.example/a.jpg",
@@ -121,8 +121,8 @@ def test_addresses_that_no_name_may_lead_to(address: str, said: str) -> None:
     assert explain_address_refusal("2606:2800:21f:cb07:6820:80da:af6b:8b2c", allow_private=False) is None
 
 
-def test_every_address_of_a_name_is_looked_at_and_the_one_that_was_is_used(site: Website) -> None:
-    site.pages["/a.jpg"] = Page(b"bytes")
+def test_every_address_of_a_name_is_looked_at_and_the_one_that_was_is_used(site: HttpServer) -> None:
+    site.responses["/a.jpg"] = Response(b"bytes")
     answers = [["127.0.0.1"], ["169.254.169.254"]]
 
     def rebinding(host: str, port: int) -> list[str]:
@@ -132,10 +132,10 @@ def test_every_address_of_a_name_is_looked_at_and_the_one_that_was_is_used(site:
     options = {f"http://images.example:{site.port}": OPEN}
     url = f"http://images.example:{site.port}/a.jpg"
     web = HttpBackend(options, RetryPolicy(0.0, Outage(0.0)), rebinding)
-    asked = len(site.asked)
+    asked = len(site.requests)
     assert web.get(url).data == b"bytes"
     assert web.get(url).data == b"bytes", "no second question to the name server in between"
-    assert site.asked[asked][1]["Host"] == f"images.example:{site.port}"
+    assert site.requests[asked][1]["Host"] == f"images.example:{site.port}"
     for addresses in (["127.0.0.1", "169.254.169.254"], ["93.184.215.14", "fe80::1"]):
         with pytest.raises(AddressRefused, match="where a cloud hands credentials"):
             HttpBackend(options, RetryPolicy(0.0, Outage(0.0)), lambda *_, found=addresses: found).get(url)
@@ -143,7 +143,7 @@ def test_every_address_of_a_name_is_looked_at_and_the_one_that_was_is_used(site:
         HttpBackend(
             {key: StorageOptions() for key in options}, RetryPolicy(0.0, Outage(0.0)), lambda *_: ["127.0.0.1"]
         ).get(url)
-    assert len(site.asked) == asked + 2
+    assert len(site.requests) == asked + 2
 
 
 @pytest.mark.parametrize(
@@ -155,18 +155,20 @@ def test_odd_spellings_of_this_machine_are_seen_through(spelled: str) -> None:
     assert "private network" in caught.value.message or isinstance(caught.value, Unavailable)
 
 
-def test_each_redirect_is_looked_at_as_the_first_step(site: Website) -> None:
-    with website() as other:
-        other.pages["/secret"] = Page(b"inside")
-        site.pages["/moved"] = Page(status=302, headers={"Location": "/here.jpg"})
-        site.pages["/here.jpg"] = Page(b"bytes")
-        site.pages["/out"] = Page(status=301, headers={"Location": f"{other.url}/secret"})
-        site.pages["/inside"] = Page(status=307, headers={"Location": "http://169.254.169.254/latest/meta-data/"})
-        site.pages["/file"] = Page(status=302, headers={"Location": "file:///etc/passwd"})
-        site.pages["/user"] = Page(
+def test_each_redirect_is_looked_at_as_the_first_step(site: HttpServer) -> None:
+    with run_http_server() as other:
+        other.responses["/secret"] = Response(b"inside")
+        site.responses["/moved"] = Response(status=302, headers={"Location": "/here.jpg"})
+        site.responses["/here.jpg"] = Response(b"bytes")
+        site.responses["/out"] = Response(status=301, headers={"Location": f"{other.url}/secret"})
+        site.responses["/inside"] = Response(
+            status=307, headers={"Location": "http://169.254.169.254/latest/meta-data/"}
+        )
+        site.responses["/file"] = Response(status=302, headers={"Location": "file:///etc/passwd"})
+        site.responses["/user"] = Response(
             status=302, headers={"Location": f"http://me:hunter2hunter2@127.0.0.1:{site.port}/x"}
         )
-        site.pages["/round"] = Page(status=302, headers={"Location": "/round"})
+        site.responses["/round"] = Response(status=302, headers={"Location": "/round"})
         assert reader(site).read(f"{site.url}/moved").data == b"bytes"
         for path, said in (
             ("/out", "the web, which is read only where"),
@@ -178,39 +180,39 @@ def test_each_redirect_is_looked_at_as_the_first_step(site: Website) -> None:
             with pytest.raises(AddressRefused, match=said) as caught:
                 reader(site).read(f"{site.url}{path}")
             assert "hunter2" not in str(caught.value)
-        assert other.asked == []
+        assert other.requests == []
         every = Reader({site.url: OPEN, "http://": StorageOptions()}, retry_timeout=0.0)
         for path, said in (("/out", "in a private network"), ("/inside", "where a cloud hands credentials")):
             with pytest.raises(AddressRefused, match=said):
                 every.read(f"{site.url}{path}")
-        assert other.asked == []
+        assert other.requests == []
 
 
-def test_bytes_and_seconds_have_limits(site: Website) -> None:
-    site.pages["/large"] = Page(b"x" * 5001)
-    site.pages["/slow"] = Page(pieces=tuple(b"x" for _ in range(100)), pause=0.1)
+def test_bytes_and_seconds_have_limits(site: HttpServer) -> None:
+    site.responses["/large"] = Response(b"x" * 5001)
+    site.responses["/slow"] = Response(pieces=tuple(b"x" for _ in range(100)), pause=0.1)
     assert len(reader(site, max_bytes=5001).read(f"{site.url}/large").data) == 5001
     with pytest.raises(AddressRefused, match="has more than 5,000 bytes"):
         reader(site, max_bytes=5000).read(f"{site.url}/large")
     for patience in (0.0, 30.0):
         slow = Reader({site.url: StorageOptions(private=True, seconds=0.5)}, patience)
-        asked = len(site.asked)
+        asked = len(site.requests)
         with pytest.raises(AddressRefused, match=r"longer than 0\.5 s"):
             slow.read(f"{site.url}/slow")
-        assert len(site.asked) == asked + 1
+        assert len(site.requests) == asked + 1
 
 
-def test_answers_are_told_apart(site: Website) -> None:
-    site.pages |= {
-        "/gone": Page(status=410),
-        "/denied": Page(status=403),
-        "/broken": Page(status=500),
-        "/short": Page(b"abc", length=10),
-        "/weak": Page(b"abc", headers={"ETag": 'W/"x"'}),
-        "/tagged": Page(b"abc", headers={"ETag": '"x"'}),
+def test_answers_are_told_apart(site: HttpServer) -> None:
+    site.responses |= {
+        "/gone": Response(status=410),
+        "/denied": Response(status=403),
+        "/broken": Response(status=500),
+        "/short": Response(b"abc", length=10),
+        "/weak": Response(b"abc", headers={"ETag": 'W/"x"'}),
+        "/tagged": Response(b"abc", headers={"ETag": '"x"'}),
     }
     refused = (400, 401, 402, 403, 405, 451)
-    site.pages |= {f"/{status}": Page(status=status) for status in (*refused, 408, 429)}
+    site.responses |= {f"/{status}": Response(status=status) for status in (*refused, 408, 429)}
     kinds = [("/absent", NotFound), ("/gone", NotFound), ("/denied", AddressRefused), ("/broken", Unavailable)]
     kinds += [(f"/{status}", AddressRefused) for status in refused]
     for path, kind in (*kinds, ("/408", Unavailable), ("/429", Unavailable), ("/short", Unavailable)):
@@ -226,9 +228,9 @@ def test_answers_are_told_apart(site: Website) -> None:
         list(reader(site).list(f"{site.url}/"))
 
 
-def test_a_fault_that_passes_is_asked_again(site: Website) -> None:
-    answers = iter([Page(status=503), Page(status=429), Page(b"bytes")])
-    site.pages["/flaky"] = lambda _: next(answers)
+def test_a_fault_that_passes_is_asked_again(site: HttpServer) -> None:
+    answers = iter([Response(status=503), Response(status=429), Response(b"bytes")])
+    site.responses["/flaky"] = lambda _: next(answers)
     assert Reader({site.url: OPEN}, retry_timeout=20.0).read(f"{site.url}/flaky").data == b"bytes"
 
 
@@ -259,8 +261,8 @@ def test_a_certificate_is_that_of_the_name_though_an_address_is_asked(
         place = f"https://{host}:{secured.port}"
         return HttpBackend({place: OPEN}, RetryPolicy(0.0, Outage(0.0)), lambda *_: ["127.0.0.1"])
 
-    with website(certified(tmp_path, "images.example")) as secured:
-        secured.pages["/a.jpg"] = Page(b"bytes")
+    with run_http_server(certified(tmp_path, "images.example")) as secured:
+        secured.responses["/a.jpg"] = Response(b"bytes")
         with pytest.raises(Unavailable, match="certificate verify failed"):
             secure("images.example").get(f"https://images.example:{secured.port}/a.jpg")
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "images.example.pem"))
@@ -269,8 +271,8 @@ def test_a_certificate_is_that_of_the_name_though_an_address_is_asked(
             secure("other.example").get(f"https://other.example:{secured.port}/a.jpg")
 
 
-def test_many_reads_answer_each_for_itself(site: Website) -> None:
-    site.pages |= {f"/{number}.jpg": Page(f"{number}".encode()) for number in range(50)}
+def test_many_reads_answer_each_for_itself(site: HttpServer) -> None:
+    site.responses |= {f"/{number}.jpg": Response(f"{number}".encode()) for number in range(50)}
     uris = [f"{site.url}/{number}.jpg" for number in range(50)]
     found = reader(site).read_many([*uris, f"{site.url}/absent", "http://elsewhere.example/a.jpg"])
     assert [answer.data for answer in found[:50] if isinstance(answer, ObjectData)] == [
@@ -279,9 +281,9 @@ def test_many_reads_answer_each_for_itself(site: Website) -> None:
     assert [type(answer) for answer in found[50:]] == [NotFound, AddressRefused]
 
 
-def test_what_is_refused_while_reading_is_an_error_row(site: Website) -> None:
-    site.pages["/inside.jpg"] = Page(status=302, headers={"Location": "http://10.0.0.1/x.jpg"})
-    site.pages["/fine.jpg"] = Page(b"bytes")
+def test_what_is_refused_while_reading_is_an_error_row(site: HttpServer) -> None:
+    site.responses["/inside.jpg"] = Response(status=302, headers={"Location": "http://10.0.0.1/x.jpg"})
+    site.responses["/fine.jpg"] = Response(b"bytes")
     locations = [f"{site.url}/{name}.jpg" for name in ("fine", "inside")]
     fine, inside = Fetcher(reader(site)).fetch([ImageRef(n, uri, uri) for n, uri in enumerate(locations)])
     assert isinstance(fine, ObjectData)
@@ -293,18 +295,18 @@ def refs(*locations: str) -> list[ImageRef]:
     return [ImageRef(position, uri, uri) for position, uri in enumerate(locations)]
 
 
-def test_a_host_that_is_gone_is_the_fault_of_its_images_while_another_answers(site: Website) -> None:
-    site.pages |= {"/a.jpg": Page(b"a"), "/b.jpg": Page(b"b"), "/broken.jpg": Page(status=500)}
-    with website() as other, socket.socket() as unheard:
+def test_a_host_that_is_gone_is_the_fault_of_its_images_while_another_answers(site: HttpServer) -> None:
+    site.responses |= {"/a.jpg": Response(b"a"), "/b.jpg": Response(b"b"), "/broken.jpg": Response(status=500)}
+    with run_http_server() as other, socket.socket() as unheard:
         unheard.bind(("127.0.0.1", 0))  # and does not listen
         dead = f"http://127.0.0.1:{unheard.getsockname()[1]}"
-        other.pages["/c.jpg"] = Page(b"c")
+        other.responses["/c.jpg"] = Response(b"c")
         fetcher = Fetcher(Reader({site.url: OPEN, other.url: OPEN, dead: OPEN}, retry_timeout=0.05))
         read = fetcher.fetch(refs(f"{site.url}/a.jpg", f"{other.url}/c.jpg"))
         assert [type(answer) for answer in read] == [ObjectData, ObjectData]
         found, *faults = fetcher.fetch(refs(f"{site.url}/b.jpg", f"{site.url}/broken.jpg", f"{dead}/d.jpg"))
         assert isinstance(found, ObjectData)
-        other.pages["/c.jpg"] = Page(status=500)  # the last that was read
+        other.responses["/c.jpg"] = Response(status=500)  # the last that was read
         faults += fetcher.fetch(refs(f"{other.url}/c.jpg"))
         for fault in faults:
             assert isinstance(fault, ErrorRecord)
@@ -314,13 +316,13 @@ def test_a_host_that_is_gone_is_the_fault_of_its_images_while_another_answers(si
             Fetcher(Reader({dead: OPEN}, retry_timeout=0.05)).fetch(refs(f"{dead}/d.jpg"))
 
 
-def test_an_image_that_is_too_large_is_not_read(site: Website) -> None:
-    site.pages["/huge.jpg"] = Page(b"", length=20_000_000_000)
+def test_an_image_that_is_too_large_is_not_read(site: HttpServer) -> None:
+    site.responses["/huge.jpg"] = Response(b"", length=20_000_000_000)
     (fault,) = Fetcher(reader(site), max_bytes=1000).fetch(refs(f"{site.url}/huge.jpg"))
     assert fault == ErrorRecord("fetch", "too_large", "the file has 20,000,000,000 bytes, over decode.max_bytes 1,000")
 
 
-def test_all_hosts_share_one_set_of_trusted_certificates(site: Website, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_hosts_share_one_set_of_trusted_certificates(site: HttpServer, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[ssl.SSLContext] = []
     create = ssl.create_default_context
 
@@ -395,9 +397,9 @@ def test_other_protocols_do_not_lead_to_the_web_either() -> None:
             Reader({"https://": OPEN}, retry_timeout=0.0).read(uri)
 
 
-def test_a_manifest_on_the_web_is_read_where_its_host_is_named(site: Website) -> None:
-    site.pages["/index/m.csv"] = Page(b"image\na.jpg\n../b.jpg\n")
-    site.pages["/index/moved.csv"] = Page(status=302, headers={"Location": "http://10.0.0.1/m.csv"})
+def test_a_manifest_on_the_web_is_read_where_its_host_is_named(site: HttpServer) -> None:
+    site.responses["/index/m.csv"] = Response(b"image\na.jpg\n../b.jpg\n")
+    site.responses["/index/moved.csv"] = Response(status=302, headers={"Location": "http://10.0.0.1/m.csv"})
     source = ManifestSource.model_validate({"uri": f"{site.url}/index/m.csv", "uri_column": "image"})
     rows = pa.Table.from_batches(list(source.refs(reader(site), Cursor())))
     assert rows.column("location").to_pylist() == [f"{site.url}/index/a.jpg", f"{site.url}/b.jpg"]
@@ -410,6 +412,6 @@ def test_a_manifest_on_the_web_is_read_where_its_host_is_named(site: Website) ->
         moved.check(reader(site))
 
 
-def test_a_folder_on_the_web_cannot_be_listed(site: Website) -> None:
+def test_a_folder_on_the_web_cannot_be_listed(site: HttpServer) -> None:
     with pytest.raises(InvalidJob, match="the web has no listing; name its images in a manifest"):
         PrefixSource.model_validate({"uri": f"{site.url}/images/"}).check(reader(site))

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from PIL import Image
 
-__all__ = ["ASSERT", "ECC", "write_harmful_job"]
+__all__ = ["CUDA_ASSERT", "CUDA_ECC_ERROR", "write_harmful_job"]
 
-ASSERT = "CUDA error: device-side assert triggered"
-ECC = "CUDA error: uncorrectable ECC error encountered"
+CUDA_ASSERT = "CUDA error: device-side assert triggered"
+CUDA_ECC_ERROR = "CUDA error: uncorrectable ECC error encountered"
 
 # `hang` and `exit` are done, all else is raised.
 NET = """\
@@ -47,12 +47,12 @@ output: {uri: out}
 """
 
 
-def write_harmful_job(folder: Path, images: int, black: Iterable[int]) -> str:
+def write_harmful_job(folder: Path, image_count: int, black_positions: Iterable[int]) -> str:
     """Write it there over so many pictures, those of these positions black; the job file's path."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "net.py").write_text(NET)
     (folder / "job.yaml").write_text(JOB)
-    names = ["black.png" if position in set(black) else "white.png" for position in range(images)]
+    names = ["black.png" if position in set(black_positions) else "white.png" for position in range(image_count)]
     (folder / "manifest.csv").write_text("\n".join(["file", *names, ""]))
     for name, shade in (("black", 0), ("white", 255)):
         Image.new("RGB", (8, 8), (shade, shade, shade)).save(folder / f"{name}.png")

@@ -16,10 +16,10 @@ from typing import BinaryIO, TypeVar
 from batchjob.errors import AlreadyExists, BatchjobError, NotFound, PreconditionFailed, Unavailable
 from batchjob.storage.objects import ObjectData, ObjectInfo
 
-__all__ = ["WRITES", "Call", "Fault", "Killed", "MemoryStore"]
+__all__ = ["WRITE_METHODS", "Call", "Fault", "Killed", "MemoryStore"]
 
 T = TypeVar("T")
-WRITES = ("put_if_absent", "replace_if_match", "delete", "delete_if_match")
+WRITE_METHODS = ("put_if_absent", "replace_if_match", "delete", "delete_if_match")
 
 
 class Killed(BaseException):
@@ -46,7 +46,7 @@ _HAPPENS = {Fault.LOST, Fault.REPEATED, Fault.KILLED_AFTER}
 class Call:
     """What was asked of the store."""
 
-    verb: str
+    method: str
     key: str
 
 
@@ -86,19 +86,19 @@ class MemoryStore:
         return MemoryStore(self._disk)
 
     def inject(
-        self, verb: str, pattern: str, fault: Fault | Callable[[], object], *, skip: int = 0, times: int = 1
+        self, method: str, pattern: str, fault: Fault | Callable[[], object], *, skip: int = 0, times: int = 1
     ) -> None:
         """Let the calls of `verb` on keys like `pattern` go wrong: after the first `skip`, the next `times`.
 
         A callable is what somebody else does just before the call, which then goes its way.
         """
-        self._planned.append(_Planned(verb, pattern, fault, skip, times))
+        self._planned.append(_Planned(method, pattern, fault, skip, times))
 
-    def written(self) -> list[str]:
+    def written_keys(self) -> list[str]:
         """Keys of all creates, replacements and deletions asked for, in order."""
-        return [call.key for call in self.calls if call.verb in WRITES]
+        return [call.key for call in self.calls if call.method in WRITE_METHODS]
 
-    def held(self) -> list[str]:
+    def stored_keys(self) -> list[str]:
         """Everything that lies there."""
         return sorted(self._disk.objects)
 

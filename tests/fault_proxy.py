@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-__all__ = ["LOSE_ANSWER", "RESET", "TRUNCATE", "Delay", "Faulty", "Reply", "Weather", "between"]
+__all__ = ["LOSE_ANSWER", "RESET", "TRUNCATE", "Delay", "FaultProxy", "RandomFaults", "Reply", "run_fault_proxy"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ Decide = Callable[[str, str], Reply | Delay | str | None]
 
 
 @dataclass
-class Weather:
+class RandomFaults:
     """Faults that come by chance: of a seed, a request, and how often it has been made.
 
     Attributes:
@@ -56,7 +56,7 @@ class Weather:
     truncated: float = 0.0
     late: float = 0.0
     seconds: float = 0.1
-    met: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
     _made: Counter[str] = field(default_factory=Counter)
 
     def __call__(self, method: str, path: str) -> Reply | Delay | str | None:
@@ -73,14 +73,14 @@ class Weather:
         ]
         for name, share, action in faults:
             if chance < share:
-                self.met[name] += 1
+                self.counts[name] += 1
                 return action
             chance -= share
         return None
 
 
 @dataclass
-class Faulty:
+class FaultProxy:
     """The running go-between.
 
     Attributes:
@@ -92,14 +92,14 @@ class Faulty:
 
     endpoint: str
     decide: Decide = lambda method, path: None
-    carried_out: Callable[[str, str], object] = lambda method, path: None
-    seen: list[tuple[str, str]] = field(default_factory=list)
-    die: Callable[[], None] = lambda: None
+    on_done: Callable[[str, str], object] = lambda method, path: None
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    stop: Callable[[], None] = lambda: None
     """Ends it for good: whoever connects from now on is refused."""
 
 
 @contextmanager
-def between(upstream: str) -> Iterator[Faulty]:
+def run_fault_proxy(upstream: str) -> Iterator[FaultProxy]:
     """A go-between in front of the server at the URL `upstream`."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="go-between", daemon=True)
@@ -107,12 +107,12 @@ def between(upstream: str) -> Iterator[Faulty]:
     try:
         going = _GoBetween(urlsplit(upstream).netloc)
         port = asyncio.run_coroutine_threadsafe(going.start(), loop).result()
-        going.faulty = faulty = Faulty(f"http://127.0.0.1:{port}")
-        faulty.die = lambda: asyncio.run_coroutine_threadsafe(going.stop(), loop).result()
+        going.faulty = faulty = FaultProxy(f"http://127.0.0.1:{port}")
+        faulty.stop = lambda: asyncio.run_coroutine_threadsafe(going.stop(), loop).result()
         try:
             yield faulty
         finally:
-            faulty.die()
+            faulty.stop()
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
@@ -134,7 +134,7 @@ class _GoBetween:
         self._upstream = host, int(port or 80)
         self._serving: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
-        self.faulty: Faulty
+        self.faulty: FaultProxy
 
     async def start(self) -> int:
         """The port."""
@@ -171,7 +171,7 @@ class _GoBetween:
     async def _answer(self, request: _Message, server: _Upstream, writer: asyncio.StreamWriter) -> bool:
         """Whether the connection goes on."""
         method, path, _ = request.first.split(" ", 2)
-        self.faulty.seen.append((method, path))
+        self.faulty.requests.append((method, path))
         action = self.faulty.decide(method, path)
         if action == RESET:
             _break(writer)
@@ -182,7 +182,7 @@ class _GoBetween:
             reply = action
         else:
             reply = await server.ask(request)
-            self.faulty.carried_out(method, path)
+            self.faulty.on_done(method, path)
         if action == LOSE_ANSWER:
             _break(writer)
             return False

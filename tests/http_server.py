@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-__all__ = ["Page", "Website", "website"]
+__all__ = ["HttpServer", "Response", "run_http_server"]
 
 
 @dataclass(frozen=True)
-class Page:
+class Response:
     """One answer. `pieces` are sent one by one, each after `pause` seconds on an event that ends with the server."""
 
     body: bytes = b""
@@ -25,12 +25,12 @@ class Page:
 
 
 @dataclass
-class Website:
+class HttpServer:
     """A running server; `pages` by path may be filled at any time, `asked` holds each request's path and headers."""
 
     port: int
-    pages: dict[str, Page | Callable[[Mapping[str, str]], Page]] = field(default_factory=dict)
-    asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    responses: dict[str, Response | Callable[[Mapping[str, str]], Response]] = field(default_factory=dict)
+    requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -38,7 +38,7 @@ class Website:
 
 
 @contextmanager
-def website(tls: ssl.SSLContext | None = None) -> Iterator[Website]:
+def run_http_server(tls: ssl.SSLContext | None = None) -> Iterator[HttpServer]:
     """A server that answers what `pages` say, 404 for all else."""
     over = threading.Event()
 
@@ -46,9 +46,9 @@ def website(tls: ssl.SSLContext | None = None) -> Iterator[Website]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            site.asked.append((self.path, dict(self.headers)))
-            found = site.pages.get(self.path, Page(b"no such page", 404))
-            page = found if isinstance(found, Page) else found(dict(self.headers))
+            site.requests.append((self.path, dict(self.headers)))
+            found = site.responses.get(self.path, Response(b"no such page", 404))
+            page = found if isinstance(found, Response) else found(dict(self.headers))
             self.send_response(page.status)
             for name, value in page.headers.items():
                 self.send_header(name, value)
@@ -72,7 +72,7 @@ def website(tls: ssl.SSLContext | None = None) -> Iterator[Website]:
     server.daemon_threads = True
     if tls is not None:
         server.socket = tls.wrap_socket(server.socket, server_side=True)
-    site = Website(server.server_port)
+    site = HttpServer(server.server_port)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:

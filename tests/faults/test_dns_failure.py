@@ -17,7 +17,7 @@ from batchjob_process import (
     wait_until,
 )
 from color_coded_job import check_output, format_overrides, format_range, list_committed_parts, upload_job
-from faulty import RESET, between
+from fault_proxy import RESET, run_fault_proxy
 from figures import Figure
 from seaweed import Seaweed
 
@@ -84,7 +84,7 @@ def test_a_name_that_ceases_to_resolve_leaves_no_rows_and_the_next_run_goes_on(
         errors__outage_seconds=6,
     )
     command = [sys.executable, "-m", "batchjob", "run", job, *settings, "--json"]
-    with between(s3.endpoint) as gate:
+    with run_fault_proxy(s3.endpoint) as gate:
         env = {
             "AWS_ENDPOINT_URL": gate.endpoint.replace("127.0.0.1", NAME),
             "BATCHJOB_PATIENCE": "2",
