@@ -1,4 +1,4 @@
-"""`python -m batchjob …` as a scheduler starts it, in a process of its own, and a look at what it leaves behind."""
+"""`python -m batchjob …` in a process of its own, as a scheduler starts it, and reads of the output it leaves."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ __all__ = [
 
 ROOT = Path(__file__).parents[1]
 
-# A model that takes its time: as many seconds a batch as BATCHJOB_TEST_NAP says.
+# A model that sleeps: BATCHJOB_TEST_NAP seconds a batch.
 SLOW_NET = """\
 import os
 import time
@@ -85,10 +85,12 @@ class CompletedCommand:
     """A command that has ended.
 
     Attributes:
-        code: exit code; negative the signal that killed it.
-        out, err: what it said.
-        seconds: from start to exit, of which `run` knows.
+        exit_code: Exit code; negative for the signal that killed it.
+        stdout: Text on standard output.
+        stderr: Text on standard error.
+        seconds: Time from start to exit, in seconds.
     """
+
 
     exit_code: int
     stdout: str
@@ -97,14 +99,14 @@ class CompletedCommand:
 
     @property
     def json_result(self) -> dict[str, Any]:
-        """The object on the last line of stdout."""
+        """JSON object on the last line of stdout."""
         found: dict[str, Any] = json.loads(self.stdout.splitlines()[-1])
         return found
 
 
 @dataclass
 class Command:
-    """A command at work."""
+    """A running command."""
 
     process: subprocess.Popen[str]
     started_at: float = field(default_factory=time.monotonic)
@@ -115,11 +117,11 @@ class Command:
 
     @property
     def seconds(self) -> float:
-        """Since its start."""
+        """Time since its start, in seconds."""
         return time.monotonic() - self.started_at
 
     def wait(self, timeout: float = 240) -> CompletedCommand:
-        """Wait for its end."""
+        """Wait until it ends."""
         out, err = self.process.communicate(timeout=timeout)
         return CompletedCommand(self.process.returncode, out, err, self.seconds)
 
@@ -130,12 +132,12 @@ def start_batchjob(*arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | N
 
 
 def start_program(command: Sequence[str], cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> Command:
-    """Start any program, which finds batchjob."""
-    whole = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+    """Start a program that can import batchjob."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     process = subprocess.Popen(
         command,
         cwd=cwd,
-        env=whole,
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
@@ -148,14 +150,14 @@ def start_program(command: Sequence[str], cwd: Path = ROOT, env: Mapping[str, st
 def run_batchjob(
     *arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None, timeout: float = 240
 ) -> CompletedCommand:
-    """The same, to its end."""
+    """Run `python -m batchjob …` to its end."""
     with kill_on_exit(start_batchjob(*arguments, cwd=cwd, env=env)) as command:
         return command.wait(timeout)
 
 
 @contextmanager
 def kill_on_exit(command: Command) -> Iterator[Command]:
-    """See to it that the command is gone afterwards, come what may."""
+    """Kill the command on exit if it still runs."""
     try:
         yield command
     finally:
@@ -164,15 +166,15 @@ def kill_on_exit(command: Command) -> Iterator[Command]:
 
 
 def kill(command: Command) -> set[tuple[int, int]]:
-    """SIGKILL to the command alone, as the kernel does when memory is short; returns what it had started."""
-    family = find_descendants(command.pid)
+    """Send SIGKILL to the command alone, as the kernel does when memory is short; return the processes it had started."""
+    children = find_descendants(command.pid)
     command.process.send_signal(signal.SIGKILL)
     command.process.communicate()
-    return family
+    return children
 
 
 def wait_until(condition: Callable[[], Any], *, command: Command | None = None, timeout: float = 120) -> Any:
-    """Wait until the condition holds and return its value; fails when the command ends before."""
+    """Wait until the condition is true and return its value. Fails if the command ends before, or at the timeout."""
     deadline = time.monotonic() + timeout
     while not (found := condition()):
         if command is not None and command.process.poll() is not None:
@@ -185,7 +187,7 @@ def wait_until(condition: Callable[[], Any], *, command: Command | None = None, 
 
 @contextmanager
 def ray_environment() -> Iterator[dict[str, str]]:
-    """Environment in which a driver starts a Ray of its own; its sockets want a folder with a short path."""
+    """Return an environment in which a driver starts its own Ray, in a folder whose path is short enough for sockets."""
     folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")
     try:
         yield {"RAY_TMPDIR": folder, "RAY_ADDRESS": ""}
@@ -194,7 +196,7 @@ def ray_environment() -> Iterator[dict[str, str]]:
 
 
 def cifar_arguments(data: Path, output: str | Path, *more: str) -> list[str]:
-    """`run` with the CIFAR job over the real images on the local pool, in ten shards unless `more` says otherwise."""
+    """Return arguments of `run` for the CIFAR job over real images: local pool, ten shards; `more` overrides."""
     return [
         "run",
         str(ROOT / "jobs/cifar10_resnet20/job.yaml"),
@@ -210,7 +212,7 @@ def cifar_arguments(data: Path, output: str | Path, *more: str) -> list[str]:
 
 
 def write_slow_job(folder: Path, images: int) -> None:
-    """A job beside its model that sleeps, over a manifest that names one tiny picture so many times."""
+    """Write a job whose model sleeps, over a manifest that names one tiny picture `images` times."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -222,12 +224,12 @@ def write_slow_job(folder: Path, images: int) -> None:
 
 @lru_cache(maxsize=100)
 def open_output(output: str) -> Store:
-    """The store of an output; making one takes a tenth of a second."""
+    """Open the store of an output. Cached: opening one takes a tenth of a second."""
     return open_store(output)
 
 
 def read_rows(output: str | Path) -> pa.Table:
-    """All committed rows, in the order of the parts' names."""
+    """Read all committed rows, in the order of the parts' names."""
     store = open_output(str(output))
     return pa.concat_tables(
         pq.read_table(pa.BufferReader(store.read(key).data)) for key in sorted(commit.list_parts(store))
@@ -235,26 +237,26 @@ def read_rows(output: str | Path) -> pa.Table:
 
 
 def read_all_footers(output: str | Path) -> dict[str, PartFooter]:
-    """Provenance of each committed part, by name."""
+    """Read the footer of each committed part, by name."""
     store = open_output(str(output))
     return dict(commit.read_footers(store, sorted(commit.list_parts(store))))
 
 
 def list_plan_heads(output: str | Path) -> list[str]:
-    """Keys of the plan heads that were frozen there."""
+    """List the keys of the plan heads in an output."""
     store = open_output(str(output))
     return [stat.uri for stat in store.list("_batchjob/plans/") if stat.uri.endswith("head.json")]
 
 
 def delete_lease(output: str | Path) -> None:
-    """Remove what a killed driver held, so that a test need not wait until its silence counts."""
+    """Delete the lease of a killed driver, so that a test need not wait until it expires."""
     store = open_output(str(output))
     for stat in list(store.list("_batchjob/lease/")):
         store.delete(stat.uri)
 
 
 def count_correct_labels(rows: pa.Table) -> int:
-    """How many CIFAR rows name the class of the folder that the image lies in; each image is there once."""
+    """Count CIFAR rows whose label is the name of the image's folder; check that each image is there once."""
     found = rows.select(["position", "uri", "label"]).to_pylist()
     assert sorted(row["position"] for row in found) == list(range(1000))
     assert len({row["uri"] for row in found}) == 1000
@@ -265,7 +267,7 @@ def count_correct_labels(rows: pa.Table) -> int:
 
 
 def find_descendants(pid: int) -> set[tuple[int, int]]:
-    """Processes below this one, as (pid, start time): a pid alone may come again."""
+    """Return the descendants of a process as (pid, start time): a pid alone can be used again."""
     children: dict[int, list[tuple[int, int]]] = {}
     for child, parent, born in _processes():
         children.setdefault(parent, []).append((child, born))
@@ -279,17 +281,17 @@ def find_descendants(pid: int) -> set[tuple[int, int]]:
 
 
 def filter_alive(processes: set[tuple[int, int]]) -> set[tuple[int, int]]:
-    """Those of them that still run (a zombie does not)."""
+    """Return the processes that still run; zombies do not."""
     return processes & {(pid, born) for pid, _, born in _processes()}
 
 
 def find_actors(command: Command) -> set[tuple[int, int]]:
-    """The command's Ray workers."""
+    """Return the Ray workers of a command."""
     return {(pid, born) for pid, born in find_descendants(command.pid) if "ray::RayWorker" in read_command_line(pid)}
 
 
 def read_command_line(pid: int) -> str:
-    """Its command line, or what it calls itself; nothing where it has ended."""
+    """Return the command line or process title; empty if the process has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:

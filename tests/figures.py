@@ -1,4 +1,4 @@
-"""The table of the fault suite: every promise with the figure that a test has shown for it, the seed and the time."""
+"""Table of the fault suite: the figure that a test measured for each promise, the seed, and the time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 __all__ = ["PROMISES", "Figure"]
 
-# What the suite in tests/faults has to show, run whole. A table without one of them says so.
+# Promises that the whole suite in tests/faults measures. The table names those without a figure.
 PROMISES = (
     "every image exactly once",
     "no reader sees a partial or foreign file",
@@ -40,54 +40,54 @@ _Row = tuple[str, str, str]  # promise, node id of the test, figure
 _rows = pytest.StashKey[list[_Row]]()
 _seconds = pytest.StashKey[defaultdict[str, float]]()
 _failed = pytest.StashKey[set[str]]()
-_skipped = pytest.StashKey[dict[str, str]]()  # and why
-_began = pytest.StashKey[float]()
+_skipped = pytest.StashKey[dict[str, str]]()  # node id -> reason
+_started = pytest.StashKey[float]()
 _SEED = "BATCHJOB_SEED"
 
 
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Figure:
-    """Put a row into the table: `figure(promise, text)`, such as `figure("resume", "20 kills, 0 shards redone")`."""
+    """Add a row to the table: `figure(promise, text)`, such as `figure("resume", "20 kills, 0 shards redone")`."""
     rows, test = request.config.stash[_rows], request.node.nodeid
 
-    def put(promise: str, text: str) -> None:
+    def add_row(promise: str, text: str) -> None:
         rows.append((promise, test, text))
 
-    return put
+    return add_row
 
 
 @pytest.fixture(scope="session")
 def seed() -> int:
-    """What every random choice of the suite follows from: BATCHJOB_SEED, or 1."""
-    return _seed()
+    """Seed of every random choice in the suite: BATCHJOB_SEED, or 1."""
+    return _read_seed()
 
 
 @pytest.fixture(scope="session")
 def full_clocks() -> bool:
-    """Whether leases and outages last as long as in production: BATCHJOB_FULL_CLOCKS=1."""
+    """True if leases and outages last as long as in production: BATCHJOB_FULL_CLOCKS=1."""
     return os.environ.get("BATCHJOB_FULL_CLOCKS") == "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin an empty table."""
+    """Start an empty table."""
     config.stash[_rows], config.stash[_seconds], config.stash[_failed] = [], defaultdict(float), set()
-    config.stash[_skipped], config.stash[_began] = {}, time.monotonic()
-    config.pluginmanager.register(_Clock(config))
+    config.stash[_skipped], config.stash[_started] = {}, time.monotonic()
+    config.pluginmanager.register(_ReportRecorder(config))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the table, also when tests failed, and write it to the file that BATCHJOB_FIGURES names."""
+    """Print the table, even after failed tests, and write it to the file that BATCHJOB_FIGURES names."""
     if not config.stash[_rows]:
         return
-    lines = _table(config)
+    lines = _format_table(config)
     terminalreporter.section("figures")
     terminalreporter.write_line("\n".join(lines))
     if name := os.environ.get("BATCHJOB_FIGURES"):
         Path(name).write_text("\n".join(lines) + "\n")
 
 
-class _Clock:
-    """Listens to how long each test takes, and which fail."""
+class _ReportRecorder:
+    """Recorder of the duration of each test, of failures, and of skipped tests with their reasons."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._stash = config.stash
@@ -100,31 +100,31 @@ class _Clock:
             self._stash[_skipped][report.nodeid] = str(report.longrepr[2]).removeprefix("Skipped: ")
 
 
-def _seed() -> int:
+def _read_seed() -> int:
     return int(os.environ.get(_SEED) or 1)
 
 
-def _table(config: pytest.Config) -> list[str]:
+def _format_table(config: pytest.Config) -> list[str]:
     stash = config.stash
     lines = [("promise", "test", "figure", "seconds")]
-    for promise, test, text in [*sorted([*stash[_rows]]), *_without_figures(stash)]:
+    for promise, test, text in [*sorted([*stash[_rows]]), *_list_missing_figures(stash)]:
         shown = f"FAILED: {text}" if test in stash[_failed] else text
         lines.append((promise, test.rpartition("/")[2], shown, f"{stash[_seconds][test]:.0f}" if test else ""))
-    minutes = (time.monotonic() - stash[_began]) / 60
-    return [*_aligned(lines), f"seed {_seed()} ({_SEED}), {minutes:.1f} minutes in all"]
+    minutes = (time.monotonic() - stash[_started]) / 60
+    return [*_align_columns(lines), f"seed {_read_seed()} ({_SEED}), {minutes:.1f} minutes in all"]
 
 
-def _without_figures(stash: pytest.Stash) -> list[_Row]:
-    """Promises that no test has put a figure to; tests that failed before they did, or were left out."""
+def _list_missing_figures(stash: pytest.Stash) -> list[_Row]:
+    """List promises without a figure, tests that failed before they had one, and skipped tests."""
     rows = stash[_rows]
-    put, tested = {row[0] for row in rows}, {row[1] for row in rows}
-    missing = [(promise, "", "not measured in this run") for promise in PROMISES if promise not in put]
+    measured, tested = {row[0] for row in rows}, {row[1] for row in rows}
+    missing = [(promise, "", "not measured in this run") for promise in PROMISES if promise not in measured]
     failed = [("", test, "no figure") for test in sorted(stash[_failed] - tested)]
     skipped = [("", test, f"not run: {why}") for test, why in sorted(stash[_skipped].items()) if test not in tested]
     return missing + failed + skipped
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def _align_columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     cells = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     return [" | ".join(row).rstrip() for row in [cells[0], ["-" * width for width in widths], *cells[1:]]]
