@@ -91,7 +91,6 @@ class CompletedCommand:
         seconds: Time from start to exit, in seconds.
     """
 
-
     exit_code: int
     stdout: str
     stderr: str
@@ -166,7 +165,7 @@ def kill_on_exit(command: Command) -> Iterator[Command]:
 
 
 def kill(command: Command) -> set[tuple[int, int]]:
-    """Send SIGKILL to the command alone, as the kernel does when memory is short; return the processes it had started."""
+    """Send SIGKILL to the command alone, as the kernel does when memory is short; return its former children."""
     children = find_descendants(command.pid)
     command.process.send_signal(signal.SIGKILL)
     command.process.communicate()
@@ -187,7 +186,7 @@ def wait_until(condition: Callable[[], Any], *, command: Command | None = None, 
 
 @contextmanager
 def ray_environment() -> Iterator[dict[str, str]]:
-    """Return an environment in which a driver starts its own Ray, in a folder whose path is short enough for sockets."""
+    """Yield an environment in which a driver starts its own Ray, in a folder with a path short enough for sockets."""
     folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")
     try:
         yield {"RAY_TMPDIR": folder, "RAY_ADDRESS": ""}

@@ -1,4 +1,4 @@
-"""The command line as a person or a scheduler meets it: exit codes, stderr for people, one object for machines."""
+"""Command line: exit codes, text on stderr, one JSON object on stdout, resources in a control group."""
 
 from __future__ import annotations
 
@@ -50,31 +50,31 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def last_object(said: str) -> dict[str, Any]:
+def read_last_object(said: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(said.splitlines()[-1])
     return found
 
 
-def test_a_signal_after_the_last_word_does_not_change_the_exit_code(folder: Path) -> None:
+def test_signal_after_the_result_does_not_change_the_exit_code(folder: Path) -> None:
     command = [sys.executable, "-m", "batchjob", "run", "job.yaml", "--json", "--quiet"]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
-        assert last_object(running.stdout.readline())["status"] == "complete"
+        assert read_last_object(running.stdout.readline())["status"] == "complete"
         running.terminate()
         running.send_signal(signal.SIGINT)
         assert running.wait(60) == 0
 
 
-def test_a_job_runs_and_every_look_at_it_agrees(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_run_status_errors_and_discard_agree(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "job.yaml", "--json", "--quiet"]) == 0
     out, err = capfd.readouterr()
-    outcome = last_object(out)
+    outcome = read_last_object(out)
     assert outcome.items() >= {"status": "complete", "planned": 10, "predicted": 9, "failed": 1, "exit_code": 0}.items()
     assert outcome["output"].rstrip("/") == str(folder / "out")
     assert "complete: 10 images, 9 predicted, 1 failed" in err
 
     assert main(["status", "out", "--json"]) == 0
-    status = last_object(capfd.readouterr().out)
+    status = read_last_object(capfd.readouterr().out)
     assert status.items() >= {"status": "complete", "planned": 10, "rows": 10, "failed": 1, "parts": 3}.items()
     assert main(["status", "job.yaml"]) == 0
     out, err = capfd.readouterr()
@@ -90,10 +90,10 @@ def test_a_job_runs_and_every_look_at_it_agrees(folder: Path, capfd: pytest.Capt
 
     assert main(["run", "job.yaml", "--json", "task.top_k=2"]) == 2
     out, err = capfd.readouterr()
-    assert last_object(out)["status"] == "invalid"
+    assert read_last_object(out)["status"] == "invalid"
     assert "task.top_k: not set there, 2 here" in err
     assert main(["run", "job.yaml", "--json", "--quiet"]) == 0
-    assert last_object(capfd.readouterr().out)["status"] == "already_complete"
+    assert read_last_object(capfd.readouterr().out)["status"] == "already_complete"
 
     assert main(["discard", "out"]) == 2
     assert "add --yes" in capfd.readouterr().err
@@ -101,21 +101,21 @@ def test_a_job_runs_and_every_look_at_it_agrees(folder: Path, capfd: pytest.Capt
     assert not list((folder / "out/predictions").iterdir())
 
 
-def test_over_the_error_budget_is_exit_3(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_exceeded_error_budget_is_exit_3(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "job.yaml", "--quiet", "--json", "errors.max_rate=0"]) == 3
     out, err = capfd.readouterr()
-    assert last_object(out)["status"] == "over_budget"
+    assert read_last_object(out)["status"] == "over_budget"
     assert "batchjob errors" in err
     assert not (folder / "out/_SUCCESS").exists()
 
 
-def test_a_bad_job_file_is_exit_2_and_says_where(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_invalid_job_file_is_exit_2_with_its_location(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Path("job.yaml").write_text(JOB.replace("target", "targte"))
     for command in ("run", "validate", "plan", "status", "errors", "discard"):
         assert main([command, "job.yaml", "--json", *(["--yes"] if command == "discard" else [])]) == 2
         out, err = capfd.readouterr()
         assert err == "job.yaml:2:23: model.targte: not a field of this model; did you mean 'target'?\n"
-        assert last_object(out).items() >= {"status": "invalid", "exit_code": 2, "message": err.strip()}.items()
+        assert read_last_object(out).items() >= {"status": "invalid", "exit_code": 2, "message": err.strip()}.items()
 
 
 @pytest.mark.parametrize(
@@ -135,21 +135,21 @@ def test_wrong_usage_is_exit_2(folder: Path, args: list[str], sentence: str, cap
     assert main([*args, "--json"]) == 2
     out, err = capfd.readouterr()
     assert sentence in err
-    assert last_object(out)["exit_code"] == 2
+    assert read_last_object(out)["exit_code"] == 2
 
 
-def test_what_nobody_foresaw_is_exit_1_with_its_traceback(
+def test_unexpected_exception_is_exit_1_with_a_traceback(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("batchjob.api.status", lambda *_: 1 // 0)
     assert main(["status", "out", "--json"]) == 1
     out, err = capfd.readouterr()
     assert "Traceback" in err
-    assert last_object(out)["status"] == "crashed"
+    assert read_last_object(out)["status"] == "crashed"
 
 
 @pytest.mark.parametrize("head", ["no json", "[]", '{"format": 1}', '{"format": 1, "plan": "x"}'])
-def test_a_damaged_head_is_exit_2_and_named(folder: Path, head: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_plan_head_is_exit_2_and_named(folder: Path, head: str, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "out/_batchjob/plans/0000").mkdir(parents=True)
     (folder / "out/_batchjob/plans/0000/head.json").write_text(head)
     for command in (["status", "out"], ["run", "job.yaml"], ["discard", "out", "--yes"]):
@@ -157,16 +157,16 @@ def test_a_damaged_head_is_exit_2_and_named(folder: Path, head: str, capfd: pyte
         out, err = capfd.readouterr()
         assert "out/_batchjob/plans/0000/head.json is damaged" in err
         assert "Traceback" not in err
-        assert last_object(out)["status"] == "invalid"
+        assert read_last_object(out)["status"] == "invalid"
 
 
-def test_validate_goes_as_far_as_the_output(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_validate_checks_input_model_and_output(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", "job.yaml"]) == 0
     assert "input     " in (said := capfd.readouterr().err)
     assert "10 images" in said
     assert f"output    {folder / 'out'}: to be planned" in said
     assert main(["validate", "job.yaml", "input.require.min_images=11", "--json"]) == 75
-    assert "min_images asks for 11" in last_object(capfd.readouterr().out)["message"]
+    assert "min_images asks for 11" in read_last_object(capfd.readouterr().out)["message"]
     assert not (folder / "out").exists()
     assert main(["plan", "job.yaml", "--quiet"]) == 0
     assert main(["validate", "job.yaml"]) == 0
@@ -176,7 +176,7 @@ def test_validate_goes_as_far_as_the_output(folder: Path, capfd: pytest.CaptureF
 
 
 @pytest.mark.parametrize(("where", "said"), [("file", "Not a directory"), ("file/x", "Not a directory")])
-def test_an_output_where_a_file_is_or_below_one_is_exit_2(
+def test_output_at_or_below_a_file_is_exit_2(
     folder: Path, where: str, said: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "file").touch()
@@ -187,13 +187,13 @@ def test_an_output_where_a_file_is_or_below_one_is_exit_2(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
-def test_an_output_where_no_folder_can_be_is_exit_2(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_that_cannot_be_created_is_exit_2(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert folder.is_dir()
     assert main(["run", "job.yaml", "--quiet", "output.uri=/proc/x"]) == 2
     assert "/proc/x: no folder can be made there" in capfd.readouterr().err
 
 
-def test_validate_refuses_the_empty_input_that_a_run_refuses(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_validate_and_run_refuse_an_empty_input_alike(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "empty").mkdir()
     said = []
     for command in ("validate", "run"):
@@ -203,7 +203,7 @@ def test_validate_refuses_the_empty_input_that_a_run_refuses(folder: Path, capfd
     assert "no images there" in said[0]
 
 
-def test_a_resumed_run_counts_the_errors_that_it_finds(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_resumed_run_counts_errors_of_committed_parts(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "job.yaml", "--quiet", "errors.max_rate=0"]) == 3
     capfd.readouterr()
     assert main(["run", "job.yaml"]) == 0
@@ -213,25 +213,27 @@ def test_a_resumed_run_counts_the_errors_that_it_finds(folder: Path, capfd: pyte
     assert err.splitlines()[-1].endswith("complete: 10 images, 9 predicted, 1 failed")
 
 
-def test_a_folder_is_no_job_file(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_folder_in_place_of_a_job_file_is_refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert folder.is_dir()
     assert main(["retry", "images"]) == 2
     assert "images: is a folder; give the path of a job file" in capfd.readouterr().err
 
 
-def test_a_finished_output_is_repaired_when_asked(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_repair_restores_missing_parts_of_a_finished_output(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "job.yaml", "--quiet"]) == 0
     min((folder / "out/predictions").iterdir()).unlink()
     assert main(["run", "job.yaml", "--quiet"]) == 3
     assert "1 part gone, changed or added" in (said := capfd.readouterr().err)
     assert "batchjob run --repair" in said
     assert main(["run", "job.yaml", "--quiet", "--repair", "--json"]) == 0
-    assert last_object(capfd.readouterr().out).items() >= {"status": "complete", "planned": 10, "failed": 1}.items()
+    assert (
+        read_last_object(capfd.readouterr().out).items() >= {"status": "complete", "planned": 10, "failed": 1}.items()
+    )
 
 
-def test_an_output_that_is_not_there_is_not_made(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_status_does_not_create_an_output(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "job.yaml", "--json"]) == 2
-    assert "no plan here" in last_object(capfd.readouterr().out)["message"]
+    assert "no plan here" in read_last_object(capfd.readouterr().out)["message"]
     assert not (folder / "out").exists()
 
 
@@ -244,12 +246,14 @@ def test_version_help_and_schema_go_to_stdout(capfd: pytest.CaptureFixture[str])
     assert json.loads(capfd.readouterr().out)["title"] == "batchjob job"
 
 
-def test_env_says_what_a_bug_report_needs(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_reports_versions_and_resources_without_secrets(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "ray://me:secret@host:1")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
     assert main(["env", "--json"]) == 0
     out, _ = capfd.readouterr()
-    found = last_object(out)
+    found = read_last_object(out)
     assert found["packages"]["batchjob"] == batchjob.__version__
     assert found["cores"]["allowed"] >= 1
     assert found["ray"]["address_given"] is True
@@ -267,7 +271,7 @@ def test_status_loads_neither_torch_nor_ray(folder: Path) -> None:
     assert not {name for name in loaded if name.split(".")[0] in {"torch", "ray", "torchvision"}}
 
 
-def write(root: Path, files: dict[str, str]) -> Path:
+def write_files(root: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -275,8 +279,8 @@ def write(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def test_cores_and_memory_are_what_the_control_group_gives(tmp_path: Path) -> None:
-    second = write(
+def test_cores_and_memory_are_limited_by_the_control_group(tmp_path: Path) -> None:
+    second = write_files(
         tmp_path / "v2",
         {
             "proc/self/cgroup": "0::/a/b\n",
@@ -287,7 +291,7 @@ def test_cores_and_memory_are_what_the_control_group_gives(tmp_path: Path) -> No
         },
     )
     assert (cgroup_cpu_quota(second), cgroup_memory_limit(second)) == (1.5, 1 << 30)
-    first = write(
+    first = write_files(
         tmp_path / "v1",
         {
             "proc/self/cgroup": "3:cpu,cpuacct:/x\n2:memory:/x\n",

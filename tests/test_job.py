@@ -1,4 +1,4 @@
-"""Job files: what they may say, every fault at its line, parameters, overrides, fingerprints, moving house."""
+"""Jobs: reading, problems with their lines, parameters, overrides, fingerprints, serialization, JSON schema."""
 
 from __future__ import annotations
 
@@ -67,17 +67,17 @@ def write(text: str, path: str = "job.yaml") -> str:
     return path
 
 
-def faults(text: str, params: dict[str, str] | None = None, overrides: tuple[str, ...] = ()) -> list[str]:
+def read_problems(text: str, params: dict[str, str] | None = None, overrides: tuple[str, ...] = ()) -> list[str]:
     with pytest.raises(InvalidJob) as caught:
         Job.from_file(write(text), params or {}, overrides)
     return caught.value.message.splitlines()
 
 
-def small(*overrides: str, **params: str) -> Job:
+def read_small_job(*overrides: str, **params: str) -> Job:
     return Job.from_file(write(SMALL), params, overrides)
 
 
-def test_the_job_of_the_design_page_is_read() -> None:
+def test_full_job_is_read() -> None:
     job = Job.from_file(write(GOOD), {"dt": "2026-11-19"})
     assert job.name == "product-tags"
     assert job.input.uri == "s3://lake/image_index/dt=2026-11-19/"
@@ -86,7 +86,7 @@ def test_the_job_of_the_design_page_is_read() -> None:
     assert job.errors.attempts == 3
 
 
-def test_every_fault_is_said_at_once_at_its_line() -> None:
+def test_all_problems_are_reported_with_their_lines() -> None:
     text = (
         GOOD.replace("  name: resnet50", "  nmae: resnet50")
         .replace("top_k: 5", "top_k: five")
@@ -94,7 +94,7 @@ def test_every_fault_is_said_at_once_at_its_line() -> None:
         .replace("precision: auto", "precision: fp8")
         .replace("max_rate: 0.01", "max_rate: 7")
     )
-    assert faults(text, {"dt": "2026-11-19"}) == [
+    assert read_problems(text, {"dt": "2026-11-19"}) == [
         "job.yaml:11:3: model.nmae: not a field of this model; did you mean 'name'?",
         "job.yaml:13:37: task.top_k: must be a whole number, not 'five'",
         "job.yaml:19:15: runtime.batch_size: must be a whole number or 'auto', not 'many'",
@@ -199,9 +199,9 @@ def test_every_fault_is_said_at_once_at_its_line() -> None:
         ("task:", "? [a]\n: b\ntask:", "job.yaml:13:3: has a key that is not text"),
     ],
 )
-def test_one_fault_is_one_sentence(old: str, new: str, line: str) -> None:
+def test_problem_is_one_sentence(old: str, new: str, line: str) -> None:
     assert old in GOOD
-    assert faults(GOOD.replace(old, new, 1), {"dt": "2026-11-19"}) == [line]
+    assert read_problems(GOOD.replace(old, new, 1), {"dt": "2026-11-19"}) == [line]
 
 
 @pytest.mark.parametrize(
@@ -220,16 +220,16 @@ def test_one_fault_is_one_sentence(old: str, new: str, line: str) -> None:
         ),
     ],
 )
-def test_what_is_no_job_file_is_said(text: str, line: str) -> None:
-    assert faults(text)[0] == line
+def test_file_that_is_not_a_job_is_explained(text: str, line: str) -> None:
+    assert read_problems(text)[0] == line
 
 
-def test_aliases_cannot_grow_without_bound() -> None:
+def test_expanded_aliases_are_limited() -> None:
     levels = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10))
-    assert "too large" in faults(f"a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n{levels}")[0]
+    assert "too large" in read_problems(f"a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n{levels}")[0]
 
 
-def test_a_file_that_is_not_there_or_not_text_is_named() -> None:
+def test_missing_or_unreadable_file_is_named() -> None:
     with pytest.raises(InvalidJob, match=r"^none\.yaml: no such file"):
         Job.from_file("none.yaml")
     Path("latin.yaml").write_bytes(b"name: \xe9")
@@ -239,19 +239,19 @@ def test_a_file_that_is_not_there_or_not_text_is_named() -> None:
         Job.from_file(".")
 
 
-def test_plain_scalars_are_those_of_yaml_1_2() -> None:
+def test_plain_scalars_follow_yaml_1_2() -> None:
     labels = "labels: [no, yes, on, 2026-11-19, 12:30:45, 0x1f]"
     text = SMALL.replace("{type: embedding}", f"{{type: classification, {labels}}}")
     job = Job.from_file(write(text))
     assert isinstance(job.task, ClassificationTask)
     assert list(job.task.labels or ()) == ["no", "yes", "on", "2026-11-19", "12:30:45", "0x1f"]
-    assert small("errors.max_rate=1e-3").errors.max_rate == 0.001
+    assert read_small_job("errors.max_rate=1e-3").errors.max_rate == 0.001
 
 
 # ---------------------------------------------------------------------------------------------------------- parameters
 
 
-def with_param(declaration: str, *, use: str = "${x}") -> str:
+def add_param(declaration: str, *, use: str = "${x}") -> str:
     return f"params: {{x: {declaration}}}\n" + SMALL.replace("uri: out", f'uri: "out/{use}"')
 
 
@@ -268,9 +268,9 @@ def with_param(declaration: str, *, use: str = "${x}") -> str:
         ("{}", "a b", "a b"),
     ],
 )
-def test_parameters_are_put_in(declaration: str, given: str | None, used: str) -> None:
+def test_parameters_are_substituted(declaration: str, given: str | None, used: str) -> None:
     params = {} if given is None else {"x": given}
-    assert Path(Job.from_file(write(with_param(declaration)), params).output.uri).name == used
+    assert Path(Job.from_file(write(add_param(declaration)), params).output.uri).name == used
 
 
 @pytest.mark.parametrize(
@@ -284,28 +284,28 @@ def test_parameters_are_put_in(declaration: str, given: str | None, used: str) -
         ("{type: int, default: many}", None, "job.yaml:1:34: params.x.default: must be a whole number"),
     ],
 )
-def test_parameters_that_do_not_fit_are_refused(declaration: str, given: str | None, line: str) -> None:
-    assert faults(with_param(declaration), {} if given is None else {"x": given}) == [line]
+def test_parameter_of_the_wrong_type_is_refused(declaration: str, given: str | None, line: str) -> None:
+    assert read_problems(add_param(declaration), {} if given is None else {"x": given}) == [line]
 
 
-def test_a_parameter_nobody_declared_is_refused() -> None:
-    assert faults(GOOD, {"dt": "2026-11-19", "dtt": "1"}) == [
+def test_undeclared_parameter_is_refused() -> None:
+    assert read_problems(GOOD, {"dt": "2026-11-19", "dtt": "1"}) == [
         "-p dtt=1: is no parameter of this job; did you mean 'dt'?"
     ]
-    assert "it declares none" in faults(SMALL, {"dt": "1"})[0]
+    assert "it declares none" in read_problems(SMALL, {"dt": "1"})[0]
 
 
-def test_a_missing_parameter_hides_no_other_fault_and_makes_none() -> None:
+def test_missing_parameter_neither_hides_nor_causes_other_problems() -> None:
     text = (
-        with_param("{type: int}")
+        add_param("{type: int}")
         .replace("output:", 'runtime: {batch_size: "${x}"}\noutput:')
         .replace("type: prefix", "type: p")
     )
-    assert [line.split(": ")[1] for line in faults(text)] == ["params.x", "input.type"]
+    assert [line.split(": ")[1] for line in read_problems(text)] == ["params.x", "input.type"]
 
 
-def test_a_parameter_may_be_a_number_setting_and_dollars_can_be_escaped() -> None:
-    text = with_param("{type: int}", use="$${x}").replace("output:", 'runtime: {batch_size: "${x}"}\noutput:')
+def test_parameter_can_set_a_number_and_dollars_can_be_escaped() -> None:
+    text = add_param("{type: int}", use="$${x}").replace("output:", 'runtime: {batch_size: "${x}"}\noutput:')
     job = Job.from_file(write(text), {"x": "32"})
     assert job.runtime.batch_size == 32
     assert Path(job.output.uri).name == "${x}"
@@ -314,7 +314,7 @@ def test_a_parameter_may_be_a_number_setting_and_dollars_can_be_escaped() -> Non
 # ----------------------------------------------------------------------------------------------------------- overrides
 
 
-def test_paths_resolve_beside_the_file_and_overrides_where_they_are_typed(tmp_path: Path) -> None:
+def test_paths_resolve_against_the_file_and_overrides_against_the_working_directory(tmp_path: Path) -> None:
     path = write(SMALL, "deep/job.yaml")
     job = Job.from_file(path, overrides=["output.uri=mine", "input.uri=../there/"])
     assert job.folder == tmp_path / "deep"
@@ -324,8 +324,8 @@ def test_paths_resolve_beside_the_file_and_overrides_where_they_are_typed(tmp_pa
     assert job.input.uri == str(tmp_path.parent / "there") + "/"
 
 
-def test_overrides_replace_make_sections_and_remove() -> None:
-    job = small(
+def test_overrides_replace_add_and_remove() -> None:
+    job = read_small_job(
         "runtime.loader.processes=0",
         "runtime.workers={min: 2, max: 3}",
         "preprocess.mean=[0.5, 0.5, 0.5]",
@@ -342,8 +342,8 @@ def test_overrides_replace_make_sections_and_remove() -> None:
     assert job.storage["s3://"].region == "eu-west-1"
 
 
-def test_an_override_may_change_the_kind_of_a_section(tmp_path: Path) -> None:
-    job = small("model={type: torchvision, name: resnet18, weights: w.pth}", "input.uri=s3://b/x")
+def test_override_can_change_the_type_of_a_section(tmp_path: Path) -> None:
+    job = read_small_job("model={type: torchvision, name: resnet18, weights: w.pth}", "input.uri=s3://b/x")
     assert isinstance(job.model, TorchvisionModel)
     assert job.model.weights == str(tmp_path / "w.pth")
     assert job.input.uri == "s3://b/x"
@@ -377,16 +377,16 @@ def test_an_override_may_change_the_kind_of_a_section(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_wrong_override_is_named_as_it_was_typed(override: str, line: str) -> None:
-    (said,) = faults(SMALL, overrides=(override,))
-    assert said.startswith(line)
+def test_wrong_override_is_quoted_as_typed(override: str, line: str) -> None:
+    (problem,) = read_problems(SMALL, overrides=(override,))
+    assert problem.startswith(line)
 
 
-# ------------------------------------------------------------------------------------------ fingerprint, moving house
+# ----------------------------------------------------------------------------------------- fingerprint, serialization
 
 
-def test_the_fingerprint_holds_what_alters_predictions() -> None:
-    job = small()
+def test_fingerprint_holds_settings_that_change_predictions() -> None:
+    job = read_small_job()
     assert job.fingerprint() == {
         "input": {"type": "prefix", "uri": "./images"},
         "model": {"type": "checkpoint", "architecture": "net:make", "weights": "./net.pth"},
@@ -403,7 +403,7 @@ def test_the_fingerprint_holds_what_alters_predictions() -> None:
         "input.require={min_images: 3}",
         "decode={}",
     ]
-    assert all(small(override).fingerprint() == job.fingerprint() for override in same)
+    assert all(read_small_job(override).fingerprint() == job.fingerprint() for override in same)
     others = [
         "runtime.precision=bf16",
         "task.normalize=true",
@@ -412,10 +412,10 @@ def test_the_fingerprint_holds_what_alters_predictions() -> None:
         "decode.max_pixels=5",
         "input.recursive=true",
     ]
-    assert all(small(override).fingerprint() != job.fingerprint() for override in others)
+    assert all(read_small_job(override).fingerprint() != job.fingerprint() for override in others)
 
 
-def test_the_same_job_in_another_folder_has_the_same_fingerprint() -> None:
+def test_fingerprint_does_not_depend_on_the_folder() -> None:
     here = Job.from_file(write(SMALL, "here/job.yaml"))
     there = Job.from_file(write(SMALL, "there/job.yaml"))
     assert here != there
@@ -423,30 +423,30 @@ def test_the_same_job_in_another_folder_has_the_same_fingerprint() -> None:
     assert json.loads(json.dumps(here.fingerprint())) == here.fingerprint()
 
 
-def test_a_difference_names_both_sides() -> None:
-    here = small("model.weights=other.pth", "task.layer=fc").fingerprint()
-    assert diff_fingerprints(small().fingerprint(), here) == [
+def test_fingerprint_differences_name_both_values() -> None:
+    here = read_small_job("model.weights=other.pth", "task.layer=fc").fingerprint()
+    assert diff_fingerprints(read_small_job().fingerprint(), here) == [
         "model.weights: ./net.pth there, ./other.pth here",
         "task.layer: not set there, fc here",
     ]
     assert diff_fingerprints(here, here) == []
 
 
-def test_a_job_moves_to_a_worker_with_its_folder(tmp_path: Path) -> None:
-    job = small("runtime.batch_size=7", "preprocess.crop=null", "storage.s3://.anonymous=true")
-    doc: dict[str, Any] = json.loads(json.dumps(job.serialize()))
-    moved = Job.deserialize(doc, tmp_path / "copy", tmp_path)
-    assert moved.folder == tmp_path / "copy"
-    assert isinstance(moved.model, CheckpointModel)
-    assert moved.model.weights == str(tmp_path / "copy/net.pth")
-    assert moved.input.uri == job.input.uri
-    assert moved.output.uri == job.output.uri
-    assert (moved.runtime, moved.preprocess, moved.storage) == (job.runtime, job.preprocess, job.storage)
-    assert moved.fingerprint() == job.fingerprint()
-    assert moved.serialize() == doc
+def test_serialized_job_is_restored_in_another_folder(tmp_path: Path) -> None:
+    job = read_small_job("runtime.batch_size=7", "preprocess.crop=null", "storage.s3://.anonymous=true")
+    document: dict[str, Any] = json.loads(json.dumps(job.serialize()))
+    restored = Job.deserialize(document, tmp_path / "copy", tmp_path)
+    assert restored.folder == tmp_path / "copy"
+    assert isinstance(restored.model, CheckpointModel)
+    assert restored.model.weights == str(tmp_path / "copy/net.pth")
+    assert restored.input.uri == job.input.uri
+    assert restored.output.uri == job.output.uri
+    assert (restored.runtime, restored.preprocess, restored.storage) == (job.runtime, job.preprocess, job.storage)
+    assert restored.fingerprint() == job.fingerprint()
+    assert restored.serialize() == document
 
 
-def test_paths_outside_the_folder_and_uris_stay_what_they_are(tmp_path: Path) -> None:
+def test_paths_outside_the_folder_and_uris_are_not_changed(tmp_path: Path) -> None:
     job = Job.from_file(write(SMALL, "in/job.yaml"), overrides=["input.uri=far", "model.weights=s3://b/w.pth"])
     assert job.serialize()["input"]["uri"] == str(tmp_path / "far")
     assert job.serialize()["model"]["weights"] == "s3://b/w.pth"
@@ -455,12 +455,12 @@ def test_paths_outside_the_folder_and_uris_stay_what_they_are(tmp_path: Path) ->
     assert Job.deserialize(whole.serialize(), tmp_path, tmp_path / "z").input.uri.rstrip("/") == str(tmp_path / "z")
 
 
-def test_a_document_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_document_of_another_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidJob, match="another version"):
         Job.deserialize({"input": {"type": "later"}}, tmp_path, tmp_path)
 
 
-def test_a_job_built_in_python_lives_in_the_working_directory(tmp_path: Path) -> None:
+def test_job_built_in_python_resolves_paths_against_the_working_directory(tmp_path: Path) -> None:
     job = Job(
         input={"type": "prefix", "uri": "images"},
         model={"type": "torchvision", "name": "resnet18", "seed": 1},
@@ -472,10 +472,10 @@ def test_a_job_built_in_python_lives_in_the_working_directory(tmp_path: Path) ->
     assert job.fingerprint()["input"]["uri"] == "./images"
 
 
-# -------------------------------------------------------------------------------------------------------------- schema
+# --------------------------------------------------------------------------------------------------------- JSON schema
 
 
-def test_the_schema_describes_every_section() -> None:
+def test_json_schema_describes_every_section() -> None:
     schema = job_json_schema()
     assert schema["required"] == ["input", "model", "task", "output"]
     assert schema["additionalProperties"] is False
@@ -490,7 +490,7 @@ def test_reading_a_job_loads_neither_torch_nor_ray() -> None:
     write(SMALL)
     look = "print(sys.modules.keys() & {'torch', 'ray'})"
     program = f"import sys; from batchjob.job.job import Job; Job.from_file('job.yaml'); {look}"
-    said = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=dict(os.environ)
     )
-    assert said.stdout.strip() == "set()"
+    assert done.stdout.strip() == "set()"

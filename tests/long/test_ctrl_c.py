@@ -1,4 +1,4 @@
-"""Ctrl-C as a terminal sends it: to the driver and to everything it has started, at any time."""
+"""Ctrl-C as a terminal sends it: to the driver and to all processes it has started, at any time."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def test_ctrl_c_ends_with_75_and_no_traceback(processes: int, moment: str, tmp_p
         command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as driver:
         assert driver.stderr is not None
-        said = ""
+        output = ""
         for line in driver.stderr:
-            said += line
+            output += line
             if moment == "while it loads" or "worker local" in line:
                 break
         time.sleep(1.0)
         os.killpg(driver.pid, signal.SIGINT)
-        said += driver.stderr.read()
+        output += driver.stderr.read()
         code = driver.wait(60)
-    assert code == 75, said
-    assert "Traceback" not in said
+    assert code == 75, output
+    assert "Traceback" not in output
     env["BATCHJOB_TEST_NAP"] = "0"
     subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True)
     assert sorted(read_rows(tmp_path / "out")["position"].to_pylist()) == list(range(40))

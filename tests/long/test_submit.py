@@ -1,4 +1,4 @@
-"""The README's way onto a cluster: a head with token authentication, and the job submitted to it."""
+"""A job submitted to a Ray head with token authentication, as the README describes."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ RAY = Path(sys.executable).with_name("ray")
 BATCHJOB = Path(sys.executable).with_name("batchjob")
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with closing(socket.socket()) as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
-def answers(port: int) -> bool:
+def is_listening(port: int) -> bool:
     with closing(socket.socket()) as caller:
         return caller.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A Ray head of our own on loopback; the environment its clients need."""
+    """A Ray head on loopback; yields the environment that its clients need."""
     token = tmp_path / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
-    folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")  # sockets want short paths
-    port, dashboard = free_port(), free_port()
+    folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")  # paths of sockets must be short
+    port, dashboard = find_free_port(), find_free_port()
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "RAY_AUTH_MODE": "token",
@@ -64,7 +64,7 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
         start_new_session=True,
     )
     try:
-        wait_until(lambda: answers(dashboard), timeout=90)
+        wait_until(lambda: is_listening(dashboard), timeout=90)
         yield environment
     finally:
         process.send_signal(signal.SIGTERM)
@@ -72,7 +72,7 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def submit(environment: Mapping[str, str], data: Path, output: Path) -> subprocess.CompletedProcess[str]:
+def submit_job(environment: Mapping[str, str], data: Path, output: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
             RAY,
@@ -97,11 +97,11 @@ def submit(environment: Mapping[str, str], data: Path, output: Path) -> subproce
     )
 
 
-def test_a_submitted_job_succeeds_with_the_token_only(head: dict[str, str], test_data: Path, tmp_path: Path) -> None:
-    refused = submit({**head, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}, test_data, tmp_path / "out")
+def test_submitted_job_needs_the_token(head: dict[str, str], test_data: Path, tmp_path: Path) -> None:
+    refused = submit_job({**head, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}, test_data, tmp_path / "out")
     assert refused.returncode != 0
     assert not (tmp_path / "out").exists()
-    done = submit(head, test_data, tmp_path / "out")
+    done = submit_job(head, test_data, tmp_path / "out")
     print(done.stdout[-600:])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in (done.stdout + done.stderr).lower()

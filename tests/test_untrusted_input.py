@@ -1,4 +1,4 @@
-"""What strangers can write (keys, rows, names, a job's text) is data: it leads nowhere, runs nothing, shows nothing."""
+"""Untrusted input (keys, manifest rows, job files) is data: it runs no code, and shows no secrets or controls."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ from batchjob.types import Cursor, ErrorRecord, ImageRef
 from batchjob.user_code import load_target
 
 ROOT = Path(__file__).parents[1]
-AWAY = "../../../../../../../../tmp/away.png"
+MISSING_PATH = "../../../../../../../../tmp/away.png"
 
-# --- keys are data --------------------------------------------------------------------------------------------------
+# --- keys and names ---------------------------------------------------------------------------------------------------
 
-# Names that a disk takes as well; all end in .png.
+# Names that a disk accepts too; all end in .png.
 ON_DISK = [
     "p%2Fq.png",
     "%2e%2e%2fup.png",
@@ -75,7 +75,7 @@ ON_DISK = [
     "part-0000000-0000000000000000.parquet.png",
     "\u0130\u00df\U0001f600.png",
 ]
-# And such as only a bucket has.
+# Keys that only a bucket can have.
 IN_BUCKETS = [
     "a//b.png",
     "/absolute.png",
@@ -97,83 +97,83 @@ def mean():
 """
 
 
-def picture(number: int) -> bytes:
-    """A picture whose colour tells its number."""
+def make_picture(number: int) -> bytes:
+    """Make a picture whose colour encodes its number."""
     out = io.BytesIO()
-    Image.new("RGB", (8, 8), colour(number)).save(out, "PNG")
+    Image.new("RGB", (8, 8), compute_colour(number)).save(out, "PNG")
     return out.getvalue()
 
 
-def colour(number: int) -> tuple[int, int, int]:
+def compute_colour(number: int) -> tuple[int, int, int]:
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(number / 64, 0.7, 0.9))
     return red, green, blue
 
 
-def on_disk(folder: Path) -> dict[str, int]:
-    """Every name with the number of its picture; where none can be, as on some file systems, it is left out."""
+def write_to_disk(folder: Path) -> dict[str, int]:
+    """Write a picture under each name; return the names with the numbers of their pictures."""
     there = {}
     for number, name in enumerate(ON_DISK):
-        (folder / name).write_bytes(picture(number))
+        (folder / name).write_bytes(make_picture(number))
         there[name] = number
     return there
 
 
-def in_bucket(s3: Seaweed, root: str) -> dict[str, int]:
-    """Likewise; a key that the server does not take is named all the same, and leads to nothing."""
+def write_to_bucket(s3: Seaweed, root: str) -> dict[str, int]:
+    """Write a picture under each key. A key that the server refuses is returned too; nothing lies there."""
     there = {}
     for number, name in enumerate([*ON_DISK, *IN_BUCKETS]):
         with suppress(ClientError):
-            s3.put(root + name, picture(number))
+            s3.put(root + name, make_picture(number))
         there[name] = number
     return there
 
 
-def table(source: ManifestSource | PrefixSource) -> list[dict[str, Any]]:
+def list_images(source: ManifestSource | PrefixSource) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = pa.Table.from_batches(list(source.refs(Reader(), Cursor()))).to_pylist()
     return rows
 
 
-def manifest(folder: Path, uris: list[str]) -> ManifestSource:
+def write_manifest(folder: Path, uris: list[str]) -> ManifestSource:
     file = folder / "manifest.parquet"
     pq.write_table(pa.table({"image": uris}), file)
     return ManifestSource.model_validate({"uri": str(file), "uri_column": "image"})
 
 
-def fetched(rows: list[dict[str, Any]]) -> list[ObjectData | ErrorRecord]:
+def fetch_images(rows: list[dict[str, Any]]) -> list[ObjectData | ErrorRecord]:
     refs = [ImageRef(number, row["uri"], row["location"]) for number, row in enumerate(rows)]
     return Fetcher(Reader(retry_timeout=0.0)).fetch(refs)
 
 
-def test_names_on_a_disk_are_read_as_they_are(tmp_path: Path) -> None:
+def test_odd_file_names_are_read_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    there = on_disk(tmp_path / "in")
-    listed = table(PrefixSource.model_validate({"uri": str(tmp_path / "in")}))
+    there = write_to_disk(tmp_path / "in")
+    listed = list_images(PrefixSource.model_validate({"uri": str(tmp_path / "in")}))
     assert {row["uri"].removeprefix(f"{tmp_path}/in/") for row in listed} == set(there)
-    named = table(manifest(tmp_path / "in", list(there)))
-    absolute = table(manifest(tmp_path / "in", [f"{tmp_path}/in/{name}" for name in there]))
+    named = list_images(write_manifest(tmp_path / "in", list(there)))
+    absolute = list_images(write_manifest(tmp_path / "in", [f"{tmp_path}/in/{name}" for name in there]))
     for rows in (listed, named, absolute):
-        answers = fetched(rows)
+        answers = fetch_images(rows)
         for row, answer in zip(rows, answers, strict=True):
             name = row["location"].removeprefix(f"{tmp_path}/in/")
             assert isinstance(answer, ObjectData), name
-            assert answer.data == picture(there[name]), name
+            assert answer.data == make_picture(there[name]), name
 
 
-def test_keys_of_a_bucket_are_read_as_they_are(s3: Seaweed, tmp_path: Path) -> None:
+def test_odd_bucket_keys_are_read_as_they_are(s3: Seaweed, tmp_path: Path) -> None:
     root = s3.bucket("guards")
-    there = in_bucket(s3, f"{root}in/")
+    there = write_to_bucket(s3, f"{root}in/")
     stored = {key.removeprefix("in/"): key for key in s3.keys(root)}
-    listed = table(PrefixSource.model_validate({"uri": f"{root}in/"}))
+    listed = list_images(PrefixSource.model_validate({"uri": f"{root}in/"}))
     assert {row["uri"].removeprefix(root) for row in listed} == {
         key for key in stored.values() if key.startswith("in/")
     }
-    named = table(manifest(tmp_path, [f"{root}in/{name}" for name in there]))
+    named = list_images(write_manifest(tmp_path, [f"{root}in/{name}" for name in there]))
     for rows in (listed, named):
-        for row, answer in zip(rows, fetched(rows), strict=True):
+        for row, answer in zip(rows, fetch_images(rows), strict=True):
             name = row["uri"].removeprefix(f"{root}in/")
-            if isinstance(answer, ObjectData):  # SeaweedFS makes slashes of backslashes
-                assert answer.data == (picture(there[name]) if name in there else s3.get(row["uri"])), name
-            else:  # what the server itself has put elsewhere
+            if isinstance(answer, ObjectData):  # SeaweedFS replaces backslashes by slashes
+                assert answer.data == (make_picture(there[name]) if name in there else s3.get(row["uri"])), name
+            else:  # the server has stored it under another key
                 assert name not in stored, (name, answer)
                 assert (answer.stage, answer.type) in {("fetch", "not_found"), ("fetch", "unaddressable")}
 
@@ -184,29 +184,29 @@ def test_keys_of_a_bucket_are_read_as_they_are(s3: Seaweed, tmp_path: Path) -> N
         ("nul\0byte.png", {"unaddressable", "not_found"}),
         ("/nul\0byte.png", {"unaddressable", "not_found"}),
         ("x" * 5000 + ".png", {"unaddressable", "not_found"}),
-        (AWAY, {"not_found"}),
+        (MISSING_PATH, {"not_found"}),
         ("/etc", {"not_found"}),
         ("/dev/zero", {"not_found"}),
         ("file:///dev/stdin", {"not_found"}),
         ("", {"not_found"}),
     ],
 )
-def test_a_name_that_leads_to_nothing_is_an_error_row(tmp_path: Path, uri: str, type: set[str]) -> None:
+def test_name_without_an_object_is_an_error_row(tmp_path: Path, uri: str, type: set[str]) -> None:
     if not uri:
         with pytest.raises(InvalidJob, match="row 1: no image in column 'image'"):
-            table(manifest(tmp_path, [uri]))
+            list_images(write_manifest(tmp_path, [uri]))
         return
-    (answer,) = fetched(table(manifest(tmp_path, [uri])))
+    (answer,) = fetch_images(list_images(write_manifest(tmp_path, [uri])))
     assert isinstance(answer, ErrorRecord)
     assert answer.stage == "fetch"
     assert answer.type in type
 
 
 @pytest.mark.parametrize("key", ["nul\0byte.png", "x" * 5000, "../../../up.png", "..", "a/../../b"])
-def test_a_key_that_no_bucket_has_is_an_error_row(s3: Seaweed, tmp_path: Path, key: str) -> None:
+def test_key_that_no_bucket_can_have_is_an_error_row(s3: Seaweed, tmp_path: Path, key: str) -> None:
     root = s3.bucket("guards")
-    s3.put(f"{root}fine.png", picture(0))
-    fine, bad = fetched(table(manifest(tmp_path, [f"{root}fine.png", root + key])))
+    s3.put(f"{root}fine.png", make_picture(0))
+    fine, bad = fetch_images(list_images(write_manifest(tmp_path, [f"{root}fine.png", root + key])))
     assert isinstance(fine, ObjectData)
     assert isinstance(bad, ErrorRecord)
     assert bad.type in {"unaddressable", "not_found", "unreadable"}
@@ -214,10 +214,10 @@ def test_a_key_that_no_bucket_has_is_an_error_row(s3: Seaweed, tmp_path: Path, k
 
 @pytest.fixture(scope="module")
 def ran(s3: Seaweed, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int], str]:
-    """A run over all these keys and one bad file, its output on the server; folder, names and output."""
+    """A run over all these keys and one broken file, its output on the server: folder, names and output."""
     folder = tmp_path_factory.mktemp("guards")
     root = s3.bucket("guards")
-    there = in_bucket(s3, f"{root}in/")
+    there = write_to_bucket(s3, f"{root}in/")
     s3.put(f"{root}in/\x1b]0;owned\x07\nbatchjob: all is well.png", b"no image at all")
     (folder / "net.py").write_text(NET)
     (folder / "job.yaml").write_text(
@@ -229,17 +229,17 @@ def ran(s3: Seaweed, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
         "errors: {max_rate: 1}\n"
         f'output: {{uri: "{root}out/"}}\n'
     )
-    done = command("run", "job.yaml", cwd=folder)
+    done = run_batchjob("run", "job.yaml", cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, there, f"{root}out/"
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_batchjob(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     call = [sys.executable, "-m", "batchjob", *arguments]
     return subprocess.run(call, capture_output=True, text=True, check=False, timeout=200, cwd=cwd)
 
 
-def test_a_run_over_odd_keys_has_the_right_row_for_each(ran: tuple[Path, dict[str, int], str], s3: Seaweed) -> None:
+def test_run_over_odd_keys_gives_each_its_row(ran: tuple[Path, dict[str, int], str], s3: Seaweed) -> None:
     folder, there, output = ran
     keys = s3.keys(output)
     parts = [key for key in keys if key.startswith("predictions/")]
@@ -251,18 +251,18 @@ def test_a_run_over_odd_keys_has_the_right_row_for_each(ran: tuple[Path, dict[st
     assert len(right) > 20, sorted(row["uri"].removeprefix(home) for row in rows)
     assert [row["error_type"] for row in rows if row["error_type"]] == ["not_an_image"]
     for row in right:
-        wanted = [part / 255 for part in colour(there[row["uri"].removeprefix(home)])]
+        wanted = [part / 255 for part in compute_colour(there[row["uri"].removeprefix(home)])]
         assert row["embedding"] == pytest.approx(wanted, abs=1e-4)
     assert len({row["uri"] for row in rows}) == len(rows) == len(s3.keys(home))
     assert not (folder / "away").exists()
 
 
-def test_nothing_that_a_name_holds_reaches_the_terminal(ran: tuple[Path, dict[str, int], str]) -> None:
+def test_control_characters_of_names_do_not_reach_the_terminal(ran: tuple[Path, dict[str, int], str]) -> None:
     folder, _, output = ran
     looked: list[tuple[str, str]] = [("errors", output), ("status", output), ("run", "job.yaml")]
     for words in looked:
         endpoint = ("--endpoint", os.environ["AWS_ENDPOINT_URL"]) if words[0] != "run" else ()
-        done = command(*words, *endpoint, cwd=folder)
+        done = run_batchjob(*words, *endpoint, cwd=folder)
         assert done.returncode == 0, done.stderr
         assert "\x1b" not in done.stderr + done.stdout
         assert "\x07" not in done.stderr + done.stdout
@@ -271,7 +271,7 @@ def test_nothing_that_a_name_holds_reaches_the_terminal(ran: tuple[Path, dict[st
             assert r"\x1b]0;owned\x07\nbatchjob: all is well.png: decode/not_an_image:" in done.stderr
 
 
-# --- code comes from beside the job file only -----------------------------------------------------------------------
+# --- code is loaded only from the job folder --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_nothing_that_a_name_holds_reaches_the_terminal(ran: tuple[Path, dict[st
         "",
     ],
 )
-def test_code_is_taken_from_beside_the_job_file_only(tmp_path: Path, target: str) -> None:
+def test_code_is_loaded_only_from_the_job_folder(tmp_path: Path, target: str) -> None:
     (tmp_path / "jobs").mkdir()
     for folder in (tmp_path, tmp_path / "jobs"):
         (folder / "net.py").write_text("def mean(): ...\n")
@@ -314,19 +314,19 @@ def test_code_is_taken_from_beside_the_job_file_only(tmp_path: Path, target: str
         load_target(Job.from_file(tmp_path / "jobs" / "job.yaml").model.target, tmp_path / "jobs")  # type: ignore[union-attr]
 
 
-def test_a_row_names_no_code(tmp_path: Path) -> None:
+def test_manifest_row_never_loads_code(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text("import pathlib\npathlib.Path('ran').touch()\ndef mean(): ...\n")
     for uri in ("net:mean", "!!python/object:os.system", "net.py", "python://net:mean"):
-        with suppress(InvalidJob):  # its protocol is none that data may name
-            fetched(table(manifest(tmp_path, [uri])))
+        with suppress(InvalidJob):  # a protocol that data must not name
+            fetch_images(list_images(write_manifest(tmp_path, [uri])))
     assert not (tmp_path / "ran").exists()
     assert not Path("ran").exists()
 
 
-# --- the text of a job has limits -----------------------------------------------------------------------------------
+# --- limits of a job file ---------------------------------------------------------------------------------------------
 
 
-def laughs(levels: int) -> str:
+def billion_laughs(levels: int) -> str:
     lines = ["a0: &a0 [" + ", ".join(["lol"] * 10) + "]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, levels)]
     return "\n".join(lines)
@@ -335,8 +335,8 @@ def laughs(levels: int) -> str:
 @pytest.mark.parametrize(
     "text",
     [
-        laughs(9),
-        laughs(400),
+        billion_laughs(9),
+        billion_laughs(400),
         "a: &a {b: *a}",
         "x: &x [[[[1]]]]\ny: [" + ", ".join(["*x"] * 60_000) + "]",
         "a: " + "{a: " * 3000,
@@ -346,7 +346,7 @@ def laughs(levels: int) -> str:
     ],
     ids=["laughs", "more", "itself", "wide", "braces", "dashes", "anchors", "keys"],
 )
-def test_a_few_lines_that_mean_billions_are_one_sentence(tmp_path: Path, text: str) -> None:
+def test_yaml_bomb_is_refused_with_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "job.yaml").write_text(text)
     began = time.process_time()
     with pytest.raises(InvalidJob) as caught:
@@ -355,7 +355,7 @@ def test_a_few_lines_that_mean_billions_are_one_sentence(tmp_path: Path, text: s
     assert len(caught.value.message.splitlines()[0]) < 300
 
 
-def test_tags_make_no_objects(tmp_path: Path) -> None:
+def test_yaml_tags_create_no_objects(tmp_path: Path) -> None:
     text = "name: !!python/object/apply:os.system ['touch ran']\ninput: !!python/name:os.system\n"
     (tmp_path / "job.yaml").write_text(text)
     with pytest.raises(InvalidJob, match=r"has (?:the|a) tag|which a job does not know"):
@@ -363,10 +363,10 @@ def test_tags_make_no_objects(tmp_path: Path) -> None:
     assert not Path("ran").exists()
 
 
-# --- decode in a job ------------------------------------------------------------------------------------------------
+# --- decode settings --------------------------------------------------------------------------------------------------
 
 
-def small(tmp_path: Path, *overrides: str) -> Job:
+def read_small_job(tmp_path: Path, *overrides: str) -> Job:
     text = {
         "input": {"type": "prefix", "uri": "images/"},
         "model": {"type": "python", "target": "net:mean"},
@@ -377,25 +377,28 @@ def small(tmp_path: Path, *overrides: str) -> Job:
     return Job.from_file(tmp_path / "job.yaml", overrides=overrides)
 
 
-def test_what_decoding_accepts_belongs_to_the_fingerprint(tmp_path: Path) -> None:
-    plain = small(tmp_path)
-    accepting, fewer = small(tmp_path, "decode.truncated=accept"), small(tmp_path, "decode.formats=[png, jpeg]")
+def test_decode_settings_are_part_of_the_fingerprint(tmp_path: Path) -> None:
+    plain = read_small_job(tmp_path)
+    accepting, fewer = (
+        read_small_job(tmp_path, "decode.truncated=accept"),
+        read_small_job(tmp_path, "decode.formats=[png, jpeg]"),
+    )
     assert len({json.dumps(job.fingerprint(), sort_keys=True) for job in (plain, accepting, fewer)}) == 3
-    assert fewer.fingerprint() == small(tmp_path, "decode.formats=[jpeg, png, jpeg]").fingerprint()
+    assert fewer.fingerprint() == read_small_job(tmp_path, "decode.formats=[jpeg, png, jpeg]").fingerprint()
     assert fewer.fingerprint()["decode"] == {"formats": ["jpeg", "png"]}
     assert plain.decode == DecodeSettings()
 
 
-def test_formats_that_nobody_knows_are_said(tmp_path: Path) -> None:
+def test_unknown_decode_settings_are_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidJob, match=r"decode\.formats\.1: must be 'jpeg', 'png', .* or 'heif', not 'psd'"):
-        small(tmp_path, "decode.formats=[png, psd]")
+        read_small_job(tmp_path, "decode.formats=[png, psd]")
     with pytest.raises(InvalidJob, match=r"decode\.formats=\[\]: has 0 values; 1 is the least"):
-        small(tmp_path, "decode.formats=[]")
+        read_small_job(tmp_path, "decode.formats=[]")
     with pytest.raises(InvalidJob, match=r"decode\.truncated=maybe: must be 'error' or 'accept'"):
-        small(tmp_path, "decode.truncated=maybe")
+        read_small_job(tmp_path, "decode.truncated=maybe")
 
 
-# --- what is said holds no secret and no control --------------------------------------------------------------------
+# --- messages hold no secrets and no control characters ---------------------------------------------------------------
 
 SECRET = "9f8e7d6c5b4a39281706"
 
@@ -422,7 +425,7 @@ SECRET = "9f8e7d6c5b4a39281706"
         ("/data/glob?.jpg: nothing there", "/data/glob?.jpg: nothing there"),
     ],
 )
-def test_secrets_are_taken_out_of_a_text(text: str, shown: str) -> None:
+def test_secrets_are_redacted_from_text(text: str, shown: str) -> None:
     assert redact_secrets(text) == shown
     assert redact_secrets(shown) == shown
     assert SECRET not in str(InvalidJob(text))
@@ -432,7 +435,7 @@ def test_secrets_are_taken_out_of_a_text(text: str, shown: str) -> None:
     assert isinstance(NotFound(text), NotFound)
 
 
-def test_secret_values_of_the_environment_are_taken_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_secret_environment_values_are_redacted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"/{SECRET}+x=")
     monkeypatch.setenv("MY_API_TOKEN", "short")
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/token-of-this-machine")
@@ -441,12 +444,12 @@ def test_secret_values_of_the_environment_are_taken_out(monkeypatch: pytest.Monk
     assert redact_secrets(said) == "the key … and … of /var/run/token-of-this-machine, token, short"
     assert find_held_secret(said) == "AWS_SECRET_ACCESS_KEY"
     with pytest.raises(InvalidJob) as caught:
-        small(tmp_path, f"name=x{SECRET}", f"model.target=net:/{SECRET}+x=")
+        read_small_job(tmp_path, f"name=x{SECRET}", f"model.target=net:/{SECRET}+x=")
     assert "holds the value of the environment variable AWS_SECRET_ACCESS_KEY; a job never holds" in str(caught.value)
     assert f"/{SECRET}" not in str(caught.value)
 
 
-def test_what_is_typed_is_shown_without_its_query() -> None:
+def test_typed_values_are_shown_without_their_query() -> None:
     assert redact_queries(f"https://b/x?anything={SECRET}") == "https://b/x?…"
     assert redact_assignment("input.uri", f"https://me:{SECRET}@b/x?anything={SECRET}") == "input.uri=https://…@b/x?…"
     assert redact_assignment("api_token", SECRET) == "api_token=…"
@@ -454,11 +457,11 @@ def test_what_is_typed_is_shown_without_its_query() -> None:
 
 
 @pytest.mark.parametrize("uri", ["s3://lake/k@2x?v=1", "abfs://c@a/x", "https://[bad", "az://c/a?v=1&w=2"])
-def test_uris_without_secrets_may_stand_in_a_plan(uri: str) -> None:
+def test_uri_without_secrets_is_accepted(uri: str) -> None:
     assert explain_uri_secret(uri) is None
 
 
-def test_controls_are_made_visible() -> None:
+def test_control_characters_are_escaped() -> None:
     assert (
         escape_controls("plain text, \u00fc, \U0001f600\tand a\nline") == "plain text, \u00fc, \U0001f600\tand a\nline"
     )
@@ -467,7 +470,7 @@ def test_controls_are_made_visible() -> None:
 
 
 @pytest.mark.parametrize("made", [ProgressLog, "bar"])
-def test_notes_of_a_run_are_harmless(made: Callable[..., Any] | str) -> None:
+def test_progress_notes_are_sanitized(made: Callable[..., Any] | str) -> None:
     from rich.console import Console
 
     stream = io.StringIO()
@@ -478,11 +481,11 @@ def test_notes_of_a_run_are_harmless(made: Callable[..., Any] | str) -> None:
     assert "\x1b" not in stream.getvalue()
 
 
-# --- every example starts a Ray that asks for its token, its dashboard on loopback ---------------------------------
+# --- every example starts Ray with a token, its dashboard on loopback -------------------------------------------------
 
 
-def examples() -> Iterator[tuple[str, str]]:
-    """Every text that a user may copy from: where it stands, and its lines with continuations joined."""
+def find_examples() -> Iterator[tuple[str, str]]:
+    """Yield the path and the text of each file that users copy from, with continuation lines joined."""
     files = [ROOT / name for name in ("README.md", "SECURITY.md", "cluster.yaml", "Makefile")]
     files += [path for folder in ("jobs", ".ci", "benchmarks") for path in (ROOT / folder).rglob("*") if path.is_file()]
     for path in files:
@@ -490,8 +493,8 @@ def examples() -> Iterator[tuple[str, str]]:
             yield str(path.relative_to(ROOT)), re.sub(r"\\?\n {4,}", " ", path.read_text(errors="replace"))
 
 
-@pytest.mark.parametrize(("name", "text"), list(examples()), ids=lambda value: value if len(value) < 80 else "")
-def test_every_example_of_ray_is_closed(name: str, text: str) -> None:
+@pytest.mark.parametrize(("name", "text"), list(find_examples()), ids=lambda value: value if len(value) < 80 else "")
+def test_every_ray_example_requires_its_token(name: str, text: str) -> None:
     assert not re.search(r"dashboard[-_]host[= ]+['\"]?(?!127\.0\.0\.1|localhost|=)\S", text), name
     assert not re.search(r"0\.0\.0\.0|RAY_AUTH_MODE=(?!token)\S|RAY_AUTH_TOKEN=", text), name
     for start in re.finditer(r"ray start --(?:head|address)", text):
@@ -501,5 +504,5 @@ def test_every_example_of_ray_is_closed(name: str, text: str) -> None:
         assert "--dashboard-host=127.0.0.1" in text[start.start() : start.start() + 300], name
 
 
-def test_the_examples_are_found() -> None:
-    assert sum("ray start --head" in text for _, text in examples()) >= 2
+def test_ray_examples_are_found() -> None:
+    assert sum("ray start --head" in text for _, text in find_examples()) >= 2

@@ -1,4 +1,4 @@
-"""The folder for parts in the making goes with its process, and what a killed one left goes with the next."""
+"""Scratch folders: deleted when closed; folders of killed processes are deleted by the next process."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import pytest
 from batchjob.errors import InvalidJob
 from batchjob.output.scratch import ScratchFolder
 
-HOLD = """\
+HOLDER = """\
 import sys
 from batchjob.output.scratch import ScratchFolder
-spool = ScratchFolder()
-(spool.path / "7-abc.parquet").write_bytes(b"half a part")
-print(spool.path, flush=True)
+scratch = ScratchFolder()
+(scratch.path / "7-abc.parquet").write_bytes(b"half a part")
+print(scratch.path, flush=True)
 sys.stdin.read()
 """
 
@@ -34,58 +34,58 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextmanager
-def held() -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """Another process that holds a spool, and the spool, which looks old."""
+def start_holder() -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """Start a process that holds a scratch folder; yield both. The folder looks old."""
     root = Path(__file__).parents[1]
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
+        [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
     ) as process:
         assert process.stdout is not None
         path = Path(process.stdout.readline().strip())
-        age(path)
+        make_old(path)
         try:
             yield process, path
         finally:
             process.kill()
 
 
-def age(path: Path) -> None:
+def make_old(path: Path) -> None:
     for file in path.iterdir():
         os.utime(file, (time.time() - 3600,) * 2)
 
 
-def test_it_is_there_until_closed(temporary: Path) -> None:
-    spool = ScratchFolder()
-    assert spool.path.parent == temporary
-    (spool.path / "part").write_bytes(b"rows")
-    spool.close()
-    spool.close()
+def test_folder_exists_until_closed(temporary: Path) -> None:
+    scratch = ScratchFolder()
+    assert scratch.path.parent == temporary
+    (scratch.path / "part").write_bytes(b"rows")
+    scratch.close()
+    scratch.close()
     assert not list(temporary.iterdir())
 
 
-def test_what_a_killed_process_left_is_swept_and_what_a_living_one_holds_is_not() -> None:
-    with held() as (_, living), held() as (victim, left):
+def test_folder_of_a_killed_process_is_deleted_and_of_a_running_one_kept() -> None:
+    with start_holder() as (_, running), start_holder() as (victim, abandoned):
         ScratchFolder().close()
-        assert living.is_dir()
-        assert left.is_dir()
+        assert running.is_dir()
+        assert abandoned.is_dir()
         victim.kill()
         victim.wait()
         ScratchFolder().close()
-        assert (living / "7-abc.parquet").is_file()
-        assert not left.exists()
+        assert (running / "7-abc.parquet").is_file()
+        assert not abandoned.exists()
 
 
-def test_one_of_this_process_is_not_swept() -> None:
+def test_folder_of_this_process_is_kept() -> None:
     first = ScratchFolder()
-    age(first.path)
+    make_old(first.path)
     ScratchFolder().close()
     assert first.path.is_dir()
     first.close()
 
 
-def test_a_young_one_is_left_alone() -> None:
-    """Its process may be about to lock it."""
-    with held() as (process, path):
+def test_new_folder_is_kept() -> None:
+    """The process of a new folder may be about to lock it."""
+    with start_holder() as (process, path):
         process.kill()
         process.wait()
         os.utime(path / "held")
@@ -93,7 +93,7 @@ def test_a_young_one_is_left_alone() -> None:
         assert path.is_dir()
 
 
-def test_nothing_else_is_swept(temporary: Path) -> None:
+def test_other_files_are_kept(temporary: Path) -> None:
     other, target = temporary / "batchjob-notes", temporary / "elsewhere"
     for folder in (other, target):
         folder.mkdir()
@@ -102,14 +102,14 @@ def test_nothing_else_is_swept(temporary: Path) -> None:
     (target / "held").write_text("")
     (temporary / "batchjob-link").symlink_to(target)
     for folder in (other, target):
-        age(folder)
+        make_old(folder)
     ScratchFolder().close()
     assert (other / "notes.txt").is_file()
     assert (temporary / "batchjob-file").is_file()
     assert (target / "held").is_file()
 
 
-def test_a_folder_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
+def test_folder_that_cannot_be_created_is_named(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(temporary / "not there"))
     with pytest.raises(InvalidJob, match=r"not there: cannot be written .* set TMPDIR"):
         ScratchFolder()
