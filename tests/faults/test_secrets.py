@@ -244,7 +244,9 @@ def list_refused_arguments(jobs: JobFolder) -> Iterator[list[str]]:
     yield ["-p", f"dt=https://me:{user}@host/?sig={sas}"]
 
 
-def test_runs_leave_no_secret(guarded: Seaweed, site: HttpServer, tmp_path: Path, scratch: Path, figure: Figure) -> None:
+def test_runs_leave_no_secret(
+    guarded: Seaweed, site: HttpServer, tmp_path: Path, scratch: Path, figure: Figure
+) -> None:
     kept = Artefacts()
 
     def jobs(name: str) -> JobFolder:
