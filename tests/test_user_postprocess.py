@@ -1,4 +1,4 @@
-"""`type: python`: the user's function or class, what it may return, and whom its faults concern."""
+"""Tasks of `type: python`: the user's function or class, the values that it may return, and its errors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
+from task_rows import run_on_device
 
 import batchjob
 from batchjob.errors import InvalidJob
@@ -25,39 +26,40 @@ from batchjob.types import ErrorRecord
 READER = Reader()
 
 
-def prepared(base: Path, code: str, output: Any = None, **settings: Any) -> Postprocess:
-    """The task over this code, prepared on a tensor `[2, 3]` unless another output is given."""
+def make_postprocess(base: Path, code: str, output: Any = None, **settings: Any) -> Postprocess:
+    """Build the postprocess of this code for a tensor `[2, 3]`, unless another output is given."""
     base.mkdir(exist_ok=True)
     (base / "post.py").write_text(code)
     task = PythonTask(target="post:own", **settings)
     return task.build_postprocess(torch.ones(EXAMPLE_ROWS, 3) if output is None else output, None, READER, base)
 
 
-def refused(base: Path, code: str, output: Any = None, **settings: Any) -> str:
+def catch_message(base: Path, code: str, output: Any = None, **settings: Any) -> str:
     with pytest.raises(InvalidJob) as caught:
-        prepared(base, code, output, **settings)
+        make_postprocess(base, code, output, **settings)
     assert caught.value.message.startswith("task.target: post:own")
     return caught.value.message
 
 
-def outcome(post: Postprocess, output: Any) -> tuple[list[dict[str, Any]], list[ErrorRecord | None]]:
-    with torch.inference_mode():
-        tensors = post.on_device(output)
-    frames = [ImageGeometry(640, 480, 224, 224, 0.35, 0.47)] * len(tensors["finite"])
-    table = pa.Table.from_arrays(post.columns(tensors, frames), schema=pa.schema(post.fields))
+def build_rows_and_errors(
+    postprocess: Postprocess, output: Any
+) -> tuple[list[dict[str, Any]], list[ErrorRecord | None]]:
+    tensors = run_on_device(postprocess, output)
+    geometries = [ImageGeometry(640, 480, 224, 224, 0.35, 0.47)] * len(tensors["finite"])
+    table = pa.Table.from_arrays(postprocess.columns(tensors, geometries), schema=pa.schema(postprocess.fields))
     table.validate(full=True)
-    found: list[dict[str, Any]] = table.to_pylist()
-    return found, post.find_errors(tensors)
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows, postprocess.find_errors(tensors)
 
 
-def test_a_function_of_five_lines_is_a_task(tmp_path: Path) -> None:
+def test_function_is_a_task(tmp_path: Path) -> None:
     code = "def own(output, frames):\n    return {'sharpness': output.std(dim=1)}\n"
-    post = prepared(tmp_path, code, fields={"sharpness": "float32"})
+    postprocess = make_postprocess(tmp_path, code, fields={"sharpness": "float32"})
     output = torch.randn(4, 3)
-    assert post.fields == [pa.field("sharpness", pa.float32())]
-    rows, faults = outcome(post, output)
+    assert postprocess.fields == [pa.field("sharpness", pa.float32())]
+    rows, errors = build_rows_and_errors(postprocess, output)
     assert [row["sharpness"] for row in rows] == output.std(dim=1).tolist()
-    assert faults == [None] * 4
+    assert errors == [None] * 4
 
 
 @pytest.mark.parametrize(
@@ -87,15 +89,15 @@ def test_a_function_of_five_lines_is_a_task(tmp_path: Path) -> None:
         ("{'v': output[:, 0]}", "float32"),
     ],
 )
-def test_values_may_come_in_any_usual_form(value: str, kind: str, tmp_path: Path) -> None:
+def test_values_are_accepted_in_every_usual_form(value: str, kind: str, tmp_path: Path) -> None:
     code = f"import pandas as pd\nimport pyarrow as pa\ndef own(output):\n    return {value}\n"
-    rows, faults = outcome(prepared(tmp_path, code, fields={"v": kind}), torch.ones(5, 3))
+    rows, errors = build_rows_and_errors(make_postprocess(tmp_path, code, fields={"v": kind}), torch.ones(5, 3))
     assert len(rows) == 5
-    assert faults == [None] * 5
+    assert errors == [None] * 5
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "text"),
     [
         ("{'b': output}", "returned the columns b; declared are v"),
         ("{}", "returned the columns none; declared are v"),
@@ -110,24 +112,26 @@ def test_values_may_come_in_any_usual_form(value: str, kind: str, tmp_path: Path
         ("undefined", "raised NameError: name 'undefined' is not defined (post.py:2) on an example batch of 2"),
     ],
 )
-def test_what_does_not_fit_the_declaration_is_said_before_work(value: str, said: str, tmp_path: Path) -> None:
-    assert said in refused(tmp_path, f"def own(output):\n    return {value}\n", fields={"v": "float32"})
+def test_values_unlike_the_declaration_are_refused_on_the_example(value: str, text: str, tmp_path: Path) -> None:
+    assert text in catch_message(tmp_path, f"def own(output):\n    return {value}\n", fields={"v": "float32"})
 
 
-def test_a_fraction_is_no_whole_number(tmp_path: Path) -> None:
+def test_fractions_in_an_integer_column_are_refused(tmp_path: Path) -> None:
     code = "def own(output):\n    return {'v': output[:, 0] + 0.5}\n"
-    assert "declared as int32" in refused(tmp_path, code, fields={"v": "int32"})
+    assert "declared as int32" in catch_message(tmp_path, code, fields={"v": "int32"})
 
 
-def test_a_tuple_is_columns_in_their_order(tmp_path: Path) -> None:
+def test_tuple_gives_columns_in_order(tmp_path: Path) -> None:
     code = "def own(output):\n    return output[:, 0], output[:, 1] > 0\n"
-    rows, _ = outcome(prepared(tmp_path, code, fields={"a": "float32", "b": "bool"}), torch.ones(2, 3))
+    rows, _ = build_rows_and_errors(
+        make_postprocess(tmp_path, code, fields={"a": "float32", "b": "bool"}), torch.ones(2, 3)
+    )
     assert rows == [{"a": 1.0, "b": True}] * 2
-    assert "a tuple of 2" in refused(tmp_path / "b", code, fields={"a": "float32", "b": "bool", "c": "bool"})
+    assert "a tuple of 2" in catch_message(tmp_path / "b", code, fields={"a": "float32", "b": "bool", "c": "bool"})
 
 
 @pytest.mark.parametrize(
-    ("parameters", "arguments", "fits"),
+    ("parameters", "arguments", "accepted"),
     [
         ("output", {}, True),
         ("output, frames", {}, True),
@@ -140,69 +144,75 @@ def test_a_tuple_is_columns_in_their_order(tmp_path: Path) -> None:
         ("output, *, scale", {}, False),
     ],
 )
-def test_a_function_takes_the_output_and_maybe_frames(
-    parameters: str, arguments: dict[str, Any], fits: bool, tmp_path: Path
+def test_signatures_with_output_and_frames_are_accepted(
+    parameters: str, arguments: dict[str, Any], accepted: bool, tmp_path: Path
 ) -> None:
     code = f"def own({parameters}):\n    return {{'v': [0] * len(output)}}\n"
-    if fits:
-        assert outcome(prepared(tmp_path, code, fields={"v": "int8"}, arguments=arguments), torch.ones(1, 3))
+    if accepted:
+        assert build_rows_and_errors(
+            make_postprocess(tmp_path, code, fields={"v": "int8"}, arguments=arguments), torch.ones(1, 3)
+        )
     else:
-        assert "is called as (output) or (output, frames)" in refused(
+        assert "is called as (output) or (output, frames)" in catch_message(
             tmp_path, code, fields={"v": "int8"}, arguments=arguments
         )
 
 
 @pytest.mark.parametrize("parameter", ["frames", "where", "frames=None", "*, frames=()"])
-def test_frames_are_given_to_whom_takes_them(parameter: str, tmp_path: Path) -> None:
+def test_frames_are_passed_to_functions_that_take_them(parameter: str, tmp_path: Path) -> None:
     name = parameter.strip("*, ").partition("=")[0]
     code = f"def own(output, {parameter}):\n    return {{'wide': [one.width for one in {name}]}}\n"
-    assert outcome(prepared(tmp_path, code, fields={"wide": "int32"}), torch.ones(1, 3))[0] == [{"wide": 640}]
+    assert build_rows_and_errors(make_postprocess(tmp_path, code, fields={"wide": "int32"}), torch.ones(1, 3))[0] == [
+        {"wide": 640}
+    ]
 
 
-def test_frames_tell_where_the_input_lay(tmp_path: Path) -> None:
+def test_frames_map_the_input_to_the_image(tmp_path: Path) -> None:
     code = (
         "def own(output, frames):\n    return {'x': [(x + f.left) / f.scale_x for x, f in zip(output[:, 0], frames)]}\n"
     )
-    rows, _ = outcome(prepared(tmp_path, code, fields={"x": "float64"}), torch.ones(1, 3) * 35)
+    rows, _ = build_rows_and_errors(make_postprocess(tmp_path, code, fields={"x": "float64"}), torch.ones(1, 3) * 35)
     assert rows[0]["x"] == pytest.approx(100)
 
 
-def test_dicts_tuples_and_named_tuples_come_as_the_model_gave_them(tmp_path: Path) -> None:
+def test_output_keeps_its_structure(tmp_path: Path) -> None:
     ones = torch.ones(EXAMPLE_ROWS, 3)
     fields = {"v": "float32"}
-    prepared(
+    make_postprocess(
         tmp_path,
         "def own(output):\n    return output['a'][:, 0] + output['b']\n",
         {"a": ones, "b": ones[:, 0]},
         fields=fields,
     )
-    prepared(tmp_path / "two", "def own(output):\n    a, b = output\n    return b[:, 0]\n", (ones, ones), fields=fields)
+    make_postprocess(
+        tmp_path / "two", "def own(output):\n    a, b = output\n    return b[:, 0]\n", (ones, ones), fields=fields
+    )
     named = torch.ones(EXAMPLE_ROWS, 3).max(dim=1)
-    prepared(tmp_path / "three", "def own(output):\n    return output.values\n", named, fields=fields)
+    make_postprocess(tmp_path / "three", "def own(output):\n    return output.values\n", named, fields=fields)
 
 
-def test_it_sees_what_it_may_write_into_and_no_image_that_is_not_finite(tmp_path: Path) -> None:
+def test_code_may_write_to_the_output_and_sees_finite_images_only(tmp_path: Path) -> None:
     code = "def own(output):\n    assert output.isfinite().all()\n    return {'v': output.mul_(2)[:, 0]}\n"
-    post = prepared(tmp_path, code, fields={"v": "float32"})
+    postprocess = make_postprocess(tmp_path, code, fields={"v": "float32"})
     output = torch.tensor([[1.0, 1, 1], [float("nan"), 1, 1], [3, 3, 3]])
-    rows, faults = outcome(post, output)
+    rows, errors = build_rows_and_errors(postprocess, output)
     assert [row["v"] for row in rows] == [2, None, 6]
-    assert [fault and fault.type for fault in faults] == [None, "not_finite", None]
-    rows, faults = outcome(post, output[1:2])
-    assert (rows, [fault and fault.type for fault in faults]) == ([{"v": None}], ["not_finite"])
-    lenient = prepared(
+    assert [error and error.type for error in errors] == [None, "not_finite", None]
+    rows, errors = build_rows_and_errors(postprocess, output[1:2])
+    assert (rows, [error and error.type for error in errors]) == ([{"v": None}], ["not_finite"])
+    lenient = make_postprocess(
         tmp_path, code.replace("    assert output.isfinite().all()\n", ""), fields={"v": "float32"}, allow_nan=True
     )
     assert lenient.find_errors(lenient.on_device(output)) == [None] * 3
 
 
-def test_only_the_images_that_it_fails_on_are_error_rows(tmp_path: Path) -> None:
+def test_only_images_on_which_the_code_fails_are_error_rows(tmp_path: Path) -> None:
     code = "def own(output):\n    assert (output < 9).all(), 'nine is too much'\n    return {'v': output[:, 0]}\n"
-    post = prepared(tmp_path, code, fields={"v": "float32"})
+    postprocess = make_postprocess(tmp_path, code, fields={"v": "float32"})
     output = torch.tensor([1.0, 9.0, 2.0, float("nan"), 3.0, 9.5])[:, None].repeat(1, 3)
-    rows, faults = outcome(post, output)
+    rows, errors = build_rows_and_errors(postprocess, output)
     assert [row["v"] for row in rows] == [1, None, 2, None, 3, None]
-    assert [fault and (fault.stage, fault.type) for fault in faults] == [
+    assert [error and (error.stage, error.type) for error in errors] == [
         None,
         ("task", "AssertionError"),
         None,
@@ -210,28 +220,30 @@ def test_only_the_images_that_it_fails_on_are_error_rows(tmp_path: Path) -> None
         None,
         ("task", "AssertionError"),
     ]
-    assert faults[1] is not None
-    assert faults[1].message == "task.target: post:own raised AssertionError: nine is too much"
-    assert outcome(post, output[:1])[1] == [None]
+    assert errors[1] is not None
+    assert errors[1].message == "task.target: post:own raised AssertionError: nine is too much"
+    assert build_rows_and_errors(postprocess, output[:1])[1] == [None]
 
 
-def test_an_image_whose_values_do_not_fit_is_an_error_row(tmp_path: Path) -> None:
+def test_image_with_invalid_values_is_an_error_row(tmp_path: Path) -> None:
     code = "def own(output):\n    return {'v': [int(value) for value in output[:, 0]]}\n"
-    rows, faults = outcome(prepared(tmp_path, code, fields={"v": "int8"}), torch.tensor([[1.0], [1000.0]]).repeat(1, 3))
+    rows, errors = build_rows_and_errors(
+        make_postprocess(tmp_path, code, fields={"v": "int8"}), torch.tensor([[1.0], [1000.0]]).repeat(1, 3)
+    )
     assert [row["v"] for row in rows] == [1, None]
-    assert faults[1] is not None
-    assert (faults[1].type, "declared as int8" in faults[1].message) == ("misfit", True)
+    assert errors[1] is not None
+    assert (errors[1].type, "declared as int8" in errors[1].message) == ("misfit", True)
 
 
 @pytest.mark.parametrize("error", ["OSError('disk')", "MemoryError()"])
-def test_what_no_image_is_to_blame_for_ends_the_attempt(error: str, tmp_path: Path) -> None:
+def test_os_and_memory_errors_end_the_attempt(error: str, tmp_path: Path) -> None:
     code = f"def own(output):\n    if len(output) > 2:\n        raise {error}\n    return {{'v': output[:, 0]}}\n"
-    post = prepared(tmp_path, code, fields={"v": "float32"})
+    postprocess = make_postprocess(tmp_path, code, fields={"v": "float32"})
     with pytest.raises((OSError, MemoryError)):
-        outcome(post, torch.ones(3, 3))
+        build_rows_and_errors(postprocess, torch.ones(3, 3))
 
 
-COUNTER = """
+CLASS_WITH_FIELDS = """
 import pyarrow as pa
 
 class own:
@@ -244,24 +256,24 @@ class own:
 """
 
 
-def test_a_class_declares_its_own_columns(tmp_path: Path) -> None:
-    post = prepared(tmp_path, COUNTER, arguments={"names": ["a", "b", "c"]})
-    assert post.fields == [pa.field("best", pa.string())]
-    assert outcome(post, torch.eye(3))[0] == [{"best": "a"}, {"best": "b"}, {"best": "c"}]
+def test_class_declares_its_columns(tmp_path: Path) -> None:
+    postprocess = make_postprocess(tmp_path, CLASS_WITH_FIELDS, arguments={"names": ["a", "b", "c"]})
+    assert postprocess.fields == [pa.field("best", pa.string())]
+    assert build_rows_and_errors(postprocess, torch.eye(3))[0] == [{"best": "a"}, {"best": "b"}, {"best": "c"}]
 
 
-def test_a_class_with_declared_fields_is_called_as_a_function(tmp_path: Path) -> None:
+def test_class_with_fields_in_the_job_is_called_like_a_function(tmp_path: Path) -> None:
     code = (
         "class own:\n    def __init__(self, by):\n        self.by = by\n"
         "    def __call__(self, output):\n        return output[:, 0] * self.by\n"
     )
-    post = prepared(tmp_path, code, fields={"v": "float32"}, arguments={"by": 3})
-    assert outcome(post, torch.ones(1, 3))[0] == [{"v": 3.0}]
-    assert "give it __call__" in refused(tmp_path / "b", "class own:\n    pass\n", fields={"v": "float32"})
+    postprocess = make_postprocess(tmp_path, code, fields={"v": "float32"}, arguments={"by": 3})
+    assert build_rows_and_errors(postprocess, torch.ones(1, 3))[0] == [{"v": 3.0}]
+    assert "give it __call__" in catch_message(tmp_path / "b", "class own:\n    pass\n", fields={"v": "float32"})
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "text"),
     [
         ("own = 7\n", "is a int; name a function or a class"),
         ("def own(output):\n    return output\n", "write task.fields"),
@@ -288,12 +300,12 @@ def test_a_class_with_declared_fields_is_called_as_a_function(tmp_path: Path) ->
         ),
     ],
 )
-def test_code_that_is_no_task_is_refused(code: str, said: str, tmp_path: Path) -> None:
-    assert said in refused(tmp_path, code)
+def test_invalid_targets_are_refused(code: str, text: str, tmp_path: Path) -> None:
+    assert text in catch_message(tmp_path, code)
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "text"),
     [
         ({"v": "float33"}, "is not a type"),
         ({"v": "list<"}, "is not a type"),
@@ -307,12 +319,12 @@ def test_code_that_is_no_task_is_refused(code: str, said: str, tmp_path: Path) -
         ({}, "at least 1"),
     ],
 )
-def test_fields_that_no_reader_could_read_are_refused(fields: dict[str, str], said: str) -> None:
-    with pytest.raises(ValidationError, match=re.escape(said)):
+def test_invalid_fields_are_refused(fields: dict[str, str], text: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(text)):
         PythonTask(target="post:own", fields=fields)
 
 
-def test_the_digest_follows_the_code_and_what_it_imports(tmp_path: Path) -> None:
+def test_digest_follows_the_code_and_its_imports(tmp_path: Path) -> None:
     (tmp_path / "post.py").write_text("import beside\ndef own(output): ...\n")
     (tmp_path / "beside.py").write_text("A = 1\n")
     task = PythonTask(target="post:own")
@@ -347,7 +359,7 @@ class Mean(torch.nn.Module):
 def build():
     return Mean()
 """
-MEASURED = """
+POSTPROCESS_CODE = """
 def measured(output, frames, cut):
     if (output.sum(dim=1) == 0).any():
         raise ValueError("it is all black")
@@ -355,15 +367,15 @@ def measured(output, frames, cut):
 """
 
 
-def test_a_job_with_a_task_of_its_own(tmp_path: Path) -> None:
-    for name, text in (("job.yaml", JOB), ("net.py", NET), ("post.py", MEASURED)):
+def test_run_with_a_python_task(tmp_path: Path) -> None:
+    for name, text in (("job.yaml", JOB), ("net.py", NET), ("post.py", POSTPROCESS_CODE)):
         (tmp_path / name).write_text(text)
     for number in range(6):
         Image.new("RGB", (16, 16), (250 - 50 * number,) * 3).save(tmp_path / f"{number}.png")
     lines = [f"{number}.png,{number}" for number in range(6)]
     (tmp_path / "images.csv").write_text("\n".join(["image,width_in_cm", *lines]) + "\n")
-    ended = batchjob.run(batchjob.Job.from_file(tmp_path / "job.yaml"))
-    assert (ended.status, ended.predicted, ended.failed) == ("complete", 5, 1)
+    result = batchjob.run(batchjob.Job.from_file(tmp_path / "job.yaml"))
+    assert (result.status, result.predicted, result.failed) == ("complete", 5, 1)
     rows = pq.read_table(tmp_path / "out" / "predictions").to_pylist()
     assert [row["error_type"] for row in rows] == [*[None] * 5, "ValueError"]
     assert rows[5]["error_message"] == "task.target: post:measured raised ValueError: it is all black"
