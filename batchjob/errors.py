@@ -1,31 +1,31 @@
-"""Everything that can go wrong, ordered by how much it takes down with it.
+"""Exception tree of the package, ordered by how much an exception ends: an image, an attempt, a worker, the job.
 
 ```
-BatchjobError                 exit 1   ours, but nobody classified it
-├── ImageFault                   –     one image: becomes an error row, the job goes on
-├── StorageError                       what a store answered; who asked decides how far it reaches
-│   ├── Refused                        an address that this job may not read from
-│   ├── NotFound                       the object is not there
-│   ├── AlreadyExists                  create-if-absent lost (or its first answer did)
-│   ├── Changed                        replace-if-match lost
-│   ├── TooLarge                       more bytes than who asked takes
-│   └── Unaddressable                  no client can name this key
-├── AttemptFailed             exit 4   one attempt at a shard: tried again, a bounded number of times
-│   └── Interrupted                    by what befell another shard there: uses up no attempt
-└── JobError                           the whole job
-    ├── InvalidJob            exit 2   usage, configuration, a plan of another job: never retry
-    ├── CheckFailed           exit 3   error budget, foreign or missing parts: look at it
-    ├── Incomplete            exit 4   shards gave up: run again, it resumes
-    └── Temporary             exit 75  not there yet, another driver, store or cluster lost: retry
-        ├── Unavailable                network, throttling: also what storage raises, when retries did not help
-        │   └── Denied                 credentials: waiting does not help
-        └── WorkerLost                 a worker's process is of no more use; where the pool can, it is replaced
-            ├── DeviceFault            a device failed, or what this process has of it is broken
-            └── Stalled                nothing moves in it any more
+BatchjobError                  exit 1   not classified further
+├── ImageError                    –     one image: it becomes an error row, the job goes on
+├── StorageError                        answer of a store; the caller decides what it ends
+│   ├── AddressRefused                  an address that this job may not read from
+│   ├── NotFound                        the object does not exist
+│   ├── AlreadyExists                   create-if-absent found an object
+│   ├── PreconditionFailed              replace-if-match found another version
+│   ├── ObjectTooLarge                  more bytes than the caller accepts
+│   └── UnaddressableKey                no client can name this key
+├── AttemptFailed              exit 4   one attempt at a shard: tried again, a bounded number of times
+│   └── AttemptInterrupted              ended by the fault of another shard: uses up no attempt
+└── JobError                            the whole job
+    ├── InvalidJob             exit 2   usage, configuration, or the plan of another job: never retry
+    ├── CheckFailed            exit 3   error budget, foreign or missing parts: needs a look
+    ├── Incomplete             exit 4   shards gave up: run again, it resumes
+    └── Temporary              exit 75  input not there yet, another driver, store or cluster lost: retry
+        ├── Unavailable                 network or throttling, after all retries of the storage layer
+        │   └── AccessDenied            credentials: waiting does not help
+        └── WorkerLost                  the process of a worker is unusable; the pool replaces it if it can
+            ├── DeviceFault             a device failed, or the context of this process on it is broken
+            └── WorkerStalled           a step of the worker makes no progress
 ```
 
-Every message is one sentence that says what is wrong, where, and what to type next.
-All of them survive pickling: they cross process and machine borders. None of them holds a secret (`redaction.py`).
+Each message is one sentence: what is wrong, where, and what to type next. Exceptions can be pickled, because they cross
+processes and machines, and hold no secrets (`text.sanitize`).
 """
 
 from __future__ import annotations
@@ -65,12 +65,17 @@ __all__ = [
     "with_traceback",
 ]
 
+_OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
+_MAX_TEXT = 500
+
 
 class BatchjobError(Exception):
-    """Base of every exception this package raises on purpose.
+    """Base of all exceptions that this package raises on purpose.
 
     Attributes:
-        counts: images planned, rows predicted and rows failed when it ended a run.
+        exit_code: Exit code of the command line, if it ends the job.
+        status: Status in the report, if it ends the job.
+        counts: Images planned, rows predicted and rows failed at that time, if it ends a run.
     """
 
     exit_code = 1
@@ -82,16 +87,17 @@ class BatchjobError(Exception):
 
     @property
     def message(self) -> str:
+        """Sentence for people."""
         return str(self.args[0]) if self.args else type(self).__name__
 
 
 class ImageError(BatchjobError):
-    """A fault of one image only: absent, changed, undecodable, unpredictable.
+    """Fault of one image only: absent, changed, undecodable or unpredictable.
 
     Args:
-        stage: where it showed: `fetch`, `decode`, `transform`, `predict`.
-        type: a short stable word to group by, such as `not_found` or `truncated`.
-        message: one sentence for a person.
+        stage: Stage that failed: `fetch`, `decode`, `transform` or `predict`.
+        type: Short, stable word to group by, such as `not_found` or `truncated`.
+        message: One sentence for people.
     """
 
     def __init__(self, stage: str, type: str, message: str) -> None:
@@ -100,15 +106,16 @@ class ImageError(BatchjobError):
 
     @property
     def message(self) -> str:
+        """Sentence for people."""
         return str(self.args[2])
 
 
 class StorageError(BatchjobError):
-    """A store's definite answer about one object."""
+    """Definite answer of a store about one object."""
 
 
 class AddressRefused(StorageError):
-    """An address on the web that this job may not read from, or an answer beyond its limits."""
+    """Address on the web that this job may not read from, or an answer beyond its limits."""
 
 
 class NotFound(StorageError):
@@ -116,15 +123,24 @@ class NotFound(StorageError):
 
 
 class AlreadyExists(StorageError):
-    """Create-if-absent met something. Never believed without a look: the answer to our own PUT may have been lost."""
+    """Create-if-absent found an object.
+
+    It must be read before it is believed: an earlier answer to the same PUT may have been lost.
+    """
 
 
 class PreconditionFailed(StorageError):
-    """Replace-if-match met another version, or none."""
+    """Replace-if-match found another version, or no object."""
 
 
 class ObjectTooLarge(StorageError):
-    """An object of more bytes than who asked takes; none of them was read."""
+    """Object with more bytes than the caller accepts; it was not read.
+
+    Args:
+        uri: URI of the object.
+        size: Size of the object in bytes.
+        limit: Largest size that the caller accepts, in bytes.
+    """
 
     def __init__(self, uri: str, size: int, limit: int) -> None:
         super().__init__(uri, size, limit)
@@ -132,73 +148,74 @@ class ObjectTooLarge(StorageError):
 
     @property
     def message(self) -> str:
+        """Sentence for people."""
         uri, size, limit = self.args
         return f"{uri}: has {size:,} bytes, over the limit of {limit:,}"
 
 
 class UnaddressableKey(StorageError):
-    """A key that no client can name (`..` segments, NUL)."""
+    """Key that no client can name, for example with `..` segments or NUL."""
 
 
 class AttemptFailed(BatchjobError):
-    """One attempt at one shard failed; another may succeed."""
+    """One attempt at a shard failed; another one may succeed."""
 
     exit_code = 4
     status = "incomplete"
 
 
 class AttemptInterrupted(AttemptFailed):
-    """An attempt that ended with its worker or its loader, while another shard was the one at work there."""
+    """Attempt that ended with its worker or its loader, while another shard was being processed there."""
 
 
 class JobError(BatchjobError):
-    """Ends the job."""
+    """Exception that ends the job."""
 
 
 class InvalidJob(JobError):
-    """Usage or configuration. Said before the first image is read; trying again cannot help."""
+    """Wrong usage or configuration, reported before the first image is read; a retry cannot help."""
 
     exit_code = 2
     status = "invalid"
 
 
 class CheckFailed(JobError):
-    """The job ran, or an output was looked at, and a check did not hold."""
+    """Failed check of a job that ran, or of its output."""
 
     exit_code = 3
     status = "over_budget"
 
 
 class Incomplete(JobError):
-    """Some shards gave up after their attempts; the same command resumes."""
+    """Shards gave up after all their attempts; the same command resumes."""
 
     exit_code = 4
     status = "incomplete"
 
 
 class Temporary(JobError):
-    """Not now: a later try may succeed without any change."""
+    """Obstacle that may be gone at the next try, without any change."""
 
     exit_code = 75
     status = "temporary"
 
 
 class Unavailable(Temporary):
-    """A store, network or credential fault that outlasted the retries."""
+    """Fault of a store, the network or credentials that outlasted all retries."""
 
 
 class AccessDenied(Unavailable):
-    """A store that answers, and refuses these credentials: asking again with the same ones is of no use."""
+    """Store that answers but refuses these credentials: it makes no sense to ask again with the same ones."""
 
 
 class WorkerLost(Temporary):
-    """A worker's process can do no more: it is replaced, or the run ends where it is the driver's own.
+    """Process of a worker that is unusable: the pool replaces it; in the driver's own process the run ends.
 
     Args:
-        message: one sentence.
-        device: on which it ran.
-        images: positions of those that were with the device, if any.
-        found: the image that did it is known by now, and will not be met again.
+        message: One sentence for people.
+        device: Device of the worker, from `identify_device`.
+        suspect_positions: Positions of the images that the model had at that time.
+        culprit_known: The image that caused it is known, and no worker will predict it again.
     """
 
     def __init__(
@@ -209,15 +226,18 @@ class WorkerLost(Temporary):
 
 
 class DeviceFault(WorkerLost):
-    """A device has failed, or its context in this process is broken: whatever is tried on it there fails too."""
+    """Device that failed, or whose context in this process is broken: everything else on it fails too."""
 
 
 class WorkerStalled(WorkerLost):
-    """One step of a worker's has taken longer than `runtime.stall_seconds`.
+    """Step of a worker that took longer than `runtime.stall_seconds`.
 
     Args:
-        message, device, images, found: as of any worker that is lost.
-        storage: a store has kept it waiting, which is the fault of no shard.
+        message: See `WorkerLost`.
+        device: See `WorkerLost`.
+        suspect_positions: See `WorkerLost`.
+        culprit_known: See `WorkerLost`.
+        storage: The step waited for a store, which is no fault of the shard.
     """
 
     def __init__(
@@ -233,44 +253,41 @@ class WorkerStalled(WorkerLost):
 
 
 def as_batchjob_error(error: Exception) -> BatchjobError:
-    """An exception of ours as it is, any other as a failed attempt that names it."""
-    if isinstance(error, BatchjobError):
-        return error
-    text = " ".join(str(error).split())[:500]
-    return AttemptFailed(f"{type(error).__name__}: {text}")
-
-
-_OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory did not suffice, on any device."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
+    """Return an exception of this package unchanged; any other becomes an AttemptFailed that names it."""
+    return error if isinstance(error, BatchjobError) else AttemptFailed(describe_error(error))
 
 
 def as_crash_error(error: BaseException) -> BatchjobError:
-    """What ended a worker, and no attempt at a shard: a bug is exit 1, its traceback a note, which crosses machines."""
+    """Return the exception that ends a worker, as opposed to one attempt.
+
+    A bug has exit code 1, with its traceback as a note: notes are pickled with the exception.
+    """
     if isinstance(error, BatchjobError) and error.exit_code != BatchjobError.exit_code:
         return error
     trace = "".join(traceback.format_exception(error)).rstrip()
-    return with_traceback(
-        error if isinstance(error, BatchjobError) else BatchjobError(f"a worker crashed: {describe_error(error)}"),
-        trace,
-    )
+    crash = error if isinstance(error, BatchjobError) else BatchjobError(f"a worker crashed: {describe_error(error)}")
+    return with_traceback(crash, trace)
 
 
 def with_traceback(error: BatchjobError, trace: str) -> BatchjobError:
-    """The same, with a traceback as its note, which holds no secret either."""
+    """Add a traceback to an exception as a note, without secrets, and return the exception."""
     error.add_note(sanitize(trace))
     return error
 
 
 def describe_error(error: BaseException) -> str:
-    """Its type and its text in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    """Return the type of an exception and the first 500 characters of its text, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:_MAX_TEXT]}"
 
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception means that memory did not suffice, on any device."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+# -- names of earlier versions ---------------------------------------------------------------------------------
 
 # Name of an earlier version -> name of today.
 _RENAMED = {

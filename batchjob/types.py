@@ -1,4 +1,4 @@
-"""The nouns: frozen data that the rooms hand to each other. No behaviour beyond reading and writing themselves."""
+"""Shared data that packages hand to each other: image refs, shards, batches, predictions, errors and timings."""
 
 from __future__ import annotations
 
@@ -39,9 +39,17 @@ __all__ = [
 ]
 
 
+# -- the plan --------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """How far a source has been read: rows so far, and the location of the last one."""
+    """Point up to which a source has been read.
+
+    Attributes:
+        rows: Rows read so far.
+        last: Location of the last row; None before the first one.
+    """
 
     rows: int = 0
     last: str | None = None
@@ -49,14 +57,14 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """One planned image.
+    """Reference to one planned image.
 
     Attributes:
-        position: place in the plan, from 0: the row's identity.
-        uri: as listed, or as the manifest gives it.
-        location: the absolute URI that is read.
-        size: bytes, where listing or manifest said.
-        etag: likewise.
+        position: Index in the plan, from 0; it identifies the row.
+        uri: URI as the listing or the manifest gives it.
+        location: Absolute URI from which the image is read.
+        size: Size in bytes; None if neither listing nor manifest says it.
+        etag: ETag; None if neither listing nor manifest says it.
     """
 
     position: int
@@ -68,16 +76,16 @@ class ImageRef:
 
 @dataclass(frozen=True, slots=True)
 class ShardKey:
-    """What travels to a worker: enough to find the shard's members in the plan.
+    """Identity of a shard, small enough to send to workers, which read its members from the plan.
 
     Attributes:
-        index: place among the shards, from 0.
-        id: content id: hash of plan id, index and members.
-        rows: images in it.
-        chunk: number of the plan chunk that holds it.
-        offset: its first row within that chunk.
-        revision: of the part that is to be made: 0, or at a retry one more than that of the part which is there.
-        failed: at a retry, error rows of that part.
+        index: Index among the shards of the plan, from 0.
+        id: Hash of plan id, index and members.
+        rows: Images in the shard.
+        chunk: Number of the plan chunk that holds it.
+        offset: Index of its first row within that chunk.
+        revision: Revision of the part to write: 0, or at a retry one more than that of the committed part.
+        error_rows: At a retry, error rows of the committed part.
     """
 
     index: int
@@ -90,7 +98,7 @@ class ShardKey:
 
     @property
     def images_to_read(self) -> int:
-        """To be read for it: all of its own, or at a retry those whose rows hold an error."""
+        """Images to read for the shard: all of them, or at a retry those with error rows."""
         return self.error_rows if self.revision else self.rows
 
     @property
@@ -101,14 +109,14 @@ class ShardKey:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard with its members.
+    """Shard with its members.
 
     Attributes:
-        key: which shard.
-        refs: in plan order; at a retry only those whose rows hold an error.
-        passthrough: a table of as many rows, maybe without columns.
-        take: number of this attempt within its worker: the same shard may be taken again after one that failed.
-        on_host: nothing of it is to be decoded on a device.
+        key: Identity of the shard.
+        refs: Its images in plan order; at a retry only those with error rows.
+        passthrough: Table with a row for each image, possibly without columns.
+        attempt_number: Number of this attempt within its worker; a shard may be attempted again after a failure.
+        decode_on_cpu: Leave no image to be decoded on a GPU.
     """
 
     key: ShardKey
@@ -118,9 +126,18 @@ class Shard:
     decode_on_cpu: bool = False
 
 
+# -- images ----------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorRecord:
-    """What an error row says: `stage` and `type` to group by, `message` to read, without any secret."""
+    """Content of an error row; secrets are removed from the message.
+
+    Attributes:
+        stage: Stage that failed: `fetch`, `decode`, `transform` or `predict`.
+        type: Short, stable word to group by, such as `not_found` or `truncated`.
+        message: One sentence for people.
+    """
 
     stage: str
     type: str
@@ -132,12 +149,13 @@ class ErrorRecord:
 
 @dataclass(frozen=True, slots=True)
 class PreparedImage:
-    """An image ready for its batch.
+    """Image ready for its batch.
 
     Attributes:
-        pixels: uint8 or float32 `[c, h, w]`.
-        width: as stored, in pixels; `height` likewise.
-        turned: a quarter turn, as EXIF says, has swapped the two.
+        pixels: uint8 or float32 `[c, h, w]`; an image left encoded is uint8 `[bytes]`.
+        width: Width in pixels as stored.
+        height: Height in pixels as stored.
+        axes_swapped: The EXIF orientation is a quarter turn, so that upright width and height are swapped.
     """
 
     pixels: torch.Tensor
@@ -148,7 +166,15 @@ class PreparedImage:
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What the loader learned of one image: pixels as stored (`width`, `height`), tag as read, or what went wrong."""
+    """Information of the loader on one image.
+
+    Attributes:
+        etag: ETag under which it was read; None if the store has none.
+        width: Width in pixels as stored; None if it was not decoded.
+        height: Height in pixels as stored; None if it was not decoded.
+        error: Reason of its error row; None if it has pixels.
+        axes_swapped: See `PreparedImage`.
+    """
 
     etag: str | None = None
     width: int | None = None
@@ -157,26 +183,169 @@ class ImageInfo:
     axes_swapped: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class StageTiming:
-    """A stretch of work.
+@dataclass(frozen=True)
+class EncodedImages:
+    """Images of a batch that are still encoded, for the GPU to decode.
+
+    Example: files of 10, 20 and 5 bytes have `data` of 35 bytes and `ends` of `(10, 30, 35)`.
 
     Attributes:
-        stage: which; `wait` is the forward loop's, for a batch.
-        began: by `time.perf_counter`, whose zero all processes of a machine share; `ended` likewise.
-        process: id of the one that did it.
-        images: that it was for, 0 where that is not known.
+        indices: Indices among the batch's images without error, ascending.
+        data: The files one after the other, uint8 `[bytes]`.
+        ends: Offset in `data` at which each file ends.
+    """
+
+    indices: tuple[int, ...]
+    data: torch.Tensor
+    ends: tuple[int, ...]
+
+    def files(self) -> list[torch.Tensor]:
+        """Return each file, uint8 `[bytes]`, as a view of `data`."""
+        return [self.data[start:end] for start, end in pairwise((0, *self.ends))]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Loaded batch of one shard.
+
+    Example: of four images the second cannot be decoded. `image_infos` has four items, the second with an error, and
+    `pixels` is `[3, c, h, w]`.
+
+    Attributes:
+        shard_index: Index of the shard.
+        start: Index of its first row within the shard.
+        image_infos: One for each row, with or without error, in plan order.
+        pixels: Pixels of the `n` rows without error, in order: uint8 `[n, c, h, w]`, or float32 if the job's own
+            transform makes that. With `shapes` they are flat, the values of one image after the other. None if `n`
+            is 0.
+        attempt_error: Fault of the network or the credentials, for which no image is to blame: the attempt fails.
+        stage_seconds: Seconds in the loader for each stage.
+        shapes: `[c, h, w]` of each image; None if all are equal.
+        attempt_number: Number of the attempt, from its shard.
+        timings: The single timings of which `stage_seconds` is the sum.
+        encoded: Those of the `n` images that are not in `pixels`, because the GPU decodes them.
+    """
+
+    shard_index: int
+    start: int
+    image_infos: tuple[ImageInfo, ...]
+    pixels: torch.Tensor | None
+    attempt_error: str | None = None
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    shapes: tuple[tuple[int, ...], ...] | None = None
+    attempt_number: int = 0
+    timings: tuple[StageTiming, ...] = ()
+    encoded: EncodedImages | None = None
+
+    def pin_memory(self) -> Batch:
+        """Return the batch with pixels in page-locked memory."""
+        if self.pixels is None:
+            return self
+        return replace(self, pixels=self.pixels.pin_memory())
+
+
+# -- predictions -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PartialOutput:
+    """Output of one call of the model.
+
+    Attributes:
+        rows: Indices of its images among the batch's images without error.
+        tensors: Tensors on the host, with one row an image, in the order of `rows`.
+    """
+
+    rows: tuple[int, ...]
+    tensors: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Results of a batch; on a GPU they may not be complete yet.
+
+    Example: three images, of which the second alone does not fit into memory, have `outputs` with the rows `(0, 2)`
+    or `(0,)` and `(2,)`, and `errors` with the key 1.
+
+    Attributes:
+        outputs: Outputs of the calls; each image is in one of them or in `errors`.
+        errors: Index of an image, counted as in `PartialOutput.rows` -> reason why it cannot be predicted.
+    """
+
+    outputs: tuple[PartialOutput, ...]
+    errors: Mapping[int, ErrorRecord] = field(default_factory=dict)
+    _wait: Callable[[], None] | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether `wait` must be called before the tensors are read."""
+        return self._wait is not None
+
+    def wait(self) -> Prediction:
+        """Wait until the tensors are complete, and return the prediction; raises the device's error if it failed."""
+        if self._wait is not None:
+            self._wait()
+        return self
+
+    def on_ready(self, wrapper: Callable[[Callable[[], None]], None]) -> Prediction:
+        """Return the prediction with a function around its wait.
+
+        Args:
+            wrapper: Called by `wait` with the function that waits; it must call that, and may act before and after.
+        """
+        return replace(self, _wait=partial(wrapper, self._wait or _nothing_to_wait_for))
+
+
+def _nothing_to_wait_for() -> None:
+    pass
+
+
+# -- timings and steps -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StageTiming:
+    """Time that a stage took for some images.
+
+    Attributes:
+        stage: Name of the stage; `wait` is the time that the model waits for a batch.
+        started: Start by `time.perf_counter`, which has one zero for all processes of a machine.
+        ended: End by `time.perf_counter`.
+        pid: Process that did the work.
+        images: Images of the work; 0 if unknown.
     """
 
     stage: str
-    began: float
+    started: float
     ended: float
     pid: int
     images: int = 0
 
+    @property
+    def seconds(self) -> float:
+        """Duration in seconds."""
+        return self.ended - self.started
+
 
 TimingSink = Callable[[StageTiming], None]
-"""Told of each stretch of work, from any thread."""
+"""Function that receives timings, from any thread."""
+
+
+def record_timing(timing_sink: TimingSink, stage: str, started: float, images: int) -> float:
+    """Send the timing of a stage that ends now to a sink.
+
+    Args:
+        timing_sink: Receiver of the timing.
+        stage: Name of the stage.
+        started: Start by `time.perf_counter`.
+        images: Images of the work; 0 if unknown.
+
+    Returns:
+        Seconds that the stage took.
+    """
+    timing = StageTiming(stage, started, time.perf_counter(), os.getpid(), images)
+    timing_sink(timing)
+    return timing.seconds
 
 
 class StepMonitor(Protocol):
@@ -220,114 +389,6 @@ class StalledStep:
     model: bool = False
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A loaded batch of one shard.
-
-    Attributes:
-        shard: index of the shard.
-        start: offset of its first row within the shard.
-        facts: one per row, good or bad, in plan order.
-        pixels: uint8 `[n, c, h, w]`, the `n` rows whose facts hold no fault, in order; float32 where the job's own
-            transform made it so; None when `n` is 0. Where `shapes` are given, flat `[values]`, image after image.
-        trouble: a fault that is not the images' (network, credentials): the attempt fails, no rows.
-        seconds: stage → seconds spent in the loader.
-        shapes: `[c, h, w]` of each image where they may differ.
-        take: number of the attempt that it belongs to, as its shard gave it.
-        spans: what `seconds` adds up, stretch by stretch.
-        encoded: those of the `n` images that are not in `pixels`, for they are still to be decoded on a device.
-    """
-
-    shard_index: int
-    start: int
-    image_infos: tuple[ImageInfo, ...]
-    pixels: torch.Tensor | None
-    attempt_error: str | None = None
-    stage_seconds: Mapping[str, float] = field(default_factory=dict)
-    shapes: tuple[tuple[int, ...], ...] | None = None
-    attempt_number: int = 0
-    timings: tuple[StageTiming, ...] = ()
-    encoded: EncodedImages | None = None
-
-    def pin_memory(self) -> Batch:
-        """The same batch with page-locked pixels (in the thread that receives it)."""
-        if self.pixels is None:
-            return self
-        return replace(self, pixels=self.pixels.pin_memory())
-
-
-@dataclass(frozen=True)
-class EncodedImages:
-    """Encoded images of a batch.
-
-    Attributes:
-        places: theirs among the batch's good images, from 0, in order.
-        data: uint8 `[bytes]`, one file behind the other.
-        ends: where in it each file ends.
-    """
-
-    indices: tuple[int, ...]
-    data: torch.Tensor
-    ends: tuple[int, ...]
-
-    def files(self) -> list[torch.Tensor]:
-        """Each by itself, uint8 `[bytes]`; views of `data`."""
-        return [self.data[begin:end] for begin, end in pairwise((0, *self.ends))]
-
-
-@dataclass(frozen=True)
-class PartialOutput:
-    """What one call of the module gave.
-
-    Attributes:
-        rows: which images of the batch.
-        tensors: on the host, one row an image, in the order of `rows`.
-    """
-
-    rows: tuple[int, ...]
-    tensors: dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A batch's results; on a GPU they may still be under way.
-
-    Attributes:
-        pieces: each image of the batch is in one of them, or lost.
-        lost: images that cannot be predicted, and why; such as alone do not fit into memory.
-    """
-
-    outputs: tuple[PartialOutput, ...]
-    errors: Mapping[int, ErrorRecord] = field(default_factory=dict)
-    _arrival: Callable[[], None] | None = None
-
-    @property
-    def pending(self) -> bool:
-        """Whether it has to be waited for."""
-        return self._arrival is not None
-
-    def wait(self) -> Prediction:
-        """The same, once all of it has arrived on the host. Raises what went wrong on the device."""
-        if self._arrival is not None:
-            self._arrival()
-        return self
-
-    def on_ready(self, wrapper: Callable[[Callable[[], None]], None]) -> Prediction:
-        """The same, its wait inside that function."""
-        return replace(self, _arrival=partial(wrapper, self._arrival or _nothing))
-
-
-def _nothing() -> None:
-    """What there is to wait for where all has arrived."""
-
-
 def overlaps(one: range, other: range) -> bool:
-    """Whether a position lies in both."""
+    """Tell whether two ranges of positions have one in common: `range(0, 5)` and `range(4, 8)` do."""
     return max(one.start, other.start) < min(one.stop, other.stop)
-
-
-def record_timing(timing_sink: TimingSink, stage: str, started: float, images: int) -> float:
-    """Seconds since `began`, by `time.perf_counter`, which the watch is told of."""
-    ended = time.perf_counter()
-    timing_sink(StageTiming(stage, started, ended, os.getpid(), images))
-    return ended - started

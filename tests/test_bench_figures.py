@@ -219,7 +219,7 @@ def test_a_batch_on_a_gpu_is_through_when_its_results_have_arrived(tmp_path: Pat
     for predicted in held.predicted:
         predicted.wait()
     first, second = (one for one in spans if one.stage == "forward")
-    assert first.began < launched < first.ended <= second.began, "the GPU takes one after the other"
+    assert first.started < launched < first.ended <= second.started, "the GPU takes one after the other"
     assert (first.images, second.images) == (2, 2)
 
 

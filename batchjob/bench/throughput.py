@@ -110,3 +110,81 @@ def _fetch_distinct_images(worker: BenchWorker) -> Iterator[tuple[ImageRef, Obje
                         yield ref, item
             if held > _HELD_BYTES:
                 return
+<<<<<<< HEAD
+=======
+
+
+def _pixels(batch: Batch) -> torch.Tensor:
+    assert batch.pixels is not None
+    return batch.pixels
+
+
+def compute_run_metrics(rig: BenchWorker, ran: RunRecord) -> RunMetrics:
+    """The figures of a run."""
+    rate, is_steady = compute_steady_rate(ran, rig.loaded.ahead)
+    forward = ran.timings_of("forward")
+    first, last = forward[0].ended, forward[-1].ended
+    asked = [span for span in ran.timings_of("wait") if span.images and span.ended > first]
+    between = last - first
+    waited = sum(span.ended - span.started for span in asked)
+    ready = [span.ended - span.started < _READY_SECONDS for span in asked]
+    return RunMetrics(
+        images=ran.images,
+        failed=ran.failed,
+        images_per_second=rate,
+        steady=is_steady,
+        load_s=rig.load_s,
+        first_batch_s=rig.load_s + first - ran.began,
+        total_s=rig.load_s + ran.ended - ran.began,
+        starvation=_idle(forward[1:], rig.parts.cpu_parallelism.parallel_batches, between, waited)
+        if between > 0
+        else None,
+        ready=sum(ready) / len(ready) if ready else None,
+        cores_busy=None if ran.cpu_s is None else ran.cpu_s / (ran.ended - ran.began),
+        services=_services(ran, rig.parts.cpu_parallelism.parallel_batches),
+    )
+
+
+def _idle(forward: Sequence[StageTiming], lanes: int, between: float, waited: float) -> float:
+    """Share of the time that there were no pixels. Lanes, or a GPU, may be at work while they are waited for."""
+    free = between - sum(span.ended - span.started for span in forward) / lanes
+    return max(0.0, min(1.0, (free if lanes > 1 else min(waited, free)) / between))
+
+
+def compute_steady_rate(ran: RunRecord, ahead: int) -> tuple[float, bool]:
+    """Images/s between 10 % of the images (or what was loaded ahead) and 90 %; of the whole run where it is too short.
+
+    Args:
+        ran: the run.
+        ahead: images that the loader keeps under way.
+    """
+    done = list(_summed(ran.timings_of("forward")))
+    total = done[-1][1] if done else 0
+    window = [(at, images) for at, images in done if max(ahead, total * 0.1) <= images <= total * 0.9]
+    if len(window) >= 2 and window[-1][0] > window[0][0]:
+        (began, before), (ended, after) = window[0], window[-1]
+        return (after - before) / (ended - began), True
+    return ran.images / (ran.ended - ran.began), False
+
+
+def _summed(spans: Iterable[StageTiming]) -> Iterator[tuple[float, int]]:
+    """When how many images were through."""
+    images = 0
+    for span in spans:
+        images += span.images
+        yield span.ended, images
+
+
+def _services(ran: RunRecord, lanes: int) -> dict[str, StageUtilization]:
+    found = {}
+    for stage in ("fetch", "decode", "device decode", "forward", "write"):
+        spans = ran.timings_of(stage)
+        seconds = sum(span.ended - span.started for span in spans)
+        if seconds > 0:
+            hands = lanes if stage == "forward" else len({span.pid for span in spans})
+            took = ran.ended - ran.began
+            found[stage] = StageUtilization(
+                sum(span.images for span in spans) / seconds, min(1.0, seconds / hands / took)
+            )
+    return found
+>>>>>>> 860d635 (types and errors: plain docstrings, a worked example beside each layout, the tree of exceptions under today's names)

@@ -196,7 +196,7 @@ class GpuDecodingLoader:
         except Exception as error:
             raise as_batchjob_error(error) from error
         timing = StageTiming("device decode", started, time.perf_counter(), os.getpid(), len(encoded.indices))
-        seconds = {**batch.stage_seconds, timing.stage: timing.ended - timing.began}
+        seconds = {**batch.stage_seconds, timing.stage: timing.seconds}
         return replace(complete, stage_seconds=seconds, timings=(*batch.timings, timing))
 
     def _decode_encoded(self, shard: Shard, batch: Batch, encoded: EncodedImages) -> Batch:

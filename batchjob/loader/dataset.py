@@ -213,5 +213,5 @@ def _record_stage(timings: list[StageTiming], stage: str, images: int) -> Iterat
 def _sum_stages(timings: Sequence[StageTiming]) -> dict[str, float]:
     seconds: dict[str, float] = defaultdict(float)
     for timing in timings:
-        seconds[timing.stage] += timing.ended - timing.began
+        seconds[timing.stage] += timing.seconds
     return dict(seconds)
