@@ -1,4 +1,4 @@
-"""Calls in daemon threads, which never hold up the end of the process, while the caller goes on showing life."""
+"""Calls in daemon threads, which never delay the exit of the process, and child processes that start clean."""
 
 from __future__ import annotations
 
@@ -31,15 +31,35 @@ __all__ = [
 
 T = TypeVar("T")
 R = TypeVar("R")
-_LOOK_SECONDS = 0.2
+
+_POLL_SECONDS = 0.2
+# Time for the exit functions of libraries.
 _EXIT_SECONDS = 3.0
-_AHEAD = 4  # calls begun or waiting for each thread: enough to keep all busy, few enough for any number of items
+# Calls running or waiting for each thread: enough to keep all threads busy, and few for any number of items.
+_CALLS_PER_THREAD = 4
+
+# Modules that the fork server imports once. Storage clients are not among them: their threads and connections do not
+# survive a fork.
+_PRELOADED_MODULES = ["torch", "PIL.ImageFile"]
+_PROCESS_START_LOCK = threading.RLock()
+# Longest time that the start of a process is waited for before all are killed.
+_PROCESS_START_SECONDS = 3.0
+
+
+# -- threads ---------------------------------------------------------------------------------------------------
 
 
 def run_in_background(work: Callable[[], R], on_wait: Callable[[], object] = lambda: None) -> R:
-    """Does one thing that may block. `meanwhile` is called every 0.2 s; what it raises leaves the call to itself."""
-    (found,) = parallel_map(lambda _: work(), [None], on_wait, threads=1)
-    return found
+    """Run one call that may block in another thread, and return its result.
+
+    Example: `run_in_background(lambda: store.read(key), lease.heartbeat)` keeps a lease while a store does not answer.
+
+    Args:
+        work: Function to call.
+        on_wait: Called here every 0.2 s until the result is there; if it raises, the call is abandoned.
+    """
+    (result,) = parallel_map(lambda _: work(), [None], on_wait, threads=1)
+    return result
 
 
 def parallel_map(
@@ -50,163 +70,199 @@ def parallel_map(
     threads: int = 16,
     prefetch: int | None = None,
 ) -> Iterator[R]:
-    """What `work` makes of each item, in their order; raises what the first failed call raised, or the items.
+    """Apply a function to items in threads, and yield the results in the order of the items.
+
+    Raises the first error of a call or of the items, after the results before it.
+
+    Example: `list(parallel_map(store.stat, ["a", "b"]))` has the result for "a" first, even if "b" answers earlier.
 
     Args:
-        work: called in other threads.
-        items: any number of them; only a few are taken ahead of the result that is due.
-        meanwhile: called here, before each result and every 0.2 s while one is awaited. What it raises ends the
-            iteration: no further call is begun, those that run are left to themselves.
-        threads: at most.
-        ahead: items that are taken before the first result is; four for each thread where not given.
+        work: Function of an item, called in other threads.
+        items: Any number of items; only a few are taken ahead of the result that comes next.
+        on_wait: Called here before each result, and every 0.2 s while one is waited for. If it raises, no further call
+            is started, and those that run are abandoned.
+        threads: Most threads to use.
+        prefetch: Items that are taken before the first result; None takes four for each thread.
     """
-    crew = _OrderedCalls(work, threads, threads * _AHEAD if prefetch is None else prefetch)
-    left, failure = iter(items), None
+    calls = _OrderedCalls(work, threads, threads * _CALLS_PER_THREAD if prefetch is None else prefetch)
+    remaining, failure = iter(items), None
     try:
         while failure is None:
             try:
-                crew.put(next(left))
+                calls.start(next(remaining))
             except StopIteration:
                 break
-            except Exception as error:  # noqa: BLE001 - raised once all that came before it is through
+            except Exception as error:  # noqa: BLE001 - raised after the results of all items before it
                 failure = error
-            while crew.full or crew.first_done:
-                yield crew.next(on_wait)
-        while crew.pending:
-            yield crew.next(on_wait)
+            while calls.is_full or calls.first_is_done:
+                yield calls.next_result(on_wait)
+        while calls.pending:
+            yield calls.next_result(on_wait)
         if failure is not None:
             raise failure
     finally:
-        crew.leave()
-
-
-def exit_past_daemon_threads(exit_code: int) -> None:
-    """End this process soon, with this exit code, where daemon threads are still there; else do nothing.
-
-    An interpreter that is torn down beside a thread in native code, be it a model's or a storage client's, ends in an
-    abort instead of the exit code. What libraries do at the exit is done as usual, if it does not take long.
-    """
-    if not any(thread.daemon for thread in threading.enumerate()):
-        return
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # nobody reads it any more
-            stream.flush()
-    wait([DaemonThreadPool(1).submit(atexit._run_exitfuncs)], _EXIT_SECONDS)
-    os._exit(exit_code)
+        calls.cancel()
 
 
 class DaemonThreadPool:
-    """Daemon threads for calls that may block; begun as they are needed.
+    """Daemon threads for calls that may block, started when they are needed.
 
-    Unlike those of an executor, which are waited for at the end of the process, they are left to themselves there.
+    The process does not wait for them at its exit, as it does for the threads of `concurrent.futures`.
 
     Args:
-        most: of them.
-        name: for whoever looks at the process.
+        max_threads: Most threads to start.
+        name: Name of the threads, for debuggers.
     """
 
-    def __init__(self, max_threads: int, name: str = "aside") -> None:
-        self._most, self._name, self._begun = max_threads, name, 0
+    def __init__(self, max_threads: int, name: str = "background") -> None:
+        self._max_threads, self._name, self._started = max_threads, name, 0
         self._lock = threading.Lock()
-        self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
     def submit(self, call: Callable[[], R]) -> Future[R]:
-        """Have it called as soon as a thread is free."""
+        """Run a call as soon as a thread is free, and return its future."""
         future: Future[R] = Future()
 
-        def answer() -> None:
+        def run() -> None:
             if not future.set_running_or_notify_cancel():
                 return
             try:
                 future.set_result(call())
-            except BaseException as error:  # noqa: BLE001 - raised where the result is taken
+            except BaseException as error:  # noqa: BLE001 - raised where the result is read
                 future.set_exception(error)
 
         with self._lock:
-            if self._begun < self._most:
-                self._begun += 1
-                threading.Thread(target=_serve, args=(self._todo,), name=self._name, daemon=True).start()
-        self._todo.put(answer)
+            if self._started < self._max_threads:
+                self._started += 1
+                threading.Thread(target=_run_calls, args=(self._calls,), name=self._name, daemon=True).start()
+        self._calls.put(run)
         return future
 
     def shutdown(self) -> None:
-        """Let the threads end after what they were given."""
+        """Let the threads end after the calls that were submitted; does not wait for them."""
         with self._lock:
-            for _ in range(self._begun):
-                self._todo.put(None)
-            self._begun = 0
+            for _ in range(self._started):
+                self._calls.put(None)
+            self._started = 0
 
     def __del__(self) -> None:
         self.shutdown()
 
 
-def _serve(todo: queue.SimpleQueue[Callable[[], None] | None]) -> None:
-    while (call := todo.get()) is not None:
+def exit_past_daemon_threads(exit_code: int) -> None:
+    """End this process with an exit code if daemon threads are still running, else do nothing.
+
+    If the interpreter is torn down while a thread runs native code, of a model or a storage client for example, the
+    process aborts and its exit code is lost. Exit functions of libraries are called first, for at most 3 s.
+    """
+    if not any(thread.daemon for thread in threading.enumerate()):
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # its reader may be gone
+            stream.flush()
+    wait([DaemonThreadPool(1).submit(atexit._run_exitfuncs)], _EXIT_SECONDS)
+    os._exit(exit_code)
+
+
+def _run_calls(calls: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (call := calls.get()) is not None:
         call()
-        del call  # and what it holds
+        # An idle thread must not keep alive what the call references.
+        del call
 
 
 class _OrderedCalls(Generic[T, R]):
-    """Threads that serve one queue, and the calls whose results are still due."""
+    """Calls in threads whose results are taken in the order in which the calls were started."""
 
-    def __init__(self, work: Callable[[T], R], threads: int, ahead: int) -> None:
-        self._work, self._ahead, self._threads = work, ahead, DaemonThreadPool(threads)
+    def __init__(self, work: Callable[[T], R], threads: int, limit: int) -> None:
+        self._work, self._limit, self._threads = work, limit, DaemonThreadPool(threads)
         self.pending: deque[Future[R]] = deque()
 
     @property
-    def full(self) -> bool:
-        return len(self.pending) >= self._ahead
+    def is_full(self) -> bool:
+        return len(self.pending) >= self._limit
 
     @property
-    def first_done(self) -> bool:
+    def first_is_done(self) -> bool:
         return bool(self.pending) and self.pending[0].done()
 
-    def put(self, item: T) -> None:
+    def start(self, item: T) -> None:
         self.pending.append(self._threads.submit(partial(self._work, item)))
 
-    def next(self, meanwhile: Callable[[], object]) -> R:
-        meanwhile()
-        while not wait([self.pending[0]], _LOOK_SECONDS).done:
-            meanwhile()
+    def next_result(self, on_wait: Callable[[], object]) -> R:
+        on_wait()
+        while not wait([self.pending[0]], _POLL_SECONDS).done:
+            on_wait()
         return self.pending.popleft().result()
 
-    def leave(self) -> None:
+    def cancel(self) -> None:
         for future in self.pending:
             future.cancel()
         self._threads.shutdown()
 
 
-# Imported once, before the first fork. No storage clients: their threads and connections do not survive one.
-_MODULES = ["torch", "PIL.ImageFile"]
-_ONE_AT_A_TIME = threading.RLock()
-_START_SECONDS = 3.0  # that one start may take
+# -- child processes -------------------------------------------------------------------------------------------
 
 
 def start_forkserver(*modules: str) -> None:
-    """Start the fork server that loader processes come from; one that is running stays as it is.
+    """Start the fork server from which loader processes are forked; if it runs already, it stays as it is.
 
-    It imports torch and the named modules while this program goes on; this returns at once.
+    This returns at once, while the fork server imports torch and the named modules.
     """
     from multiprocessing import forkserver, resource_tracker
 
-    multiprocessing.get_context("forkserver").set_forkserver_preload([*_MODULES, *modules])
-    resource_tracker.ensure_running()  # whose start, within the other's, would let SIGINT through again
-    with clean_process_start(), _unmoved_by_ctrl_c():
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*_PRELOADED_MODULES, *modules])
+    # Started here, because within the start of the fork server its own start would unblock SIGINT.
+    resource_tracker.ensure_running()
+    with clean_process_start(), _sigint_blocked():
         forkserver.ensure_running()
 
 
 @contextlib.contextmanager
-def _unmoved_by_ctrl_c() -> Iterator[None]:
-    """What is started meanwhile never hears SIGINT: a terminal sends it to all, but it is the driver that ends them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def clean_process_start() -> Iterator[None]:
+    """Start processes that do not import the main program of this process.
+
+    It may be a script without `if __name__ == "__main__"`, or Ray's worker. One process is started at a time, from any
+    thread.
+    """
+    with _PROCESS_START_LOCK:
+        main = sys.modules["__main__"]
+        method = cast("str | None", multiprocessing.get_start_method(allow_none=True))
+        sys.modules["__main__"] = _MainWithoutFile(main)
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+            # The start of a process fixes the start method of the whole program, which is not this package's to choose.
+            if method is None:
+                multiprocessing.set_start_method(cast("str", None), force=True)
+
+
+def kill_child_processes() -> None:
+    """Kill all child processes and let no further one start, because this program is about to end.
+
+    A child that is killed between its fork and its first message ends in a traceback, so a start under way is waited
+    for.
+    """
+    _PROCESS_START_LOCK.acquire(timeout=_PROCESS_START_SECONDS)
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+def exit_with_parent() -> None:
+    """Wait until the program that started this child process is gone, then end at once; to be run in a thread.
+
+    A killed program cannot stop its children, and the fork server, their parent by process id, lives as long as they
+    do.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 class _MainWithoutFile(ModuleType):
-    """`__main__` for everybody but `multiprocessing`, which finds no file in it that a new process should run."""
+    """Module `__main__` without a file: `multiprocessing` then finds nothing that a new process should import."""
 
     def __init__(self, main: ModuleType) -> None:
         super().__init__("__main__")
@@ -219,39 +275,10 @@ class _MainWithoutFile(ModuleType):
 
 
 @contextlib.contextmanager
-def clean_process_start() -> Iterator[None]:
-    """Around the start of processes: they do not import again the program that runs us.
-
-    That may be a script without a guard, or Ray's worker. One start at a time, from any thread.
-    """
-    with _ONE_AT_A_TIME:
-        main = sys.modules["__main__"]
-        method = cast("str | None", multiprocessing.get_start_method(allow_none=True))
-        sys.modules["__main__"] = _MainWithoutFile(main)
-        try:
-            yield
-        finally:
-            sys.modules["__main__"] = main
-            if method is None:  # starting a process settles it for the whole program, which is not for us to do
-                multiprocessing.set_start_method(cast("str", None), force=True)
-
-
-def kill_child_processes() -> None:
-    """Kill all child processes; none is started any more, for this program is about to end.
-
-    One that its starter does not live to tell what to do ends in a traceback.
-    """
-    _ONE_AT_A_TIME.acquire(timeout=_START_SECONDS)
-    for child in multiprocessing.active_children():
-        child.kill()
-
-
-def exit_with_parent() -> None:
-    """Wait, in a thread of a child process, for the program that started it to be gone; then end it at once.
-
-    A killed program cannot say goodbye, and the fork server, the parent by process id, lives as long as its children.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _sigint_blocked() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C: a terminal sends SIGINT to all processes, but the driver ends its own."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,4 +1,4 @@
-"""The strict, frozen form of everything a job file may say, and the two string types with rules: `Uri`, `Target`."""
+"""Base of all job settings, strict and frozen, and its two kinds of strings with rules: `Uri` and `Target`."""
 
 from __future__ import annotations
 
@@ -20,66 +20,69 @@ _TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*
 
 
 class Settings(BaseModel):
-    """Base of all settings: unknown keys are errors, values never change."""
+    """Base of all settings: unknown keys are errors, values never change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _no_switch_for_a_number(cls, data: Any) -> Any:
-        """True and false as words where a number is wanted, which refuses words: to Python they are 1 and 0."""
+    def _reject_bool_as_number(cls, data: Any) -> Any:
+        """Replace booleans by words where a number is expected: Python takes them for 1 and 0, words are refused."""
         if not isinstance(data, Mapping):
             return data
-        return {name: _in_words(value) if _wants_number(cls, name) else value for name, value in data.items()}
+        return {name: _bools_as_words(value) if _expects_number(cls, name) else value for name, value in data.items()}
 
 
 class CommandLineText(str):
-    """Text typed on the command line: relative paths in it mean the working directory, not the job's folder."""
+    """Text from the command line: relative paths in it start at the working directory, not at the job's folder."""
 
 
 def is_local(uri: str) -> bool:
-    """True for a plain path or a `file://` URI."""
+    """Tell whether a URI is a plain path or a `file://` URI."""
     return not _SCHEME.match(uri) or uri.startswith("file://")
 
 
 def local_path(uri: str) -> Path:
-    """The path that a local URI names. Plain paths are taken literally: `%20` is not decoded."""
+    """Return the path of a local URI, literally: `%20` is not decoded."""
     return Path(uri.removeprefix("file://"))
 
 
-def _in_words(value: Any) -> Any:
+def _bools_as_words(value: Any) -> Any:
     if isinstance(value, list | tuple):
-        return [_in_words(one) for one in value]
+        return [_bools_as_words(item) for item in value]
     return str(value).lower() if isinstance(value, bool) else value
 
 
 @cache
-def _wants_number(kind: type[Settings], name: str) -> bool:
-    wanted = set(_types_in(kind.model_fields[name].annotation)) if name in kind.model_fields else set()
-    return bool(wanted & {int, float}) and not wanted & {bool, str}
+def _expects_number(settings: type[Settings], name: str) -> bool:
+    types = set(_types_in(settings.model_fields[name].annotation)) if name in settings.model_fields else set()
+    return bool(types & {int, float}) and not types & {bool, str}
 
 
 def _types_in(annotation: Any) -> Iterator[type]:
-    """The types that a union is made of; words and limits that stand beside them are none."""
+    """Yield the types of an annotation and of its union members, without literals and constraints.
+
+    Example: `Annotated[int | Literal["auto"], Field(ge=1)]` yields `int`.
+    """
     if isinstance(annotation, type):
         yield annotation
     for part in get_args(annotation):
         yield from _types_in(part)
 
 
-def _resolve(value: Any, info: ValidationInfo) -> Any:
+def _resolve_uri(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, str):
         return value
     if not value:
         raise ValueError("is empty")
     if not is_local(value):
-        if why := explain_uri_secret(value):
-            raise ValueError(why)
+        if reason := explain_uri_secret(value):
+            raise ValueError(reason)
         return str(value)
-    given = None if isinstance(value, CommandLineText) else info.context
-    base = Path(given["base"]) if given else Path.cwd()
-    folder = "/" if value.endswith("/") else ""
-    return os.path.normpath(base / local_path(value).expanduser()) + folder
+    context = None if isinstance(value, CommandLineText) else info.context
+    base = Path(context["base"]) if context else Path.cwd()
+    suffix = "/" if value.endswith("/") else ""
+    return os.path.normpath(base / local_path(value).expanduser()) + suffix
 
 
 def _check_target(value: str) -> str:
@@ -88,7 +91,7 @@ def _check_target(value: str) -> str:
     return value
 
 
-Uri = Annotated[str, BeforeValidator(_resolve)]
-"""Where something lies. Relative paths resolve beside the job file, typed ones against the working directory."""
+Uri = Annotated[str, BeforeValidator(_resolve_uri)]
+"""Path or URI. A relative path starts at the job file's folder; from the command line, at the working directory."""
 Target = Annotated[str, AfterValidator(_check_target)]
-"""`module:attribute`, looked up beside the job file."""
+"""Name of an attribute of a Python module beside the job file, as `module:attribute`."""

@@ -1,8 +1,10 @@
-"""What a bug report needs to know of this machine: versions, devices, cores, memory, Ray. No secrets, no hosts."""
+"""Cores, memory and shared memory that this process may use; optional packages; the report of `batchjob env`."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import json
 import math
 import os
 import platform
@@ -29,7 +31,7 @@ __all__ = [
     "require_packages",
 ]
 
-PACKAGES = (
+_PACKAGES = (
     "batchjob",
     "torch",
     "torchvision",
@@ -46,9 +48,11 @@ PACKAGES = (
     "gcsfs",
     "adlfs",
 )
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # looked at, never written
-# Asked in a process of its own: a broken driver may crash or hang whoever loads it.
-_ASK_DEVICES = """
+# Modules of the compiler that torchvision imports.
+_COMPILER_MODULES = ("torch._dynamo", "torch._dynamo.utils")
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - its size is read, nothing is written
+# Run in a process of its own: a broken driver may crash or hang the process that loads it.
+_DEVICE_QUERY = """
 import json, torch
 devices = []
 for i in range(torch.cuda.device_count()):
@@ -62,21 +66,25 @@ print(json.dumps({"devices": devices, "cuda_build": torch.version.cuda, "threads
 
 
 def collect_environment() -> dict[str, Any]:
-    """Everything, JSON-able. Sizes in bytes; None where this machine does not say. Takes seconds: torch is asked."""
+    """Return what a bug report needs, as values for JSON; without secrets and host names.
+
+    Sizes are in bytes; None is a value that this machine does not tell. It takes seconds, because torch is imported in
+    a process of its own.
+    """
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "cores": {"machine": os.cpu_count(), "allowed": _affinity(), "quota": cgroup_cpu_quota()},
-        "memory": {"machine": _memory(), "limit": cgroup_memory_limit()},
-        "shared_memory": _shared_memory(),
-        "torch": _torch(),
+        "packages": {name: _package_version(name) for name in _PACKAGES},
+        "cores": {"machine": os.cpu_count(), "allowed": _affinity_cores(), "quota": cgroup_cpu_quota()},
+        "memory": {"machine": _machine_memory(), "limit": cgroup_memory_limit()},
+        "shared_memory": _total_shared_memory(),
+        "torch": _query_torch(),
         "ray": {"address_given": bool(os.environ.get("RAY_ADDRESS")), "inside_ray_job": "RAY_JOB_ID" in os.environ},
     }
 
 
 def format_environment(environment: Mapping[str, Any]) -> list[str]:
-    """The facts, a line each, for a person."""
+    """Return the lines of `batchjob env` for people, from `collect_environment`."""
     packages = environment["packages"]
     torch: Mapping[str, Any] = environment["torch"]
     cores, memory = environment["cores"], environment["memory"]
@@ -84,8 +92,8 @@ def format_environment(environment: Mapping[str, Any]) -> list[str]:
         f"python         {environment['python']} on {environment['platform']}",
         *(f"{name:<14} {version or 'not installed'}" for name, version in packages.items()),
         f"cores          {cores['machine']} here, {cores['allowed']} allowed, quota {cores['quota'] or 'none'}",
-        f"memory         {_size(memory['machine'])}, limit {_size(memory['limit'], 'none')}",
-        f"shared memory  {_size(environment['shared_memory'])}",
+        f"memory         {_format_size(memory['machine'])}, limit {_format_size(memory['limit'], 'none')}",
+        f"shared memory  {_format_size(environment['shared_memory'])}",
         f"devices        {', '.join(torch.get('devices', [])) or 'cpu only'}",
         f"torch build    CUDA {torch.get('cuda_build') or 'none'}, {torch.get('cpu', '?')}",
         f"torch threads  {torch.get('threads', '?')}",
@@ -95,47 +103,82 @@ def format_environment(environment: Mapping[str, Any]) -> list[str]:
 
 
 def available_cores() -> int:
-    """Whole cores that this process may really use: affinity and control group, at least one."""
-    return max(1, int(min(_affinity() or 1, cgroup_cpu_quota() or math.inf)))
+    """Return the whole cores that this process may use, by its affinity and its control group; at least one."""
+    return max(1, int(min(_affinity_cores() or 1, cgroup_cpu_quota() or math.inf)))
 
 
 def cgroup_cpu_quota(root: Path = Path("/")) -> float | None:
-    """Cores that the control group really gives, the tightest of its ancestors; None where it sets no bound."""
-    found: list[float] = []
-    for folder in _groups(root, "cpu"):
-        words = _words(folder / "cpu.max")
+    """Return the cores that the control group and its ancestors allow; None if they set no limit."""
+    quotas: list[float] = []
+    for folder in _cgroup_folders(root, "cpu"):
+        # Version 2: one file with quota and period, such as `150000 100000`.
+        words = _read_words(folder / "cpu.max")
         if len(words) == 2 and words[0] != "max":
-            found.append(int(words[0]) / int(words[1]))
-        quota, period = _words(folder / "cpu.cfs_quota_us"), _words(folder / "cpu.cfs_period_us")
+            quotas.append(int(words[0]) / int(words[1]))
+        # Version 1: a file for each of them.
+        quota, period = _read_words(folder / "cpu.cfs_quota_us"), _read_words(folder / "cpu.cfs_period_us")
         if quota and period and int(quota[0]) > 0:
-            found.append(int(quota[0]) / int(period[0]))
-    return min(found, default=None)
+            quotas.append(int(quota[0]) / int(period[0]))
+    return min(quotas, default=None)
 
 
 def cgroup_memory_limit(root: Path = Path("/")) -> int | None:
-    """Bytes that the control group really gives; None where it sets no bound."""
-    found: list[int] = []
-    for folder in _groups(root, "memory"):
+    """Return the bytes of memory that the control group and its ancestors allow; None if they set no limit."""
+    limits: list[int] = []
+    for folder in _cgroup_folders(root, "memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
-            words = _words(folder / name)
-            # Version 1 says "no bound" as a number near 2**63.
+            words = _read_words(folder / name)
+            # In version 1, no limit is a number near 2**63.
             if words and words[0] != "max" and int(words[0]) < 1 << 60:
-                found.append(int(words[0]))
-    return min(found, default=None)
+                limits.append(int(words[0]))
+    return min(limits, default=None)
 
 
 def available_memory() -> int | None:
-    """Bytes that this process and its children may use: the machine's, or what the control group gives of them."""
-    return min((size for size in (_memory(), cgroup_memory_limit()) if size is not None), default=None)
+    """Return the bytes of memory that this process and its children may use; None if unknown."""
+    return min((size for size in (_machine_memory(), cgroup_memory_limit()) if size is not None), default=None)
 
 
 def free_shared_memory() -> int | None:
-    """Bytes of shared memory that nobody has taken; None where that is not known."""
-    return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None
+    """Return the free bytes of shared memory; None if unknown."""
+    return shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None
 
 
-def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """Folders of this process's control group and its ancestors, version 2 or 1."""
+def require_packages(model_type: str, extra: str, *packages: str) -> None:
+    """Raise InvalidJob if a package that a model type needs is not installed; imports none of them.
+
+    Args:
+        model_type: `model.type` of the job.
+        extra: Extra of batchjob that installs the packages.
+        packages: Names of the packages.
+    """
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise InvalidJob(f"model.type: {model_type} needs {' and '.join(missing)}; pip install 'batchjob[{extra}]'")
+
+
+def import_torchvision() -> None:
+    """Import torchvision without torch's compiler, which takes a second; to be called before any other import of it.
+
+    `torchvision.ops` imports all of `torch._dynamo` for one function, which it calls only in deterministic
+    `roi_align`. During the import, modules that load the compiler at first use take its place.
+    """
+    importlib.import_module("torch")
+    if "torchvision" in sys.modules or _COMPILER_MODULES[0] in sys.modules:
+        return
+    sys.modules.update({name: _LazyModule(name) for name in _COMPILER_MODULES})
+    try:
+        importlib.import_module("torchvision")
+    finally:
+        _remove_lazy_modules()
+
+
+def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's control group and its ancestors, in version 2 or 1.
+
+    Example: the line `0::/jobs/7` of /proc/self/cgroup gives /sys/fs/cgroup/jobs/7, /sys/fs/cgroup/jobs and
+    /sys/fs/cgroup.
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -149,101 +192,74 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
         yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(top))
 
 
-def _words(path: Path) -> list[str]:
+def _read_words(path: Path) -> list[str]:
     try:
         return path.read_text().split()
     except OSError:
         return []
 
 
-def _version(package: str) -> str | None:
+def _package_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _affinity() -> int | None:
+def _affinity_cores() -> int | None:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def _memory() -> int | None:
+def _machine_memory() -> int | None:
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return None
 
 
-def _shared_memory() -> int | None:
-    return shutil.disk_usage(SHARED_MEMORY).total if SHARED_MEMORY.is_dir() else None
+def _total_shared_memory() -> int | None:
+    return shutil.disk_usage(_SHARED_MEMORY).total if _SHARED_MEMORY.is_dir() else None
 
 
-def _torch() -> dict[str, Any]:
-    import json
-
+def _query_torch() -> dict[str, Any]:
     try:
-        command = [sys.executable, "-c", _ASK_DEVICES]
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        command = [sys.executable, "-c", _DEVICE_QUERY]
+        query = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     except subprocess.TimeoutExpired:
         return {"error": "did not answer within 120 s"}
-    if asked.returncode != 0:
-        last = (asked.stderr.strip().splitlines() or [f"ended with {asked.returncode}"])[-1]
+    if query.returncode != 0:
+        last = (query.stderr.strip().splitlines() or [f"ended with {query.returncode}"])[-1]
         return {"error": f"cannot be loaded: {last}"}
-    answer: dict[str, Any] = json.loads(asked.stdout.strip().splitlines()[-1])
+    answer: dict[str, Any] = json.loads(query.stdout.strip().splitlines()[-1])
     return answer
 
 
-def _size(size: int | None, unknown: str = "unknown") -> str:
+def _format_size(size: int | None, unknown: str = "unknown") -> str:
     return unknown if size is None else f"{size / (1 << 30):.1f} GiB"
 
 
-_COMPILER = ("torch._dynamo", "torch._dynamo.utils")
-
-
-def import_torchvision() -> None:
-    """Import torchvision, once a process, before whoever else does.
-
-    `torchvision.ops` imports all of `torch._dynamo` for one function, which it calls where regions of interest are
-    aligned deterministically. A stand-in takes that name meanwhile; what is asked of it is answered by the real one.
-    """
-    importlib.import_module("torch")
-    if "torchvision" in sys.modules or _COMPILER[0] in sys.modules:
-        return
-    sys.modules.update({name: _LazyModule(name) for name in _COMPILER})
-    try:
-        importlib.import_module("torchvision")
-    finally:
-        _step_aside()
-
-
 class _LazyModule(ModuleType):
-    """A module that is imported when something in it is used, and not when it is named."""
+    """Module that is imported when an attribute of it is used, not when it is imported by name."""
 
-    __path__: list[str] = []  # noqa: RUF012 - as of a package, so that the import system looks for submodules
+    # An empty path makes it a package, so that the import system looks for its submodules.
+    __path__: list[str] = []  # noqa: RUF012
 
     def is_compile_supported(self, device_type: str) -> bool:
-        """What torchvision takes from there."""
-        return bool(_real(self.__name__).is_compile_supported(device_type))
+        """Call the function that torchvision imports from here."""
+        return bool(_import_compiler(self.__name__).is_compile_supported(device_type))
 
     def __getattr__(self, name: str) -> object:
-        if name.startswith("__"):  # the import system's own questions
+        if name.startswith("__"):  # attributes that the import system reads
             raise AttributeError(name)
-        return getattr(_real(self.__name__), name)
+        return getattr(_import_compiler(self.__name__), name)
 
 
-def _real(name: str) -> ModuleType:
-    _step_aside()
+def _import_compiler(name: str) -> ModuleType:
+    _remove_lazy_modules()
     return importlib.import_module(name)
 
 
-def _step_aside() -> None:
-    for name in _COMPILER:
+def _remove_lazy_modules() -> None:
+    for name in _COMPILER_MODULES:
         if isinstance(sys.modules.get(name), _LazyModule):
             del sys.modules[name]
-
-
-def require_packages(model_type: str, extra: str, *packages: str) -> None:
-    """Raises InvalidJob where a package is missing that `model.type: kind` needs; imports none of them."""
-    missing = [package for package in packages if find_spec(package) is None]
-    if missing:
-        raise InvalidJob(f"model.type: {model_type} needs {' and '.join(missing)}; pip install 'batchjob[{extra}]'")

@@ -1,14 +1,14 @@
-"""`module:attribute` beside a job file → the object, without touching the path or the names of anybody else's imports.
+"""User's own code: loads `module:attribute` beside a job file, and computes the digest of its sources.
 
-Each job folder becomes a package with a private name, so two jobs' `net.py` never mix; `import other` inside such a
-module finds the sibling first, as it would for a script, also when it runs later inside a function.
+`sys.path` stays as it is. Each job folder becomes a package with a private name, so that modules `net.py` of two jobs
+never mix. `import other` in such a module finds the module beside it first, as in a script, also within a function that
+runs later.
 """
 
 from __future__ import annotations
 
 import ast
 import builtins
-import difflib
 import hashlib
 import importlib
 import sys
@@ -28,81 +28,89 @@ from types import ModuleType
 from typing import Any
 
 from batchjob.errors import InvalidJob
+from batchjob.text import closest_match
 
 __all__ = ["is_user_module", "load_target", "source_digest"]
 
-_PREFIX = "_batchjob_folder_"
-_lock = Lock()
+_PACKAGE_PREFIX = "_batchjob_folder_"
+_PACKAGE_LOCK = Lock()
 
 
 def load_target(target: str, base: Path) -> Any:
-    """What `module:attribute` names, the module taken from the folder `base` and nowhere else.
+    """Return the object that `module:attribute` names, from a module in one folder.
 
-    Loaded once per process and folder; works in any process that sees the folder.
+    The module is loaded once per process and folder, in any process that can read the folder.
+
+    Example: `load_target("net:Net.build", folder)` returns `Net.build` of `folder/net.py`.
+
+    Args:
+        target: Dotted module and dotted attribute, separated by a colon.
+        base: Folder of the job file; no other folder is searched.
 
     Raises:
-        InvalidJob: no such module or attribute (with what there is), or the module fails to load.
+        InvalidJob: There is no such module or attribute (the message offers existing ones), or it fails to load.
     """
     name, _, attribute = target.partition(":")
-    path = _source(base, name)
-    if path is None:
-        raise InvalidJob(
-            f"{base / name.replace('.', '/')}.py: not there, for '{target}'; {_offer(name, _modules(base))}"
-        )
-    module = _load(name, base, path)
-    found: Any = module
+    path = _require_source(target, name, base)
+    value: Any = _import_module(name, base, path)
     for part in attribute.split("."):
-        if not hasattr(found, part):
-            public = [known for known in vars(found) if not known.startswith("_")] if hasattr(found, "__dict__") else []
-            raise InvalidJob(f"{path}: has no '{attribute}', for '{target}'; {_offer(part, public)}")
-        found = getattr(found, part)
-    return found
+        if not hasattr(value, part):
+            names = vars(value) if hasattr(value, "__dict__") else {}
+            public = [known for known in names if not known.startswith("_")]
+            raise InvalidJob(f"{path}: has no '{attribute}', for '{target}'; {_suggest(part, public)}")
+        value = getattr(value, part)
+    return value
 
 
 def is_user_module(module: str, base: Path) -> bool:
-    """Whether a dotted module lies in the folder `base`."""
-    return _source(base, module) is not None
+    """Tell whether a dotted module lies in the folder of a job file."""
+    return _find_source(base, module) is not None
 
 
 def source_digest(target: str, base: Path) -> str:
-    """sha256 over the sources of the target's module and of all it imports, directly or not, from the same folder.
+    """Return the sha256 of the target's module and of all modules that it imports, directly or not, from its folder.
+
+    Args:
+        target: Dotted module and dotted attribute, separated by a colon.
+        base: Folder of the job file; it is not part of the digest.
 
     Raises:
-        InvalidJob: no such module, or a source that cannot be parsed.
+        InvalidJob: There is no such module, or a source that cannot be parsed.
     """
     name = target.partition(":")[0]
-    if _source(base, name) is None:
-        raise InvalidJob(
-            f"{base / name.replace('.', '/')}.py: not there, for '{target}'; {_offer(name, _modules(base))}"
-        )
+    _require_source(target, name, base)
     digest = hashlib.sha256()
-    for path in sorted(_closure(name, base)):
+    for path in sorted(_imported_sources(name, base)):
         source = path.read_bytes()
         digest.update(f"{path.relative_to(base).as_posix()} {len(source)}\n".encode())
         digest.update(source)
     return digest.hexdigest()
 
 
-def _load(name: str, base: Path, path: Path) -> ModuleType:
-    package = _package(base)
+# -- import ----------------------------------------------------------------------------------------------------
+
+
+def _import_module(name: str, base: Path, path: Path) -> ModuleType:
+    package = _ensure_package(base)
     try:
         return importlib.import_module(f"{package}.{name}")
     except InvalidJob:
         raise
     except Exception as error:
         folder = base.resolve()
-        places = [
+        # The last line of the user's own code is the one to look at.
+        frames = [
             frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(folder)
         ]
-        where = f"{places[-1].filename}:{places[-1].lineno}" if places else str(path)
+        where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else str(path)
         raise InvalidJob(f"{where}: does not load: {type(error).__name__}: {error}") from error
 
 
-def _package(base: Path) -> str:
-    """The private package that stands for a folder; made on first use."""
+def _ensure_package(base: Path) -> str:
+    """Return the name of the private package of a folder, which is created at its first use."""
     folder = str(base.resolve())
-    name = _PREFIX + hashlib.sha256(folder.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    with _lock:
+    name = _PACKAGE_PREFIX + hashlib.sha256(folder.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    with _PACKAGE_LOCK:
         if not any(isinstance(finder, _UserModuleFinder) for finder in sys.meta_path):
             sys.meta_path.insert(0, _UserModuleFinder())
         if name not in sys.modules:
@@ -113,14 +121,14 @@ def _package(base: Path) -> str:
 
 
 class _UserModuleFinder:
-    """Finds modules below the private packages, and nothing else."""
+    """Finder of modules below the private packages, for `sys.meta_path`."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if not name.startswith(_PREFIX):
+        if not name.startswith(_PACKAGE_PREFIX):
             return None
         loaders = [(ExtensionFileLoader, EXTENSION_SUFFIXES), (_UserModuleLoader, SOURCE_SUFFIXES)]
         for folder in path or ():
-            # A fresh finder: one that is kept would not see a file written within its folder's clock tick.
+            # A finder that is kept caches its folder, and misses a file written within the same tick of the clock.
             spec = FileFinder(folder, *loaders).find_spec(name, target)
             if spec is not None and spec.loader is not None:
                 return spec
@@ -128,7 +136,7 @@ class _UserModuleFinder:
 
 
 class _UserModuleLoader(SourceFileLoader):
-    """Gives a module an `import` of its own, which looks beside it first."""
+    """Loader that gives a module its own `__import__`, which looks in its folder first."""
 
     def exec_module(self, module: ModuleType) -> None:
         package = module.__name__.partition(".")[0]
@@ -137,7 +145,7 @@ class _UserModuleLoader(SourceFileLoader):
 
 
 class _SiblingFirstImport:
-    """`__import__` for the modules of one folder."""
+    """Function `__import__` for the modules of one folder: takes a module of the folder if there is one."""
 
     def __init__(self, package: str) -> None:
         self._package = package
@@ -152,7 +160,7 @@ class _SiblingFirstImport:
         level: int = 0,
     ) -> ModuleType:
         top = name.partition(".")[0]
-        if level or _source(self._folder, top) is None:
+        if level or _find_source(self._folder, top) is None:
             return builtins.__import__(name, globals, locals, fromlist or (), level)
         private = f"{self._package}.{name}"
         if fromlist:
@@ -161,8 +169,20 @@ class _SiblingFirstImport:
         return sys.modules[f"{self._package}.{top}"]
 
 
-def _source(base: Path, name: str) -> Path | None:
-    """The file of a dotted module below `base`: `name.py`, or `name/__init__.py`."""
+# -- sources ---------------------------------------------------------------------------------------------------
+
+
+def _require_source(target: str, name: str, base: Path) -> Path:
+    path = _find_source(base, name)
+    if path is None:
+        raise InvalidJob(
+            f"{base / name.replace('.', '/')}.py: not there, for '{target}'; {_suggest(name, _list_modules(base))}"
+        )
+    return path
+
+
+def _find_source(base: Path, name: str) -> Path | None:
+    """Return the file of a dotted module below a folder: `name/__init__.py` or `name.py`."""
     stem = base.joinpath(*name.split("."))
     for path in (stem / "__init__.py", stem.with_name(stem.name + ".py")):
         if path.is_file():
@@ -170,50 +190,56 @@ def _source(base: Path, name: str) -> Path | None:
     return None
 
 
-def _closure(name: str, base: Path) -> set[Path]:
-    found: set[Path] = set()
-    waiting = [name]
-    while waiting:
-        name = waiting.pop()
-        path = _source(base, name)
-        if path is None or path in found:
+def _imported_sources(name: str, base: Path) -> set[Path]:
+    """Return the files of a module and of all that it imports, directly or not, from the same folder."""
+    sources: set[Path] = set()
+    pending = [name]
+    while pending:
+        name = pending.pop()
+        path = _find_source(base, name)
+        if path is None or path in sources:
             continue
-        found.add(path)
-        waiting += _imported(path, name)
-        if "." in name:  # importing a module runs the packages above it
-            waiting.append(name.rpartition(".")[0])
-    return found
+        sources.add(path)
+        pending += _imported_names(path, name)
+        # The import of a module runs the packages above it.
+        if "." in name:
+            pending.append(name.rpartition(".")[0])
+    return sources
 
 
-def _imported(path: Path, name: str) -> Iterator[str]:
-    """Dotted names that may be modules beside it."""
+def _imported_names(path: Path, name: str) -> Iterator[str]:
+    """Yield all dotted names that a source imports and that may be modules of its folder.
+
+    Example: in module `pkg.net`, `from .blocks import Block` yields `pkg.blocks` and `pkg.blocks.Block`.
+    """
     try:
         tree = ast.parse(path.read_bytes(), str(path))
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None) or 1
         raise InvalidJob(f"{path}:{line}: does not parse: {error.args[0]}; correct it") from error
-    above = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            start = above[: len(above) - node.level + 1] if node.level else []
-            parts = [*start, *(node.module.split(".") if node.module else [])]
+            # Level 1 is the module's own package, level 2 the one above it.
+            parent = package[: len(package) - node.level + 1] if node.level else []
+            parts = [*parent, *(node.module.split(".") if node.module else [])]
             yield from (".".join(parts),) if parts else ()
             yield from (".".join([*parts, alias.name]) for alias in node.names)
 
 
-def _modules(base: Path) -> list[str]:
+def _list_modules(base: Path) -> list[str]:
     if not base.is_dir():
         return []
     packages = (path.parent.name for path in base.glob("*/__init__.py"))
     return sorted({*(path.stem for path in base.glob("*.py")), *packages})
 
 
-def _offer(wanted: str, known: Sequence[str]) -> str:
+def _suggest(name: str, known: Sequence[str]) -> str:
+    """Return the end of a message on a wrong name: the most similar one, else the first 20 that exist."""
     if not known:
         return "there is nothing to choose from"
-    near = difflib.get_close_matches(wanted, known, 1)
-    if near:
-        return f"did you mean '{near[0]}'?"
+    if (match := closest_match(name, known)) is not None:
+        return f"did you mean '{match}'?"
     return f"there is: {', '.join(sorted(known)[:20])}"
