@@ -101,47 +101,28 @@ def build_track_events(
     stages = dict.fromkeys((*TRACKS, *(timing.stage for timing in timings)))
     rows = {stage: row for row, stage in enumerate(stages)}
     used: set[_Track] = set()
-<<<<<<< HEAD
     for timing, lane in _assign_lanes([timing for timing in timings if timing.stage not in _DEVICE_STEPS]):
         used.add(track := _Track(timing.pid, rows[timing.stage], timing.stage, lane))
-        start, duration = zero + (timing.began - anchor) * 1e6, (timing.ended - timing.began) * 1e6
+        start, duration = zero + (timing.started - anchor) * 1e6, (timing.seconds) * 1e6
         yield _build_event(track, start, duration, timing.images)
     for step in _DEVICE_STEPS:
         for event, lane in _find_step_events(marked, step):
-=======
-    for span, lane in _laned([span for span in spans if span.stage not in _STEPS]):
-        used.add(track := _Track(span.pid, rows[span.stage], span.stage, lane))
-        yield _event(track, zero + (span.started - anchor) * 1e6, (span.ended - span.started) * 1e6, span.images)
-    for step in _STEPS:
-        for event, lane in _timed(marked, step):
->>>>>>> 860d635 (types and errors: plain docstrings, a worked example beside each layout, the tree of exceptions under today's names)
             used.add(track := _Track(os.getpid(), rows[step], step, lane))
             yield _build_event(track, float(event["ts"]), float(event["dur"]))
     yield from _build_track_names(used, len(rows))
 
 
-<<<<<<< HEAD
 def _assign_lanes(timings: Iterable[StageTiming]) -> Iterator[tuple[StageTiming, int]]:
     """Yield each timing with the first free lane of its process and stage, because a stage may overlap with itself.
 
     Example: timings of 0 to 2, 1 to 3 and 2 to 4 seconds get the lanes 0, 1 and 0.
     """
     lane_ends: dict[tuple[int, str], list[float]] = defaultdict(list)
-    for timing in sorted(timings, key=lambda timing: timing.began):
+    for timing in sorted(timings, key=lambda timing: timing.started):
         ends = lane_ends[timing.pid, timing.stage]
-        lane = next((lane for lane, end in enumerate(ends) if end <= timing.began), len(ends))
+        lane = next((lane for lane, end in enumerate(ends) if end <= timing.started), len(ends))
         ends[lane : lane + 1] = [timing.ended]
         yield timing, lane
-=======
-def _laned(spans: Iterable[StageTiming]) -> Iterator[tuple[StageTiming, int]]:
-    """Each with the first lane of its process's stage that is free by then: a stage may be at two batches at once."""
-    ends: dict[tuple[int, str], list[float]] = defaultdict(list)
-    for span in sorted(spans, key=lambda span: span.started):
-        lanes = ends[span.pid, span.stage]
-        lane = next((lane for lane, end in enumerate(lanes) if end <= span.started), len(lanes))
-        lanes[lane : lane + 1] = [span.ended]
-        yield span, lane
->>>>>>> 860d635 (types and errors: plain docstrings, a worked example beside each layout, the tree of exceptions under today's names)
 
 
 def _find_step_events(marked: Sequence[dict[str, Any]], step: str) -> Iterator[tuple[dict[str, Any], int]]:

@@ -97,4 +97,4 @@ def _compute_utilization(run: RunRecord, parallel_batches: int) -> dict[str, Sta
 
 
 def _duration(timing: StageTiming) -> float:
-    return timing.ended - timing.began
+    return timing.seconds
