@@ -62,7 +62,7 @@ class Dispatcher:
 
     @property
     def started(self) -> bool:
-        """Whether the pool has been started."""
+        """True if the pool has been started."""
         return not isinstance(self._pool, _EmptyPool)
 
     @property

@@ -120,7 +120,7 @@ class Lease:
 
     @property
     def heartbeat_due(self) -> bool:
-        """Whether the last heartbeat is at least 2 s old."""
+        """True if the last heartbeat is at least 2 s old."""
         return self._clock() - self._last_heartbeat >= HEARTBEAT_SECONDS
 
     def heartbeat(self) -> None:

@@ -98,7 +98,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Whether no shard is waiting or running."""
+        """True if no shard is waiting or running."""
         return not self._waiting and not self._running
 
     def is_running(self, key: ShardKey) -> bool:

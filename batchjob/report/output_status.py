@@ -65,7 +65,7 @@ class OutputStatus:
 
     @property
     def _lacks_only_success(self) -> bool:
-        """Whether all parts are committed, but `_SUCCESS` is missing."""
+        """True if all parts are committed, but `_SUCCESS` is missing."""
         return self.status == "incomplete" and self.plan_finished and self.parts == self.shards
 
     @property

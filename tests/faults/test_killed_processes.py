@@ -92,7 +92,7 @@ def test_every_image_exactly_once_whoever_is_killed(
 
     runs = run_parallel(survive, range(RUNS), at_once=12)
     kills = sum((run.kills for run in runs), Counter[str]())
-    missing, twice = (sum(getattr(run.tally, name) for run in runs) for name in ("missing", "twice"))
+    missing, twice = (sum(getattr(run.tally, name) for run in runs) for name in ("missing", "duplicates"))
     figure(
         "every image exactly once",
         f"{RUNS} runs on SeaweedFS, {kills['driver']} drivers and {kills['loader']} loader processes killed: "
