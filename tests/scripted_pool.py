@@ -1,4 +1,4 @@
-"""A `Pool` without torch that commits real parts and misbehaves as scripted, and a job for it."""
+"""Scripted worker pool: it commits real parts without torch and misbehaves as a test tells it; and a job for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import yaml
 from batchjob.errors import AttemptFailed, BatchjobError, Temporary
 from batchjob.job.job import Job
 from batchjob.output import retry
-from batchjob.output.commit import commit_part as commit_of_commit
+from batchjob.output.commit import commit_part
 from batchjob.output.part_writer import PartWriter, build_rows
 from batchjob.output.provenance import PartFooter, ShardResult
 from batchjob.output.schema import build_row_schema
@@ -35,78 +35,78 @@ from batchjob.worker.messages import (
 )
 
 __all__ = [
-    "Act",
+    "AttemptScript",
     "ScriptedPool",
+    "call_first",
     "commit",
+    "commit_after",
+    "commit_twice",
     "fail",
     "fail_after_commit",
-    "first",
+    "fail_worker",
     "hang",
-    "job",
+    "make_job",
     "make_part",
-    "slow",
-    "twice",
-    "worker_fails",
 ]
 
-LOADED = WorkerInfo("cpu", "fp32", "fake@000000000000", ("score",), batch_size=4, seconds=0.0)
-_REST_SECONDS = 0.005
+WORKER_INFO = WorkerInfo("cpu", "fp32", "fake@000000000000", ("score",), batch_size=4, seconds=0.0)
+_WAIT_SECONDS = 0.005
 
-# What becomes of one attempt: events, one a turn of `wait`; None for a turn in which nothing happens.
-Act = Callable[["ScriptedPool", ShardKey], Iterator[WorkerEvent | None]]
+# Events of one attempt, one for each call of `wait`; None if nothing happens in that call.
+AttemptScript = Callable[["ScriptedPool", ShardKey], Iterator[WorkerEvent | None]]
 
 
 def commit(pool: ScriptedPool, key: ShardKey) -> Iterator[WorkerEvent | None]:
-    """As it should be."""
+    """Commit the shard."""
     yield ShardCommitted(pool.commit(key))
 
 
-def twice(pool: ScriptedPool, key: ShardKey) -> Iterator[WorkerEvent | None]:
-    """The answer comes a second time, some turns later."""
+def commit_twice(pool: ScriptedPool, key: ShardKey) -> Iterator[WorkerEvent | None]:
+    """Commit the shard, and report it a second time two calls later."""
     done = ShardCommitted(pool.commit(key))
     yield from (done, None, done)
 
 
 def hang(pool: ScriptedPool, key: ShardKey) -> Iterator[WorkerEvent | None]:
-    """Nothing is heard of it again."""
+    """Report nothing, ever."""
     while True:
         yield None
 
 
-def slow(turns: int) -> Act:
-    """Commits after so many turns."""
+def commit_after(ticks: int) -> AttemptScript:
+    """Commit the shard after this many calls in which nothing happens."""
 
-    def act(pool: ScriptedPool, key: ShardKey) -> Iterator[WorkerEvent | None]:
-        yield from [None] * turns
+    def run_attempt(pool: ScriptedPool, key: ShardKey) -> Iterator[WorkerEvent | None]:
+        yield from [None] * ticks
         yield ShardCommitted(pool.commit(key))
 
-    return act
+    return run_attempt
 
 
-def fail(error: BatchjobError | None = None) -> Act:
-    """The attempt fails with nothing committed; the worker was lost where no error is given."""
+def fail(error: BatchjobError | None = None) -> AttemptScript:
+    """Fail without a commit, with this error; by default the worker was lost."""
     return lambda pool, key: iter([ShardFailed(key, error or AttemptFailed("worker 0 was lost"))])
 
 
 def fail_after_commit(pool: ScriptedPool, key: ShardKey) -> Iterator[WorkerEvent | None]:
-    """The worker is lost between its PUT and its answer."""
+    """Commit the shard, and lose the worker before it reports that."""
     pool.commit(key)
     yield ShardFailed(key, AttemptFailed("worker 0 was lost"))
 
 
-def worker_fails(error: BatchjobError) -> Act:
-    """No shard is to blame."""
+def fail_worker(error: BatchjobError) -> AttemptScript:
+    """Fail the worker with this error, which is no shard's fault."""
     return lambda pool, key: iter([WorkerFailed(error)])
 
 
-def first(happens: Callable[[], object], then: Act = commit) -> Act:
-    """Something happens while the shard runs, and the act takes its course."""
+def call_first(call: Callable[[], object], then: AttemptScript = commit) -> AttemptScript:
+    """Call something while the shard runs, and go on with another script."""
 
-    def act(pool: ScriptedPool, key: ShardKey) -> Iterator[WorkerEvent | None]:
-        happens()
+    def run_attempt(pool: ScriptedPool, key: ShardKey) -> Iterator[WorkerEvent | None]:
+        call()
         yield from then(pool, key)
 
-    return act
+    return run_attempt
 
 
 @dataclass
@@ -116,45 +116,45 @@ class _Attempt:
 
 
 class ScriptedPool:
-    """See `Pool`. Images with `bad` in their name become error rows, the others get a score.
+    """Pool whose attempts follow scripts. Images with `bad` in their name become error rows, the others get a score.
 
     Args:
-        script: of a shard's index, what becomes of its first attempts; all others are committed.
-        size: workers.
-        ready: events of the turns before the first shard is taken; `Ready` is among them, or the pool never is.
-        newest_first: the shard that came last is the first to make progress.
+        scripts: Scripts of a shard's first attempts, by shard index; all other attempts commit.
+        size: Number of workers.
+        ready: Events before the first shard is taken; the pool is ready once a `WorkerReady` is among them.
+        newest_first: Let the newest attempt make progress first.
 
     Attributes:
-        submitted: indexes of the shards handed out, in order; second attempts beside a first one among them.
-        backed_up: those of second attempts beside a first one.
-        setup: what `start` was given.
-        closed: whether `close` was called.
+        submitted: Indexes of the shards submitted, in order, also for speculative attempts.
+        speculated: Indexes of the shards submitted for a speculative attempt.
+        setup: Setup that `start` was given.
+        closed: Whether `close` was called.
     """
 
     def __init__(
         self,
-        script: Mapping[int, Sequence[Act]] = {},
+        scripts: Mapping[int, Sequence[AttemptScript]] = {},
         *,
         size: int = 2,
-        ready: Iterable[WorkerEvent | None] = (WorkerReady("0", LOADED),),
+        ready: Iterable[WorkerEvent | None] = (WorkerReady("0", WORKER_INFO),),
         newest_first: bool = False,
     ) -> None:
-        self._script = {index: list(acts) for index, acts in script.items()}
-        self._waking, self._newest_first = iter(ready), newest_first
+        self._scripts = {index: list(attempts) for index, attempts in scripts.items()}
+        self._start_events, self._newest_first = iter(ready), newest_first
         self._attempts: list[_Attempt] = []
         self._ready = False
-        self._over = threading.Event()
+        self._closed_event = threading.Event()
         self._plan: int | None = None
         self._store: Store
         self.size = size
         self.submitted: list[int] = []
-        self.backed_up: list[int] = []
+        self.speculated: list[int] = []
         self.setup: WorkerSetup | None = None
         self.closed = False
 
     @property
     def attempts(self) -> Counter[int]:
-        """How often each shard was handed out."""
+        """Number of attempts, by shard index."""
         return Counter(self.submitted)
 
     def start(self, setup: WorkerSetup) -> None:
@@ -167,76 +167,78 @@ class ScriptedPool:
         return 2 * self.size - len(self._attempts) if self._ready else 0
 
     def submit(self, key: ShardKey, plan_number: int) -> None:
-        assert self.free_slots() > 0, "more than was asked for"
-        self._begin(key, plan_number)
+        assert self.free_slots() > 0, "submitted although no slot is free"
+        self._start_attempt(key, plan_number)
 
     def idle_workers(self) -> int:
-        """As if each attempt had a worker of its own, as long as there are so many."""
+        # As if each attempt had a worker of its own, while there are enough.
         return max(0, self.size - len(self._attempts)) if self._ready else 0
 
     def submit_speculative(self, key: ShardKey, plan_number: int) -> None:
-        assert self.idle_workers() > 0, "nobody is idle"
-        assert any(attempt.key == key for attempt in self._attempts), "nobody has it in hand"
-        self.backed_up.append(key.index)
-        self._begin(key, plan_number)
+        assert self.idle_workers() > 0, "no worker is idle"
+        assert any(attempt.key == key for attempt in self._attempts), "the shard is not running"
+        self.speculated.append(key.index)
+        self._start_attempt(key, plan_number)
 
-    def _begin(self, key: ShardKey, plan: int) -> None:
+    def _start_attempt(self, key: ShardKey, plan: int) -> None:
         assert not self.closed
         self._plan = plan
-        acts = self._script.get(key.index)
-        act = acts.pop(0) if acts else commit
+        scripts = self._scripts.get(key.index)
+        run_attempt = scripts.pop(0) if scripts else commit
         self.submitted.append(key.index)
-        self._attempts.append(_Attempt(key, act(self, key)))
+        self._attempts.append(_Attempt(key, run_attempt(self, key)))
 
     def wait(self, timeout: float) -> list[WorkerEvent]:
-        """One event of one shard's, or a short rest."""
+        """Return one event of one attempt, or nothing after a short wait."""
         assert not self.closed
-        if (waking := next(self._waking, None)) is not None:
-            self._ready = self._ready or isinstance(waking, WorkerReady)
-            return [waking]
+        if (start_event := next(self._start_events, None)) is not None:
+            self._ready = self._ready or isinstance(start_event, WorkerReady)
+            return [start_event]
         for attempt in self._attempts[::-1] if self._newest_first else list(self._attempts):
             event = next(attempt.events, attempt)
             if isinstance(event, _Attempt):
                 self._attempts.remove(attempt)
             elif event is not None:
                 return [event]
-        self._over.wait(min(timeout, _REST_SECONDS))
+        self._closed_event.wait(min(timeout, _WAIT_SECONDS))
         return []
 
     def close(self) -> None:
         self.closed = True
-        self._over.set()
+        self._closed_event.set()
 
     def commit(self, key: ShardKey) -> ShardResult:
         """Make the shard's part and commit it, as a worker does."""
         number, head = read_current_head(self._store)
         assert head is not None
         assert number == self._plan
-        with tempfile.TemporaryDirectory() as spool:
-            writer, made = make_part(Path(spool) / "part", self._store, self._job, key)
+        with tempfile.TemporaryDirectory() as folder:
+            writer, footer = make_part(Path(folder) / "part", self._store, self._job, key)
             examples = writer.examples
 
-            def wanted() -> None:
+            def raise_if_discarded() -> None:
                 if is_discarded(self._store, head):
                     raise Temporary("the plan was discarded")
 
             if key.revision:
-                stands, examples = retry.replace_part(self._store, key, writer.path, made, wanted)
+                result, examples = retry.replace_part(self._store, key, writer.path, footer, raise_if_discarded)
             else:
-                stands = commit_of_commit(self._store, key, writer.path, made, wanted)
-        return ShardResult(key, stands.footer, examples, stands.committed_here, stands.info.etag)
+                result = commit_part(self._store, key, writer.path, footer, raise_if_discarded)
+        return ShardResult(key, result.footer, examples, result.committed_here, result.info.etag)
 
 
 def make_part(path: Path, store: Store, job: Job, key: ShardKey) -> tuple[PartWriter, PartFooter]:
-    """The part of a shard of the plan in force, on the local spool; at a retry its error rows, all of them good now."""
+    """Write the part of a shard of the plan in force to a local file; in a retry its error rows, all of them good."""
     _, head = read_current_head(store)
     assert head is not None
     reader = PlanReader(store, head)
     shard = reader.read_shard(key)
     if key.revision:
         shard = retry.select_error_rows(store, shard)
-    facts = [ImageInfo(ref.etag, 8, 8) if key.revision else _facts(ref) for ref in shard.refs]
-    scores = pa.array([float(ref.position) for ref, fact in zip(shard.refs, facts, strict=True) if fact.error is None])
+    image_infos = [ImageInfo(ref.etag, 8, 8) if key.revision else _make_image_info(ref) for ref in shard.refs]
+    scores = pa.array(
+        [float(ref.position) for ref, info in zip(shard.refs, image_infos, strict=True) if info.error is None]
+    )
     schema = build_row_schema(list(reader.passthrough_schema), [pa.field("score", pa.float64())], job.input.has_id)
     with PartWriter(path, schema) as writer:
         writer.add(
@@ -244,14 +246,14 @@ def make_part(path: Path, store: Store, job: Job, key: ShardKey) -> tuple[PartWr
                 schema,
                 shard=shard,
                 start=0,
-                image_infos=facts,
+                image_infos=image_infos,
                 columns=[scores],
                 error_records=[None] * len(scores),
                 run_id="run",
-                model_id=LOADED.model,
+                model_id=WORKER_INFO.model,
             )
         )
-        made = PartFooter(
+        footer = PartFooter(
             plan=head.plan,
             shard=key.id,
             index=key.index,
@@ -265,18 +267,18 @@ def make_part(path: Path, store: Store, job: Job, key: ShardKey) -> tuple[PartWr
             seconds={"wall": 0.5, "predict": 0.25},
             versions={},
         )
-        writer.close(made)
-    return writer, made
+        writer.close(footer)
+    return writer, footer
 
 
-def _facts(ref: ImageRef) -> ImageInfo:
+def _make_image_info(ref: ImageRef) -> ImageInfo:
     if "bad" in ref.uri:
         return ImageInfo(error=ErrorRecord("decode", "truncated", "ends too early"))
     return ImageInfo(ref.etag, 8, 8)
 
 
-def job(folder: Path, images: Sequence[str], **sections: object) -> Job:
-    """A job of two images a shard over files of these names, `folder/out` its output; nothing in it needs torch."""
+def make_job(folder: Path, images: Sequence[str], **sections: object) -> Job:
+    """Write a job over files of these names, with two images per shard and the output `folder/out`; no torch needed."""
     (folder / "images").mkdir(exist_ok=True)
     for name in images:
         (folder / "images" / name).write_bytes(b"pixels of " + name.encode())

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted_pool import ScriptedPool, make_job
 from memory_store import MemoryStore
-from scripted_pool import ScriptedPool, job
 
 from batchjob.driver import driver
 from batchjob.driver.control_loop import ControlLoop, StopSignals
@@ -82,7 +82,7 @@ def slowed(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, waits: Calla
 
 
 def test_discarding_many_parts_shows_life(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(job(tmp_path, TWELVE))
+    run(make_job(tmp_path, TWELVE))
     deleting = [key.removeprefix("predictions/") for key in sorted(commit.list_parts(DiskStore(out)))]
     real = DiskStore.delete
 
@@ -99,7 +99,7 @@ def test_discarding_many_parts_shows_life(tmp_path: Path, out: Path, monkeypatch
 def test_a_signal_ends_a_discard_that_can_be_finished(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(job(tmp_path, TWELVE))
+    run(make_job(tmp_path, TWELVE))
     go_on, real = threading.Event(), DiskStore.delete
     asked = threading.Lock()
 
@@ -123,7 +123,7 @@ def test_a_signal_ends_a_discard_that_can_be_finished(
 def test_a_discard_that_was_stopped_while_another_driver_took_over_buries_nothing(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(job(tmp_path, TWELVE))
+    run(make_job(tmp_path, TWELVE))
     real, looks = current_of_head, list[int]()
 
     def current(store: Store) -> tuple[int, PlanHead | None]:
@@ -159,7 +159,7 @@ def test_a_signal_as_soon_as_the_lease_is_taken_gives_it_back(
 
     monkeypatch.setattr(Lease, "_delete_old_epochs", sweep)
     with pytest.raises(Temporary, match="stopped by a signal; the same command resumes"):
-        run(job(tmp_path, TWELVE))
+        run(make_job(tmp_path, TWELVE))
     assert len(came) == 1
     assert released(out)
 
@@ -175,7 +175,7 @@ def test_a_signal_while_the_lease_is_given_back_changes_nothing(
         real(self)
 
     monkeypatch.setattr(ControlLoop, "release_lease", leave)
-    assert run(job(tmp_path, TWELVE)).status == "complete"
+    assert run(make_job(tmp_path, TWELVE)).status == "complete"
     assert len(came) == 1
     assert released(out)
 
@@ -183,7 +183,7 @@ def test_a_signal_while_the_lease_is_given_back_changes_nothing(
 def test_a_signal_ends_the_wait_for_another_drivers_lease(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    the, other = job(tmp_path, TWELVE), Lease.acquire(DiskStore(out))
+    the, other = make_job(tmp_path, TWELVE), Lease.acquire(DiskStore(out))
 
     def waits(self: NoProgress, text: str) -> None:
         if "waiting up to" in text:
@@ -198,8 +198,8 @@ def test_a_signal_ends_the_wait_for_another_drivers_lease(
 @pytest.mark.parametrize("call", ["refs", "check_requirements"])
 def test_a_slow_listing_keeps_the_lease(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     slowed(monkeypatch, SourceListing, call, lambda: until_beaten(out))
-    assert driver.make_plan(job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress()).images == 12
-    assert run(job(tmp_path, TWELVE)).status == "complete"
+    assert driver.make_plan(make_job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress()).images == 12
+    assert run(make_job(tmp_path, TWELVE)).status == "complete"
 
 
 def test_a_chunk_that_is_long_in_coming_keeps_the_lease(
@@ -212,7 +212,7 @@ def test_a_chunk_that_is_long_in_coming_keeps_the_lease(
         real(self, planned_version)
 
     monkeypatch.setattr(SourceListing, "check_unchanged", slow)
-    assert driver.make_plan(job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress()).images == 12
+    assert driver.make_plan(make_job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress()).images == 12
 
 
 def test_a_signal_is_heard_while_a_chunk_is_long_in_coming(
@@ -227,27 +227,27 @@ def test_a_signal_is_heard_while_a_chunk_is_long_in_coming(
     with monkeypatch.context() as patched:
         patched.setattr(SourceListing, "check_unchanged", hangs)
         with pytest.raises(Temporary, match="stopped by a signal"):
-            driver.make_plan(job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress())
+            driver.make_plan(make_job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress())
     go_on.set()
-    assert driver.make_plan(job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress()).images == 12
+    assert driver.make_plan(make_job(tmp_path, TWELVE), allow_empty=False, progress=NoProgress()).images == 12
 
 
 def test_foreign_parts_are_looked_at_beside_the_turns(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(job(tmp_path, TWELVE))
+    run(make_job(tmp_path, TWELVE))
     left = min((out / "predictions").iterdir())
     kept = left.read_bytes()
     driver.discard(str(out))
     left.write_bytes(kept)
     slowed(monkeypatch, DiskStore, "read_tail", lambda: until_beaten(out))
-    assert run(job(tmp_path, TWELVE)).status == "complete"
+    assert run(make_job(tmp_path, TWELVE)).status == "complete"
     assert not left.exists()
 
 
 def test_adding_up_hears_signals(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The footers of an earlier run's parts are read; a signal comes meanwhile."""
-    run(job(tmp_path, TWELVE))
+    run(make_job(tmp_path, TWELVE))
     (out / "_SUCCESS").unlink()
     go_on = threading.Event()
 
@@ -258,9 +258,9 @@ def test_adding_up_hears_signals(tmp_path: Path, out: Path, monkeypatch: pytest.
     with monkeypatch.context() as patched:
         slowed(patched, DiskStore, "read_tail", hangs)
         with pytest.raises(Temporary, match="stopped by a signal"):
-            run(job(tmp_path, TWELVE))
+            run(make_job(tmp_path, TWELVE))
     go_on.set()
-    assert run(job(tmp_path, TWELVE)).status == "complete"
+    assert run(make_job(tmp_path, TWELVE)).status == "complete"
 
 
 class Silent(MemoryStore):
@@ -371,7 +371,7 @@ sys.exit(main(["plan", "job.yaml", "--quiet"]))
 
 
 def test_a_signal_ends_the_process_though_a_listing_hangs(tmp_path: Path, out: Path) -> None:
-    job(tmp_path, TWELVE, input={"type": "prefix", "uri": "images/", "require": {"min_images": 5}})
+    make_job(tmp_path, TWELVE, input={"type": "prefix", "uri": "images/", "require": {"min_images": 5}})
     process = subprocess.Popen(
         [sys.executable, "-c", COUNTING], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -15,18 +15,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from scripted_pool import (
-    LOADED,
-    Act,
+    WORKER_INFO,
+    AttemptScript,
     ScriptedPool,
+    call_first,
     commit,
+    commit_after,
+    commit_twice,
     fail,
     fail_after_commit,
-    first,
+    fail_worker,
     hang,
-    job,
-    slow,
-    twice,
-    worker_fails,
+    make_job,
 )
 
 from batchjob.driver import driver
@@ -181,7 +181,7 @@ def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_shard_is_committed_once(tmp_path: Path, out: Path) -> None:
     pool, heard = ScriptedPool(), Heard()
-    outcome = run(job(tmp_path, TWELVE), pool, progress=heard)
+    outcome = run(make_job(tmp_path, TWELVE), pool, progress=heard)
     assert (outcome.status, outcome.exit_code) == ("complete", 0)
     assert (outcome.planned, outcome.predicted, outcome.failed) == (12, 12, 0)
     assert outcome.output == str(out)
@@ -193,7 +193,7 @@ def test_every_shard_is_committed_once(tmp_path: Path, out: Path) -> None:
 
 
 def test_success_and_report_say_what_is_there(tmp_path: Path, out: Path) -> None:
-    run(job(tmp_path, TWELVE), ScriptedPool())
+    run(make_job(tmp_path, TWELVE), ScriptedPool())
     facts = success(out)
     assert facts["counts"] == {"planned": 12, "predicted": 12, "failed": 0}
     assert [part["name"] for part in facts["parts"]] == sorted(f"predictions/{name}" for name in parts(out))
@@ -203,12 +203,12 @@ def test_success_and_report_say_what_is_there(tmp_path: Path, out: Path) -> None
     report = json.loads((out / "_batchjob/report.json").read_text())
     assert report.pop("tuning", []) == []
     assert report == {key: value for key, value in facts.items() if key != "parts"}
-    assert [worker["model"] for worker in report["workers"]] == [LOADED.model]
+    assert [worker["model"] for worker in report["workers"]] == [WORKER_INFO.model]
 
 
 def test_workers_are_told_what_they_need(tmp_path: Path, out: Path) -> None:
     pool = ScriptedPool()
-    run(job(tmp_path, TWELVE), pool)
+    run(make_job(tmp_path, TWELVE), pool)
     assert pool.setup is not None
     assert pool.setup.job_folder == str(tmp_path)
     assert pool.setup.small_input_bytes == sum((tmp_path / "images" / name).stat().st_size for name in TWELVE)
@@ -221,41 +221,45 @@ def test_workers_are_told_what_they_need(tmp_path: Path, out: Path) -> None:
 def test_a_plan_of_many_chunks_is_done_whole(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 4)
     pool = ScriptedPool()
-    assert run(job(tmp_path, [*TWELVE, "last.png"]), pool).status == "complete"
+    assert run(make_job(tmp_path, [*TWELVE, "last.png"]), pool).status == "complete"
     assert len(list(out.glob("_batchjob/plans/0000/chunk-*"))) == 4
     assert sorted(pool.submitted) == list(range(7))
     assert positions(out) == list(range(13))
 
 
 def test_answers_may_come_in_any_order(tmp_path: Path, out: Path) -> None:
-    script: dict[int, list[Act]] = {0: [slow(9)], 1: [slow(5)], 4: [slow(3)]}
+    script: dict[int, list[AttemptScript]] = {0: [commit_after(9)], 1: [commit_after(5)], 4: [commit_after(3)]}
     pool = ScriptedPool(script, newest_first=True)
-    assert run(job(tmp_path, TWELVE), pool).status == "complete"
+    assert run(make_job(tmp_path, TWELVE), pool).status == "complete"
     assert pool.attempts == dict.fromkeys(range(6), 1)
     assert positions(out) == list(range(12))
 
 
 def test_an_answer_that_comes_twice_counts_once(tmp_path: Path) -> None:
     heard = Heard()
-    outcome = run(job(tmp_path, TWELVE), ScriptedPool({0: [twice], 2: [twice], 5: [slow(20)]}), progress=heard)
+    outcome = run(
+        make_job(tmp_path, TWELVE),
+        ScriptedPool({0: [commit_twice], 2: [commit_twice], 5: [commit_after(20)]}),
+        progress=heard,
+    )
     assert (outcome.status, outcome.planned, outcome.predicted) == ("complete", 12, 12)
     assert heard.done == 12
 
 
 def test_no_more_is_handed_out_than_workers_take(tmp_path: Path) -> None:
-    pool = ScriptedPool({0: [slow(5)]}, size=1)  # asserts in `submit`
-    assert run(job(tmp_path, TWELVE), pool).status == "complete"
+    pool = ScriptedPool({0: [commit_after(5)]}, size=1)  # asserts in `submit`
+    assert run(make_job(tmp_path, TWELVE), pool).status == "complete"
 
 
 @pytest.mark.parametrize(("asked", "shards"), [("auto", 1), (5, 3), (100, 1)])
 def test_shard_size_is_the_jobs_or_fits_the_input(tmp_path: Path, out: Path, asked: object, shards: int) -> None:
-    run(job(tmp_path, TWELVE, runtime={"shard_size": asked}), ScriptedPool())
+    run(make_job(tmp_path, TWELVE, runtime={"shard_size": asked}), ScriptedPool())
     assert len(parts(out)) == shards
 
 
 def test_a_shard_that_would_exceed_a_part_is_refused(tmp_path: Path, out: Path) -> None:
     with pytest.raises(InvalidJob, match=r"runtime.shard_size: 1,000,000 rows .* at most 262,144"):
-        run(job(tmp_path, TWELVE, runtime={"shard_size": 1_000_000}), ScriptedPool())
+        run(make_job(tmp_path, TWELVE, runtime={"shard_size": 1_000_000}), ScriptedPool())
     assert heads(out) == []
 
 
@@ -264,7 +268,7 @@ def test_a_shard_that_would_exceed_a_part_is_refused(tmp_path: Path, out: Path) 
 
 def test_a_lost_attempt_is_made_again(tmp_path: Path, out: Path) -> None:
     pool, heard = ScriptedPool({1: [fail(), fail()], 4: [fail()]}), Heard()
-    outcome = run(job(tmp_path, TWELVE), pool, progress=heard)
+    outcome = run(make_job(tmp_path, TWELVE), pool, progress=heard)
     assert (outcome.status, outcome.predicted) == ("complete", 12)
     assert pool.attempts == {0: 1, 1: 3, 2: 1, 3: 1, 4: 2, 5: 1}
     assert "shard 4 failed: worker 0 was lost" in heard.notes
@@ -272,7 +276,7 @@ def test_a_lost_attempt_is_made_again(tmp_path: Path, out: Path) -> None:
 
 
 def test_a_shard_that_fails_every_attempt_is_given_up_and_the_others_are_done(tmp_path: Path, out: Path) -> None:
-    the, pool, heard = job(tmp_path, TWELVE), ScriptedPool({1: [fail()] * 9}), Heard()
+    the, pool, heard = make_job(tmp_path, TWELVE), ScriptedPool({1: [fail()] * 9}), Heard()
     outcome = run(the, pool, progress=heard)
     assert (outcome.status, outcome.exit_code) == ("incomplete", 4)
     assert (outcome.planned, outcome.predicted, outcome.failed) == (12, 10, 0)
@@ -294,13 +298,13 @@ def test_a_shard_that_fails_every_attempt_is_given_up_and_the_others_are_done(tm
 @pytest.mark.parametrize("attempts", [1, 2])
 def test_the_job_says_how_many_attempts(tmp_path: Path, attempts: int) -> None:
     pool = ScriptedPool({1: [fail()] * 9})
-    assert run(job(tmp_path, TWELVE, errors={"attempts": attempts}), pool).exit_code == 4
+    assert run(make_job(tmp_path, TWELVE, errors={"attempts": attempts}), pool).exit_code == 4
     assert pool.attempts[1] == attempts
 
 
 def test_what_a_lost_worker_did_commit_is_committed(tmp_path: Path, out: Path) -> None:
     pool = ScriptedPool({1: [fail_after_commit], 2: [fail(), fail(), fail_after_commit]})
-    outcome = run(job(tmp_path, TWELVE), pool)
+    outcome = run(make_job(tmp_path, TWELVE), pool)
     assert (outcome.status, outcome.predicted) == ("complete", 12)  # shard 2 used up its attempts, and is there
     assert pool.attempts[1] == 2
     assert positions(out) == list(range(12))
@@ -312,12 +316,15 @@ def test_what_a_lost_worker_did_commit_is_committed(tmp_path: Path, out: Path) -
 def test_temporary_faults_use_up_no_attempts(tmp_path: Path) -> None:
     away = Unavailable("the store does not answer")
     pool = ScriptedPool({1: [fail(away), fail(away)], 3: [fail(away), fail(away)]}, size=1)
-    assert run(job(tmp_path, TWELVE, errors={"attempts": 1}), pool).status == "complete"
+    assert run(make_job(tmp_path, TWELVE, errors={"attempts": 1}), pool).status == "complete"
     assert pool.attempts == {0: 1, 1: 3, 2: 1, 3: 3, 4: 1, 5: 1}
 
 
 def test_temporary_faults_that_persist_end_the_run(tmp_path: Path, out: Path) -> None:
-    the, pool = job(tmp_path, TWELVE), ScriptedPool({n: [fail(Unavailable("credentials expired"))] * 9 for n in (2, 3)})
+    the, pool = (
+        make_job(tmp_path, TWELVE),
+        ScriptedPool({n: [fail(Unavailable("credentials expired"))] * 9 for n in (2, 3)}),
+    )
     with pytest.raises(Unavailable, match="credentials expired") as caught:
         run(the, pool)
     assert (caught.value.exit_code, caught.value.status) == (75, "temporary")
@@ -334,15 +341,15 @@ def test_temporary_faults_that_persist_end_the_run(tmp_path: Path, out: Path) ->
 # --- errors that end the run ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrapped", [fail, worker_fails])
+@pytest.mark.parametrize("wrapped", [fail, fail_worker])
 @pytest.mark.parametrize(
     ("error", "code"),
     [(InvalidJob("another worker loaded other weights"), 2), (CheckFailed("alarm"), 3), (Temporary("Ray is gone"), 75)],
 )
 def test_an_error_of_the_whole_job_ends_it_now(
-    tmp_path: Path, wrapped: Callable[[BatchjobError], Act], error: JobError, code: int
+    tmp_path: Path, wrapped: Callable[[BatchjobError], AttemptScript], error: JobError, code: int
 ) -> None:
-    the, pool = job(tmp_path, TWELVE), ScriptedPool({1: [wrapped(error)], 2: [hang]}, size=1)
+    the, pool = make_job(tmp_path, TWELVE), ScriptedPool({1: [wrapped(error)], 2: [hang]}, size=1)
     with pytest.raises(type(error), match=error.message) as caught:
         run(the, pool)
     assert caught.value.exit_code == code
@@ -354,19 +361,19 @@ def test_an_error_of_the_whole_job_ends_it_now(
 def test_a_worker_that_cannot_load_freezes_nothing(tmp_path: Path, out: Path) -> None:
     pool = ScriptedPool(ready=[None, WorkerFailed(InvalidJob("runtime.device: no CUDA here"))])
     with pytest.raises(InvalidJob, match="no CUDA"):
-        run(job(tmp_path, TWELVE), pool)
+        run(make_job(tmp_path, TWELVE), pool)
     assert pool.closed
     assert heads(out) == []
-    assert run(job(tmp_path, TWELVE, runtime={"shard_size": 3}), ScriptedPool()).status == "complete"
+    assert run(make_job(tmp_path, TWELVE, runtime={"shard_size": 3}), ScriptedPool()).status == "complete"
 
 
 def test_an_error_that_ends_a_run_carries_its_counts(tmp_path: Path) -> None:
     names, errors = ["000-bad.png", *TWELVE[1:]], {"max_rate": 0.5}
     gone = Temporary("Ray is gone")
     for failing, predicted in ((3, 5), (4, 7)):  # the second run goes on from the first
-        pool = ScriptedPool({failing: [worker_fails(gone)]}, size=1)
+        pool = ScriptedPool({failing: [fail_worker(gone)]}, size=1)
         with pytest.raises(Temporary) as caught:
-            run(job(tmp_path, names, errors=errors), pool)
+            run(make_job(tmp_path, names, errors=errors), pool)
         outcome = RunResult.from_error(caught.value)
         assert (outcome.planned, outcome.predicted, outcome.failed) == (12, predicted, 1)
     assert caught.value.counts == (12, 7, 1)
@@ -374,7 +381,7 @@ def test_an_error_that_ends_a_run_carries_its_counts(tmp_path: Path) -> None:
 
 def test_a_drain_carries_its_counts(tmp_path: Path) -> None:
     with pytest.raises(Temporary) as caught:
-        run(job(tmp_path, TWELVE), ScriptedPool({1: [first(term, slow(2))]}, size=1))
+        run(make_job(tmp_path, TWELVE), ScriptedPool({1: [call_first(term, commit_after(2))]}, size=1))
     planned, predicted, failed = caught.value.counts
     assert (planned, failed) == (12, 0)
     assert predicted >= 4
@@ -387,8 +394,10 @@ def test_a_drain_carries_its_counts(tmp_path: Path) -> None:
 def test_a_signal_lets_running_shards_commit_and_hands_out_no_more(
     tmp_path: Path, out: Path, number: signal.Signals
 ) -> None:
-    the, heard = job(tmp_path, TWELVE), Heard()
-    pool = ScriptedPool({0: [first(lambda: signal.raise_signal(number), slow(3))], 1: [slow(5)]}, size=1)
+    the, heard = make_job(tmp_path, TWELVE), Heard()
+    pool = ScriptedPool(
+        {0: [call_first(lambda: signal.raise_signal(number), commit_after(3))], 1: [commit_after(5)]}, size=1
+    )
     with pytest.raises(Temporary, match="stopped by a signal; the same command resumes") as caught:
         run(the, pool, progress=heard)
     assert caught.value.exit_code == 75
@@ -406,16 +415,16 @@ def test_a_signal_lets_running_shards_commit_and_hands_out_no_more(
 
 def test_a_drain_waits_only_so_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchjob.driver.dispatcher.DRAIN_SECONDS", 0.05)
-    pool = ScriptedPool({0: [first(term, hang)]})
+    pool = ScriptedPool({0: [call_first(term, hang)]})
     with pytest.raises(Temporary, match="stopped by a signal"):
-        run(job(tmp_path, TWELVE), pool)
+        run(make_job(tmp_path, TWELVE), pool)
     assert pool.closed
 
 
 def test_a_second_signal_is_obeyed_at_once(tmp_path: Path, out: Path) -> None:
-    pool = ScriptedPool({0: [first(term, hang)], 1: [first(term, hang)]})
+    pool = ScriptedPool({0: [call_first(term, hang)], 1: [call_first(term, hang)]})
     with pytest.raises(Temporary, match="second signal") as caught:
-        run(job(tmp_path, TWELVE), pool)
+        run(make_job(tmp_path, TWELVE), pool)
     assert caught.value.exit_code == 75
     assert pool.closed
     assert not (out / "predictions").exists()
@@ -424,7 +433,7 @@ def test_a_second_signal_is_obeyed_at_once(tmp_path: Path, out: Path) -> None:
 def test_a_signal_is_heard_while_workers_start(tmp_path: Path, out: Path) -> None:
     pool = ScriptedPool(ready=meanwhile(term))
     with pytest.raises(Temporary, match="stopped by a signal"):
-        run(job(tmp_path, TWELVE), pool)
+        run(make_job(tmp_path, TWELVE), pool)
     assert pool.closed
     assert pool.submitted == []
     assert heads(out) == []
@@ -433,11 +442,11 @@ def test_a_signal_is_heard_while_workers_start(tmp_path: Path, out: Path) -> Non
 def test_a_signal_is_heard_though_workers_took_the_handler(tmp_path: Path) -> None:
     def waking() -> Iterator[WorkerEvent | None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray takes it when it starts
-        yield WorkerReady("0", LOADED)
+        yield WorkerReady("0", WORKER_INFO)
 
-    pool = ScriptedPool({0: [first(term)]}, ready=waking())
+    pool = ScriptedPool({0: [call_first(term)]}, ready=waking())
     with pytest.raises(Temporary, match="stopped by a signal"):
-        run(job(tmp_path, TWELVE), pool)
+        run(make_job(tmp_path, TWELVE), pool)
 
 
 def test_a_signal_outside_the_main_thread_is_nobodys(tmp_path: Path) -> None:
@@ -467,8 +476,8 @@ def test_handlers_that_a_library_took_are_taken_back() -> None:
 
 @pytest.mark.usefixtures("quick_beats")
 def test_a_driver_that_lost_its_lease_hands_out_no_more(tmp_path: Path, out: Path) -> None:
-    the, rival = job(tmp_path, TWELVE), Rival(str(out))
-    pool = ScriptedPool({1: [first(rival.takes_over)]}, size=1)
+    the, rival = make_job(tmp_path, TWELVE), Rival(str(out))
+    pool = ScriptedPool({1: [call_first(rival.takes_over)]}, size=1)
     with pytest.raises(Temporary, match=r"another driver .* is at work") as caught:
         run(the, pool)
     assert caught.value.exit_code == 75
@@ -485,7 +494,7 @@ def test_a_driver_that_lost_its_lease_hands_out_no_more(tmp_path: Path, out: Pat
 
 @pytest.mark.usefixtures("quick_beats")
 def test_a_driver_that_lost_its_lease_while_workers_start_freezes_nothing(tmp_path: Path, out: Path) -> None:
-    the, rival = job(tmp_path, TWELVE), Rival(str(out))
+    the, rival = make_job(tmp_path, TWELVE), Rival(str(out))
 
     with pytest.raises(Temporary, match="at work"):
         run(the, ScriptedPool(ready=meanwhile(rival.takes_over)))
@@ -496,7 +505,7 @@ def test_a_driver_that_lost_its_lease_while_workers_start_freezes_nothing(tmp_pa
 
 @pytest.mark.usefixtures("quick_beats")
 def test_nobody_discards_or_plans_under_a_driver_at_work(tmp_path: Path, out: Path) -> None:
-    the, go_on, started = job(tmp_path, TWELVE), threading.Event(), threading.Event()
+    the, go_on, started = make_job(tmp_path, TWELVE), threading.Event(), threading.Event()
 
     def until_told(pool: ScriptedPool, key: Any) -> Iterator[Any]:
         started.set()
@@ -527,7 +536,7 @@ def test_two_drivers_at_once_do_no_harm(tmp_path: Path, out: Path, monkeypatch: 
     monkeypatch.setattr(
         "batchjob.driver.lease.HEARTBEAT_SECONDS", 1e9
     )  # so that the first learns of the second only at its end
-    the = job(tmp_path, TWELVE)
+    the = make_job(tmp_path, TWELVE)
     rivals: list[dict[str, bytes]] = []
 
     def another_runs() -> None:
@@ -536,7 +545,7 @@ def test_two_drivers_at_once_do_no_harm(tmp_path: Path, out: Path, monkeypatch: 
         assert run(the, ScriptedPool()).status == "complete"
         rivals.append(parts(out))
 
-    pool = ScriptedPool({2: [first(another_runs)]})
+    pool = ScriptedPool({2: [call_first(another_runs)]})
     with pytest.raises(Temporary, match="another driver"):
         run(the, pool)
     assert pool.submitted == list(range(6))
@@ -549,14 +558,14 @@ def test_a_plan_that_another_job_froze_meanwhile_is_not_taken_for_ours(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("batchjob.driver.lease.HEARTBEAT_SECONDS", 1e9)
-    the = job(tmp_path, TWELVE)
-    other = job(tmp_path, TWELVE, task={"type": "embedding", "normalize": True})
+    the = make_job(tmp_path, TWELVE)
+    other = make_job(tmp_path, TWELVE, task={"type": "embedding", "normalize": True})
 
     def waking() -> Iterator[WorkerEvent | None]:
         for path in out.glob("_batchjob/lease/*.json"):
             path.unlink()
         driver.make_plan(other, allow_empty=False, progress=NoProgress())
-        yield WorkerReady("0", LOADED)
+        yield WorkerReady("0", WORKER_INFO)
 
     pool = ScriptedPool(ready=waking())
     with pytest.raises(InvalidJob, match="belongs to another job"):
@@ -573,7 +582,7 @@ TO_THE_END = {"abort_early": False}
 
 def test_over_the_error_budget_there_is_no_success(tmp_path: Path, out: Path) -> None:
     heard = Heard()
-    outcome = run(job(tmp_path, BAD, errors=TO_THE_END), ScriptedPool(), progress=heard)
+    outcome = run(make_job(tmp_path, BAD, errors=TO_THE_END), ScriptedPool(), progress=heard)
     assert (outcome.status, outcome.exit_code) == ("over_budget", 3)
     assert (outcome.planned, outcome.predicted, outcome.failed) == (12, 9, 3)
     assert "3 of 12 images failed, errors.max_rate allows 1.00%" in outcome.message
@@ -587,22 +596,22 @@ def test_over_the_error_budget_there_is_no_success(tmp_path: Path, out: Path) ->
 
 
 def test_a_higher_budget_finishes_an_output_without_new_work(tmp_path: Path, out: Path) -> None:
-    run(job(tmp_path, BAD, errors=TO_THE_END), ScriptedPool())
+    run(make_job(tmp_path, BAD, errors=TO_THE_END), ScriptedPool())
     before = parts(out)
-    assert run(job(tmp_path, BAD)).exit_code == 3  # the same again changes nothing, and needs no worker
-    assert run(job(tmp_path, BAD, errors={"max_rate": 0.24})).exit_code == 3
-    outcome = run(job(tmp_path, BAD, errors={"max_rate": 0.25}))
+    assert run(make_job(tmp_path, BAD)).exit_code == 3  # the same again changes nothing, and needs no worker
+    assert run(make_job(tmp_path, BAD, errors={"max_rate": 0.24})).exit_code == 3
+    outcome = run(make_job(tmp_path, BAD, errors={"max_rate": 0.25}))
     assert (outcome.status, outcome.exit_code, outcome.failed) == ("complete", 0, 3)
     assert parts(out) == before
     assert success(out)["errors"] == {"decode/truncated": 3}
 
 
 def test_an_incomplete_run_says_so_first(tmp_path: Path) -> None:
-    assert run(job(tmp_path, BAD, errors=TO_THE_END), ScriptedPool({5: [fail()] * 3})).exit_code == 4
+    assert run(make_job(tmp_path, BAD, errors=TO_THE_END), ScriptedPool({5: [fail()] * 3})).exit_code == 4
 
 
 def test_a_run_that_is_surely_over_the_budget_stops_early(tmp_path: Path, out: Path) -> None:
-    the, pool, heard = job(tmp_path, BAD, errors={"max_rate": 0.1}), ScriptedPool(size=1), Heard()
+    the, pool, heard = make_job(tmp_path, BAD, errors={"max_rate": 0.1}), ScriptedPool(size=1), Heard()
     outcome = run(the, pool, progress=heard)
     assert (outcome.status, outcome.exit_code) == ("over_budget", 3)
     assert pool.closed
@@ -616,7 +625,7 @@ def test_a_run_that_is_surely_over_the_budget_stops_early(tmp_path: Path, out: P
     before = parts(out)
     again = run(the)  # no worker is started for it
     assert (again.exit_code, again.failed, parts(out)) == (3, 3, before)
-    raised = run(job(tmp_path, BAD, errors={"max_rate": 0.5}), ScriptedPool())
+    raised = run(make_job(tmp_path, BAD, errors={"max_rate": 0.5}), ScriptedPool())
     assert (raised.status, raised.predicted, raised.failed) == ("complete", 9, 3)
     assert positions(out) == list(range(12))
 
@@ -627,18 +636,18 @@ def test_a_count_stops_a_run_before_its_plan_is_whole(
     monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 2)
     monkeypatch.setattr(driver, "_MAX_WAITING_SHARDS", 1)
     names = [f"{number:03}-bad.png" for number in range(60)]
-    the = job(tmp_path, names, errors={"max_rate": 1.0, "max_count": 3})
+    the = make_job(tmp_path, names, errors={"max_rate": 1.0, "max_count": 3})
     outcome = run(the, ScriptedPool(size=1))
     assert outcome.exit_code == 3
     assert "errors.max_count allows 3; most often decode/truncated" in outcome.message
     assert 4 <= outcome.failed < 60
     assert run(the).exit_code == 3
-    raised = run(job(tmp_path, names, errors={"max_rate": 1.0, "max_count": 60}), ScriptedPool())
+    raised = run(make_job(tmp_path, names, errors={"max_rate": 1.0, "max_count": 60}), ScriptedPool())
     assert (raised.status, raised.failed) == ("complete", 60)
 
 
 def test_what_fails_at_the_end_stops_nothing_early(tmp_path: Path, out: Path) -> None:
-    outcome = run(job(tmp_path, [*TWELVE[:11], "011-bad.png"]), ScriptedPool(size=1))
+    outcome = run(make_job(tmp_path, [*TWELVE[:11], "011-bad.png"]), ScriptedPool(size=1))
     assert outcome.exit_code == 3
     assert outcome.message.startswith("1 of 12 images failed, errors.max_rate allows 1.00%")
     assert positions(out) == list(range(12))
@@ -649,9 +658,9 @@ def test_what_fails_at_the_end_stops_nothing_early(tmp_path: Path, out: Path) ->
 
 def interrupted(tmp_path: Path, done: int = 3) -> Job:
     """A job with its first shards committed."""
-    the = job(tmp_path, TWELVE)
+    the = make_job(tmp_path, TWELVE)
     with pytest.raises(Temporary):
-        run(the, ScriptedPool({done: [worker_fails(Temporary("Ray is gone"))]}, size=1))
+        run(the, ScriptedPool({done: [fail_worker(Temporary("Ray is gone"))]}, size=1))
     return the
 
 
@@ -665,7 +674,7 @@ def a_stranger(output: Path) -> str:
 def a_relative(output: Path, tmp_path: Path) -> str:
     """A part of another output."""
     (tmp_path / "other").mkdir()
-    run(job(tmp_path / "other", ["elsewhere.png"]), ScriptedPool())
+    run(make_job(tmp_path / "other", ["elsewhere.png"]), ScriptedPool())
     part = next((tmp_path / "other/out/predictions").iterdir())
     (output / "predictions").mkdir(parents=True, exist_ok=True)
     shutil.copy2(part, output / "predictions" / part.name)
@@ -687,22 +696,22 @@ def test_a_foreign_part_stops_a_resume_and_is_named(tmp_path: Path, out: Path, k
 def test_a_foreign_part_without_a_plan_stops_a_run(tmp_path: Path, out: Path, kind: str) -> None:
     said = a_stranger(out) if kind == "stranger" else a_relative(out, tmp_path)
     with pytest.raises(JobError, match=said):
-        run(job(tmp_path, TWELVE), ScriptedPool())
+        run(make_job(tmp_path, TWELVE), ScriptedPool())
     assert heads(out) == []
 
 
 @pytest.mark.parametrize("kind", ["stranger", "relative"])
 def test_a_foreign_part_that_appears_meanwhile_is_found_at_the_end(tmp_path: Path, out: Path, kind: str) -> None:
     said: list[str] = []
-    appears = first(lambda: said.append(a_stranger(out) if kind == "stranger" else a_relative(out, tmp_path)))
+    appears = call_first(lambda: said.append(a_stranger(out) if kind == "stranger" else a_relative(out, tmp_path)))
     with pytest.raises(CheckFailed) as caught:
-        run(job(tmp_path, TWELVE), ScriptedPool({5: [appears]}))
+        run(make_job(tmp_path, TWELVE), ScriptedPool({5: [appears]}))
     assert caught.match(said[0])
     assert not (out / "_SUCCESS").exists()
 
 
 def test_a_part_that_vanishes_after_its_commit_is_missed(tmp_path: Path, out: Path) -> None:
-    the = job(tmp_path, TWELVE)
+    the = make_job(tmp_path, TWELVE)
     gone: list[str] = []
 
     def vanish() -> None:
@@ -711,7 +720,7 @@ def test_a_part_that_vanishes_after_its_commit_is_missed(tmp_path: Path, out: Pa
         path.unlink()
 
     with pytest.raises(CheckFailed, match="vanished after its commit; run again") as caught:
-        run(the, ScriptedPool({5: [first(vanish, slow(1))]}))
+        run(the, ScriptedPool({5: [call_first(vanish, commit_after(1))]}))
     assert gone[0] in caught.value.message
     again = ScriptedPool()
     assert run(the, again).status == "complete"
@@ -720,7 +729,7 @@ def test_a_part_that_vanishes_after_its_commit_is_missed(tmp_path: Path, out: Pa
 
 @pytest.mark.parametrize("damage", ["gone", "replaced", "added"])
 def test_a_finished_output_that_was_tampered_with_is_an_alarm(tmp_path: Path, out: Path, damage: str) -> None:
-    the = job(tmp_path, TWELVE)
+    the = make_job(tmp_path, TWELVE)
     run(the, ScriptedPool())
     part = min((out / "predictions").iterdir())
     if damage == "added":
@@ -740,7 +749,7 @@ def test_a_finished_output_that_was_tampered_with_is_an_alarm(tmp_path: Path, ou
 
 
 def test_what_is_gone_from_a_finished_output_can_be_made_again(tmp_path: Path, out: Path) -> None:
-    the = job(tmp_path, TWELVE)
+    the = make_job(tmp_path, TWELVE)
     run(the, ScriptedPool())
     gone = min((out / "predictions").iterdir())
     gone.unlink()
@@ -755,17 +764,17 @@ def test_what_is_gone_from_a_finished_output_can_be_made_again(tmp_path: Path, o
 
 
 def test_a_repair_that_is_cut_short_is_resumed(tmp_path: Path, out: Path) -> None:
-    the = job(tmp_path, TWELVE)
+    the = make_job(tmp_path, TWELVE)
     run(the, ScriptedPool())
     min((out / "predictions").iterdir()).unlink()
     with pytest.raises(Temporary):
-        run(the, ScriptedPool({0: [worker_fails(Temporary("Ray is gone"))]}), repair=True)
+        run(the, ScriptedPool({0: [fail_worker(Temporary("Ray is gone"))]}), repair=True)
     assert not (out / "_SUCCESS").exists()
     assert run(the, ScriptedPool()).status == "complete"
 
 
 def test_a_repair_of_what_is_whole_does_nothing(tmp_path: Path, out: Path) -> None:
-    the = job(tmp_path, TWELVE)
+    the = make_job(tmp_path, TWELVE)
     run(the, ScriptedPool())
     before = files(out)
     assert run(the, repair=True).status == "already_complete"
@@ -773,7 +782,7 @@ def test_a_repair_of_what_is_whole_does_nothing(tmp_path: Path, out: Path) -> No
 
 
 def test_a_repair_deletes_nothing_that_it_does_not_know(tmp_path: Path, out: Path) -> None:
-    the = job(tmp_path, TWELVE)
+    the = make_job(tmp_path, TWELVE)
     run(the, ScriptedPool())
     said = a_stranger(out)
     with pytest.raises(CheckFailed, match=said):
@@ -786,7 +795,7 @@ def test_a_repair_deletes_nothing_that_it_does_not_know(tmp_path: Path, out: Pat
 
 
 def test_a_finished_output_is_left_alone(tmp_path: Path, out: Path) -> None:
-    the = job(tmp_path, TWELVE)
+    the = make_job(tmp_path, TWELVE)
     run(the, ScriptedPool())
     before = files(out)
     outcome = run(the)
@@ -824,7 +833,7 @@ def test_a_missing_part_of_an_unfinished_output_is_made_again(tmp_path: Path, ou
 
 
 def test_all_there_but_success_needs_no_worker(tmp_path: Path, out: Path) -> None:
-    the = job(tmp_path, TWELVE)
+    the = make_job(tmp_path, TWELVE)
     run(the, ScriptedPool())
     listed = success(out)["parts"]
     (out / "_SUCCESS").unlink()
@@ -837,7 +846,7 @@ def test_a_plan_that_was_cut_short_is_written_to_its_end(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, left: int
 ) -> None:
     monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 4)
-    the = job(tmp_path, TWELVE)
+    the = make_job(tmp_path, TWELVE)
     made = driver.make_plan(the, allow_empty=False, progress=NoProgress())
     for chunk in sorted(out.glob("_batchjob/plans/0000/chunk-*"))[left:]:
         chunk.unlink()
@@ -848,7 +857,7 @@ def test_a_plan_that_was_cut_short_is_written_to_its_end(
 
 def test_a_resume_goes_by_the_plan_not_by_the_input(tmp_path: Path, out: Path) -> None:
     interrupted(tmp_path)
-    the = job(tmp_path, ["0.png", *TWELVE, "zzz.png"])
+    the = make_job(tmp_path, ["0.png", *TWELVE, "zzz.png"])
     assert run(the, ScriptedPool()).planned == 12
     assert positions(out) == list(range(12))
 
@@ -857,10 +866,10 @@ def test_a_resume_goes_by_the_plan_not_by_the_input(tmp_path: Path, out: Path) -
 def test_another_job_on_the_output_is_refused_with_the_difference(tmp_path: Path, out: Path, finished: bool) -> None:
     interrupted(tmp_path)
     if finished:
-        run(job(tmp_path, TWELVE), ScriptedPool())
+        run(make_job(tmp_path, TWELVE), ScriptedPool())
     before = files(out)
     with pytest.raises(InvalidJob, match=r"belongs to another job:\n  task.normalize: not set there, true here\n"):
-        run(job(tmp_path, TWELVE, task={"type": "embedding", "normalize": True}))
+        run(make_job(tmp_path, TWELVE, task={"type": "embedding", "normalize": True}))
     assert files(out) == before
 
 
@@ -869,12 +878,12 @@ def test_another_job_on_the_output_is_refused_with_the_difference(tmp_path: Path
 
 def test_an_empty_input_is_refused_before_anything_is_frozen(tmp_path: Path, out: Path) -> None:
     with pytest.raises(InvalidJob, match=r"no images there .*--allow-empty"):
-        run(job(tmp_path, []))
+        run(make_job(tmp_path, []))
     assert heads(out) == []
 
 
 def test_an_empty_input_may_be_allowed(tmp_path: Path, out: Path) -> None:
-    the = job(tmp_path, [])
+    the = make_job(tmp_path, [])
     outcome = run(the, ScriptedPool(), allow_empty=True)
     assert (outcome.status, outcome.exit_code, outcome.planned) == ("complete", 0, 0)
     (part,) = (out / "predictions").iterdir()
@@ -885,18 +894,18 @@ def test_an_empty_input_may_be_allowed(tmp_path: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("require", [{"marker": "_DONE"}, {"min_images": 13}])
 def test_an_input_that_is_not_there_yet_freezes_nothing(tmp_path: Path, out: Path, require: dict[str, object]) -> None:
-    the = job(tmp_path, TWELVE, input={"type": "prefix", "uri": "images/", "require": require})
+    the = make_job(tmp_path, TWELVE, input={"type": "prefix", "uri": "images/", "require": require})
     with pytest.raises(Temporary) as caught:
         run(the)
     assert caught.value.exit_code == 75
     assert heads(out) == []
-    job(tmp_path, ["zzz.png"])
+    make_job(tmp_path, ["zzz.png"])
     (tmp_path / "images/_DONE").touch()
     assert run(the, ScriptedPool()).planned == 13
 
 
 def test_model_code_that_is_missing_is_said_before_any_worker_starts(tmp_path: Path) -> None:
-    the = job(tmp_path, TWELVE, model={"type": "python", "target": "nets:build"})
+    the = make_job(tmp_path, TWELVE, model={"type": "python", "target": "nets:build"})
     with pytest.raises(InvalidJob, match=r"nets\.py: not there"):
         run(the)
 
@@ -905,27 +914,27 @@ def test_model_code_that_is_missing_is_said_before_any_worker_starts(tmp_path: P
 
 
 def test_a_plan_is_frozen_without_workers_and_run_later(tmp_path: Path, out: Path) -> None:
-    the = job(tmp_path, TWELVE)
+    the = make_job(tmp_path, TWELVE)
     made = driver.make_plan(the, allow_empty=False, progress=NoProgress())
     assert (made.images, made.shards, made.shard_size, made.output) == (12, 6, 2, str(out))
     assert not (out / "predictions").exists()
     again = driver.make_plan(the, allow_empty=False, progress=NoProgress())
     assert (again.plan, again.images, again.shards) == (made.plan, 12, 6)
-    assert run(job(tmp_path, ["later.png"]), ScriptedPool()).planned == 12
+    assert run(make_job(tmp_path, ["later.png"]), ScriptedPool()).planned == 12
     assert success(out)["plan"] == made.plan
 
 
 def test_a_plan_of_many_chunks_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 4)
     heard = Heard()
-    made = driver.make_plan(job(tmp_path, [*TWELVE, "last.png"]), allow_empty=False, progress=heard)
+    made = driver.make_plan(make_job(tmp_path, [*TWELVE, "last.png"]), allow_empty=False, progress=heard)
     assert (made.images, made.shards) == (13, 7)
     assert (heard.total, heard.final) == (13, True)
 
 
 def test_a_signal_ends_planning(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 2)
-    heard, the = Heard(), job(tmp_path, [f"{number:03}.png" for number in range(100)])
+    heard, the = Heard(), make_job(tmp_path, [f"{number:03}.png" for number in range(100)])
     monkeypatch.setattr(heard, "set_planned", lambda n, final: term() if n == 2 else None)
     with pytest.raises(Temporary, match="stopped by a signal"):
         driver.make_plan(the, allow_empty=False, progress=heard)
@@ -935,18 +944,20 @@ def test_a_signal_ends_planning(tmp_path: Path, out: Path, monkeypatch: pytest.M
 
 def test_planning_is_seen_to_begin_and_to_end(tmp_path: Path) -> None:
     heard = Heard()
-    driver.make_plan(job(tmp_path, TWELVE), allow_empty=False, progress=heard)
+    driver.make_plan(make_job(tmp_path, TWELVE), allow_empty=False, progress=heard)
     assert (heard.started, heard.stopped) == (True, True)
 
 
 def test_planning_refuses_what_a_run_refuses(tmp_path: Path, out: Path) -> None:
     with pytest.raises(InvalidJob, match="no images there"):
-        driver.make_plan(job(tmp_path, []), allow_empty=False, progress=NoProgress())
-    made = driver.make_plan(job(tmp_path, []), allow_empty=True, progress=NoProgress())
+        driver.make_plan(make_job(tmp_path, []), allow_empty=False, progress=NoProgress())
+    made = driver.make_plan(make_job(tmp_path, []), allow_empty=True, progress=NoProgress())
     assert (made.images, made.shards) == (0, 1)
     with pytest.raises(InvalidJob, match="belongs to another job"):
         driver.make_plan(
-            job(tmp_path, [], task={"type": "embedding", "normalize": True}), allow_empty=True, progress=NoProgress()
+            make_job(tmp_path, [], task={"type": "embedding", "normalize": True}),
+            allow_empty=True,
+            progress=NoProgress(),
         )
 
 
@@ -954,13 +965,13 @@ def test_planning_refuses_what_a_run_refuses(tmp_path: Path, out: Path) -> None:
 
 
 def test_a_discarded_output_is_free_for_another_job(tmp_path: Path, out: Path) -> None:
-    run(job(tmp_path, TWELVE), ScriptedPool())
+    run(make_job(tmp_path, TWELVE), ScriptedPool())
     said = driver.discard(str(out))
     assert "deleted 6 parts" in said
     assert "(number 0)" in said
     assert list((out / "predictions").iterdir()) == []
     assert not (out / "_SUCCESS").exists()
-    other = job(tmp_path, TWELVE, task={"type": "embedding", "normalize": True})
+    other = make_job(tmp_path, TWELVE, task={"type": "embedding", "normalize": True})
     assert run(other, ScriptedPool()).status == "complete"
     assert heads(out) == ["0000", "0001"]
     assert positions(out) == list(range(12))
@@ -988,22 +999,22 @@ def test_discard_deletes_nothing_where_nothing_was_ever_planned(tmp_path: Path, 
 
 
 def test_a_discard_that_was_cut_short_can_be_finished(tmp_path: Path, out: Path) -> None:
-    run(job(tmp_path, TWELVE), ScriptedPool())
+    run(make_job(tmp_path, TWELVE), ScriptedPool())
     bury(out)
     assert "an earlier plan's leftovers, deleted 6 parts" in driver.discard(str(out))
     assert not (out / "_SUCCESS").exists()
 
 
 def test_a_run_after_a_discard_that_was_cut_short_takes_success_away(tmp_path: Path, out: Path) -> None:
-    run(job(tmp_path, TWELVE), ScriptedPool())
+    run(make_job(tmp_path, TWELVE), ScriptedPool())
     bury(out)
-    assert run(job(tmp_path, TWELVE), ScriptedPool({0: [fail()] * 3})).exit_code == 4
+    assert run(make_job(tmp_path, TWELVE), ScriptedPool({0: [fail()] * 3})).exit_code == 4
     assert not (out / "_SUCCESS").exists()
 
 
 @pytest.mark.parametrize("when", ["before", "during"])
 def test_a_part_of_a_discarded_plan_is_deleted_when_met(tmp_path: Path, out: Path, when: str) -> None:
-    the = job(tmp_path, TWELVE)
+    the = make_job(tmp_path, TWELVE)
     run(the, ScriptedPool())
     old = min((out / "predictions").iterdir())
     shutil.copy2(old, tmp_path / "late")
@@ -1014,7 +1025,7 @@ def test_a_part_of_a_discarded_plan_is_deleted_when_met(tmp_path: Path, out: Pat
 
     if when == "before":
         comes_late()
-    acts: list[Act] = [first(comes_late)] if when == "during" else []
+    acts: list[AttemptScript] = [call_first(comes_late)] if when == "during" else []
     assert run(the, ScriptedPool({4: acts})).status == "complete"
     assert not old.exists()
     assert positions(out) == list(range(12))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from batchjob_process import read_rows
 from harmful_job import CUDA_ASSERT, CUDA_ECC_ERROR, write_harmful_job
-from scripted_pool import job
+from scripted_pool import make_job
 
 from batchjob import Job, run
 from batchjob.errors import AttemptFailed, BatchjobError, DeviceFault, InvalidJob, Unavailable, as_crash_error
@@ -40,7 +40,7 @@ def notes(error: BatchjobError) -> str:
 
 
 def test_a_bug_is_exit_1_and_its_traceback_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    document = dict(job(tmp_path, ["a.png"]).serialize())
+    document = dict(make_job(tmp_path, ["a.png"]).serialize())
     monkeypatch.setattr("batchjob.worker.setup.load", lambda *_: NOTHING["a bug"])
     error = ending(tmp_path, document)
     assert (type(error), error.exit_code, error.status) == (BatchjobError, 1, "crashed")
@@ -51,7 +51,7 @@ def test_a_bug_is_exit_1_and_its_traceback_is_kept(tmp_path: Path, monkeypatch: 
 
 def test_user_code_that_exits_is_no_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a thread, SystemExit is heard by nobody."""
-    document = dict(job(tmp_path, ["a.png"]).serialize())
+    document = dict(make_job(tmp_path, ["a.png"]).serialize())
 
     def leave(*_: object) -> None:
         raise SystemExit(3)
@@ -64,7 +64,7 @@ def test_a_signal_that_outlasts_a_wait_does_not_make_it_endless(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In Python 3.11 `SimpleQueue.get` waits for ever when a signal's handler ends past its deadline."""
-    document, heard = dict(job(tmp_path, ["a.png"]).serialize()), threading.Event()
+    document, heard = dict(make_job(tmp_path, ["a.png"]).serialize()), threading.Event()
     monkeypatch.setattr("batchjob.worker.setup.load", lambda *_: NOTHING["a bug"])
     pool = LocalPool(1)
     pool.start(WorkerSetup(document, str(tmp_path)))

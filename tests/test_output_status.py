@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from scripted_pool import ScriptedPool, fail, job
+from scripted_pool import ScriptedPool, fail, make_job
 
 from batchjob.driver import driver
 from batchjob.driver.progress import NoProgress
@@ -24,7 +24,7 @@ IMAGES = ["0.png", "1.png", "2-bad.png", *(f"{number}.png" for number in range(3
 
 @pytest.fixture
 def the(tmp_path: Path) -> Job:
-    return job(tmp_path, IMAGES, errors={"max_rate": 0.5, "attempts": 1})
+    return make_job(tmp_path, IMAGES, errors={"max_rate": 0.5, "attempts": 1})
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_finished(the: Job, store: Store) -> None:
 
 
 def test_over_budget_is_not_complete(tmp_path: Path, store: Store) -> None:
-    run(job(tmp_path, IMAGES, errors={"abort_early": False}))
+    run(make_job(tmp_path, IMAGES, errors={"abort_early": False}))
     seen = read_status(store)
     assert (seen.status, seen.rows, seen.failed) == ("incomplete", 10, 3)
     assert "errors.max_rate" in seen.lines()[-1]

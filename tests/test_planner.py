@@ -12,7 +12,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from scripted_pool import LOADED, ScriptedPool, job
+from scripted_pool import WORKER_INFO, ScriptedPool, make_job
 
 from batchjob.driver import driver
 from batchjob.driver.progress import NoProgress
@@ -48,7 +48,7 @@ def listed(folder: Path, rows: int, columns: dict[str, Any] | None = None, **sec
     table = pa.table({"path": [f"{number:07}.jpg" for number in range(rows)], **(columns or {})})
     pq.write_table(table, folder / "manifest.parquet")
     source = {"type": "manifest", "uri": "manifest.parquet", "uri_column": "path", "passthrough": list(columns or {})}
-    return job(folder, [], input=source, **{"runtime": {}, **sections})
+    return make_job(folder, [], input=source, **{"runtime": {}, **sections})
 
 
 # --- shards ---------------------------------------------------------------------------------------------------------
@@ -75,13 +75,13 @@ def test_the_workers_that_there_are_share_the_images(tmp_path: Path) -> None:
 
 
 def test_a_worker_knows_better_than_its_settings_how_wide_rows_are(tmp_path: Path) -> None:
-    wide = ScriptedPool(ready=[WorkerReady("0", replace(LOADED, row_bytes=8 << 20))])
+    wide = ScriptedPool(ready=[WorkerReady("0", replace(WORKER_INFO, row_bytes=8 << 20))])
     run(listed(tmp_path, 130), wide)
     assert len(list((tmp_path / "out/predictions").iterdir())) == 3  # of 64: parts of 512 MiB
 
 
 def test_rows_too_wide_for_the_shard_size_are_refused_before_the_freeze(tmp_path: Path) -> None:
-    wide = ScriptedPool(ready=[WorkerReady("0", replace(LOADED, row_bytes=8 << 20))])
+    wide = ScriptedPool(ready=[WorkerReady("0", replace(WORKER_INFO, row_bytes=8 << 20))])
     with pytest.raises(InvalidJob, match=r"runtime.shard_size: 600 rows of up to 8,388,608 bytes .* at most 512"):
         run(listed(tmp_path, 130, runtime={"shard_size": 600}), wide)
     assert not list((tmp_path / "out").glob("_batchjob/plans/*/head.json"))
@@ -125,7 +125,7 @@ def edit(head: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def test_a_resumed_job_takes_the_defaults_it_was_planned_with(tmp_path: Path) -> None:
     """As a version would see it whose defaults are others."""
-    the = job(tmp_path, ["0.png", "1.png", "2.png"])
+    the = make_job(tmp_path, ["0.png", "1.png", "2.png"])
     planned(the)
     head = tmp_path / "out/_batchjob/plans/0000/head.json"
 
@@ -152,7 +152,7 @@ def test_a_resumed_job_takes_the_defaults_it_was_planned_with(tmp_path: Path) ->
 
 
 def test_what_the_job_sets_itself_is_no_default(tmp_path: Path) -> None:
-    the = job(tmp_path, ["0.png"], decode={"max_pixels": 1000})
+    the = make_job(tmp_path, ["0.png"], decode={"max_pixels": 1000})
     planned(the)
     head = tmp_path / "out/_batchjob/plans/0000/head.json"
     edit(head, lambda facts: facts["defaults"]["decode"].update(max_pixels=2000, max_bytes=3000))
@@ -164,7 +164,7 @@ def test_what_the_job_sets_itself_is_no_default(tmp_path: Path) -> None:
 
 
 def test_a_plan_of_an_older_version_has_no_defaults(tmp_path: Path) -> None:
-    the = job(tmp_path, ["0.png"])
+    the = make_job(tmp_path, ["0.png"])
     planned(the)
     edit(tmp_path / "out/_batchjob/plans/0000/head.json", lambda facts: facts.pop("defaults"))
     pool = ScriptedPool()
@@ -174,7 +174,7 @@ def test_a_plan_of_an_older_version_has_no_defaults(tmp_path: Path) -> None:
 
 
 def test_a_default_that_this_version_cannot_take_is_said(tmp_path: Path) -> None:
-    the = job(tmp_path, ["0.png"])
+    the = make_job(tmp_path, ["0.png"])
     planned(the)
     head = tmp_path / "out/_batchjob/plans/0000/head.json"
     edit(head, lambda facts: facts["defaults"]["runtime"].update(precision="fp4"))
@@ -188,14 +188,18 @@ def test_a_default_that_this_version_cannot_take_is_said(tmp_path: Path) -> None
 @pytest.mark.parametrize("source", ["prefix", "manifest"])
 def test_a_truth_that_is_no_column_is_refused(tmp_path: Path, source: str) -> None:
     task = {"type": "classification", "truth": "label"}
-    one = job(tmp_path, ["0.png"], task=task) if source == "prefix" else listed(tmp_path, 1, {"sku": ["a"]}, task=task)
+    one = (
+        make_job(tmp_path, ["0.png"], task=task)
+        if source == "prefix"
+        else listed(tmp_path, 1, {"sku": ["a"]}, task=task)
+    )
     with pytest.raises(InvalidJob, match=r"task\.truth: 'label' is no passthrough column; .*input.passthrough"):
         run(one)
     assert not list((tmp_path / "out").glob("_batchjob/plans/*/head.json"))
 
 
 def test_a_worker_that_finds_its_plan_discarded_asks_to_be_run_again(tmp_path: Path) -> None:
-    the = job(tmp_path, ["0.png"])
+    the = make_job(tmp_path, ["0.png"])
     planned(the)
     driver.discard(str(tmp_path / "out"))
     loaded = cast("LoadedWorker", SimpleNamespace(store=open_store(str(tmp_path / "out"))))

@@ -19,7 +19,7 @@ from driver_server import DriverServer
 from fault_proxy import LOSE_ANSWER, Reply, run_fault_proxy
 from memory_store import Fault, MemoryStore
 from PIL import Image
-from scripted_pool import Act, ScriptedPool, fail, fail_after_commit, slow, twice
+from scripted_pool import AttemptScript, ScriptedPool, commit_after, commit_twice, fail, fail_after_commit
 from seaweed import Seaweed
 
 import batchjob
@@ -412,7 +412,9 @@ def test_a_run_after_a_killed_retry_finishes_what_is_there(path: str, out: Path,
 # --- over a pool that misbehaves as scripted ------------------------------------------------------------------------
 
 
-def scripted(the: batchjob.Job, script: Mapping[int, Sequence[Act]] = {}, *, retry: bool = True) -> batchjob.RunResult:
+def scripted(
+    the: batchjob.Job, script: Mapping[int, Sequence[AttemptScript]] = {}, *, retry: bool = True
+) -> batchjob.RunResult:
     return driver.run(the, lambda: ScriptedPool(script), allow_empty=False, progress=NoProgress(), retry=retry)
 
 
@@ -420,7 +422,7 @@ def scripted(the: batchjob.Job, script: Mapping[int, Sequence[Act]] = {}, *, ret
 def six(tmp_path: Path) -> batchjob.Job:
     """A job of six shards that has run; the first and the fourth hold an error."""
     names = [f"{number:03}{'bad' if number in {1, 6} else ''}.png" for number in range(12)]
-    the = scripted_pool.job(tmp_path, names, errors={"max_rate": 0.5})
+    the = scripted_pool.make_job(tmp_path, names, errors={"max_rate": 0.5})
     assert scripted(the, retry=False).failed == 2
     return the
 
@@ -436,8 +438,8 @@ def test_a_retry_that_gives_up_a_shard_is_incomplete(six: batchjob.Job, out: Pat
     assert agrees(out)
 
 
-@pytest.mark.parametrize("act", [fail_after_commit, twice, slow(3)])
-def test_a_part_that_was_replaced_is_not_replaced_again(six: batchjob.Job, out: Path, act: Act) -> None:
+@pytest.mark.parametrize("act", [fail_after_commit, commit_twice, commit_after(3)])
+def test_a_part_that_was_replaced_is_not_replaced_again(six: batchjob.Job, out: Path, act: AttemptScript) -> None:
     assert scripted(six, {0: [act], 3: [act]}).exit_code == 0
     assert revisions(out) == [1, 0, 0, 1, 0, 0]
     assert agrees(out)

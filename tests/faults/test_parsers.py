@@ -17,8 +17,8 @@ import pytest
 from figures import Figure
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from scripted_pool import WORKER_INFO, make_job, make_part
 from memory_store import MemoryStore
-from scripted_pool import LOADED, job, make_part
 
 from batchjob.driver.lease import Lease
 from batchjob.errors import BatchjobError
@@ -207,7 +207,7 @@ def test_manifest_of_any_bytes_gives_a_readable_error(folder: Path, name: str) -
 def output(folder: Path) -> tuple[MemoryStore, PlanHead, Job]:
     """A plan of three shards, in an output that holds every kind of object."""
     (folder / "finished").mkdir()
-    the = job(folder / "finished", ["0.png", "1.png", "bad.png", "3.png", "4.png"])
+    the = make_job(folder / "finished", ["0.png", "1.png", "bad.png", "3.png", "4.png"])
     store = MemoryStore()
     head = put_head(
         store,
@@ -232,7 +232,7 @@ def output(folder: Path) -> tuple[MemoryStore, PlanHead, Job]:
         writer, made = make_part(folder / "part", store, the, key)
         stands = commit.commit_part(store, key, writer.path, made, lambda: None)
         parts.append(Part(key.part_key, made.rows, made.failed, stands.info.etag, stands.info.size))
-    contract.put_or_verify(store, head, Contract(pa.schema([pa.field("score", pa.float64())]), LOADED.model, None))
+    contract.put_or_verify(store, head, Contract(pa.schema([pa.field("score", pa.float64())]), WORKER_INFO.model, None))
     Lease.acquire(store).release()
     counts = {"planned": 5, "predicted": 4, "failed": 1}
     write_success(store, {"plan": head.plan, "status": "complete", "counts": counts}, parts)
@@ -241,7 +241,7 @@ def output(folder: Path) -> tuple[MemoryStore, PlanHead, Job]:
 
 def list_reads(store: MemoryStore, head: PlanHead) -> list[Callable[[], object]]:
     """Return every function that reads an output."""
-    ours = Contract(pa.schema([pa.field("score", pa.float64())]), LOADED.model, None)
+    ours = Contract(pa.schema([pa.field("score", pa.float64())]), WORKER_INFO.model, None)
 
     def members() -> None:
         reader = PlanReader(store, head)

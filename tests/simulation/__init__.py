@@ -1,7 +1,7 @@
-"""Drivers and workers that take turns at one store: the real rooms, stopped before each call, in drawn order.
+"""Simulation of drivers and workers that share one store, in a random order of their calls.
 
-Every process is a thread that runs only when it is told to, from one call of the store to the next; each has a clock of
-its own. What is replaced stands in `patches.py`; all else is the code that runs in earnest.
+Every process is a thread that runs only when it is advanced, from one call of the store to the next, and has a clock of
+its own. `patches.py` replaces threads, clocks, signals and the input; all other code is the real one.
 """
 
 from __future__ import annotations

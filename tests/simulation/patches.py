@@ -1,4 +1,4 @@
-"""What stands in for threads, clocks, signals and the input while drivers take turns; nothing that decides anything."""
+"""Replacements of threads, clocks, signals and the input in the simulation; none of them decides anything."""
 
 from __future__ import annotations
 
@@ -27,60 +27,62 @@ from batchjob.storage.outage import Outage
 from batchjob.storage.store import Store
 from batchjob.types import Cursor
 from simulation.actor import Actor
-from simulation.process import Driver
+from simulation.driver_process import SimulatedDriver
 
 __all__ = ["CHUNK_ROWS", "simulated"]
 
 R = TypeVar("R")
 
 CHUNK_ROWS = 4
-_SILENCE_SECONDS = 4.0
+_EXPIRY_SECONDS = 4.0
 _POLL_SECONDS = 1.0
 
 
 @contextmanager
 def simulated() -> Iterator[None]:
-    """As long as this lasts, `driver.run` and `driver.discard` are to be called by a `Driver` that takes turns."""
+    """Replace what simulated drivers cannot use; meanwhile only a `SimulatedDriver` may call the driver's functions."""
     patched: list[tuple[Any, str, Any]] = [
         (chunks_module, "CHUNK_ROWS", CHUNK_ROWS),
         (lease, "_POLL_SECONDS", _POLL_SECONDS),
-        (concurrency, "DaemonThreadPool", AtOnce),
-        (control_loop, "DaemonThreadPool", AtOnce),
+        (concurrency, "DaemonThreadPool", SynchronousThreadPool),
+        (control_loop, "DaemonThreadPool", SynchronousThreadPool),
         (control_loop, "Outage", partial(Outage, clock=_now, sleep=_sleep)),
-        (control_loop, "time", Time),
-        (dispatcher, "time", Time),
+        (control_loop, "time", SimulatedTime),
+        (dispatcher, "time", SimulatedTime),
         (dispatcher, "Scheduler", partial(Scheduler, clock=_now)),
-        (driver, "time", Time),
+        (driver, "time", SimulatedTime),
         (driver, "open_store", lambda *_, **__: _driver().store),
-        (driver, "PlanPrefetcher", Fed),
-        (control_loop, "Lease", Taken),
-        (driver, "StopSignals", Asked),
-        (planner, "SourceListing", Given),
-        (text, "os", SimpleNamespace(environ={})),  # looked through for each message
+        (driver, "PlanPrefetcher", SynchronousPrefetcher),
+        (control_loop, "Lease", SimulatedLease),
+        (driver, "StopSignals", SimulatedSignals),
+        (planner, "SourceListing", SimulatedListing),
+        (text, "os", SimpleNamespace(environ={})),  # searched for secrets by each message
         (planner, "probe_store", lambda store: None),
         (planner.Planner, "_check_files", lambda self: None),
     ]
-    patched += [(Job, name, _once(getattr(Job, name))) for name in ("serialize", "resolved_settings", "fingerprint")]
+    patched += [
+        (Job, name, _remember_result(getattr(Job, name))) for name in ("serialize", "resolved_settings", "fingerprint")
+    ]
     with ExitStack() as stack:
-        for owner, name, stand_in in patched:
-            stack.enter_context(mock.patch.object(owner, name, stand_in))
+        for owner, name, replacement in patched:
+            stack.enter_context(mock.patch.object(owner, name, replacement))
         yield
 
 
-def _once(method: Callable[[Job], R]) -> Callable[[Job], R]:
-    """What takes long, and comes out the same each time for the one job there is."""
-    found: list[R] = []
+def _remember_result(method: Callable[[Job], R]) -> Callable[[Job], R]:
+    """Remember the result of a slow method, which is the same for the only job there is."""
+    results: list[R] = []
 
     def remembered(self: Job) -> R:
-        if not found:
-            found.append(method(self))
-        return found[0]
+        if not results:
+            results.append(method(self))
+        return results[0]
 
     return remembered
 
 
-class AtOnce:
-    """`Threads` whose calls are done when they are submitted, by the one who submits them."""
+class SynchronousThreadPool:
+    """`DaemonThreadPool` that runs each call when it is submitted, in the caller's thread."""
 
     def __init__(self, most: int, name: str = "aside") -> None:
         pass
@@ -91,7 +93,7 @@ class AtOnce:
             future.set_result(call())
         except Killed:
             raise
-        except BaseException as error:  # noqa: BLE001 - raised where the result is taken
+        except BaseException as error:  # noqa: BLE001 - raised by the future's result
             future.set_exception(error)
         return future
 
@@ -99,16 +101,16 @@ class AtOnce:
         pass
 
 
-class Fed:
-    """A `Feeder` that is asked in vain every other time, so that shards are handed out while the plan is written."""
+class SynchronousPrefetcher:
+    """`PlanPrefetcher` that has no chunk every second time, so that shards are dispatched while the plan is written."""
 
     def __init__(self, chunks: Iterable[Chunk]) -> None:
-        self._chunks, self._asked = iter(chunks), 0
+        self._chunks, self._calls = iter(chunks), 0
         self.finished = False
 
     def next_chunk(self, timeout: float = 0.0) -> Chunk | None:
-        self._asked += 1
-        if self.finished or (self._asked % 2 == 0 and not timeout):
+        self._calls += 1
+        if self.finished or (self._calls % 2 == 0 and not timeout):
             return None
         chunk = next(self._chunks, None)
         self.finished = chunk is None
@@ -118,8 +120,8 @@ class Fed:
         pass
 
 
-class Given:
-    """An `Input` of the images that the driver is given."""
+class SimulatedListing:
+    """`SourceListing` of the images of the simulated driver."""
 
     fields: tuple[pa.Field, ...] = ()
     version = None
@@ -145,21 +147,22 @@ class Given:
 _REFS = pa.schema(REF_FIELDS)
 
 
-class Taken(Lease):
-    """A `Lease` on the clock of the driver that takes it."""
+class SimulatedLease(Lease):
+    """`Lease` with the clock of the driver that takes it."""
 
     @classmethod
     def acquire(cls, store: Store, **_: Any) -> Lease:
-        began, holders = _now(), _driver().holders()
-        taken = super().acquire(store, expiry_seconds=_SILENCE_SECONDS, clock=_now, sleep=_sleep)
-        patient = _now() - began >= _SILENCE_SECONDS or _driver().stale > 0
-        assert patient or not holders & _driver().holders(taken.epoch), f"{_driver().name} did not wait for {holders}"
-        _driver().holds(taken)
-        return taken
+        started, holders = _now(), _driver().holders()
+        lease = super().acquire(store, expiry_seconds=_EXPIRY_SECONDS, clock=_now, sleep=_sleep)
+        was_patient = _now() - started >= _EXPIRY_SECONDS or _driver().stale > 0
+        still_held = holders & _driver().holders(lease.epoch)
+        assert was_patient or not still_held, f"{_driver().name} did not wait for {holders}"
+        _driver().record_lease(lease)
+        return lease
 
 
-class Asked(StopSignals):
-    """A `Drain` that the test asks."""
+class SimulatedSignals(StopSignals):
+    """`StopSignals` that the test sets."""
 
     def __init__(self) -> None:
         self.requested = _driver().signal = threading.Event()
@@ -174,8 +177,8 @@ class Asked(StopSignals):
         pass
 
 
-def _driver() -> Driver:
-    return cast(Driver, Actor.running)
+def _driver() -> SimulatedDriver:
+    return cast(SimulatedDriver, Actor.running)
 
 
 def _now() -> float:
@@ -186,8 +189,8 @@ def _sleep(seconds: float) -> None:
     Actor.running.sleep(seconds)
 
 
-class Time:
-    """The part of `time` that drivers use."""
+class SimulatedTime:
+    """Replacement of the module `time`, as far as drivers use it."""
 
     monotonic = staticmethod(_now)
     sleep = staticmethod(_sleep)

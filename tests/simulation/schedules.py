@@ -1,4 +1,4 @@
-"""Plays so many schedules, the same ones for the same seed."""
+"""Random schedules of the simulation; the same seed gives the same schedules."""
 
 from __future__ import annotations
 
@@ -9,43 +9,44 @@ from concurrent.futures import ProcessPoolExecutor
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from simulation.machine import Drivers
 from simulation.patches import simulated
+from simulation.state_machine import DriversMachine
 
 __all__ = ["play", "play_on_two_cores"]
 
-_AT_ONCE = 250  # what hypothesis remembers of one lot slows the next schedule down
-_FAR = 100_000  # lots between the first of one process and that of the other
+# Hypothesis remembers the schedules of a batch, which slows the next one down.
+_BATCH_SIZE = 250
+# Distance between the batch numbers of the two processes.
+_BATCH_OFFSET = 100_000
 
 
 def play_on_two_cores(schedules: int, number: int) -> Counter[str]:
-    """`play` in two processes: two on any machine, so that the seed decides all."""
+    """Run `play` in two processes; two on any machine, so that the seed alone decides the schedules."""
     half = -(-schedules // 2)
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return sum(pool.map(play, [half] * 2, [number] * 2, [0, _FAR]), Counter())
+        return sum(pool.map(play, [half] * 2, [number] * 2, [0, _BATCH_OFFSET]), Counter())
 
 
-def play(schedules: int, number: int, lot: int = 0, steps: int = 14) -> Counter[str]:
-    """Play at least so many schedules of up to so many steps; how they went, and how the processes in them ended.
+def play(schedules: int, number: int, batch: int = 0, steps: int = 14) -> Counter[str]:
+    """Play schedules, and count how they and the processes in them ended.
 
     Args:
-        schedules: how many.
-        number: the seed.
-        lot: from which on; others with the same seed are other schedules.
-        steps: in each, at most.
+        schedules: Smallest number of schedules.
+        number: Seed.
+        batch: Number of the first batch; another number gives other schedules with the same seed.
+        steps: Largest number of steps of a schedule.
 
     Raises:
-        AssertionError: a law does not hold, or somebody came to another end than it should; hypothesis has printed
-            the shortest schedule that it found for it.
+        AssertionError: An invariant does not hold, or a process did not end as it should. Hypothesis has printed the
+            shortest schedule that it found for that.
     """
     tally: Counter[str] = Counter()
     with simulated():
         while (left := schedules - tally["schedules"]) > 0:
-            chosen = seed(number * 1_000_003 + lot)(type("Drivers", (Drivers,), {"tally": tally}))
-            run_state_machine_as_test(
-                chosen, settings=_settings(min(left // 2 + 1, _AT_ONCE), steps)
-            )  # it plays more than it is told
-            lot += 1
+            chosen = seed(number * 1_000_003 + batch)(type("Drivers", (DriversMachine,), {"tally": tally}))
+            # Hypothesis plays more schedules than it is told.
+            run_state_machine_as_test(chosen, settings=_settings(min(left // 2 + 1, _BATCH_SIZE), steps))
+            batch += 1
     return tally
 
 

@@ -1,4 +1,4 @@
-"""Workers that take turns: what they are handed through a real placement, and the parts that they commit."""
+"""Simulated worker pool: a real placement, and workers that are actors and commit parts without torch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from batchjob.plan.contract import Contract
 from batchjob.plan.head import PlanHead, is_discarded, read_current_head
 from batchjob.plan.reader import PlanReader
 from batchjob.pool.placement import Placement
-from batchjob.types import ErrorRecord as ImageError
-from batchjob.types import ImageInfo, ImageRef, Shard, ShardKey
+from batchjob.types import ErrorRecord, ImageInfo, ImageRef, Shard, ShardKey
 from batchjob.worker.messages import (
     ShardCommitted,
     ShardFailed,
@@ -36,48 +35,49 @@ from batchjob.worker.messages import (
 )
 from simulation.actor import REST, Actor, Client
 
-__all__ = ["Crew", "Worker"]
+__all__ = ["SimulatedPool", "SimulatedWorker"]
 
 SCHEMA = build_row_schema([], [pa.field("score", pa.float64())])
 MODEL = "fake@000000000000"
-LOADED = WorkerInfo("cpu", "fp32", MODEL, ("score",), batch_size=2, seconds=0.0)
-# Ids of one length each, so that a part that was once made can be had again under other ones.
+WORKER_INFO = WorkerInfo("cpu", "fp32", MODEL, ("score",), batch_size=2, seconds=0.0)
+# Ids of fixed lengths, so that a part that was built once can be reused with other ids.
 _PLAN, _SHARD, _ATTEMPT = "p" * 16, "s" * 16, "a" * 16
-_HEARD_TURNS = 2
+_MAX_WAITS = 2
 
 
-class Crew:
-    """The pool of one driver.
+class SimulatedPool:
+    """Pool of one simulated driver.
 
     Args:
-        driver: whose it is.
-        shared: the objects that all see.
-        size: workers.
-        mended: set once the images that were bad are good.
+        driver: Driver that the pool belongs to.
+        shared: Objects that all processes see.
+        size: Number of workers.
+        repaired: Set once the bad images are good.
 
     Attributes:
-        epoch: of the driver's lease; `seen` the highest it has seen since.
-        looked: when it last looked, by its own clock.
-        handed_out: shards, in order.
+        epoch: Epoch of the driver's lease.
+        newest_epoch: Newest epoch that the driver has seen since.
+        last_look: Time of its last look at the lease, by its own clock.
+        submitted: Indexes of the shards submitted, in order.
     """
 
-    def __init__(self, driver: Actor, shared: MemoryStore, size: int, mended: threading.Event) -> None:
-        self._driver, self._shared, self.size, self.mended = driver, shared, size, mended
+    def __init__(self, driver: Actor, shared: MemoryStore, size: int, repaired: threading.Event) -> None:
+        self._driver, self._shared, self.size, self.repaired = driver, shared, size, repaired
         self._placement = Placement()
         self._events: list[tuple[str, WorkerEvent]] = []
-        self._named = 0
-        self.workers: list[Worker] = []
+        self._worker_count = 0
+        self.workers: list[SimulatedWorker] = []
         self.closed = False
-        self.epoch = self.seen = 0
-        self.looked = 0.0
-        self.handed_out: list[int] = []
-        self._turns_since_seen = 0
+        self.epoch = self.newest_epoch = 0
+        self.last_look = 0.0
+        self.submitted: list[int] = []
+        self._waits_since_lost = 0
 
     # -- Pool ----------------------------------------------------------------------------------------------------------
 
     def start(self, setup: WorkerSetup) -> None:
         for _ in range(self.size):
-            self._hire()
+            self._start_worker()
 
     def free_slots(self) -> int:
         return self._placement.free_slots()
@@ -86,40 +86,44 @@ class Crew:
         return self._placement.idle_workers()
 
     def submit(self, key: ShardKey, plan_number: int) -> None:
-        assert self._turns_since_seen < _HEARD_TURNS, f"{self._driver.name} hands out under a lease it knows to be lost"
-        self.handed_out.append(key.index)
+        assert self._waits_since_lost < _MAX_WAITS, (
+            f"{self._driver.name} dispatches under a lease that it knows to be lost"
+        )
+        self.submitted.append(key.index)
         self._placement.submit(key, plan_number)
-        self._hand_over()
+        self._deliver_assignments()
 
     def submit_speculative(self, key: ShardKey, plan_number: int) -> None:
-        assert self._turns_since_seen < _HEARD_TURNS, f"{self._driver.name} backs up under a lease it knows to be lost"
+        assert self._waits_since_lost < _MAX_WAITS, (
+            f"{self._driver.name} speculates under a lease that it knows to be lost"
+        )
         self._placement.submit_speculative(key, plan_number)
-        self._hand_over()
+        self._deliver_assignments()
 
     def wait(self, timeout: float) -> list[WorkerEvent]:
-        age = self._driver.clock - self.looked
+        age = self._driver.clock - self.last_look
         assert age <= HEARTBEAT_SECONDS, f"{self._driver.name} has not looked at the lease for {age} s"
-        self._turns_since_seen += self.seen > self.epoch
+        self._waits_since_lost += self.newest_epoch > self.epoch
         self._driver.wait("wait")
         if not self._events:
             self._driver.clock += timeout
-        told, self._events = self._events, []
-        for worker, event in told:
+        events, self._events = self._events, []
+        for worker, event in events:
             self._placement.apply(worker, event)
-        self._hand_over()
-        return [event for _, event in told]
+        self._deliver_assignments()
+        return [event for _, event in events]
 
     def close(self) -> None:
-        """Workers that are at work may be slow to hear of it."""
+        """Close the pool; workers that are busy may notice that late."""
         self.closed = True
 
     # -- for workers and tests -----------------------------------------------------------------------------------------
 
-    def tell(self, worker: str, event: WorkerEvent) -> None:
+    def report(self, worker: str, event: WorkerEvent) -> None:
         self._events.append((worker, event))
 
-    def lose(self, worker: Worker) -> None:
-        """A worker's process died; another takes its place, as on a cluster."""
+    def replace_lost_worker(self, worker: SimulatedWorker) -> None:
+        """Replace a worker whose process died, as on a cluster."""
         self.workers.remove(worker)
         if self.closed:
             return
@@ -128,58 +132,58 @@ class Crew:
         reason = f"worker {worker.name} was lost"
         self._events += [("", ShardFailed(key, AttemptFailed(reason))) for key in lost[:1]]
         self._events += [("", ShardFailed(key, AttemptInterrupted(reason))) for key in lost[1:]]
-        self._hire()
+        self._start_worker()
 
-    def _hire(self) -> None:
-        self._named += 1
-        self.workers.append(Worker(f"{self._driver.name} worker {self._named}", self, self._shared))
+    def _start_worker(self) -> None:
+        self._worker_count += 1
+        self.workers.append(SimulatedWorker(f"{self._driver.name} worker {self._worker_count}", self, self._shared))
 
-    def _hand_over(self) -> None:
+    def _deliver_assignments(self) -> None:
         by_name = {worker.name: worker for worker in self.workers}
-        for due in self._placement.take_assignments():
-            by_name[due.worker].todo.append((due.key, due.plan_number))
+        for assignment in self._placement.take_assignments():
+            by_name[assignment.worker].todo.append((assignment.key, assignment.plan_number))
 
 
-class Worker(Actor):
-    """Takes shards and commits their parts, as `worker.Worker` does, but for torch.
+class SimulatedWorker(Actor):
+    """Worker that takes shards and commits their parts like the real one, but without torch.
 
     Attributes:
-        todo: what it was handed.
-        crew: that it belongs to.
+        todo: Shards that it was given, with their plan numbers.
+        pool: Pool that it belongs to.
     """
 
-    def __init__(self, name: str, crew: Crew, shared: MemoryStore) -> None:
+    def __init__(self, name: str, pool: SimulatedPool, shared: MemoryStore) -> None:
         self.todo: list[tuple[ShardKey, int]] = []
-        self.crew = crew
+        self.pool = pool
         self._plan: tuple[PlanHead, PlanReader] | None = None
         self.store = Client(shared, self)
-        super().__init__(name, self._work_on)
+        super().__init__(name, self._run_shards)
 
     @property
-    def resting(self) -> bool:
-        """Whether there is nothing for it to do."""
+    def is_resting(self) -> bool:
+        """True if it has nothing to do."""
         return self.stop == Call(REST, "") and not self.todo
 
-    def _work_on(self) -> None:
-        self.crew.tell(self.name, WorkerReady(self.name, LOADED))
+    def _run_shards(self) -> None:
+        self.pool.report(self.name, WorkerReady(self.name, WORKER_INFO))
         while True:
             while not self.todo:
-                if self.crew.closed:
+                if self.pool.closed:
                     return
                 self.wait(REST)
             key, number = self.todo.pop(0)
             try:
-                self._begin(number)
+                self._join_plan(number)
             except BatchjobError as error:
-                self.crew.tell(self.name, WorkerFailed(error))
+                self.pool.report(self.name, WorkerFailed(error))
                 return
             try:
-                event: WorkerEvent = ShardCommitted(self._done(key))
+                event: WorkerEvent = ShardCommitted(self._commit_shard(key))
             except BatchjobError as error:
                 event = ShardFailed(key, error)
-            self.crew.tell(self.name, event)
+            self.pool.report(self.name, event)
 
-    def _begin(self, number: int) -> None:
+    def _join_plan(self, number: int) -> None:
         if self._plan is not None:
             return
         found, head = read_current_head(self.store)
@@ -188,7 +192,7 @@ class Worker(Actor):
         contract.put_or_verify(self.store, head, Contract(SCHEMA, MODEL, None))
         self._plan = head, PlanReader(self.store, head)
 
-    def _done(self, key: ShardKey) -> ShardResult:
+    def _commit_shard(self, key: ShardKey) -> ShardResult:
         assert self._plan is not None
         head, reader = self._plan
         shard = reader.read_shard(key)
@@ -198,38 +202,39 @@ class Worker(Actor):
         if self.wait("predict") is not None:
             raise AttemptFailed("a fault while predicting")
 
-        def wanted() -> None:
+        def raise_if_discarded() -> None:
             if is_discarded(self.store, head):
                 raise Temporary("the plan was discarded while this run was at work")
 
-        body, made = make_part(head.plan, shard, self.crew.mended.is_set())
-        with tempfile.NamedTemporaryFile(prefix="part-", suffix=".parquet") as spooled:
-            path = Path(spooled.name)
+        body, footer = make_part(head.plan, shard, self.pool.repaired.is_set())
+        with tempfile.NamedTemporaryFile(prefix="part-", suffix=".parquet") as file:
+            path = Path(file.name)
             path.write_bytes(body)
             if key.revision:
-                stands, _ = retry.replace_part(self.store, key, path, made, wanted)
+                result, _ = retry.replace_part(self.store, key, path, footer, raise_if_discarded)
             else:
-                stands = commit.commit_part(self.store, key, path, made, wanted)
-        return ShardResult(key, stands.footer, {}, stands.committed_here, stands.info.etag)
+                result = commit.commit_part(self.store, key, path, footer, raise_if_discarded)
+        return ShardResult(key, result.footer, {}, result.committed_here, result.info.etag)
 
 
-def make_part(name: str, shard: Shard, mended: bool = False) -> tuple[bytes, PartFooter]:
-    """A shard's part, at a retry the rows that were retried, and what its footer says."""
-    bad = frozenset(ref.position for ref in shard.refs if "bad" in ref.uri and not mended)
-    template = _template(shard.key.index, shard.key.revision, shard.refs, bad)
-    made = _provenance(name, shard.key.id, secrets.token_hex(8), shard.key, len(shard.refs), len(bad))
-    for old, new in ((_PLAN, name), (_SHARD, shard.key.id), (_ATTEMPT, made.attempt)):
+def make_part(name: str, shard: Shard, repaired: bool = False) -> tuple[bytes, PartFooter]:
+    """Make the part of a shard, in a retry only its retried rows; return its bytes and its footer."""
+    bad = frozenset(ref.position for ref in shard.refs if "bad" in ref.uri and not repaired)
+    template = _make_template(shard.key.index, shard.key.revision, shard.refs, bad)
+    footer = _make_footer(name, shard.key.id, secrets.token_hex(8), shard.key, len(shard.refs), len(bad))
+    for old, new in ((_PLAN, name), (_SHARD, shard.key.id), (_ATTEMPT, footer.attempt)):
         assert len(old) == len(new)
         template = template.replace(old.encode(), new.encode())
-    return template, made
+    return template, footer
 
 
 @lru_cache(maxsize=256)
-def _template(index: int, number: int, refs: Sequence[ImageRef], bad: frozenset[int]) -> bytes:
+def _make_template(index: int, number: int, refs: Sequence[ImageRef], bad: frozenset[int]) -> bytes:
     key = ShardKey(index, _SHARD, len(refs), 0, 0, number)
     shard = Shard(key, tuple(refs), pa.table({"none": [None] * len(refs)}).select([]))
-    facts = [ImageInfo(error=_BAD if ref.position in bad else None) for ref in refs]
-    scores = pa.array([float(ref.position) for ref, fact in zip(refs, facts, strict=True) if fact.error is None])
+    image_infos = [ImageInfo(error=_BAD_IMAGE if ref.position in bad else None) for ref in refs]
+    good = [ref for ref, info in zip(refs, image_infos, strict=True) if info.error is None]
+    scores = pa.array([float(ref.position) for ref in good])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "part"
         with PartWriter(path, SCHEMA) as writer:
@@ -238,21 +243,21 @@ def _template(index: int, number: int, refs: Sequence[ImageRef], bad: frozenset[
                     SCHEMA,
                     shard=shard,
                     start=0,
-                    image_infos=facts,
+                    image_infos=image_infos,
                     columns=[scores.cast(pa.float64())],
                     error_records=[None] * len(scores),
                     run_id="run",
                     model_id=MODEL,
                 )
             )
-            writer.close(_provenance(_PLAN, _SHARD, _ATTEMPT, key, len(refs), len(bad)))
+            writer.close(_make_footer(_PLAN, _SHARD, _ATTEMPT, key, len(refs), len(bad)))
         return path.read_bytes()
 
 
-_BAD = ImageError("decode", "truncated", "ends too early")
+_BAD_IMAGE = ErrorRecord("decode", "truncated", "ends too early")
 
 
-def _provenance(name: str, shard: str, attempt: str, key: ShardKey, images: int, bad: int) -> PartFooter:
+def _make_footer(name: str, shard: str, attempt: str, key: ShardKey, images: int, bad: int) -> PartFooter:
     return PartFooter(
         plan=name,
         shard=shard,
