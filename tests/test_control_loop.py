@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_pool import ScriptedPool, make_job
 from memory_store import MemoryStore
+from scripted_pool import ScriptedPool, make_job
 
 from batchjob.driver import driver
 from batchjob.driver.control_loop import ControlLoop, StopSignals

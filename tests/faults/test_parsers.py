@@ -17,8 +17,8 @@ import pytest
 from figures import Figure
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from scripted_pool import WORKER_INFO, make_job, make_part
 from memory_store import MemoryStore
+from scripted_pool import WORKER_INFO, make_job, make_part
 
 from batchjob.driver.lease import Lease
 from batchjob.errors import BatchjobError

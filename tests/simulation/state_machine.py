@@ -11,8 +11,8 @@ from typing import ClassVar, Literal
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from scripted_pool import make_job
 from memory_store import WRITE_METHODS, Call, Fault, MemoryStore
+from scripted_pool import make_job
 
 from batchjob.errors import BatchjobError, CheckFailed, InvalidJob, Temporary
 from batchjob.job.job import Job
