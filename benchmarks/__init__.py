@@ -1,1 +1,1 @@
-"""batchjob beside what people use today: same images, model, batch and columns, measured in turn."""
+"""Comparison of batchjob with what people use today: the same images, model, batches and columns, run in turn."""

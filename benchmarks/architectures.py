@@ -1,4 +1,4 @@
-"""The models of the benchmarks. A job file beside this one names them too: `architectures:mobilenet`."""
+"""Models of the benchmarks. A job file in this folder can name them: `architectures:mobilenet`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["few_layers", "mobilenet", "resnet50"]
 
 
 def mobilenet() -> nn.Module:
-    """MobileNetV3-small: float `[n, 3, h, w]` in, logits `[n, 1000]` out."""
+    """Build MobileNetV3-small: float `[n, 3, h, w]` to logits `[n, 1000]`."""
     from torchvision.models import mobilenet_v3_small
 
     module: nn.Module = mobilenet_v3_small()
@@ -16,7 +16,7 @@ def mobilenet() -> nn.Module:
 
 
 def resnet50() -> nn.Module:
-    """ResNet-50: so much arithmetic that decoding hardly counts on a CPU."""
+    """Build ResNet-50, with so much arithmetic that decoding hardly counts on a CPU."""
     from torchvision.models import resnet50
 
     module: nn.Module = resnet50()
@@ -24,7 +24,7 @@ def resnet50() -> nn.Module:
 
 
 def few_layers() -> nn.Module:
-    """Three layers: so little arithmetic that only decoding counts."""
+    """Build three layers, with so little arithmetic that only decoding counts."""
     return nn.Sequential(
         nn.Conv2d(3, 16, kernel_size=7, stride=8),
         nn.BatchNorm2d(16),

@@ -1,4 +1,4 @@
-"""batchjob on an assignment, through its Python door: rows count once they are committed, and not before."""
+"""batchjob on a workload, through its Python API: images count once they are committed, and not before."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from benchmarks.workload import Workload
 __all__ = ["TUNING_VARIABLE", "run_batchjob"]
 
 TUNING_VARIABLE = "BATCHJOB_BENCH_LEARNING"
-"""Environment variable: set, even a job of a few images tries what may be faster, and this machine remembers it."""
+"""Environment variable: if set, a job of any size tries accelerations, and this machine remembers the result."""
 
 _JOB = Path(__file__).with_name("job.yaml")
-_SHARDS = 24  # so many points in time has the pace of a run; left to itself batchjob commits less often
+_SHARDS = 24  # points in time at which a run's pace is measured; by default batchjob commits less often
 
 
 class CommitLogger(NoProgress):
-    """Notes each commit. See `Progress`."""
+    """Progress reporter that appends each commit to the workload's progress file."""
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
@@ -29,14 +29,24 @@ class CommitLogger(NoProgress):
         self.workload.log_progress(images - failed)
 
 
-def run_batchjob(given: Workload, pool: str, *settings: str) -> None:
-    """Run the job to its end. The folder holds as many images as are asked for: a prefix is listed whole."""
-    shard = max(64, -(-given.limit // _SHARDS))
-    more = [f"runtime.pool={pool}", f"runtime.batch_size={given.batch}", f"runtime.shard_size={shard}"]
-    more += ["runtime.precision=fp32"]  # as all others compute; left to itself it takes bf16 where that is faster
+def run_batchjob(workload: Workload, pool: str, *settings: str) -> None:
+    """Run the job to its end. The folder must hold exactly the images to predict, since a prefix is listed whole."""
+    shard_size = max(64, -(-workload.limit // _SHARDS))
+    overrides = [
+        f"runtime.pool={pool}",
+        f"runtime.batch_size={workload.batch}",
+        f"runtime.shard_size={shard_size}",
+        # All other systems compute in fp32; by default batchjob takes bf16 where that is faster.
+        "runtime.precision=fp32",
+    ]
     if os.environ.get(TUNING_VARIABLE):
-        more += ["runtime.tuning=on"]
-    if given.crop:
-        more += [f"preprocess.resize={given.resize}", f"preprocess.crop={given.crop}"]
-    params = {"images": given.images, "output": given.output, "weights": given.weights, "model": given.model}
-    batchjob.run(Job.from_file(_JOB, params, [*more, *settings]), progress=CommitLogger(given))
+        overrides += ["runtime.tuning=on"]
+    if workload.crop:
+        overrides += [f"preprocess.resize={workload.resize}", f"preprocess.crop={workload.crop}"]
+    params = {
+        "images": workload.images,
+        "output": workload.output,
+        "weights": workload.weights,
+        "model": workload.model,
+    }
+    batchjob.run(Job.from_file(_JOB, params, [*overrides, *settings]), progress=CommitLogger(workload))

@@ -1,4 +1,4 @@
-"""A longer way to a server: what a client sends arrives so many seconds later, in order; answers do not wait."""
+"""TCP proxy that makes the way to a server longer: requests arrive later, in order; answers are not delayed."""
 
 from __future__ import annotations
 
@@ -11,66 +11,76 @@ from urllib.parse import urlsplit
 
 __all__ = ["delaying_proxy"]
 
-_CHUNK = 1 << 18
-_Opened = Future[tuple[asyncio.AbstractEventLoop, asyncio.Event, int]]
+_CHUNK_BYTES = 1 << 18
+_Started = Future[tuple[asyncio.AbstractEventLoop, asyncio.Event, int]]
 
 
 @contextmanager
 def delaying_proxy(endpoint: str, seconds: float) -> Iterator[str]:
-    """URL that leads to the server at `endpoint`; each request, however many at once, takes so much longer."""
-    opened: _Opened = Future()
-    thread = threading.Thread(target=lambda: asyncio.run(_serve(endpoint, seconds, opened)), daemon=True)
+    """Run a proxy to the server at `endpoint` and yield its URL; each request, however many at once, takes longer.
+
+    Args:
+        endpoint: URL of the server.
+        seconds: Delay of each request, in seconds.
+    """
+    started: _Started = Future()
+    thread = threading.Thread(target=lambda: asyncio.run(_serve(endpoint, seconds, started)), daemon=True)
     thread.start()
-    loop, over, port = opened.result(30)
+    loop, stop, port = started.result(30)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
-        loop.call_soon_threadsafe(over.set)
+        loop.call_soon_threadsafe(stop.set)
         thread.join()
 
 
-async def _serve(endpoint: str, seconds: float, opened: _Opened) -> None:
-    there = urlsplit(endpoint)
+async def _serve(endpoint: str, seconds: float, started: _Started) -> None:
+    server = urlsplit(endpoint)
 
-    async def meet(client: asyncio.StreamReader, answers: asyncio.StreamWriter) -> None:
+    async def connect(client_reader: asyncio.StreamReader, client_writer: asyncio.StreamWriter) -> None:
         try:
-            server, requests = await asyncio.open_connection(there.hostname, there.port)
+            server_reader, server_writer = await asyncio.open_connection(server.hostname, server.port)
         except OSError:
-            answers.close()
+            client_writer.close()
             return
-        with suppress(asyncio.CancelledError):  # the end of it all
-            await asyncio.gather(_carry(client, requests, seconds), _carry(server, answers, 0.0))
+        with suppress(asyncio.CancelledError):  # the proxy stops
+            await asyncio.gather(
+                _forward(client_reader, server_writer, seconds), _forward(server_reader, client_writer, 0.0)
+            )
 
-    over = asyncio.Event()
-    listening = await asyncio.start_server(meet, "127.0.0.1", 0)
-    opened.set_result((asyncio.get_running_loop(), over, listening.sockets[0].getsockname()[1]))
-    await over.wait()
-    listening.close()
+    stop = asyncio.Event()
+    listener = await asyncio.start_server(connect, "127.0.0.1", 0)
+    started.set_result((asyncio.get_running_loop(), stop, listener.sockets[0].getsockname()[1]))
+    await stop.wait()
+    listener.close()
 
 
-async def _carry(source: asyncio.StreamReader, target: asyncio.StreamWriter, seconds: float) -> None:
-    """Bytes from one side to the other; a body's chunks are under way together, so they wait once and not each."""
-    due: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(64)
-    reading = asyncio.create_task(_read(source, due, seconds))
+async def _forward(source: asyncio.StreamReader, target: asyncio.StreamWriter, seconds: float) -> None:
+    """Forward bytes with a delay. Chunks of one body are on their way together, so the body waits once."""
+    chunks: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(64)
+    reader = asyncio.create_task(_read_chunks(source, chunks, seconds))
     clock = asyncio.get_running_loop().time
     try:
         with suppress(ConnectionError):
-            while (sent := await due.get())[1]:
-                if (wait := sent[0] - clock()) > 0:
+            while (received := await chunks.get())[1]:
+                due, chunk = received
+                if (wait := due - clock()) > 0:
                     await asyncio.sleep(wait)
-                target.write(sent[1])
+                target.write(chunk)
                 await target.drain()
     finally:
-        reading.cancel()
+        reader.cancel()
         target.close()
 
 
-async def _read(source: asyncio.StreamReader, due: asyncio.Queue[tuple[float, bytes]], seconds: float) -> None:
-    """What comes, with the time at which it is to go on; nothing at the end."""
+async def _read_chunks(
+    source: asyncio.StreamReader, chunks: asyncio.Queue[tuple[float, bytes]], seconds: float
+) -> None:
+    """Queue each chunk with the time at which it is due; an empty chunk marks the end."""
     chunk = b"-"
     while chunk:
         try:
-            chunk = await source.read(_CHUNK)
+            chunk = await source.read(_CHUNK_BYTES)
         except ConnectionError:
             chunk = b""
-        await due.put((asyncio.get_running_loop().time() + seconds, chunk))
+        await chunks.put((asyncio.get_running_loop().time() + seconds, chunk))

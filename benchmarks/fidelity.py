@@ -1,4 +1,4 @@
-"""`decode.mode: fast` against `exact`, over each image set: the same labels? How far are the outputs apart?
+"""Comparison of `decode.mode: fast` with `exact` over each image set: same labels, and distance of the outputs.
 
     python -m benchmarks.fidelity [--work out/bench] [--images 300] [--crops 224,32]
 
@@ -21,36 +21,38 @@ from benchmarks.image_sets import IMAGE_SETS, make_images, make_weights
 from benchmarks.system_run import ROOT
 
 _JOB = Path(__file__).with_name("job.yaml")
+_MIN_USED_LOGIT = -500  # classes that stand for no image have lower logits, see `make_weights`
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--work", type=Path, default=ROOT / "out" / "bench", help="images and weights")
-    asked.add_argument("--images", type=int, default=300, help="of each set; of the large ones a tenth")
-    asked.add_argument("--crops", default="224,32", help="sides of what the model sees, comma between")
-    given = asked.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
+    """Compare and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "out" / "bench", help="images and weights")
+    parser.add_argument("--images", type=int, default=300, help="of each set; of the large ones a tenth")
+    parser.add_argument("--crops", default="224,32", help="sides of what the model sees, comma between")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
     print(f"{'images':<10}{'crop':>6}{'number':>8}{'same label':>12}{'furthest':>10}{'median':>10}{'spread':>9}")
     for name in IMAGE_SETS:
-        images = max(8, given.images // (10 if name == "large" else 1))
-        folder = make_images(given.work.resolve(), name, images)
-        for crop in map(int, given.crops.split(",")):
-            weights = make_weights(given.work.resolve(), "mobilenet", folder, crop)
-            exact, fast = (_outputs(folder, weights, crop, mode) for mode in ("exact", "fast"))
+        images = max(8, options.images // (10 if name == "large" else 1))
+        folder = make_images(options.work.resolve(), name, images)
+        for crop in map(int, options.crops.split(",")):
+            weights = make_weights(options.work.resolve(), "mobilenet", folder, crop)
+            exact, fast = (_predict_logits(folder, weights, crop, mode) for mode in ("exact", "fast"))
             same = (exact.argmax(1) == fast.argmax(1)).mean()
-            apart = np.abs(exact - fast).max(1)
+            distances = np.abs(exact - fast).max(1)
             print(
-                f"{name:<10}{crop:>6}{len(exact):>8,}{same:>12.1%}{apart.max():>10.3g}{np.median(apart):>10.3g}"
-                f"{_spread(exact):>9.3g}",
+                f"{name:<10}{crop:>6}{len(exact):>8,}{same:>12.1%}{distances.max():>10.3g}"
+                f"{np.median(distances):>10.3g}{_median_margin(exact):>9.3g}",
                 flush=True,
             )
 
 
-def _outputs(images: Path, weights: Path, crop: int, mode: str) -> np.ndarray[Any, Any]:
-    """The model's logits, `[n, classes]`, in the images' order; those that stand for a class."""
-    with tempfile.TemporaryDirectory() as out:
-        params = {"images": str(images), "output": out, "weights": str(weights), "model": "mobilenet"}
-        settings = [
+def _predict_logits(images: Path, weights: Path, crop: int, mode: str) -> np.ndarray[Any, Any]:
+    """Run a job; return the logits `[n, classes]` of the classes that stand for an image, in the images' order."""
+    with tempfile.TemporaryDirectory() as output:
+        params = {"images": str(images), "output": output, "weights": str(weights), "model": "mobilenet"}
+        overrides = [
             "task={type: raw}",
             "runtime.pool=local",
             "runtime.precision=fp32",
@@ -59,14 +61,14 @@ def _outputs(images: Path, weights: Path, crop: int, mode: str) -> np.ndarray[An
             f"preprocess.resize={crop * 8 // 7}",
             f"preprocess.crop={crop}",
         ]
-        batchjob.run(Job.from_file(_JOB, params, settings))
-        table = ds.dataset(Path(out) / "predictions").to_table(columns=["position", "output"]).sort_by("position")
-    logits = np.stack(table.column("output").to_numpy())
-    return logits[:, logits.min(0) > -500]
+        batchjob.run(Job.from_file(_JOB, params, overrides))
+        predictions = ds.dataset(Path(output) / "predictions").to_table(columns=["position", "output"])
+    logits = np.stack(predictions.sort_by("position").column("output").to_numpy())
+    return logits[:, logits.min(0) > _MIN_USED_LOGIT]
 
 
-def _spread(logits: np.ndarray[Any, Any]) -> float:
-    """By how much an image's likeliest class leads the next, at the median."""
+def _median_margin(logits: np.ndarray[Any, Any]) -> float:
+    """Compute the median margin between an image's best class and the next."""
     ordered = np.sort(logits, axis=1)
     return float(np.median(ordered[:, -1] - ordered[:, -2]))
 

@@ -1,8 +1,8 @@
-"""One model through every format: top-1 agreement, largest deviation and images/s against its state_dict.
+"""Comparison of all formats of one model: top-1 agreement, largest deviation and images/s against its state_dict.
 
     python benchmarks/formats.py FOLDER_OF_IMAGES [--model resnet18] [--rounds 5]
 
-Each format is loaded as a job loads it, through `model:` settings and the engine; the forward passes are timed in turn.
+Each format is loaded the way a job loads it, by `model:` settings and the engine; the forward passes are timed in turn.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ BATCH = 32
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__)
-    asked.add_argument("images", type=Path)
-    asked.add_argument("--model", default="resnet18")
-    asked.add_argument("--rounds", type=int, default=5)
-    given = asked.parse_args()
+    """Measure all formats and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("images", type=Path)
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        print_table(measure_formats(given.images, given.model, given.rounds, Path(folder)))
+        print_table(measure_formats(options.images, options.model, options.rounds, Path(folder)))
 
 
 def measure_formats(images: Path, name: str, rounds: int, folder: Path) -> list[tuple[str, float, float, float, float]]:
-    """Format, agreement, deviation, images/s, and the median of images/s over the state_dict's, in turn."""
+    """Return format, agreement, deviation, images/s, and the median ratio of images/s to the state_dict's."""
     job = make_job(images, save_weights(name, folder), folder)
     reader = Reader()
     engines = {"state_dict": make_engine(job, reader)}
@@ -52,20 +53,20 @@ def measure_formats(images: Path, name: str, rounds: int, folder: Path) -> list[
     pixels = torch.stack(list(engines["state_dict"].load_images(list_images(images))))
     runs = {title: make_runner(engine) for title, engine in engines.items()}
     reference = run_in_batches(runs["state_dict"], pixels)
-    likeness = {title: compare_outputs(reference, run_in_batches(run, pixels)) for title, run in runs.items()}
-    paces: dict[str, list[float]] = {title: [] for title in runs}
+    comparisons = {title: compare_outputs(reference, run_in_batches(run, pixels)) for title, run in runs.items()}
+    throughputs: dict[str, list[float]] = {title: [] for title in runs}
     for _ in range(rounds):
         for title, run in runs.items():
             began = time.perf_counter()
             run(pixels[:BATCH])
-            paces[title].append(BATCH / (time.perf_counter() - began))
+            throughputs[title].append(BATCH / (time.perf_counter() - began))
     return [
         (
             title,
-            likeness[title].agreement,
-            likeness[title].deviation,
-            median(paces[title]),
-            median(pace / plain for pace, plain in zip(paces[title], paces["state_dict"], strict=True)),
+            comparisons[title].agreement,
+            comparisons[title].deviation,
+            median(throughputs[title]),
+            median(own / reference for own, reference in zip(throughputs[title], throughputs["state_dict"], strict=True)),
         )
         for title in runs
     ]
@@ -78,7 +79,7 @@ def print_table(rows: list[tuple[str, float, float, float, float]]) -> None:
 
 
 def save_weights(name: str, folder: Path) -> Path:
-    """Seeded weights with batch norms that have seen something, so that outputs differ from image to image."""
+    """Save seeded weights whose batch norms have seen some data, so that outputs differ from image to image."""
     torch.manual_seed(0)
     module = torchvision.models.get_model(name, weights=None)
     with torch.no_grad():
@@ -106,27 +107,27 @@ def with_model(job: Job, model: dict[str, Any]) -> Job:
 
 
 def convert_formats(job: Job, name: str, folder: Path, locations: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`model` settings of the same weights, as each format."""
+    """Convert the weights to each format; return `model` settings by title."""
     torch.manual_seed(0)
     module = torchvision.models.get_model(name, weights=None)
     module.load_state_dict(torch.load(folder / "weights.pth", weights_only=True))
     module.eval()
     torch.save(module, folder / "whole.pt")
     torch.jit.save(torch.jit.script(module), str(folder / "scripted.pt"))
-    made = {
+    settings = {
         "pickle": trusted_model("pickle", folder / "whole.pt"),
         "TorchScript scripted": trusted_model("torchscript", folder / "scripted.pt"),
     }
-    wanted: dict[str, ConversionFormat] = {
+    conversions: dict[str, ConversionFormat] = {
         "TorchScript traced": "torchscript",
         "torch.export .pt2": "exported",
         "AOTInductor": "aoti",
         "ONNX": "onnx",
         "int8 static, compiled": "int8",
     }
-    for title, to in wanted.items():
-        made[title] = convert_model(job, ConversionOptions(to, folder / f"{to}.bin", tolerance=1.0), locations).model
-    return made
+    for title, to in conversions.items():
+        settings[title] = convert_model(job, ConversionOptions(to, folder / f"{to}.bin", tolerance=1.0), locations).model
+    return settings
 
 
 def trusted_model(kind: str, file: Path) -> dict[str, Any]:

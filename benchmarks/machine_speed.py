@@ -1,4 +1,4 @@
-"""Whether the machine was as fast at the end as at the beginning."""
+"""Check that the machine is as fast at the end of a benchmark as at its beginning."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from concurrent.futures import ThreadPoolExecutor
 
 __all__ = ["MachineSpeedCheck"]
 
-_BYTES = bytes(64 << 20)
-_TIMES = 5
-_DRIFT = 0.05
+_DATA = bytes(64 << 20)
+_REPEATS = 5
+_MAX_DRIFT = 0.05
 
 
 class MachineSpeedCheck:
-    """The same work on all cores, now and when the verdict is asked for."""
+    """Fixed work on all cores, timed when this object is made and again when the result is asked for."""
 
     def __init__(self) -> None:
-        self._before = _seconds()
+        self._before = _time_fixed_work()
 
     def describe_drift(self) -> str:
-        """`machine steady within 5 %`, or that it was not, and by how much."""
-        drift = _seconds() / self._before - 1
-        return f"NOISY: {drift:+.0%} from begin to end" if abs(drift) > _DRIFT else "machine steady within 5 %"
+        """Return `machine steady within 5 %`, or by how much the machine's speed has changed."""
+        drift = _time_fixed_work() / self._before - 1
+        return f"NOISY: {drift:+.0%} from begin to end" if abs(drift) > _MAX_DRIFT else "machine steady within 5 %"
 
 
-def _seconds() -> float:
-    """The least of some, which is what the machine can do now."""
+def _time_fixed_work() -> float:
+    """Return the best of a few runs, in seconds: it shows what the machine can do at present."""
     cores = os.cpu_count() or 1
     with ThreadPoolExecutor(cores) as pool:
         best = float("inf")
-        for _ in range(_TIMES):
+        for _ in range(_REPEATS):
             began = time.perf_counter()
-            list(pool.map(lambda _: hashlib.sha256(_BYTES).digest(), range(cores)))
+            list(pool.map(lambda _: hashlib.sha256(_DATA).digest(), range(cores)))
             best = min(best, time.perf_counter() - began)
     return best

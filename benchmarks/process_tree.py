@@ -1,4 +1,4 @@
-"""A process and all it starts: watched for memory while it runs, and gone when it ends. By `/proc`, so Linux only."""
+"""A command and all processes it starts: their memory is sampled, and all are killed at its end. Linux only (`/proc`)."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from pathlib import Path
 __all__ = ["ProcessResult", "run_process"]
 
 _SAMPLE_SECONDS = 1.0
-_Process = tuple[int, int]  # pid and start time: a pid alone may come again
+_TAIL_BYTES = 4000
+
+_Process = tuple[int, int]  # pid and start time: a pid alone may be used again
 
 
 @dataclass(frozen=True)
 class ProcessResult:
-    """A command that has ended.
+    """End of a command.
 
     Attributes:
-        code: exit code; negative the signal that killed it.
-        began: seconds of the monotonic clock.
-        seconds: from start to exit.
-        peak: bytes of proportional memory (PSS) of all its processes together, at most.
-        tail: the end of what it said.
+        exit_code: Exit code; negative for the signal that killed it.
+        started: Time of its start on the monotonic clock, in seconds.
+        seconds: Seconds from start to exit.
+        peak_bytes: Largest sum of the proportional memory (PSS) of all its processes, in bytes.
+        output_tail: End of its output.
     """
 
     exit_code: int
@@ -39,80 +41,81 @@ class ProcessResult:
 
 
 def run_process(command: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: float) -> ProcessResult:
-    """Run a command to its end; whatever it leaves behind is killed."""
-    with tempfile.TemporaryFile() as said:
-        began = time.monotonic()
+    """Run a command to its end, or for `timeout` seconds, and kill every process that it leaves behind."""
+    with tempfile.TemporaryFile() as output:
+        started = time.monotonic()
         process = subprocess.Popen(
-            command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
+            command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
-        watch = _MemorySampler(process.pid)
+        sampler = _MemorySampler(process.pid)
         try:
-            code = process.wait(timeout)
+            exit_code = process.wait(timeout)
         except subprocess.TimeoutExpired:
             process.kill()
-            code = process.wait()
+            exit_code = process.wait()
         finally:
-            seconds = time.monotonic() - began
+            seconds = time.monotonic() - started
             process.kill()
-            watch.end()
-        said.seek(max(0, said.seek(0, os.SEEK_END) - 4000))
-        return ProcessResult(code, began, seconds, watch.peak, said.read().decode(errors="replace"))
+            sampler.stop()
+        output.seek(max(0, output.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        return ProcessResult(exit_code, started, seconds, sampler.peak_bytes, output.read().decode(errors="replace"))
 
 
 class _MemorySampler:
-    """Samples the memory of a process and its descendants from a thread."""
+    """Thread that samples the memory of a process and its descendants."""
 
     def __init__(self, pid: int) -> None:
-        self.peak = 0
+        self.peak_bytes = 0
         self._root = pid
         self._seen: set[_Process] = set()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def end(self) -> None:
-        """Stop sampling; kill what is left."""
-        self._over.set()
+    def stop(self) -> None:
+        """Stop sampling and kill the processes that are left."""
+        self._stopped.set()
         self._thread.join()
-        for pid, _ in self._seen & {(pid, born) for pid, _, born in _processes()}:
+        for pid, _ in self._seen & {(pid, started) for pid, _, started in _list_processes()}:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def _sample(self) -> None:
-        while not self._over.wait(_SAMPLE_SECONDS):
-            family = self._family()
-            self.peak = max(self.peak, sum(_pss(pid) for pid, _ in family))
+    def _run(self) -> None:
+        while not self._stopped.wait(_SAMPLE_SECONDS):
+            family = self._find_family()
+            self.peak_bytes = max(self.peak_bytes, sum(_read_pss(pid) for pid, _ in family))
             self._seen |= family
 
-    def _family(self) -> set[_Process]:
-        """The process, its descendants, and those seen before that lost their parent."""
-        running = _processes()
+    def _find_family(self) -> set[_Process]:
+        """Find the process, its descendants, and those seen before that have lost their parent."""
+        running = _list_processes()
         children: dict[int, list[_Process]] = {}
-        for pid, parent, born in running:
-            children.setdefault(parent, []).append((pid, born))
-        found = {(pid, born) for pid, _, born in running if pid == self._root or (pid, born) in self._seen}
-        waiting = [pid for pid, _ in found]
-        while waiting:
-            below = set(children.get(waiting.pop(), [])) - found
-            found |= below
-            waiting += [pid for pid, _ in below]
-        return found
+        for pid, parent, started in running:
+            children.setdefault(parent, []).append((pid, started))
+        family = {(pid, started) for pid, _, started in running if pid == self._root or (pid, started) in self._seen}
+        to_visit = [pid for pid, _ in family]
+        while to_visit:
+            new = set(children.get(to_visit.pop(), [])) - family
+            family |= new
+            to_visit += [pid for pid, _ in new]
+        return family
 
 
-def _processes() -> list[tuple[int, int, int]]:
-    """Pid, parent and start time of all that run (a zombie does not)."""
-    found = []
+def _list_processes() -> list[tuple[int, int, int]]:
+    """List pid, parent and start time of all running processes, zombies left out."""
+    processes = []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
         with suppress(OSError):
+            # proc_pid_stat(5): behind the command in brackets stand state, parent, …, and as 20th the start time.
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if fields[0] not in "ZX":
-                found.append((int(folder.name), int(fields[1]), int(fields[19])))
-    return found
+                processes.append((int(folder.name), int(fields[1]), int(fields[19])))
+    return processes
 
 
-def _pss(pid: int) -> int:
+def _read_pss(pid: int) -> int:
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):

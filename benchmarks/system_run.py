@@ -1,4 +1,4 @@
-"""One run of one system: seconds, pace, memory, and the labels it gave."""
+"""One run of one system: seconds, throughput, memory, and the labels that it gave."""
 
 from __future__ import annotations
 
@@ -27,20 +27,22 @@ SYSTEMS = (
     "batchjob_fast",
     "batchjob_ray",
 )
+
 _TIMEOUT = 3600.0
+_MIN_POINTS = 4  # lines of the progress file without which a throughput means nothing
 
 
 @dataclass(frozen=True)
 class SystemRun:
-    """What one run came to.
+    """Measurements of one run.
 
     Attributes:
-        system: its name.
-        seconds: the whole process, from its start to its exit.
-        steady: images/s between 10 % and 90 % of the images; NaN where there were too few marks to tell.
-        peak: bytes of memory (PSS) of all its processes together.
-        labels: label by name of the image; empty where it failed.
-        trouble: why it does not count, else empty.
+        system: Name of the system.
+        seconds: Seconds of the whole process, from its start to its exit.
+        steady: Images/s between 10 % and 90 % of the images; NaN where the progress file has too few lines.
+        peak: Largest memory (PSS) of all its processes together, in bytes.
+        labels: Label by name of the image; empty if the run failed.
+        trouble: Reason why the run does not count; empty if it does.
     """
 
     system: str
@@ -52,62 +54,61 @@ class SystemRun:
 
 
 def missing_requirement(system: str) -> str:
-    """Why a system cannot run here, or nothing."""
-    if system == "daft_udf" and not (_daft().is_dir() or find_spec("daft")):
-        return f"Daft is not installed ({_daft()} is not there: make {_daft().relative_to(ROOT)})"
+    """Explain why a system cannot run here; empty if it can."""
+    if system == "daft_udf" and not (_daft_folder().is_dir() or find_spec("daft")):
+        return f"Daft is not installed ({_daft_folder()} is not there: make {_daft_folder().relative_to(ROOT)})"
     return ""
 
 
-def run_system(system: str, given: Workload, work: Path) -> SystemRun:
+def run_system(system: str, workload: Workload, work: Path) -> SystemRun:
     """Run a system once, in a process and with a temporary folder of its own.
 
     Args:
-        system: a script of `systems/`.
-        given: what it is to do; its output is made anew.
-        work: where caches stay between runs: kernels that were compiled, decisions that were taken.
+        system: Script of `systems/`.
+        workload: Work to do; its output folder is emptied first.
+        work: Folder of caches that stay between runs: compiled kernels, results of tuning.
     """
-    marks = work / "marks"
-    marks.unlink(missing_ok=True)
-    if "://" not in given.output:
-        shutil.rmtree(given.output, ignore_errors=True)
-    given = replace(given, marks=str(marks))
-    scratch = tempfile.mkdtemp(prefix="b-", dir="/tmp")  # Ray's sockets want a short path
+    progress_file = work / "marks"
+    progress_file.unlink(missing_ok=True)
+    if "://" not in workload.output:
+        shutil.rmtree(workload.output, ignore_errors=True)
+    workload = replace(workload, marks=str(progress_file))
+    scratch = tempfile.mkdtemp(prefix="b-", dir="/tmp")  # Ray's sockets need a short path
     try:
-        command = [sys.executable, "-m", f"benchmarks.systems.{system}", *given.command_line]
-        ended = process_tree.run_process(command, _environment(system, work, scratch), ROOT, _TIMEOUT)
+        command = [sys.executable, "-m", f"benchmarks.systems.{system}", *workload.command_line]
+        result = process_tree.run_process(command, _make_environment(system, work, scratch), ROOT, _TIMEOUT)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    steady = steady_throughput(marks, given.limit)
-    if ended.exit_code:
-        return SystemRun(
-            system,
-            ended.seconds,
-            math.nan,
-            ended.peak_bytes,
-            {},
-            f"exit {ended.exit_code}: {ended.output_tail[-1500:]}",
-        )
-    labels, rows = _labels(given.output)
-    wrong = "" if rows == len(labels) == given.limit else f"{rows} rows of {len(labels)} images, not {given.limit}"
-    return SystemRun(system, ended.seconds, steady, ended.peak_bytes, labels, wrong)
+    steady = steady_throughput(progress_file, workload.limit)
+    if result.exit_code:
+        trouble = f"exit {result.exit_code}: {result.output_tail[-1500:]}"
+        return SystemRun(system, result.seconds, math.nan, result.peak_bytes, {}, trouble)
+    labels, rows = _read_labels(workload.output)
+    images = workload.limit
+    trouble = "" if rows == len(labels) == images else f"{rows} rows of {len(labels)} images, not {images}"
+    return SystemRun(system, result.seconds, steady, result.peak_bytes, labels, trouble)
 
 
-def steady_throughput(marks: Path, images: int) -> float:
-    """Images/s from the first mark at or after 10 % of the images to the last one at or before 90 %."""
-    counted = 0
-    inside: list[tuple[float, int]] = []
-    lines = sorted((float(when), int(more)) for when, more in map(str.split, marks.read_text().splitlines()))
-    for when, more in lines:
-        counted += more
-        if 0.1 * images <= counted <= 0.9 * images:
-            inside.append((when, counted))
-    if len(inside) < 4 or inside[-1][0] <= inside[0][0]:
+def steady_throughput(progress_file: Path, images: int) -> float:
+    """Compute images/s between 10 % and 90 % of the images; NaN where there are too few points.
+
+    Example: 100 images whose progress file has a line of 10 images every 0.5 s count from image 10 to image 90: 80
+    images in 4 s, 20 images/s.
+    """
+    done = 0
+    points: list[tuple[float, int]] = []
+    lines = [line.split() for line in progress_file.read_text().splitlines()]
+    for seconds, more in sorted((float(seconds), int(more)) for seconds, more in lines):
+        done += more
+        if 0.1 * images <= done <= 0.9 * images:
+            points.append((seconds, done))
+    if len(points) < _MIN_POINTS or points[-1][0] <= points[0][0]:
         return math.nan
-    return (inside[-1][1] - inside[0][1]) / (inside[-1][0] - inside[0][0])
+    return (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0])
 
 
-def _environment(system: str, work: Path, scratch: str) -> dict[str, str]:
-    path = [str(ROOT)] + ([str(_daft())] if system == "daft_udf" and _daft().is_dir() else [])
+def _make_environment(system: str, work: Path, scratch: str) -> dict[str, str]:
+    path = [str(ROOT)] + ([str(_daft_folder())] if system == "daft_udf" and _daft_folder().is_dir() else [])
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path),
@@ -120,24 +121,24 @@ def _environment(system: str, work: Path, scratch: str) -> dict[str, str]:
     }
 
 
-def _daft() -> Path:
-    """Where Daft lies with what it needs: it wants an older pyarrow than everything else here."""
+def _daft_folder() -> Path:
+    """Return the folder of Daft and its dependencies: it needs an older pyarrow than everything else here."""
     return Path(os.environ.get("BATCHJOB_BENCH_DAFT") or ROOT / ".venv" / "daft")
 
 
-def _labels(output: str) -> tuple[dict[str, int], int]:
-    """Label by file name, and rows."""
+def _read_labels(output: str) -> tuple[dict[str, int], int]:
+    """Read the label of each file name, and the number of rows."""
     import fsspec
     import pyarrow.parquet as pq
 
     filesystem, folder = fsspec.url_to_fs(output, skip_instance_cache=True)
-    found: dict[str, int] = {}
+    labels: dict[str, int] = {}
     rows = 0
     for path in filesystem.find(folder):
         if path.endswith(".parquet"):
             with filesystem.open(path, "rb") as file:
                 table = pq.read_table(file, columns=["uri", "label_id"])
             names = (uri.rpartition("/")[2] for uri in table["uri"].to_pylist())
-            found.update(zip(names, table["label_id"].to_pylist(), strict=True))
+            labels.update(zip(names, table["label_id"].to_pylist(), strict=True))
             rows += table.num_rows
-    return found, rows
+    return labels, rows

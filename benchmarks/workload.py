@@ -1,4 +1,7 @@
-"""What every system is asked to do, as its command line says it; and the marks by which its pace is measured."""
+"""Work that every system is asked to do, as a command line; and the progress file by which its pace is measured.
+
+torch is imported inside the functions: a system's own start-up is part of what is measured.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,25 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["MEAN", "STD", "Workload", "append_progress", "list_first_images", "normalise"]
+__all__ = ["MEAN", "STD", "Workload", "append_progress", "list_first_images", "normalize"]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One run of one system. It crosses into the systems' own processes, so it is plain data.
+    """One run of one system: plain data, since it travels to the system's own processes on their command lines.
 
     Attributes:
-        images: folder of the images, a path or an `s3://` URI.
-        output: folder for the Parquet files, likewise.
-        limit: images, the first by name.
-        batch: images in a batch.
-        model: a function of `architectures.py`.
-        weights: its state dict.
-        crop: side of the square that the model sees, out of a picture whose shorter side is 8/7 of it, as ImageNet's
-            256 and 224; 0 takes pictures as they are.
-        marks: file in which a system notes when how many images were done.
+        images: Folder of the images, a path or an `s3://` URI.
+        output: Folder for the Parquet files, a path or an `s3://` URI.
+        limit: Number of images, the first ones by name.
+        batch: Images in a batch.
+        model: Function of `architectures.py`.
+        weights: File of its state dict.
+        crop: Side of the square that the model sees, out of a picture whose shorter side is 8/7 of it, like ImageNet's
+            256 and 224; 0 takes pictures unchanged.
+        marks: Progress file, see `append_progress`.
     """
 
     images: str
@@ -45,8 +48,8 @@ class Workload:
 
     @classmethod
     def parse(cls) -> Workload:
-        """From the command line."""
-        asked = argparse.ArgumentParser()
+        """Parse the command line of this process."""
+        parser = argparse.ArgumentParser()
         for name, kind, default in (
             ("images", str, None),
             ("output", str, None),
@@ -57,25 +60,25 @@ class Workload:
             ("crop", int, 224),
             ("marks", str, os.devnull),
         ):
-            asked.add_argument(f"--{name}", type=kind, default=default, required=default is None)
-        return cls(**vars(asked.parse_args()))
+            parser.add_argument(f"--{name}", type=kind, default=default, required=default is None)
+        return cls(**vars(parser.parse_args()))
 
     @property
     def command_line(self) -> list[str]:
-        """The command line that `parse` reads."""
+        """Arguments that `parse` reads."""
         return [word for name, value in vars(self).items() for word in (f"--{name}", str(value))]
 
     @property
     def resize(self) -> int:
-        """Length of the shorter side before the crop; 0 leaves pictures as they are."""
+        """Length of the shorter side before the crop, in pixels; 0 takes pictures unchanged."""
         return self.crop * 8 // 7
 
     def list_uris(self) -> list[str]:
-        """The images, by name."""
+        """List the images by name."""
         return list_first_images(self.images, self.limit)
 
     def load_model(self) -> nn.Module:
-        """The model, ready to predict."""
+        """Load the model, ready to predict."""
         import torch
 
         from benchmarks import architectures
@@ -85,14 +88,14 @@ class Workload:
         return module.eval()
 
     def make_transform(self) -> Any:
-        """uint8 or float `[3, H, W]` → `[3, crop, crop]`, as `weights.transforms()` of torchvision does it."""
+        """Make the resize and crop of torchvision's `weights.transforms()`: uint8 or float `[3, H, W]` to the crop."""
         from torchvision import transforms
 
         steps = [transforms.Resize(self.resize, antialias=True), transforms.CenterCrop(self.crop)] if self.crop else []
         return transforms.Compose(steps)
 
     def make_fast_transform(self) -> Any:
-        """The same by torchvision's v2, which stays in uint8: three times as fast on a CPU, off by 1 here and there."""
+        """Make the same in uint8 with torchvision's v2: three times as fast on a CPU, off by one level here and there."""
         from torchvision.transforms import v2
 
         return v2.Compose(
@@ -100,12 +103,12 @@ class Workload:
         )
 
     def log_progress(self, images: int) -> None:
-        """Note that so many more images are predicted."""
+        """Append to the progress file that so many more images are predicted."""
         append_progress(self.marks, images)
 
 
 def list_first_images(folder: str, limit: int) -> list[str]:
-    """URIs of a folder's first files by name."""
+    """List the URIs of a folder's first files by name."""
     if "://" not in folder:
         return sorted(str(path) for path in Path(folder).iterdir())[:limit]
     import fsspec
@@ -115,13 +118,13 @@ def list_first_images(folder: str, limit: int) -> list[str]:
 
 
 def append_progress(path: str, images: int) -> None:
-    """Append a line, from any process of the machine: seconds of the monotonic clock, images."""
-    with Path(path).open("ab", buffering=0) as file:  # one write of a few bytes: lines never mix
+    """Append one line, from any process of the machine: seconds on the monotonic clock, images."""
+    with Path(path).open("ab", buffering=0) as file:  # one write of a few bytes, so lines never mix
         file.write(f"{time.monotonic():.6f} {images}\n".encode())
 
 
-def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 `[..., 3, h, w]` → float, by ImageNet's mean and deviation."""
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
+    """Normalise uint8 `[..., 3, h, w]` to float with ImageNet's mean and deviation."""
     import torch
 
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))

@@ -1,1 +1,1 @@
-"""One script a system. All take the same command line, and leave Parquet files of `uri`, `label_id` and `score`."""
+"""Scripts, one for each system, with one command line. They write Parquet files of `uri`, `label_id` and `score`."""

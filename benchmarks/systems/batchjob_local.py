@@ -1,4 +1,4 @@
-"""batchjob with one worker in this process; everything else is left to it."""
+"""batchjob with one worker in this process, and defaults for everything else."""
 
 from __future__ import annotations
 

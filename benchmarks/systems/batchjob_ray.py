@@ -1,4 +1,4 @@
-"""batchjob with its workers on a Ray that it starts and stops; everything else is left to it."""
+"""batchjob with its workers on a Ray cluster that it starts and stops, and defaults for everything else."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The loop of PyTorch's tutorials: a Dataset, a DataLoader of two workers, `inference_mode`, Parquet at the end.
+"""Loop of PyTorch's tutorials: a Dataset, a DataLoader of two workers, `inference_mode`, Parquet at the end.
 
-Images are decoded and prepared as https://docs.pytorch.org/vision/stable/models.html does it: `decode_image`, and the
+Images are decoded and prepared as https://docs.pytorch.org/vision/stable/models.html shows: `decode_image`, and the
 transforms of the weights. Remote images are read through fsspec.
 """
 
@@ -21,12 +21,12 @@ from benchmarks.workload import MEAN, STD, Workload
 
 
 class ImageFiles(Dataset[Any]):
-    """Images by their place in the list, as the model wants them."""
+    """Dataset of images by their place in the list, prepared for the model."""
 
-    def __init__(self, given: Workload) -> None:
-        self.uris = given.list_uris()
+    def __init__(self, workload: Workload) -> None:
+        self.uris = workload.list_uris()
         self.transform = transforms.Compose(
-            [given.make_transform(), transforms.ConvertImageDtype(torch.float), transforms.Normalize(MEAN, STD)]
+            [workload.make_transform(), transforms.ConvertImageDtype(torch.float), transforms.Normalize(MEAN, STD)]
         )
 
     def __len__(self) -> int:
@@ -38,7 +38,7 @@ class ImageFiles(Dataset[Any]):
 
 
 def read_encoded(uri: str) -> Any:
-    """What `decode_image` takes: a path, or the bytes."""
+    """Return an input for `decode_image`: a path, or the bytes."""
     if "://" not in uri:
         return uri
     with fsspec.open(uri, "rb") as file:
@@ -46,10 +46,10 @@ def read_encoded(uri: str) -> Any:
 
 
 def main() -> None:
-    given = Workload.parse()
-    context = "spawn" if "://" in given.images else None  # S3 clients do not survive a fork
-    loader = DataLoader(ImageFiles(given), given.batch, num_workers=2, multiprocessing_context=context)
-    model = given.load_model()
+    workload = Workload.parse()
+    context = "spawn" if "://" in workload.images else None  # S3 clients do not survive a fork
+    loader = DataLoader(ImageFiles(workload), workload.batch, num_workers=2, multiprocessing_context=context)
+    model = workload.load_model()
     uris: list[str] = []
     labels: list[int] = []
     scores: list[float] = []
@@ -59,11 +59,11 @@ def main() -> None:
             uris += names
             labels += best.indices.tolist()
             scores += best.values.tolist()
-            given.log_progress(len(names))
-    if "://" not in given.output:
-        Path(given.output).mkdir(parents=True, exist_ok=True)
+            workload.log_progress(len(names))
+    if "://" not in workload.output:
+        Path(workload.output).mkdir(parents=True, exist_ok=True)
     table = pd.DataFrame({"uri": uris, "label_id": labels, "score": scores})
-    table.to_parquet(f"{given.output}/predictions.parquet")
+    table.to_parquet(f"{workload.output}/predictions.parquet")
 
 
 if __name__ == "__main__":

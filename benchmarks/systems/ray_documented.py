@@ -1,6 +1,6 @@
 """Ray Data as its documentation shows it: `read_images`, `map` with transforms, `map_batches` with a class.
 
-After https://docs.ray.io/en/latest/data/working-with-images.html, "Performing inference on images", and with
+Follows https://docs.ray.io/en/latest/data/working-with-images.html, "Performing inference on images", and with
 its `write_parquet`. Its two actors would take both cores of a small machine and leave none to read: one core is left.
 """
 
@@ -17,24 +17,24 @@ from benchmarks.workload import MEAN, STD, Workload
 
 
 class ImageClassifier:
-    """The model, once an actor."""
+    """Model, loaded once in each actor."""
 
-    def __init__(self, given: Workload) -> None:
-        self.given = given
-        self.model = given.load_model()
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        self.model = workload.load_model()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         with torch.inference_mode():
             best = self.model(torch.from_numpy(batch["image"])).softmax(dim=1).max(dim=1)
-        self.given.log_progress(len(batch["path"]))
+        self.workload.log_progress(len(batch["path"]))
         return {"uri": batch["path"], "label_id": best.indices.numpy(), "score": best.values.numpy()}
 
 
 def main() -> None:
-    given = Workload.parse()
+    workload = Workload.parse()
     steps: list[Any] = [transforms.ToTensor()]
-    if given.crop:
-        steps += [transforms.Resize(given.resize), transforms.CenterCrop(given.crop)]
+    if workload.crop:
+        steps += [transforms.Resize(workload.resize), transforms.CenterCrop(workload.crop)]
     transform = transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])
 
     def transform_image(row: dict[str, Any]) -> dict[str, Any]:
@@ -42,14 +42,14 @@ def main() -> None:
         return row
 
     actors = max(1, min(2, (os.cpu_count() or 2) - 1))
-    images = ray.data.read_images(given.list_uris(), mode="RGB", include_paths=True).map(transform_image)
+    images = ray.data.read_images(workload.list_uris(), mode="RGB", include_paths=True).map(transform_image)
     predictions = images.map_batches(
         ImageClassifier,
-        fn_constructor_args=(given,),
+        fn_constructor_args=(workload,),
         compute=ray.data.ActorPoolStrategy(size=actors),
-        batch_size=given.batch,
+        batch_size=workload.batch,
     )
-    predictions.write_parquet(given.output)
+    predictions.write_parquet(workload.output)
 
 
 if __name__ == "__main__":
