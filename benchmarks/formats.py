@@ -66,7 +66,7 @@ def measure_formats(images: Path, name: str, rounds: int, folder: Path) -> list[
             comparisons[title].agreement,
             comparisons[title].deviation,
             median(throughputs[title]),
-            median(own / reference for own, reference in zip(throughputs[title], throughputs["state_dict"], strict=True)),
+            median(own / plain for own, plain in zip(throughputs[title], throughputs["state_dict"], strict=True)),
         )
         for title in runs
     ]
@@ -126,7 +126,9 @@ def convert_formats(job: Job, name: str, folder: Path, locations: Sequence[str])
         "int8 static, compiled": "int8",
     }
     for title, to in conversions.items():
-        settings[title] = convert_model(job, ConversionOptions(to, folder / f"{to}.bin", tolerance=1.0), locations).model
+        settings[title] = convert_model(
+            job, ConversionOptions(to, folder / f"{to}.bin", tolerance=1.0), locations
+        ).model
     return settings
 
 

@@ -71,13 +71,14 @@ def main() -> int:
     images = make_images(work, "imagenet", options.images)
     weights = make_weights(work, options.model, images, _CROP)
     warm_page_cache(images)
-    jobs = {name: make_job(work, images, weights, options.model, decode_settings) for name, decode_settings in DECODING.items()}
+    jobs = {
+        name: make_job(work, images, weights, options.model, decode_settings)
+        for name, decode_settings in DECODING.items()
+    }
     print_fidelity(compare_decoding(jobs, sorted(images.iterdir())[:_COMPARED_IMAGES]))
     shutil.rmtree(work / "out", ignore_errors=True)
     result = batchjob.run(jobs["CPU and GPU"])
-    print(
-        f"\nrun on the local pool, decoding on both: {result.status}, {result.predicted:,} rows, {result.failed} bad"
-    )
+    print(f"\nrun on the local pool, decoding on both: {result.status}, {result.predicted:,} rows, {result.failed} bad")
     print_throughput({name: bench(one, BenchOptions(options.images)) for name, one in jobs.items()})
     return 0 if result.status == "complete" else 1
 

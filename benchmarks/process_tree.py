@@ -1,4 +1,4 @@
-"""A command and all processes it starts: their memory is sampled, and all are killed at its end. Linux only (`/proc`)."""
+"""A command and all processes it starts: memory is sampled, and all are killed at its end. Linux only (`/proc`)."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Workload:
         return transforms.Compose(steps)
 
     def make_fast_transform(self) -> Any:
-        """Make the same in uint8 with torchvision's v2: three times as fast on a CPU, off by one level here and there."""
+        """Make the same in uint8 with torchvision's v2: three times as fast on a CPU, off by 1 here and there."""
         from torchvision.transforms import v2
 
         return v2.Compose(

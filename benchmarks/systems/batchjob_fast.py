@@ -1,4 +1,4 @@
-"""batchjob as in `batchjob_local`, with `decode.mode=fast`: pixels differ by about half a level, like torchvision's v2."""
+"""batchjob as in `batchjob_local`, with `decode.mode=fast`: pixels differ by half a level, like torchvision's v2."""
 
 from __future__ import annotations
 
