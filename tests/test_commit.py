@@ -1,8 +1,7 @@
-"""Commit protocol, footers, error rows, and `_SUCCESS`, on a store in memory, on disk and on S3."""
+"""Commit protocol, footers and error rows, on a store in memory, on disk and on S3."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from memory_store import Fault, Killed, MemoryStore
 from seaweed import Seaweed
 
 from batchjob.errors import AttemptFailed, CheckFailed, InvalidJob, NotFound, Unavailable
-from batchjob.output import error_rows, success
+from batchjob.output import error_rows
 from batchjob.output.commit import (
     CommitResult,
     commit_part,
@@ -24,8 +23,6 @@ from batchjob.output.commit import (
     read_footers,
 )
 from batchjob.output.provenance import PartFooter
-from batchjob.output.success import SUCCESS, Part, Totals
-from batchjob.storage.objects import ObjectInfo
 from batchjob.storage.store import Store, open_store
 from batchjob.types import ShardKey
 
@@ -194,23 +191,6 @@ def test_file_that_is_not_a_part_is_refused(store: Store, part: Path) -> None:
         commit(store, part)
 
 
-def test_only_the_success_that_was_read_is_deleted(memory: MemoryStore) -> None:
-    success.delete_orphaned_success(memory, lambda: pytest.fail("there is none"))
-    memory.put_if_absent(SUCCESS, b"{}")
-    success.delete_orphaned_success(memory, lambda: False)
-    assert memory.stored_keys() == [SUCCESS]
-
-    def finish_another_plan() -> bool:
-        memory.client().delete(SUCCESS)
-        memory.client().put_if_absent(SUCCESS, b"{ }")
-        return True
-
-    success.delete_orphaned_success(memory, finish_another_plan)
-    assert memory.read(SUCCESS).data == b"{ }"
-    success.delete_orphaned_success(memory, lambda: True)
-    assert memory.stored_keys() == []
-
-
 def test_discarded_plan_is_checked_before_each_put(memory: MemoryStore, part: Path) -> None:
     def raise_discarded() -> None:
         raise InvalidJob("discarded")
@@ -289,26 +269,6 @@ def test_footers_come_in_the_order_of_the_keys(store: Store, tmp_path: Path) -> 
         list(read_footers(store, [*names, "predictions/none"]))
 
 
-def test_totals_add_up_over_parts() -> None:
-    totals = Totals()
-    totals.add(FOOTER)
-    totals.add(
-        replace(
-            FOOTER,
-            rows=6,
-            failed=3,
-            errors={"decode/truncated": 1, "fetch/not_found": 2},
-            seconds={"wall": 2},
-            truth={"images": 6},
-        )
-    )
-    totals.add(replace(FOOTER, rows=0, failed=0, errors={}, seconds={}, truth={"images": 1, "right": 1}))
-    assert totals.truth == {"images": 7, "right": 1}
-    assert (totals.rows, totals.failed) == (10, 4)
-    assert totals.errors == {"decode/truncated": 2, "fetch/not_found": 2}
-    assert totals.seconds == {"wall": 3.5}
-
-
 def test_error_rows_come_in_plan_order(store: Store, tmp_path: Path) -> None:
     for index, failed in [(2, 1), (0, 2), (1, 0)]:
         made = replace(FOOTER, index=index, failed=failed, errors={"decode/truncated": failed} if failed else {})
@@ -353,100 +313,3 @@ def test_heartbeat_is_called_while_objects_are_deleted(store: Store) -> None:
     assert delete_objects(store, names, lambda: beats.append(1)) == 40
     assert len(beats) >= 40
     assert list_parts(store) == {}
-
-
-# --- _SUCCESS ---------------------------------------------------------------------------------------------------------
-
-PARTS = [Part("predictions/a", 4, 1, "etag-a", 100), Part("predictions/b", 3, 0, None, 90)]
-LISTING = {
-    "predictions/a": ObjectInfo("predictions/a", 100, "etag-a", "1"),
-    "predictions/b": ObjectInfo("predictions/b", 90),
-}
-
-
-def test_success_is_written_and_read_back(store: Store) -> None:
-    assert success.read_success(store) is None
-    success.write_success(store, {"plan": "p", "counts": {"planned": 7}}, PARTS)
-    found = success.read_success(store)
-    assert found is not None
-    facts, stat = found
-    assert facts["plan"] == "p"
-    assert facts["parts"][0] == {"name": "predictions/a", "rows": 4, "failed": 1, "etag": "etag-a", "size": 100}
-    assert (stat.uri, stat.version) == (SUCCESS, store.stat(SUCCESS).version)
-    assert success.find_part_mismatches(facts, LISTING) == []
-
-
-def test_same_success_is_not_written_again(memory: MemoryStore) -> None:
-    success.write_success(memory, {"plan": "p"}, PARTS)
-    before = memory.read(SUCCESS)
-    success.write_success(memory, {"plan": "p"}, PARTS)
-    assert memory.read(SUCCESS) == before
-
-
-def test_different_success_is_replaced(store: Store) -> None:
-    success.write_success(store, {"plan": "old"}, PARTS[:1])
-    success.write_success(store, {"plan": "new"}, PARTS)
-    found = success.read_success(store)
-    assert found is not None
-    assert (found[0]["plan"], len(found[0]["parts"])) == ("new", 2)
-
-
-def test_success_is_replaced_on_condition_of_its_version(memory: MemoryStore) -> None:
-    success.write_success(memory, {"plan": "old"}, PARTS)
-    rival = memory.client()
-    memory.inject("replace_if_match", SUCCESS, lambda: success.write_success(rival, {"plan": "theirs"}, PARTS))
-    success.write_success(memory, {"plan": "new"}, PARTS)
-    assert memory.written_keys().count(SUCCESS) > 3  # the first replacement lost, and was tried on what stood then
-    assert json.loads(memory.read(SUCCESS).data)["plan"] == "new"
-
-
-@pytest.mark.parametrize("there", [False, True], ids=["new", "replaced"])
-@pytest.mark.parametrize("fault", [Fault.REPEATED, Fault.CONFLICT])
-def test_success_is_written_despite_wrong_answers(memory: MemoryStore, there: bool, fault: Fault) -> None:
-    if there:
-        success.write_success(memory, {"plan": "old"}, PARTS)
-    memory.inject("replace_if_match" if there else "put_if_absent", SUCCESS, fault)
-    success.write_success(memory, {"plan": "new"}, PARTS)
-    assert json.loads(memory.read(SUCCESS).data)["plan"] == "new"
-
-
-def test_success_that_cannot_be_written_is_an_error(memory: MemoryStore) -> None:
-    memory.inject("put_if_absent", SUCCESS, Fault.CONFLICT, times=100)
-    with pytest.raises(AttemptFailed, match="_SUCCESS could not be written"):
-        success.write_success(memory, {"plan": "p"}, PARTS)
-    memory.inject("put_if_absent", "_batchjob/report.json", Fault.DOWN)
-    with pytest.raises(Unavailable):
-        success.write_report(memory, {"plan": "p"})
-
-
-@pytest.mark.parametrize("body", [b"", b"done\n", b"[]", b"\xff\xfe"])
-def test_success_of_another_program_is_refused(store: Store, body: bytes) -> None:
-    store.put_if_absent(SUCCESS, body)
-    with pytest.raises(CheckFailed, match=r"_SUCCESS is not batchjob's.*remove it"):
-        success.read_success(store)
-
-
-def test_report_replaces_an_older_one(store: Store) -> None:
-    for plan in ("old", "new"):
-        success.write_report(store, {"plan": plan})
-    assert json.loads(store.read("_batchjob/report.json").data) == {"plan": "new"}
-
-
-@pytest.mark.parametrize(
-    ("change", "odd"),
-    [
-        ({"predictions/a": None}, ["predictions/a"]),
-        ({"predictions/b": None}, ["predictions/b"]),
-        ({"predictions/a": ObjectInfo("predictions/a", 100, "other")}, ["predictions/a"]),
-        ({"predictions/c": ObjectInfo("predictions/c", 1, "etag-c")}, ["predictions/c"]),
-        ({"predictions/c": ObjectInfo("predictions/c", 1)}, ["predictions/c"]),
-        ({"predictions/c": ObjectInfo("predictions/c", 1), "predictions/a": None}, ["predictions/a", "predictions/c"]),
-    ],
-)
-def test_parts_that_went_changed_or_came_since_success(change: dict[str, ObjectInfo | None], odd: list[str]) -> None:
-    memory = MemoryStore()
-    success.write_success(memory, {"plan": "p"}, PARTS)
-    found = success.read_success(memory)
-    assert found is not None
-    there = {name: stat for name, stat in {**LISTING, **change}.items() if stat is not None}
-    assert success.find_part_mismatches(found[0], there) == odd
