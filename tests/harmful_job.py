@@ -1,4 +1,4 @@
-"""A job whose model does harm when it sees a black picture, in the words that BATCHJOB_TEST_HARM holds."""
+"""A job whose model hangs, exits or raises at a black picture, as the environment variable BATCHJOB_TEST_HARM says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["CUDA_ASSERT", "CUDA_ECC_ERROR", "write_harmful_job"]
 CUDA_ASSERT = "CUDA error: device-side assert triggered"
 CUDA_ECC_ERROR = "CUDA error: uncorrectable ECC error encountered"
 
-# `hang` and `exit` are done, all else is raised.
+# `hang` and `exit` are done; every other text is raised.
 NET = """\
 import os
 import threading
@@ -48,7 +48,7 @@ output: {uri: out}
 
 
 def write_harmful_job(folder: Path, image_count: int, black_positions: Iterable[int]) -> str:
-    """Write it there over so many pictures, those of these positions black; the job file's path."""
+    """Write the job with its images, those at some positions black; return the path of the job file."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "net.py").write_text(NET)
     (folder / "job.yaml").write_text(JOB)

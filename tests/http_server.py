@@ -1,4 +1,4 @@
-"""Small web servers for the tests, on the loopback."""
+"""A small HTTP server for tests, on the loopback interface."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ __all__ = ["HttpServer", "Response", "run_http_server"]
 
 @dataclass(frozen=True)
 class Response:
-    """One answer. `pieces` are sent one by one, each after `pause` seconds on an event that ends with the server."""
+    """One answer of the server.
+
+    Attributes:
+        body: Body; not sent if there are `pieces`.
+        status: HTTP status.
+        headers: Headers besides `Content-Length`.
+        pieces: Parts of the body that are sent one by one.
+        pause: Seconds to wait before each part.
+        length: Value of `Content-Length`, if it is not the true one.
+    """
 
     body: bytes = b""
     status: int = 200
@@ -26,7 +35,13 @@ class Response:
 
 @dataclass
 class HttpServer:
-    """A running server; `pages` by path may be filled at any time, `asked` holds each request's path and headers."""
+    """A running server.
+
+    Attributes:
+        port: Port on 127.0.0.1.
+        responses: Answer by path, or a function of the request's headers; may be filled at any time.
+        requests: Path and headers of each request so far.
+    """
 
     port: int
     responses: dict[str, Response | Callable[[Mapping[str, str]], Response]] = field(default_factory=dict)
@@ -39,46 +54,46 @@ class HttpServer:
 
 @contextmanager
 def run_http_server(tls: ssl.SSLContext | None = None) -> Iterator[HttpServer]:
-    """A server that answers what `pages` say, 404 for all else."""
-    over = threading.Event()
+    """Run a server that sends its `responses`, and 404 for every other path."""
+    stopped = threading.Event()
 
     class Answers(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            site.requests.append((self.path, dict(self.headers)))
-            found = site.responses.get(self.path, Response(b"no such page", 404))
-            page = found if isinstance(found, Response) else found(dict(self.headers))
-            self.send_response(page.status)
-            for name, value in page.headers.items():
+            server.requests.append((self.path, dict(self.headers)))
+            found = server.responses.get(self.path, Response(b"no such page", 404))
+            response = found if isinstance(found, Response) else found(dict(self.headers))
+            self.send_response(response.status)
+            for name, value in response.headers.items():
                 self.send_header(name, value)
-            pieces = page.pieces or (page.body,)
-            size = sum(map(len, pieces)) if page.length is None else page.length
+            pieces = response.pieces or (response.body,)
+            size = sum(map(len, pieces)) if response.length is None else response.length
             self.send_header("Content-Length", str(size))
             self.end_headers()
             for piece in pieces:
-                over.wait(page.pause)
+                stopped.wait(response.pause)
                 try:
                     self.wfile.write(piece)
                     self.wfile.flush()
                 except OSError:
                     return
-            self.close_connection = page.length is not None
+            self.close_connection = response.length is not None
 
         def log_message(self, format: str, *args: object) -> None:
-            """Says nothing."""
+            """Log nothing."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    server.daemon_threads = True
+    listener = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    listener.daemon_threads = True
     if tls is not None:
-        server.socket = tls.wrap_socket(server.socket, server_side=True)
-    site = HttpServer(server.server_port)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        listener.socket = tls.wrap_socket(listener.socket, server_side=True)
+    server = HttpServer(listener.server_port)
+    thread = threading.Thread(target=listener.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
-        yield site
+        yield server
     finally:
-        over.set()
-        server.shutdown()
-        server.server_close()
+        stopped.set()
+        listener.shutdown()
+        listener.server_close()
         thread.join()

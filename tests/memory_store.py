@@ -1,4 +1,4 @@
-"""A store in memory, for the rooms that commit: it breaks where a test tells it to, and remembers what it was asked."""
+"""A `Store` in memory that injects faults and records its calls."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from typing import BinaryIO, TypeVar
 from batchjob.errors import AlreadyExists, BatchjobError, NotFound, PreconditionFailed, Unavailable
 from batchjob.storage.objects import ObjectData, ObjectInfo
 
-__all__ = ["WRITE_METHODS", "Call", "Fault", "Killed", "MemoryStore"]
+__all__ = ["WRITE_METHODS", "Call", "Fault", "Killed", "MemoryStore", "StoreState"]
 
 T = TypeVar("T")
 WRITE_METHODS = ("put_if_absent", "replace_if_match", "delete", "delete_if_match")
 
 
 class Killed(BaseException):
-    """The process died here: nothing after this line runs, no handler either."""
+    """Death of the process at this line: no code after it runs, and no exception handler."""
 
 
 class Fault(Enum):
-    """How a call goes wrong."""
+    """A way in which a call to the store fails."""
 
-    DOWN = auto()  # nothing happens; no answer
-    LOST = auto()  # it happens; no answer
-    REPEATED = auto()  # it happens, the answer is lost, and the client's repeat meets its own first write
-    CONFLICT = auto()  # nothing happens; the answer is that of a lost race
-    KILLED_BEFORE = auto()
-    KILLED_AFTER = auto()
-    STALE = auto()  # a listing shows what lay there some writes ago; all other calls are right
+    DOWN = auto()  # the call is not carried out, and not answered
+    LOST = auto()  # the call is carried out, but its answer is lost
+    REPEATED = auto()  # the answer is lost, and the client's repeated call meets its own first write
+    CONFLICT = auto()  # the call is not carried out, and answered like a lost race
+    KILLED_BEFORE = auto()  # the caller dies before the call is carried out
+    KILLED_AFTER = auto()  # the caller dies after the call was carried out
+    STALE = auto()  # a listing returns the objects of some writes ago; other calls are up to date
 
 
 _STALE_WRITES = 3
-_HAPPENS = {Fault.LOST, Fault.REPEATED, Fault.KILLED_AFTER}
+_CARRIED_OUT = {Fault.LOST, Fault.REPEATED, Fault.KILLED_AFTER}
 
 
 @dataclass(frozen=True)
 class Call:
-    """What was asked of the store."""
+    """A recorded call: method and key, or prefix for `list`."""
 
     method: str
     key: str
 
 
 @dataclass
-class _Planned:
-    verb: str
+class _InjectedFault:
+    method: str
     pattern: str
     fault: Fault | Callable[[], object]
     skip: int
@@ -60,163 +60,170 @@ class _Planned:
 
 
 @dataclass
-class _Disk:
-    """What outlives every client."""
+class StoreState:
+    """Objects of a store, which all its clients share."""
 
     objects: dict[str, ObjectData] = field(default_factory=dict)
     writes: int = 0
-    before: deque[dict[str, ObjectData]] = field(default_factory=lambda: deque([{}], maxlen=_STALE_WRITES))
+    history: deque[dict[str, ObjectData]] = field(default_factory=lambda: deque([{}], maxlen=_STALE_WRITES))
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class MemoryStore:
-    """A `Store`. Several clients may share its objects, each with faults and calls of its own."""
+    """A `Store`. Several clients may share the objects; each has faults and recorded calls of its own."""
 
     uri = "memory://out"
 
-    def __init__(self, disk: _Disk | None = None) -> None:
-        self._disk = disk or _Disk()
-        self._planned: list[_Planned] = []
+    def __init__(self, state: StoreState | None = None) -> None:
+        self.state = state or StoreState()
+        self._faults: list[_InjectedFault] = []
         self.calls: list[Call] = []
 
     # -- for tests ---------------------------------------------------------------------------------------------------
 
     def client(self) -> MemoryStore:
-        """Another client of the same objects."""
-        return MemoryStore(self._disk)
+        """Return another client of the same objects."""
+        return MemoryStore(self.state)
 
     def inject(
         self, method: str, pattern: str, fault: Fault | Callable[[], object], *, skip: int = 0, times: int = 1
     ) -> None:
-        """Let the calls of `verb` on keys like `pattern` go wrong: after the first `skip`, the next `times`.
+        """Make calls fail.
 
-        A callable is what somebody else does just before the call, which then goes its way.
+        Args:
+            method: Name of the method, such as `put_if_absent`.
+            pattern: Pattern of the keys, as for `fnmatch`.
+            fault: Way to fail; or a function that runs just before the call, which is then carried out: a rival.
+            skip: Number of matching calls that are carried out before.
+            times: Number of matching calls that fail.
         """
-        self._planned.append(_Planned(method, pattern, fault, skip, times))
+        self._faults.append(_InjectedFault(method, pattern, fault, skip, times))
 
     def written_keys(self) -> list[str]:
-        """Keys of all creates, replacements and deletions asked for, in order."""
+        """Return the keys of all calls that write or delete, in order."""
         return [call.key for call in self.calls if call.method in WRITE_METHODS]
 
     def stored_keys(self) -> list[str]:
-        """Everything that lies there."""
-        return sorted(self._disk.objects)
+        """Return the keys of all objects, sorted."""
+        return sorted(self.state.objects)
 
     # -- Store -------------------------------------------------------------------------------------------------------
 
     def read(self, key: str) -> ObjectData:
-        """Raises NotFound, Unavailable."""
-        return self._asked("read", key, lambda: self._blob(key))
+        """Return an object. Raises NotFound, Unavailable."""
+        return self._call("read", key, lambda: self._get(key))
 
     def read_tail(self, key: str, size: int) -> bytes:
-        """The last `size` bytes, or all."""
-        return self._asked("read_tail", key, lambda: self._blob(key).data[-size:] if size else b"")
+        """Return the last `size` bytes, or all of them."""
+        return self._call("read_tail", key, lambda: self._get(key).data[-size:] if size else b"")
 
     def read_head(self, key: str, size: int) -> bytes:
-        """The first `size` bytes, or all."""
-        return self._asked("read_head", key, lambda: self._blob(key).data[:size])
+        """Return the first `size` bytes, or all of them."""
+        return self._call("read_head", key, lambda: self._get(key).data[:size])
 
     def open(self, key: str) -> BinaryIO:
-        """Its bytes as a file."""
-        return self._asked("open", key, lambda: io.BytesIO(self._blob(key).data))
+        """Open an object as a file."""
+        return self._call("open", key, lambda: io.BytesIO(self._get(key).data))
 
     def stat(self, key: str) -> ObjectInfo:
-        """Raises NotFound, Unavailable."""
-        return self._asked("stat", key, lambda: _stat(key, self._blob(key)))
+        """Return size, tag and version of an object. Raises NotFound, Unavailable."""
+        return self._call("stat", key, lambda: _object_info(key, self._get(key)))
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Objects whose key starts with `prefix`, in key order."""
-        fault = self._fault("list", prefix)
-        lying = self._disk.before[0] if fault is Fault.STALE else self._disk.objects
-        found = self._answered("list", prefix, fault, lambda: dict(lying))
-        return (_stat(key, found[key]) for key in sorted(found) if key.startswith(prefix))
+        """Yield the objects whose keys start with `prefix`, in key order."""
+        fault = self._take_fault("list", prefix)
+        listed = self.state.history[0] if fault is Fault.STALE else self.state.objects
+        found = self._carry_out("list", prefix, fault, lambda: dict(listed))
+        return (_object_info(key, found[key]) for key in sorted(found) if key.startswith(prefix))
 
     def put_if_absent(self, key: str, body: bytes | Path) -> ObjectInfo:
-        """Raises AlreadyExists, Unavailable."""
-        return self._asked("put_if_absent", key, lambda: self._create(key, body))
+        """Create an object. Raises AlreadyExists, Unavailable."""
+        return self._call("put_if_absent", key, lambda: self._create(key, body))
 
     def replace_if_match(self, key: str, body: bytes | Path, version: str) -> ObjectInfo:
-        """Raises Changed, Unavailable."""
-        return self._asked("replace_if_match", key, lambda: self._replace(key, body, version), PreconditionFailed)
+        """Replace an object. Raises PreconditionFailed, Unavailable."""
+        return self._call("replace_if_match", key, lambda: self._replace(key, body, version), PreconditionFailed)
 
     def delete(self, key: str) -> None:
-        """Absent is fine."""
-        self._asked("delete", key, lambda: self._remove(key))
+        """Delete an object; one that does not exist is no error."""
+        self._call("delete", key, lambda: self._remove(key))
 
     def delete_if_match(self, key: str, version: str) -> None:
-        """Absent is fine. Raises Changed, Unavailable."""
-        self._asked("delete_if_match", key, lambda: self._remove(key, version), PreconditionFailed)
+        """Delete an object that has this version, if it exists. Raises PreconditionFailed, Unavailable."""
+        self._call("delete_if_match", key, lambda: self._remove(key, version), PreconditionFailed)
 
-    # -- how -----------------------------------------------------------------------------------------------------------
+    # -- implementation ----------------------------------------------------------------------------------------------
 
-    def _asked(self, verb: str, key: str, happen: Callable[[], T], lost_race: type[BatchjobError] = AlreadyExists) -> T:
-        return self._answered(verb, key, self._fault(verb, key), happen, lost_race)
+    def _call(
+        self, method: str, key: str, action: Callable[[], T], conflict_error: type[BatchjobError] = AlreadyExists
+    ) -> T:
+        return self._carry_out(method, key, self._take_fault(method, key), action, conflict_error)
 
-    def _fault(self, verb: str, key: str) -> Fault | None:
-        fault = self._next_fault(verb, key)
+    def _take_fault(self, method: str, key: str) -> Fault | None:
+        fault = self._find_fault(method, key)
         if not callable(fault):
             return fault
         fault()
         return None
 
-    def _answered(
+    def _carry_out(
         self,
-        verb: str,
+        method: str,
         key: str,
         fault: Fault | None,
-        happen: Callable[[], T],
-        lost_race: type[BatchjobError] = AlreadyExists,
+        action: Callable[[], T],
+        conflict_error: type[BatchjobError] = AlreadyExists,
     ) -> T:
-        with self._disk.lock:
-            self.calls.append(Call(verb, key))
+        with self.state.lock:
+            self.calls.append(Call(method, key))
             if fault is None or fault is Fault.STALE:
-                return happen()
-            if fault in _HAPPENS:
-                happen()
+                return action()
+            if fault in _CARRIED_OUT:
+                action()
         if fault in (Fault.KILLED_BEFORE, Fault.KILLED_AFTER):
-            raise Killed(f"{verb} {key}")
+            raise Killed(f"{method} {key}")
         if fault in (Fault.CONFLICT, Fault.REPEATED):
-            raise lost_race(f"{self.uri}/{key}: lost a race, says the store")
+            raise conflict_error(f"{self.uri}/{key}: lost a race, says the store")
         raise Unavailable(f"{self.uri}/{key}: the store does not answer")
 
-    def _next_fault(self, verb: str, key: str) -> Fault | Callable[[], object] | None:
-        for planned in self._planned:
-            if planned.verb == verb and fnmatchcase(key, planned.pattern) and planned.times:
-                if planned.skip:
-                    planned.skip -= 1
+    def _find_fault(self, method: str, key: str) -> Fault | Callable[[], object] | None:
+        for injected in self._faults:
+            if injected.method == method and fnmatchcase(key, injected.pattern) and injected.times:
+                if injected.skip:
+                    injected.skip -= 1
                     continue
-                planned.times -= 1
-                return planned.fault
+                injected.times -= 1
+                return injected.fault
         return None
 
-    def _blob(self, key: str) -> ObjectData:
-        if key not in self._disk.objects:
+    def _get(self, key: str) -> ObjectData:
+        if key not in self.state.objects:
             raise NotFound(f"{self.uri}/{key}: not there")
-        return self._disk.objects[key]
+        return self.state.objects[key]
 
     def _create(self, key: str, body: bytes | Path) -> ObjectInfo:
-        if key in self._disk.objects:
+        if key in self.state.objects:
             raise AlreadyExists(f"{self.uri}/{key}: already there")
         return self._write(key, body)
 
     def _replace(self, key: str, body: bytes | Path, version: str) -> ObjectInfo:
-        if key not in self._disk.objects or self._disk.objects[key].version != version:
+        if key not in self.state.objects or self.state.objects[key].version != version:
             raise PreconditionFailed(f"{self.uri}/{key}: replaced by another writer")
         return self._write(key, body)
 
     def _remove(self, key: str, version: str | None = None) -> None:
-        if version is not None and key in self._disk.objects and self._disk.objects[key].version != version:
+        if version is not None and key in self.state.objects and self.state.objects[key].version != version:
             raise PreconditionFailed(f"{self.uri}/{key}: replaced by another writer")
-        self._disk.before.append(dict(self._disk.objects))
-        self._disk.objects.pop(key, None)
+        self.state.history.append(dict(self.state.objects))
+        self.state.objects.pop(key, None)
 
     def _write(self, key: str, body: bytes | Path) -> ObjectInfo:
         data = body.read_bytes() if isinstance(body, Path) else body
-        self._disk.before.append(dict(self._disk.objects))
-        self._disk.writes += 1
-        self._disk.objects[key] = ObjectData(data, hashlib.sha256(data).hexdigest()[:32], str(self._disk.writes))
-        return _stat(key, self._disk.objects[key])
+        self.state.history.append(dict(self.state.objects))
+        self.state.writes += 1
+        self.state.objects[key] = ObjectData(data, hashlib.sha256(data).hexdigest()[:32], str(self.state.writes))
+        return _object_info(key, self.state.objects[key])
 
 
-def _stat(key: str, blob: ObjectData) -> ObjectInfo:
-    return ObjectInfo(key, len(blob.data), blob.etag, blob.version)
+def _object_info(key: str, data: ObjectData) -> ObjectInfo:
+    return ObjectInfo(key, len(data.data), data.etag, data.version)

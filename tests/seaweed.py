@@ -1,4 +1,4 @@
-"""A real S3 server for the tests: SeaweedFS from the Python index, on free ports of the loopback."""
+"""A real S3 server for tests: SeaweedFS, installed from PyPI, on free ports of the loopback interface."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass
 class Seaweed:
-    """A running server.
+    """A running SeaweedFS server.
 
     Attributes:
         endpoint: URL such as `http://127.0.0.1:12345`.
-        client: a boto3 S3 client that knows endpoint and keys: it can name every key, also the odd ones.
+        client: boto3 S3 client with endpoint and credentials; unlike obstore it can name every key.
     """
 
     endpoint: str
@@ -37,19 +37,19 @@ class Seaweed:
     _buckets: set[str] = field(default_factory=set)
 
     def bucket(self, name: str = "tests") -> str:
-        """A fresh `s3://<name>/<unique>/` (ends with a slash); the bucket is made where it is not there."""
+        """Return a fresh prefix `s3://<name>/<unique>/`; the bucket is created if it does not exist."""
         if name not in self._buckets:
             self.client.create_bucket(Bucket=name)
             self._buckets.add(name)
         return f"s3://{name}/{uuid.uuid4().hex[:12]}/"
 
     def put(self, uri: str, body: bytes | Path) -> None:
-        """Write one object, over whatever is there; the key is taken literally."""
+        """Write one object, also over an existing one; the key is taken literally."""
         bucket, key = _split(uri)
         self.client.put_object(Bucket=bucket, Key=key, Body=body if isinstance(body, bytes) else body.read_bytes())
 
     def put_tree(self, folder: Path, uri: str) -> None:
-        """Write every file below `folder` under the prefix `uri`, with their relative names."""
+        """Write every file below `folder` under the prefix `uri`, with its relative name."""
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 self.put(uri.rstrip("/") + "/" + path.relative_to(folder).as_posix(), path)
@@ -65,21 +65,21 @@ class Seaweed:
         self.client.delete_object(Bucket=bucket, Key=key)
 
     def keys(self, prefix: str) -> list[str]:
-        """Keys under the URI `prefix`, relative to it, sorted."""
+        """Return the keys below the URI `prefix`, relative to it, sorted."""
         bucket, start = _split(prefix)
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start)
         return sorted(item["Key"].removeprefix(start) for page in pages for item in page.get("Contents", []))
 
 
 def find_weed() -> Path | None:
-    """The `weed` program of this environment, or None."""
+    """Return the `weed` program of this environment, or None."""
     beside = Path(sys.executable).with_name("weed")
     found = str(beside) if beside.exists() else shutil.which("weed")
     return Path(found) if found else None
 
 
 def s3_environment(endpoint: str) -> dict[str, str]:
-    """What a process needs in its environment to reach the server; no file or metadata service is asked."""
+    """Return the environment variables that point a process to the server; no file or metadata service is asked."""
     return {
         "AWS_ACCESS_KEY_ID": ACCESS_KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
@@ -94,7 +94,7 @@ def s3_environment(endpoint: str) -> dict[str, str]:
 
 @contextmanager
 def run_seaweed(folder: Path) -> Iterator[Seaweed]:
-    """Start a server that keeps its data below `folder`; killed on leaving, and with its parent."""
+    """Run a server that keeps its data below `folder`; it is killed at the end, and when its parent dies."""
     binary = find_weed()
     assert binary is not None, "no weed: pip install 'batchjob[dev]'"
     names = ["master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3", "s3.grpc"]
@@ -112,9 +112,9 @@ def run_seaweed(folder: Path) -> Iterator[Seaweed]:
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
     try:
-        yield Seaweed(endpoint, _client_when_up(endpoint, process, log))
+        yield Seaweed(endpoint, _wait_for_client(endpoint, process, log))
     finally:
-        with suppress(ProcessLookupError):  # it may not even have come up
+        with suppress(ProcessLookupError):  # it may not have started at all
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
@@ -138,12 +138,12 @@ def _command(binary: Path, folder: Path, ports: dict[str, int]) -> list[str]:
         "-s3",
         f"-s3.localSocket={folder / 's3.sock'}",
         "-s3.port.iceberg=0",
-        "-s3.port.lance=0",  # both have fixed ports, which a second server could not have
+        "-s3.port.lance=0",  # both have fixed ports, on which a second server could not listen
         *(f"-{flag}={port}" for flag, port in flags.items()),
     ]
 
 
-def _client_when_up(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> Any:
+def _wait_for_client(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> Any:
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
@@ -159,7 +159,7 @@ def _client_when_up(endpoint: str, process: subprocess.Popen[bytes], log: Path) 
     deadline = time.monotonic() + 60
     while True:
         try:
-            # A listing answers before the volumes can be written to: only a write shows that the server is up.
+            # A listing is answered before the volumes can be written to: only a write shows that the server is ready.
             client.create_bucket(Bucket="warm-up")
             client.put_object(Bucket="warm-up", Key="up", Body=b"up")
             client.delete_object(Bucket="warm-up", Key="up")

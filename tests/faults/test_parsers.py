@@ -277,7 +277,7 @@ def list_reads(store: MemoryStore, head: PlanHead) -> list[Callable[[], object]]
 def test_damaged_output_gives_a_readable_error(output: tuple[MemoryStore, PlanHead, Job], which: str) -> None:
     store, head, _ = output
     (key,) = [key for key in store.stored_keys() if which in key]
-    sound, objects = store._disk.objects[key], dict(store._disk.objects)
+    sound, objects = store.state.objects[key], dict(store.state.objects)
 
     @fuzz
     @given(
@@ -285,8 +285,8 @@ def test_damaged_output_gives_a_readable_error(output: tuple[MemoryStore, PlanHe
         st.integers(0, 9),
     )
     def read(data: bytes, which_read: int) -> None:
-        store._disk.objects.clear()
-        store._disk.objects.update(objects)
+        store.state.objects.clear()
+        store.state.objects.update(objects)
         store.delete(key)
         store.put_if_absent(key, data)
         with expect_readable_error():
@@ -296,8 +296,8 @@ def test_damaged_output_gives_a_readable_error(output: tuple[MemoryStore, PlanHe
         read()
         PASSED.append(which)
     finally:
-        store._disk.objects.clear()
-        store._disk.objects.update(objects)
+        store.state.objects.clear()
+        store.state.objects.update(objects)
 
 
 def test_undamaged_output_can_be_read(output: tuple[MemoryStore, PlanHead, Job]) -> None:

@@ -136,7 +136,7 @@ class Client(MemoryStore):
     """Client of one actor to the shared objects; it stops before every call."""
 
     def __init__(self, shared: MemoryStore, actor: Actor) -> None:
-        super().__init__(shared._disk)
+        super().__init__(shared.state)
         self._actor = actor
 
     def _next_fault(self, verb: str, key: str) -> Fault | None:

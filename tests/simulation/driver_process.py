@@ -71,7 +71,7 @@ class SimulatedDriver(Actor):
 
     def holders(self, except_epoch: int = 0) -> set[str]:
         """Return the key of the newest lease except that epoch; nothing if its owner has released it."""
-        objects, own_key = self.store._disk.objects, f"{_LEASE}{except_epoch:010d}.json"
+        objects, own_key = self.store.state.objects, f"{_LEASE}{except_epoch:010d}.json"
         leases = {key: stored for key, stored in objects.items() if key.startswith(_LEASE) and key != own_key}
         return {key for key in sorted(leases)[-1:] if not json.loads(leases[key].data)["released"]}
 

@@ -235,7 +235,7 @@ class DriversMachine(RuleBasedStateMachine):
         return actor.ended or (isinstance(actor, SimulatedWorker) and actor.is_resting)
 
     def _check_objects(self, actor: Actor) -> None:
-        self._invariants.check(self._shared._disk.objects, actor.store.calls)
+        self._invariants.check(self._shared.state.objects, actor.store.calls)
 
     def _check_ended(self, actor: Actor) -> None:
         """Handle an actor that has ended: replace a worker, close a driver's pool, raise unexpected errors."""
