@@ -144,13 +144,13 @@ def free_shared_memory() -> int | None:
     return shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None
 
 
-def require_packages(model_type: str, extra: str, *packages: str) -> None:
+def require_packages(*packages: str, model_type: str, extra: str) -> None:
     """Raise InvalidJob if a package that a model type needs is not installed; imports none of them.
 
     Args:
+        packages: Import names of the packages.
         model_type: `model.type` of the job.
         extra: Extra of batchjob that installs the packages.
-        packages: Names of the packages.
     """
     missing = [package for package in packages if find_spec(package) is None]
     if missing:

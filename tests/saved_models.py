@@ -89,7 +89,7 @@ class SavedModel:
 
     Attributes:
         settings: Section `model` of a job, with `weights` as a local path.
-        base: Folder of the job file.
+        folder: Folder of the job file.
         reference: Function that computes the expected output for pixels `[n, 3, h, w]`, in plain PyTorch.
         file: File of weights; None if there is none.
         transform: Expected preprocessing, from an RGB image to `[3, h, w]`; None if the format brings none.
@@ -99,7 +99,7 @@ class SavedModel:
     """
 
     settings: dict[str, Any]
-    base: Path
+    folder: Path
     reference: Callable[[torch.Tensor], torch.Tensor]
     file: Path | None = None
     transform: Callable[[Image.Image], torch.Tensor] | None = None

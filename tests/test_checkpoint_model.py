@@ -59,7 +59,7 @@ NUMBER = 7
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
+def job_folder(tmp_path: Path) -> Path:
     """Folder of a job file, with `net.py` in it."""
     folder = tmp_path / "job"
     folder.mkdir()
@@ -121,8 +121,8 @@ STATE_DICT_FORMS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("form", STATE_DICT_FORMS)
-def test_state_dict_is_found_in_every_form(form: str, legacy: bool, base: Path, tmp_path: Path) -> None:
-    model = make_settings(save(STATE_DICT_FORMS[form](), tmp_path / "w.th", legacy)).load(READER, base)
+def test_state_dict_is_found_in_every_form(form: str, legacy: bool, job_folder: Path, tmp_path: Path) -> None:
+    model = make_settings(save(STATE_DICT_FORMS[form](), tmp_path / "w.th", legacy)).load(READER, job_folder)
     x = torch.rand(2, 3, 8, 8)
     expected = make_small().eval()
     torch.testing.assert_close(model.module(x), expected(x), rtol=0, atol=1e-3 if form == "half precision" else 0)
@@ -130,26 +130,26 @@ def test_state_dict_is_found_in_every_form(form: str, legacy: bool, base: Path, 
     assert model.labels is None
 
 
-def test_safetensors_with_prefixes_load_from_any_storage(base: Path, tmp_path: Path) -> None:
+def test_safetensors_with_prefixes_load_from_any_storage(job_folder: Path, tmp_path: Path) -> None:
     save_file(make_prefixed("module."), tmp_path / "w.safetensors")
     with fsspec.open("memory://weights/w.safetensors", "wb") as file:
         file.write((tmp_path / "w.safetensors").read_bytes())
-    model = make_settings("memory://weights/w.safetensors").load(READER, base)
+    model = make_settings("memory://weights/w.safetensors").load(READER, job_folder)
     x = torch.rand(2, 3, 8, 8)
     torch.testing.assert_close(model.module(x), make_small().eval()(x), rtol=0, atol=0)
 
 
-def test_child_called_module_keeps_its_name(base: Path, tmp_path: Path) -> None:
+def test_child_called_module_keeps_its_name(job_folder: Path, tmp_path: Path) -> None:
     for state in (
         {"module.weight": torch.ones(2, 2), "module.bias": torch.ones(2)},
         {"module.module.weight": torch.ones(2, 2), "module.module.bias": torch.ones(2)},
     ):
-        model = make_settings(save(state, tmp_path / "w.pt"), "net:Wrapper").load(READER, base)
+        model = make_settings(save(state, tmp_path / "w.pt"), "net:Wrapper").load(READER, job_folder)
         assert model.module(torch.ones(1, 2)).tolist() == [[3.0, 3.0]]
 
 
-def test_lazy_layer_takes_its_shape_from_the_file(base: Path, tmp_path: Path) -> None:
-    model = make_settings(save(make_small().state_dict(), tmp_path / "w.pt"), "net:lazy").load(READER, base)
+def test_lazy_layer_takes_its_shape_from_the_file(job_folder: Path, tmp_path: Path) -> None:
+    model = make_settings(save(make_small().state_dict(), tmp_path / "w.pt"), "net:lazy").load(READER, job_folder)
     assert model.module(torch.rand(2, 3, 8, 8)).shape == (2, 3)
 
 
@@ -187,21 +187,21 @@ def make_changed(*removed: str, **added: torch.Tensor) -> dict[str, Any]:
     ],
 )
 def test_keys_that_do_not_fit_are_named(
-    content: Callable[[], Any], settings: dict[str, Any], phrases: list[str], base: Path, tmp_path: Path
+    content: Callable[[], Any], settings: dict[str, Any], phrases: list[str], job_folder: Path, tmp_path: Path
 ) -> None:
     model = make_settings(save(content(), tmp_path / "w.pt"), **settings)
     with pytest.raises(InvalidJob) as caught:
-        model.load(READER, base)
+        model.load(READER, job_folder)
     for phrase in ["w.pt does not fit net:small", *phrases]:
         assert phrase in caught.value.message
     assert len(caught.value.message) < 1500
 
 
 def test_strict_false_accepts_other_keys_and_logs_them(
-    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    job_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     weights = save(make_changed("3.bias", extra=torch.ones(1)), tmp_path / "w.pt")
-    make_settings(weights, strict=False).load(READER, base)
+    make_settings(weights, strict=False).load(READER, job_folder)
     assert "missing in the file: 3.bias; unknown to the model: extra" in caplog.text
 
 
@@ -251,25 +251,29 @@ def save_safetensors(tmp_path: Path) -> bytes:
     ],
 )
 def test_file_without_weights_is_explained(
-    make_data: Callable[[Path], bytes], message: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_data: Callable[[Path], bytes],
+    message: str,
+    job_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "w.pt").write_bytes(make_data(tmp_path))
     with pytest.raises(InvalidJob) as caught:
-        make_settings(str(tmp_path / "w.pt")).load(READER, base)
+        make_settings(str(tmp_path / "w.pt")).load(READER, job_folder)
     assert message in caught.value.message
     assert caught.value.message.startswith(f"model.weights: {tmp_path / 'w.pt'}")
     assert "code ran" not in capsys.readouterr().out
 
 
-def test_check_finds_missing_weights_and_modules(base: Path, tmp_path: Path) -> None:
+def test_check_finds_missing_weights_and_modules(job_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidJob, match=r"model\.weights: there is no file .*absent\.pt"):
-        make_settings(str(tmp_path / "absent.pt")).check(READER, base)
+        make_settings(str(tmp_path / "absent.pt")).check(READER, job_folder)
     with pytest.raises(InvalidJob, match=r"model\.weights: there is no file .*absent\.pt"):
-        make_settings(str(tmp_path / "absent.pt")).load(READER, base)
+        make_settings(str(tmp_path / "absent.pt")).load(READER, job_folder)
     weights = save(make_small().state_dict(), tmp_path / "w.pt")
-    make_settings(weights).check(READER, base)
+    make_settings(weights).check(READER, job_folder)
     with pytest.raises(InvalidJob, match=r"nest\.py: not there, for 'nest:small'; did you mean 'net'"):
-        make_settings(weights, "nest:small").check(READER, base)
+        make_settings(weights, "nest:small").check(READER, job_folder)
 
 
 def test_target_must_be_a_dotted_name() -> None:
@@ -277,17 +281,17 @@ def test_target_must_be_a_dotted_name() -> None:
         CheckpointModel(architecture="net.py:small()", weights="w.pt")
 
 
-def test_digest_covers_the_weights_and_the_source(base: Path, tmp_path: Path) -> None:
+def test_digest_covers_the_weights_and_the_source(job_folder: Path, tmp_path: Path) -> None:
     weights = save(make_small().state_dict(), tmp_path / "w.pt")
-    first = make_settings(weights).load(READER, base).digest
-    assert make_settings(weights).load(READER, base).digest == first
+    first = make_settings(weights).load(READER, job_folder).digest
+    assert make_settings(weights).load(READER, job_folder).digest == first
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "net.py").write_text(NET_SOURCE + "\n# changed\n")
     assert make_settings(weights).load(READER, tmp_path / "other").digest != first
     save({"state_dict": make_small().state_dict()}, tmp_path / "w.pt")
-    assert make_settings(weights).load(READER, base).digest != first
+    assert make_settings(weights).load(READER, job_folder).digest != first
     plain = save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "s.pt")
-    digest = make_settings(plain, "squeezenet1_1").load(READER, base).digest
+    digest = make_settings(plain, "squeezenet1_1").load(READER, job_folder).digest
     assert digest == hashlib.sha256(Path(plain).read_bytes()).hexdigest()
 
 
@@ -308,15 +312,15 @@ def test_digest_covers_the_weights_and_the_source(base: Path, tmp_path: Path) ->
     ],
 )
 def test_unknown_architecture_is_explained(
-    architecture: str, settings: dict[str, Any], message: str, base: Path, tmp_path: Path
+    architecture: str, settings: dict[str, Any], message: str, job_folder: Path, tmp_path: Path
 ) -> None:
     weights = save(make_small().state_dict(), tmp_path / "w.pt")
     with pytest.raises(InvalidJob) as caught:
-        make_settings(weights, architecture, **settings).load(READER, base)
+        make_settings(weights, architecture, **settings).load(READER, job_folder)
     assert message in caught.value.message
     assert caught.value.message.startswith("model.architecture")
 
 
-def test_num_classes_is_not_passed_to_a_function_without_it(base: Path, tmp_path: Path) -> None:
+def test_num_classes_is_not_passed_to_a_function_without_it(job_folder: Path, tmp_path: Path) -> None:
     weights = save(nn.Linear(2, 2).state_dict(), tmp_path / "w.pt")
-    make_settings(weights, "net:fixed", num_classes=2).load(READER, base)
+    make_settings(weights, "net:fixed", num_classes=2).load(READER, job_folder)

@@ -60,7 +60,7 @@ def make_settings(model: SavedModel, **other: Any) -> Any:
 
 
 def load(model: SavedModel, **other: Any) -> LoadedModel:
-    loaded: LoadedModel = make_settings(model, **other).load(READER, model.base)
+    loaded: LoadedModel = make_settings(model, **other).load(READER, model.folder)
     return loaded
 
 
@@ -109,7 +109,7 @@ def test_file_loads_from_any_storage(name: str, saved: SaveModel, s3: Seaweed) -
         file.write(model.file.read_bytes())
     local = load(model)
     for weights in (f"file://{model.file}", memory, bucket + model.file.name):
-        make_settings(model, weights=weights).check(READER, model.base)
+        make_settings(model, weights=weights).check(READER, model.folder)
         loaded = load(model, weights=weights)
         assert loaded.digest == local.digest
         pixels = make_pixels(4, model.side)
@@ -129,7 +129,7 @@ def test_preprocessing_equals_that_of_the_library(name: str, saved: SaveModel) -
     image.save(encoded, "png")
     merged = merge_preprocess(None, preprocess)
     prepare = ImageTransform(
-        DecodeSettings(), ResizeCrop(merged, model.base), gray=merged.channels == "gray", apply_exif=False
+        DecodeSettings(), ResizeCrop(merged, model.folder), gray=merged.channels == "gray", apply_exif=False
     )
     pixels = Normalizer(merged)(prepare(encoded.getvalue()).pixels[None], torch.float32)[0]
     torch.testing.assert_close(pixels, model.transform(image), rtol=0, atol=model.transform_tolerance)
@@ -141,7 +141,7 @@ def test_check_finds_a_missing_file(name: str, saved: SaveModel, tmp_path: Path)
     absent = make_settings(model, weights=str(tmp_path / "absent.pth"))
     for call in (absent.check, absent.load):
         with pytest.raises(InvalidJob, match=r"model\.weights: there is no file .*absent\.pth; correct the path"):
-            call(READER, model.base)
+            call(READER, model.folder)
 
 
 @pytest.mark.parametrize("name", FILE_FORMATS)
@@ -165,7 +165,7 @@ def test_settings_survive_pickling(name: str, saved: SaveModel) -> None:
     model = make_settings(saved(name))
     unpickled = pickle.loads(pickle.dumps(model))
     assert unpickled == model
-    assert unpickled.load(READER, saved(name).base).digest == model.load(READER, saved(name).base).digest
+    assert unpickled.load(READER, saved(name).folder).digest == model.load(READER, saved(name).folder).digest
 
 
 # ------------------------------------------------------------------------------------------------ files that are code
@@ -178,7 +178,7 @@ def test_code_without_trust_is_refused(name: str, missing_key: str, saved: SaveM
     untrusted = MODEL.validate_python({key: value for key, value in model.settings.items() if key != missing_key})
     for call in (untrusted.check, untrusted.load):
         with pytest.raises(InvalidJob) as caught:
-            call(READER, model.base)
+            call(READER, model.folder)
         for words in ("is code that runs when it is loaded", "model.trust: true", model.settings["sha256"]):
             assert words in caught.value.message
 

@@ -43,22 +43,22 @@ def net(kind="one"):
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
+def job_folder(tmp_path: Path) -> Path:
     """Folder of a job file, with `net.py` in it."""
     (tmp_path / "net.py").write_text(NET_SOURCE)
     return tmp_path
 
 
-def run_model(base: Path, kind: str, output: str | int | None) -> Any:
+def run_model(job_folder: Path, kind: str, output: str | int | None) -> Any:
     settings = PythonModel.model_validate({"target": "net:net", "arguments": {"kind": kind}, "output": output})
-    return settings.load(Reader(), base).module(torch.ones(4, 3, 8, 8))
+    return settings.load(Reader(), job_folder).module(torch.ones(4, 3, 8, 8))
 
 
 @pytest.mark.parametrize(
     ("kind", "output"), [("dict", "logits"), ("tuple", 0), ("named", "logits"), ("named", 0), ("one", None)]
 )
-def test_one_output_is_selected(kind: str, output: str | int | None, base: Path) -> None:
-    assert run_model(base, kind, output).shape == (4, 2)
+def test_one_output_is_selected(kind: str, output: str | int | None, job_folder: Path) -> None:
+    assert run_model(job_folder, kind, output).shape == (4, 2)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,6 @@ def test_one_output_is_selected(kind: str, output: str | int | None, base: Path)
         ("none", 0, "None"),
     ],
 )
-def test_unknown_output_is_explained(kind: str, output: str | int, message: str, base: Path) -> None:
+def test_unknown_output_is_explained(kind: str, output: str | int, message: str, job_folder: Path) -> None:
     with pytest.raises(InvalidJob, match=f"model.output is {output!r}, but the model returns {message}"):
-        run_model(base, kind, output)
+        run_model(job_folder, kind, output)

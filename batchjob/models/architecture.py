@@ -70,12 +70,14 @@ def check_torchvision_name(name: str, key: str) -> None:
     )
 
 
-def call_target(target: str, base: Path, key: str, arguments: Mapping[str, Any], num_classes: int | None = None) -> Any:
+def call_target(
+    target: str, folder: Path, key: str, arguments: Mapping[str, Any], num_classes: int | None = None
+) -> Any:
     """Call the user's function beside the job file. A target that is a module already is returned unchanged.
 
     Args:
         target: `module:function`.
-        base: Folder of the job file.
+        folder: Folder of the job file.
         key: Job key that holds the target, for error messages.
         arguments: Keyword arguments of the function.
         num_classes: Passed on if the function has a parameter of this name; None if the job does not state it.
@@ -86,8 +88,8 @@ def call_target(target: str, base: Path, key: str, arguments: Mapping[str, Any],
     """
     import torch
 
-    function = load_target(target, base)
-    where = f"{key}: {target} in {base}"
+    function = load_target(target, folder)
+    where = f"{key}: {target} in {folder}"
     if isinstance(function, torch.nn.Module):
         if arguments:
             raise InvalidJob(f"{where} is a module and takes no model.arguments; name a function that builds it")

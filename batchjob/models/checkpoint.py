@@ -57,7 +57,7 @@ class CheckpointModel(WeightsFile, OutputSelection):
         """Name in the column `model_id`, before the digest."""
         return self.architecture
 
-    def check(self, reader: Reader, base: Path) -> None:
+    def check(self, reader: Reader, folder: Path) -> None:
         """Check, without torch, that the files exist.
 
         Raises:
@@ -65,10 +65,10 @@ class CheckpointModel(WeightsFile, OutputSelection):
             Unavailable: The store cannot be reached.
         """
         if ":" in self.architecture:
-            source_digest(self.architecture, base)
+            source_digest(self.architecture, folder)
         check_file_exists(reader, self.weights, "model.weights")
 
-    def load(self, reader: Reader, base: Path) -> LoadedModel:
+    def load(self, reader: Reader, folder: Path) -> LoadedModel:
         """Build the architecture and load the weights. A checkpoint brings neither preprocessing nor labels.
 
         Raises:
@@ -81,7 +81,7 @@ class CheckpointModel(WeightsFile, OutputSelection):
         with isolated_torch_state():
             state = parse_state_dict(data, self.weights)
             del data
-            module = self._build_module(base)
+            module = self._build_module(folder)
             load_weights(
                 module,
                 state,
@@ -91,7 +91,7 @@ class CheckpointModel(WeightsFile, OutputSelection):
                 strict=self.strict,
             )
         if ":" in self.architecture:
-            digest = hashlib.sha256(f"{digest} {source_digest(self.architecture, base)}".encode()).hexdigest()
+            digest = hashlib.sha256(f"{digest} {source_digest(self.architecture, folder)}".encode()).hexdigest()
         module = prepare_for_inference(module, "model.architecture")
         return LoadedModel(
             select_output(module, self.output),
@@ -101,13 +101,13 @@ class CheckpointModel(WeightsFile, OutputSelection):
             input_kind=detect_input_kind(module),
         )
 
-    def _build_module(self, base: Path) -> nn.Module:
+    def _build_module(self, folder: Path) -> nn.Module:
         import torch
 
         if ":" not in self.architecture:
             classes = {} if self.num_classes is None else {"num_classes": self.num_classes}
             return build_torchvision(self.architecture, "model.architecture", classes | self.arguments)
-        module = call_target(self.architecture, base, "model.architecture", self.arguments, self.num_classes)
+        module = call_target(self.architecture, folder, "model.architecture", self.arguments, self.num_classes)
         if not isinstance(module, torch.nn.Module):
             raise InvalidJob(
                 f"model.architecture: {self.architecture} returned a {type(module).__name__}; "

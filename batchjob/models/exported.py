@@ -36,7 +36,7 @@ class ExportedModel(TrustedFileModel):
     format_name: ClassVar[str] = "a program of torch.export or a package of AOTInductor (.pt2)"
     accepted_formats: ClassVar[tuple[FileFormat, ...]] = ("exported", "aot_inductor")
 
-    def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002 - all formats share this signature
+    def load(self, reader: Reader, folder: Path) -> LoadedModel:  # noqa: ARG002 - all formats share this signature
         """Load the program or the package. It brings neither preprocessing nor labels.
 
         A program runs on any device, a package on the one it was compiled for. Both run as they were saved: without

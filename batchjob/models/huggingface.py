@@ -46,8 +46,8 @@ def _resolve_unless_on_hub(value: Any, resolve: ValidatorFunctionWrapHandler, in
     if not isinstance(value, str) or value.startswith(".") or not _HUB_NAME.match(value):
         return resolve(value)
     context = None if isinstance(value, CommandLineText) else info.context
-    base = Path(context["base"]) if context else Path.cwd()
-    return resolve(value) if (base / value).is_dir() else str(value)
+    folder = Path(context["base"]) if context else Path.cwd()
+    return resolve(value) if (folder / value).is_dir() else str(value)
 
 
 class HuggingfaceModel(WeightsFile, OutputSelection):
@@ -74,18 +74,18 @@ class HuggingfaceModel(WeightsFile, OutputSelection):
         """Name in the column `model_id`, before the digest."""
         return self.model.rstrip("/") if self._is_on_hub else self.model.rstrip("/").rpartition("/")[2]
 
-    def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - all formats share this signature
+    def check(self, reader: Reader, folder: Path) -> None:  # noqa: ARG002 - all formats share this signature
         """Check, without torch, that transformers is installed and that the folder holds a model of this kind.
 
         Raises:
             InvalidJob: One of these is not so.
             Unavailable: The store cannot be reached.
         """
-        require_packages("huggingface", "hf", "transformers")
+        require_packages("transformers", model_type="huggingface", extra="hf")
         if not self._is_on_hub:
             self._choose_kind(list_model_files(reader, self.model))
 
-    def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002
+    def load(self, reader: Reader, folder: Path) -> LoadedModel:  # noqa: ARG002
         """Build the model and load its weights.
 
         Raises:
@@ -93,11 +93,11 @@ class HuggingfaceModel(WeightsFile, OutputSelection):
                 its own; or its weights are incomplete or have another digest.
             Unavailable: The store or the Hub cannot be reached.
         """
-        require_packages("huggingface", "hf", "transformers")
+        require_packages("transformers", model_type="huggingface", extra="hf")
         with silence_hub_libraries():
             import transformers  # noqa: F401 - imported here so that its progress bars are silenced below
-        folder = download_from_hub(self.model, self.revision) if self._is_on_hub else self.model
-        files = list_model_files(reader, folder)
+        model_folder = download_from_hub(self.model, self.revision) if self._is_on_hub else self.model
+        files = list_model_files(reader, model_folder)
         kind = self._choose_kind(files)
         with (
             local_copy(reader, files) as (local_folder, digest, weights_digest),

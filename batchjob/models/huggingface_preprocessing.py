@@ -56,8 +56,8 @@ def convert_image_processor(processor: Any, where: str) -> Preprocess | None:
 
 def _list_candidates(processor: Any) -> Iterator[Preprocess]:
     """Yield settings that the processor may stand for, first those that its configuration states literally."""
-    base = _convert_values(processor)
-    if base is None:
+    values = _convert_values(processor)
+    if values is None:
         return
     size = _parse_size(getattr(processor, "size", None)) if getattr(processor, "do_resize", None) else {}
     crop = _get_height_width(_parse_size(getattr(processor, "crop_size", None)))
@@ -74,7 +74,7 @@ def _list_candidates(processor: Any) -> Iterator[Preprocess]:
             (int(shorter_side * 256 / 224), crop),  # LeViT
         ]
     for resize, centre_crop in steps:
-        yield base.model_copy(update={"resize": resize, "crop": centre_crop})
+        yield values.model_copy(update={"resize": resize, "crop": centre_crop})
 
 
 def _convert_values(processor: Any) -> Preprocess | None:

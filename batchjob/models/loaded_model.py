@@ -21,8 +21,8 @@ class LoadedModel:
     """Model in memory, ready for inference, with the facts that its file or its format states.
 
     A format is one file with one frozen settings class, listed in the union `AnyModel` of job/job.py. Its fields are
-    what the job file may say under `model`. Besides them it has three members; `reader` reads any URI, and `base` is
-    the folder of the job file. Example:
+    what the job file may say under `model`. Besides them it has three members; `reader` reads any URI, and `folder`
+    is that of the job file. Example:
 
         class LinearModel(Settings):
             type: Literal["linear"] = "linear"
@@ -31,10 +31,10 @@ class LoadedModel:
             def title(self) -> str:  # name in the column `model_id`, before the digest
                 return "linear"
 
-            def check(self, reader: Reader, base: Path) -> None:  # before the run: cheap, and without torch
+            def check(self, reader: Reader, folder: Path) -> None:  # before the run: cheap, and without torch
                 pass
 
-            def load(self, reader: Reader, base: Path) -> LoadedModel:  # in each worker
+            def load(self, reader: Reader, folder: Path) -> LoadedModel:  # in each worker
                 from torch import nn
 
                 with isolated_torch_state():

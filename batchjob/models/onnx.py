@@ -49,17 +49,17 @@ class OnnxModel(WeightsFile, OutputSelection):
         """Name in the column `model_id`, before the digest."""
         return self.weights.rsplit("/", 1)[-1]
 
-    def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - all formats share this signature
+    def check(self, reader: Reader, folder: Path) -> None:  # noqa: ARG002 - all formats share this signature
         """Check that onnx and onnxruntime are installed and that the file exists.
 
         Raises:
             InvalidJob: One of these is not so.
             Unavailable: The store cannot be reached.
         """
-        require_packages("onnx", "onnx", "onnx", "onnxruntime")
+        require_packages("onnx", "onnxruntime", model_type="onnx", extra="onnx")
         check_file_exists(reader, self.weights, "model.weights")
 
-    def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002
+    def load(self, reader: Reader, folder: Path) -> LoadedModel:  # noqa: ARG002
         """Open the graph. It brings neither preprocessing nor labels.
 
         Raises:
@@ -67,7 +67,7 @@ class OnnxModel(WeightsFile, OutputSelection):
                 graph, an execution provider is absent, or the graph does not take images.
             Unavailable: The store cannot be reached.
         """
-        require_packages("onnx", "onnx", "onnx", "onnxruntime")
+        require_packages("onnx", "onnxruntime", model_type="onnx", extra="onnx")
         files, digest = self._read_files(reader)
         runner = OnnxRunner(files, self.providers)
         session = runner.session("cpu")

@@ -41,18 +41,18 @@ class PickleModel(TrustedFileModel):
     format_name: ClassVar[str] = "a pickled module"
     accepted_formats: ClassVar[tuple[FileFormat, ...]] = ("pickled_module",)
 
-    def check(self, reader: Reader, base: Path) -> None:
+    def check(self, reader: Reader, folder: Path) -> None:
         """Check, without torch, that the file exists and is trusted, and that the module `main` exists.
 
         Raises:
             InvalidJob: The file does not exist or is not trusted, or there is no module `main`.
             Unavailable: The store cannot be reached.
         """
-        if self.main is not None and not is_user_module(self.main, base):
-            raise InvalidJob(f"model.main: there is no module {self.main} in {base}; name the file without its '.py'")
-        super().check(reader, base)
+        if self.main is not None and not is_user_module(self.main, folder):
+            raise InvalidJob(f"model.main: there is no module {self.main} in {folder}; name the file without its '.py'")
+        super().check(reader, folder)
 
-    def load(self, reader: Reader, base: Path) -> LoadedModel:
+    def load(self, reader: Reader, folder: Path) -> LoadedModel:
         """Unpickle the module. It brings neither preprocessing nor labels.
 
         The digest covers the file and the sources beside the job file that define its classes.
@@ -63,13 +63,13 @@ class PickleModel(TrustedFileModel):
             Unavailable: The store cannot be reached.
         """
         data, digest, _ = self.read_trusted(reader)
-        classes = _ClassFinder(base, self.main)
+        classes = _ClassFinder(folder, self.main)
         with isolated_torch_state():
             module = self._unwrap_module(self._unpickle(data, classes))
             del data
             module = prepare_for_inference(module, self.where)
         if classes.user_targets:
-            sources = (source_digest(target, base) for target in sorted(classes.user_targets))
+            sources = (source_digest(target, folder) for target in sorted(classes.user_targets))
             digest = hashlib.sha256(" ".join([digest, *sources]).encode()).hexdigest()
         return LoadedModel(
             select_output(module, self.output),
@@ -116,16 +116,16 @@ class _ClassFinder:
     """Finder of the classes that a pickle names: first beside the job file, as for a script in that folder.
 
     Args:
-        base: Folder of the job file.
+        folder: Folder of the job file.
         main: Module there that stands for `__main__`; None if there is none.
 
     Attributes:
         user_targets: Classes found beside the job file so far, as `module:class`.
     """
 
-    def __init__(self, base: Path, main: str | None) -> None:
+    def __init__(self, folder: Path, main: str | None) -> None:
         self.user_targets: set[str] = set()
-        self._base, self._main = base, main
+        self._folder, self._main = folder, main
 
     def make_pickle_module(self) -> ModuleType:
         """Make the argument `pickle_module` of `torch.load`: a module with an `Unpickler` that uses this finder."""
@@ -161,9 +161,9 @@ class _ClassFinder:
                     "job file and write model.main: its name without '.py'"
                 )
             module = self._main
-        if not is_user_module(module, self._base):
+        if not is_user_module(module, self._folder):
             return None
         target = f"{module}:{name}"
-        user_class = load_target(target, self._base)
+        user_class = load_target(target, self._folder)
         self.user_targets.add(target)
         return user_class

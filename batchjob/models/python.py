@@ -47,15 +47,15 @@ class PythonModel(OutputSelection):
         """Name in the column `model_id`, before the digest."""
         return self.target
 
-    def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - all formats share this signature
+    def check(self, reader: Reader, folder: Path) -> None:  # noqa: ARG002 - all formats share this signature
         """Check, without torch, that the user's module exists.
 
         Raises:
             InvalidJob: It does not exist, or does not parse.
         """
-        source_digest(self.target, base)
+        source_digest(self.target, folder)
 
-    def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002
+    def load(self, reader: Reader, folder: Path) -> LoadedModel:  # noqa: ARG002
         """Call the function. The digest covers its source and the state dict of the module it returns.
 
         Raises:
@@ -63,11 +63,11 @@ class PythonModel(OutputSelection):
             Unavailable: It raised a network error.
         """
         with isolated_torch_state():
-            returned = call_target(self.target, base, "model.target", self.arguments)
+            returned = call_target(self.target, folder, "model.target", self.arguments)
             module, preprocessing = self._split_pair(returned)
-            preprocess = None if preprocessing is None else self._convert_preprocessing(preprocessing, base)
+            preprocess = None if preprocessing is None else self._convert_preprocessing(preprocessing, folder)
             module = prepare_for_inference(module, f"model.target: {self.target}")
-        digests = f"{source_digest(self.target, base)} {hash_state_dict(module)}"
+        digests = f"{source_digest(self.target, folder)} {hash_state_dict(module)}"
         return LoadedModel(
             select_output(module, self.output),
             preprocess,
@@ -89,7 +89,7 @@ class PythonModel(OutputSelection):
             f"model.target: {self.target} returned a {type(returned).__name__}; it must return {_RETURN_TYPES}"
         )
 
-    def _convert_preprocessing(self, preprocessing: Any, base: Path) -> Preprocess:
+    def _convert_preprocessing(self, preprocessing: Any, folder: Path) -> Preprocess:
         if isinstance(preprocessing, Preprocess):
             return preprocessing
         if isinstance(preprocessing, dict):
@@ -97,7 +97,7 @@ class PythonModel(OutputSelection):
         preset = convert_preset(preprocessing)
         if preset is not None:
             return preset
-        target = self._find_target(preprocessing, base)
+        target = self._find_target(preprocessing, folder)
         if target is not None:
             return Preprocess(transform=target)
         raise InvalidJob(
@@ -116,13 +116,13 @@ class PythonModel(OutputSelection):
                 f"its keys are those of 'preprocess': {', '.join(Preprocess.model_fields)}"
             ) from error
 
-    def _find_target(self, function: Any, base: Path) -> str | None:
+    def _find_target(self, function: Any, folder: Path) -> str | None:
         """Find the `module:function` of a transform, for loader processes import it by name; None if it has none."""
         name = getattr(function, "__name__", None)
         if not callable(function) or not isinstance(name, str) or not name.isidentifier():
             return None
         target = f"{self.target.partition(':')[0]}:{name}"
         try:
-            return target if load_target(target, base) is function else None
+            return target if load_target(target, folder) is function else None
         except InvalidJob:
             return None

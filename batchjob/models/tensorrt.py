@@ -38,7 +38,7 @@ class TensorrtModel(TrustedFileModel):
     format_name: ClassVar[str] = "an engine of torch-tensorrt"
     accepted_formats: ClassVar[tuple[FileFormat, ...]] = ("exported", "torchscript", "unknown")
 
-    def check(self, reader: Reader, base: Path) -> None:
+    def check(self, reader: Reader, folder: Path) -> None:
         """Check, without torch, that torch-tensorrt is installed and that the file exists and is trusted.
 
         Raises:
@@ -46,9 +46,9 @@ class TensorrtModel(TrustedFileModel):
             Unavailable: The store cannot be reached.
         """
         _require_torch_tensorrt()
-        super().check(reader, base)
+        super().check(reader, folder)
 
-    def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002
+    def load(self, reader: Reader, folder: Path) -> LoadedModel:  # noqa: ARG002
         """Load the engine onto the GPU. It brings neither preprocessing nor labels.
 
         Raises:
@@ -97,7 +97,7 @@ class TensorrtModel(TrustedFileModel):
 
 def _require_torch_tensorrt() -> None:
     try:
-        require_packages("tensorrt", "tensorrt", "torch_tensorrt")
+        require_packages("torch_tensorrt", model_type="tensorrt", extra="tensorrt")
     except InvalidJob as error:
         raise InvalidJob(
             "model.type: tensorrt needs torch-tensorrt, which fits one version of torch each; "

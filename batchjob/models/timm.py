@@ -77,18 +77,18 @@ class TimmModel(WeightsFile, OutputSelection):
         """Name in the column `model_id`, before the digest."""
         return self.name
 
-    def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - all formats share this signature
+    def check(self, reader: Reader, folder: Path) -> None:  # noqa: ARG002 - all formats share this signature
         """Check, without torch, that timm is installed and the file exists.
 
         Raises:
             InvalidJob: One of these is not so.
             Unavailable: The store cannot be reached.
         """
-        require_packages("timm", "timm", "timm")
+        require_packages("timm", model_type="timm", extra="timm")
         if self.weights is not None:
             check_file_exists(reader, self.weights, "model.weights")
 
-    def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002
+    def load(self, reader: Reader, folder: Path) -> LoadedModel:  # noqa: ARG002
         """Build the model and load its weights.
 
         Raises:
@@ -96,7 +96,7 @@ class TimmModel(WeightsFile, OutputSelection):
                 or have another digest.
             Unavailable: Published weights are not in the cache, and the Hub cannot be reached.
         """
-        require_packages("timm", "timm", "timm")
+        require_packages("timm", model_type="timm", extra="timm")
         if self.weights is None:
             module = self._build_module(self.seed or 0)
             digest = hash_state_dict(module)

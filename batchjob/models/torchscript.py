@@ -32,7 +32,7 @@ class TorchScriptModel(TrustedFileModel):
     format_name: ClassVar[str] = "a TorchScript archive"
     accepted_formats: ClassVar[tuple[FileFormat, ...]] = ("torchscript",)
 
-    def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002 - all formats share this signature
+    def load(self, reader: Reader, folder: Path) -> LoadedModel:  # noqa: ARG002 - all formats share this signature
         """Load the archive. It brings neither preprocessing nor labels.
 
         It runs on any device, but as it was saved: without autocast and not compiled.

@@ -85,7 +85,7 @@ class TorchvisionModel(WeightsFile, OutputSelection):
         """Name in the column `model_id`, before the digest."""
         return self.name
 
-    def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - all formats share this signature
+    def check(self, reader: Reader, folder: Path) -> None:  # noqa: ARG002 - all formats share this signature
         """Check, without torch, that the file exists, or that the mirror is not empty.
 
         Raises:
@@ -102,7 +102,7 @@ class TorchvisionModel(WeightsFile, OutputSelection):
             if first is None:
                 raise InvalidJob(f"model.mirror: {self.mirror} is empty; put the published weight files there")
 
-    def load(self, reader: Reader, base: Path) -> LoadedModel:  # noqa: ARG002
+    def load(self, reader: Reader, folder: Path) -> LoadedModel:  # noqa: ARG002
         """Build the model and load its weights.
 
         Raises:

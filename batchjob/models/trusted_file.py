@@ -60,7 +60,7 @@ class TrustedFileModel(WeightsFile, OutputSelection):
         """Job key and file, the start of error messages."""
         return f"model.weights: {self.weights}"
 
-    def check(self, reader: Reader, base: Path) -> None:  # noqa: ARG002 - all formats share this signature
+    def check(self, reader: Reader, folder: Path) -> None:  # noqa: ARG002 - all formats share this signature
         """Check, without torch, that the file exists and is trusted.
 
         Raises:
