@@ -1,7 +1,7 @@
-"""Drivers without the seconds that they take to start: one process has imported everything, and forks for each of them.
+"""Server that starts drivers at once: one process has imported everything, and forks for each driver.
 
-What is forked is the command line itself, in a session, folder and environment of its own: to be killed, stopped and
-asked to end like any other. Run as a program, this file is that one process.
+A fork becomes the command line itself, in a session, folder and environment of its own, and can be killed, stopped and
+signalled like any other. Run as a program, this file is the server's process.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ _SHORT_SECONDS = 3.0
 
 
 class DriverServer:
-    """Starts drivers. All that are left end with it.
+    """Starts drivers. Those still running end with it.
 
     Args:
-        folder: for what they say.
-        full_clocks: leases are as long as ever, also where a test would have them short.
+        folder: Folder for their output.
+        full_clocks: Leases last as long as in production, even if a test asks for short ones.
     """
 
     def __init__(self, folder: Path, full_clocks: bool = False) -> None:
         self._folder, self._full_clocks = folder, full_clocks
-        self._born: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._ends: dict[int, tuple[int, float]] = {}  # exit code and moment
+        self._started: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._exits: dict[int, tuple[int, float]] = {}  # by process id, exit code and monotonic time
         self._changed = threading.Condition()
-        self._turn = threading.Lock()
+        self._start_lock = threading.Lock()
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -68,57 +68,65 @@ class DriverServer:
         short_lease: bool = False,
         loaders: LoaderOrigin = "none",
     ) -> DriverProcess:
-        """`python -m batchjob …`, now.
+        """Start `python -m batchjob …`.
 
         Args:
-            arguments: of the command line.
-            env: variables beside those of this process.
-            short_lease: a killed driver's lease is free after seconds, so that many may be killed.
-            loaders: where its loader processes come from: the job has `none`; a fork server of its `own`, as ever; or
-                one that all drivers here have `shared`, and that has torch loaded by now.
+            arguments: Arguments of the command line.
+            env: Environment variables in addition to those of this process.
+            short_lease: The lease of a killed driver expires after 3 seconds, so that a test can kill many.
+            loaders: Origin of its loader processes: `none`, the job has none; `own`, a fork server of its own, as in
+                production; `shared`, one fork server for all drivers here, which has imported torch.
         """
         log = Path(tempfile.mkdtemp(dir=self._folder))
         request = {
             "arguments": arguments,
             "env": {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
             "log": str(log),
-            "silence": _SHORT_SECONDS if short_lease and not self._full_clocks else None,
+            "expiry_seconds": _SHORT_SECONDS if short_lease and not self._full_clocks else None,
             "loaders": loaders,
         }
-        with self._turn:
+        with self._start_lock:
             assert self._process.stdin is not None
             print(json.dumps(request), file=self._process.stdin, flush=True)
-            pid = self._born.get(timeout=120)
+            pid = self._started.get(timeout=120)
         return DriverProcess(self, pid, log, time.monotonic())
 
     def wait_for_exit(self, pid: int, timeout: float = 0) -> tuple[int, float] | None:
-        """Exit code of a driver, negative the signal that killed it, and when it ended; None while it lives."""
+        """Return exit code (negative: the signal that killed it) and time of a driver's end; None if it still runs."""
         with self._changed:
-            self._changed.wait_for(lambda: pid in self._ends, timeout)
-            return self._ends.get(pid)
+            self._changed.wait_for(lambda: pid in self._exits, timeout)
+            return self._exits.get(pid)
 
     def close(self) -> None:
-        """End it, and with it all drivers."""
+        """End the server and all its drivers."""
         self._process.kill()
         self._process.communicate()
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            told = json.loads(line)
-            if "code" not in told:
+            message = json.loads(line)
+            if "code" not in message:
                 with self._changed:
-                    self._ends.pop(told["pid"], None)  # of an earlier one, for the system gives ids again
-                self._born.put(told["pid"])
+                    # The system may use the process id of an earlier driver again.
+                    self._exits.pop(message["pid"], None)
+                self._started.put(message["pid"])
                 continue
             with self._changed:
-                self._ends[told["pid"]] = told["code"], time.monotonic()
+                self._exits[message["pid"]] = message["code"], time.monotonic()
                 self._changed.notify_all()
 
 
 @dataclass(frozen=True)
 class DriverProcess:
-    """A driver at work."""
+    """A driver that was started.
+
+    Attributes:
+        server: Server that has started it.
+        pid: Process id.
+        log: Folder of its output.
+        started: Monotonic time of its start, in seconds.
+    """
 
     server: DriverServer
     pid: int
@@ -127,49 +135,49 @@ class DriverProcess:
 
     @property
     def exit_code(self) -> int | None:
-        """Exit code, negative the signal that killed it; None while it lives."""
-        end = self.server.wait_for_exit(self.pid)
-        return None if end is None else end[0]
+        """Exit code, negative if a signal killed it; None if it still runs."""
+        exit_ = self.server.wait_for_exit(self.pid)
+        return None if exit_ is None else exit_[0]
 
     @property
     def seconds(self) -> float:
-        """Since its start."""
+        """Seconds since its start."""
         return time.monotonic() - self.started
 
     @property
     def stderr(self) -> str:
-        """What it wrote to stderr so far."""
+        """Its stderr so far."""
         return (self.log / "err").read_text(errors="replace")
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send it a signal; it may have ended."""
+        """Send a signal, unless it has ended."""
         if self.exit_code is None:
             os.kill(self.pid, number)
 
     def kill(self) -> set[tuple[int, int]]:
-        """SIGKILL to the driver alone, seen through; returns what it had started."""
-        family = find_descendants(self.pid)
+        """Kill the driver alone and wait for its end; return the processes that it had started."""
+        children = find_descendants(self.pid)
         self.send_signal(signal.SIGKILL)
         assert self.server.wait_for_exit(self.pid, 30) is not None
-        return family
+        return children
 
     def wait(self, timeout: float = 240) -> CompletedCommand:
-        """Wait for its end."""
-        end = self.server.wait_for_exit(self.pid, timeout)
-        assert end is not None, f"still at work after {timeout} s:\n{self.stderr}"
-        code, moment = end
-        return CompletedCommand(code, (self.log / "out").read_text(), self.stderr, moment - self.started)
+        """Wait for its end; return what it did."""
+        exit_ = self.server.wait_for_exit(self.pid, timeout)
+        assert exit_ is not None, f"still running after {timeout} s:\n{self.stderr}"
+        code, ended = exit_
+        return CompletedCommand(code, (self.log / "out").read_text(), self.stderr, ended - self.started)
 
     def wait_until(self, condition: Callable[[], Any], timeout: float = 120) -> Any:
-        """Wait until the condition holds, or the driver has ended; what the condition gave at last."""
+        """Wait until the condition holds or the driver has ended; return the last result of the condition."""
         deadline = time.monotonic() + timeout
-        while not (found := condition()) and self.exit_code is None:
-            assert time.monotonic() < deadline, f"did not come about in {timeout} s:\n{self.stderr}"
+        while not (result := condition()) and self.exit_code is None:
+            assert time.monotonic() < deadline, f"the condition did not hold within {timeout} s:\n{self.stderr}"
             self.server.wait_for_exit(self.pid, 0.05)
-        return found
+        return result
 
     def run_for(self, seconds: float) -> bool:
-        """Let it work for so long; whether it still does then."""
+        """Wait for so many seconds; return True if the driver still runs then."""
         return self.server.wait_for_exit(self.pid, seconds) is None
 
 
@@ -177,22 +185,23 @@ class DriverProcess:
 
 
 def _serve() -> None:
-    """Read requests until stdin ends, fork for each, and tell who was born and who has ended."""
+    """Read requests until stdin ends; fork for each; report starts and exits on stdout."""
     _import_everything()
-    gc.freeze()  # what the collector does not look at is not copied
-    ear, bell = os.pipe()
-    os.set_blocking(bell, False)
-    signal.set_wakeup_fd(bell)
+    # Objects that the collector does not visit stay shared between the forks.
+    gc.freeze()
+    wakeup_read, wakeup_write = os.pipe()
+    os.set_blocking(wakeup_write, False)
+    signal.set_wakeup_fd(wakeup_write)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     with selectors.DefaultSelector() as selector:
         selector.register(0, selectors.EVENT_READ)
-        selector.register(ear, selectors.EVENT_READ)
+        selector.register(wakeup_read, selectors.EVENT_READ)
         rest = b""
         while True:
             ready = {key.fd for key, _ in selector.select()}
-            if ear in ready:
-                os.read(ear, 4096)
-                _bury()
+            if wakeup_read in ready:
+                os.read(wakeup_read, 4096)
+                _reap_children()
             if 0 in ready:
                 if not (read := os.read(0, 1 << 16)):
                     return
@@ -203,10 +212,10 @@ def _serve() -> None:
                         _start_fork_server()
                     if (pid := os.fork()) == 0:
                         selector.close()
-                        for unused in (ear, bell):
+                        for unused in (wakeup_read, wakeup_write):
                             os.close(unused)
-                        _drive(request)
-                    _tell(pid=pid)
+                        _become_driver(request)
+                    _report(pid=pid)
 
 
 def _import_everything() -> None:
@@ -219,7 +228,8 @@ def _import_everything() -> None:
     import batchjob.cli.main
     import batchjob.driver.progress
     import batchjob.pool.local_pool
-    import batchjob.storage.obstore_backend  # noqa: F401
+    import batchjob.storage.obstore_backend
+    import batchjob.worker.worker  # noqa: F401
 
     assert torchvision.transforms.functional is not None
 
@@ -233,7 +243,7 @@ def _start_fork_server() -> None:
     start_forkserver(Loader.__module__, ImageTransform.__module__, trial_process.__name__)
 
 
-def _bury() -> None:
+def _reap_children() -> None:
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -241,15 +251,15 @@ def _bury() -> None:
             return
         if not pid:
             return
-        _tell(pid=pid, code=os.waitstatus_to_exitcode(status))
+        _report(pid=pid, code=os.waitstatus_to_exitcode(status))
 
 
-def _tell(**facts: int) -> None:
-    os.write(1, json.dumps(facts).encode() + b"\n")
+def _report(**message: int) -> None:
+    os.write(1, json.dumps(message).encode() + b"\n")
 
 
-def _drive(request: dict[str, Any]) -> None:
-    """Become the driver."""
+def _become_driver(request: dict[str, Any]) -> None:
+    """Run the command line in this fork and exit."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -261,7 +271,7 @@ def _drive(request: dict[str, Any]) -> None:
         os.close(at)
     os.environ.clear()
     os.environ.update(request["env"])
-    _set_clocks(request["silence"])
+    _shorten_lease(request["expiry_seconds"])
 
     from multiprocessing import forkserver
 
@@ -270,9 +280,9 @@ def _drive(request: dict[str, Any]) -> None:
 
     server: Any = forkserver._forkserver
     if request["loaders"] == "shared":
-        server.ensure_running = forkserver.ensure_running = lambda: None  # it is no child of ours, but it runs
+        server.ensure_running = forkserver.ensure_running = lambda: None  # it runs, though not as our child
     else:
-        server.__init__()  # the shared one is forgotten
+        server.__init__()  # forgets the shared one
     if request["loaders"] != "own":
         loader_forkserver.__dict__["start_forkserver"] = lambda *modules: None
     sys.argv = ["batchjob", *request["arguments"]]
@@ -280,15 +290,16 @@ def _drive(request: dict[str, Any]) -> None:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # taking down all that was imported would copy it first, which takes a second
+    # Tearing down all the imported modules would copy their memory first, which takes a second.
+    os._exit(code)
 
 
-def _set_clocks(silence: float | None) -> None:
+def _shorten_lease(seconds: float | None) -> None:
     from batchjob.driver.lease import Lease
 
     acquire: Any = Lease.acquire
-    if silence is not None:
-        acquire.__func__.__kwdefaults__["expiry_seconds"] = silence
+    if seconds is not None:
+        acquire.__func__.__kwdefaults__["expiry_seconds"] = seconds
 
 
 if __name__ == "__main__":

@@ -1,31 +1,31 @@
-"""Which devices are used no more: two faults of their own, and none for what an image did."""
+"""Device bans: after two faults of its own, and none for a fault that an image caused."""
 
 from __future__ import annotations
 
 from batchjob.pool.device_bans import DeviceBans
 
 
-def test_a_device_is_banned_with_its_second_fault() -> None:
-    strikes = DeviceBans()
-    assert not strikes.record_fault("a", [range(8)])
-    assert not strikes.record_fault("b")
-    assert strikes.record_fault("a", [range(80, 88)])
-    assert strikes.banned == {"a"}
+def test_second_fault_bans_a_device() -> None:
+    bans = DeviceBans()
+    assert not bans.record_fault("a", [range(8)])
+    assert not bans.record_fault("b")
+    assert bans.record_fault("a", [range(80, 88)])
+    assert bans.banned == {"a"}
 
 
-def test_a_fault_that_follows_its_images_is_no_strike() -> None:
-    strikes = DeviceBans()
-    strikes.record_fault("a", [range(8), range(8, 16)])
-    strikes.clear_faults([range(9, 10)])
-    assert not strikes.record_fault("a", [range(80, 88)])
-    strikes.clear_faults([range(9, 10)])
-    assert strikes.record_fault("a"), "that other one stands"
+def test_fault_caused_by_an_image_does_not_count() -> None:
+    bans = DeviceBans()
+    bans.record_fault("a", [range(8), range(8, 16)])
+    bans.clear_faults([range(9, 10)])
+    assert not bans.record_fault("a", [range(80, 88)])
+    bans.clear_faults([range(9, 10)])
+    assert bans.record_fault("a"), "the fault with other images still counts"
 
 
-def test_a_ban_is_lifted_where_images_were_to_blame() -> None:
-    strikes = DeviceBans()
-    strikes.record_fault("a", [range(8)])
-    strikes.record_fault("a", [range(16, 24)])
-    assert strikes.banned == {"a"}
-    strikes.clear_faults([range(17, 18)])
-    assert not strikes.banned
+def test_ban_is_lifted_if_an_image_was_the_cause() -> None:
+    bans = DeviceBans()
+    bans.record_fault("a", [range(8)])
+    bans.record_fault("a", [range(16, 24)])
+    assert bans.banned == {"a"}
+    bans.clear_faults([range(17, 18)])
+    assert not bans.banned

@@ -1,21 +1,30 @@
-"""One job from images to Parquet, killed and resumed, on local disks, S3 and Ray; tests/long has the longer forms."""
+"""Jobs from images to Parquet, killed and resumed, on a local disk, S3 and Ray; tests/long has longer ones."""
 
 from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from batchjob_process import delete_lease
-from cifar_job import cifar, footers, labels_right, rows, run, start, wait
+from batchjob_process import (
+    cifar_arguments,
+    count_correct_labels,
+    delete_lease,
+    find_actors,
+    kill,
+    kill_on_exit,
+    open_output,
+    read_all_footers,
+    read_rows,
+    run_batchjob,
+    start_batchjob,
+    wait_until,
+)
 from seaweed import Seaweed
 
 import batchjob
 from batchjob.output import commit
-from batchjob.storage.store import open_store
 
 SLOW_MODEL = """
 import time, torch
@@ -36,58 +45,69 @@ output: {uri: %s}
 """
 
 
-def until(what: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait for a condition that another process brings about."""
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
+def four_shards(data: Path, output: str, *more: str) -> list[str]:
+    """Return arguments of `run` for the CIFAR job in four shards."""
+    return cifar_arguments(data, output, "runtime.device=auto", "runtime.shard_size=250", *more)
 
 
-def slow_job(folder: Path, data: Path, output: str) -> str:
-    """A job of 500 images that takes some 8 seconds of sleep."""
+def write_slow_cifar_job(folder: Path, data: Path, output: str) -> str:
+    """Write a job of 500 images that sleeps for some 8 seconds; return the path of its file."""
     (folder / "slow.py").write_text(SLOW_MODEL)
     (folder / "job.yaml").write_text(SLOW_JOB % (data / "cifar10" / "images", output))
     return str(folder / "job.yaml")
 
 
+def count_parts(output: str) -> int:
+    return len(commit.list_parts(open_output(output)))
+
+
+def read_attempts(output: str) -> dict[str, str]:
+    """Return the attempt that made each committed part."""
+    return {key: footer.attempt for key, footer in read_all_footers(output).items()}
+
+
+def list_mtimes(output: str) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in Path(output).rglob("*") if path.is_file()}
+
+
 @pytest.fixture(scope="module")
 def finished(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Output of a finished CIFAR job."""
     output = str(tmp_path_factory.mktemp("finished") / "out")
-    ended = run(cifar(test_data, output))
-    assert (ended.code, ended.answer["status"]) == (0, "complete"), ended.said
+    run = run_batchjob(*four_shards(test_data, output))
+    assert (run.exit_code, run.json_result["status"]) == (0, "complete"), run.stderr
     return output
 
 
-def test_every_image_has_its_row_and_the_published_share_is_right(finished: str) -> None:
-    assert abs(labels_right(rows(finished)) - 804) <= 1
+def test_each_image_has_one_row_and_the_published_accuracy_is_reached(finished: str) -> None:
+    assert abs(count_correct_labels(read_rows(finished)) - 804) <= 1
 
 
-def test_a_finished_job_is_left_as_it_is(test_data: Path, finished: str) -> None:
-    before = {path: path.stat().st_mtime_ns for path in Path(finished).rglob("*") if path.is_file()}
-    ended = run(cifar(test_data, finished))
-    assert (ended.code, ended.answer["status"], ended.answer["predicted"]) == (0, "already_complete", 1000)
-    assert {path: path.stat().st_mtime_ns for path in Path(finished).rglob("*") if path.is_file()} == before
+def test_finished_output_is_left_unchanged(test_data: Path, finished: str) -> None:
+    before = list_mtimes(finished)
+    run = run_batchjob(*four_shards(test_data, finished))
+    assert (run.exit_code, run.json_result["status"], run.json_result["predicted"]) == (0, "already_complete", 1000)
+    assert list_mtimes(finished) == before
 
 
 def test_another_job_is_refused_with_the_difference(test_data: Path, finished: str) -> None:
-    ended = run(cifar(test_data, finished, "task.top_k=2"))
-    assert ended.code == 2
-    assert "task.top_k: 1 there, 2 here" in ended.said
+    run = run_batchjob(*four_shards(test_data, finished, "task.top_k=2"))
+    assert run.exit_code == 2
+    assert "task.top_k: 1 there, 2 here" in run.stderr
 
 
-def test_a_part_that_went_missing_is_an_alarm(test_data: Path, finished: str, tmp_path: Path) -> None:
+def test_missing_part_of_a_finished_output_is_exit_code_3(test_data: Path, finished: str, tmp_path: Path) -> None:
     part = min(Path(finished, "predictions").iterdir())
     part.rename(tmp_path / part.name)
     try:
-        ended = run(cifar(test_data, finished))
+        run = run_batchjob(*four_shards(test_data, finished))
     finally:
         (tmp_path / part.name).rename(part)
-    assert ended.code == 3
-    assert part.name in ended.said
+    assert run.exit_code == 3
+    assert part.name in run.stderr
 
 
-def test_common_readers_open_it_with_one_plain_call(finished: str) -> None:
+def test_common_readers_open_the_predictions_in_one_call(finished: str) -> None:
     import duckdb
     import pandas
     import polars
@@ -101,42 +121,40 @@ def test_common_readers_open_it_with_one_plain_call(finished: str) -> None:
 
 
 @pytest.mark.parametrize("place", ["disk", "s3"])
-def test_a_killed_driver_resumes_and_redoes_nothing(
+def test_resume_after_a_killed_driver_repeats_no_committed_part(
     place: str, test_data: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    output, images = str(tmp_path / "out"), None
+    output, arguments = str(tmp_path / "out"), []
     if place == "s3":
         server: Seaweed = request.getfixturevalue("s3")
         output, images = server.bucket() + "out", server.bucket() + "images"
         server.put_tree(test_data / "cifar10" / "images", images)
-    arguments = cifar(test_data, output, images=images)
-    store = open_store(output)
-    process = start(arguments)  # killed once: tests/faults does so at every point
-    while len(commit.list_parts(store)) < 2 and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    wait(process)
+        arguments = [f"input.uri={images}/"]
+    arguments = four_shards(test_data, output, *arguments)
+    with kill_on_exit(start_batchjob(*arguments)) as driver:  # killed once; tests/faults kill at every point
+        wait_until(lambda: count_parts(output) >= 2 or driver.process.poll() is not None)
+        kill(driver)
     delete_lease(output)
-    committed = {key: made.attempt for key, made in footers(output).items()}
-    ended = run(arguments)
-    assert (ended.code, ended.answer["planned"]) == (0, 1000), ended.said
-    assert abs(labels_right(rows(output)) - 804) <= 1
-    assert committed.items() <= {key: made.attempt for key, made in footers(output).items()}.items()
+    committed = read_attempts(output)
+    run = run_batchjob(*arguments)
+    assert (run.exit_code, run.json_result["planned"]) == (0, 1000), run.stderr
+    assert abs(count_correct_labels(read_rows(output)) - 804) <= 1
+    assert committed.items() <= read_attempts(output).items()
 
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://no-such-host.invalid"])
-def test_a_dead_network_or_name_commits_nothing(endpoint: str, test_data: Path) -> None:
-    ended = run(
-        cifar(test_data, "s3://nowhere/out"),
-        BATCHJOB_PATIENCE="2",
-        AWS_ENDPOINT_URL=endpoint,
-        AWS_ACCESS_KEY_ID="a",
-        AWS_SECRET_ACCESS_KEY="b",
-    )
-    assert ended.code == 75, ended.said
+def test_unreachable_endpoint_is_exit_code_75(endpoint: str, test_data: Path) -> None:
+    env = {
+        "BATCHJOB_PATIENCE": "2",
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+    }
+    run = run_batchjob(*four_shards(test_data, "s3://nowhere/out"), env=env)
+    assert run.exit_code == 75, run.stderr
 
 
-def test_embeddings_are_those_of_a_plain_loop(test_data: Path, tmp_path: Path) -> None:
+def test_embeddings_equal_those_of_a_plain_loop(test_data: Path, tmp_path: Path) -> None:
     import torch
     from PIL import Image
     from torchvision.transforms import functional
@@ -144,15 +162,16 @@ def test_embeddings_are_those_of_a_plain_loop(test_data: Path, tmp_path: Path) -
     from batchjob.user_code import load_target
 
     output = str(tmp_path / "out")
-    ended = run(cifar(test_data, output, "task={type: embedding}", "input.include=['**/00[0-4]0.jpg']"))
-    assert ended.code == 0, ended.said
-    found = rows(output)
-    assert len(found) == 50
+    settings = ["task={type: embedding}", "input.include=['**/00[0-4]0.jpg']"]
+    run = run_batchjob(*four_shards(test_data, output, *settings))
+    assert run.exit_code == 0, run.stderr
+    rows = read_rows(output).to_pylist()
+    assert len(rows) == 50
     state = torch.load(test_data / "cifar10" / "resnet20-12fca82f.th", map_location="cpu")["state_dict"]
     model = load_target("net:resnet20", Path(__file__).parents[1] / "jobs" / "cifar10_resnet20")()
     model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
     model.eval()
-    for row in found:
+    for row in rows:
         pixels = functional.to_tensor(Image.open(row["uri"]).convert("RGB"))
         image = functional.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         with torch.inference_mode():
@@ -160,7 +179,7 @@ def test_embeddings_are_those_of_a_plain_loop(test_data: Path, tmp_path: Path) -
 
 
 @pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
-def test_imagenet_logits_are_those_of_the_documented_loop(test_data: Path, tmp_path: Path) -> None:
+def test_imagenet_logits_equal_those_of_the_documented_loop(test_data: Path, tmp_path: Path) -> None:
     import torch
     from torchvision.io import ImageReadMode, decode_image
     from torchvision.models import ResNet18_Weights, resnet18
@@ -177,58 +196,35 @@ def test_imagenet_logits_are_those_of_the_documented_loop(test_data: Path, tmp_p
     threads = torch.get_num_threads()
     assert batchjob.run(job).status == "complete"
     assert torch.get_num_threads() == threads
-    found = rows(str(tmp_path / "out"))
-    assert len(found) == 12
+    rows = read_rows(tmp_path / "out").to_pylist()
+    assert len(rows) == 12
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = resnet18().eval()
     transform = ResNet18_Weights.DEFAULT.transforms()
-    for row in found:
+    for row in rows:
         image = transform(decode_image(row["uri"], mode=ImageReadMode.RGB))
         with torch.inference_mode():
             torch.testing.assert_close(torch.tensor(row["embedding"]), model(image[None])[0], atol=1e-3, rtol=0)
 
 
-def ray_workers(driver: int) -> list[int]:
-    """Process ids of the actors below a driver's Ray."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                title = (entry / "cmdline").read_bytes()
-                parents = _ancestors(int(entry.name))
-            except OSError:
-                continue
-            if title.startswith(b"ray::RayWorker") and driver in parents:
-                found.append(int(entry.name))
-    return found
-
-
-def _ancestors(pid: int) -> set[int]:
-    found: set[int] = set()
-    while pid > 1:
-        pid = int((Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])
-        found.add(pid)
-    return found
-
-
-def test_on_ray_a_killed_actor_and_a_killed_driver_lose_nothing(test_data: Path, tmp_path: Path) -> None:
+def test_run_on_ray_survives_a_killed_actor_and_a_killed_driver(test_data: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "out")
-    job = slow_job(tmp_path, test_data, output)
-    store = open_store(output)
-    first = start([job, "runtime.pool=ray"])
-    until(lambda: len(commit.list_parts(store)) >= 1 or first.poll() is not None, 120)
-    actors = ray_workers(first.pid)
-    assert actors
-    os.kill(actors[0], signal.SIGKILL)
-    before = len(commit.list_parts(store))
-    until(lambda: len(commit.list_parts(store)) >= before + 2 or first.poll() is not None, 120)
-    first.send_signal(signal.SIGKILL)
-    _, said = first.communicate(timeout=60)
-    assert "was lost" in said
+    job = write_slow_cifar_job(tmp_path, test_data, output)
+    command = ["run", job, "--json", "runtime.pool=ray"]
+    with kill_on_exit(start_batchjob(*command)) as first:
+        wait_until(lambda: count_parts(output) >= 1 or first.process.poll() is not None)
+        actors = find_actors(first)
+        assert actors
+        os.kill(min(actors)[0], signal.SIGKILL)
+        before = count_parts(output)
+        wait_until(lambda: count_parts(output) >= before + 2 or first.process.poll() is not None)
+        first.process.send_signal(signal.SIGKILL)
+        killed = first.wait(timeout=60)
+    assert "was lost" in killed.stderr
     delete_lease(output)
-    committed = {key: made.attempt for key, made in footers(output).items()}
-    ended = run([job, "runtime.pool=ray"])
-    assert ended.code == 0, ended.said
-    assert sorted(row["position"] for row in rows(output)) == list(range(500))
-    assert committed.items() <= {key: made.attempt for key, made in footers(output).items()}.items()
+    committed = read_attempts(output)
+    second = run_batchjob(*command)
+    assert second.exit_code == 0, second.stderr
+    assert sorted(read_rows(output)["position"].to_pylist()) == list(range(500))
+    assert committed.items() <= read_attempts(output).items()

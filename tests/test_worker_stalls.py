@@ -1,4 +1,4 @@
-"""A worker in which a store, or its loader, keeps everybody waiting is noticed; one that waits with reason is not."""
+"""Stalled workers: a store or a loader that hangs is noticed; a worker that waits with reason is not."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ IMAGES = 16
 
 
 @pytest.fixture
-def released() -> Iterator[threading.Event]:
-    """Lets go, at the end, what waits for ever."""
+def release() -> Iterator[threading.Event]:
+    """Event that lets go of whatever waits for it, at the end of the test at the latest."""
     event = threading.Event()
     yield event
     event.set()
@@ -43,191 +43,197 @@ def released() -> Iterator[threading.Event]:
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
-    """The output of jobs, for driver and worker."""
-    made = MemoryStore()
-    for room in ("driver.driver", "worker.setup"):
-        monkeypatch.setattr(f"batchjob.{room}.open_store", lambda *_, **__: made)
-    return made
+    """Store in memory that driver and worker use as output."""
+    store = MemoryStore()
+    for module in ("driver.driver", "worker.setup"):
+        monkeypatch.setattr(f"batchjob.{module}.open_store", lambda *_, **__: store)
+    return store
 
 
-def the_job(folder: Path, *settings: str) -> Job:
+def make_job(folder: Path, *settings: str) -> Job:
     return Job.from_file(Path(write_harmful_job(folder, IMAGES, black_positions=[])), overrides=list(settings))
 
 
-def test_a_store_that_never_answers_ends_a_run_on_the_local_pool_as_temporary(
-    tmp_path: Path, store: MemoryStore, released: threading.Event
+def test_store_that_never_answers_ends_a_local_run_as_temporary(
+    tmp_path: Path, store: MemoryStore, release: threading.Event
 ) -> None:
-    store.inject("put_if_absent", "predictions/*", released.wait, skip=1)
-    with pytest.raises(WorkerStalled) as told:
-        run(the_job(tmp_path, "runtime.stall_seconds=1", "errors.outage_seconds=0"))
-    print(told.value.message)
-    assert (told.value.exit_code, told.value.status, told.value.storage) == (75, "temporary", True)
-    assert "the writing of memory://out/predictions/part-" in told.value.message
-    assert re.search(r"ended for \d+ s \(runtime.stall_seconds and errors.outage_seconds\)", told.value.message)
-    assert "the same command resumes" in told.value.message
+    store.inject("put_if_absent", "predictions/*", release.wait, skip=1)
+    with pytest.raises(WorkerStalled) as error:
+        run(make_job(tmp_path, "runtime.stall_seconds=1", "errors.outage_seconds=0"))
+    message = error.value.message
+    print(message)
+    assert (error.value.exit_code, error.value.status, error.value.storage) == (75, "temporary", True)
+    assert "the writing of memory://out/predictions/part-" in message
+    assert re.search(r"ended for \d+ s \(runtime.stall_seconds and errors.outage_seconds\)", message)
+    assert "the same command resumes" in message
     assert not [key for key in store.stored_keys() if "quarantine" in key], "no image is to blame"
-    released.set()
-    assert run(the_job(tmp_path)).status == "complete"
+    release.set()
+    assert run(make_job(tmp_path)).status == "complete"
 
 
-def test_a_store_that_is_ridden_out_is_progress(tmp_path: Path, store: MemoryStore) -> None:
-    asked = threading.Event()
-    store.inject("put_if_absent", "predictions/*", partial(asked.wait, 2.5))
-    assert run(the_job(tmp_path, "runtime.stall_seconds=1", "errors.outage_seconds=60")).status == "complete"
+def test_waiting_for_the_end_of_an_outage_is_no_stall(tmp_path: Path, store: MemoryStore) -> None:
+    never = threading.Event()
+    store.inject("put_if_absent", "predictions/*", partial(never.wait, 2.5))
+    assert run(make_job(tmp_path, "runtime.stall_seconds=1", "errors.outage_seconds=60")).status == "complete"
 
 
-def test_a_loader_that_neither_loads_nor_dies_ends_the_run_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, released: threading.Event
+def test_loader_that_neither_loads_nor_dies_ends_the_run_as_temporary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: threading.Event
 ) -> None:
     read_many = Reader.read_many
 
-    def stuck(
-        self: Reader, uris: Sequence[str], *how: Any, **more: Any
+    def wait_and_read(
+        self: Reader, uris: Sequence[str], *args: Any, **kwargs: Any
     ) -> list[ObjectData | StorageError | Unavailable]:
-        released.wait()
-        return read_many(self, uris, *how, **more)
+        release.wait()
+        return read_many(self, uris, *args, **kwargs)
 
-    job = the_job(tmp_path, "runtime.stall_seconds=1", "errors.outage_seconds=0")
-    monkeypatch.setattr(Reader, "read_many", stuck)
-    with pytest.raises(WorkerStalled, match=r"the wait for a batch has not ended for \d+ s") as told:
+    job = make_job(tmp_path, "runtime.stall_seconds=1", "errors.outage_seconds=0")
+    monkeypatch.setattr(Reader, "read_many", wait_and_read)
+    with pytest.raises(WorkerStalled, match=r"the wait for a batch has not ended for \d+ s") as error:
         run(job)
-    assert told.value.storage
+    assert error.value.storage
 
 
-class Stopped(Reader):
-    """A storage client in which its process comes to a halt, without an end."""
+class StoppingReader(Reader):
+    """Reader that stops its process with SIGSTOP."""
 
-    def read_many(self, uris: Sequence[str], *how: Any, **more: Any) -> list[ObjectData | StorageError | Unavailable]:
+    def read_many(
+        self, uris: Sequence[str], *args: Any, **kwargs: Any
+    ) -> list[ObjectData | StorageError | Unavailable]:
         os.kill(os.getpid(), signal.SIGSTOP)
-        return super().read_many(uris, *how, **more)
+        return super().read_many(uris, *args, **kwargs)
 
 
-class Slow(Reader):
-    """A store from which each object comes after a while."""
+class StoppingOnceReader(StoppingReader):
+    """Reader that stops only the first process that uses it."""
 
-    def _try_read(self, *asked: Any) -> ObjectData | StorageError | Unavailable:
+    def read_many(
+        self, uris: Sequence[str], *args: Any, **kwargs: Any
+    ) -> list[ObjectData | StorageError | Unavailable]:
+        mark = Path(uris[0]).with_name("mark")
+        if mark.exists():
+            return Reader.read_many(self, uris, *args, **kwargs)
+        mark.touch()
+        return super().read_many(uris, *args, **kwargs)
+
+
+class SlowReader(Reader):
+    """Reader that takes a second per object."""
+
+    def _try_read(self, *args: Any) -> ObjectData | StorageError | Unavailable:
         time.sleep(1.0)
-        return super()._try_read(*asked)
+        return super()._try_read(*args)
 
 
-def prepare(data: bytes) -> PreparedImage:
+def transform(data: bytes) -> PreparedImage:
     return PreparedImage(torch.full((3, 2, 2), len(data), dtype=torch.uint8), 2, 2)
 
 
-class StoppedOnce(Stopped):
-    """The same, in the first process that reads."""
-
-    def read_many(self, uris: Sequence[str], *how: Any, **more: Any) -> list[ObjectData | StorageError | Unavailable]:
-        mark = Path(uris[0]).with_name("mark")
-        if mark.exists():
-            return Reader.read_many(self, uris, *how, **more)
-        mark.touch()
-        return super().read_many(uris, *how, **more)
+def make_loader(reader: Reader, image_seconds: float = 60.0) -> Loader:
+    config = LoaderConfig(1, 2, False, image_seconds)
+    return Loader(reader=reader, transform=transform, batch_size=8, config=config, size=(2, 2))
 
 
-def loader(reader: Reader, image_seconds: float = 60.0) -> Loader:
-    plan = LoaderConfig(1, 2, False, image_seconds)
-    return Loader(reader=reader, transform=prepare, batch_size=8, config=plan, size=(2, 2))
-
-
-def shard(folder: Path, images: int = 8) -> Shard:
+def make_queue(folder: Path, images: int = 8) -> ShardQueue:
+    """Write images of one byte; return a queue of one shard of them."""
     refs = []
     for position in range(images):
         path = folder / f"{position}"
         path.write_bytes(b"x")
         refs.append(ImageRef(position, path.name, str(path)))
-    return Shard(ShardKey(0, "0" * 16, len(refs), 0, 0), tuple(refs), pa.table({}))
+    return ShardQueue.of([Shard(ShardKey(0, "0" * 16, len(refs), 0, 0), tuple(refs), pa.table({}))])
 
 
 @contextmanager
-def watched(loading: Loader, seconds: float) -> Iterator[threading.Event]:
-    """Have somebody look whether this thread's step, which is loading, shows no life for so long."""
-    stopwatch, late, over = Watchdog(), threading.Event(), threading.Event()
+def watch(loader: Loader, seconds: float) -> Iterator[threading.Event]:
+    """Set the event if the loader shows no progress for so many seconds."""
+    watchdog, stalled, over = Watchdog(), threading.Event(), threading.Event()
 
-    def look() -> None:
+    def poll() -> None:
         while not over.wait(0.05):
-            if stopwatch.stalled_step(seconds, seconds) is not None:
-                late.set()
+            if watchdog.stalled_step(seconds, seconds) is not None:
+                stalled.set()
 
-    with stopwatch.step("the wait for a batch", last_progress=loading.last_progress):
-        thread = threading.Thread(target=look)
+    with watchdog.step("the wait for a batch", last_progress=loader.last_progress):
+        thread = threading.Thread(target=poll)
         thread.start()
         try:
-            yield late
+            yield stalled
         finally:
             over.set()
             thread.join()
 
 
-def test_objects_that_come_one_by_one_are_signs_of_life(tmp_path: Path) -> None:
-    slow = loader(Slow())
-    list(slow.batches(ShardQueue.of([shard(tmp_path, 1)])))
-    with watched(slow, 4.0) as late:
-        (batch,) = slow.batches(ShardQueue.of([shard(tmp_path)]))
-    slow.close()
+def test_each_object_is_a_sign_of_progress(tmp_path: Path) -> None:
+    loader = make_loader(SlowReader())
+    list(loader.batches(make_queue(tmp_path, 1)))
+    with watch(loader, 4.0) as stalled:
+        (batch,) = loader.batches(make_queue(tmp_path))
+    loader.close()
     assert len(batch.image_infos) == 8
-    assert not late.is_set(), "8 s for the batch, no 4 s without a sign"
+    assert not stalled.is_set(), "8 s for the batch, but never 4 s without a sign"
 
 
-def test_a_process_that_was_stopped_gives_none(tmp_path: Path) -> None:
-    stopped = loader(Stopped())
+def test_stopped_process_shows_no_progress(tmp_path: Path) -> None:
+    loader = make_loader(StoppingReader())
 
     def load() -> None:
         with pytest.raises(AttemptFailed, match="closed"):
-            list(stopped.batches(ShardQueue.of([shard(tmp_path)])))
+            list(loader.batches(make_queue(tmp_path)))
 
     thread = threading.Thread(target=load)
-    with watched(stopped, 1.0) as late:
+    with watch(loader, 1.0) as stalled:
         thread.start()
-        assert late.wait(60)
-    assert stopped.process_deaths == 0
-    stopped.close()
+        assert stalled.wait(60)
+    assert loader.process_deaths == 0
+    loader.close()
     thread.join()
 
 
-def test_a_process_that_was_stopped_for_too_long_is_replaced(tmp_path: Path) -> None:
-    stopped = loader(StoppedOnce(), image_seconds=1.0)
-    found = list(stopped.batches(ShardQueue.of([shard(tmp_path)])))
-    assert [facts.error for batch in found for facts in batch.image_infos] == [None] * 8
-    assert stopped.process_deaths == 1
-    stopped.close()
+def test_process_that_is_stopped_for_too_long_is_replaced(tmp_path: Path) -> None:
+    loader = make_loader(StoppingOnceReader(), image_seconds=1.0)
+    batches = list(loader.batches(make_queue(tmp_path)))
+    assert [info.error for batch in batches for info in batch.image_infos] == [None] * 8
+    assert loader.process_deaths == 1
+    loader.close()
 
 
-def test_each_verb_of_a_store_is_a_step(tmp_path: Path) -> None:
-    store, seen, stopwatch = MemoryStore(), list[str](), Watchdog(Hours())
-    attended = MonitoredStore(store, stopwatch)
-
-    def look() -> None:
-        step = stopwatch.stalled_step(0.0, 0.0)
-        assert step is not None
-        assert step.storage
-        seen.append(step.name)
-
-    body = tmp_path / "body"
-    body.write_bytes(b"body")
-    for verb in ("put_if_absent", "stat", "read", "read_tail", "read_head", "open", "list"):
-        store.inject(verb, "*", look)
-    for verb in ("replace_if_match", "delete_if_match", "delete"):
-        store.inject(verb, "*", look)
-    stat = attended.put_if_absent("a/b", body)
-    assert attended.stat("a/b") == stat
-    assert attended.read("a/b").data == attended.read_tail("a/b", 9) == attended.read_head("a/b", 9) == b"body"
-    assert attended.open("a/b").read() == b"body"
-    assert list(attended.list("a/")) == [stat]
-    changed = attended.replace_if_match("a/b", b"other", stat.version or "")
-    attended.delete_if_match("a/b", changed.version or "")
-    attended.delete("a/b")
-    assert store.stored_keys() == []
-    assert stopwatch.stalled_step(0.0, 0.0) is None
-    assert len(seen) == 10
-    assert all(name.split(" memory://out/a/")[0].split()[-1] in {"of", "at"} for name in seen), seen
-
-
-class Hours:
-    """A clock that is hours later whenever it is looked at."""
+class FastClock:
+    """Clock that advances by an hour each time it is read."""
 
     now = 0.0
 
     def __call__(self) -> float:
         self.now += 3600.0
         return self.now
+
+
+def test_each_call_of_a_monitored_store_is_a_step(tmp_path: Path) -> None:
+    store, steps, watchdog = MemoryStore(), list[str](), Watchdog(FastClock())
+    monitored = MonitoredStore(store, watchdog)
+
+    def record_step() -> None:
+        step = watchdog.stalled_step(0.0, 0.0)
+        assert step is not None
+        assert step.storage
+        steps.append(step.name)
+
+    body = tmp_path / "body"
+    body.write_bytes(b"body")
+    for call in ("put_if_absent", "stat", "read", "read_tail", "read_head", "open", "list"):
+        store.inject(call, "*", record_step)
+    for call in ("replace_if_match", "delete_if_match", "delete"):
+        store.inject(call, "*", record_step)
+    info = monitored.put_if_absent("a/b", body)
+    assert monitored.stat("a/b") == info
+    assert monitored.read("a/b").data == monitored.read_tail("a/b", 9) == monitored.read_head("a/b", 9) == b"body"
+    assert monitored.open("a/b").read() == b"body"
+    assert list(monitored.list("a/")) == [info]
+    replaced = monitored.replace_if_match("a/b", b"other", info.version or "")
+    monitored.delete_if_match("a/b", replaced.version or "")
+    monitored.delete("a/b")
+    assert store.stored_keys() == []
+    assert watchdog.stalled_step(0.0, 0.0) is None
+    assert len(steps) == 10
+    assert all(name.split(" memory://out/a/")[0].split()[-1] in {"of", "at"} for name in steps), steps

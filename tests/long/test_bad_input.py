@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from batchjob_process import read_all_footers, read_rows, run_batchjob
-from tiny_job import red, write_tiny_job
+from tiny_job import encode_red_image, write_tiny_job
 
 from batchjob.cli.main import main
 
@@ -44,7 +44,7 @@ def bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     for number in range(4):
-        (tmp_path / f"images/{number}.png").write_bytes(red(format="PNG"))
+        (tmp_path / f"images/{number}.png").write_bytes(encode_red_image(format="PNG"))
     lines = "".join(f"images/{n}.png,{n},a,b,c\n" for n in range(4))
     write_tiny_job(tmp_path, "file,sku,uri,embedding,country\n" + lines)
     return tmp_path

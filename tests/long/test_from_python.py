@@ -1,4 +1,4 @@
-"""A job that is built and run in the caller's own process leaves that process as it was."""
+"""Runs from Python: the caller's process stays as it was."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from batchjob_process import read_rows
-from tiny_job import red, write_tiny_job
+from tiny_job import encode_red_image, write_tiny_job
 
 import batchjob
 
@@ -39,7 +39,7 @@ def state():
 if __name__ == "__main__":
     before = state()
     for processes in (0, 1):
-        outcome = batchjob.run(
+        result = batchjob.run(
             batchjob.Job(
                 input={"type": "prefix", "uri": "images/"},
                 model={"type": "torchvision", "name": "resnet18", "seed": 3},
@@ -49,7 +49,7 @@ if __name__ == "__main__":
                 output={"uri": f"out{processes}"},
             )
         )
-        assert (outcome.status, outcome.predicted) == ("complete", 4), outcome
+        assert (result.status, result.predicted) == ("complete", 4), result
     after = state()
     changed = [name for name in before if before[name] != after[name]]
     assert not changed, changed
@@ -60,30 +60,30 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A job of four images, in the working directory."""
+def tiny_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder of a job of four images; it is the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     for number in range(4):
-        (tmp_path / f"images/{number}.png").write_bytes(red(format="PNG"))
+        (tmp_path / f"images/{number}.png").write_bytes(encode_red_image(format="PNG"))
     write_tiny_job(tmp_path, "file\n" + "".join(f"images/{number}.png\n" for number in range(4)))
     return tmp_path
 
 
-def test_a_run_from_python_leaves_the_process_as_it_was(tiny: Path) -> None:
-    (tiny / "main.py").write_text(IN_PYTHON)
-    done = subprocess.run(
-        [sys.executable, "main.py"], check=False, cwd=tiny, capture_output=True, text=True, timeout=120
+def test_run_from_python_leaves_the_process_unchanged(tiny_job: Path) -> None:
+    (tiny_job / "main.py").write_text(IN_PYTHON)
+    process = subprocess.run(
+        [sys.executable, "main.py"], check=False, cwd=tiny_job, capture_output=True, text=True, timeout=120
     )
-    assert (done.returncode, done.stdout) == (0, "unchanged\n"), done.stderr
-    alone, helped = (
-        np.stack(read_rows(tiny / out)["embedding"].to_numpy(zero_copy_only=False)) for out in ("out0", "out1")
+    assert (process.returncode, process.stdout) == (0, "unchanged\n"), process.stderr
+    without_processes, with_process = (
+        np.stack(read_rows(tiny_job / out)["embedding"].to_numpy(zero_copy_only=False)) for out in ("out0", "out1")
     )
-    assert alone.dtype == np.float32, "the caller's default of float64 is not the job's"
-    assert np.array_equal(alone, helped)
+    assert without_processes.dtype == np.float32, "the caller's default dtype must not change the output"
+    assert np.array_equal(without_processes, with_process)
 
 
-def test_the_public_face_is_enough(tiny: Path) -> None:
+def test_public_names_are_enough_to_run_a_job(tiny_job: Path) -> None:
     job = batchjob.Job.from_file("job.yaml", {}, ["output.uri=again"])
     assert batchjob.run(job).status == "complete"
     assert batchjob.run(job).status == "already_complete"

@@ -8,43 +8,45 @@ import numpy as np
 import pytest
 from batchjob_process import read_rows, run_batchjob
 from PIL import Image
-from tiny_job import encoded, red, write_tiny_job
+from tiny_job import encode_image, encode_red_image, write_tiny_job
 
 
 def rotated() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
-    return red(format="JPEG", exif=exif, quality=95)
+    return encode_red_image(format="JPEG", exif=exif, quality=95)
 
 
 def sixteen_bit() -> bytes:
-    return encoded(Image.fromarray(np.full((10, 10), 0x8080, dtype=np.uint16)), format="PNG")
+    return encode_image(Image.fromarray(np.full((10, 10), 0x8080, dtype=np.uint16)), format="PNG")
 
 
 def animated() -> bytes:
     frames = [Image.new("RGB", (10, 10), color) for color in ((255, 0, 51), (0, 255, 0))]
-    return encoded(frames[0], format="GIF", save_all=True, append_images=frames[1:])
+    return encode_image(frames[0], format="GIF", save_all=True, append_images=frames[1:])
 
 
 def palette() -> bytes:
-    return encoded(Image.new("RGB", (10, 10), (255, 0, 51)).convert("P", palette=Image.Palette.ADAPTIVE), format="PNG")
+    return encode_image(
+        Image.new("RGB", (10, 10), (255, 0, 51)).convert("P", palette=Image.Palette.ADAPTIVE), format="PNG"
+    )
 
 
 RED = (1.0, 0.0, 0.2)
 GREY = (0.5, 0.5, 0.5)
 # name, bytes (None: no such file), (width, height) as stored, what the model sees, or the fault
 ODD: list[tuple[str, bytes | None, tuple[int, int] | None, tuple[float, ...] | str]] = [
-    ("plain.png", red(format="PNG"), (40, 20), RED),
-    ("cmyk.jpg", encoded(Image.new("CMYK", (10, 10), (0, 255, 204, 0)), format="JPEG", quality=95), (10, 10), RED),
+    ("plain.png", encode_red_image(format="PNG"), (40, 20), RED),
+    ("cmyk.jpg", encode_image(Image.new("CMYK", (10, 10), (0, 255, 204, 0)), format="JPEG", quality=95), (10, 10), RED),
     ("sixteen.png", sixteen_bit(), (10, 10), GREY),
     ("palette.png", palette(), (10, 10), RED),
     ("animated.gif", animated(), (10, 10), RED),
     ("rotated.jpg", rotated(), (40, 20), RED),
-    ("one.png", encoded(Image.new("RGB", (1, 1), (255, 0, 51)), format="PNG"), (1, 1), RED),
-    ("grey.jpg", encoded(Image.new("L", (10, 10), 128), format="JPEG"), (10, 10), GREY),
+    ("one.png", encode_image(Image.new("RGB", (1, 1), (255, 0, 51)), format="PNG"), (1, 1), RED),
+    ("grey.jpg", encode_image(Image.new("L", (10, 10), 128), format="JPEG"), (10, 10), GREY),
     ("empty.jpg", b"", None, "decode/empty"),
     ("text.jpg", b"this is no image\n", None, "decode/not_an_image"),
-    ("truncated.jpg", red(format="JPEG")[:-200], None, "decode/truncated"),
+    ("truncated.jpg", encode_red_image(format="JPEG")[:-200], None, "decode/truncated"),
     ("missing.jpg", None, None, "fetch/not_found"),
 ]
 

@@ -1,4 +1,4 @@
-"""Error rows retried by the workers of a Ray."""
+"""Retry of error rows on Ray."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 IMAGES = 16
 
 
-def test_what_was_mended_is_replaced_by_ray_workers(tmp_path: Path) -> None:
+def test_ray_workers_replace_the_rows_of_repaired_images(tmp_path: Path) -> None:
     write_slow_job(tmp_path, 0)
     names = [f"{number}.png" for number in range(IMAGES)]
     (tmp_path / "manifest.csv").write_text("\n".join(["file", *names, ""]))
@@ -24,11 +24,11 @@ def test_what_was_mended_is_replaced_by_ray_workers(tmp_path: Path) -> None:
     before = read_rows(tmp_path / "out").to_pylist()
     (tmp_path / "5.png").write_bytes((tmp_path / "4.png").read_bytes())
     with ray_environment() as env:
-        ended = run_batchjob("retry", *arguments, "--pool", "ray", env=env)
-    assert (ended.exit_code, ended.json_result["status"], ended.json_result["failed"]) == (0, "complete", 0), (
-        ended.stderr
+        retried = run_batchjob("retry", *arguments, "--pool", "ray", env=env)
+    assert (retried.exit_code, retried.json_result["status"], retried.json_result["failed"]) == (0, "complete", 0), (
+        retried.stderr
     )
     after = read_rows(tmp_path / "out").to_pylist()
     assert after[5]["embedding"] == before[4]["embedding"]
     assert [row for row in after if row["position"] != 5] == [row for row in before if row["position"] != 5]
-    assert [made.revision for made in read_all_footers(tmp_path / "out").values()] == [0, 1, 0, 0]
+    assert [footer.revision for footer in read_all_footers(tmp_path / "out").values()] == [0, 1, 0, 0]

@@ -1,4 +1,4 @@
-"""A job of a few tiny pictures and a model that gives the mean of each channel."""
+"""Job over a few tiny pictures, with a model that returns the mean of each channel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-__all__ = ["encoded", "red", "write_tiny_job"]
+__all__ = ["encode_image", "encode_red_image", "write_tiny_job"]
 
 MEAN_NET = """\
 import torch
@@ -47,20 +47,20 @@ output: {uri: out}
 """
 
 
-def encoded(image: Image.Image, **how: Any) -> bytes:
-    """The image as a file; `how` is for `Image.save`."""
+def encode_image(image: Image.Image, **options: Any) -> bytes:
+    """Encode an image; `options` go to `Image.save`."""
     buffer = io.BytesIO()
-    image.save(buffer, **how)
+    image.save(buffer, **options)
     return buffer.getvalue()
 
 
-def red(**how: Any) -> bytes:
-    """A picture of 40 by 20 pixels whose mean is (1, 0, 0.2)."""
-    return encoded(Image.new("RGB", (40, 20), (255, 0, 51)), **how)
+def encode_red_image(**options: Any) -> bytes:
+    """Encode a picture of 40 by 20 pixels whose channels have the means 1, 0 and 0.2."""
+    return encode_image(Image.new("RGB", (40, 20), (255, 0, 51)), **options)
 
 
 def write_tiny_job(folder: Path, manifest: str) -> None:
-    """Write `job.yaml`, `net.py` and `manifest.csv` there; the manifest's column `file` names the images."""
+    """Write `job.yaml`, `net.py` and `manifest.csv`; the manifest's column `file` names the images."""
     (folder / "manifest.csv").write_text(manifest)
     (folder / "net.py").write_text(MEAN_NET)
     (folder / "job.yaml").write_text(MEAN_JOB)
