@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from cifar_job import footers
+from batchjob_process import read_all_footers
 from PIL import Image
 from pydantic import ValidationError
 from sklearn import metrics
@@ -358,7 +358,7 @@ def test_footers_hold_the_sums_without_error_rows(tmp_path: Path) -> None:
     job = batchjob.Job.from_file(tmp_path / "job.yaml")
     result = batchjob.run(job)
     assert (result.status, result.predicted, result.failed) == ("complete", 5, 1)
-    parts = footers(str(tmp_path / "out"))
+    parts = read_all_footers(tmp_path / "out")
     assert [footer.truth["brightness/images"] for _, footer in sorted(parts.items())] == [3, 1]
     sums: Counter[str] = Counter()
     for footer in parts.values():
