@@ -1,4 +1,4 @@
-"""Segmentation: class maps and instances on the pixels of the original image, as PNG, run lengths and counts."""
+"""Segmentation: class maps and instances at the size of the original image, as PNG, run lengths and counts."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import duckdb
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from task_rows import build_rows, find_error_types
 from torch.nn.functional import interpolate
 from torchvision.models import get_model, get_model_weights
 from torchvision.transforms import functional
@@ -41,16 +41,16 @@ Map = np.ndarray[Any, Any]
 
 @pytest.fixture
 def folder(test_data: Path, tmp_path: Path) -> Path:
-    """A folder with three real images of three sizes."""
-    place = tmp_path / "images"
-    place.mkdir()
+    """Folder with three photographs of three sizes."""
+    path = tmp_path / "images"
+    path.mkdir()
     for name in IMAGES:
-        (place / name).write_bytes((test_data / "imagenet-sample" / name).read_bytes())
-    return place
+        (path / name).write_bytes((test_data / "imagenet-sample" / name).read_bytes())
+    return path
 
 
 def run(folder: Path, **sections: Any) -> list[Row]:
-    """A whole job over the folder: rows as DuckDB reads them, in the order of `IMAGES`."""
+    """Run a whole job over the folder; return the rows as DuckDB reads them, in the order of `IMAGES`."""
     output = folder.parent / "out"
     job = batchjob.Job.model_validate(
         {
@@ -69,253 +69,249 @@ def run(folder: Path, **sections: Any) -> list[Row]:
     return rows
 
 
-def pixels(folder: Path) -> list[torch.Tensor]:
+def read_pixels(folder: Path) -> list[torch.Tensor]:
     return [functional.pil_to_tensor(Image.open(folder / name).convert("RGB")) for name in IMAGES]
 
 
-def model(name: str, **arguments: Any) -> torch.nn.Module:
+def make_model(name: str, **arguments: Any) -> torch.nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module: torch.nn.Module = get_model(name, weights=None, weights_backbone=None, **arguments)
     return module.eval()
 
 
-def png(data: bytes) -> Map:
+def decode_png(data: bytes) -> Map:
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
-def unrun(runs: Row) -> Map:
-    """COCO's run lengths as the mask they stand for."""
+def decode_rle(runs: Row) -> Map:
+    """Decode COCO's run lengths to a mask, uint8 of 0 and 1."""
     height, width = runs["size"]
     values = np.arange(len(runs["counts"])) % 2
     return np.repeat(values, runs["counts"]).reshape(width, height).T.astype(np.uint8)
 
 
-# ----------------------------------------------------------------------------------------------------- whole runs
+# -- whole runs
 
 
 @pytest.mark.parametrize("resize", [96, None, [64, 128]])
 def test_class_maps_have_the_size_of_the_original(resize: Any, folder: Path) -> None:
     rows = run(folder, preprocess={"resize": resize})
-    net = model("lraspp_mobilenet_v3_large")
+    model = make_model("lraspp_mobilenet_v3_large")
     voc = set(get_model_weights("lraspp_mobilenet_v3_large")["DEFAULT"].meta["categories"])
-    for row, image in zip(rows, pixels(folder), strict=True):
+    for row, image in zip(rows, read_pixels(folder), strict=True):
         height, width = image.shape[1:]
         small = image if resize is None else functional.resize(image, resize, antialias=True)
         values = functional.normalize(small.float() / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         with torch.inference_mode():
-            ids = net(values[None])["out"].argmax(1, keepdim=True)
-        wanted = interpolate(ids.float(), (height, width), mode="nearest-exact")[0, 0].numpy()
-        found = png(row["mask"])
-        assert found.shape == (row["height"], row["width"]) == (height, width)
-        assert found.dtype == np.uint8
-        assert np.mean(found != wanted) < 0.005
-        assert sum(one["pixels"] for one in row["pixels"]) == width * height
-        assert {one["label_id"]: one["pixels"] for one in row["pixels"]} == dict(
-            zip(*(part.tolist() for part in np.unique(found, return_counts=True)), strict=True)
+            ids = model(values[None])["out"].argmax(1, keepdim=True)
+        expected = interpolate(ids.float(), (height, width), mode="nearest-exact")[0, 0].numpy()
+        mask = decode_png(row["mask"])
+        assert mask.shape == (row["height"], row["width"]) == (height, width)
+        assert mask.dtype == np.uint8
+        assert np.mean(mask != expected) < 0.005
+        assert sum(count["pixels"] for count in row["pixels"]) == width * height
+        assert {count["label_id"]: count["pixels"] for count in row["pixels"]} == dict(
+            zip(*(part.tolist() for part in np.unique(mask, return_counts=True)), strict=True)
         )
-        assert {one["label"] for one in row["pixels"]} <= voc
+        assert {count["label"] for count in row["pixels"]} <= voc
 
 
-def test_instances_are_torchvisions_own(folder: Path) -> None:
+def test_instances_match_torchvision(folder: Path) -> None:
     rows = run(
         folder,
         model={"type": "torchvision", "name": "maskrcnn_resnet50_fpn", "seed": 0, "arguments": RCNN},
         task={"type": "segmentation", "threshold": 0},
     )
-    images = pixels(folder)
+    images = read_pixels(folder)
     with torch.inference_mode():
-        wanted = model("maskrcnn_resnet50_fpn", **RCNN)([image.float() / 255 for image in images])
-    for row, want, image in zip(rows, wanted, images, strict=True):
-        assert len(row["detections"]) == len(want["scores"]) > 0
-        for one, score, mask in zip(row["detections"], want["scores"].tolist(), want["masks"], strict=True):
-            found = png(one["mask"])
-            assert one["score"] == pytest.approx(score, abs=1e-5)
-            assert found.shape == tuple(image.shape[1:])
-            assert set(np.unique(found)) <= {0, 255}
-            assert np.count_nonzero(found) == one["pixels"]
-            assert np.mean((found > 0) != (mask[0] >= 0.5).numpy()) < 0.005
+        expected_by_image = make_model("maskrcnn_resnet50_fpn", **RCNN)([image.float() / 255 for image in images])
+    for row, expected, image in zip(rows, expected_by_image, images, strict=True):
+        assert len(row["detections"]) == len(expected["scores"]) > 0
+        for instance, expected_score, expected_mask in zip(
+            row["detections"], expected["scores"].tolist(), expected["masks"], strict=True
+        ):
+            actual = decode_png(instance["mask"])
+            assert instance["score"] == pytest.approx(expected_score, abs=1e-5)
+            assert actual.shape == tuple(image.shape[1:])
+            assert set(np.unique(actual)) <= {0, 255}
+            assert np.count_nonzero(actual) == instance["pixels"]
+            assert np.mean((actual > 0) != (expected_mask[0] >= 0.5).numpy()) < 0.005
 
 
-def test_weights_with_the_head_for_training_are_read_without_it(tmp_path: Path) -> None:
+def test_auxiliary_training_head_is_dropped_from_the_weights(tmp_path: Path) -> None:
     name = "deeplabv3_mobilenet_v3_large"
-    net = model(name, num_classes=3, aux_loss=True)
-    torch.save(net.state_dict(), tmp_path / "own.pt")
-    made = TorchvisionModel(name=name, weights=str(tmp_path / "own.pt"), num_classes=3).load(READER, Path())
-    assert made.input_kind == "batch"
+    model = make_model(name, num_classes=3, aux_loss=True)
+    torch.save(model.state_dict(), tmp_path / "own.pt")
+    loaded = TorchvisionModel(name=name, weights=str(tmp_path / "own.pt"), num_classes=3).load(READER, Path())
+    assert loaded.input_kind == "batch"
     x = torch.rand(1, 3, 64, 64)
     with torch.inference_mode():
-        found = made.module(x)
-        assert list(found) == ["out"]
-        torch.testing.assert_close(found["out"], net(x)["out"])
+        output = loaded.module(x)
+        assert list(output) == ["out"]
+        torch.testing.assert_close(output["out"], model(x)["out"])
 
 
-# ------------------------------------------------------------------------------------------------- outputs to rows
+# -- outputs to rows
 
 
-def prepared(output: Any, own: tuple[str, ...] | None = None, **settings: Any) -> Postprocess:
-    return SegmentationTask(**settings).build_postprocess(output, own, READER, Path())
+def make_postprocess(output: Any, weight_labels: tuple[str, ...] | None = None, **settings: Any) -> Postprocess:
+    return SegmentationTask(**settings).build_postprocess(output, weight_labels, READER, Path())
 
 
-def rows(post: Postprocess, output: Any, frames: list[ImageGeometry]) -> list[Row]:
-    tensors = {name: tensor.cpu() for name, tensor in post.on_device(output).items()}
-    assert {len(tensor) for tensor in tensors.values()} == {len(frames)}
-    columns = post.columns(tensors, frames)
-    for column, field in zip(columns, post.fields, strict=True):
-        column.validate(full=True)
-        assert column.type == field.type
-    found: list[Row] = pa.Table.from_arrays(columns, schema=pa.schema(post.fields)).to_pylist()
-    return found
-
-
-def logits(classes: int, height: int = 12, width: int = 20) -> torch.Tensor:
-    own = torch.Generator().manual_seed(0)
-    return torch.randn(2, classes, height, width, generator=own)
+def make_logits(classes: int, height: int = 12, width: int = 20) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, classes, height, width, generator=generator)
 
 
 @pytest.mark.parametrize(
-    "form", [lambda made: made, lambda made: {"out": made, "aux": made * 0}, lambda made: {"logits": made}]
+    "wrap",
+    [lambda logits: logits, lambda logits: {"out": logits, "aux": logits * 0}, lambda logits: {"logits": logits}],
 )
-def test_png_run_lengths_and_counts_tell_the_same(form: Any) -> None:
-    made = logits(5)
-    frames = [ImageGeometry(20, 12, 20, 12)] * 2
-    images = rows(prepared(form(made)), form(made), frames)
-    runs = rows(prepared(form(made), mask="rle"), form(made), frames)
-    bare = rows(prepared(form(made), mask="none"), form(made), frames)
+def test_png_run_lengths_and_counts_agree(wrap: Any) -> None:
+    logits = make_logits(5)
+    geometries = [ImageGeometry(20, 12, 20, 12)] * 2
+    png_rows = build_rows(make_postprocess(wrap(logits)), wrap(logits), geometries)
+    rle_rows = build_rows(make_postprocess(wrap(logits), mask="rle"), wrap(logits), geometries)
+    count_rows = build_rows(make_postprocess(wrap(logits), mask="none"), wrap(logits), geometries)
     for index in range(2):
-        wanted = made[index].argmax(0).numpy()
-        np.testing.assert_array_equal(png(images[index]["mask"]), wanted)
-        assert images[index]["pixels"] == runs[index]["pixels"] == bare[index]["pixels"]
-        assert list(bare[index]) == ["pixels"]
-        counts = [one["pixels"] for one in bare[index]["pixels"]]
+        expected = logits[index].argmax(0).numpy()
+        np.testing.assert_array_equal(decode_png(png_rows[index]["mask"]), expected)
+        assert png_rows[index]["pixels"] == rle_rows[index]["pixels"] == count_rows[index]["pixels"]
+        assert list(count_rows[index]) == ["pixels"]
+        counts = [one["pixels"] for one in count_rows[index]["pixels"]]
         assert counts == sorted(counts, reverse=True)
         assert sum(counts) == 240
-        shown = runs[index]["mask"]
-        assert [one["label_id"] for one in shown] == [one["label_id"] for one in bare[index]["pixels"]]
-        for one in shown:
+        masks = rle_rows[index]["mask"]
+        assert [one["label_id"] for one in masks] == [one["label_id"] for one in count_rows[index]["pixels"]]
+        for one in masks:
             assert sum(one["counts"]) == 240
-            np.testing.assert_array_equal(unrun(one), wanted == one["label_id"])
+            np.testing.assert_array_equal(decode_rle(one), expected == one["label_id"])
 
 
-def test_run_lengths_are_cocos() -> None:
-    # The example of maskApi.h: M = [0 0 1 1 1 0 1] has the counts [2 3 1 1], M = [1 1 1 1 1 1 0] has [0 6 1].
+def test_run_lengths_match_the_examples_of_coco() -> None:
+    # The examples of maskApi.h: M = [0 0 1 1 1 0 1] has the counts [2 3 1 1], M = [1 1 1 1 1 1 0] has [0 6 1].
     for mask, counts in ([0, 0, 1, 1, 1, 0, 1], [2, 3, 1, 1]), ([1, 1, 1, 1, 1, 1, 0], [0, 6, 1]):
-        column = torch.tensor(mask).float().view(1, 1, 7, 1).expand(2, 1, 7, 1) - 0.5
-        (row, _) = rows(prepared(column, mask="rle"), column, [ImageGeometry(1, 7, 1, 7)] * 2)
+        output = torch.tensor(mask).float().view(1, 1, 7, 1).expand(2, 1, 7, 1) - 0.5
+        (row, _) = build_rows(make_postprocess(output, mask="rle"), output, [ImageGeometry(1, 7, 1, 7)] * 2)
         inside = next(one for one in row["mask"] if one["label_id"] == 1)
         assert (inside["size"], inside["counts"]) == ([7, 1], counts)
 
 
-def test_many_classes_take_16_bits() -> None:
-    made = torch.zeros(2, 300, 4, 6)
-    made[:, 299, 1, 2] = 9
-    (row, _) = rows(prepared(made, tuple(map(str, range(300)))), made, [ImageGeometry(6, 4, 6, 4)] * 2)
-    found = png(row["mask"])
-    assert (found[1, 2], found[0, 0], found.dtype.itemsize > 1) == (299, 0, True)
+def test_more_than_255_classes_take_16_bits() -> None:
+    output = torch.zeros(2, 300, 4, 6)
+    output[:, 299, 1, 2] = 9
+    (row, _) = build_rows(
+        make_postprocess(output, tuple(map(str, range(300)))), output, [ImageGeometry(6, 4, 6, 4)] * 2
+    )
+    mask = decode_png(row["mask"])
+    assert (mask[1, 2], mask[0, 0], mask.dtype.itemsize > 1) == (299, 0, True)
     assert row["pixels"] == [
         {"label_id": 0, "label": "0", "pixels": 23},
         {"label_id": 299, "label": "299", "pixels": 1},
     ]
 
 
-def test_one_logit_a_pixel_is_a_probability() -> None:
-    made = torch.tensor([-3.0, 0.1, 3.0]).view(1, 1, 1, 3).expand(2, 1, 1, 3)
-    for threshold, wanted in (0.5, [0, 1, 1]), (0.9, [0, 0, 1]):
-        post = prepared(made, ("ground", "road"), mask_threshold=threshold)
-        (row, _) = rows(post, made, [ImageGeometry(3, 1, 3, 1)] * 2)
-        assert png(row["mask"]).tolist() == [wanted]
+def test_single_logit_per_pixel_is_a_probability() -> None:
+    output = torch.tensor([-3.0, 0.1, 3.0]).view(1, 1, 1, 3).expand(2, 1, 1, 3)
+    for threshold, expected in (0.5, [0, 1, 1]), (0.9, [0, 0, 1]):
+        postprocess = make_postprocess(output, ("ground", "road"), mask_threshold=threshold)
+        (row, _) = build_rows(postprocess, output, [ImageGeometry(3, 1, 3, 1)] * 2)
+        assert decode_png(row["mask"]).tolist() == [expected]
 
 
-def test_what_the_crop_cut_off_is_no_class() -> None:
-    made = logits(3, 8, 8)
-    frame = ImageGeometry(16, 12, 8, 8, left=4, top=2)
-    (row, _) = rows(prepared(made), made, [frame] * 2)
-    found = png(row["mask"])
-    assert found.shape == (12, 16)
-    np.testing.assert_array_equal(found[2:10, 4:12], made[0].argmax(0).numpy())
-    assert np.count_nonzero(found == 255) == 12 * 16 - 64
+def test_pixels_outside_the_crop_have_no_class() -> None:
+    output = make_logits(3, 8, 8)
+    geometry = ImageGeometry(16, 12, 8, 8, left=4, top=2)
+    (row, _) = build_rows(make_postprocess(output), output, [geometry] * 2)
+    mask = decode_png(row["mask"])
+    assert mask.shape == (12, 16)
+    np.testing.assert_array_equal(mask[2:10, 4:12], output[0].argmax(0).numpy())
+    assert np.count_nonzero(mask == 255) == 12 * 16 - 64
     assert sum(one["pixels"] for one in row["pixels"]) == 64
-    (inner, _) = rows(prepared(made, size="input"), made, [frame] * 2)
-    np.testing.assert_array_equal(png(inner["mask"]), made[0].argmax(0).numpy())
+    (inner, _) = build_rows(make_postprocess(output, size="input"), output, [geometry] * 2)
+    np.testing.assert_array_equal(decode_png(inner["mask"]), output[0].argmax(0).numpy())
 
 
 @pytest.mark.parametrize("ratio", [1, 4])
-def test_padding_is_left_out_whatever_the_resolution_of_the_map(ratio: int) -> None:
-    made = logits(3, 32 // ratio, 64 // ratio)
-    frame = ImageGeometry(50, 20, 50, 20, pad_right=14, pad_below=12)
-    wanted = interpolate(made.argmax(1, keepdim=True).float(), (32, 64), mode="nearest")[0, 0, :20, :50].numpy()
+def test_padding_is_left_out_at_every_map_resolution(ratio: int) -> None:
+    output = make_logits(3, 32 // ratio, 64 // ratio)
+    geometry = ImageGeometry(50, 20, 50, 20, pad_right=14, pad_below=12)
+    expected = interpolate(output.argmax(1, keepdim=True).float(), (32, 64), mode="nearest")[0, 0, :20, :50].numpy()
     for size in ("original", "input"):
-        (row, _) = rows(prepared(made, size=size), made, [frame] * 2)
-        np.testing.assert_array_equal(png(row["mask"]), wanted)
+        (row, _) = build_rows(make_postprocess(output, size=size), output, [geometry] * 2)
+        np.testing.assert_array_equal(decode_png(row["mask"]), expected)
 
 
-def test_pixels_that_are_not_finite_are_a_fault_or_no_class() -> None:
-    made = logits(3, 4, 5)
-    post = prepared(made)
-    made[1, 2, 0, 0] = NAN
-    first, second = rows(post, made, [ImageGeometry(5, 4, 5, 4)] * 2)
+def test_pixels_that_are_not_finite_are_an_error_or_have_no_class() -> None:
+    output = make_logits(3, 4, 5)
+    postprocess = make_postprocess(output)
+    output[1, 2, 0, 0] = NAN
+    first, second = build_rows(postprocess, output, [ImageGeometry(5, 4, 5, 4)] * 2)
     assert (first["mask"] is None, second) == (False, {"pixels": None, "mask": None})
-    assert [fault and fault.type for fault in post.find_errors(post.on_device(made))] == [None, "not_finite"]
-    lenient = prepared(logits(3, 4, 5), allow_nan=True)
-    _, second = rows(lenient, made, [ImageGeometry(5, 4, 5, 4)] * 2)
-    assert png(second["mask"])[0, 0] == 255
+    assert find_error_types(postprocess, output) == [None, "not_finite"]
+    lenient = make_postprocess(make_logits(3, 4, 5), allow_nan=True)
+    _, second = build_rows(lenient, output, [ImageGeometry(5, 4, 5, 4)] * 2)
+    assert decode_png(second["mask"])[0, 0] == 255
     assert sum(one["pixels"] for one in second["pixels"]) == 19
 
 
-def instances(images: int = 2, height: int = 10, width: int = 16) -> list[dict[str, torch.Tensor]]:
-    """For each image three squares, one of them doubtful, in no order."""
+def make_instances(images: int = 2, height: int = 10, width: int = 16) -> list[dict[str, torch.Tensor]]:
+    """Make three rectangles for each image, one of them with a low score, unsorted."""
     masks = torch.zeros(3, 1, height, width)
     masks[0, :, 2:6, 3:9] = 0.8
     masks[1, :, 0:2, 0:2] = 0.9
     masks[2, :, 5:10, 8:16] = 0.6
     boxes = torch.tensor([[3.0, 2, 9, 6], [0, 0, 2, 2], [8, 5, 16, 10]])
-    one = {"boxes": boxes, "labels": torch.tensor([1, 2, 1]), "scores": torch.tensor([0.7, 0.2, 0.9]), "masks": masks}
-    return [one] * images
+    image = {"boxes": boxes, "labels": torch.tensor([1, 2, 1]), "scores": torch.tensor([0.7, 0.2, 0.9]), "masks": masks}
+    return [image] * images
 
 
-def test_instances_have_a_mask_each_at_the_size_of_the_original() -> None:
-    made = instances()
-    frames = [ImageGeometry(32, 20, 16, 10, 0.5, 0.5), ImageGeometry(16, 10, 16, 10)]
-    shown = rows(prepared(made, ("ground", "cat", "dog")), made, frames)
-    runs = rows(prepared(made, mask="rle"), made, frames)
-    bare = rows(prepared(made, mask="none"), made, frames)
-    for index, scale in enumerate((2, 1)):
-        found = shown[index]["detections"]
-        assert [(one["label_id"], one["label"], one["score"]) for one in found] == [
+def test_each_instance_has_a_mask_at_the_size_of_the_image() -> None:
+    output = make_instances()
+    geometries = [ImageGeometry(32, 20, 16, 10, 0.5, 0.5), ImageGeometry(16, 10, 16, 10)]
+    png_rows = build_rows(make_postprocess(output, ("ground", "cat", "dog")), output, geometries)
+    rle_rows = build_rows(make_postprocess(output, mask="rle"), output, geometries)
+    count_rows = build_rows(make_postprocess(output, mask="none"), output, geometries)
+    for row, scale in enumerate((2, 1)):
+        instances = png_rows[row]["detections"]
+        assert [(png["label_id"], png["label"], png["score"]) for png in instances] == [
             (1, "cat", pytest.approx(0.9)),
             (1, "cat", pytest.approx(0.7)),
         ]
-        assert [one["x_min"] for one in found] == [8 * scale, 3 * scale]
-        for one, other, third, place in zip(
-            found, runs[index]["detections"], bare[index]["detections"], (2, 0), strict=True
+        assert [png["x_min"] for png in instances] == [8 * scale, 3 * scale]
+        for png, rle, count, candidate in zip(
+            instances, rle_rows[row]["detections"], count_rows[row]["detections"], (2, 0), strict=True
         ):
-            wanted = np.kron((made[0]["masks"][place, 0] >= 0.5).numpy(), np.ones((scale, scale), bool))
-            np.testing.assert_array_equal(png(one["mask"]) == 255, wanted)
-            np.testing.assert_array_equal(unrun(other["mask"]), wanted)
-            assert one["pixels"] == other["pixels"] == third["pixels"] == np.count_nonzero(wanted)
-            assert "mask" not in third
+            expected = np.kron((output[0]["masks"][candidate, 0] >= 0.5).numpy(), np.ones((scale, scale), bool))
+            np.testing.assert_array_equal(decode_png(png["mask"]) == 255, expected)
+            np.testing.assert_array_equal(decode_rle(rle["mask"]), expected)
+            assert png["pixels"] == rle["pixels"] == count["pixels"] == np.count_nonzero(expected)
+            assert "mask" not in count
 
 
-def test_images_of_other_sizes_and_without_instances_go_together() -> None:
-    none = {key: value[:0] for key, value in instances(1, 30, 7)[0].items()}
-    made = [instances(1)[0], none, instances(1, 11, 19)[0]]
-    frames = [ImageGeometry(16, 10, 16, 10), ImageGeometry(7, 30, 7, 30), ImageGeometry(19, 11, 19, 11)]
+def test_images_of_several_sizes_and_without_instances_share_a_batch() -> None:
+    no_instances = {key: value[:0] for key, value in make_instances(1, 30, 7)[0].items()}
+    output = [make_instances(1)[0], no_instances, make_instances(1, 11, 19)[0]]
+    geometries = [ImageGeometry(16, 10, 16, 10), ImageGeometry(7, 30, 7, 30), ImageGeometry(19, 11, 19, 11)]
     for mask in ("png", "rle", "none"):
-        found = rows(prepared(made[:2], mask=mask), made, frames)
-        assert [len(row["detections"]) for row in found] == [2, 0, 2]
-    assert png(rows(prepared(made[:2]), made, frames)[2]["detections"][0]["mask"]).shape == (11, 19)
+        rows = build_rows(make_postprocess(output[:2], mask=mask), output, geometries)
+        assert [len(row["detections"]) for row in rows] == [2, 0, 2]
+    assert decode_png(
+        build_rows(make_postprocess(output[:2]), output, geometries)[2]["detections"][0]["mask"]
+    ).shape == (11, 19)
 
 
-def test_instances_that_are_not_finite_are_a_fault() -> None:
-    bad = {**instances(1)[0], "masks": torch.full((3, 1, 10, 16), NAN)}
-    made = [instances(1)[0], bad]
-    post = prepared(instances())
-    found = rows(post, made, [ImageGeometry(16, 10, 16, 10)] * 2)
-    assert [row["detections"] is None for row in found] == [False, True]
+def test_instances_that_are_not_finite_are_an_error() -> None:
+    bad = {**make_instances(1)[0], "masks": torch.full((3, 1, 10, 16), NAN)}
+    output = [make_instances(1)[0], bad]
+    postprocess = make_postprocess(make_instances())
+    rows = build_rows(postprocess, output, [ImageGeometry(16, 10, 16, 10)] * 2)
+    assert [row["detections"] is None for row in rows] == [False, True]
 
 
 @pytest.mark.parametrize(
-    ("output", "settings", "said"),
+    ("output", "settings", "text"),
     [
         (torch.zeros(2, 5), {}, "gives float32 [2, 5] for a batch of 2"),
         (torch.zeros(3, 5, 4, 4), {}, "float32 [3, 5, 4, 4]"),
@@ -323,19 +319,19 @@ def test_instances_that_are_not_finite_are_a_fault() -> None:
         ({"masks": torch.zeros(2, 5, 4, 4)}, {}, "a dict with the keys masks (masks float32 [2, 5, 4, 4])"),
         ((torch.zeros(2, 5, 4, 4), None), {}, "a tuple of 2"),
         ([{"boxes": torch.zeros(1, 4)}] * 2, {}, "the first a dict with the keys boxes"),
-        (instances(), {"format": "semantic"}, "a tensor [n, classes, h, w] of logits"),
+        (make_instances(), {"format": "semantic"}, "a tensor [n, classes, h, w] of logits"),
         (torch.zeros(2, 5, 4, 4), {"format": "instances"}, "masks [k, 1, h, w]"),
         (None, {}, "gives None"),
     ],
 )
-def test_other_outputs_are_refused_with_their_shapes(output: Any, settings: Row, said: str) -> None:
+def test_other_outputs_are_refused_with_their_shapes(output: Any, settings: Row, text: str) -> None:
     with pytest.raises(InvalidJob) as caught:
-        prepared(output, **settings)
-    assert said in caught.value.message
+        make_postprocess(output, **settings)
+    assert text in caught.value.message
     assert "segmentation wants" in caught.value.message
     assert "model.type: python" in caught.value.message
 
 
-def test_labels_that_are_not_as_many_as_the_classes_are_refused() -> None:
+def test_wrong_number_of_labels_is_refused() -> None:
     with pytest.raises(InvalidJob, match=r"task\.labels has 2 labels, but the model gives 5 classes"):
-        prepared(logits(5), labels=["a", "b"])
+        make_postprocess(make_logits(5), labels=["a", "b"])

@@ -1,6 +1,6 @@
-"""One contract for all tasks: schema first, rows that mind no other row, nulls for faults, a sentence for misfits.
+"""Contract of all tasks: a fixed schema, rows independent of their batch, nulls in error rows, readable errors.
 
-A new task is one `Case` here.
+A new task adds one `Case` to `CASES`.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ LABELS = ("cat", "dog", "fish", "bird", "crow")
 
 @dataclass(frozen=True)
 class Case:
-    """A task under the contract.
+    """Task under the contract.
 
     Attributes:
-        task: its settings.
-        output: what a model gives it for `ROWS` images; rows are cut out of it.
-        misfits: other outputs that it refuses, with words of the sentence: the shape that came, the shape it wants.
-        one_tensor: it takes one tensor and nothing else, so that a dict and a tuple are refused.
-        poisoned: `output` with NaN for image 3; None where it holds no floats.
-        labels: what the weights bring.
-        code: `post.py` beside the job file.
+        task: Settings of the task.
+        output: Output of a model for `ROWS` images; rows are sliced from it.
+        unsuitable: Other outputs that it refuses, with words of the message: the actual and the expected shape.
+        one_tensor: True if it takes a single tensor only, so that a dict and a tuple are refused.
+        output_with_nan: `output` with NaN for image 3; None if it holds no floats.
+        labels: Class names that the weights bring.
+        code: Text of `post.py` beside the job file.
     """
 
     task: Any
     output: Any
-    misfits: tuple[tuple[Any, tuple[str, ...]], ...]
+    unsuitable: tuple[tuple[Any, tuple[str, ...]], ...]
     one_tensor: bool = True
-    poisoned: Any = None
+    output_with_nan: Any = None
     labels: tuple[str, ...] | None = None
     code: str = ""
 
@@ -60,60 +60,60 @@ class Case:
         if self.code:
             (base / "post.py").write_text(self.code)
         self.task.check(Reader(), base)
-        example = cut(self.output, slice(0, EXAMPLE_ROWS)) if output is ... else output
-        post: Postprocess = self.task.build_postprocess(example, self.labels, Reader(), base)
-        return post
+        example = slice_rows(self.output, slice(0, EXAMPLE_ROWS)) if output is ... else output
+        postprocess: Postprocess = self.task.build_postprocess(example, self.labels, Reader(), base)
+        return postprocess
 
 
-def cut(output: Any, rows: slice) -> Any:
-    """Some images of an output, however it is made up."""
+def slice_rows(output: Any, rows: slice) -> Any:
+    """Slice rows from an output of any structure."""
     if isinstance(output, Mapping):
-        return {name: cut(part, rows) for name, part in output.items()}
+        return {name: slice_rows(part, rows) for name, part in output.items()}
     if isinstance(output, tuple):
-        return tuple(cut(part, rows) for part in output)
+        return tuple(slice_rows(part, rows) for part in output)
     return output[rows]
 
 
 def with_nan(tensor: torch.Tensor) -> torch.Tensor:
-    """The same, with NaN somewhere in image 3."""
-    poisoned = tensor.clone()
-    poisoned[3].view(-1)[0] = float("nan")
-    return poisoned
+    """Copy a tensor and write NaN to image 3."""
+    copy = tensor.clone()
+    copy[3].view(-1)[0] = float("nan")
+    return copy
 
 
-def noise(*shape: int) -> torch.Tensor:
+def make_noise(*shape: int) -> torch.Tensor:
     return torch.randn(ROWS, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def boxes(poison: bool = False) -> list[dict[str, torch.Tensor]]:
-    """For each image as many boxes as its number, with masks; with NaN in one of image 3's."""
-    own = torch.Generator().manual_seed(0)
-    made = []
+def make_boxes(with_nan_box: bool = False) -> list[dict[str, torch.Tensor]]:
+    """Make n boxes with masks for image n; optionally with NaN in a box of image 3."""
+    generator = torch.Generator().manual_seed(0)
+    images = []
     for image in range(ROWS):
-        corner, size = torch.rand(2, image, 2, generator=own) * 100
-        made.append(
+        corner, size = torch.rand(2, image, 2, generator=generator) * 100
+        images.append(
             {
                 "boxes": torch.cat([corner, corner + size], 1),
                 "labels": torch.arange(image) % 5,
-                "scores": torch.rand(image, generator=own),
-                "masks": torch.rand(image, 1, 224, 224, generator=own),
+                "scores": torch.rand(image, generator=generator),
+                "masks": torch.rand(image, 1, 224, 224, generator=generator),
             }
         )
-    if poison:
-        made[3]["boxes"][1, 2] = float("nan")
-    return made
+    if with_nan_box:
+        images[3]["boxes"][1, 2] = float("nan")
+    return images
 
 
-def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def make_zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.zeros(EXAMPLE_ROWS, *shape, dtype=dtype)
 
 
-LOGITS = noise(5)
-FUNCTION = """
+LOGITS = make_noise(5)
+FUNCTION_CODE = """
 def measured(output, frames):
     return {"spread": output.std(dim=1), "wide": [frame.width > 100 for frame in frames], "values": output}
 """
-CLASS = """
+CLASS_CODE = """
 class Tops:
     fields = {"tops": "list<struct<id: int32, score: float32>>"}
 
@@ -133,278 +133,282 @@ CASES: dict[str, Case] = {
     "classification": Case(
         task=ClassificationTask(top_k=3),
         output=LOGITS,
-        poisoned=with_nan(LOGITS),
+        output_with_nan=with_nan(LOGITS),
         labels=LABELS,
-        misfits=(
-            (zeros(5, 4, 4), ("[2, 5, 4, 4]", "[n, classes]")),
-            (zeros(), ("[2]", "[n, classes]")),
-            (zeros(5, dtype=torch.int64), ("int64 [2, 5]", "[n, classes]")),
+        unsuitable=(
+            (make_zeros(5, 4, 4), ("[2, 5, 4, 4]", "[n, classes]")),
+            (make_zeros(), ("[2]", "[n, classes]")),
+            (make_zeros(5, dtype=torch.int64), ("int64 [2, 5]", "[n, classes]")),
             (torch.zeros(3, 5), ("float32 [3, 5]", "for a batch of 2")),
         ),
     ),
     "embedding": Case(
         task=EmbeddingTask(normalize=True),
-        output=noise(16),
-        poisoned=with_nan(noise(16)),
-        misfits=(
-            (zeros(7, 16), ("[2, 7, 16]", "[n, d]")),
-            (zeros(16, 4, 4), ("[2, 16, 4, 4]", "[n, d]")),
+        output=make_noise(16),
+        output_with_nan=with_nan(make_noise(16)),
+        unsuitable=(
+            (make_zeros(7, 16), ("[2, 7, 16]", "[n, d]")),
+            (make_zeros(16, 4, 4), ("[2, 16, 4, 4]", "[n, d]")),
             (torch.zeros(3, 5), ("float32 [3, 5]", "for a batch of 2")),
         ),
     ),
     "multilabel": Case(
         task=MultilabelTask(threshold=(0.1, 0.5, 0.5, 0.5, 0.9), scores=True, labels=LABELS),
         output=LOGITS,
-        poisoned=with_nan(LOGITS),
-        misfits=(
-            (zeros(5, 4, 4), ("[2, 5, 4, 4]", "[n, classes]")),
-            (zeros(0), ("[2, 0]", "[n, classes]")),
-            (zeros(5, dtype=torch.int64), ("int64 [2, 5]", "[n, classes]")),
-            (zeros(4), ("5 thresholds", "4 classes")),
+        output_with_nan=with_nan(LOGITS),
+        unsuitable=(
+            (make_zeros(5, 4, 4), ("[2, 5, 4, 4]", "[n, classes]")),
+            (make_zeros(0), ("[2, 0]", "[n, classes]")),
+            (make_zeros(5, dtype=torch.int64), ("int64 [2, 5]", "[n, classes]")),
+            (make_zeros(4), ("5 thresholds", "4 classes")),
             (torch.zeros(3, 5), ("float32 [3, 5]", "for a batch of 2")),
         ),
     ),
     "regression": Case(
         task=RegressionTask(outputs=("x", "y")),
-        output=noise(2),
-        poisoned=with_nan(noise(2)),
-        misfits=(
-            (zeros(3), ("[2, 3]", "[n, 2]")),
-            (zeros(), ("[2]", "[n, 2]")),
-            (zeros(1, 2), ("[2, 1, 2]", "[n, 2]")),
-            (zeros(2, dtype=torch.int64), ("int64 [2, 2]", "[n, 2]")),
-            ({"x": zeros(), "y": zeros(2)}, ("[2], [2, 2]", "[n, 2]")),
+        output=make_noise(2),
+        output_with_nan=with_nan(make_noise(2)),
+        unsuitable=(
+            (make_zeros(3), ("[2, 3]", "[n, 2]")),
+            (make_zeros(), ("[2]", "[n, 2]")),
+            (make_zeros(1, 2), ("[2, 1, 2]", "[n, 2]")),
+            (make_zeros(2, dtype=torch.int64), ("int64 [2, 2]", "[n, 2]")),
+            ({"x": make_zeros(), "y": make_zeros(2)}, ("[2], [2, 2]", "[n, 2]")),
             (torch.zeros(3, 2), ("float32 [3, 2]", "for a batch of 2")),
         ),
     ),
     "regression of one": Case(
         task=RegressionTask(),
-        output=noise(1),
-        poisoned=with_nan(noise(1)),
-        misfits=((zeros(2), ("[2, 2]", "[n] or [n, 1]")),),
+        output=make_noise(1),
+        output_with_nan=with_nan(make_noise(1)),
+        unsuitable=((make_zeros(2), ("[2, 2]", "[n] or [n, 1]")),),
     ),
     "detection": Case(
         task=DetectionTask(threshold=0.2, nms=0.5, max_boxes=5),
-        output=boxes(),
-        poisoned=boxes(poison=True),
+        output=make_boxes(),
+        output_with_nan=make_boxes(with_nan_box=True),
         one_tensor=False,
         labels=LABELS,
-        misfits=(
-            (zeros(5, 4), ("float32 [2, 5, 4]", "boxes [k, 4]", "logits [n, q, classes]", "model.output")),
-            (boxes()[:3], ("a list of 3", "for a batch of 2")),
-            ([{"boxes": zeros(4)}] * 2, ("a list of 2", "boxes float32 [2, 4]", "scores [k]")),
+        unsuitable=(
+            (make_zeros(5, 4), ("float32 [2, 5, 4]", "boxes [k, 4]", "logits [n, q, classes]", "model.output")),
+            (make_boxes()[:3], ("a list of 3", "for a batch of 2")),
+            ([{"boxes": make_zeros(4)}] * 2, ("a list of 2", "boxes float32 [2, 4]", "scores [k]")),
         ),
     ),
     "detection by queries": Case(
         task=DetectionTask(threshold=0.2),
-        output={"logits": noise(9, 6), "pred_boxes": noise(9, 4).sigmoid()},
-        poisoned={"logits": with_nan(noise(9, 6)), "pred_boxes": noise(9, 4).sigmoid()},
+        output={"logits": make_noise(9, 6), "pred_boxes": make_noise(9, 4).sigmoid()},
+        output_with_nan={"logits": with_nan(make_noise(9, 6)), "pred_boxes": make_noise(9, 4).sigmoid()},
         one_tensor=False,
         labels=LABELS,
-        misfits=(
-            ({"logits": zeros(9, 6)}, ("logits float32 [2, 9, 6]", "pred_boxes [n, q, 4]")),
-            ({"logits": zeros(9, 4), "pred_boxes": zeros(9, 4)}, ("5 labels", "3 classes")),
+        unsuitable=(
+            ({"logits": make_zeros(9, 6)}, ("logits float32 [2, 9, 6]", "pred_boxes [n, q, 4]")),
+            ({"logits": make_zeros(9, 4), "pred_boxes": make_zeros(9, 4)}, ("5 labels", "3 classes")),
         ),
     ),
     "segmentation": Case(
         task=SegmentationTask(),
-        output=noise(5, 14, 14),
-        poisoned=with_nan(noise(5, 14, 14)),
+        output=make_noise(5, 14, 14),
+        output_with_nan=with_nan(make_noise(5, 14, 14)),
         one_tensor=False,
         labels=LABELS,
-        misfits=(
-            (zeros(5), ("float32 [2, 5]", "[n, classes, h, w]")),
-            (zeros(5, 4, 4, dtype=torch.int64), ("int64 [2, 5, 4, 4]", "[n, classes, h, w]")),
+        unsuitable=(
+            (make_zeros(5), ("float32 [2, 5]", "[n, classes, h, w]")),
+            (make_zeros(5, 4, 4, dtype=torch.int64), ("int64 [2, 5, 4, 4]", "[n, classes, h, w]")),
             (torch.zeros(3, 5, 4, 4), ("float32 [3, 5, 4, 4]", "for a batch of 2")),
-            (zeros(4, 4, 4), ("5 labels", "4 classes")),
-            ((zeros(5, 4, 4), zeros(5, 4, 4)), ("a tuple of 2", "model.output")),
+            (make_zeros(4, 4, 4), ("5 labels", "4 classes")),
+            ((make_zeros(5, 4, 4), make_zeros(5, 4, 4)), ("a tuple of 2", "model.output")),
         ),
     ),
     "segmentation in run lengths": Case(
         task=SegmentationTask(mask="rle", size="input"),
-        output={"out": noise(5, 14, 14)},
-        poisoned={"out": with_nan(noise(5, 14, 14))},
+        output={"out": make_noise(5, 14, 14)},
+        output_with_nan={"out": with_nan(make_noise(5, 14, 14))},
         one_tensor=False,
         labels=LABELS,
-        misfits=(({"masks": zeros(5, 4, 4)}, ("a dict with the keys masks", "out or logits", "model.output")),),
+        unsuitable=(({"masks": make_zeros(5, 4, 4)}, ("a dict with the keys masks", "out or logits", "model.output")),),
     ),
     "instances": Case(
         task=SegmentationTask(size="input", format="instances"),
-        output=boxes(),
-        poisoned=boxes(poison=True),
+        output=make_boxes(),
+        output_with_nan=make_boxes(with_nan_box=True),
         one_tensor=False,
         labels=LABELS,
-        misfits=((zeros(5, 4, 4), ("float32 [2, 5, 4, 4]", "masks [k, 1, h, w]")),),
+        unsuitable=((make_zeros(5, 4, 4), ("float32 [2, 5, 4, 4]", "masks [k, 1, h, w]")),),
     ),
     "raw": Case(
         task=RawTask(),
-        output=noise(2, 3).half(),
-        poisoned=with_nan(noise(2, 3).half()),
+        output=make_noise(2, 3).half(),
+        output_with_nan=with_nan(make_noise(2, 3).half()),
         one_tensor=False,
-        misfits=(
+        unsuitable=(
             (torch.zeros(3, 5), ("float32 [3, 5]", "for a batch of 2")),
-            (zeros(3, 100, 100), ("120,001 bytes", "[3, 100, 100]", "task.row_bytes")),
-            (zeros(4, dtype=torch.complex64), ("complex64 [2, 4]", "plain numbers")),
-            (zeros(0), ("float32 [2, 0]", "plain numbers")),
+            (make_zeros(3, 100, 100), ("120,001 bytes", "[3, 100, 100]", "task.row_bytes")),
+            (make_zeros(4, dtype=torch.complex64), ("complex64 [2, 4]", "plain numbers")),
+            (make_zeros(0), ("float32 [2, 0]", "plain numbers")),
             ({}, ("a dict",)),
-            ({"uri": zeros(4)}, ("uri", "another name")),
-            ({"a": zeros(4), "A": zeros(4)}, ("'a' and 'A'",)),
-            ({"out": zeros(4), "aux": None}, ("aux is None", "model.output")),
-            ([{"boxes": zeros(4)}] * 2, ("a list of 2", "output_0 is a dict with the keys boxes", "model.output")),
+            ({"uri": make_zeros(4)}, ("uri", "another name")),
+            ({"a": make_zeros(4), "A": make_zeros(4)}, ("'a' and 'A'",)),
+            ({"out": make_zeros(4), "aux": None}, ("aux is None", "model.output")),
+            ([{"boxes": make_zeros(4)}] * 2, ("a list of 2", "output_0 is a dict with the keys boxes", "model.output")),
         ),
     ),
     "raw of several": Case(
         task=RawTask(),
         output={"logits": LOGITS, "shown": LOGITS > 0, "count": (LOGITS > 0).sum(1), "bytes": LOGITS.to(torch.uint8)},
-        poisoned={
+        output_with_nan={
             "logits": with_nan(LOGITS),
             "shown": LOGITS > 0,
             "count": (LOGITS > 0).sum(1),
             "bytes": LOGITS.byte(),
         },
         one_tensor=False,
-        misfits=(),
+        unsuitable=(),
     ),
     "python function": Case(
         task=PythonTask(
             target="post:measured", fields={"spread": "float32", "wide": "bool", "values": "list<float32>[5]"}
         ),
-        code=FUNCTION,
+        code=FUNCTION_CODE,
         output=LOGITS,
-        poisoned=with_nan(LOGITS),
+        output_with_nan=with_nan(LOGITS),
         one_tensor=False,
-        misfits=(
+        unsuitable=(
             (torch.zeros(3, 5), ("float32 [3, 5]", "for a batch of 2")),
-            (zeros(4), ("list<float32>[5]", "values")),
-            ({"out": zeros(4), "aux": None}, ("a dict with the keys out, aux", "model.output")),
+            (make_zeros(4), ("list<float32>[5]", "values")),
+            ({"out": make_zeros(4), "aux": None}, ("a dict with the keys out, aux", "model.output")),
         ),
     ),
     "python class": Case(
         task=PythonTask(target="post:Tops", arguments={"most": 2}),
-        code=CLASS,
+        code=CLASS_CODE,
         output={"logits": LOGITS},
-        poisoned={"logits": with_nan(LOGITS)},
+        output_with_nan={"logits": with_nan(LOGITS)},
         one_tensor=False,
-        misfits=(
-            ({"logits": zeros(1)}, ("on_device", "post.py:9")),
-            ({"wrong": zeros(5)}, ("on_device", "KeyError")),
+        unsuitable=(
+            ({"logits": make_zeros(1)}, ("on_device", "post.py:9")),
+            ({"wrong": make_zeros(5)}, ("on_device", "KeyError")),
         ),
     ),
 }
 
 ONE_TENSOR = {name: case for name, case in CASES.items() if case.one_tensor}
-every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-def outcome(post: Postprocess, output: Any, rows: int = ROWS) -> tuple[pa.Table, list[ErrorRecord | None]]:
-    """Columns and faults as the worker gets them: the model's half under inference mode, the rest on the host."""
+def build_table_and_errors(
+    postprocess: Postprocess, output: Any, rows: int = ROWS
+) -> tuple[pa.Table, list[ErrorRecord | None]]:
+    """Build the columns and the errors as the worker does: `on_device` in inference mode, the rest on the host."""
     with torch.inference_mode():
-        tensors = {name: tensor.cpu() for name, tensor in post.on_device(output).items()}
+        tensors = {name: tensor.cpu() for name, tensor in postprocess.on_device(output).items()}
     assert tensors["finite"].dtype is torch.bool
     assert {len(tensor) for tensor in tensors.values()} == {rows}
-    frames = [ImageGeometry(640 + n, 480, 224, 224, 0.35, 0.47) for n in range(rows)]
-    columns, faults = post.columns(tensors, frames), post.find_errors(tensors)
-    assert len(faults) == rows
+    geometries = [ImageGeometry(640 + n, 480, 224, 224, 0.35, 0.47) for n in range(rows)]
+    columns, errors = postprocess.columns(tensors, geometries), postprocess.find_errors(tensors)
+    assert len(errors) == rows
     for column in columns:
         column.validate(full=True)
-    return pa.Table.from_arrays(columns, schema=pa.schema(post.fields)), faults
+    return pa.Table.from_arrays(columns, schema=pa.schema(postprocess.fields)), errors
 
 
-@every
-def test_the_schema_is_known_before_work_and_never_another(case: Case, tmp_path: Path) -> None:
-    post = case.prepare(tmp_path)
-    assert all(field.nullable for field in post.fields)
+@each_case
+def test_schema_is_known_in_advance_and_never_changes(case: Case, tmp_path: Path) -> None:
+    postprocess = case.prepare(tmp_path)
+    assert all(field.nullable for field in postprocess.fields)
     for rows in (0, 1, ROWS):
         with torch.inference_mode():
-            tensors = post.on_device(cut(case.output, slice(0, rows)))
-        columns = post.columns(tensors, [ImageGeometry(9, 9, 9, 9)] * rows)
-        assert [(column.type, len(column)) for column in columns] == [(field.type, rows) for field in post.fields]
-    assert case.prepare(tmp_path).fields == post.fields
+            tensors = postprocess.on_device(slice_rows(case.output, slice(0, rows)))
+        columns = postprocess.columns(tensors, [ImageGeometry(9, 9, 9, 9)] * rows)
+        assert [(column.type, len(column)) for column in columns] == [
+            (field.type, rows) for field in postprocess.fields
+        ]
+    assert case.prepare(tmp_path).fields == postprocess.fields
 
 
-@every
-def test_a_row_does_not_depend_on_its_batch(case: Case, tmp_path: Path) -> None:
-    post = case.prepare(tmp_path)
-    whole, faults = outcome(post, case.output)
-    assert faults == [None] * ROWS
+@each_case
+def test_row_does_not_depend_on_its_batch(case: Case, tmp_path: Path) -> None:
+    postprocess = case.prepare(tmp_path)
+    table, errors = build_table_and_errors(postprocess, case.output)
+    assert errors == [None] * ROWS
     for row in range(ROWS):
         with torch.inference_mode():
-            tensors = post.on_device(cut(case.output, slice(row, row + 1)))
-        frames = [ImageGeometry(640 + row, 480, 224, 224, 0.35, 0.47)]
-        one = pa.Table.from_arrays(post.columns(tensors, frames), schema=whole.schema)
-        assert nearly(one.to_pylist(), whole.slice(row, 1).to_pylist())
+            tensors = postprocess.on_device(slice_rows(case.output, slice(row, row + 1)))
+        geometries = [ImageGeometry(640 + row, 480, 224, 224, 0.35, 0.47)]
+        single = pa.Table.from_arrays(postprocess.columns(tensors, geometries), schema=table.schema)
+        assert nearly_equal(single.to_pylist(), table.slice(row, 1).to_pylist())
 
 
-@every
+@each_case
 def test_rows_with_nan_are_error_rows_and_null(case: Case, tmp_path: Path) -> None:
-    if case.poisoned is None:
+    if case.output_with_nan is None:
         pytest.skip("no floats")
-    post = case.prepare(tmp_path)
-    good, _ = outcome(post, case.output)
-    found, faults = outcome(post, case.poisoned)
-    assert [fault is None for fault in faults] == [row != 3 for row in range(ROWS)]
-    assert faults[3] is not None
-    assert (faults[3].stage, faults[3].type) == ("predict", "not_finite")
-    assert set(found.slice(3, 1).to_pylist()[0].values()) == {None}
-    assert nearly(found.slice(0, 3).to_pylist() + found.slice(4).to_pylist(), without(good.to_pylist(), 3))
+    postprocess = case.prepare(tmp_path)
+    good_table, _ = build_table_and_errors(postprocess, case.output)
+    table, errors = build_table_and_errors(postprocess, case.output_with_nan)
+    assert [error is None for error in errors] == [row != 3 for row in range(ROWS)]
+    assert errors[3] is not None
+    assert (errors[3].stage, errors[3].type) == ("predict", "not_finite")
+    assert set(table.slice(3, 1).to_pylist()[0].values()) == {None}
+    assert nearly_equal(table.slice(0, 3).to_pylist() + table.slice(4).to_pylist(), drop_row(good_table.to_pylist(), 3))
 
 
-@every
-def test_outputs_that_do_not_fit_are_refused_with_what_came_and_what_is_wanted(case: Case, tmp_path: Path) -> None:
-    for output, words in case.misfits:
+@each_case
+def test_unsuitable_outputs_are_refused_with_actual_and_expected_shape(case: Case, tmp_path: Path) -> None:
+    for output, words in case.unsuitable:
         with pytest.raises(InvalidJob) as caught:
             case.prepare(tmp_path, output)
         assert [word for word in words if word not in caught.value.message] == [], caught.value.message
 
 
-@every
-def test_an_output_of_nothing_is_refused(case: Case, tmp_path: Path) -> None:
+@each_case
+def test_output_none_is_refused(case: Case, tmp_path: Path) -> None:
     with pytest.raises(InvalidJob, match=r"gives None for a batch of 2.*forward\(\)"):
         case.prepare(tmp_path, None)
 
 
 @pytest.mark.parametrize("case", ONE_TENSOR.values(), ids=ONE_TENSOR)
-def test_several_outputs_where_one_is_wanted_are_refused_naming_how_to_pick(case: Case, tmp_path: Path) -> None:
-    example = cut(case.output, slice(0, EXAMPLE_ROWS))
-    for output, came in (
+def test_several_outputs_are_refused_with_advice_to_pick_one(case: Case, tmp_path: Path) -> None:
+    example = slice_rows(case.output, slice(0, EXAMPLE_ROWS))
+    for output, description in (
         ({"out": example, "aux": example}, "a dict with the keys out, aux"),
         ((example, example), "a tuple of 2"),
         ([example], "a list of 1"),
     ):
         with pytest.raises(InvalidJob) as caught:
             case.prepare(tmp_path, output)
-        assert came in caught.value.message
+        assert description in caught.value.message
         assert "model.output" in caught.value.message
 
 
-@every
-def test_duckdb_reads_the_rows_as_they_were(case: Case, tmp_path: Path) -> None:
-    post = case.prepare(tmp_path)
-    output = case.output if case.poisoned is None else case.poisoned
-    table, _ = outcome(post, output)
+@each_case
+def test_duckdb_reads_the_rows_unchanged(case: Case, tmp_path: Path) -> None:
+    postprocess = case.prepare(tmp_path)
+    output = case.output if case.output_with_nan is None else case.output_with_nan
+    table, _ = build_table_and_errors(postprocess, output)
     pq.write_table(table, tmp_path / "part.parquet", compression="zstd")
-    found = duckdb.read_parquet(str(tmp_path / "part.parquet")).to_arrow_table()
-    assert found.column_names == [field.name for field in post.fields]
-    assert nearly(found.to_pylist(), table.to_pylist())
+    read = duckdb.read_parquet(str(tmp_path / "part.parquet")).to_arrow_table()
+    assert read.column_names == [field.name for field in postprocess.fields]
+    assert nearly_equal(read.to_pylist(), table.to_pylist())
     assert pq.read_table(tmp_path / "part.parquet").schema.equals(table.schema)
 
 
-@every
-def test_a_task_has_a_bound_for_its_rows(case: Case, tmp_path: Path) -> None:
-    table, _ = outcome(case.prepare(tmp_path), case.output)
+@each_case
+def test_row_bytes_bounds_the_columns(case: Case, tmp_path: Path) -> None:
+    table, _ = build_table_and_errors(case.prepare(tmp_path), case.output)
     assert table.nbytes / ROWS <= case.task.row_bytes
 
 
-def without(rows: list[Any], index: int) -> list[Any]:
+def drop_row(rows: list[Any], index: int) -> list[Any]:
     return rows[:index] + rows[index + 1 :]
 
 
-def nearly(a: Any, b: Any) -> bool:
-    """Equal, floats to their last digits: a batch of one may be summed in another order."""
+def nearly_equal(a: Any, b: Any) -> bool:
+    """Compare values, floats except for their last digits: a batch of one may be summed in another order."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return list(a) == list(b) and all(nearly(a[key], b[key]) for key in a)
+        return list(a) == list(b) and all(nearly_equal(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(nearly, a, b))
+        return len(a) == len(b) and all(map(nearly_equal, a, b))
     if isinstance(a, float) and isinstance(b, float):
         return bool(a == pytest.approx(b, rel=1e-5, abs=1e-7, nan_ok=True))
     return bool(a == b)
