@@ -51,7 +51,8 @@ def open_aoti_package(data: bytes, where: str) -> tuple[nn.Module, ExportedInput
     package = _read_package(data, where)
     package.check_machine()
     device_type = package.metadata.get("AOTI_DEVICE_KEY", "cpu")
-    return _make_module(data, package, device_type), package.parse_input(), (device_type,)
+    image_input = package.parse_input()
+    return _make_module(data, package, image_input, device_type), image_input, (device_type,)
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,9 @@ def _read_package(data: bytes, where: str) -> _AotiPackage:
     return _AotiPackage(models[0], metadata[0] if metadata else {}, "".join(sources), where)
 
 
-def _make_module(data: bytes, package: _AotiPackage, device_type: str) -> nn.Module:
+def _make_module(data: bytes, package: _AotiPackage, image_input: ExportedInput, device_type: str) -> nn.Module:
     import torch
 
-    image_input = package.parse_input()
     # A package for the CPU is loaded now, so that its bytes can be freed. One for a GPU is loaded when the module is
     # moved: only then is the index of the GPU known.
     run_on_cpu = _load_runner(data, package, -1) if device_type == "cpu" else None

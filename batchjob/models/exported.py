@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from batchjob.errors import InvalidJob
@@ -15,8 +16,6 @@ from batchjob.models.output_selection import select_output
 from batchjob.models.trusted_file import TrustedFileModel
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from torch import nn
     from torch.export import ExportedProgram

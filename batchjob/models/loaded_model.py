@@ -68,7 +68,7 @@ class LoadedModel:
 def isolated_torch_state(seed: int = 0) -> Iterator[None]:
     """Context in which a model is built alike in every process: fixed seed, float32, on the CPU, no inference mode.
 
-    torch's global state is afterwards as it was before, whatever the user's code sets inside.
+    Afterwards torch's global state is restored, whatever the user's code has set inside.
 
     Args:
         seed: Seed of the CPU generator, so that random layers come out alike in every worker.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from batchjob.errors import InvalidJob
@@ -14,8 +15,6 @@ from batchjob.models.output_selection import select_output
 from batchjob.models.trusted_file import TrustedFileModel
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from batchjob.storage.reader import Reader
 
 __all__ = ["TorchScriptModel"]
