@@ -1,4 +1,4 @@
-"""`batchjob convert`: files that run in a job as they are, parity that is held, and what is refused."""
+"""`batchjob convert`: converted files that run in a job, the check against the original, and refusals."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Net(nn.Module):
         return self.layers(x)
 
 
-class Fickle(Net):
-    '''What no graph can hold.'''
+class DataDependent(Net):
+    '''Control flow that depends on data, which no graph can hold.'''
 
     def forward(self, x):
         return super().forward(x) if float(x.mean()) > 0.4 else -super().forward(x)
@@ -42,8 +42,8 @@ def net():
     return Net()
 
 
-def fickle():
-    return Fickle()
+def data_dependent():
+    return DataDependent()
 """
 JOB = """\
 input: {type: prefix, uri: images/}
@@ -56,7 +56,7 @@ output: {uri: out}
 
 
 @pytest.fixture(autouse=True)
-def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def job_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.chdir(tmp_path)
@@ -72,7 +72,7 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(scope["net"]().state_dict(), "net.pth")
 
 
-def converted(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+def run_convert(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     capsys.readouterr()
     code = main(["convert", "job.yaml", "--images", "8", "--json", *arguments])
     out, err = capsys.readouterr()
@@ -85,9 +85,11 @@ def embeddings(output: str) -> np.ndarray[Any, Any]:
     return np.stack(pq.read_table(f"{output}/predictions")["embedding"].to_numpy(zero_copy_only=False))
 
 
-@pytest.mark.parametrize(("to", "apart"), [("exported", 1e-5), ("onnx", 1e-5), ("torchscript", 1e-5), ("pruned", 10.0)])
-def test_the_file_runs_in_a_job_as_it_is(to: str, apart: float, capsys: pytest.CaptureFixture[str]) -> None:
-    done = converted(capsys, "--to", to, "-o", "made.bin")
+@pytest.mark.parametrize(
+    ("to", "max_difference"), [("exported", 1e-5), ("onnx", 1e-5), ("torchscript", 1e-5), ("pruned", 10.0)]
+)
+def test_converted_file_runs_in_a_job(to: str, max_difference: float, capsys: pytest.CaptureFixture[str]) -> None:
+    done = run_convert(capsys, "--to", to, "-o", "made.bin")
     assert done["images"] == 8
     assert done["before"] > 0 < done["after"]
     job = yaml.safe_load(JOB) | {"model": done["model"], "preprocess": done["preprocess"], "output": {"uri": "made"}}
@@ -95,14 +97,14 @@ def test_the_file_runs_in_a_job_as_it_is(to: str, apart: float, capsys: pytest.C
     assert main(["run", "job.yaml", "--quiet"]) == 0
     assert main(["run", "made.yaml", "--quiet"]) == 0
     found = np.abs(embeddings("out") - embeddings("made")).max()
-    assert found <= apart
+    assert found <= max_difference
     if to == "pruned":
         assert found > 0
         assert "50% of the weights are zero" in done["note"]
-    assert not [path.name for path in Path().iterdir() if path.name.startswith(".")], "nothing is left beside it"
+    assert not [path.name for path in Path().iterdir() if path.name.startswith(".")], "no temporary file is left"
 
 
-def test_the_lines_for_people_hold_what_a_job_needs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_output_holds_the_sections_for_a_job(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "job.yaml", "--to", "exported", "-o", "net.pt2", "--images", "4"]) == 0
     said = capsys.readouterr().err
     assert "on 4 images of the job it agrees on 100.0%" in said
@@ -116,37 +118,40 @@ def test_the_lines_for_people_hold_what_a_job_needs(capsys: pytest.CaptureFixtur
     assert block["preprocess"]["resize"] == [16, 16]
 
 
-def test_what_deviates_is_not_written(capsys: pytest.CaptureFixture[str]) -> None:
-    done = converted(capsys, "--to", "pruned", "--amount", "0.9", "--tolerance", "1e-6", "-o", "made.safetensors")
+def test_deviating_model_is_not_written(capsys: pytest.CaptureFixture[str]) -> None:
+    done = run_convert(capsys, "--to", "pruned", "--amount", "0.9", "--tolerance", "1e-6", "-o", "made.safetensors")
     assert (done["exit_code"], done["status"]) == (3, "over_budget")
     assert "not written: on 8 images of the job it deviates by" in done["message"]
     assert not Path("made.safetensors").exists()
-    assert converted(capsys, "--to", "pruned", "--structured", "-o", "made.safetensors")["exit_code"] == 0
+    assert run_convert(capsys, "--to", "pruned", "--structured", "-o", "made.safetensors")["exit_code"] == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("--to", "exported", "-o", "no/folder/x.pt2"), "there is no folder"),
-        (("model.architecture=net:fickle", "--to", "exported", "-o", "x.pt2"), "it cannot be converted to exported"),
+        (
+            ("model.architecture=net:data_dependent", "--to", "exported", "-o", "x.pt2"),
+            "it cannot be converted to exported",
+        ),
         (("--to", "tensorrt", "-o", "x.ep"), "tensorrt needs"),
         (("input.include=[none]", "--to", "exported", "-o", "x.pt2"), "none of the job's first images can be decoded"),
     ],
 )
-def test_what_cannot_be_converted_is_said(
+def test_unconvertible_model_is_reported(
     arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = converted(capsys, *arguments)
+    done = run_convert(capsys, *arguments)
     assert (done["exit_code"], done["status"]) == (2, "invalid")
     assert said in done["message"]
     assert not list(Path().glob("x.*"))
 
 
-def test_a_file_that_is_there_is_replaced_only_when_told_to(capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_file_is_replaced_only_with_force(capsys: pytest.CaptureFixture[str]) -> None:
     before = Path("net.pth").read_bytes()
-    done = converted(capsys, "--to", "exported", "-o", "net.pth")
+    done = run_convert(capsys, "--to", "exported", "-o", "net.pth")
     assert (done["exit_code"], Path("net.pth").read_bytes()) == (2, before)
     assert "--force" in done["message"]
     Path("old.pt2").write_bytes(b"old")
-    assert converted(capsys, "--to", "exported", "-o", "old.pt2", "--force")["exit_code"] == 0
+    assert run_convert(capsys, "--to", "exported", "-o", "old.pt2", "--force")["exit_code"] == 0
     assert Path("old.pt2").stat().st_size > 1000

@@ -1,4 +1,4 @@
-"""Several batches at once on a CPU: how many, for which modules, and that rows come out as they would one by one."""
+"""Parallel batches on a CPU: their number, detection of stateful modules, and equal rows in a run."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ NET = """
 import torch
 
 class Net(torch.nn.Module):
-    def __init__(self, keeps):
+    def __init__(self, stateful):
         super().__init__()
-        self.keeps = keeps
+        self.stateful = stateful
         self.layer = torch.nn.Linear(3 * 8 * 8, 4)
 
     def forward(self, pixels):
-        if self.keeps:
+        if self.stateful:
             self.last = pixels
             pixels = self.last
         return self.layer(pixels.flatten(1))
 
-def net(keeps):
+def net(stateful):
     torch.manual_seed(0)
-    return Net(keeps).eval()
+    return Net(stateful).eval()
 """
 
 
-class Remembers(nn.Module):
-    """Keeps its last input, as models with a cache of positions do."""
+class InputKeepingNet(nn.Module):
+    """Network that keeps its last input, as models with a cache of positions do."""
 
     last: torch.Tensor | None = None
 
@@ -47,7 +47,7 @@ class Remembers(nn.Module):
         return self.last * 2
 
 
-class Counts(nn.Module):
+class CallCountingNet(nn.Module):
     calls: torch.Tensor
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Counts(nn.Module):
         return pixels
 
 
-class Caches(nn.Module):
+class CachingNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.sizes: dict[int, torch.Tensor] = {}
@@ -69,47 +69,47 @@ class Caches(nn.Module):
         return pixels
 
 
-class Notes:
+class Notebook:
     last: torch.Tensor | None = None
 
 
-class Writes(nn.Module):
+class NotebookNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.notes = Notes()
+        self.notes = Notebook()
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         self.notes.last = pixels
         return pixels
 
 
-def hooked() -> nn.Module:
+def make_hooked_net() -> nn.Module:
     module = nn.Sequential(nn.Linear(3, 3))
     module[0].register_forward_hook(lambda *_: None)
     return module
 
 
-def plain() -> nn.Module:
+def make_stateless_net() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(inplace=True), nn.Dropout()).eval()
 
 
 @pytest.mark.parametrize(
-    ("module", "keeps"),
+    ("module", "stateful"),
     [
-        (plain(), False),
-        (Remembers(), True),
-        (Counts(), True),
-        (Caches(), True),
-        (Writes(), True),
-        (hooked(), True),
+        (make_stateless_net(), False),
+        (InputKeepingNet(), True),
+        (CallCountingNet(), True),
+        (CachingNet(), True),
+        (NotebookNet(), True),
+        (make_hooked_net(), True),
     ],
 )
-def test_a_module_that_writes_to_itself_is_found_out(module: nn.Module, keeps: bool) -> None:
+def test_module_that_writes_to_itself_is_stateful(module: nn.Module, stateful: bool) -> None:
     with torch.inference_mode():
-        assert is_stateful(module, lambda: module(torch.rand(2, 3))) is keeps
+        assert is_stateful(module, lambda: module(torch.rand(2, 3))) is stateful
 
 
-def test_a_cpu_computes_a_batch_a_core_and_a_gpu_one_at_a_time() -> None:
+def test_cpu_computes_one_batch_per_core_and_gpu_one_batch() -> None:
     assert choose_cpu_parallelism("cpu", 2) == CpuParallelism(2, 1)
     assert choose_cpu_parallelism("cpu", 1) == CpuParallelism(1, 1)
     assert choose_cpu_parallelism("cpu", 64) == CpuParallelism(16, 4), "each holds a batch in memory"
@@ -118,11 +118,11 @@ def test_a_cpu_computes_a_batch_a_core_and_a_gpu_one_at_a_time() -> None:
     assert choose_cpu_parallelism("cuda", 8) == CpuParallelism(1, 8)
 
 
-def job(output: str, cores: int, *, keeps: bool = False) -> batchjob.Job:
+def make_job(output: str, cores: int, *, stateful: bool = False) -> batchjob.Job:
     return batchjob.Job.model_validate(
         {
             "input": {"type": "prefix", "uri": "images/"},
-            "model": {"type": "python", "target": "net:net", "arguments": {"keeps": keeps}},
+            "model": {"type": "python", "target": "net:net", "arguments": {"stateful": stateful}},
             "preprocess": {"resize": [8, 8], "crop": None, "mean": None, "std": None},
             "task": {"type": "embedding"},
             "runtime": {
@@ -154,18 +154,18 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             Image.fromarray(pixels).save(f"images/{number:02}.png")
 
 
-def rows(output: str) -> list[dict[str, Any]]:
+def read_rows(output: str) -> list[dict[str, Any]]:
     table = pq.read_table(f"{output}/predictions").sort_by("position")
     found: list[dict[str, Any]] = table.drop_columns(["run_id"]).to_pylist()
     return found
 
 
-@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("stateful", [False, True])
 @pytest.mark.usefixtures("images")
-def test_rows_are_those_of_one_batch_after_the_other(keeps: bool) -> None:
+def test_parallel_batches_give_the_rows_of_sequential_ones(stateful: bool) -> None:
     threads = torch.get_num_threads()
     for output, cores in (("one", 1), ("four", 4)):
-        assert batchjob.run(job(output, cores, keeps=keeps)).failed == 5
-    assert rows("one") == rows("four")
+        assert batchjob.run(make_job(output, cores, stateful=stateful)).failed == 5
+    assert read_rows("one") == read_rows("four")
     assert torch.get_num_threads() == threads
     assert not [thread for thread in threading.enumerate() if thread.name == "worker"]

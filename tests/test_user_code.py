@@ -1,4 +1,4 @@
-"""`module:attribute` beside a job file."""
+"""User code: `module:attribute` beside a job file, and the digest of its sources."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from batchjob.errors import InvalidJob
 from batchjob.user_code import load_target, source_digest
 
 
-def write(folder: Path, **files: str) -> Path:
-    for name, text in files.items():
+def write_modules(folder: Path, **files: str) -> Path:
+    for name, source in files.items():
         path = folder / (name.replace("__", "/") + ".py")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(source)
     return folder
 
 
-def call(target: str, base: Path) -> object:
+def load_and_call(target: str, base: Path) -> object:
     return load_target(target, base)()
 
 
-def test_loads_the_attribute_and_nested_ones(tmp_path: Path) -> None:
-    base = write(tmp_path, net="class Net:\n    def make():\n        return 'made'\n")
+def test_loads_attributes_and_nested_attributes(tmp_path: Path) -> None:
+    base = write_modules(tmp_path, net="class Net:\n    def make():\n        return 'made'\n")
     assert load_target("net:Net.make", base)() == "made"
     assert load_target("net:Net", base) is load_target("net:Net", base)
 
 
-def test_two_folders_with_the_same_names_never_mix(tmp_path: Path) -> None:
-    one = write(tmp_path / "one", net="import other\ndef make(): return other.NAME\n", other="NAME = 'one'\n")
-    two = write(tmp_path / "two", net="import other\ndef make(): return other.NAME\n", other="NAME = 'two'\n")
-    assert (call("net:make", one), call("net:make", two)) == ("one", "two")
+def test_modules_of_two_folders_never_mix(tmp_path: Path) -> None:
+    one = write_modules(tmp_path / "one", net="import other\ndef make(): return other.NAME\n", other="NAME = 'one'\n")
+    two = write_modules(tmp_path / "two", net="import other\ndef make(): return other.NAME\n", other="NAME = 'two'\n")
+    assert (load_and_call("net:make", one), load_and_call("net:make", two)) == ("one", "two")
     assert "net" not in sys.modules
     assert "other" not in sys.modules
     assert not {str(one), str(two)} & set(sys.path)
 
 
 def test_every_form_of_sibling_import_works(tmp_path: Path) -> None:
-    base = write(
+    base = write_modules(
         tmp_path,
         net="""
 import pkg.deep
@@ -61,12 +61,12 @@ def make():
         late="VALUE = 8\n",
     )
     (base / "pkg" / "__init__.py").write_text("TOP = 6\n")
-    assert call("net:make", base) == [7, 7, 7, 7, 7, 6, 8, "1"]
-    assert call("pkg.deep:near.__str__", base)
+    assert load_and_call("net:make", base) == [7, 7, 7, 7, 7, 6, 8, "1"]
+    assert load_and_call("pkg.deep:near.__str__", base)
 
 
-def test_a_dataclass_and_an_enum_can_be_defined(tmp_path: Path) -> None:
-    text = """
+def test_module_may_define_dataclasses_and_enums(tmp_path: Path) -> None:
+    source = """
 from __future__ import annotations
 import dataclasses, enum, typing
 @dataclasses.dataclass
@@ -78,27 +78,27 @@ class Kind(enum.Enum):
 def make():
     return typing.get_type_hints(Size)["height"], dataclasses.asdict(Size(2)), Kind["A"].value
 """
-    assert call("net:make", write(tmp_path, net=text)) == (int, {"height": 2}, 1)
+    assert load_and_call("net:make", write_modules(tmp_path, net=source)) == (int, {"height": 2}, 1)
 
 
 def test_works_in_a_forkserver_child(tmp_path: Path) -> None:
-    base = write(tmp_path, net="import other\ndef make(): return other.NAME\n", other="NAME = 'child'\n")
+    base = write_modules(tmp_path, net="import other\ndef make(): return other.NAME\n", other="NAME = 'child'\n")
     with multiprocessing.get_context("forkserver").Pool(1) as pool:
-        assert pool.apply(call, ("net:make", base)) == "child"
+        assert pool.apply(load_and_call, ("net:make", base)) == "child"
 
 
-def test_only_the_folder_is_searched(tmp_path: Path) -> None:
+def test_only_the_job_folder_is_searched(tmp_path: Path) -> None:
     with pytest.raises(InvalidJob, match=r"json\.py: not there, for 'json:dumps'; there is: net"):
-        load_target("json:dumps", write(tmp_path, net=""))
+        load_target("json:dumps", write_modules(tmp_path, net=""))
 
 
-def test_a_misspelt_module_names_the_nearest(tmp_path: Path) -> None:
+def test_misspelt_module_suggests_a_name(tmp_path: Path) -> None:
     with pytest.raises(InvalidJob, match="did you mean 'resnet'"):
-        load_target("restnet:make", write(tmp_path, resnet=""))
+        load_target("restnet:make", write_modules(tmp_path, resnet=""))
 
 
-def test_a_misspelt_attribute_names_file_and_nearest(tmp_path: Path) -> None:
-    base = write(tmp_path, net="def resnet20(): ...\nclass Other: ...\n")
+def test_misspelt_attribute_names_file_and_suggestion(tmp_path: Path) -> None:
+    base = write_modules(tmp_path, net="def resnet20(): ...\nclass Other: ...\n")
     with pytest.raises(InvalidJob, match=r"net\.py: has no 'resnet02'.*did you mean 'resnet20'"):
         load_target("net:resnet02", base)
     with pytest.raises(InvalidJob, match=r"there is: Other, resnet20"):
@@ -106,30 +106,30 @@ def test_a_misspelt_attribute_names_file_and_nearest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("source", "message"),
     [
         ("import absent_package", r"net\.py:1: does not load: ModuleNotFoundError: No module named 'absent_package'"),
         ("x = 1\ny = x / 0", r"net\.py:2: does not load: ZeroDivisionError"),
         ("def make(:", r"net\.py.*does not load: SyntaxError"),
     ],
 )
-def test_a_module_that_does_not_load_is_named_with_its_line(tmp_path: Path, text: str, says: str) -> None:
-    with pytest.raises(InvalidJob, match=says):
-        load_target("net:make", write(tmp_path, net=text))
+def test_failing_module_is_reported_with_its_line(tmp_path: Path, source: str, message: str) -> None:
+    with pytest.raises(InvalidJob, match=message):
+        load_target("net:make", write_modules(tmp_path, net=source))
 
 
-def test_an_absent_folder_and_a_broken_source_are_said(tmp_path: Path) -> None:
+def test_absent_folder_and_syntax_error_are_reported(tmp_path: Path) -> None:
     with pytest.raises(InvalidJob, match="nothing to choose from"):
         load_target("net:make", tmp_path / "absent")
     with pytest.raises(InvalidJob, match=r"net\.py:1: does not parse"):
-        source_digest("net:make", write(tmp_path, net="def make(:"))
+        source_digest("net:make", write_modules(tmp_path, net="def make(:"))
     with pytest.raises(InvalidJob, match="not there"):
         source_digest("other:make", tmp_path)
 
 
-def test_the_digest_covers_what_is_imported_from_the_folder_and_no_more(tmp_path: Path) -> None:
-    text = "import torch\nfrom pkg import deep\ndef make():\n    import late\n"
-    base = write(tmp_path, net=text, pkg__deep="from . import near\n", pkg__near="", late="", stranger="")
+def test_digest_covers_imported_modules_of_the_folder_only(tmp_path: Path) -> None:
+    source = "import torch\nfrom pkg import deep\ndef make():\n    import late\n"
+    base = write_modules(tmp_path, net=source, pkg__deep="from . import near\n", pkg__near="", late="", stranger="")
     before = source_digest("net:make", base)
     assert source_digest("net:other", base) == before
     (base / "stranger.py").write_text("changed = True\n")
@@ -142,7 +142,7 @@ def test_the_digest_covers_what_is_imported_from_the_folder_and_no_more(tmp_path
         before = after
 
 
-def test_the_digest_does_not_depend_on_where_the_folder_lies(tmp_path: Path) -> None:
+def test_digest_does_not_depend_on_the_folder_path(tmp_path: Path) -> None:
     files = {"net": "import other\n", "other": "A = 1\n"}
-    one, two = write(tmp_path / "one", **files), write(tmp_path / "two", **files)
+    one, two = write_modules(tmp_path / "one", **files), write_modules(tmp_path / "two", **files)
     assert source_digest("net:make", one) == source_digest("net:make", two)

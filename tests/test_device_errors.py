@@ -1,4 +1,4 @@
-"""Which errors say that a device is broken, or what this process has of it, in the words of torch and CUDA."""
+"""Classification of device errors by the texts of torch, CUDA, HIP and ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from batchjob.inference.device_errors import classify_device_error
 from batchjob.inference.devices import identify_device
 
-# As torch 2.11 to 2.15, its libraries and ONNX Runtime say it; of CUDA's own lines the first.
+# Texts of torch 2.11 to 2.15, of its libraries and of ONNX Runtime; the first line of those of CUDA.
 CONTEXT = [
     "CUDA error: device-side assert triggered",
     "CUDA error: an illegal memory access was encountered",
@@ -40,7 +40,7 @@ HARMLESS = [
     "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",
     "mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)",
 ]
-REST = """
+ADVICE = """
 CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
 For debugging consider passing CUDA_LAUNCH_BLOCKING=1
 Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
@@ -56,28 +56,28 @@ Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
         *((text, None) for text in HARMLESS),
     ],
 )
-def test_words_tell_what_is_broken(text: str, expected: str | None, kind: type[Exception]) -> None:
+def test_texts_of_errors_are_classified(text: str, expected: str | None, kind: type[Exception]) -> None:
     assert classify_device_error(kind(text)) == expected
 
 
-def test_what_an_error_was_raised_from_counts_too() -> None:
+def test_cause_of_an_error_counts() -> None:
     error = ValueError("the model fails on an example batch")
     error.__cause__ = RuntimeError(CONTEXT[0])
     assert classify_device_error(error) == "context"
 
 
 @pytest.mark.parametrize("text", ["CUDA error: invalid argument", "mat1 and mat2 shapes cannot be multiplied"])
-def test_advice_that_follows_every_error_is_not_taken_for_an_assert(text: str) -> None:
-    assert classify_device_error(torch.AcceleratorError(f"{text}{REST}")) is None
+def test_general_advice_of_cuda_is_not_taken_for_an_assert(text: str) -> None:
+    assert classify_device_error(torch.AcceleratorError(f"{text}{ADVICE}")) is None
 
 
-def test_a_cpu_is_not_asked() -> None:
+def test_cpu_is_not_probed() -> None:
     assert classify_device_error(RuntimeError("nothing known"), torch.device("cpu")) is None
     assert identify_device(torch.device("cpu")) == "cpu"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-def test_a_gpu_has_a_name_of_its_own_and_is_asked_in_doubt() -> None:
+def test_gpu_has_a_unique_name_and_is_probed() -> None:
     device = torch.device("cuda:0")
     assert "GPU-" in identify_device(device)
     assert classify_device_error(RuntimeError("nothing known"), device) is None

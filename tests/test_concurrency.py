@@ -1,4 +1,4 @@
-"""Calls in threads beside the caller: in order, bounded, showing life, and never in the way of the end."""
+"""Calls in daemon threads: ordered results, bounded prefetch, heartbeats, and an exit that is not delayed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import pytest
 
 from batchjob.concurrency import DaemonThreadPool, parallel_map, run_in_background
 
-PATIENCE = 60.0  # seconds, for what another thread does at once
+TIMEOUT = 60.0  # seconds, for events that another thread sets at once
 
 
-def test_results_come_in_the_order_of_the_items() -> None:
+def test_results_are_in_the_order_of_the_items() -> None:
     second_done = threading.Event()
 
     def work(number: int) -> int:
         if number == 0:
-            assert second_done.wait(PATIENCE)
+            assert second_done.wait(TIMEOUT)
         if number == 1:
             second_done.set()
         return number * number
@@ -29,7 +29,7 @@ def test_results_come_in_the_order_of_the_items() -> None:
     assert list(parallel_map(work, [])) == []
 
 
-def test_only_a_few_items_are_taken_ahead() -> None:
+def test_few_items_are_taken_ahead() -> None:
     taken: list[int] = []
 
     def items() -> Iterator[int]:
@@ -42,11 +42,11 @@ def test_only_a_few_items_are_taken_ahead() -> None:
         assert len(taken) <= count + 10
 
 
-def test_the_first_failure_is_raised_in_its_turn_and_ends_the_rest() -> None:
-    began: list[int] = []
+def test_first_failure_is_raised_in_order_and_stops_the_rest() -> None:
+    started: list[int] = []
 
     def work(number: int) -> int:
-        began.append(number)
+        started.append(number)
         if number == 3:
             raise KeyError("three")
         return number
@@ -55,27 +55,27 @@ def test_the_first_failure_is_raised_in_its_turn_and_ends_the_rest() -> None:
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(KeyError, match="three"):
         next(results)
-    assert len(began) < 100
+    assert len(started) < 100
 
 
-def test_the_caller_shows_life_while_a_call_blocks() -> None:
-    beats = threading.Event()
-    assert run_in_background(lambda: beats.wait(PATIENCE), beats.set)
+def test_on_wait_is_called_while_a_call_blocks() -> None:
+    called = threading.Event()
+    assert run_in_background(lambda: called.wait(TIMEOUT), called.set)
 
 
-def test_whoever_stops_does_not_wait_for_what_blocks() -> None:
+def test_exception_of_on_wait_abandons_the_call() -> None:
     go_on = threading.Event()
 
     def stop() -> None:
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        run_in_background(lambda: go_on.wait(PATIENCE), stop)
+        run_in_background(lambda: go_on.wait(TIMEOUT), stop)
     go_on.set()
 
 
-def test_a_process_that_ends_beside_busy_threads_has_its_exit_code() -> None:
-    """As one ends in the middle of an outage, with calls that nobody waits for."""
+def test_exit_code_survives_busy_daemon_threads() -> None:
+    """End like a program during an outage of a store, with calls that are still blocked."""
     code = """
 import atexit, sys
 from batchjob.concurrency import DaemonThreadPool, exit_past_daemon_threads
@@ -92,25 +92,25 @@ sys.exit(1)
     assert (ended.returncode, ended.stdout) == (75, "said and done")
 
 
-def test_kept_threads_answer_each_call_and_are_no_more_than_told() -> None:
+def test_thread_pool_runs_all_calls_in_limited_threads() -> None:
     threads, gate = DaemonThreadPool(3), threading.Barrier(3)
 
     def work(number: int) -> tuple[int, int]:
         if number < 3:
-            gate.wait(PATIENCE)
+            gate.wait(TIMEOUT)
         return number, threading.get_ident()
 
     found = [threads.submit(partial(work, number)) for number in range(50)]
-    assert [future.result(PATIENCE)[0] for future in found] == list(range(50))
+    assert [future.result(TIMEOUT)[0] for future in found] == list(range(50))
     assert len({future.result()[1] for future in found}) == 3
     broken = threads.submit(lambda: 1 // 0)
     with pytest.raises(ZeroDivisionError):
-        broken.result(PATIENCE)
+        broken.result(TIMEOUT)
     threads.shutdown()
-    assert threads.submit(lambda: 7).result(PATIENCE) == 7, "it begins anew"
+    assert threads.submit(lambda: 7).result(TIMEOUT) == 7, "it starts again after a shutdown"
 
 
-def test_a_call_that_blocks_does_not_hold_up_the_end_of_the_process() -> None:
+def test_blocked_call_does_not_delay_process_exit() -> None:
     code = """
 import time
 from batchjob.concurrency import run_in_background
@@ -121,7 +121,7 @@ run_in_background(lambda: time.sleep(600), stop)
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 75
 
 
-def test_what_came_before_a_failure_of_the_items_is_told_first() -> None:
+def test_results_before_a_failure_of_the_items_are_yielded() -> None:
     def items() -> Iterator[int]:
         yield 1
         yield 2

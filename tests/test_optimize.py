@@ -1,4 +1,4 @@
-"""A module as a recipe wants it gives what the plain module gives, and the plain module stays as it was."""
+"""Optimized modules: outputs near those of the plain module, which is not changed."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ class Net(nn.Module):
 @pytest.fixture
 def net() -> nn.Module:
     torch.manual_seed(0)
-    made = Net()
-    for norm in (part for part in made.modules() if isinstance(part, nn.BatchNorm2d)):
+    optimized = Net()
+    for norm in (part for part in optimized.modules() if isinstance(part, nn.BatchNorm2d)):
         nn.init.uniform_(norm.weight, 0.5, 2)
         nn.init.normal_(norm.get_buffer("running_mean"))
-    return made.eval().requires_grad_(False)
+    return optimized.eval().requires_grad_(False)
 
 
 PIXELS = torch.rand(4, 3, 24, 24, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize(
-    "recipe",
+    "config",
     [
         ExecutionConfig(),
         ExecutionConfig(fold=True),
@@ -63,40 +63,40 @@ PIXELS = torch.rand(4, 3, 24, 24, generator=torch.Generator().manual_seed(1))
         ExecutionConfig(quantize="int8-dynamic"),
         ExecutionConfig(quantize="int8-static"),
     ],
-    ids=lambda recipe: recipe.description,
+    ids=lambda config: config.description,
 )
-def test_near_the_plain_module_which_stays_as_it_was(recipe: ExecutionConfig, net: nn.Module) -> None:
+def test_optimized_module_is_near_the_plain_one_which_is_unchanged(config: ExecutionConfig, net: nn.Module) -> None:
     before = copy.deepcopy(net.state_dict())
     with torch.inference_mode():
         pixels = PIXELS.clone()
-        made = optimize(net, recipe, pixels)
-        given = pixels.to(torch.bfloat16) if recipe.half else pixels
-        found = compare_outputs(net(pixels), made(given))
-    assert found.rejection(recipe) is None
-    print(f"{recipe.description}: {found}")
+        optimized = optimize(net, config, pixels)
+        inputs = pixels.to(torch.bfloat16) if config.half else pixels
+        comparison = compare_outputs(net(pixels), optimized(inputs))
+    assert comparison.rejection(config) is None
+    print(f"{config.description}: {comparison}")
     after = net.state_dict()
     assert all(torch.equal(after[key], value) and after[key].dtype == value.dtype for key, value in before.items())
-    assert all(value.is_contiguous() for value in after.values()), "its layout too"
-    if recipe.fold:
-        assert not any(isinstance(part, nn.BatchNorm2d) for part in made.modules())
+    assert all(value.is_contiguous() for value in after.values()), "the memory layout is unchanged too"
+    if config.fold:
+        assert not any(isinstance(part, nn.BatchNorm2d) for part in optimized.modules())
 
 
-def test_any_number_of_images_after_static_quantisation(net: nn.Module) -> None:
+def test_static_quantization_takes_any_batch_size(net: nn.Module) -> None:
     with torch.inference_mode():
-        made = optimize(net, ExecutionConfig(quantize="int8-static"), PIXELS.clone())
-        assert made(torch.rand(7, 3, 24, 24)).shape == (7, 5)
+        optimized = optimize(net, ExecutionConfig(quantize="int8-static"), PIXELS.clone())
+        assert optimized(torch.rand(7, 3, 24, 24)).shape == (7, 5)
 
 
-def test_compiled_whole_and_by_region(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_whole_module_and_regions(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[type] = []
 
-    def compile_it(module: nn.Module, **how: object) -> Callable[..., object]:
+    def record_compile(module: nn.Module, **how: object) -> Callable[..., object]:
         if "options" in how:
             seen.append(type(module))
             assert how["options"]["freezing"] is True  # type: ignore[index]
         return module
 
-    monkeypatch.setattr(torch, "compile", compile_it)
+    monkeypatch.setattr(torch, "compile", record_compile)
     optimize(net, ExecutionConfig(compile="max-autotune", freeze=True), PIXELS)
     assert seen == [Net]
     regional = optimize(net, ExecutionConfig(compile="regional"), PIXELS)
@@ -106,7 +106,7 @@ def test_compiled_whole_and_by_region(net: nn.Module, monkeypatch: pytest.Monkey
         optimize(nn.Sequential(nn.Linear(3, 3)), ExecutionConfig(compile="regional"), PIXELS)
 
 
-def test_a_missing_package_is_named_with_its_extra(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named_with_its_extra(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torchao", None)
     with pytest.raises(InvalidJob, match=r"pip install 'batchjob\[quant\]'"):
         optimize(net, ExecutionConfig(quantize="int8-dynamic"), PIXELS)

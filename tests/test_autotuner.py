@@ -1,4 +1,4 @@
-"""Workers that come to tune at the same time: one does, the others read what it has put beside the plan."""
+"""Autotuner: of workers that start at the same time, one runs the trials, the others read its decision."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from batchjob.storage.reader import Reader
 WORKERS = 3
 
 
-def test_one_worker_of_a_machine_tries_and_the_others_go_by_what_it_found(
+def test_one_worker_runs_trials_and_the_others_read_its_decision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a trial that failed the machine remembers nothing: it is the store that tells."""
+    """Use trials that fail, which the machine does not cache: the decision must come from the store."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     job = Job.from_file(Path(write_harmful_job(tmp_path, 4, black_positions=[])), overrides=["runtime.tuning=on"])
-    store, waiting, tried = MemoryStore(), threading.Barrier(WORKERS), []
+    store, waiting, calls = MemoryStore(), threading.Barrier(WORKERS), []
 
-    def table(bench: TrialSpec, recipes: Sequence[ExecutionConfig], *_: Any) -> list[Trial]:
-        tried.append(recipes)
+    def fail_trials(spec: TrialSpec, configs: Sequence[ExecutionConfig], *_: Any) -> list[Trial]:
+        calls.append(configs)
         return [Trial(ExecutionConfig(), "it ran out of patience")]
 
-    monkeypatch.setattr("batchjob.inference.autotune.autotuner.run_isolated_trials", table)
+    monkeypatch.setattr("batchjob.inference.autotune.autotuner.run_isolated_trials", fail_trials)
     engine = Engine(job, Reader(), (str(tmp_path / "white.png"),))
-    bench = TrialSpec(job.serialize(), tmp_path, tmp_path, (), batch_size=4, threads=1)
+    spec = TrialSpec(job.serialize(), tmp_path, tmp_path, (), batch_size=4, threads=1)
 
-    def reached(_: int) -> TuningDecision:
+    def decide(_: int) -> TuningDecision:
         ours = store.client()
-        ours.inject("read", "*/tuning/*", waiting.wait)  # all have looked before one has tried
-        return Autotuner(ours, "plan/", None, engine, bench, 1000.0, 1.0, lambda: False).decide()
+        ours.inject("read", "*/tuning/*", waiting.wait)  # all have read before the first one decides
+        return Autotuner(ours, "plan/", None, engine, spec, 1000.0, 1.0, lambda: False).decide()
 
-    found = list(parallel_map(reached, range(WORKERS), threads=WORKERS))
-    assert len(tried) == 1
-    assert len(set(found)) == 1
-    assert found[0].reason == "eager fp32 could not be run in a trial: it ran out of patience"
+    decisions = list(parallel_map(decide, range(WORKERS), threads=WORKERS))
+    assert len(calls) == 1
+    assert len(set(decisions)) == 1
+    assert decisions[0].reason == "eager fp32 could not be run in a trial: it ran out of patience"
     assert len([key for key in store.stored_keys() if "/tuning/" in key]) == 1

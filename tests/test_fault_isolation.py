@@ -1,4 +1,4 @@
-"""Images that break a device, raise or hang: found by the second process that meets them, and nobody else to blame."""
+"""Images that break a device, raise or hang: found by the second process that predicts them, and no image else."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ ECC = "CUDA error: uncorrectable ECC error encountered"
 POISON, ROWS, FIRST = 250, 8, 100
 
 
-class AsItIs:
+class IdentityPostprocess:
     def on_device(self, output: Any) -> dict[str, torch.Tensor]:
         return {"shade": output}
 
 
-class Poisoned(nn.Module):
-    """Tells the shade of each image; does something else to calls with a poisonous one among them."""
+class PoisonableNet(nn.Module):
+    """Network that returns the shade of each image, and does harm in a call with a poisonous one."""
 
     def __init__(self, harm: Callable[[], object]) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Poisoned(nn.Module):
         return images[:, 0, 0, 0]
 
 
-def raising(error: Exception) -> Callable[[], object]:
+def make_raiser(error: Exception) -> Callable[[], object]:
     def harm() -> None:
         raise error
 
@@ -60,153 +60,157 @@ class Clock:
         return self.now
 
 
-class Process:
-    """A worker's process, as far as it matters here: what it holds is its own, the store is everybody's."""
+class WorkerProcess:
+    """Process of a worker: its state is its own, the store is shared."""
 
     def __init__(self, folder: Path, harm: Callable[[], object] = lambda: None) -> None:
-        self.module = Poisoned(harm)
+        self.module = PoisonableNet(harm)
         forward = ForwardPass(
             self.module.eval(), Normalizer(Preprocess(scale="none")), torch.device("cpu"), ForwardOptions()
         )
         self.quarantine = Quarantine(open_store(str(folder)), "plan/")
         self.clock = Clock()
         self.stopwatch = Watchdog(self.clock)
-        self.guard = FaultIsolatingPredictor(
-            Predictor(forward, AsItIs()), self.quarantine, "cuda:0", self.stopwatch.step
+        self.predictor = FaultIsolatingPredictor(
+            Predictor(forward, IdentityPostprocess()), self.quarantine, "cuda:0", self.stopwatch.step
         )
 
     def find_stall(self, seconds: float, storage_seconds: float) -> WorkerStalled | None:
         step = self.stopwatch.stalled_step(seconds, storage_seconds)
-        return self.guard.explain_stall(step, seconds) if step else None
+        return self.predictor.explain_stall(step, seconds) if step else None
 
     def predict(self, poisonous: Iterable[int] = (), bad: Iterable[int] = (), first: int = FIRST) -> Prediction:
-        """A batch whose rows have the shades 0, 1, 2 …, but for poisonous ones; bad ones have no pixels."""
+        """Predict a batch with the shades 0, 1, 2 …, except poisonous rows; bad rows have no pixels."""
         return self.begin(poisonous, bad, first).wait()
 
     def begin(self, poisonous: Iterable[int] = (), bad: Iterable[int] = (), first: int = FIRST) -> Prediction:
-        """The same, and its results left where they are."""
+        """Predict the same batch without waiting for its results."""
         self.quarantine.load(range(first, first + ROWS))
         known = self.quarantine.errors_by_row(range(first, first + ROWS))
         faults = {row: ImageInfo(error=ErrorRecord("decode", "truncated", "")) for row in bad} | dict(known)
-        shades = [POISON if row in poisonous else row for row in range(ROWS) if row not in faults]
-        pixels = torch.tensor(shades, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2).contiguous()
+        list_shades = [POISON if row in poisonous else row for row in range(ROWS) if row not in faults]
+        pixels = torch.tensor(list_shades, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2).contiguous()
         facts = tuple(faults.get(row, ImageInfo(f"tag-{row}", 2, 2)) for row in range(ROWS))
-        made = self.guard.predict(Batch(0, 0, facts, pixels), range(first, first + ROWS))
-        assert made is not None
-        return made
+        prediction = self.predictor.predict(Batch(0, 0, facts, pixels), range(first, first + ROWS))
+        assert prediction is not None
+        return prediction
 
 
-def shades(made: Prediction) -> list[float]:
+def list_shades(prediction: Prediction) -> list[float]:
     found = {
-        row: shade for piece in made.outputs for row, shade in zip(piece.rows, piece.tensors["shade"], strict=True)
+        row: shade
+        for piece in prediction.outputs
+        for row, shade in zip(piece.rows, piece.tensors["shade"], strict=True)
     }
     return [float(found[row]) for row in sorted(found)]
 
 
-def test_what_breaks_a_device_is_found_by_the_second_process_and_met_by_no_third(tmp_path: Path) -> None:
-    harm = raising(torch.AcceleratorError(ASSERT))
-    first = Process(tmp_path, harm)
-    with pytest.raises(DeviceFault, match="cuda:0 failed: AcceleratorError: CUDA error: device-side assert") as told:
+def test_image_that_breaks_the_device_is_found_by_the_second_process(tmp_path: Path) -> None:
+    harm = make_raiser(torch.AcceleratorError(ASSERT))
+    first = WorkerProcess(tmp_path, harm)
+    with pytest.raises(DeviceFault, match="cuda:0 failed: AcceleratorError: CUDA error: device-side assert") as raised:
         first.predict([5], bad=[2])
-    assert (told.value.suspect_positions, told.value.culprit_known) == ((range(FIRST, FIRST + ROWS),), False)
+    assert (raised.value.suspect_positions, raised.value.culprit_known) == ((range(FIRST, FIRST + ROWS),), False)
     with pytest.raises(DeviceFault):
         first.predict(first=900)
-    assert first.module.calls == [7], "on a broken device nothing more is tried"
+    assert first.module.calls == [7], "nothing more runs on a broken device"
 
-    second = Process(tmp_path, harm)
-    with pytest.raises(DeviceFault) as told:
+    second = WorkerProcess(tmp_path, harm)
+    with pytest.raises(DeviceFault) as raised:
         second.predict([5], bad=[2])
-    assert (told.value.suspect_positions, told.value.culprit_known) == ((range(FIRST + 5, FIRST + 6),), True)
-    assert second.module.calls == [1] * 5, "one by one, up to the one that did it"
+    assert (raised.value.suspect_positions, raised.value.culprit_known) == ((range(FIRST + 5, FIRST + 6),), True)
+    assert second.module.calls == [1] * 5, "one by one, up to the image that causes the fault"
 
-    third = Process(tmp_path, harm)
-    assert shades(third.predict([5], bad=[2])) == [0, 1, 3, 4, 6, 7]
+    third = WorkerProcess(tmp_path, harm)
+    assert list_shades(third.predict([5], bad=[2])) == [0, 1, 3, 4, 6, 7]
     facts = third.quarantine.find(FIRST + 5)
     assert facts is not None
     assert facts.error is not None
     assert (facts.etag, facts.error.stage, facts.error.type) == ("tag-5", "predict", "device")
 
 
-def test_several_in_one_batch_cost_a_process_each_and_one(tmp_path: Path) -> None:
+def test_each_poison_image_of_a_batch_costs_one_process(tmp_path: Path) -> None:
     deaths = 0
     while True:
         try:
-            made = Process(tmp_path, raising(RuntimeError(ASSERT))).predict([0, 3, 7])
+            prediction = WorkerProcess(tmp_path, make_raiser(RuntimeError(ASSERT))).predict([0, 3, 7])
         except DeviceFault:
             deaths += 1
         else:
             break
-    assert shades(made) == [1, 2, 4, 5, 6]
+    assert list_shades(prediction) == [1, 2, 4, 5, 6]
     assert deaths == 4
 
 
-def test_what_does_not_come_back_one_by_one_was_not_the_images(tmp_path: Path) -> None:
+def test_fault_that_does_not_repeat_is_no_image_error(tmp_path: Path) -> None:
     with pytest.raises(DeviceFault):
-        Process(tmp_path, raising(RuntimeError(ASSERT))).predict([5])
-    assert len(shades(Process(tmp_path).predict([5]))) == ROWS
+        WorkerProcess(tmp_path, make_raiser(RuntimeError(ASSERT))).predict([5])
+    assert len(list_shades(WorkerProcess(tmp_path).predict([5]))) == ROWS
 
 
-def test_hardware_that_fails_casts_no_suspicion_on_images(tmp_path: Path) -> None:
-    with pytest.raises(DeviceFault) as told:
-        Process(tmp_path, raising(RuntimeError(ECC))).predict([5])
-    assert (told.value.suspect_positions, told.value.culprit_known) == ((), False)
-    process = Process(tmp_path)
+def test_hardware_fault_records_no_suspects(tmp_path: Path) -> None:
+    with pytest.raises(DeviceFault) as raised:
+        WorkerProcess(tmp_path, make_raiser(RuntimeError(ECC))).predict([5])
+    assert (raised.value.suspect_positions, raised.value.culprit_known) == ((), False)
+    process = WorkerProcess(tmp_path)
     process.predict()
     assert process.module.calls == [ROWS]
 
 
-class Late(Predictor):
-    """The results of these calls do not arrive."""
+class FailingOnWait(Predictor):
+    """Predictor whose results fail when they are waited for."""
 
     failing = True
 
     def __call__(self, pixels: torch.Tensor, shapes: Any = None) -> Prediction:
-        def arrival() -> None:
+        def wait() -> None:
             if self.failing:
                 raise RuntimeError(ASSERT)
 
-        return super().__call__(pixels, shapes).on_ready(lambda before: arrival())
+        return super().__call__(pixels, shapes).on_ready(lambda before: wait())
 
 
-def test_a_fault_that_shows_when_results_arrive_makes_suspects_of_all_that_was_under_way(tmp_path: Path) -> None:
-    process = Process(tmp_path)
-    predictor = Late(process.guard._predictor.forward, AsItIs())
-    process.guard = FaultIsolatingPredictor(predictor, process.quarantine, "cuda:0")
+def test_fault_at_wait_makes_all_batches_in_flight_suspects(tmp_path: Path) -> None:
+    process = WorkerProcess(tmp_path)
+    predictor = FailingOnWait(process.predictor._predictor.forward, IdentityPostprocess())
+    process.predictor = FaultIsolatingPredictor(predictor, process.quarantine, "cuda:0")
     under_way: list[Prediction] = []
     for first in (0, 8, 16):
         pixels = torch.zeros(ROWS, 3, 2, 2, dtype=torch.uint8)
-        made = process.guard.predict(Batch(0, 0, (ImageInfo(),) * ROWS, pixels), range(first, first + ROWS))
-        assert made is not None
-        under_way.append(made)
+        prediction = process.predictor.predict(Batch(0, 0, (ImageInfo(),) * ROWS, pixels), range(first, first + ROWS))
+        assert prediction is not None
+        under_way.append(prediction)
     predictor.failing = False
     under_way[0].wait()
     predictor.failing = True
-    with pytest.raises(DeviceFault) as told:
+    with pytest.raises(DeviceFault) as raised:
         under_way[1].wait()
-    assert told.value.suspect_positions == (range(8, 16), range(16, 24))
+    assert raised.value.suspect_positions == (range(8, 16), range(16, 24))
     other = Quarantine(open_store(str(tmp_path)), "plan/")
     other.load(range(100))
     assert [other.has_suspect(range(first, first + 8)) for first in (0, 8, 16, 24)] == [False, True, True, False]
 
 
-def test_an_image_that_the_model_raises_at_is_a_fault_of_its_own(tmp_path: Path) -> None:
-    harm = raising(ValueError("a shade that I do not know\nsecond line"))
-    made = Process(tmp_path, harm).predict([5, 6], bad=[0])
-    assert shades(made) == [1, 2, 3, 4, 7]
-    assert {row: (fault.stage, fault.type) for row, fault in made.errors.items()} == {
+def test_model_error_is_isolated_to_its_image(tmp_path: Path) -> None:
+    harm = make_raiser(ValueError("a shade that I do not know\nsecond line"))
+    prediction = WorkerProcess(tmp_path, harm).predict([5, 6], bad=[0])
+    assert list_shades(prediction) == [1, 2, 3, 4, 7]
+    assert {row: (fault.stage, fault.type) for row, fault in prediction.errors.items()} == {
         4: ("predict", "error"),  # of those that have pixels
         5: ("predict", "error"),
     }
-    assert made.errors[4].message == "ValueError: a shade that I do not know"
+    assert prediction.errors[4].message == "ValueError: a shade that I do not know"
 
 
-def test_a_model_that_raises_at_every_image_is_no_fault_of_the_images(tmp_path: Path) -> None:
+def test_model_error_at_every_image_fails_the_attempt(tmp_path: Path) -> None:
     with pytest.raises(AttemptFailed, match="the model fails at every image: ValueError: always"):
-        Process(tmp_path, raising(ValueError("always"))).predict(range(ROWS))
+        WorkerProcess(tmp_path, make_raiser(ValueError("always"))).predict(range(ROWS))
 
 
-def hanging(process: Process, released: threading.Event, **batch: Any) -> tuple[threading.Thread, threading.Event]:
-    """Have it predict in a thread; the event says when the model has it."""
+def start_hanging_prediction(
+    process: WorkerProcess, released: threading.Event, **batch: Any
+) -> tuple[threading.Thread, threading.Event]:
+    """Predict in a thread; the event is set once the model has the batch."""
     entered = threading.Event()
 
     def harm() -> None:
@@ -219,13 +223,13 @@ def hanging(process: Process, released: threading.Event, **batch: Any) -> tuple[
     return thread, entered
 
 
-def test_what_hangs_is_found_as_well(tmp_path: Path) -> None:
+def test_hanging_image_is_found_by_the_second_process(tmp_path: Path) -> None:
     released = threading.Event()
     threads = []
     for found in (False, True):
-        process = Process(tmp_path)
+        process = WorkerProcess(tmp_path)
         assert process.find_stall(60, 90) is None
-        thread, entered = hanging(process, released, poisonous=[5])
+        thread, entered = start_hanging_prediction(process, released, poisonous=[5])
         threads.append(thread)
         assert entered.wait(30)
         process.clock.now += 59
@@ -238,13 +242,13 @@ def test_what_hangs_is_found_as_well(tmp_path: Path) -> None:
     released.set()
     for thread in threads:
         thread.join()
-    assert len(shades(Process(tmp_path).predict([5]))) == ROWS - 1
+    assert len(list_shades(WorkerProcess(tmp_path).predict([5]))) == ROWS - 1
 
 
-def test_what_was_predicted_is_not_suspected_of_a_later_hang_though_nobody_took_it(tmp_path: Path) -> None:
-    released, process = threading.Event(), Process(tmp_path)
+def test_completed_batch_is_no_suspect_of_a_later_hang(tmp_path: Path) -> None:
+    released, process = threading.Event(), WorkerProcess(tmp_path)
     process.begin(first=900)  # its shard has failed, say: the results are passed over
-    thread, entered = hanging(process, released, poisonous=[5])
+    thread, entered = start_hanging_prediction(process, released, poisonous=[5])
     assert entered.wait(30)
     process.clock.now += 61
     stalled = process.find_stall(60, 90)
@@ -254,12 +258,12 @@ def test_what_was_predicted_is_not_suspected_of_a_later_hang_though_nobody_took_
     assert stalled.suspect_positions == (range(FIRST, FIRST + ROWS),)
 
 
-def test_what_hangs_elsewhere_is_blamed_on_no_image(tmp_path: Path) -> None:
+def test_hang_outside_the_model_records_no_suspects(tmp_path: Path) -> None:
     released = threading.Event()
-    process = Process(tmp_path)
+    process = WorkerProcess(tmp_path)
     with process.stopwatch.step("the end of a part"):
         process.clock.now += 5
-        thread, entered = hanging(process, released, poisonous=[5])
+        thread, entered = start_hanging_prediction(process, released, poisonous=[5])
         assert entered.wait(30)
         process.clock.now += 57
         stalled = process.find_stall(60, 90)
@@ -269,21 +273,21 @@ def test_what_hangs_elsewhere_is_blamed_on_no_image(tmp_path: Path) -> None:
     assert (stalled.culprit_known, stalled.suspect_positions) == (False, ())
 
 
-class AwayQuarantine(Quarantine):
-    """Its store is away."""
+class UnavailableQuarantine(Quarantine):
+    """Quarantine whose store is not available."""
 
-    def suspect(self, run: range, why: str) -> None:
-        raise Unavailable(f"{run} {why}")
+    def record_suspects(self, positions: range, reason: str) -> None:
+        raise Unavailable(f"{positions} {reason}")
 
 
-def test_what_cannot_be_remembered_does_not_hide_the_fault(tmp_path: Path) -> None:
-    process = Process(tmp_path, raising(RuntimeError(ASSERT)))
-    process.guard._quarantine = AwayQuarantine()
+def test_unavailable_quarantine_does_not_hide_the_fault(tmp_path: Path) -> None:
+    process = WorkerProcess(tmp_path, make_raiser(RuntimeError(ASSERT)))
+    process.predictor._quarantine = UnavailableQuarantine()
     with pytest.raises(DeviceFault):
         process.predict([5])
 
 
-def test_a_batch_of_one_image_is_suspect_too(tmp_path: Path) -> None:
+def test_batch_of_one_image_can_be_suspect(tmp_path: Path) -> None:
     quarantine = Quarantine(open_store(str(tmp_path)), "plan/")
     quarantine.record_suspects(range(7, 8), "why")
     other = Quarantine(open_store(str(tmp_path)), "plan/")
