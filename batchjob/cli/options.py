@@ -107,7 +107,7 @@ def resolve_output(
         params: Parameters of the job file.
         overrides: Overrides of the job file.
         endpoint: URL of an S3 server; used where `where` is a URI.
-        region: Region of the store; likewise.
+        region: Region of the store; used where `where` is a URI.
 
     Raises:
         BadParameter: Parameters or overrides are given and `where` is no job file.

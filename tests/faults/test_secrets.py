@@ -218,12 +218,12 @@ def site() -> Iterator[HttpServer]:
     """A web server with signatures in redirects, and secrets in headers and bodies."""
     with run_http_server() as running:
         signed = f"http://elsewhere.example/a.png?X-Amz-Credential={TEXTS['credential']}&X-Amz-Signature="
-        told = {"WWW-Authenticate": f"Bearer {TEXTS['header']}", "Set-Cookie": f"session={TEXTS['header']}"}
+        headers = {"WWW-Authenticate": f"Bearer {TEXTS['header']}", "Set-Cookie": f"session={TEXTS['header']}"}
         running.responses |= {
-            "/fine.png": Response(make_picture(), headers=told),
+            "/fine.png": Response(make_picture(), headers=headers),
             "/signed.png": Response(status=302, headers={"Location": signed + TEXTS["signature"]}),
             "/user.png": Response(status=302, headers={"Location": f"http://me:{TEXTS['userinfo']}@127.0.0.1/a.png"}),
-            "/denied.png": Response(f"Bearer {TEXTS['access token']} is not valid".encode(), 403, told),
+            "/denied.png": Response(f"Bearer {TEXTS['access token']} is not valid".encode(), 403, headers),
         }
         yield running
 
