@@ -114,7 +114,7 @@ def commit_replacement(
 ) -> CommitResult:
     """Replace an older revision of a part, on condition of the version that was read.
 
-    After an answer other than success, the part counts as committed if its revision is there, also if another attempt wrote it.
+    After an answer other than success, the part counts as committed if its revision is there, even by another attempt.
 
     Args:
         store: Store of the output.
