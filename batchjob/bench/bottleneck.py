@@ -13,7 +13,7 @@ _STARVED = 0.1  # share of its time that the forward loop waits for pixels
 _IDLE = 0.7  # share of the cores; below it, a model on the CPU that has work is held back by other programs
 _BUSY = 0.9  # share of the cores; above it, everything that waits waits for a core
 _PART_OF_FORWARD = "D2H"  # forward is timed until its results are on the host
-_CPU_STAGES = ("fetch", "decode", "transform", "collate", "forward", "write")  # the copies may have nothing to do
+_CPU_STAGES = ("fetch", "decode", "transform", "collate", "forward", "write")  # measured on every device
 _SETTINGS = {
     "gpu": "the GPU: runtime.precision=bf16, runtime.compile=on or runtime.tuning=on would move it",
     "link": "the link to the device: runtime.loader.pin_memory=true or a smaller preprocess.crop would move it",

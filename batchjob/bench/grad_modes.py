@@ -34,7 +34,7 @@ _GRAD_MODES: dict[str, GradMode] = {
 
 
 def measure_grad_modes(worker: BenchWorker, batches: Sequence[Batch]) -> tuple[GradModeResult, ...]:
-    """Measure the model in each grad mode: eager, in fp32, whatever the execution config of the run.
+    """Measure the model in each grad mode: eager and in fp32, regardless of the execution config of the run.
 
     Args:
         worker: Worker whose model is measured.

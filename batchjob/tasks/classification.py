@@ -112,10 +112,10 @@ class ClassificationTask(TaskSettings):
     def compute_metrics(self, sums: Mapping[str, float]) -> dict[str, Any]:
         """Compute `accuracy`, `top_<k>_accuracy` and `confusion` as {truth: {predicted: images}}.
 
-        `images` is the number of images that count. `unknown_truth` is the number whose truth names no class of the
-        model: mostly a matter of spelling, so it stands beside the accuracy and is not mixed into it. Above 100 classes
-        the report has `classes` as {truth: {images, right}} in place of `confusion`; above 2,000 classes, neither. A
-        rate over no images is None.
+        `images` is the number of images that count. `unknown_truth` is the number of images whose truth names no class
+        of the model; most are spelling mistakes, so they are reported beside the accuracy and not counted in it. Above
+        100 classes the report has `classes` as {truth: {images, right}} in place of `confusion`; above 2,000 classes,
+        neither. A rate over no images is None.
         """
         if self.truth is None:
             return {}

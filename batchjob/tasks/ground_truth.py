@@ -26,8 +26,8 @@ _ClassIds = np.ndarray[Any, np.dtype[np.int64]]
 class LabelIndex:
     """The classes of a model: their labels by id, and their ids by label.
 
-    Classes with the same label are compared as one class, because ground truth by label cannot tell them apart:
-    ImageNet has two classes `crane`. The lowest of their ids stands for all, the canonical id.
+    Classes with the same label count as one class, because a label in the ground truth cannot distinguish them:
+    ImageNet has two classes `crane`. The lowest of their ids is the canonical id of all of them.
 
     Example: of the labels `("crane", "ship", "crane")`, ids 0 and 2 both have the canonical id 0; the values
     `["crane", "ship", "bus", null]` have the class ids `[0, 1, -1, -1]`.

@@ -61,7 +61,7 @@ class MultilabelTask(TaskSettings):
 
     @property
     def row_bytes(self) -> int:
-        """Upper bound of the bytes of a row's columns; for a typical number of classes if nothing tells it."""
+        """Upper bound of the bytes of a row's columns; for a typical number of classes if the job does not say it."""
         known = [len(names) for names in (self.labels, self.threshold) if isinstance(names, tuple)]
         classes = known[0] if known else _TYPICAL_CLASSES
         listed = min(self.top_k or classes, classes) if known else self.top_k or classes
