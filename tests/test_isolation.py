@@ -1,4 +1,4 @@
-"""Images that kill the process which decodes them: one fault each in its place, all others right, nothing met twice."""
+"""Images that kill the process which decodes them: one error each in its row, all others right, none tried again."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ GIB = 1 << 30
 
 
 @dataclass(frozen=True)
-class Prepare:
-    """Pictures by their shade; words do harm to the process that reads them. Leaves a note of each word it meets."""
+class HarmfulTransform:
+    """Transform for files of a word and a shade; certain words harm the process. It logs each harmful word it meets."""
 
     folder: Path
 
     def __call__(self, data: bytes) -> PreparedImage:
         word = data.decode("latin1").partition(" ")[0]
         if word != "picture":
-            with (self.folder / "met").open("a") as notes:
-                notes.write(f"{word}\n")
+            with (self.folder / "count_harmful_words").open("a") as log:
+                log.write(f"{word}\n")
         match word:
             case "segv":
                 os.kill(os.getpid(), signal.SIGSEGV)
@@ -51,11 +51,11 @@ class Prepare:
             case "hang":
                 while True:
                     pass
-            case "doze":  # no CPU second is used: the kernel's limit never comes
+            case "doze":  # uses no CPU time, so the kernel's limit is never reached
                 time.sleep(600)
             case "eat":
                 return PreparedImage(torch.full((8 * GIB,), 7, dtype=torch.uint8), 1, 1)
-            case "once" if (self.folder / "met").read_text().split().count("once") == 1:
+            case "once" if (self.folder / "count_harmful_words").read_text().split().count("once") == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "slow":
                 time.sleep(0.3)
@@ -63,15 +63,15 @@ class Prepare:
 
 
 @dataclass(frozen=True)
-class DeadOnArrival(Prepare):
-    """Ends the process that it is brought to."""
+class DeadlyTransform(HarmfulTransform):
+    """Transform that ends the process in which it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os._exit, (3,)
 
 
 class SlowReader(Reader):
-    """A store that needs its time."""
+    """Reader of a slow store."""
 
     def read_many(self, uris: Sequence[str], *how: Any, **more: Any) -> list[ObjectData | StorageError | Unavailable]:
         time.sleep(1.5)
@@ -79,7 +79,7 @@ class SlowReader(Reader):
 
 
 class DeadlyReader(Reader):
-    """A storage client that crashes over one object, the first time or always."""
+    """Reader whose storage client crashes over one object, the first time or always."""
 
     def read_many(self, uris: Sequence[str], *how: Any, **more: Any) -> list[ObjectData | StorageError | Unavailable]:
         for uri in uris:
@@ -91,8 +91,8 @@ class DeadlyReader(Reader):
         return super().read_many(uris, *how, **more)
 
 
-def shard(folder: Path, count: int, **others: Sequence[int]) -> Shard:
-    """A shard of so many pictures, but for words at these positions."""
+def write_shard(folder: Path, count: int, **others: Sequence[int]) -> Shard:
+    """Write a write_shard of pictures, with other words at certain positions."""
     words = {position: word for word, positions in others.items() for position in positions}
     refs = []
     for position in range(count):
@@ -102,10 +102,12 @@ def shard(folder: Path, count: int, **others: Sequence[int]) -> Shard:
     return Shard(ShardKey(0, "0" * 16, len(refs), 0, 0), tuple(refs), pa.table({}))
 
 
-def make(folder: Path, *, seconds: float = 60.0, memory: int | None = None, processes: int = 2, **given: Any) -> Loader:
+def make_loader(
+    folder: Path, *, seconds: float = 60.0, memory: int | None = None, processes: int = 2, **given: Any
+) -> Loader:
     settings: dict[str, Any] = {
         "reader": Reader(),
-        "transform": Prepare(folder),
+        "transform": HarmfulTransform(folder),
         "batch_size": 16,
         "config": LoaderConfig(processes, 2, False, seconds, memory),
         "size": (2, 2),
@@ -113,166 +115,172 @@ def make(folder: Path, *, seconds: float = 60.0, memory: int | None = None, proc
     return Loader(**settings | given)
 
 
-def loaded(loader: Loader, *shards: Shard) -> list[ImageInfo]:
-    """Facts of all rows of a shard, once each row is seen to follow the last, and each picture to be the right one."""
-    found: list[ImageInfo] = []
+def load_infos(loader: Loader, *shards: Shard) -> list[ImageInfo]:
+    """Load all rows of the shards; check that they are in order and that each picture is the right one."""
+    infos: list[ImageInfo] = []
     for batch in loader.batches(ShardQueue.of(shards)):
         assert batch.attempt_error is None
-        assert batch.start == len(found)
-        good = [batch.start + row for row, fact in enumerate(batch.image_infos) if fact.error is None]
-        assert shades(batch) == [position % 256 for position in good]
-        found += batch.image_infos
-    return found
+        assert batch.start == len(infos)
+        good = [batch.start + row for row, info in enumerate(batch.image_infos) if info.error is None]
+        assert read_shades(batch) == [position % 256 for position in good]
+        infos += batch.image_infos
+    return infos
 
 
-def shades(batch: Batch) -> list[int]:
+def read_shades(batch: Batch) -> list[int]:
     return [] if batch.pixels is None else batch.pixels[:, 0, 0, 0].tolist()
 
 
-def kinds(facts: Sequence[ImageInfo]) -> dict[int, str]:
-    """Position → stage/type, of the faults."""
-    return {row: f"{fact.error.stage}/{fact.error.type}" for row, fact in enumerate(facts) if fact.error is not None}
+def error_types(infos: Sequence[ImageInfo]) -> dict[int, str]:
+    """Map the position of each error to stage/type."""
+    return {row: f"{info.error.stage}/{info.error.type}" for row, info in enumerate(infos) if info.error is not None}
 
 
-def met(folder: Path) -> Counter[str]:
-    """How often each word was met by a process."""
-    return Counter((folder / "met").read_text().split())
+def count_harmful_words(folder: Path) -> Counter[str]:
+    """Count the harmful words that processes have count_harmful_words."""
+    return Counter((folder / "count_harmful_words").read_text().split())
 
 
-def test_a_deadly_image_is_one_fault_and_costs_two_processes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    loader = make(tmp_path)
-    found = loaded(loader, shard(tmp_path, 200, segv=[22, 23], exit=[90], kill=[95, 199]))
+def test_deadly_image_is_one_error_and_costs_two_processes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loader = make_loader(tmp_path)
+    infos = load_infos(loader, write_shard(tmp_path, 200, segv=[22, 23], exit=[90], kill=[95, 199]))
     loader.close()
     print(f"5 deadly images among 200: {loader.process_deaths} loader processes lost")
     crash, memory = "decode/crash", "decode/memory"
-    assert kinds(found) == {22: crash, 23: crash, 90: crash, 95: memory, 199: memory}
-    assert len(found) == 200
-    assert found[23].etag == Reader().stat(str(tmp_path / "0023")).etag, "the version that was read is known"
-    assert met(tmp_path) == {"segv": 4, "exit": 2, "kill": 4}
+    assert error_types(infos) == {22: crash, 23: crash, 90: crash, 95: memory, 199: memory}
+    assert len(infos) == 200
+    assert infos[23].etag == Reader().stat(str(tmp_path / "0023")).etag, "the ETag that was read is known"
+    assert count_harmful_words(tmp_path) == {"segv": 4, "exit": 2, "kill": 4}
     assert loader.process_deaths == 10
-    said = [record.getMessage() for record in caplog.records]
-    assert sum("tried alone" in line for line in said) == sum("is an error row" in line for line in said) == 5
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum("tried alone" in line for line in messages) == sum("is an error row" in line for line in messages) == 5
 
 
-def test_an_image_that_takes_for_ever_is_a_fault_and_a_slow_store_or_batch_is_none(tmp_path: Path) -> None:
-    loader = make(tmp_path, seconds=1.0, reader=SlowReader())
-    found = loaded(loader, shard(tmp_path, 48, hang=[7], slow=range(20, 26), doze=[40]))
+def test_image_that_never_ends_is_an_error_and_a_slow_store_or_batch_is_not(tmp_path: Path) -> None:
+    loader = make_loader(tmp_path, seconds=1.0, reader=SlowReader())
+    infos = load_infos(loader, write_shard(tmp_path, 48, hang=[7], slow=range(20, 26), doze=[40]))
     loader.close()
-    assert kinds(found) == {7: "decode/hang", 40: "decode/hang"}
+    assert error_types(infos) == {7: "decode/hang", 40: "decode/hang"}
     for row in (7, 40):
-        fault = found[row].error
+        fault = infos[row].error
         assert fault is not None
         assert "within 1 s" in fault.message
-    assert (met(tmp_path)["hang"], met(tmp_path)["doze"], loader.process_deaths) == (2, 2, 4)
+    assert (count_harmful_words(tmp_path)["hang"], count_harmful_words(tmp_path)["doze"], loader.process_deaths) == (
+        2,
+        2,
+        4,
+    )
 
 
-def test_cpu_seconds_are_limited_where_the_clock_does_not_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker's clock is stopped: it is the kernel that ends the process. Who waits uses none of them."""
+def test_kernel_limits_cpu_time_without_the_workers_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop the worker's clock, so that the kernel ends the process. Waiting uses no CPU time."""
     monkeypatch.setattr("batchjob.loader.worker_progress.WorkerProgress.is_overdue", lambda self, seconds: False)
     store, images = open_store(str(tmp_path / "out")), tmp_path / "images"
     images.mkdir()
-    loader = make(images, seconds=0.2)
+    loader = make_loader(images, seconds=0.2)
     loader.quarantine = Quarantine(store, "plan/")
-    found = loaded(loader, shard(images, 32, hang=[7], slow=range(20, 24)))
+    infos = load_infos(loader, write_shard(images, 32, hang=[7], slow=range(20, 24)))
     loader.close()
-    assert kinds(found) == {7: "decode/hang"}
-    assert loader.process_deaths == met(images)["hang"] == 2
-    assert Quarantine(store, "plan/").find(7) == found[7], "remembered for all others"
+    assert error_types(infos) == {7: "decode/hang"}
+    assert loader.process_deaths == count_harmful_words(images)["hang"] == 2
+    assert Quarantine(store, "plan/").find(7) == infos[7], "recorded for all workers"
 
 
-def test_an_image_that_wants_more_memory_than_there_is_costs_no_process(tmp_path: Path) -> None:
-    loader = make(tmp_path, memory=3 * GIB)
-    found = loaded(loader, shard(tmp_path, 40, eat=[3, 30]))
+def test_image_over_the_memory_limit_costs_no_process(tmp_path: Path) -> None:
+    loader = make_loader(tmp_path, memory=3 * GIB)
+    infos = load_infos(loader, write_shard(tmp_path, 40, eat=[3, 30]))
     loader.close()
-    assert kinds(found) == {3: "decode/memory", 30: "decode/memory"}
+    assert error_types(infos) == {3: "decode/memory", 30: "decode/memory"}
     assert loader.process_deaths == 0
 
 
-def test_a_process_that_was_killed_over_an_innocent_image_costs_no_row(tmp_path: Path) -> None:
-    loader = make(tmp_path)
-    found = loaded(loader, shard(tmp_path, 64, once=[37]))
+def test_process_killed_over_a_good_image_costs_no_row(tmp_path: Path) -> None:
+    loader = make_loader(tmp_path)
+    infos = load_infos(loader, write_shard(tmp_path, 64, once=[37]))
     loader.close()
-    assert kinds(found) == {}
-    assert len(found) == 64
+    assert error_types(infos) == {}
+    assert len(infos) == 64
     assert loader.process_deaths == 1
 
 
-def test_a_batch_that_kills_where_no_image_is_in_work_is_halved(tmp_path: Path) -> None:
-    loader = make(tmp_path, reader=DeadlyReader(), batch_size=8)
-    assert kinds(loaded(loader, shard(tmp_path, 24, shaky=[12]))) == {}
+def test_batch_that_kills_without_a_suspect_is_split(tmp_path: Path) -> None:
+    loader = make_loader(tmp_path, reader=DeadlyReader(), batch_size=8)
+    assert error_types(load_infos(loader, write_shard(tmp_path, 24, shaky=[12]))) == {}
     assert loader.process_deaths == 1
     with pytest.raises(AttemptFailed, match=r"SIGSEGV .*no image is to blame"):
-        loaded(loader, shard(tmp_path, 24, unreadable=[12]))
-    assert len(loaded(loader, shard(tmp_path, 24))) == 24, "the next epoch starts anew"
+        load_infos(loader, write_shard(tmp_path, 24, unreadable=[12]))
+    assert len(load_infos(loader, write_shard(tmp_path, 24))) == 24, "the next epoch starts new processes"
     loader.close()
 
 
-def test_what_is_in_quarantine_is_met_by_nobody_again(tmp_path: Path) -> None:
+def test_quarantined_images_are_not_tried_again(tmp_path: Path) -> None:
     store, images = open_store(str(tmp_path / "out")), tmp_path / "images"
     images.mkdir()
-    deadly = shard(images, 48, segv=[11], exit=[40])
-    facts = []
-    for learns in (True, True, False):
-        loader = make(images)
+    deadly = write_shard(images, 48, segv=[11], exit=[40])
+    infos = []
+    for loads_records in (True, True, False):
+        loader = make_loader(images)
         loader.quarantine = Quarantine(store, "_batchjob/plans/0000/")
-        if learns:
+        if loads_records:
             loader.quarantine.load(range(48))
-        facts.append(loaded(loader, deadly))
+        infos.append(load_infos(loader, deadly))
         loader.close()
         print(f"{loader.process_deaths} loader processes lost")
-    assert kinds(facts[0]) == {11: "decode/crash", 40: "decode/crash"}
-    assert facts[0] == facts[1] == facts[2]
-    assert met(images) == {"segv": 3, "exit": 3}, "who did not know beforehand asks before it tries again"
-    kept = sorted(stat.uri for stat in store.list("_batchjob/"))
-    assert kept == [f"_batchjob/plans/0000/quarantine/{position:012d}.json" for position in (11, 40)]
+    assert error_types(infos[0]) == {11: "decode/crash", 40: "decode/crash"}
+    assert infos[0] == infos[1] == infos[2]
+    assert count_harmful_words(images) == {"segv": 3, "exit": 3}, (
+        "a loader without records reads the record before it tries an image again"
+    )
+    records = sorted(stat.uri for stat in store.list("_batchjob/"))
+    assert records == [f"_batchjob/plans/0000/quarantine/{position:012d}.json" for position in (11, 40)]
 
 
-def test_the_first_verdict_stands_and_damaged_records_count_for_nothing(tmp_path: Path) -> None:
+def test_first_record_wins_and_damaged_records_are_ignored(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
-    verdicts = [ImageInfo("tag", error=ErrorRecord("decode", kind, "words")) for kind in ("crash", "hang")]
+    infos = [ImageInfo("tag", error=ErrorRecord("decode", kind, "words")) for kind in ("crash", "hang")]
     one, other = Quarantine(store, "plan/"), Quarantine(store, "plan/")
-    assert one.record(5, verdicts[0]) == verdicts[0] == other.record(5, verdicts[1])
+    assert one.record(5, infos[0]) == infos[0] == other.record(5, infos[1])
     store.put_if_absent("plan/quarantine/000000000006.json", b"{")
     store.put_if_absent("plan/quarantine/notes.txt", b"")
-    late = Quarantine(store, "plan/")
-    late.load(range(6, 9))
-    assert late.errors_by_row(range(9)) == {}
-    late.load(range(4, 9))
-    assert late.errors_by_row([4, 5, 6]) == {1: verdicts[0]}
-    assert late.find(6) is None
+    third = Quarantine(store, "plan/")
+    third.load(range(6, 9))
+    assert third.errors_by_row(range(9)) == {}
+    third.load(range(4, 9))
+    assert third.errors_by_row([4, 5, 6]) == {1: infos[0]}
+    assert third.find(6) is None
     assert Quarantine().find(5) is None
 
 
-def test_the_quarantine_is_listed_once_and_anew_for_a_shard_that_was_tried_before() -> None:
-    """As nobody else meets the images of a shard, nothing is found out about them but by who has tried it."""
+def test_quarantine_is_listed_once_and_again_for_a_shard_that_was_tried_before() -> None:
+    """Only a worker that has tried a write_shard can have infos anything out about its images."""
     store = MemoryStore()
     quarantine, other = Quarantine(store, "plan/"), Quarantine(store.client(), "plan/")
     quarantine.load(range(8))
-    verdict = other.record(21, ImageInfo("tag", error=ErrorRecord("decode", "crash", "words")))
+    info = other.record(21, ImageInfo("tag", error=ErrorRecord("decode", "crash", "words")))
     other.record_suspects(range(24, 28), "why")
     for first in range(8, 800, 8):
         quarantine.load(range(first, first + 8))
     assert quarantine.errors_by_row(range(800)) == {}
-    assert Counter(call.method for call in store.calls) == {"list": 1}, "a request in all, for 100 shards"
-    assert quarantine.find(21) == verdict, "who meets it nevertheless loses one process, and asks"
-    for again in (True, False):
-        quarantine.load(range(16, 32), refresh=again)
-        assert quarantine.errors_by_row([20, 21]) == {1: verdict}
+    assert Counter(call.method for call in store.calls) == {"list": 1}, "one request for 100 shards"
+    assert quarantine.find(21) == info, "a worker that loses a process over it reads the record"
+    for refresh in (True, False):
+        quarantine.load(range(16, 32), refresh=refresh)
+        assert quarantine.errors_by_row([20, 21]) == {1: info}
         assert quarantine.has_suspect(range(24, 25))
     assert Counter(call.method for call in store.calls) == {"list": 2, "read": 1}
 
 
-def test_processes_that_die_as_they_start_are_no_image_s_fault(tmp_path: Path) -> None:
-    loader = make(tmp_path, transform=DeadOnArrival(tmp_path))
+def test_processes_that_die_at_their_start_fail_the_attempt(tmp_path: Path) -> None:
+    loader = make_loader(tmp_path, transform=DeadlyTransform(tmp_path))
     with pytest.raises(AttemptFailed, match=r"loader process \d+ ended with exit code 3 as it started"):
-        loaded(loader, shard(tmp_path, 4))
+        load_infos(loader, write_shard(tmp_path, 4))
     loader.close()
 
 
-def test_an_epoch_that_is_left_and_a_loader_that_is_closed_wait_for_no_image(tmp_path: Path) -> None:
-    loader = make(tmp_path, batch_size=1)
-    batches = loader.batches(ShardQueue.of([shard(tmp_path, 8, hang=[2])]))
-    assert shades(next(batches)) == [0]
+def test_abandoned_epoch_and_close_wait_for_no_image(tmp_path: Path) -> None:
+    loader = make_loader(tmp_path, batch_size=1)
+    batches = loader.batches(ShardQueue.of([write_shard(tmp_path, 8, hang=[2])]))
+    assert read_shades(next(batches)) == [0]
     del batches
     began = time.monotonic()
     loader.close()
@@ -280,7 +288,7 @@ def test_an_epoch_that_is_left_and_a_loader_that_is_closed_wait_for_no_image(tmp
     assert loader.process_deaths == 0
 
 
-def test_the_memory_of_a_process_is_its_share_but_enough_for_the_largest_image() -> None:
+def test_process_memory_is_its_share_but_enough_for_the_largest_image() -> None:
     auto = LoaderSettings()
     assert resolve_loader_settings(auto, cores=4).memory_bytes is None
     assert resolve_loader_settings(auto, cores=3, memory_bytes=16 * GIB).memory_bytes == 4 * GIB
@@ -291,7 +299,9 @@ def test_the_memory_of_a_process_is_its_share_but_enough_for_the_largest_image()
     )
 
 
-def test_images_that_are_looked_at_beforehand_end_nobody_either(tmp_path: Path) -> None:
-    refs = shard(tmp_path, 4, segv=[0], exit=[2]).refs
-    found = load_samples(Reader(), Prepare(tmp_path), [ref.location for ref in refs], LoaderConfig(2, 2, False))
-    assert [int(pixels[0, 0, 0]) for pixels in found] == [1, 3]
+def test_deadly_samples_are_left_out(tmp_path: Path) -> None:
+    refs = write_shard(tmp_path, 4, segv=[0], exit=[2]).refs
+    infos = load_samples(
+        Reader(), HarmfulTransform(tmp_path), [ref.location for ref in refs], LoaderConfig(2, 2, False)
+    )
+    assert [int(pixels[0, 0, 0]) for pixels in infos] == [1, 3]

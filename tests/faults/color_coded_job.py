@@ -1,4 +1,4 @@
-"""A job over pictures that each have a colour of their own, and a look at whether each has its right row, once."""
+"""Job over pictures that encode their number in their colour, and the check that each has its right row, once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Local, tiny, and of one process, unless a test says otherwise.
+# Local, tiny and in one process; tests override what they need.
 JOB = """\
 input: {type: manifest, uri: manifest.csv, uri_column: file}
 model: {type: python, target: "slow:make"}
@@ -42,7 +42,7 @@ output: {uri: out}
 
 
 def write_job(folder: Path, images: int) -> str:
-    """Write `job.yaml`, its model, a manifest and the pictures there; the job file's path."""
+    """Write `job.yaml`, its model, a manifest and the pictures; return the path of the job file."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "slow.py").write_text(SLOW_NET)
     (folder / "job.yaml").write_text(JOB)
@@ -54,28 +54,28 @@ def write_job(folder: Path, images: int) -> str:
 
 
 def upload_job(folder: Path, images: int, server: Seaweed) -> str:
-    """The same with manifest and pictures on SeaweedFS; only the job file and its model stay here."""
-    path, where = Path(write_job(folder, images)), server.bucket()
-    server.put_tree(folder, where)
-    path.write_text(JOB.replace("uri: manifest.csv", f"uri: {where}manifest.csv"))
+    """Write the job with manifest and pictures on SeaweedFS; only the job file and its model stay local."""
+    path, bucket = Path(write_job(folder, images)), server.bucket()
+    server.put_tree(folder, bucket)
+    path.write_text(JOB.replace("uri: manifest.csv", f"uri: {bucket}manifest.csv"))
     return str(path)
 
 
 def format_overrides(**settings: object) -> list[str]:
-    """Command line of settings: `runtime__batch_size=5` is `runtime.batch_size=5`."""
+    """Format settings for the command line: `runtime__batch_size=5` becomes `runtime.batch_size=5`."""
     return [f"{name.replace('__', '.')}={value}" for name, value in settings.items()]
 
 
 @dataclass(frozen=True)
 class OutputCheck:
-    """What lies in an output, against what should.
+    """Differences between an output and the expected one.
 
     Attributes:
-        missing: images without a row.
-        twice: rows beyond the first of an image.
-        wrong: rows that are not what the model gives for that image.
-        foreign: files that are not as `_SUCCESS` lists them.
-        plans: that were frozen there.
+        missing: Images without a row.
+        duplicates: Rows beyond the first of an image.
+        wrong: Rows that are not the model's output for their image.
+        foreign_files: Parts that differ from the list in `_SUCCESS`.
+        plans: Plans that were frozen there.
     """
 
     missing: int
@@ -90,7 +90,7 @@ class OutputCheck:
 
 
 def check_output(output: str, images: int) -> OutputCheck:
-    """Look at every row of a finished output, and at the files beside them."""
+    """Compare every row and file of a finished output with the expected ones."""
     rows: list[dict[str, Any]] = read_rows(output).to_pylist()
     seen = Counter(row["position"] for row in rows)
     store = open_output(output)
@@ -106,19 +106,19 @@ def check_output(output: str, images: int) -> OutputCheck:
 
 
 def list_committed_parts(output: str) -> dict[str, tuple[str, str | None]]:
-    """Attempt and ETag of each committed part, by name."""
+    """List attempt and ETag of each committed part, by name."""
     tags = {stat.uri: stat.etag for stat in open_output(output).list("predictions/")}
     return {key: (made.attempt, tags[key]) for key, made in read_all_footers(output).items() if key in tags}
 
 
 def run_parallel(work: Callable[[T], R], items: Iterable[T], at_once: int) -> list[R]:
-    """So many at a time: they mostly wait for clocks. What fails is raised once all have ended."""
+    """Run calls in threads, `at_once` at a time; they mostly wait. An error is raised once all have ended."""
     with ThreadPoolExecutor(at_once) as pool:
         return list(pool.map(work, items))
 
 
 def format_range(values: Iterable[float]) -> str:
-    """The range of some figures: `1.5–3.2`."""
+    """Format the range of some values: `1.5–3.2`."""
     found = sorted(values)
     return f"{found[0]:.1f}–{found[-1]:.1f}" if found else "none"
 

@@ -1,4 +1,4 @@
-"""Thousands of broken, odd and malicious images among good ones: each is one row, and no process is lost to any."""
+"""Thousands of broken, odd and malicious images among good ones: each is one row, and none costs a process."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from figures import Figure
 KNOWN = {"corrupt", "truncated", "not_an_image", "unsupported", "too_large", "empty"}
 
 
-def files(folder: Path) -> list[str]:
-    """All below it, by their names as text."""
-    return sorted(os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)  # noqa: PTH118
+def list_files(folder: Path) -> list[str]:
+    """List all files of a tree, sorted by path."""
+    return sorted(os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)  # noqa: PTH118
 
 
 def test_every_hostile_file_is_one_row(
     driver_server: DriverServer, test_data: Path, tmp_path: Path, seed: int, figure: Figure
 ) -> None:
-    hostile, clean = files(test_data / "hostile"), files(test_data / "cifar10" / "images")
+    hostile, clean = list_files(test_data / "hostile"), list_files(test_data / "cifar10" / "images")
     mixed = random.Random(f"hostile {seed}").sample(hostile + clean, len(hostile) + len(clean))
     with (tmp_path / "manifest.csv").open("w", newline="") as manifest:
         csv.writer(manifest).writerows([["file"], *([name] for name in mixed)])

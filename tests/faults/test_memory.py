@@ -1,4 +1,4 @@
-"""Ten times the images, and no process takes more memory: not the driver, not the worker, not the loader."""
+"""Memory of driver, worker and loader processes does not grow with ten times the images."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from driver_server import DriverProcess, DriverServer
 from figures import Figure
 
 FEW, TIMES, DISTINCT, SIDE = 3000, 10, 50, 128
-PLANNED = 1_000_000, 10_000_000  # enough chunks of a plan to keep all of its rooms busy, and ten times as many
-FLAT_MIB = 40  # though there are 1.2 GiB of pixels and 105 MiB of rows more
-STEADY_MIB = 10  # from the middle third of a run to the last, with 440 MiB of pixels and 40 MiB of rows between
+PLANNED = 1_000_000, 10_000_000  # enough chunks of a plan to keep every stage busy, and ten times as many
+FLAT_MIB = 40  # while there are 1.2 GiB more pixels and 105 MiB more rows
+STEADY_MIB = 10  # between the middle and the last third of a run, which are 440 MiB of pixels and 40 MiB of rows apart
 
-# Rows of 1,024 numbers, so that whoever keeps them is seen.
+# Rows of 1,024 numbers, so that memory shows it if they are kept.
 WIDE_NET = """\
 from torch import nn
 
@@ -33,12 +33,12 @@ def make():
 
 
 @dataclass(frozen=True)
-class Course:
-    """MiB that a process had in memory.
+class MemoryHistory:
+    """Memory of a process over a run, in MiB.
 
     Attributes:
-        peak: at most, by the kernel's own account.
-        thirds: at most at any look in each third of the run.
+        peak: Peak resident memory, from the kernel.
+        thirds: Largest sample in each third of the run.
     """
 
     peak: int
@@ -46,7 +46,7 @@ class Course:
 
     @property
     def steady(self) -> bool:
-        """Whether the last third took no more than the middle one: what was warming up has done so by then."""
+        """True if the last third took no more than the middle one; the warm-up is over by then."""
         return self.thirds[2] - self.thirds[1] <= STEADY_MIB
 
     def __str__(self) -> str:
@@ -54,52 +54,52 @@ class Course:
         return f"thirds {first}, {second}, {third} MiB"
 
 
-class Watcher:
-    """Looks at a driver, which is the worker here, and at all below it, ten times a second until it ends."""
+class MemorySampler:
+    """Thread that samples a driver (here also the worker) and its descendants ten times a second until it ends."""
 
     def __init__(self, driver: DriverProcess) -> None:
-        self._driver, self._over = driver, threading.Event()
-        self._looks: dict[int, list[tuple[float, int]]] = {}  # of each process, by age: the moment, and MiB
+        self._driver, self._stopped = driver, threading.Event()
+        self._samples: dict[int, list[tuple[float, int]]] = {}  # by process, oldest first: seconds, MiB
         self._peaks: dict[int, int] = {}
-        self._thread = threading.Thread(target=self._look)
+        self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
-    def courses(self) -> list[Course]:
-        """Of the driver first, once it has ended, and of the loader process, which is the youngest, at last."""
-        self._over.set()
+    def stop(self) -> list[MemoryHistory]:
+        """Stop; return the histories of the processes, oldest first: the driver, …, the loader process."""
+        self._stopped.set()
         self._thread.join()
-        return [self._course(pid) for pid in self._looks]
+        return [self._summarize(pid) for pid in self._samples]
 
-    def _course(self, pid: int) -> Course:
-        seconds = [moment for moment, _ in self._looks[self._driver.pid]]
-        began, third = seconds[0], (seconds[-1] - seconds[0]) / 3
-        most = [0, 0, 0]
-        for moment, size in self._looks[pid]:
-            number = min(2, int((moment - began) / third)) if third else 0
-            most[number] = max(most[number], size)
-        return Course(self._peaks[pid], (most[0], most[1], most[2]))
+    def _summarize(self, pid: int) -> MemoryHistory:
+        times = [time for time, _ in self._samples[self._driver.pid]]
+        began, third = times[0], (times[-1] - times[0]) / 3
+        largest = [0, 0, 0]
+        for time, size in self._samples[pid]:
+            number = min(2, int((time - began) / third)) if third else 0
+            largest[number] = max(largest[number], size)
+        return MemoryHistory(self._peaks[pid], (largest[0], largest[1], largest[2]))
 
-    def _look(self) -> None:
-        while not self._over.wait(0.1):
+    def _run(self) -> None:
+        while not self._stopped.wait(0.1):
             below = sorted(find_descendants(self._driver.pid), key=lambda process: process[1])
             for pid in [self._driver.pid, *(pid for pid, _ in below)]:
-                if (found := memory(pid)) is not None:
-                    peak, size = found
+                if (sample := read_memory(pid)) is not None:
+                    peak, size = sample
                     self._peaks[pid] = max(self._peaks.get(pid, 0), peak)
-                    self._looks.setdefault(pid, []).append((self._driver.seconds, size))
+                    self._samples.setdefault(pid, []).append((self._driver.seconds, size))
 
 
-def memory(pid: int) -> tuple[int, int] | None:
-    """MiB that a process had in memory at most and that it has now, by the kernel's own account; None once it ended."""
+def read_memory(pid: int) -> tuple[int, int] | None:
+    """Read peak and current resident memory of a process, in MiB; None once it has ended."""
     try:
-        found = dict(re.findall(r"(VmHWM|VmRSS):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text()))
+        values = dict(re.findall(r"(VmHWM|VmRSS):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text()))
     except OSError:
         return None
-    return (int(found["VmHWM"]) // 1024, int(found["VmRSS"]) // 1024) if len(found) == 2 else None
+    return (int(values["VmHWM"]) // 1024, int(values["VmRSS"]) // 1024) if len(values) == 2 else None
 
 
 def write_job(folder: Path, images: int) -> str:
-    """A job over a manifest that names the same pictures again and again."""
+    """Write a job whose manifest names the same few pictures again and again."""
     import numpy as np
     from PIL import Image
 
@@ -114,20 +114,22 @@ def write_job(folder: Path, images: int) -> str:
     return str(folder / "job.yaml")
 
 
-def test_driver_worker_and_loader_stay_flat(driver_server: DriverServer, tmp_path: Path, figure: Figure) -> None:
-    """Two runs alone could not tell what is kept for good from what is warming up."""
-    found = []
+def test_memory_of_driver_worker_and_loader_stays_flat(
+    driver_server: DriverServer, tmp_path: Path, figure: Figure
+) -> None:
+    """Compare thirds too: two runs alone could not tell a leak from a longer warm-up."""
+    histories = []
     for images in (FEW, FEW * TIMES):
         job = write_job(tmp_path / str(images), images)
         settings = ["runtime.batch_size=32", "runtime.shard_size=250", "runtime.loader.processes=1"]
         driver = driver_server.start("run", job, *settings, loaders="own")
-        watcher = Watcher(driver)
+        sampler = MemorySampler(driver)
         try:
             ended = driver.wait()
         finally:
-            found.append(watcher.courses())
+            histories.append(sampler.stop())
         assert ended.exit_code == 0, ended.stderr
-    (few, *_, few_loader), (many, *_, many_loader) = found
+    (few, *_, few_loader), (many, *_, many_loader) = histories
     figure(
         "memory",
         f"{FEW:,} → {FEW * TIMES:,} images: driver and worker {few.peak} → {many.peak} MiB ({many}), "
@@ -135,23 +137,23 @@ def test_driver_worker_and_loader_stay_flat(driver_server: DriverServer, tmp_pat
     )
     assert many.peak - few.peak <= FLAT_MIB
     assert many_loader.peak - few_loader.peak <= FLAT_MIB
-    assert [course for course in found[-1] if not course.steady] == [], "one of the processes goes on growing"
+    assert [history for history in histories[-1] if not history.steady] == [], "a process keeps growing"
 
 
-def test_a_plan_of_ten_times_the_images_takes_no_more(
+def test_memory_of_planning_ten_times_the_images_stays_flat(
     driver_server: DriverServer, tmp_path: Path, figure: Figure
 ) -> None:
-    found = []
+    histories = []
     for images in PLANNED:
         job = write_job(tmp_path / str(images), images)
         driver = driver_server.start("plan", job, "runtime.shard_size=1000")
-        watcher = Watcher(driver)
+        sampler = MemorySampler(driver)
         try:
             ended = driver.wait()
         finally:
-            found.append(watcher.courses()[0])
+            histories.append(sampler.stop()[0])
         assert ended.exit_code == 0, ended.stderr
-    few, many = found
+    few, many = histories
     figure("memory", f"{PLANNED[0]:,} → {PLANNED[1]:,} images planned: driver {few.peak} → {many.peak} MiB ({many})")
     assert many.peak - few.peak <= FLAT_MIB
     assert many.steady, many
