@@ -27,9 +27,8 @@ def encode_animated() -> bytes:
 
 
 def encode_palette() -> bytes:
-    return encode_image(
-        Image.new("RGB", (10, 10), (255, 0, 51)).convert("P", palette=Image.Palette.ADAPTIVE), format="PNG"
-    )
+    image = Image.new("RGB", (10, 10), (255, 0, 51)).convert("P", palette=Image.Palette.ADAPTIVE)
+    return encode_image(image, format="PNG")
 
 
 RED = (1.0, 0.0, 0.2)
