@@ -278,7 +278,7 @@ class Prediction:
 
     @property
     def pending(self) -> bool:
-        """Whether `wait` must be called before the tensors are read."""
+        """True if `wait` must be called before the tensors are read."""
         return self._wait is not None
 
     def wait(self) -> Prediction:

@@ -88,12 +88,12 @@ class Engine:
 
     @property
     def variable_size(self) -> bool:
-        """Whether images of different sizes go to the model."""
+        """True if images of different sizes go to the model."""
         return self.model.input_kind == "list" or self.preprocess.sizes == "group"
 
     @property
     def argmax_is_class(self) -> bool:
-        """Whether the index of an image's largest output is its class."""
+        """True if the index of an image's largest output is its class."""
         return self._job.task.argmax_is_class
 
     @property

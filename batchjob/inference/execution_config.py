@@ -52,7 +52,7 @@ class ExecutionConfig:
 
     @property
     def fixed_batch(self) -> bool:
-        """Whether all batches must have one shape, so that a short batch is padded: true of compiled modules."""
+        """True if all batches must have one shape, so that short ones are padded; compiled modules need it."""
         return self.compile != "off"
 
 

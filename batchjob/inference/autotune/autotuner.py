@@ -194,7 +194,7 @@ class Autotuner:
 
     @property
     def _is_short(self) -> bool:
-        """Whether the job is too short for compilation."""
+        """True if the job is too short for compilation."""
         return self.engine.acceleration.tuning != "on" and self._eager_seconds <= _MIN_SECONDS_TO_COMPILE
 
     @property
