@@ -36,7 +36,7 @@ _PACKAGE_PREFIX = "_batchjob_folder_"
 _PACKAGE_LOCK = Lock()
 
 
-def load_target(target: str, base: Path) -> Any:
+def load_target(target: str, folder: Path) -> Any:
     """Return the object that `module:attribute` names, from a module in one folder.
 
     The module is loaded once per process and folder, in any process that can read the folder.
@@ -45,14 +45,14 @@ def load_target(target: str, base: Path) -> Any:
 
     Args:
         target: Dotted module and dotted attribute, separated by a colon.
-        base: Folder of the job file; no other folder is searched.
+        folder: Folder of the job file; no other folder is searched.
 
     Raises:
         InvalidJob: There is no such module or attribute (the message offers existing ones), or it fails to load.
     """
     name, _, attribute = target.partition(":")
-    path = _require_source(target, name, base)
-    value: Any = _import_module(name, base, path)
+    path = _require_source(target, name, folder)
+    value: Any = _import_module(name, folder, path)
     for part in attribute.split("."):
         if not hasattr(value, part):
             names = vars(value) if hasattr(value, "__dict__") else {}
@@ -62,27 +62,27 @@ def load_target(target: str, base: Path) -> Any:
     return value
 
 
-def is_user_module(module: str, base: Path) -> bool:
+def is_user_module(module: str, folder: Path) -> bool:
     """Tell whether a dotted module lies in the folder of a job file."""
-    return _find_source(base, module) is not None
+    return _find_source(folder, module) is not None
 
 
-def source_digest(target: str, base: Path) -> str:
+def source_digest(target: str, folder: Path) -> str:
     """Return the sha256 of the target's module and of all modules that it imports, directly or not, from its folder.
 
     Args:
         target: Dotted module and dotted attribute, separated by a colon.
-        base: Folder of the job file; it is not part of the digest.
+        folder: Folder of the job file; it is not part of the digest.
 
     Raises:
         InvalidJob: There is no such module, or a source that cannot be parsed.
     """
     name = target.partition(":")[0]
-    _require_source(target, name, base)
+    _require_source(target, name, folder)
     digest = hashlib.sha256()
-    for path in sorted(_imported_sources(name, base)):
+    for path in sorted(_imported_sources(name, folder)):
         source = path.read_bytes()
-        digest.update(f"{path.relative_to(base).as_posix()} {len(source)}\n".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()} {len(source)}\n".encode())
         digest.update(source)
     return digest.hexdigest()
 
@@ -90,32 +90,34 @@ def source_digest(target: str, base: Path) -> str:
 # -- import ----------------------------------------------------------------------------------------------------
 
 
-def _import_module(name: str, base: Path, path: Path) -> ModuleType:
-    package = _ensure_package(base)
+def _import_module(name: str, folder: Path, path: Path) -> ModuleType:
+    package = _ensure_package(folder)
     try:
         return importlib.import_module(f"{package}.{name}")
     except InvalidJob:
         raise
     except Exception as error:
-        folder = base.resolve()
+        own_code = folder.resolve()
         # The last line of the user's own code is the one to look at.
         frames = [
-            frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(folder)
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename).is_relative_to(own_code)
         ]
         where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else str(path)
         raise InvalidJob(f"{where}: does not load: {type(error).__name__}: {error}") from error
 
 
-def _ensure_package(base: Path) -> str:
+def _ensure_package(folder: Path) -> str:
     """Return the name of the private package of a folder, which is created at its first use."""
-    folder = str(base.resolve())
-    name = _PACKAGE_PREFIX + hashlib.sha256(folder.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    path = str(folder.resolve())
+    name = _PACKAGE_PREFIX + hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:16]
     with _PACKAGE_LOCK:
         if not any(isinstance(finder, _UserModuleFinder) for finder in sys.meta_path):
             sys.meta_path.insert(0, _UserModuleFinder())
         if name not in sys.modules:
-            package = ModuleType(name, f"Modules of {folder}")
-            package.__path__ = [folder]
+            package = ModuleType(name, f"Modules of {path}")
+            package.__path__ = [path]
             sys.modules[name] = package
     return name
 
@@ -172,31 +174,31 @@ class _SiblingFirstImport:
 # -- sources ---------------------------------------------------------------------------------------------------
 
 
-def _require_source(target: str, name: str, base: Path) -> Path:
-    path = _find_source(base, name)
+def _require_source(target: str, name: str, folder: Path) -> Path:
+    path = _find_source(folder, name)
     if path is None:
         raise InvalidJob(
-            f"{base / name.replace('.', '/')}.py: not there, for '{target}'; {_suggest(name, _list_modules(base))}"
+            f"{folder / name.replace('.', '/')}.py: not there, for '{target}'; {_suggest(name, _list_modules(folder))}"
         )
     return path
 
 
-def _find_source(base: Path, name: str) -> Path | None:
+def _find_source(folder: Path, name: str) -> Path | None:
     """Return the file of a dotted module below a folder: `name/__init__.py` or `name.py`."""
-    stem = base.joinpath(*name.split("."))
+    stem = folder.joinpath(*name.split("."))
     for path in (stem / "__init__.py", stem.with_name(stem.name + ".py")):
         if path.is_file():
             return path
     return None
 
 
-def _imported_sources(name: str, base: Path) -> set[Path]:
+def _imported_sources(name: str, folder: Path) -> set[Path]:
     """Return the files of a module and of all that it imports, directly or not, from the same folder."""
     sources: set[Path] = set()
     pending = [name]
     while pending:
         name = pending.pop()
-        path = _find_source(base, name)
+        path = _find_source(folder, name)
         if path is None or path in sources:
             continue
         sources.add(path)
@@ -229,11 +231,11 @@ def _imported_names(path: Path, name: str) -> Iterator[str]:
             yield from (".".join([*parts, alias.name]) for alias in node.names)
 
 
-def _list_modules(base: Path) -> list[str]:
-    if not base.is_dir():
+def _list_modules(folder: Path) -> list[str]:
+    if not folder.is_dir():
         return []
-    packages = (path.parent.name for path in base.glob("*/__init__.py"))
-    return sorted({*(path.stem for path in base.glob("*.py")), *packages})
+    packages = (path.parent.name for path in folder.glob("*/__init__.py"))
+    return sorted({*(path.stem for path in folder.glob("*.py")), *packages})
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:

@@ -143,7 +143,7 @@ def list_images(images: Path) -> list[str]:
 
 def make_engine(job: Job, reader: Reader) -> Engine:
     engine = Engine(job, reader, ())
-    engine.build_postprocess()
+    engine.check_task()
     return engine
 
 

@@ -124,7 +124,7 @@ def convert_model(job: Job, options: ConversionOptions, sample_locations: Sequen
     if options.file.exists() and not options.force:
         raise InvalidJob(f"-o {options.file}: there is such a file already; take another name, or add --force")
     engine = Engine(job, Reader(job.storage), sample_locations)
-    engine.build_postprocess()
+    engine.check_task()
     if engine.model.input_kind != "batch" or engine.variable_size:
         raise InvalidJob("model: it takes images of different sizes, which cannot be converted; run it as it is")
     pixels = _load_batch(engine, sample_locations, options.images)

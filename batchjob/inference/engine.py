@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 
@@ -51,13 +52,10 @@ class Engine:
         preprocess: Preprocessing settings of the job, completed with those of the weights.
         image_transform: Callable from the bytes of an image to the pixels that go into a batch.
         example_image: One prepared image `[c, h, w]`.
-        postprocess: Task for the outputs of this model; set by `build_postprocess`.
 
     Raises:
         InvalidJob: Model, labels, preprocessing, precision or device do not fit together.
     """
-
-    postprocess: Postprocess
 
     def __init__(self, job: Job, reader: Reader, sample_locations: Sequence[str]) -> None:
         self._job, self._reader = job, reader
@@ -133,16 +131,21 @@ class Engine:
         """Yield the prepared images `[c, h, w]` of these locations, without those that cannot be read or decoded."""
         return load_images(self._job, self._reader, self.image_transform, locations)
 
-    def build_postprocess(self) -> None:
-        """Run the module for the first time, eagerly in fp32, and build the task's postprocess for its output.
+    @cached_property
+    def postprocess(self) -> Postprocess:
+        """Task for the outputs of this model; the first access runs the module, eagerly in fp32, on the example batch.
 
         Raises:
-            InvalidJob: The module fails on the example batch, or its output does not fit the task.
+            InvalidJob: The module fails, or its output does not fit the task.
         """
         output = self.build_forward(ExecutionConfig()).run_example(self._example_batch())
         if self.model.batch_size is not None:
             output = trim_output(output, self.model.batch_size, EXAMPLE_ROWS)
-        self.postprocess = self._job.task.build_postprocess(output, self.model.labels, self._reader, self._job.folder)
+        return self._job.task.build_postprocess(output, self.model.labels, self._reader, self._job.folder)
+
+    def check_task(self) -> None:
+        """Raise InvalidJob if the module fails on the example batch, or if its output does not fit the task."""
+        _ = self.postprocess
 
     def build_forward(self, config: ExecutionConfig, pixels: torch.Tensor | None = None) -> ForwardPass:
         """Build the forward pass of the module, on its device, with an execution config.

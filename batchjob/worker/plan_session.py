@@ -150,8 +150,8 @@ def _choose_execution_config(
     refs = reader.read_first_refs(CHUNK_ROWS)
     spec = TrialSpec(
         job=loaded.setup.job,
-        base=job.folder,
-        data_base=Path(loaded.setup.job_folder),
+        job_folder=job.folder,
+        data_folder=Path(loaded.setup.job_folder),
         sample_locations=tuple(ref.location for ref in refs[:_TRIAL_IMAGES]),
         batch_size=loaded.loader_setup.batch_size,
         threads=parallelism.threads_per_batch,

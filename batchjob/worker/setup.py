@@ -110,7 +110,7 @@ def load(job: Job, setup: WorkerSetup, cores: int) -> LoadedWorker:
                 closing(LoaderSetup(job, engine, reader, cores, setup.small_input_bytes, watchdog.step))
             )
             loader_setup.start()
-            engine.build_postprocess()
+            engine.check_task()
             parallelism, seconds_per_image = _warm_up(engine, loader_setup, cores, setup)
             info = _describe(engine, loader_setup, device, f"{job.model.title}@{engine.digest[:12]}", started)
         return LoadedWorker(

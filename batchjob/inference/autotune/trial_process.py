@@ -46,16 +46,16 @@ class TrialSpec:
 
     Attributes:
         job: Job in serialized form.
-        base: Folder of the job file on this machine.
-        data_base: Folder to which the job's input and output paths are relative.
+        job_folder: Folder of the job file on this machine.
+        data_folder: Folder to which the job's input and output paths are relative.
         sample_locations: Locations of the job's own images.
         batch_size: Images in a call of the model.
         threads: Threads of torch for the model.
     """
 
     job: Mapping[str, Any]
-    base: Path
-    data_base: Path
+    job_folder: Path
+    data_folder: Path
     sample_locations: tuple[str, ...]
     batch_size: int
     threads: int
@@ -167,7 +167,7 @@ def _send_trials(spec: TrialSpec, configs: tuple[ExecutionConfig, ...], connecti
     # The conditions of the worker: its allocator, and the threads that a batch has there.
     retain_freed_memory()
     torch.set_num_threads(spec.threads)
-    job = Job.deserialize(spec.job, spec.base, spec.data_base)
+    job = Job.deserialize(spec.job, spec.job_folder, spec.data_folder)
     engine = Engine(job, Reader(job.storage), spec.sample_locations)
     for trial in run_trials(EngineTrialModel(engine, spec.sample_locations, spec.batch_size), configs):
         connection.send(trial)
