@@ -182,7 +182,7 @@ def test_killed_drivers_and_workers_on_ray_lose_and_repeat_no_image(
     runs = run_parallel(run_and_kill, range(RUNS), at_once=RUNS)
     planned = sum((run.planned_kills for run in runs), Counter[str]())
     kills = sum((run.kills for run in runs), Counter[str]())
-    missing, twice = (sum(getattr(run.check, name) for run in runs) for name in ("missing", "twice"))
+    missing, twice = sum(run.check.missing for run in runs), sum(run.check.duplicates for run in runs)
     figure(
         "every image exactly once",
         f"{RUNS} runs on Ray, {kills['driver']} drivers and {kills['worker']} workers killed: {missing} missing, "
