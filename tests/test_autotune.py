@@ -94,7 +94,7 @@ def test_each_config_gives_a_trial() -> None:
         {broken: RuntimeError("no kernel\nfor this"), wrong: torch.eye(4).flip(0)},
     )
     lines = list(run_trials(model, [EAGER, broken, wrong, COMPILED]))
-    assert [make_trial.recipe for make_trial in lines] == [EAGER, broken, wrong, COMPILED]
+    assert [make_trial.config for make_trial in lines] == [EAGER, broken, wrong, COMPILED]
     assert [make_trial.passed for make_trial in lines] == [True, False, False, True]
     assert lines[1].verdict == "failed: RuntimeError: no kernel for this"
     assert "deviates by" in lines[2].verdict

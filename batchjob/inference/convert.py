@@ -62,12 +62,12 @@ class ConversionOptions:
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """Result of a conversion; the field names are keys of the printed JSON.
+    """Result of a conversion.
 
     Attributes:
         file: File that was written.
         sha256: Digest of the file.
-        likeness: Comparison of its outputs with those of the original.
+        comparison: Comparison of its outputs with those of the original.
         images: Images on which they were compared.
         before: Images per second of the original, forward pass alone.
         after: Images per second of the file, forward pass alone.
@@ -78,7 +78,7 @@ class ConversionResult:
 
     file: str
     sha256: str
-    likeness: OutputComparison
+    comparison: OutputComparison
     images: int
     before: float
     after: float
@@ -88,7 +88,7 @@ class ConversionResult:
 
     def lines(self) -> list[str]:
         """Return lines for a person: the comparison, the speeds, and the sections for a job file."""
-        comparison = self.likeness
+        comparison = self.comparison
         job = yaml.safe_dump({"model": self.model, "preprocess": self.preprocess}, sort_keys=False)
         return [
             (
@@ -102,8 +102,8 @@ class ConversionResult:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON."""
-        return asdict(self)
+        """Return the fields for JSON, with the comparison under the key `likeness`."""
+        return {"likeness" if name == "comparison" else name: value for name, value in asdict(self).items()}
 
 
 def convert_model(job: Job, options: ConversionOptions, sample_locations: Sequence[str]) -> ConversionResult:
@@ -186,7 +186,7 @@ def _check(
     return ConversionResult(
         file=str(options.file),
         sha256=digest,
-        likeness=comparison,
+        comparison=comparison,
         images=len(pixels),
         before=len(pixels) / median(seconds for seconds, _ in timings),
         after=len(pixels) / median(seconds for _, seconds in timings),

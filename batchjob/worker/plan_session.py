@@ -168,8 +168,8 @@ def _choose_execution_config(
         parallel_batches=parallelism.parallel_batches,
     )
     decision, predictor = autotuner.build_predictor(autotuner.decide())
-    _log.info("%s on %s: %s", decision.recipe.description, decision.device, decision.reason)
-    return decision.recipe, predictor
+    _log.info("%s on %s: %s", decision.config.description, decision.device, decision.reason)
+    return decision.config, predictor
 
 
 def _expected_workers(runtime: Runtime) -> int:

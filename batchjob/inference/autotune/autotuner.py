@@ -91,7 +91,7 @@ class Autotuner:
         key = f"{self.plan_folder}{blank.key}"
         with suppress(NotFound):
             return self._read_decision(self.store.read(key).data, blank)
-        requested = replace(blank, recipe=self.engine.requested_config, reason="as the job says")
+        requested = replace(blank, config=self.engine.requested_config, reason="as the job says")
         settings = self.engine.acceleration
         candidates = list_candidates(settings, self.engine.capabilities) if self.engine.model.eager else []
         if settings.tuning == "off" or len(candidates) < 2:
@@ -114,17 +114,17 @@ class Autotuner:
         """
         requested = self.engine.requested_config
         try:
-            return decision, self._build_warm_predictor(decision.recipe)
+            return decision, self._build_warm_predictor(decision.config)
         except InvalidJob:
             raise
         except Exception as error:
-            if decision.recipe == requested:
+            if decision.config == requested:
                 raise InvalidJob(
                     f"runtime: {requested.description} fails with this model: {_summarize(error)}"
                 ) from error
-            reason = f"{decision.recipe.description} fails here ({_summarize(error)})"
+            reason = f"{decision.config.description} fails here ({_summarize(error)})"
             _log.warning("%s; going on with %s", reason, requested.description)
-            return replace(decision, recipe=requested, reason=reason), self._build_warm_predictor(requested)
+            return replace(decision, config=requested, reason=reason), self._build_warm_predictor(requested)
 
     # -- stored decisions --------------------------------------------------------------------------------------
 
@@ -141,11 +141,11 @@ class Autotuner:
             stored = TuningDecision.parse(data)
         except (ValueError, KeyError, TypeError, AttributeError):
             _log.warning("the decision beside the plan is another version's; going on with %s", requested.description)
-            return replace(blank, recipe=requested, reason="another version of batchjob decided")
-        follows_settings = settings.tuning != "off" and with_overrides(stored.recipe, settings) == stored.recipe
-        if stored.recipe == requested or follows_settings:
+            return replace(blank, config=requested, reason="another version of batchjob decided")
+        follows_settings = settings.tuning != "off" and with_overrides(stored.config, settings) == stored.config
+        if stored.config == requested or follows_settings:
             return stored
-        return replace(stored, recipe=requested, reason="as the job says by now")
+        return replace(stored, config=requested, reason="as the job says by now")
 
     # -- a new decision ----------------------------------------------------------------------------------------
 
@@ -160,7 +160,7 @@ class Autotuner:
             return replace(requested, reason="the job is too short to check what this machine found before")
         trials = cached or self._run_trials(candidates)
         if cached is None and trials[0].passed and not self.is_stopped():
-            entry = replace(requested, recipe=ExecutionConfig(), reason="", trials=tuple(trials))
+            entry = replace(requested, config=ExecutionConfig(), reason="", trials=tuple(trials))
             cache.write(replace(entry, seconds=self._budget()).dump())
         if not trials[0].passed:
             return replace(requested, reason=f"eager fp32 could not be run in a trial: {trials[0].verdict}")
@@ -168,7 +168,7 @@ class Autotuner:
         config, reason = choose_config(settings, trials, self.expected_images / self.parallel_batches, batch_size)
         reason += ", as this machine found before" if cached else ""
         seconds = round(time.monotonic() - started, 2)
-        return replace(requested, recipe=config, reason=reason, trials=tuple(trials), seconds=seconds)
+        return replace(requested, config=config, reason=reason, trials=tuple(trials), seconds=seconds)
 
     def _run_trials(self, candidates: Sequence[ExecutionConfig]) -> list[Trial]:
         """Run the trials in a process of their own, with as much of the device's memory free as possible."""

@@ -14,6 +14,9 @@ from batchjob.job.acceleration import Acceleration
 
 __all__ = ["TuningDecision", "choose_config"]
 
+# Name of a field -> its key in the stored JSON, where they differ.
+_STORED_KEYS = {"config": "recipe", "comparison": "likeness"}
+_FIELD_NAMES = {key: name for name, key in _STORED_KEYS.items()}
 # Speed relative to the requested config, below which a gain is noise and the simpler config stays.
 _MIN_GAIN = 1.03
 # Most seconds that a second compilation takes, with the compile cache of the first one.
@@ -22,12 +25,12 @@ _CACHED_WARM_UP_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class TuningDecision:
-    """Execution config for one kind of device; the field names are keys of the stored JSON.
+    """Execution config for one kind of device.
 
     Attributes:
         device: Name of the device, see `DeviceCapabilities`.
         torch: Version of torch.
-        recipe: Execution config that was chosen.
+        config: Execution config that was chosen.
         reason: Reason of the choice, in words.
         trials: All trials, eager fp32 first; empty if none was made.
         seconds: Time that the decision took, in seconds.
@@ -35,14 +38,16 @@ class TuningDecision:
 
     device: str
     torch: str
-    recipe: ExecutionConfig
+    config: ExecutionConfig
     reason: str
     trials: tuple[Trial, ...] = ()
     seconds: float = 0.0
 
     def dump(self) -> bytes:
         """Return the decision as JSON."""
-        return json.dumps(asdict(self), indent=1).encode()
+        record = _rename_keys(asdict(self), _STORED_KEYS)
+        record["trials"] = [_rename_keys(trial, _STORED_KEYS) for trial in record["trials"]]
+        return json.dumps(record, indent=1).encode()
 
     @classmethod
     def parse(cls, data: bytes) -> TuningDecision:
@@ -51,9 +56,9 @@ class TuningDecision:
         Raises:
             ValueError, KeyError, TypeError: The data was not written by this version.
         """
-        record = json.loads(data)
-        trials = tuple(_parse_trial(trial) for trial in record.pop("trials"))
-        return cls(**{**record, "recipe": ExecutionConfig(**record["recipe"]), "trials": trials})
+        record = _rename_keys(json.loads(data), _FIELD_NAMES)
+        trials = tuple(_parse_trial(_rename_keys(trial, _FIELD_NAMES)) for trial in record.pop("trials"))
+        return cls(**{**record, "config": ExecutionConfig(**record["config"]), "trials": trials})
 
     @property
     def key(self) -> str:
@@ -83,13 +88,13 @@ def choose_config(
     """
     table = list(trials)
     requested = requested_config(settings)
-    baseline = next((trial for trial in table if trial.recipe == requested and trial.passed), None)
-    passed = [trial for trial in table if trial.passed and trial.recipe != ExecutionConfig()]
+    baseline = next((trial for trial in table if trial.config == requested and trial.passed), None)
+    passed = [trial for trial in table if trial.passed and trial.config != ExecutionConfig()]
     if baseline is None:
         best = max(passed, key=lambda trial: trial.speedup, default=None)
-        return (requested, "as the job says") if best is None else (best.recipe, _describe_speedup(best))
+        return (requested, "as the job says") if best is None else (best.config, _describe_speedup(best))
     faster = [trial for trial in passed if trial.speedup > baseline.speedup * _MIN_GAIN]
-    eager = next((trial for trial in table if trial.recipe == ExecutionConfig() and trial.passed), baseline)
+    eager = next((trial for trial in table if trial.config == ExecutionConfig() and trial.passed), baseline)
 
     def checked_seconds(trial: Trial) -> float:
         return _run_seconds(trial, images + check_images) + check_images / max(eager.images_per_second, 1e-9)
@@ -99,7 +104,7 @@ def choose_config(
     baseline_seconds = _run_seconds(baseline, images) if baseline is eager else checked_seconds(baseline)
     if best is baseline or checked_seconds(best) >= baseline_seconds:
         return requested, "nothing that passed is faster" if not faster else "the job is too short to gain by it"
-    return best.recipe, _describe_speedup(best)
+    return best.config, _describe_speedup(best)
 
 
 def _describe_speedup(trial: Trial) -> str:
@@ -112,9 +117,13 @@ def _run_seconds(trial: Trial, images: float) -> float:
 
 
 def _parse_trial(record: dict[str, Any]) -> Trial:
-    likeness = record["likeness"]
+    comparison = record["comparison"]
     parsed = {
-        "recipe": ExecutionConfig(**record["recipe"]),
-        "likeness": None if likeness is None else OutputComparison(**likeness),
+        "config": ExecutionConfig(**record["config"]),
+        "comparison": None if comparison is None else OutputComparison(**comparison),
     }
     return Trial(**{**record, **parsed})
+
+
+def _rename_keys(record: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {names.get(key, key): value for key, value in record.items()}

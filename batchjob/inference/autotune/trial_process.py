@@ -84,7 +84,7 @@ def run_isolated_trials(
             while isinstance(
                 result := process.next(_config_deadline(deadline) if trials else deadline, is_stopped), Trial
             ):
-                if result.recipe != ExecutionConfig():
+                if result.config != ExecutionConfig():
                     trials.append(result)
                     remaining.popleft()
                 elif not trials:

@@ -23,24 +23,24 @@ _TIMING_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Trial:
-    """Result of one trial; the field names are keys of the stored tuning decisions.
+    """Result of one trial.
 
     Attributes:
-        recipe: Execution config that was tried.
+        config: Execution config that was tried.
         verdict: `passed`, or the reason why it is not used.
         passed: It ran, and its outputs are near enough to the reference.
         speedup: Speed relative to eager fp32, the median of paired timings; 0 if it was not timed.
         images_per_second: Images per second of the forward pass alone: that of eager fp32 times `speedup`.
-        likeness: Comparison with the outputs of eager fp32; None if it did not run.
+        comparison: Comparison with the outputs of eager fp32; None if it did not run.
         warm_up_s: Seconds from the plain module to the first output, compilation included.
     """
 
-    recipe: ExecutionConfig
+    config: ExecutionConfig
     verdict: str
     passed: bool = False
     speedup: float = 0.0
     images_per_second: float = 0.0
-    likeness: OutputComparison | None = None
+    comparison: OutputComparison | None = None
     warm_up_s: float = 0.0
 
 
@@ -67,12 +67,12 @@ def run_trials(model: TrialModel, configs: Sequence[ExecutionConfig]) -> Iterato
     reference = run_eager()
     seconds = min(measure_seconds(run_eager) for _ in range(3))
     yield Trial(
-        recipe=ExecutionConfig(),
+        config=ExecutionConfig(),
         verdict="the reference",
         passed=True,
         speedup=1.0,
         images_per_second=model.batch_size / seconds,
-        likeness=OutputComparison(0.0, 1.0, 1.0),
+        comparison=OutputComparison(0.0, 1.0, 1.0),
         warm_up_s=seconds,
     )
     for config in configs:
@@ -96,7 +96,7 @@ def _try_config(
         comparison = compare_outputs(reference, run(), argmax_is_class=model.argmax_is_class)
         warm_up = time.perf_counter() - started
         if (rejection := comparison.rejection(config)) is not None:
-            return Trial(config, rejection, likeness=comparison, warm_up_s=warm_up)
+            return Trial(config, rejection, comparison=comparison, warm_up_s=warm_up)
         speedup = _measure_speedup(run_eager, run)
     except Exception as error:  # noqa: BLE001 - a config that fails is a line of the table, not a failed job
         return Trial(config, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
