@@ -1,4 +1,4 @@
-"""Shards to workers and back: what a second attempt at a late shard changes, and what it does not."""
+"""Dispatcher: effects of a speculative attempt at a straggler."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from batchjob.pool.placement import Placement
 from batchjob.types import ShardKey
 from batchjob.worker.messages import ShardCommitted, ShardFailed, WorkerEvent, WorkerInfo, WorkerReady, WorkerSetup
 
-LOADED = WorkerInfo("cpu", "fp32", "fake@000000000000", ("score",), batch_size=4, seconds=0.0)
+WORKER_INFO = WorkerInfo("cpu", "fp32", "fake@000000000000", ("score",), batch_size=4, seconds=0.0)
 
 
 @dataclass
-class Told(NoProgress):
-    """Remembers the notes."""
+class RecordingProgress(NoProgress):
+    """Progress reporter that remembers its notes."""
 
     notes: list[str] = field(default_factory=list)
 
@@ -29,34 +29,34 @@ class Told(NoProgress):
         self.notes.append(text)
 
 
-class HandPool:
-    """Two workers whose every answer is given by hand. See `Pool`."""
+class ManualPool:
+    """Pool of two workers whose events the test makes."""
 
     size = 2
 
     def __init__(self) -> None:
         self._placement = Placement()
         self._events: list[WorkerEvent] = []
-        self.hands: dict[str, list[ShardKey]] = {"0": [], "1": []}
+        self.running: dict[str, list[ShardKey]] = {"0": [], "1": []}
 
     def start(self, setup: WorkerSetup) -> None:
-        for name in self.hands:
+        for name in self.running:
             self._placement.add_worker(name)
-            self._events.append(WorkerReady(name, LOADED))
+            self._events.append(WorkerReady(name, WORKER_INFO))
 
     def free_slots(self) -> int:
         return self._placement.free_slots()
 
     def submit(self, key: ShardKey, plan_number: int) -> None:
         self._placement.submit(key, plan_number)
-        self._hand_over()
+        self._deliver_assignments()
 
     def idle_workers(self) -> int:
         return self._placement.idle_workers()
 
     def submit_speculative(self, key: ShardKey, plan_number: int) -> None:
         self._placement.submit_speculative(key, plan_number)
-        self._hand_over()
+        self._deliver_assignments()
 
     def wait(self, timeout: float) -> list[WorkerEvent]:
         events, self._events = self._events, []
@@ -64,109 +64,112 @@ class HandPool:
 
     def close(self) -> None: ...
 
-    def commits(self, worker: str, ours: bool = True) -> None:
-        """The worker's oldest shard is committed."""
-        key = self.hands[worker].pop(0)
+    def commit(self, worker: str, committed_here: bool = True) -> None:
+        """Commit the worker's oldest shard."""
+        key = self.running[worker].pop(0)
         self._placement.finish(worker, key)
-        self._events.append(ShardCommitted(result(key, ours)))
+        self._events.append(ShardCommitted(make_result(key, committed_here)))
 
-    def fails(self, worker: str, error: BatchjobError) -> None:
-        """The attempt at its oldest shard has failed."""
-        key = self.hands[worker].pop(0)
+    def fail(self, worker: str, error: BatchjobError) -> None:
+        """Fail the attempt at the worker's oldest shard."""
+        key = self.running[worker].pop(0)
         self._placement.fail(worker, key)
         self._events.append(ShardFailed(key, error))
 
-    def _hand_over(self) -> None:
-        for due in self._placement.take_assignments():
-            self.hands[due.worker].append(due.key)
+    def _deliver_assignments(self) -> None:
+        for assignment in self._placement.take_assignments():
+            self.running[assignment.worker].append(assignment.key)
 
 
-def result(key: ShardKey, ours: bool) -> ShardResult:
-    made: dict[str, Any] = {"rows": key.rows, "failed": 1, "errors": {"decode/truncated": 1}}
-    provenance = PartFooter("plan", key.id, key.index, "attempt", 0, "f", "m", seconds={}, versions={}, **made)
-    return ShardResult(key, provenance, {}, ours, "tag")
+def make_result(key: ShardKey, committed_here: bool) -> ShardResult:
+    counts: dict[str, Any] = {"rows": key.rows, "failed": 1, "errors": {"decode/truncated": 1}}
+    footer = PartFooter("plan", key.id, key.index, "attempt", 0, "f", "m", seconds={}, versions={}, **counts)
+    return ShardResult(key, footer, {}, committed_here, "tag")
+
+
+StragglingRun = tuple[Dispatcher, ManualPool, list[ShardResult], RecordingProgress]
 
 
 @pytest.fixture
-def late() -> Iterator[tuple[Dispatcher, HandPool, list[ShardResult], Told]]:
-    """Four shards, of which worker 1 has committed its two, and 0 none when 100 s have passed; both try the first."""
-    pool, committed, told, now = HandPool(), list[ShardResult](), Told(), [0.0]
-    dispatch = Dispatcher(3, lambda: pool, told, committed.append)
-    dispatch.scheduler.clock = lambda: now[0]
-    dispatch.start(WorkerSetup({}, "."))
-    dispatch.collect_events(0)
-    dispatch.scheduler.add(ShardKey(index, f"id-{index}", 10, 0, 10 * index) for index in range(4))
-    dispatch.dispatch(0)
-    dispatch.speculate(0)
+def straggling_run() -> Iterator[StragglingRun]:
+    """Run four shards: worker 1 has committed two, worker 0 none after 100 s; both have shard 0 now."""
+    pool, committed, progress, now = ManualPool(), list[ShardResult](), RecordingProgress(), [0.0]
+    dispatcher = Dispatcher(3, lambda: pool, progress, committed.append)
+    dispatcher.scheduler.clock = lambda: now[0]
+    dispatcher.start(WorkerSetup({}, "."))
+    dispatcher.collect_events(0)
+    dispatcher.scheduler.add(ShardKey(index, f"id-{index}", 10, 0, 10 * index) for index in range(4))
+    dispatcher.dispatch(0)
+    dispatcher.speculate(0)
     for _ in range(2):
         now[0] += 1
-        pool.commits("1")
-    dispatch.collect_events(0)
-    dispatch.speculate(0)
-    assert pool.hands["1"] == [], "nothing is late yet"
+        pool.commit("1")
+    dispatcher.collect_events(0)
+    dispatcher.speculate(0)
+    assert pool.running["1"] == [], "no shard is a straggler yet"
     now[0] += 100
-    dispatch.speculate(0)
-    dispatch.speculate(0)
-    assert [key.index for key in pool.hands["1"]] == [0]
-    assert [note for note in told.notes if "late" in note] == ["shard 0 is late: a second worker begins it too"]
-    yield dispatch, pool, committed, told
+    dispatcher.speculate(0)
+    dispatcher.speculate(0)
+    assert [key.index for key in pool.running["1"]] == [0]
+    assert [note for note in progress.notes if "late" in note] == ["shard 0 is late: a second worker begins it too"]
+    yield dispatcher, pool, committed, progress
     assert len(committed) == len({result.key.index for result in committed})
 
 
-def end(dispatch: Dispatcher, pool: HandPool) -> None:
-    while not dispatch.scheduler.idle:
-        pool.commits("0" if pool.hands["0"] else "1")
-        dispatch.collect_events(0)
+def commit_all(dispatcher: Dispatcher, pool: ManualPool) -> None:
+    while not dispatcher.scheduler.idle:
+        pool.commit("0" if pool.running["0"] else "1")
+        dispatcher.collect_events(0)
 
 
 @pytest.mark.parametrize("loser", ["commits", "fails", "is cut off"])
-def test_the_second_attempt_wins(late: tuple[Dispatcher, HandPool, list[ShardResult], Told], loser: str) -> None:
-    dispatch, pool, committed, told = late
-    pool.commits("1")
-    dispatch.collect_events(0)
+def test_speculative_attempt_that_commits_first_counts(straggling_run: StragglingRun, loser: str) -> None:
+    dispatcher, pool, committed, progress = straggling_run
+    pool.commit("1")
+    dispatcher.collect_events(0)
     assert [result.key.index for result in committed] == [1, 3, 0]
-    before = len(told.notes)
+    before = len(progress.notes)
     match loser:
         case "commits":
-            pool.commits("0", ours=False)
+            pool.commit("0", committed_here=False)
         case "fails":
-            pool.fails("0", AttemptFailed("worker 0 was lost"))
+            pool.fail("0", AttemptFailed("worker 0 was lost"))
         case "is cut off":
             for _ in range(5):
-                dispatch._handle_event(ShardFailed(pool.hands["0"][0], Unavailable("no network")))
-            pool.fails("0", Unavailable("no network"))
-    dispatch.collect_events(0)
-    assert len(told.notes) == before, "nobody needs to hear of it"
-    end(dispatch, pool)
-    assert (dispatch.scheduler.done, dispatch.scheduler.given_up, len(committed)) == (4, [], 4)
+                dispatcher._handle_event(ShardFailed(pool.running["0"][0], Unavailable("no network")))
+            pool.fail("0", Unavailable("no network"))
+    dispatcher.collect_events(0)
+    assert len(progress.notes) == before, "the slower attempt is not reported"
+    commit_all(dispatcher, pool)
+    assert (dispatcher.scheduler.done, dispatcher.scheduler.given_up, len(committed)) == (4, [], 4)
 
 
-def test_the_first_attempt_wins_after_all(late: tuple[Dispatcher, HandPool, list[ShardResult], Told]) -> None:
-    dispatch, pool, committed, _ = late
-    pool.commits("0")
-    dispatch.collect_events(0)
-    pool.commits("1", ours=False)
-    end(dispatch, pool)
-    dispatch.collect_events(0)
-    assert (dispatch.scheduler.done, len(committed)) == (4, 4)
+def test_first_attempt_that_commits_first_counts(straggling_run: StragglingRun) -> None:
+    dispatcher, pool, committed, _ = straggling_run
+    pool.commit("0")
+    dispatcher.collect_events(0)
+    pool.commit("1", committed_here=False)
+    commit_all(dispatcher, pool)
+    dispatcher.collect_events(0)
+    assert (dispatcher.scheduler.done, len(committed)) == (4, 4)
 
 
-def test_one_of_the_two_may_fail(late: tuple[Dispatcher, HandPool, list[ShardResult], Told]) -> None:
-    dispatch, pool, committed, _ = late
-    pool.fails("1", AttemptFailed("out of luck"))
-    dispatch.collect_events(0)
-    assert dispatch.scheduler.waiting == 0, "the other one is at it"
-    end(dispatch, pool)
-    assert (dispatch.scheduler.done, len(committed)) == (4, 4)
+def test_one_of_two_attempts_may_fail(straggling_run: StragglingRun) -> None:
+    dispatcher, pool, committed, _ = straggling_run
+    pool.fail("1", AttemptFailed("out of luck"))
+    dispatcher.collect_events(0)
+    assert dispatcher.scheduler.waiting == 0, "the other attempt is running"
+    commit_all(dispatcher, pool)
+    assert (dispatcher.scheduler.done, len(committed)) == (4, 4)
 
 
 @pytest.mark.parametrize("error", [CheckFailed("a foreign part"), Temporary("the plan was discarded")])
-def test_what_the_slower_one_finds_wrong_with_the_output_still_ends_the_run(
-    late: tuple[Dispatcher, HandPool, list[ShardResult], Told], error: BatchjobError
+def test_output_error_of_the_slower_attempt_still_ends_the_run(
+    straggling_run: StragglingRun, error: BatchjobError
 ) -> None:
-    dispatch, pool, _, _ = late
-    pool.commits("1")
-    dispatch.collect_events(0)
-    pool.fails("0", error)
+    dispatcher, pool, _, _ = straggling_run
+    pool.commit("1")
+    dispatcher.collect_events(0)
+    pool.fail("0", error)
     with pytest.raises(type(error)):
-        dispatch.collect_events(0)
+        dispatcher.collect_events(0)

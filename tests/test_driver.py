@@ -311,7 +311,7 @@ def test_part_of_a_lost_worker_counts_as_committed(tmp_path: Path, output: Path)
     assert read_positions(output) == list(range(12))
 
 
-# --- unavailable store ---------------------------------------------------------------------------------------
+# --- unavailable store ----------------------------------------------------------------------------------------------
 
 
 def test_unavailable_store_uses_up_no_attempts(tmp_path: Path) -> None:
@@ -805,7 +805,7 @@ def test_repair_deletes_no_foreign_file(tmp_path: Path, output: Path) -> None:
     assert run_job(job, repair=True).status == "complete"
 
 
-# --- resume ----------------------------------------------------------------------------------------------------------
+# --- resume ---------------------------------------------------------------------------------------------------------
 
 
 def test_finished_output_is_left_unchanged(tmp_path: Path, output: Path) -> None:

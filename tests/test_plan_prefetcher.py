@@ -1,4 +1,4 @@
-"""The thread that lists: what it hands on, in which order, what stops it."""
+"""Plan prefetcher: order of chunks, waiting, errors and close."""
 
 from __future__ import annotations
 
@@ -12,156 +12,153 @@ from batchjob.errors import InvalidJob, Unavailable
 from batchjob.plan.chunks import Chunk
 from batchjob.types import Cursor
 
-PATIENCE = 60.0  # seconds, for what another thread does at once
+TIMEOUT_SECONDS = 60.0  # for what another thread does at once
 
 
-def chunk(number: int) -> Chunk:
+def make_chunk(number: int) -> Chunk:
     return Chunk(number, number * 10, Cursor(number * 10 + 10), is_last=False, shards=())
 
 
-def chunks(count: int, asked: list[int] | None = None) -> Iterator[Chunk]:
-    """So many chunks; `asked` grows as they are asked for."""
+def iter_chunks(count: int, requested: list[int] | None = None) -> Iterator[Chunk]:
+    """Yield chunks; `requested` gets the number of each chunk that is asked for."""
     for number in range(count):
-        if asked is not None:
-            asked.append(number)
-        yield chunk(number)
+        if requested is not None:
+            requested.append(number)
+        yield make_chunk(number)
 
 
-def until(holds: Callable[[], bool]) -> None:
-    """Wait for what another thread will make true."""
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until another thread makes the condition true."""
     pause = threading.Event()
-    for _ in range(int(PATIENCE * 200)):
-        if holds():
+    for _ in range(int(TIMEOUT_SECONDS * 200)):
+        if condition():
             return
         pause.wait(0.005)
     raise AssertionError("it never came true")
 
 
-def take(feeder: PlanPrefetcher) -> Chunk | None:
-    """The next chunk, or None after the last."""
-    found: list[Chunk] = []
+def take_chunk(prefetcher: PlanPrefetcher) -> Chunk | None:
+    """Wait for the next chunk; None after the last."""
+    chunks: list[Chunk] = []
 
-    def came() -> bool:
-        if (item := feeder.next_chunk()) is not None:
-            found.append(item)
-        return bool(found) or feeder.finished
+    def has_answer() -> bool:
+        if (item := prefetcher.next_chunk()) is not None:
+            chunks.append(item)
+        return bool(chunks) or prefetcher.finished
 
-    until(came)
-    return found[0] if found else None
-
-
-def ended(feeder: PlanPrefetcher) -> bool:
-    return not feeder._thread.is_alive()
+    wait_until(has_answer)
+    return chunks[0] if chunks else None
 
 
-# --- Feeder ---------------------------------------------------------------------------------------------------------
+def has_ended(prefetcher: PlanPrefetcher) -> bool:
+    return not prefetcher._thread.is_alive()
 
 
-def test_chunks_come_in_order_and_then_the_end() -> None:
-    feeder = PlanPrefetcher(chunks(20))
+def test_chunks_come_in_order() -> None:
+    prefetcher = PlanPrefetcher(iter_chunks(20))
     numbers = []
-    while (item := take(feeder)) is not None:
+    while (item := take_chunk(prefetcher)) is not None:
         numbers.append(item.number)
     assert numbers == list(range(20))
-    assert feeder.finished
-    assert feeder.next_chunk() is None  # as often as one asks
-    assert feeder.finished
-    until(lambda: ended(feeder))
+    assert prefetcher.finished
+    assert prefetcher.next_chunk() is None  # however often it is called
+    assert prefetcher.finished
+    wait_until(lambda: has_ended(prefetcher))
 
 
-def test_taking_never_waits() -> None:
-    go_on = threading.Event()
+def test_next_chunk_does_not_wait_by_default() -> None:
+    resume = threading.Event()
 
-    def late() -> Iterator[Chunk]:
-        go_on.wait(PATIENCE)
-        yield chunk(0)
+    def slow_chunks() -> Iterator[Chunk]:
+        resume.wait(TIMEOUT_SECONDS)
+        yield make_chunk(0)
 
-    feeder = PlanPrefetcher(late())
-    assert feeder.next_chunk() is None
-    assert not feeder.finished  # nothing is there yet, which is not the end
-    go_on.set()
-    assert take(feeder) == chunk(0)
-    assert take(feeder) is None
-
-
-def test_taking_may_wait_a_while() -> None:
-    feeder = PlanPrefetcher(chunks(2))
-    assert feeder.next_chunk(PATIENCE) == chunk(0)
-    assert feeder.next_chunk(PATIENCE) == chunk(1)
-    assert feeder.next_chunk(PATIENCE) is None
-    assert feeder.finished
-    assert feeder.next_chunk(PATIENCE) is None  # and does not wait for what cannot come
+    prefetcher = PlanPrefetcher(slow_chunks())
+    assert prefetcher.next_chunk() is None
+    assert not prefetcher.finished  # nothing is ready yet, which is not the end
+    resume.set()
+    assert take_chunk(prefetcher) == make_chunk(0)
+    assert take_chunk(prefetcher) is None
 
 
-def test_only_a_few_are_read_ahead() -> None:
-    asked: list[int] = []
-    feeder = PlanPrefetcher(chunks(1000, asked))
-    until(lambda: len(asked) >= 5)
+def test_next_chunk_waits_for_its_timeout() -> None:
+    prefetcher = PlanPrefetcher(iter_chunks(2))
+    assert prefetcher.next_chunk(TIMEOUT_SECONDS) == make_chunk(0)
+    assert prefetcher.next_chunk(TIMEOUT_SECONDS) == make_chunk(1)
+    assert prefetcher.next_chunk(TIMEOUT_SECONDS) is None
+    assert prefetcher.finished
+    assert prefetcher.next_chunk(TIMEOUT_SECONDS) is None  # without waiting, since nothing can come
+
+
+def test_only_a_few_chunks_are_prefetched() -> None:
+    requested: list[int] = []
+    prefetcher = PlanPrefetcher(iter_chunks(1000, requested))
+    wait_until(lambda: len(requested) >= 5)
     for _ in range(10):
-        assert take(feeder) is not None
-        assert len(asked) <= 10 + 6
-    feeder.close()
-    until(lambda: ended(feeder))
+        assert take_chunk(prefetcher) is not None
+        assert len(requested) <= 10 + 6
+    prefetcher.close()
+    wait_until(lambda: has_ended(prefetcher))
 
 
 @pytest.mark.parametrize("error", [InvalidJob("the manifest changed"), Unavailable("no network"), KeyError("a bug")])
-def test_what_stops_the_source_is_raised_by_take(error: Exception) -> None:
-    def breaks() -> Iterator[Chunk]:
-        yield from chunks(2)
+def test_error_of_the_iterator_is_raised_by_next_chunk(error: Exception) -> None:
+    def broken_chunks() -> Iterator[Chunk]:
+        yield from iter_chunks(2)
         raise error
 
-    feeder = PlanPrefetcher(breaks())
-    assert take(feeder) == chunk(0)
-    assert take(feeder) == chunk(1)
+    prefetcher = PlanPrefetcher(broken_chunks())
+    assert take_chunk(prefetcher) == make_chunk(0)
+    assert take_chunk(prefetcher) == make_chunk(1)
     with pytest.raises(type(error)) as caught:
-        take(feeder)
+        take_chunk(prefetcher)
     assert caught.value is error
-    assert not feeder.finished
-    until(lambda: ended(feeder))
+    assert not prefetcher.finished
+    wait_until(lambda: has_ended(prefetcher))
 
 
 @pytest.mark.parametrize("taken", [0, 1, 7])
-def test_after_close_nothing_more_is_listed(taken: int) -> None:
-    asked: list[int] = []
-    feeder = PlanPrefetcher(chunks(1000, asked))
+def test_iteration_stops_after_close(taken: int) -> None:
+    requested: list[int] = []
+    prefetcher = PlanPrefetcher(iter_chunks(1000, requested))
     for _ in range(taken):
-        take(feeder)
-    feeder.close()
-    until(lambda: ended(feeder))
-    assert len(asked) <= taken + 6
-    assert not feeder.finished
+        take_chunk(prefetcher)
+    prefetcher.close()
+    wait_until(lambda: has_ended(prefetcher))
+    assert len(requested) <= taken + 6
+    assert not prefetcher.finished
 
 
-def test_close_does_not_wait_for_a_source_that_hangs() -> None:
-    go_on, listing = threading.Event(), threading.Event()
-    asked: list[int] = []
+def test_close_does_not_wait_for_a_hanging_iterator() -> None:
+    resume, listing = threading.Event(), threading.Event()
+    requested: list[int] = []
 
-    def hangs() -> Iterator[Chunk]:
+    def hanging_chunks() -> Iterator[Chunk]:
         listing.set()
-        go_on.wait(PATIENCE)
-        yield from chunks(1000, asked)
+        resume.wait(TIMEOUT_SECONDS)
+        yield from iter_chunks(1000, requested)
 
-    feeder = PlanPrefetcher(hangs())
-    assert listing.wait(PATIENCE)
-    feeder.close()
-    assert not ended(feeder)
-    go_on.set()
-    until(lambda: ended(feeder))
-    assert asked == [0]
+    prefetcher = PlanPrefetcher(hanging_chunks())
+    assert listing.wait(TIMEOUT_SECONDS)
+    prefetcher.close()
+    assert not has_ended(prefetcher)
+    resume.set()
+    wait_until(lambda: has_ended(prefetcher))
+    assert requested == [0]
 
 
-def test_an_error_after_close_is_nobodys() -> None:
-    listing, go_on = threading.Event(), threading.Event()
+def test_error_after_close_is_ignored() -> None:
+    listing, resume = threading.Event(), threading.Event()
 
-    def breaks() -> Iterator[Chunk]:
+    def broken_chunks() -> Iterator[Chunk]:
         listing.set()
-        go_on.wait(PATIENCE)
-        yield from chunks(0)
+        resume.wait(TIMEOUT_SECONDS)
+        yield from iter_chunks(0)
         raise Unavailable("no network")
 
-    feeder = PlanPrefetcher(breaks())
-    assert listing.wait(PATIENCE)
-    feeder.close()
-    go_on.set()
-    until(lambda: ended(feeder))
-    assert feeder.next_chunk() is None
+    prefetcher = PlanPrefetcher(broken_chunks())
+    assert listing.wait(TIMEOUT_SECONDS)
+    prefetcher.close()
+    resume.set()
+    wait_until(lambda: has_ended(prefetcher))
+    assert prefetcher.next_chunk() is None

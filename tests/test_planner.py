@@ -1,4 +1,4 @@
-"""How large shards are, what the plan keeps of the job, and what is said before anything is frozen."""
+"""Shard size, defaults that a plan keeps, and checks before a plan is made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from batchjob.driver import driver
 from batchjob.driver.progress import NoProgress
 from batchjob.errors import InvalidJob, Temporary
 from batchjob.job.job import Job
-from batchjob.plan.chunks import read_chunks as chunks_of_chunks
+from batchjob.plan.chunks import read_chunks
 from batchjob.plan.head import read_current_head
 from batchjob.plan.reader import PlanReader
 from batchjob.pool.pool import Pool
@@ -34,17 +34,17 @@ def no_pool() -> Pool:
     raise AssertionError("no worker is needed for this")
 
 
-def run(the: Job, pool: Pool | None = None) -> RunResult:
+def run_job(job: Job, pool: Pool | None = None) -> RunResult:
     make_pool: Callable[[], Pool] = no_pool if pool is None else lambda: pool
-    return driver.run(the, make_pool, allow_empty=False, progress=NoProgress())
+    return driver.run(job, make_pool, allow_empty=False, progress=NoProgress())
 
 
-def planned(the: Job) -> PlanSummary:
-    return driver.make_plan(the, allow_empty=False, progress=NoProgress())
+def make_plan(job: Job) -> PlanSummary:
+    return driver.make_plan(job, allow_empty=False, progress=NoProgress())
 
 
-def listed(folder: Path, rows: int, columns: dict[str, Any] | None = None, **sections: Any) -> Job:
-    """A job over a manifest of so many rows; the images are not there."""
+def make_manifest_job(folder: Path, rows: int, columns: dict[str, Any] | None = None, **sections: Any) -> Job:
+    """Make a job over a manifest of this many rows, whose images do not exist."""
     table = pa.table({"path": [f"{number:07}.jpg" for number in range(rows)], **(columns or {})})
     pq.write_table(table, folder / "manifest.parquet")
     source = {"type": "manifest", "uri": "manifest.parquet", "uri_column": "path", "passthrough": list(columns or {})}
@@ -58,48 +58,48 @@ def listed(folder: Path, rows: int, columns: dict[str, Any] | None = None, **sec
     ("rows", "workers", "size"),
     [
         (65_536, 32, 512),
-        (65_537, 32, 513),  # as many shards a worker as before
+        (65_537, 32, 513),  # still four shards per worker
         (100_000, 32, 782),
         (300_000, {"max": 8}, 8192),
         (100_000, 1, 8192),
         (1_000, 32, 64),
     ],
 )
-def test_shards_grow_with_the_input_without_a_jump(tmp_path: Path, rows: int, workers: Any, size: int) -> None:
-    assert planned(listed(tmp_path, rows, runtime={"workers": workers})).shard_size == size
+def test_shard_size_grows_with_the_input_without_a_jump(tmp_path: Path, rows: int, workers: Any, size: int) -> None:
+    assert make_plan(make_manifest_job(tmp_path, rows, runtime={"workers": workers})).shard_size == size
 
 
-def test_the_workers_that_there_are_share_the_images(tmp_path: Path) -> None:
-    run(listed(tmp_path, 6_000), ScriptedPool(size=4))
-    assert len(list((tmp_path / "out/predictions").iterdir())) == 16  # of 375
+def test_shard_size_follows_the_number_of_workers(tmp_path: Path) -> None:
+    run_job(make_manifest_job(tmp_path, 6_000), ScriptedPool(size=4))
+    assert len(list((tmp_path / "out/predictions").iterdir())) == 16  # of 375 images
 
 
-def test_a_worker_knows_better_than_its_settings_how_wide_rows_are(tmp_path: Path) -> None:
-    wide = ScriptedPool(ready=[WorkerReady("0", replace(WORKER_INFO, row_bytes=8 << 20))])
-    run(listed(tmp_path, 130), wide)
-    assert len(list((tmp_path / "out/predictions").iterdir())) == 3  # of 64: parts of 512 MiB
+def test_row_bytes_of_a_worker_override_those_of_the_settings(tmp_path: Path) -> None:
+    pool = ScriptedPool(ready=[WorkerReady("0", replace(WORKER_INFO, row_bytes=8 << 20))])
+    run_job(make_manifest_job(tmp_path, 130), pool)
+    assert len(list((tmp_path / "out/predictions").iterdir())) == 3  # of 64 images, in parts of 512 MiB
 
 
-def test_rows_too_wide_for_the_shard_size_are_refused_before_the_freeze(tmp_path: Path) -> None:
-    wide = ScriptedPool(ready=[WorkerReady("0", replace(WORKER_INFO, row_bytes=8 << 20))])
+def test_rows_too_wide_for_the_shard_size_are_refused_before_a_plan_is_made(tmp_path: Path) -> None:
+    pool = ScriptedPool(ready=[WorkerReady("0", replace(WORKER_INFO, row_bytes=8 << 20))])
     with pytest.raises(InvalidJob, match=r"runtime.shard_size: 600 rows of up to 8,388,608 bytes .* at most 512"):
-        run(listed(tmp_path, 130, runtime={"shard_size": 600}), wide)
+        run_job(make_manifest_job(tmp_path, 130, runtime={"shard_size": 600}), pool)
     assert not list((tmp_path / "out").glob("_batchjob/plans/*/head.json"))
 
 
-def test_wide_passthrough_columns_make_small_chunks_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_passthrough_columns_give_small_chunks_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchjob.plan.chunks.CHUNK_BYTES", 100_000)
     monkeypatch.setattr("batchjob.driver.planner._TARGET_PART_BYTES", 640_000)
     notes = [f"{number:01000}" for number in range(1000)]
-    made = planned(listed(tmp_path, 1000, {"note": notes}))
-    assert made.shard_size < 640
-    assert made.images == 1000
-    the = listed(tmp_path, 1000, {"note": notes}, runtime={"shard_size": 7}, output={"uri": "other"})
-    planned(the)
-    store = open_store(the.output.uri)
+    summary = make_plan(make_manifest_job(tmp_path, 1000, {"note": notes}))
+    assert summary.shard_size < 640
+    assert summary.images == 1000
+    job = make_manifest_job(tmp_path, 1000, {"note": notes}, runtime={"shard_size": 7}, output={"uri": "other"})
+    make_plan(job)
+    store = open_store(job.output.uri)
     _, head = read_current_head(store)
     assert head is not None
-    chunks = list(chunks_of_chunks(store, head))
+    chunks = list(read_chunks(store, head))
     assert len(chunks) > 10
     assert all(key.rows == 7 for chunk in chunks[:-1] for key in chunk.shards)
     reader = PlanReader(store, head)
@@ -108,99 +108,99 @@ def test_wide_passthrough_columns_make_small_chunks_and_shards(tmp_path: Path, m
     assert [note for shard in shards for note in shard.passthrough.column("note").to_pylist()] == notes
 
 
-def test_a_shard_fits_into_a_chunk_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard_fits_into_a_chunk_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchjob.driver.planner.CHUNK_BYTES", 1_000_000)
-    made = planned(listed(tmp_path, 6_000, {"note": ["x" * 1_000] * 6_000}))
-    assert 900 < made.shard_size < 1_000  # in place of 1,500
+    summary = make_plan(make_manifest_job(tmp_path, 6_000, {"note": ["x" * 1_000] * 6_000}))
+    assert 900 < summary.shard_size < 1_000  # instead of 1,500
 
 
-# --- what the plan keeps of the job -----------------------------------------------------------------------------------
+# --- what the plan keeps of the job ---------------------------------------------------------------------------------
 
 
-def edit(head: Path, change: Callable[[dict[str, Any]], object]) -> None:
+def edit_head(head: Path, change: Callable[[dict[str, Any]], object]) -> None:
     facts = json.loads(head.read_text())
     change(facts)
     head.write_text(json.dumps(facts))
 
 
-def test_a_resumed_job_takes_the_defaults_it_was_planned_with(tmp_path: Path) -> None:
-    """As a version would see it whose defaults are others."""
-    the = make_job(tmp_path, ["0.png", "1.png", "2.png"])
-    planned(the)
+def test_resumed_job_uses_the_defaults_of_its_plan(tmp_path: Path) -> None:
+    """Change the defaults in the plan, as if another version had other defaults."""
+    job = make_job(tmp_path, ["0.png", "1.png", "2.png"])
+    make_plan(job)
     head = tmp_path / "out/_batchjob/plans/0000/head.json"
 
     def change(facts: dict[str, Any]) -> None:
-        assert facts["defaults"]["decode"] == the.resolved_settings()["decode"]
+        assert facts["defaults"]["decode"] == job.resolved_settings()["decode"]
         assert facts["defaults"]["input"]["uri"] == "./images/"
         facts["defaults"]["decode"]["max_pixels"] = 123_456
         facts["defaults"]["task"]["allow_nan"] = True
         facts["defaults"]["runtime"]["precision"] = "fp32"
         facts["defaults"]["model"]["no_longer_known"] = 1
 
-    edit(head, change)
+    edit_head(head, change)
     pool = ScriptedPool()
-    assert run(the, pool).status == "complete"
+    assert run_job(job, pool).status == "complete"
     assert pool.setup is not None
-    given = Job.deserialize(json.loads(json.dumps(pool.setup.job)), tmp_path, tmp_path)
-    assert given.decode.max_pixels == 123_456
-    assert given.runtime.precision == "fp32"
-    assert given.runtime.shard_size == 2
-    assert given.model_dump()["task"]["allow_nan"] is True
-    assert given.fingerprint() == the.fingerprint() == json.loads(head.read_text())["fingerprint"]
-    assert given.serialize() == pool.setup.job
-    assert run(the).status == "already_complete"
+    deserialized = Job.deserialize(json.loads(json.dumps(pool.setup.job)), tmp_path, tmp_path)
+    assert deserialized.decode.max_pixels == 123_456
+    assert deserialized.runtime.precision == "fp32"
+    assert deserialized.runtime.shard_size == 2
+    assert deserialized.model_dump()["task"]["allow_nan"] is True
+    assert deserialized.fingerprint() == job.fingerprint() == json.loads(head.read_text())["fingerprint"]
+    assert deserialized.serialize() == pool.setup.job
+    assert run_job(job).status == "already_complete"
 
 
-def test_what_the_job_sets_itself_is_no_default(tmp_path: Path) -> None:
-    the = make_job(tmp_path, ["0.png"], decode={"max_pixels": 1000})
-    planned(the)
+def test_explicit_setting_overrides_a_default_of_the_plan(tmp_path: Path) -> None:
+    job = make_job(tmp_path, ["0.png"], decode={"max_pixels": 1000})
+    make_plan(job)
     head = tmp_path / "out/_batchjob/plans/0000/head.json"
-    edit(head, lambda facts: facts["defaults"]["decode"].update(max_pixels=2000, max_bytes=3000))
+    edit_head(head, lambda facts: facts["defaults"]["decode"].update(max_pixels=2000, max_bytes=3000))
     pool = ScriptedPool()
-    run(the, pool)
+    run_job(job, pool)
     assert pool.setup is not None
-    given = Job.deserialize(pool.setup.job, tmp_path, tmp_path)
-    assert (given.decode.max_pixels, given.decode.max_bytes) == (1000, 3000)
+    deserialized = Job.deserialize(pool.setup.job, tmp_path, tmp_path)
+    assert (deserialized.decode.max_pixels, deserialized.decode.max_bytes) == (1000, 3000)
 
 
-def test_a_plan_of_an_older_version_has_no_defaults(tmp_path: Path) -> None:
-    the = make_job(tmp_path, ["0.png"])
-    planned(the)
-    edit(tmp_path / "out/_batchjob/plans/0000/head.json", lambda facts: facts.pop("defaults"))
+def test_plan_of_an_older_version_has_no_defaults(tmp_path: Path) -> None:
+    job = make_job(tmp_path, ["0.png"])
+    make_plan(job)
+    edit_head(tmp_path / "out/_batchjob/plans/0000/head.json", lambda facts: facts.pop("defaults"))
     pool = ScriptedPool()
-    assert run(the, pool).status == "complete"
+    assert run_job(job, pool).status == "complete"
     assert pool.setup is not None
-    assert pool.setup.job == the.serialize()
+    assert pool.setup.job == job.serialize()
 
 
-def test_a_default_that_this_version_cannot_take_is_said(tmp_path: Path) -> None:
-    the = make_job(tmp_path, ["0.png"])
-    planned(the)
+def test_default_unknown_to_this_version_is_refused(tmp_path: Path) -> None:
+    job = make_job(tmp_path, ["0.png"])
+    make_plan(job)
     head = tmp_path / "out/_batchjob/plans/0000/head.json"
-    edit(head, lambda facts: facts["defaults"]["runtime"].update(precision="fp4"))
+    edit_head(head, lambda facts: facts["defaults"]["runtime"].update(precision="fp4"))
     with pytest.raises(InvalidJob, match="planned by another version"):
-        run(the)
+        run_job(job)
 
 
-# --- before anything is frozen ----------------------------------------------------------------------------------------
+# --- before a plan is made ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("source", ["prefix", "manifest"])
-def test_a_truth_that_is_no_column_is_refused(tmp_path: Path, source: str) -> None:
+def test_truth_that_is_no_passthrough_column_is_refused(tmp_path: Path, source: str) -> None:
     task = {"type": "classification", "truth": "label"}
-    one = (
+    job = (
         make_job(tmp_path, ["0.png"], task=task)
         if source == "prefix"
-        else listed(tmp_path, 1, {"sku": ["a"]}, task=task)
+        else make_manifest_job(tmp_path, 1, {"sku": ["a"]}, task=task)
     )
     with pytest.raises(InvalidJob, match=r"task\.truth: 'label' is no passthrough column; .*input.passthrough"):
-        run(one)
+        run_job(job)
     assert not list((tmp_path / "out").glob("_batchjob/plans/*/head.json"))
 
 
-def test_a_worker_that_finds_its_plan_discarded_asks_to_be_run_again(tmp_path: Path) -> None:
-    the = make_job(tmp_path, ["0.png"])
-    planned(the)
+def test_worker_whose_plan_is_discarded_asks_to_be_run_again(tmp_path: Path) -> None:
+    job = make_job(tmp_path, ["0.png"])
+    make_plan(job)
     driver.discard(str(tmp_path / "out"))
     loaded = cast("LoadedWorker", SimpleNamespace(store=open_store(str(tmp_path / "out"))))
     with pytest.raises(Temporary, match="plan 0 was discarded while this run was starting; run again"):
