@@ -1,4 +1,4 @@
-"""Error rows tried again: what is replaced, what stays as it was, and what rivals, faults and kills make of it."""
+"""Retry of error rows: replaced and unchanged parts, rivals, store faults and killed drivers."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from batchjob.output.schema import build_row_schema
 from batchjob.types import ShardKey
 from batchjob.worker.messages import WorkerFailed
 
-IMAGES, SHARD = 12, 4
-BROKEN = (1, 2, 9)  # in the first and the last of three shards
+IMAGE_COUNT, SHARD_SIZE = 12, 4
+BROKEN_POSITIONS = (1, 2, 9)  # in the first and the last of three shards
 
-NET = """\
+MODEL_FILE = """\
 import os
 import time
 from pathlib import Path
@@ -63,7 +63,7 @@ def harmful(image):
     return image.float() / 255
 """
 
-JOB = """\
+JOB_FILE = """\
 input: {type: manifest, uri: manifest.csv, uri_column: file, passthrough: {sku: string, red: float64}}
 model: {type: python, target: "net:make"}
 preprocess: {resize: null, crop: null, mean: null, std: null}
@@ -74,493 +74,499 @@ output: {uri: out}
 """
 
 
-def picture(folder: Path, number: int) -> None:
+def write_image(folder: Path, number: int) -> None:
     Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(folder / f"{number}.png")
 
 
-def mend(folder: Path, numbers: Iterable[int] = BROKEN) -> None:
-    for number in numbers:
-        picture(folder, number)
+def repair_images(folder: Path, positions: Iterable[int] = BROKEN_POSITIONS) -> None:
+    for number in positions:
+        write_image(folder, number)
 
 
-def write_job(folder: Path, broken: Iterable[int] = BROKEN, where: str = "") -> str:
-    """Write a job of twelve pictures in three shards there, some of them no pictures; the job file's path."""
+def write_job(folder: Path, broken: Iterable[int] = BROKEN_POSITIONS, uri_prefix: str = "") -> str:
+    """Write a job of twelve images in three shards, some of them broken; return the path of the job file."""
     folder.mkdir(exist_ok=True)
-    (folder / "net.py").write_text(NET)
-    (folder / "job.yaml").write_text(JOB.replace("manifest.csv", f"{where}manifest.csv"))
-    rows = [f"{number}.png,sku-{number},{20 * number / 255}" for number in range(IMAGES)]
-    (folder / "manifest.csv").write_text("\n".join(["file,sku,red", *rows, ""]))
-    mend(folder, range(IMAGES))
+    (folder / "net.py").write_text(MODEL_FILE)
+    (folder / "job.yaml").write_text(JOB_FILE.replace("manifest.csv", f"{uri_prefix}manifest.csv"))
+    lines = [f"{number}.png,sku-{number},{20 * number / 255}" for number in range(IMAGE_COUNT)]
+    (folder / "manifest.csv").write_text("\n".join(["file,sku,red", *lines, ""]))
+    repair_images(folder, range(IMAGE_COUNT))
     for number in broken:
         (folder / f"{number}.png").write_bytes(b"no picture")
     return str(folder / "job.yaml")
 
 
-def job(path: str, *overrides: str) -> batchjob.Job:
-    return batchjob.Job.from_file(path, {}, list(overrides))
+def load_job(job_path: str, *overrides: str) -> batchjob.Job:
+    return batchjob.Job.from_file(job_path, {}, list(overrides))
 
 
-def rows(output: str | Path) -> list[dict[str, Any]]:
+def read_all_rows(output: str | Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = read_rows(output).to_pylist()
     return found
 
 
-def failed(output: str | Path) -> list[int]:
-    return [row["position"] for row in rows(output) if row["error_stage"] is not None]
+def list_error_positions(output: str | Path) -> list[int]:
+    return [row["position"] for row in read_all_rows(output) if row["error_stage"] is not None]
 
 
-def revisions(output: str | Path) -> list[int]:
-    return [made.revision for made in read_all_footers(output).values()]
+def list_revisions(output: str | Path) -> list[int]:
+    return [footer.revision for footer in read_all_footers(output).values()]
 
 
-def files(output: Path) -> dict[str, tuple[int, int]]:
-    """All of them, by inode and time of writing."""
-    found = (path for path in output.rglob("*") if path.is_file())
-    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+def list_files(output: Path) -> dict[str, tuple[int, int]]:
+    """Return inode and modification time of all files."""
+    paths = (path for path in output.rglob("*") if path.is_file())
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
-def agrees(output: str | Path) -> bool:
-    """Whether `_SUCCESS` stands and lists just what is there."""
+def success_matches_parts(output: str | Path) -> bool:
+    """Tell whether `_SUCCESS` is there and lists exactly the parts that are there."""
     store = open_output(str(output))
     found = success.read_success(store)
     return found is not None and success.find_part_mismatches(found[0], commit.list_parts(store)) == []
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> str:
-    """A job with three broken pictures."""
+def job_path(tmp_path: Path) -> str:
+    """Write a job with three broken images."""
     return write_job(tmp_path)
 
 
 @pytest.fixture
-def out(tmp_path: Path) -> Path:
+def output(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-# --- what is replaced, and what stays -------------------------------------------------------------------------------
+# --- replaced and unchanged rows ------------------------------------------------------------------------------------
 
 
-def test_what_was_mended_is_predicted_and_all_else_stays_as_it_was(path: str, out: Path) -> None:
-    first = batchjob.run(job(path))
-    assert (first.failed, failed(out)) == (3, list(BROKEN))
-    before, made, stamps = rows(out), read_all_footers(out), files(out)
-    mend(out.parent)
-    outcome = batchjob.retry(job(path))
-    assert (outcome.status, outcome.exit_code) == ("complete", 0)
-    assert (outcome.planned, outcome.predicted, outcome.failed) == (IMAGES, IMAGES, 0)
-    after = rows(out)
-    assert [row["position"] for row in after] == list(range(IMAGES))
-    assert [one for one in before if one["position"] not in BROKEN] == [
-        one for one in after if one["position"] not in BROKEN
+def test_retry_predicts_repaired_images_and_keeps_all_other_rows(job_path: str, output: Path) -> None:
+    first = batchjob.run(load_job(job_path))
+    assert (first.failed, list_error_positions(output)) == (3, list(BROKEN_POSITIONS))
+    before, footers_before, files_before = read_all_rows(output), read_all_footers(output), list_files(output)
+    repair_images(output.parent)
+    result = batchjob.retry(load_job(job_path))
+    assert (result.status, result.exit_code) == ("complete", 0)
+    assert (result.planned, result.predicted, result.failed) == (IMAGE_COUNT, IMAGE_COUNT, 0)
+    after = read_all_rows(output)
+    assert [row["position"] for row in after] == list(range(IMAGE_COUNT))
+    assert [row for row in before if row["position"] not in BROKEN_POSITIONS] == [
+        row for row in after if row["position"] not in BROKEN_POSITIONS
     ]
-    for number in BROKEN:
+    for number in BROKEN_POSITIONS:
         assert after[number]["value"] == pytest.approx(20 * number / 255, abs=1e-6)
         assert after[number]["sku"] == f"sku-{number}"
         assert (after[number]["width"], after[number]["error_message"]) == (8, None)
-        assert after[number]["etag"] == open_output(str(out.parent)).stat(f"{number}.png").etag
-    assert revisions(out) == [1, 0, 1]
-    now = read_all_footers(out)
+        assert after[number]["etag"] == open_output(str(output.parent)).stat(f"{number}.png").etag
+    assert list_revisions(output) == [1, 0, 1]
+    now = read_all_footers(output)
     (middle,) = (key for key, footer in now.items() if footer.revision == 0)
-    assert now[middle] == made[middle]
-    assert files(out)[str(out / middle)] == stamps[str(out / middle)]
-    assert agrees(out)
+    assert now[middle] == footers_before[middle]
+    assert list_files(output)[str(output / middle)] == files_before[str(output / middle)]
+    assert success_matches_parts(output)
     for key in now.keys() - {middle}:
-        assert now[key].attempt != made[key].attempt
-        assert (now[key].plan, now[key].shard, now[key].rows) == (made[key].plan, made[key].shard, SHARD)
+        assert now[key].attempt != footers_before[key].attempt
+        assert (now[key].plan, now[key].shard, now[key].rows) == (
+            footers_before[key].plan,
+            footers_before[key].shard,
+            SHARD_SIZE,
+        )
         assert (now[key].failed, now[key].errors) == (0, {})
 
 
-def test_sums_are_those_of_all_rows(path: str, out: Path) -> None:
-    assert batchjob.run(job(path)).truth["value"]["images"] == 9
-    mend(out.parent)
-    outcome = batchjob.retry(job(path))
-    assert outcome.truth["value"]["images"] == IMAGES
-    assert outcome.truth["value"]["mean_absolute_error"] == pytest.approx(0, abs=1e-6)
-    report = json.loads((out / "_batchjob/report.json").read_text())
+def test_retry_sums_cover_all_rows(job_path: str, output: Path) -> None:
+    assert batchjob.run(load_job(job_path)).truth["value"]["images"] == 9
+    repair_images(output.parent)
+    result = batchjob.retry(load_job(job_path))
+    assert result.truth["value"]["images"] == IMAGE_COUNT
+    assert result.truth["value"]["mean_absolute_error"] == pytest.approx(0, abs=1e-6)
+    report = json.loads((output / "_batchjob/report.json").read_text())
     assert report["errors"] == {}
-    assert report["counts"] == {"planned": IMAGES, "predicted": IMAGES, "failed": 0}
+    assert report["counts"] == {"planned": IMAGE_COUNT, "predicted": IMAGE_COUNT, "failed": 0}
 
 
-def test_only_images_with_error_rows_are_read(path: str, out: Path) -> None:
-    batchjob.run(job(path))
-    mend(out.parent)
-    for number in set(range(IMAGES)) - set(BROKEN):
-        (out.parent / f"{number}.png").unlink()
-    assert batchjob.retry(job(path)).failed == 0
-    assert failed(out) == []
+def test_retry_reads_only_images_with_error_rows(job_path: str, output: Path) -> None:
+    batchjob.run(load_job(job_path))
+    repair_images(output.parent)
+    for number in set(range(IMAGE_COUNT)) - set(BROKEN_POSITIONS):
+        (output.parent / f"{number}.png").unlink()
+    assert batchjob.retry(load_job(job_path)).failed == 0
+    assert list_error_positions(output) == []
 
 
-def test_what_is_still_broken_has_its_row_anew(path: str, out: Path) -> None:
-    batchjob.run(job(path))
-    mend(out.parent, [2])
-    (out.parent / "9.png").unlink()
-    outcome = batchjob.retry(job(path))
-    assert (outcome.status, outcome.failed) == ("complete", 2)
-    assert failed(out) == [1, 9]
-    assert [(row["error_stage"], row["error_type"]) for row in rows(out) if row["position"] == 9] == [
+def test_image_that_is_still_broken_gets_a_new_error_row(job_path: str, output: Path) -> None:
+    batchjob.run(load_job(job_path))
+    repair_images(output.parent, [2])
+    (output.parent / "9.png").unlink()
+    result = batchjob.retry(load_job(job_path))
+    assert (result.status, result.failed) == ("complete", 2)
+    assert list_error_positions(output) == [1, 9]
+    assert [(row["error_stage"], row["error_type"]) for row in read_all_rows(output) if row["position"] == 9] == [
         ("fetch", "not_found")
     ]
-    assert revisions(out) == [1, 0, 1]
-    assert agrees(out)
-    mend(out.parent)
-    assert batchjob.retry(job(path)).failed == 0
-    assert revisions(out) == [2, 0, 2]
+    assert list_revisions(output) == [1, 0, 1]
+    assert success_matches_parts(output)
+    repair_images(output.parent)
+    assert batchjob.retry(load_job(job_path)).failed == 0
+    assert list_revisions(output) == [2, 0, 2]
 
 
-def test_over_the_budget_there_is_no_success(path: str, out: Path) -> None:
-    assert batchjob.run(job(path)).exit_code == 0
-    outcome = batchjob.retry(job(path, "errors.max_rate=0.1"))
-    assert (outcome.status, outcome.exit_code, outcome.failed) == ("over_budget", 3, 3)
-    assert "batchjob errors" in outcome.message
-    assert not (out / "_SUCCESS").exists()
-    assert batchjob.run(job(path)).exit_code == 0
-    assert agrees(out)
+def test_retry_over_the_error_budget_writes_no_success(job_path: str, output: Path) -> None:
+    assert batchjob.run(load_job(job_path)).exit_code == 0
+    result = batchjob.retry(load_job(job_path, "errors.max_rate=0.1"))
+    assert (result.status, result.exit_code, result.failed) == ("over_budget", 3, 3)
+    assert "batchjob errors" in result.message
+    assert not (output / "_SUCCESS").exists()
+    assert batchjob.run(load_job(job_path)).exit_code == 0
+    assert success_matches_parts(output)
 
 
-def test_an_image_that_changed_since_the_plan_is_taken_as_it_is_now(path: str, out: Path) -> None:
-    listed = JOB.replace(JOB.splitlines()[0], "input: {type: prefix, uri: .}")
-    Path(path).write_text(listed.replace("{type: regression, outputs: [value], truth: red}", "{type: embedding}"))
-    mend(out.parent)
-    main(["plan", path, "--quiet"])
-    Image.new("RGB", (8, 8), (255, 0, 0)).save(out.parent / "5.png")
-    assert batchjob.run(job(path)).failed == 1
-    assert [row["error_type"] for row in rows(out) if row["error_type"]] == ["changed"]
-    assert batchjob.retry(job(path)).failed == 0
-    (row,) = (row for row in rows(out) if row["embedding"] == pytest.approx([1.0]))
-    assert row["etag"] == open_output(str(out.parent)).stat("5.png").etag
+def test_retry_reads_a_changed_image_as_it_is_now(job_path: str, output: Path) -> None:
+    listed = JOB_FILE.replace(JOB_FILE.splitlines()[0], "input: {type: prefix, uri: .}")
+    Path(job_path).write_text(listed.replace("{type: regression, outputs: [value], truth: red}", "{type: embedding}"))
+    repair_images(output.parent)
+    main(["plan", job_path, "--quiet"])
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(output.parent / "5.png")
+    assert batchjob.run(load_job(job_path)).failed == 1
+    assert [row["error_type"] for row in read_all_rows(output) if row["error_type"]] == ["changed"]
+    assert batchjob.retry(load_job(job_path)).failed == 0
+    (row,) = (row for row in read_all_rows(output) if row["embedding"] == pytest.approx([1.0]))
+    assert row["etag"] == open_output(str(output.parent)).stat("5.png").etag
 
 
-# --- where there is nothing to retry, or more than that -------------------------------------------------------------
+# --- nothing to retry, or more than that ----------------------------------------------------------------------------
 
 
-def test_without_error_rows_nothing_is_done(path: str, out: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    mend(out.parent)
-    batchjob.run(job(path))
-    before = files(out)
-    assert main(["retry", path, "--json", "--quiet"]) == 0
-    said, told = capfd.readouterr()
-    assert json.loads(said.splitlines()[-1])["status"] == "already_complete"
-    assert "nothing to retry" in told
-    assert files(out) == before
+def test_retry_without_error_rows_does_nothing(job_path: str, output: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    repair_images(output.parent)
+    batchjob.run(load_job(job_path))
+    before = list_files(output)
+    assert main(["retry", job_path, "--json", "--quiet"]) == 0
+    stdout, stderr = capfd.readouterr()
+    assert json.loads(stdout.splitlines()[-1])["status"] == "already_complete"
+    assert "nothing to retry" in stderr
+    assert list_files(output) == before
 
 
-def test_an_output_that_was_never_run_is_refused(path: str, out: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["retry", path, "--json", "--quiet"]) == 2
-    said, told = capfd.readouterr()
-    assert json.loads(said.splitlines()[-1])["status"] == "invalid"
-    assert "`batchjob run` first" in told
-    assert not out.exists()
+def test_retry_of_an_output_without_a_plan_is_refused(
+    job_path: str, output: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["retry", job_path, "--json", "--quiet"]) == 2
+    stdout, stderr = capfd.readouterr()
+    assert json.loads(stdout.splitlines()[-1])["status"] == "invalid"
+    assert "`batchjob run` first" in stderr
+    assert not output.exists()
 
 
-def test_another_job_is_refused(path: str, out: Path) -> None:
-    batchjob.run(job(path))
-    before = files(out)
+def test_retry_of_another_jobs_output_is_refused(job_path: str, output: Path) -> None:
+    batchjob.run(load_job(job_path))
+    before = list_files(output)
     with pytest.raises(InvalidJob, match="another job"):
-        batchjob.retry(job(path, "preprocess.resize=4"))
-    assert files(out) == before
+        batchjob.retry(load_job(job_path, "preprocess.resize=4"))
+    assert list_files(output) == before
 
 
-def test_a_run_that_stopped_early_is_retried_and_brought_to_its_end(path: str, out: Path) -> None:
-    strict = job(path, "errors.max_count=1", "runtime.shard_size=1")
+def test_retry_finishes_a_run_that_stopped_early(job_path: str, output: Path) -> None:
+    strict = load_job(job_path, "errors.max_count=1", "runtime.shard_size=1")
     assert batchjob.run(strict).exit_code == 3
-    assert len(read_all_footers(out)) < IMAGES
-    assert batchjob.run(strict).exit_code == 3, "what failed before counts"
-    mend(out.parent)
-    outcome = batchjob.retry(strict)
-    assert (outcome.status, outcome.predicted, failed(out)) == ("complete", IMAGES, [])
-    assert agrees(out)
+    assert len(read_all_footers(output)) < IMAGE_COUNT
+    assert batchjob.run(strict).exit_code == 3, "earlier error rows count"
+    repair_images(output.parent)
+    result = batchjob.retry(strict)
+    assert (result.status, result.predicted, list_error_positions(output)) == ("complete", IMAGE_COUNT, [])
+    assert success_matches_parts(output)
 
 
-def test_a_part_that_is_gone_from_a_complete_output_is_not_made_silently(path: str, out: Path) -> None:
-    batchjob.run(job(path))
-    next(iter((out / "predictions").iterdir())).unlink()
+def test_retry_refuses_a_complete_output_with_a_missing_part(job_path: str, output: Path) -> None:
+    batchjob.run(load_job(job_path))
+    next(iter((output / "predictions").iterdir())).unlink()
     with pytest.raises(CheckFailed, match="--repair"):
-        batchjob.retry(job(path))
+        batchjob.retry(load_job(job_path))
 
 
-def test_a_success_put_before_the_last_part_was_replaced_is_put_right_by_a_run(path: str, out: Path) -> None:
-    """A worker may outlive its driver, whose lease another one has taken."""
-    batchjob.run(job(path))
-    early = (out / "_SUCCESS").read_bytes()
-    mend(out.parent)
-    batchjob.retry(job(path))
-    (out / "_SUCCESS").write_bytes(early)
-    assert not agrees(out)
-    outcome = batchjob.run(job(path))
-    assert (outcome.status, outcome.failed) == ("complete", 0)
-    assert agrees(out)
+def test_run_corrects_a_success_written_before_the_last_replacement(job_path: str, output: Path) -> None:
+    """A worker may outlive its driver after another driver has taken the lease."""
+    batchjob.run(load_job(job_path))
+    early = (output / "_SUCCESS").read_bytes()
+    repair_images(output.parent)
+    batchjob.retry(load_job(job_path))
+    (output / "_SUCCESS").write_bytes(early)
+    assert not success_matches_parts(output)
+    result = batchjob.run(load_job(job_path))
+    assert (result.status, result.failed) == ("complete", 0)
+    assert success_matches_parts(output)
 
 
-# --- images that kill -----------------------------------------------------------------------------------------------
+# --- images that crash the loader -----------------------------------------------------------------------------------
 
 
-def test_a_quarantined_image_is_tried_again(tmp_path: Path) -> None:
-    """Picture 0 is black, which the transform does not survive as long as it is harmful."""
-    path, harmful, out = write_job(tmp_path, broken=()), tmp_path / "harmful", tmp_path / "out"
-    text = JOB.replace("{resize: null, crop: null, mean: null, std: null}", "{transform: 'net:harmful'}")
-    Path(path).write_text(text.replace("{processes: 0}", "{processes: 1}"))
-    harmful.touch()
-    assert batchjob.run(job(path)).failed == 1
-    assert [row["error_type"] for row in rows(out)][:2] == ["crash", None]
-    assert batchjob.retry(job(path)).failed == 1
-    assert [path.name for path in sorted(out.glob("_batchjob/plans/0000/quarantine/*"))] == [
+def test_retry_tries_a_quarantined_image_again(tmp_path: Path) -> None:
+    """Image 0 is black, and the transform crashes on black images as long as the flag file is there."""
+    job_path, harmful_flag, output = write_job(tmp_path, broken=()), tmp_path / "harmful", tmp_path / "out"
+    text = JOB_FILE.replace("{resize: null, crop: null, mean: null, std: null}", "{transform: 'net:harmful'}")
+    Path(job_path).write_text(text.replace("{processes: 0}", "{processes: 1}"))
+    harmful_flag.touch()
+    assert batchjob.run(load_job(job_path)).failed == 1
+    assert [row["error_type"] for row in read_all_rows(output)][:2] == ["crash", None]
+    assert batchjob.retry(load_job(job_path)).failed == 1
+    assert [path.name for path in sorted(output.glob("_batchjob/plans/0000/quarantine/*"))] == [
         "000000000000.json",
         "000000000000.r1.json",
     ]
-    harmful.unlink()
-    assert batchjob.retry(job(path)).failed == 0
-    assert rows(out)[0]["value"] == 0.0
-    assert revisions(out) == [2, 0, 0]
+    harmful_flag.unlink()
+    assert batchjob.retry(load_job(job_path)).failed == 0
+    assert read_all_rows(output)[0]["value"] == 0.0
+    assert list_revisions(output) == [2, 0, 0]
 
 
 # --- on S3 ----------------------------------------------------------------------------------------------------------
 
 
-def publish(folder: Path, server: Seaweed, broken: Iterable[int] = BROKEN) -> tuple[str, str]:
-    """The job's file with pictures and manifest on S3, and where those lie."""
-    where = server.bucket()
-    path = write_job(folder, broken, where)
-    server.put_tree(folder, where)
-    return path, where
+def upload_job(folder: Path, server: Seaweed, broken: Iterable[int] = BROKEN_POSITIONS) -> tuple[str, str]:
+    """Write a job whose images and manifest are on S3; return the job file and the URI prefix of the images."""
+    uri_prefix = server.bucket()
+    job_path = write_job(folder, broken, uri_prefix)
+    server.put_tree(folder, uri_prefix)
+    return job_path, uri_prefix
 
 
-def test_on_s3_the_same(tmp_path: Path, s3: Seaweed) -> None:
-    path, where = publish(tmp_path, s3)
+def test_retry_on_s3(tmp_path: Path, s3: Seaweed) -> None:
+    job_path, uri_prefix = upload_job(tmp_path, s3)
     output = s3.bucket() + "out"
-    assert batchjob.run(job(path, f"output.uri={output}")).failed == 3
-    before = rows(output)
-    mend(tmp_path)
-    for number in BROKEN:
-        s3.put(f"{where}{number}.png", tmp_path / f"{number}.png")
-    assert batchjob.retry(job(path, f"output.uri={output}")).exit_code == 0
-    after = rows(output)
-    assert [row for row in after if row["position"] not in BROKEN] == [
-        row for row in before if row["position"] not in BROKEN
+    assert batchjob.run(load_job(job_path, f"output.uri={output}")).failed == 3
+    before = read_all_rows(output)
+    repair_images(tmp_path)
+    for number in BROKEN_POSITIONS:
+        s3.put(f"{uri_prefix}{number}.png", tmp_path / f"{number}.png")
+    assert batchjob.retry(load_job(job_path, f"output.uri={output}")).exit_code == 0
+    after = read_all_rows(output)
+    assert [row for row in after if row["position"] not in BROKEN_POSITIONS] == [
+        row for row in before if row["position"] not in BROKEN_POSITIONS
     ]
-    assert failed(output) == []
-    assert revisions(output) == [1, 0, 1]
-    assert agrees(output)
+    assert list_error_positions(output) == []
+    assert list_revisions(output) == [1, 0, 1]
+    assert success_matches_parts(output)
 
 
-SLOW_DOWN = Reply(503, b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>")
-CONFLICT = Reply(409, b"<Error><Code>ConditionalRequestConflict</Code><Message>Conflict.</Message></Error>")
+SLOW_DOWN_REPLY = Reply(503, b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>")
+CONFLICT_REPLY = Reply(409, b"<Error><Code>ConditionalRequestConflict</Code><Message>Conflict.</Message></Error>")
 
 
-@pytest.mark.parametrize("fault", [LOSE_ANSWER, SLOW_DOWN, CONFLICT], ids=["lost answer", "503", "409"])
-def test_a_doubtful_answer_to_a_replacement_is_looked_into(tmp_path: Path, s3: Seaweed, fault: str | Reply) -> None:
-    path, where = publish(tmp_path, s3)
+@pytest.mark.parametrize("fault", [LOSE_ANSWER, SLOW_DOWN_REPLY, CONFLICT_REPLY], ids=["lost answer", "503", "409"])
+def test_doubtful_answer_to_a_replacement_is_checked(tmp_path: Path, s3: Seaweed, fault: str | Reply) -> None:
+    job_path, uri_prefix = upload_job(tmp_path, s3)
     output = s3.bucket() + "out"
-    batchjob.run(job(path, f"output.uri={output}"))
-    for number in BROKEN:
-        picture(tmp_path, number)
-        s3.put(f"{where}{number}.png", tmp_path / f"{number}.png")
+    batchjob.run(load_job(job_path, f"output.uri={output}"))
+    for number in BROKEN_POSITIONS:
+        write_image(tmp_path, number)
+        s3.put(f"{uri_prefix}{number}.png", tmp_path / f"{number}.png")
     with run_fault_proxy(s3.endpoint) as proxy:
-        met: list[str] = []
+        faulty_paths: list[str] = []
 
-        def once(method: str, path: str) -> str | Reply | None:
-            first = method == "PUT" and "/predictions/" in path and path not in met
-            met.extend([path] if first else [])
+        def fail_first_put(method: str, path: str) -> str | Reply | None:
+            first = method == "PUT" and "/predictions/" in path and path not in faulty_paths
+            faulty_paths.extend([path] if first else [])
             return fault if first else None
 
-        proxy.decide = once
+        proxy.decide = fail_first_put
         storage = f"storage={{'s3://': {{endpoint: '{proxy.endpoint}'}}}}"
-        assert batchjob.retry(job(path, f"output.uri={output}", storage)).exit_code == 0
-        assert len(met) == 2
-    assert (failed(output), revisions(output)) == ([], [1, 0, 1])
-    assert agrees(output)
+        assert batchjob.retry(load_job(job_path, f"output.uri={output}", storage)).exit_code == 0
+        assert len(faulty_paths) == 2
+    assert (list_error_positions(output), list_revisions(output)) == ([], [1, 0, 1])
+    assert success_matches_parts(output)
 
 
-# --- two at once, and kills -----------------------------------------------------------------------------------------
+# --- concurrent and killed drivers ----------------------------------------------------------------------------------
 
 
-def test_a_retry_that_was_killed_goes_on_and_a_second_one_beside_it_is_told_to_wait(
-    tmp_path: Path, out: Path, driver_server: DriverServer, capfd: pytest.CaptureFixture[str]
+def test_killed_retry_resumes_and_a_concurrent_one_is_refused(
+    tmp_path: Path, output: Path, driver_server: DriverServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_job(tmp_path, broken=range(1, IMAGES))
-    batchjob.run(job(path, "errors.max_rate=1"))
-    mend(tmp_path, range(IMAGES))
-    first = driver_server.start("retry", path, "--quiet", env={"BATCHJOB_TEST_NAP": "1"}, short_lease=True)
-    first.wait_until(lambda: not (out / "_SUCCESS").exists())
-    assert main(["retry", path, "--json", "--quiet"]) == 75
+    job_path = write_job(tmp_path, broken=range(1, IMAGE_COUNT))
+    batchjob.run(load_job(job_path, "errors.max_rate=1"))
+    repair_images(tmp_path, range(IMAGE_COUNT))
+    first = driver_server.start("retry", job_path, "--quiet", env={"BATCHJOB_TEST_NAP": "1"}, short_lease=True)
+    first.wait_until(lambda: not (output / "_SUCCESS").exists())
+    assert main(["retry", job_path, "--json", "--quiet"]) == 75
     assert json.loads(capfd.readouterr().out.splitlines()[-1])["status"] == "temporary"
-    assert main(["status", str(out)]) == 0
-    first.wait_until(lambda: 1 in revisions(out))
+    assert main(["status", str(output)]) == 0
+    first.wait_until(lambda: 1 in list_revisions(output))
     first.kill()
     assert first.exit_code == -signal.SIGKILL
-    assert not (out / "_SUCCESS").exists()
-    done = revisions(out)
-    ended = driver_server.start("retry", path, "--quiet", short_lease=True).wait()
-    assert ended.exit_code == 0, ended.stderr
-    assert (failed(out), revisions(out)) == ([], [1, 1, 1])
-    assert sum(done) < 3, "it was killed too late to show anything"
-    assert agrees(out)
+    assert not (output / "_SUCCESS").exists()
+    revisions = list_revisions(output)
+    completed = driver_server.start("retry", job_path, "--quiet", short_lease=True).wait()
+    assert completed.exit_code == 0, completed.stderr
+    assert (list_error_positions(output), list_revisions(output)) == ([], [1, 1, 1])
+    assert sum(revisions) < 3, "it was killed too late for this test"
+    assert success_matches_parts(output)
 
 
-def test_a_run_after_a_killed_retry_finishes_what_is_there(path: str, out: Path, driver_server: DriverServer) -> None:
-    batchjob.run(job(path))
-    mend(out.parent)
-    first = driver_server.start("retry", path, "--quiet", env={"BATCHJOB_TEST_NAP": "1"}, short_lease=True)
-    first.wait_until(lambda: not (out / "_SUCCESS").exists())
+def test_run_after_a_killed_retry_finishes_the_output(job_path: str, output: Path, driver_server: DriverServer) -> None:
+    batchjob.run(load_job(job_path))
+    repair_images(output.parent)
+    first = driver_server.start("retry", job_path, "--quiet", env={"BATCHJOB_TEST_NAP": "1"}, short_lease=True)
+    first.wait_until(lambda: not (output / "_SUCCESS").exists())
     first.kill()
-    before = read_all_footers(out)
-    ended = driver_server.start("run", path, "--quiet", "--json", short_lease=True).wait()
-    assert (ended.exit_code, ended.json_result["failed"]) == (0, len(failed(out)))
-    assert read_all_footers(out) == before
-    assert agrees(out)
+    before = read_all_footers(output)
+    completed = driver_server.start("run", job_path, "--quiet", "--json", short_lease=True).wait()
+    assert (completed.exit_code, completed.json_result["failed"]) == (0, len(list_error_positions(output)))
+    assert read_all_footers(output) == before
+    assert success_matches_parts(output)
 
 
-# --- over a pool that misbehaves as scripted ------------------------------------------------------------------------
+# --- scripted pool --------------------------------------------------------------------------------------------------
 
 
-def scripted(
-    the: batchjob.Job, script: Mapping[int, Sequence[AttemptScript]] = {}, *, retry: bool = True
+def run_scripted(
+    job: batchjob.Job, script: Mapping[int, Sequence[AttemptScript]] = {}, *, retry: bool = True
 ) -> batchjob.RunResult:
-    return driver.run(the, lambda: ScriptedPool(script), allow_empty=False, progress=NoProgress(), retry=retry)
+    return driver.run(job, lambda: ScriptedPool(script), allow_empty=False, progress=NoProgress(), retry=retry)
 
 
 @pytest.fixture
-def six(tmp_path: Path) -> batchjob.Job:
-    """A job of six shards that has run; the first and the fourth hold an error."""
+def six_shards_job(tmp_path: Path) -> batchjob.Job:
+    """Make a job of six shards that has run; the first and the fourth shard hold an error row."""
     names = [f"{number:03}{'bad' if number in {1, 6} else ''}.png" for number in range(12)]
-    the = scripted_pool.make_job(tmp_path, names, errors={"max_rate": 0.5})
-    assert scripted(the, retry=False).failed == 2
-    return the
+    job = scripted_pool.make_job(tmp_path, names, errors={"max_rate": 0.5})
+    assert run_scripted(job, retry=False).failed == 2
+    return job
 
 
-def test_a_retry_that_gives_up_a_shard_is_incomplete(six: batchjob.Job, out: Path) -> None:
-    outcome = scripted(six, {3: [fail()] * 3})
-    assert (outcome.status, outcome.exit_code, outcome.failed) == ("incomplete", 4, 1)
-    assert not (out / "_SUCCESS").exists()
-    assert revisions(out) == [1, 0, 0, 0, 0, 0]
-    outcome = scripted(six)
-    assert (outcome.status, outcome.failed) == ("complete", 0)
-    assert revisions(out) == [1, 0, 0, 1, 0, 0]
-    assert agrees(out)
+def test_retry_that_abandons_a_shard_is_incomplete(six_shards_job: batchjob.Job, output: Path) -> None:
+    result = run_scripted(six_shards_job, {3: [fail()] * 3})
+    assert (result.status, result.exit_code, result.failed) == ("incomplete", 4, 1)
+    assert not (output / "_SUCCESS").exists()
+    assert list_revisions(output) == [1, 0, 0, 0, 0, 0]
+    result = run_scripted(six_shards_job)
+    assert (result.status, result.failed) == ("complete", 0)
+    assert list_revisions(output) == [1, 0, 0, 1, 0, 0]
+    assert success_matches_parts(output)
 
 
-@pytest.mark.parametrize("act", [fail_after_commit, commit_twice, commit_after(3)])
-def test_a_part_that_was_replaced_is_not_replaced_again(six: batchjob.Job, out: Path, act: AttemptScript) -> None:
-    assert scripted(six, {0: [act], 3: [act]}).exit_code == 0
-    assert revisions(out) == [1, 0, 0, 1, 0, 0]
-    assert agrees(out)
+@pytest.mark.parametrize("script", [fail_after_commit, commit_twice, commit_after(3)])
+def test_replaced_part_is_not_replaced_again(six_shards_job: batchjob.Job, output: Path, script: AttemptScript) -> None:
+    assert run_scripted(six_shards_job, {0: [script], 3: [script]}).exit_code == 0
+    assert list_revisions(output) == [1, 0, 0, 1, 0, 0]
+    assert success_matches_parts(output)
 
 
-def test_nobody_who_cannot_load_takes_the_success_away(six: batchjob.Job, out: Path) -> None:
-    before = files(out / "predictions")
+def test_success_stays_if_no_worker_can_load(six_shards_job: batchjob.Job, output: Path) -> None:
+    before = list_files(output / "predictions")
     broken = WorkerFailed(InvalidJob("net.py: no such function"))
     with pytest.raises(InvalidJob, match="no such function"):
-        driver.run(six, lambda: ScriptedPool(ready=[broken]), allow_empty=False, progress=NoProgress(), retry=True)
-    assert agrees(out)
-    assert files(out / "predictions") == before
+        driver.run(
+            six_shards_job, lambda: ScriptedPool(ready=[broken]), allow_empty=False, progress=NoProgress(), retry=True
+        )
+    assert success_matches_parts(output)
+    assert list_files(output / "predictions") == before
 
 
 # --- one part -------------------------------------------------------------------------------------------------------
 
-KEY = ShardKey(0, "s" * 16, 1, 0, 0, revision=1, error_rows=1)
+SHARD_KEY = ShardKey(0, "s" * 16, 1, 0, 0, revision=1, error_rows=1)
 
 
-def part(folder: Path, number: int, attempt: str, plan: str = "p") -> tuple[Path, PartFooter]:
-    """A part of no interest but for its footer."""
-    made = PartFooter(plan, KEY.id, 0, attempt, number, "f", "m", 0, 0, {}, {}, {})
+def write_part(folder: Path, number: int, attempt: str, plan: str = "p") -> tuple[Path, PartFooter]:
+    """Write a part without rows; only its footer matters."""
+    footer = PartFooter(plan, SHARD_KEY.id, 0, attempt, number, "f", "m", 0, 0, {}, {}, {})
     path = folder / attempt
     with PartWriter(path, build_row_schema([], [pa.field("score", pa.float64())])) as writer:
-        writer.close(made)
-    return path, made
+        writer.close(footer)
+    return path, footer
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> MemoryStore:
-    """With a part of revision 0."""
+    """Make a store with a part of revision 0."""
     store = MemoryStore()
-    store.put_if_absent(KEY.part_key, part(tmp_path, 0, "old")[0])
+    store.put_if_absent(SHARD_KEY.part_key, write_part(tmp_path, 0, "old")[0])
     return store
 
 
-def replace(store: MemoryStore, folder: Path, wanted: Callable[[], None] = lambda: None) -> CommitResult:
-    version = store.stat(KEY.part_key).version or ""
-    return commit.commit_replacement(store, KEY, *part(folder, 1, "ours"), version, wanted)
+def replace(store: MemoryStore, folder: Path, raise_if_discarded: Callable[[], None] = lambda: None) -> CommitResult:
+    version = store.stat(SHARD_KEY.part_key).version or ""
+    return commit.commit_replacement(store, SHARD_KEY, *write_part(folder, 1, "ours"), version, raise_if_discarded)
 
 
 @pytest.mark.parametrize("fault", [None, Fault.DOWN, Fault.LOST, Fault.REPEATED, Fault.CONFLICT])
-def test_a_part_is_replaced_once_whatever_the_store_says(
-    tmp_path: Path, store: MemoryStore, fault: Fault | None
-) -> None:
+def test_part_is_replaced_once_under_every_store_fault(tmp_path: Path, store: MemoryStore, fault: Fault | None) -> None:
     if fault is not None:
-        store.inject("replace_if_match", KEY.part_key, fault)
-    done = replace(store, tmp_path)
-    assert done.committed_here
-    found = commit.read_footer(store, KEY.part_key)
+        store.inject("replace_if_match", SHARD_KEY.part_key, fault)
+    result = replace(store, tmp_path)
+    assert result.committed_here
+    found = commit.read_footer(store, SHARD_KEY.part_key)
     assert (found.attempt, found.revision) == ("ours", 1)
-    assert done.info == store.stat(KEY.part_key)
+    assert result.info == store.stat(SHARD_KEY.part_key)
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_rival_that_was_faster_is_not_overwritten(tmp_path: Path, store: MemoryStore, number: int) -> None:
-    theirs, _ = part(tmp_path, number, "theirs")
+def test_replacement_of_a_faster_rival_is_kept(tmp_path: Path, store: MemoryStore, number: int) -> None:
+    rival_part, _ = write_part(tmp_path, number, "theirs")
     rival = store.client()
 
-    def happens() -> None:
-        rival.replace_if_match(KEY.part_key, theirs, rival.stat(KEY.part_key).version or "")
+    def replace_first() -> None:
+        rival.replace_if_match(SHARD_KEY.part_key, rival_part, rival.stat(SHARD_KEY.part_key).version or "")
 
-    store.inject("replace_if_match", KEY.part_key, happens)
-    done = replace(store, tmp_path)
-    assert (done.committed_here, done.footer.attempt) == (False, "theirs")
-    assert commit.read_footer(store, KEY.part_key).attempt == "theirs"
+    store.inject("replace_if_match", SHARD_KEY.part_key, replace_first)
+    result = replace(store, tmp_path)
+    assert (result.committed_here, result.footer.attempt) == (False, "theirs")
+    assert commit.read_footer(store, SHARD_KEY.part_key).attempt == "theirs"
 
 
 @pytest.mark.parametrize(
-    ("theirs", "error"),
+    ("rival_part", "error"),
     [
-        ((0, "theirs", "p"), AttemptFailed),  # somebody put an older one back
+        ((0, "theirs", "p"), AttemptFailed),  # an older part was put back
         ((1, "theirs", "q"), CheckFailed),
     ],
 )
-def test_what_nobody_expects_there_is_left_alone(
-    tmp_path: Path, store: MemoryStore, theirs: tuple[int, str, str], error: type[BatchjobError]
+def test_unexpected_part_is_left_unchanged(
+    tmp_path: Path, store: MemoryStore, rival_part: tuple[int, str, str], error: type[BatchjobError]
 ) -> None:
-    rival, (path, _) = store.client(), part(tmp_path, *theirs)
+    rival, (path, _) = store.client(), write_part(tmp_path, *rival_part)
 
-    def happens() -> None:
-        rival.delete(KEY.part_key)
-        rival.put_if_absent(KEY.part_key, path)
+    def replace_first() -> None:
+        rival.delete(SHARD_KEY.part_key)
+        rival.put_if_absent(SHARD_KEY.part_key, path)
 
-    store.inject("replace_if_match", KEY.part_key, happens)
+    store.inject("replace_if_match", SHARD_KEY.part_key, replace_first)
     with pytest.raises(error):
         replace(store, tmp_path)
-    assert commit.read_footer(store, KEY.part_key).attempt == "theirs"
+    assert commit.read_footer(store, SHARD_KEY.part_key).attempt == "theirs"
 
 
-def test_a_part_that_was_deleted_is_not_put_again(tmp_path: Path, store: MemoryStore) -> None:
+def test_deleted_part_is_not_put_again(tmp_path: Path, store: MemoryStore) -> None:
     rival = store.client()
-    store.inject("replace_if_match", KEY.part_key, lambda: rival.delete(KEY.part_key))
+    store.inject("replace_if_match", SHARD_KEY.part_key, lambda: rival.delete(SHARD_KEY.part_key))
     with pytest.raises(AttemptFailed, match="gone"):
         replace(store, tmp_path)
     assert store.stored_keys() == []
 
 
-def test_nothing_is_replaced_under_a_success(tmp_path: Path, store: MemoryStore) -> None:
+def test_no_part_is_replaced_under_a_success(tmp_path: Path, store: MemoryStore) -> None:
     store.put_if_absent("_SUCCESS", b"{}")
     with pytest.raises(Temporary, match="finished"):
         replace(store, tmp_path)
-    assert commit.read_footer(store, KEY.part_key).revision == 0
+    assert commit.read_footer(store, SHARD_KEY.part_key).revision == 0
 
 
-def test_nothing_is_replaced_in_a_discarded_plan(tmp_path: Path, store: MemoryStore) -> None:
-    def wanted() -> None:
+def test_no_part_of_a_discarded_plan_is_replaced(tmp_path: Path, store: MemoryStore) -> None:
+    def raise_if_discarded() -> None:
         raise Temporary("the plan was discarded")
 
     with pytest.raises(Temporary, match="discarded"):
-        replace(store, tmp_path, wanted)
-    assert commit.read_footer(store, KEY.part_key).revision == 0
+        replace(store, tmp_path, raise_if_discarded)
+    assert commit.read_footer(store, SHARD_KEY.part_key).revision == 0
 
 
-def test_a_store_that_stays_away_is_said_to(tmp_path: Path, store: MemoryStore) -> None:
-    store.inject("replace_if_match", KEY.part_key, Fault.DOWN, times=9)
+def test_persistent_unavailability_fails_the_replacement(tmp_path: Path, store: MemoryStore) -> None:
+    store.inject("replace_if_match", SHARD_KEY.part_key, Fault.DOWN, times=9)
     with pytest.raises(Unavailable):
         replace(store, tmp_path)
 
 
-WIDE = [
+WIDE_FIELDS = [
     pa.field("top_k", pa.list_(pa.struct([("label_id", pa.int32()), ("label", pa.string()), ("score", pa.float32())]))),
     pa.field("embedding", pa.list_(pa.float32(), 3), metadata={"shape": "3"}),
     pa.field("mask", pa.binary()),
@@ -570,12 +576,14 @@ WIDE = [
 ]
 
 
-def wide(folder: Path, key: ShardKey, bad: Iterable[int], mark: int) -> tuple[Path, PartFooter, pa.Table]:
-    """A part of every third kind of column; of a later revision only those rows that `bad` names, all good now."""
-    schema = build_row_schema([], WIDE)
-    wrong = set(bad)
-    numbers = sorted(wrong) if key.revision else range(key.rows)
-    filled = [
+def write_wide_part(
+    folder: Path, key: ShardKey, error_positions: Iterable[int], marker: int
+) -> tuple[Path, PartFooter, pa.Table]:
+    """Write a part with columns of many types; for a later revision only the rows of `error_positions`, all good."""
+    schema = build_row_schema([], WIDE_FIELDS)
+    wrong = set(error_positions)
+    positions = sorted(wrong) if key.revision else range(key.rows)
+    rows = [
         {
             "position": number,
             "uri": f"{number}.png",
@@ -587,65 +595,65 @@ def wide(folder: Path, key: ShardKey, bad: Iterable[int], mark: int) -> tuple[Pa
                 else {
                     "top_k": [{"label_id": number, "label": None, "score": 0.1}] * (number % 3),
                     "embedding": [number / 7, float("inf"), -0.0],
-                    "mask": bytes([number % 256, mark]),
+                    "mask": bytes([number % 256, marker]),
                     "labels": [[], None, ["a", str(number)]],
                     "seen": number,
                     "price": number,
                 }
             ),
         }
-        for number in numbers
+        for number in positions
     ]
-    table = pa.Table.from_pylist(filled, schema)
+    table = pa.Table.from_pylist(rows, schema)
     path = folder / f"wide-{key.revision}"
     with PartWriter(path, schema, row_group_rows=7) as writer:
         for batch in table.to_batches(max_chunksize=5):
             writer.add(batch)
         errors = dict(writer.errors)
         attempt = f"attempt {key.revision}"
-        made = PartFooter("p", key.id, 0, attempt, key.revision, "f", "m", len(filled), 0, {}, {"wall": 1}, {})
-        made = dataclasses.replace(made, failed=sum(errors.values()), errors=errors)
-        writer.close(made)
-    return path, made, table
+        footer = PartFooter("p", key.id, 0, attempt, key.revision, "f", "m", len(rows), 0, {}, {"wall": 1}, {})
+        footer = dataclasses.replace(footer, failed=sum(errors.values()), errors=errors)
+        writer.close(footer)
+    return path, footer, table
 
 
-@pytest.mark.parametrize("bad", [[0], [4, 5, 6, 39], range(40), []], ids=["first", "some", "all", "none"])
-def test_columns_of_every_kind_are_carried_over(
-    tmp_path: Path, bad: Iterable[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error_positions", [[0], [4, 5, 6, 39], range(40), []], ids=["first", "some", "all", "none"])
+def test_replacement_keeps_columns_of_every_type(
+    tmp_path: Path, error_positions: Iterable[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("batchjob.output.retry._ROWS_PER_BATCH", 3)
     store, key = MemoryStore(), ShardKey(0, "s" * 16, 40, 0, 0)
-    path, _, before = wide(tmp_path, key, bad, 1)
+    path, _, before = write_wide_part(tmp_path, key, error_positions, 1)
     store.put_if_absent(key.part_key, path)
     schema = pq.read_schema(path)
-    later = dataclasses.replace(key, revision=1)
-    path, made, retried = wide(tmp_path, later, bad, 2)
-    done, _ = replace_part(store, later, path, made, lambda: None)
+    retry_key = dataclasses.replace(key, revision=1)
+    path, footer, retried_rows = write_wide_part(tmp_path, retry_key, error_positions, 2)
+    result, _ = replace_part(store, retry_key, path, footer, lambda: None)
     with store.open(key.part_key) as file:
         after = pq.read_table(file)
-    rest = pc.invert(pc.is_in(before["position"], pa.array(list(bad), pa.int64())))
-    assert after.filter(rest).equals(before.filter(rest))
-    assert after.filter(pc.invert(rest)).equals(retried)
+    was_good = pc.invert(pc.is_in(before["position"], pa.array(list(error_positions), pa.int64())))
+    assert after.filter(was_good).equals(before.filter(was_good))
+    assert after.filter(pc.invert(was_good)).equals(retried_rows)
     assert after.schema.remove_metadata().equals(schema.remove_metadata(), check_metadata=True)
-    assert (done.footer.rows, done.footer.failed, done.footer.seconds) == (40, 0, {"wall": 2})
+    assert (result.footer.rows, result.footer.failed, result.footer.seconds) == (40, 0, {"wall": 2})
 
 
-def test_rows_that_nobody_retried_are_not_replaced(tmp_path: Path) -> None:
+def test_replacement_refuses_other_error_rows(tmp_path: Path) -> None:
     store, key = MemoryStore(), ShardKey(0, "s" * 16, 40, 0, 0)
-    store.put_if_absent(key.part_key, wide(tmp_path, key, [3, 4], 1)[0])
-    later = dataclasses.replace(key, revision=1)
-    for others in ([3], [3, 5], [3, 4, 5]):
-        path, made, _ = wide(tmp_path, later, others, 2)
+    store.put_if_absent(key.part_key, write_wide_part(tmp_path, key, [3, 4], 1)[0])
+    retry_key = dataclasses.replace(key, revision=1)
+    for positions in ([3], [3, 5], [3, 4, 5]):
+        path, footer, _ = write_wide_part(tmp_path, retry_key, positions, 2)
         with pytest.raises(AttemptFailed, match="other error rows"):
-            replace_part(store, later, path, made, lambda: None)
+            replace_part(store, retry_key, path, footer, lambda: None)
     assert commit.read_footer(store, key.part_key).revision == 0
 
 
-# --- `_SUCCESS` is taken away only as it was read -------------------------------------------------------------------
+# --- conditional delete of `_SUCCESS` -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", [None, Fault.LOST, Fault.REPEATED])
-def test_success_is_withdrawn(fault: Fault | None) -> None:
+def test_success_is_deleted(fault: Fault | None) -> None:
     store = MemoryStore()
     version = store.put_if_absent("_SUCCESS", b"{}").version or ""
     if fault is not None:
@@ -657,7 +665,7 @@ def test_success_is_withdrawn(fault: Fault | None) -> None:
     assert store.stored_keys() == []
 
 
-def test_a_success_that_was_put_since_stays() -> None:
+def test_newer_success_is_not_deleted() -> None:
     store = MemoryStore()
     version = store.put_if_absent("_SUCCESS", b'{"parts": []}').version or ""
     store.replace_if_match("_SUCCESS", b'{"parts": [], "later": 1}', version)
@@ -667,7 +675,7 @@ def test_a_success_that_was_put_since_stays() -> None:
 
 
 @pytest.mark.parametrize("where", ["disk", "s3"])
-def test_deleting_on_a_condition(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_conditional_delete(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     uri = str(tmp_path) if where == "disk" else request.getfixturevalue("s3").bucket()
     store = open_output(uri)
     first = store.put_if_absent("a", b"1")
