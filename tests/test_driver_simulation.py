@@ -1,4 +1,4 @@
-"""The simulation's short form: two drivers, three workers and a discard in any order, with any fault of the store."""
+"""Short simulation: two drivers, three workers and a discard in any order, with any fault of the store."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from batchjob.output.provenance import PartFooter
 from batchjob.types import ShardKey
 
 
-def test_nothing_is_lost_doubled_or_foreign_in_any_order(seed: int) -> None:
+def test_invariants_hold_in_every_order_of_calls(seed: int) -> None:
     tally = play(200, seed)
     assert tally["commits"] > tally["schedules"]
-    assert min(tally["Temporary"], tally["killed"]) > 0, "nobody was in anybody's way"
+    assert min(tally["Temporary"], tally["killed"]) > 0, "the processes never disturbed each other"
 
 
-def test_a_part_whose_plan_was_discarded_during_its_put_is_taken_back(tmp_path: Path) -> None:
-    store, buried, key = MemoryStore(), list[str](), ShardKey(0, "s" * 16, 1, 0, 0)
-    store.inject("put_if_absent", "predictions/*", lambda: buried.append("p"))
-    made = PartFooter("p", key.id, 0, "a", 0, "f", "m", 1, 0, {}, {}, {})
+def test_part_whose_plan_was_discarded_during_its_put_is_deleted_again(tmp_path: Path) -> None:
+    store, discarded_plans, key = MemoryStore(), list[str](), ShardKey(0, "s" * 16, 1, 0, 0)
+    store.inject("put_if_absent", "predictions/*", lambda: discarded_plans.append("p"))
+    footer = PartFooter("p", key.id, 0, "a", 0, "f", "m", 1, 0, {}, {}, {})
     (tmp_path / "part").write_bytes(b"rows")
 
-    def wanted() -> None:
-        if buried:
+    def raise_if_discarded() -> None:
+        if discarded_plans:
             raise Temporary("the plan was discarded")
 
     with pytest.raises(Temporary, match="discarded"):
-        commit.commit_part(store, key, tmp_path / "part", made, wanted)
+        commit.commit_part(store, key, tmp_path / "part", footer, raise_if_discarded)
     assert store.stored_keys() == []
 
 
-def test_a_success_whose_plan_was_discarded_during_its_put_is_taken_back() -> None:
-    store, buried = MemoryStore(), list[str]()
-    store.inject("put_if_absent", "_SUCCESS", lambda: buried.append("p"))
+def test_success_whose_plan_was_discarded_during_its_put_is_deleted_again() -> None:
+    store, discarded_plans = MemoryStore(), list[str]()
+    store.inject("put_if_absent", "_SUCCESS", lambda: discarded_plans.append("p"))
 
-    def wanted() -> None:
-        if buried:
+    def raise_if_discarded() -> None:
+        if discarded_plans:
             raise Temporary("the plan was discarded")
 
     with pytest.raises(Temporary, match="discarded"):
-        success.write_success(store, {"plan": "p", "counts": {}}, [], wanted)
+        success.write_success(store, {"plan": "p", "counts": {}}, [], raise_if_discarded)
     assert store.stored_keys() == []

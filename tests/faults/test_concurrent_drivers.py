@@ -1,4 +1,4 @@
-"""A scheduler that fires twice, or eight times: one driver works, the others say so in good time."""
+"""Concurrent drivers, as if a scheduler had fired twice or eight times: one works, the others exit soon with 75."""
 
 from __future__ import annotations
 
@@ -20,73 +20,75 @@ from driver_server import DriverServer
 from figures import Figure
 from seaweed import Seaweed
 
-IMAGES = 120
-LOSER_SECONDS = 10
-NAP = {"BATCHJOB_TEST_NAP": "0.3"}  # a batch; 24 of them outlast the losers
+IMAGE_COUNT = 120
+MAX_LOSER_SECONDS = 10
+SLOW_BATCHES = {"BATCHJOB_TEST_NAP": "0.3"}  # seconds per batch; 24 batches outlast the losers
 
 
 @dataclass(frozen=True)
-class Fired:
-    """What became of drivers that were started at once."""
+class ConcurrentRun:
+    """Result of drivers that were started at once."""
 
     drivers: int
     winners: list[CompletedCommand]
     losers: list[CompletedCommand]
-    tally: OutputCheck
+    check: OutputCheck
 
 
-def fire(driver_server: DriverServer, job: str, output: str, drivers: int) -> Fired:
+def run_concurrently(driver_server: DriverServer, job: str, output: str, drivers: int) -> ConcurrentRun:
     settings = [*format_overrides(output__uri=output), "--json"]
-    started = [driver_server.start("run", job, *settings, env=NAP) for _ in range(drivers)]
-    return sorted_out([driver.wait() for driver in started], output)
+    started = [driver_server.start("run", job, *settings, env=SLOW_BATCHES) for _ in range(drivers)]
+    return sort_drivers([driver.wait() for driver in started], output)
 
 
-def sorted_out(ended: list[CompletedCommand], output: str) -> Fired:
-    winners = [one for one in ended if one.exit_code == 0]
-    losers = [one for one in ended if one.exit_code != 0]
-    return Fired(len(ended), winners, losers, check_output(output, IMAGES))
+def sort_drivers(completed: list[CompletedCommand], output: str) -> ConcurrentRun:
+    winners = [driver for driver in completed if driver.exit_code == 0]
+    losers = [driver for driver in completed if driver.exit_code != 0]
+    return ConcurrentRun(len(completed), winners, losers, check_output(output, IMAGE_COUNT))
 
 
 @pytest.mark.parametrize("where", ["local", "SeaweedFS"])
-def test_of_many_drivers_one_works(
-    where: str, s3: Seaweed, driver_server: DriverServer, tmp_path: Path, request: pytest.FixtureRequest, figure: Figure
+def test_one_of_many_concurrent_drivers_works(
+    where: str, s3: Seaweed, driver_server: DriverServer, tmp_path: Path, figure: Figure
 ) -> None:
     on_s3 = where == "SeaweedFS"
-    job = upload_job(tmp_path, IMAGES, s3) if on_s3 else write_job(tmp_path, IMAGES)
-    fired = [
-        fire(driver_server, job, s3.bucket() + "out/" if on_s3 else str(tmp_path / f"out{drivers}"), drivers)
+    job = upload_job(tmp_path, IMAGE_COUNT, s3) if on_s3 else write_job(tmp_path, IMAGE_COUNT)
+    runs = [
+        run_concurrently(
+            driver_server, job, s3.bucket() + "out/" if on_s3 else str(tmp_path / f"out{drivers}"), drivers
+        )
         for drivers in (2, 4, 8)
     ]
-    losers = [loser for one in fired for loser in one.losers]
+    losers = [loser for run in runs for loser in run.losers]
     figure(
         "double fire",
-        f"2, 4 and 8 drivers at once, {where}: {[len(one.winners) for one in fired]} winners, losers' exit codes "
+        f"2, 4 and 8 drivers at once, {where}: {[len(run.winners) for run in runs]} winners, losers' exit codes "
         f"{sorted({loser.exit_code for loser in losers})} after {format_range(loser.seconds for loser in losers)} s, "
-        f"{[one.tally.plans for one in fired]} plans, {sum(one.tally.duplicates for one in fired)} rows twice",
+        f"{[run.check.plans for run in runs]} plans, {sum(run.check.duplicates for run in runs)} rows twice",
     )
-    for one in fired:
-        assert len(one.winners) == 1, [ended.stderr for ended in one.losers]
-        assert one.tally.is_correct, one.tally
+    for run in runs:
+        assert len(run.winners) == 1, [completed.stderr for completed in run.losers]
+        assert run.check.is_correct, run.check
     for loser in losers:
         assert (loser.exit_code, loser.json_result["status"]) == (75, "temporary"), loser.stderr
         assert "another driver" in loser.json_result["message"]
-        assert loser.seconds <= LOSER_SECONDS
+        assert loser.seconds <= MAX_LOSER_SECONDS
 
 
-def test_a_scheduler_s_own_command_fired_twice(tmp_path: Path, figure: Figure) -> None:
-    """The same from the shell, with all that a start takes."""
-    command = ["run", write_job(tmp_path, IMAGES), "--json"]
+def test_command_started_twice_from_the_shell(tmp_path: Path, figure: Figure) -> None:
+    """Start the command from the shell, including all imports."""
+    command = ["run", write_job(tmp_path, IMAGE_COUNT), "--json"]
     with (
-        kill_on_exit(start_batchjob(*command, env=NAP)) as one,
-        kill_on_exit(start_batchjob(*command, env=NAP)) as other,
+        kill_on_exit(start_batchjob(*command, env=SLOW_BATCHES)) as first,
+        kill_on_exit(start_batchjob(*command, env=SLOW_BATCHES)) as second,
     ):
-        ended = run_parallel(lambda command: command.wait(), [one, other], at_once=2)
-    fired = sorted_out(ended, str(tmp_path / "out"))
+        completed = run_parallel(lambda command: command.wait(), [first, second], at_once=2)
+    run = sort_drivers(completed, str(tmp_path / "out"))
     figure(
         "double fire",
-        f"2 commands from the shell: the loser left after {format_range(one.seconds for one in fired.losers)} s",
+        f"2 commands from the shell: the loser left after {format_range(loser.seconds for loser in run.losers)} s",
     )
-    assert fired.tally.is_correct, fired.tally
-    (loser,) = fired.losers
+    assert run.check.is_correct, run.check
+    (loser,) = run.losers
     assert (loser.exit_code, loser.json_result["status"]) == (75, "temporary"), loser.stderr
-    assert loser.seconds <= LOSER_SECONDS
+    assert loser.seconds <= MAX_LOSER_SECONDS

@@ -1,4 +1,4 @@
-"""10,000 schedules of two drivers, three workers and a discard at one store, with every fault it may have."""
+"""Long simulation: 10,000 schedules of two drivers, three workers and a discard, with every fault of the store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SCHEDULES = int(os.environ.get("BATCHJOB_SCHEDULES") or 10_000)
 
 
 @pytest.mark.timeout(1800)
-def test_every_image_exactly_once_in_every_schedule(seed: int, figure: Figure) -> None:
+def test_every_image_has_one_row_in_every_schedule(seed: int, figure: Figure) -> None:
     tally = play_on_two_cores(SCHEDULES, seed)
     assert tally["schedules"] >= SCHEDULES
     figure(

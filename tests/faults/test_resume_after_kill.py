@@ -1,4 +1,4 @@
-"""Drivers killed at one request, before or after the store has carried it out: what is committed is not redone."""
+"""Drivers killed at a PUT, before or after the store carries it out: a resume redoes no committed part."""
 
 from __future__ import annotations
 
@@ -15,134 +15,155 @@ from fault_proxy import RESET, FaultProxy, run_fault_proxy
 from figures import Figure
 from seaweed import Seaweed
 
-IMAGES, SHARD, POINTS = 120, 10, 20
+IMAGE_COUNT, SHARD_SIZE, POINT_COUNT = 120, 10, 20
 
 
 @dataclass(frozen=True)
-class Point:
-    """A moment to kill at: as this PUT arrives, which then the store never sees, or once it is carried out."""
+class KillPoint:
+    """Moment of a kill: when this PUT arrives, which the store then never sees, or after the store has done it.
+
+    Attributes:
+        number: Number of the PUT, from 1.
+        after_response: Kill after the store has done the PUT.
+    """
 
     number: int
-    carried_out: bool
+    after_response: bool
 
 
 @dataclass(frozen=True)
-class Resumed:
-    """What a fresh driver made of what a killed one had left."""
+class ResumedOutput:
+    """Result of a driver that resumed the output of a killed one.
 
-    point: Point
+    Attributes:
+        point: Moment of the kill.
+        request: Path of the PUT at which the first driver was killed.
+        parts_before: Number of parts that it had committed.
+        redone_parts: Parts among them that are no longer the same.
+        images_read_again: Number of images of these parts that the second driver read.
+        check: Check of the output.
+    """
+
+    point: KillPoint
     request: str
-    before: int
-    redone: list[str]
-    read_again: int
-    tally: OutputCheck
+    parts_before: int
+    redone_parts: list[str]
+    images_read_again: int
+    check: OutputCheck
 
 
-class Killer:
-    """Kills a driver at a point of its way through a go-between."""
+class KillAtRequest:
+    """Kill a driver at one of its requests, from the proxy between the driver and its store."""
 
-    def __init__(self, proxy: FaultProxy, point: Point) -> None:
+    def __init__(self, proxy: FaultProxy, point: KillPoint) -> None:
         self._point, self._lock, self._puts = point, threading.Lock(), 0
-        self._born = threading.Event()
+        self._driver_known = threading.Event()
         self._driver: DriverProcess | None = None
         self.request = ""
-        if point.carried_out:
-            proxy.on_done = self._see
+        if point.after_response:
+            proxy.on_done = self._count_request
         else:
-            proxy.decide = lambda method, path: RESET if self._see(method, path) else None
+            proxy.decide = lambda method, path: RESET if self._count_request(method, path) else None
 
     def watch(self, driver: DriverProcess) -> None:
         self._driver = driver
-        self._born.set()
+        self._driver_known.set()
 
-    def _see(self, method: str, path: str) -> bool:
-        """Whether this was the point."""
-        if not is_step(method, path):
+    def _count_request(self, method: str, path: str) -> bool:
+        """Count a request; kill the driver and return True if it is the one."""
+        if not is_counted_write(method, path):
             return False
         with self._lock:
             self._puts += 1
-            hit = self._puts == self._point.number
-        if hit:
-            self._born.wait(10)
+            is_point = self._puts == self._point.number
+        if is_point:
+            self._driver_known.wait(10)
             assert self._driver is not None
             self.request = path
             self._driver.send_signal(signal.SIGKILL)
-        return hit
+        return is_point
 
 
-def is_step(method: str, path: str) -> bool:
-    """A write of the run, but for its lease, whose beats nobody can count beforehand, and the probe of the store."""
+def is_counted_write(method: str, path: str) -> bool:
+    """Tell whether a request is a write of the run, except the probe and the lease, whose number of writes varies."""
     return method == "PUT" and "/lease/" not in path and "/probe/" not in path
 
 
-def positions(part: str) -> range:
-    """Images of a part, by its name."""
+def list_positions(part: str) -> range:
+    """Return the positions of a part, from its name."""
     found = re.search(r"part-(\d+)-", part)
     assert found is not None
-    first = int(found[1]) * SHARD
-    return range(first, first + SHARD)
+    first = int(found[1]) * SHARD_SIZE
+    return range(first, first + SHARD_SIZE)
 
 
-def images_read(proxy: FaultProxy) -> set[int]:
+def list_images_read(proxy: FaultProxy) -> set[int]:
     found = (re.search(r"images/(\d+)\.png", path) for method, path in proxy.requests if method == "GET")
     return {int(name[1]) for name in found if name}
 
 
-def run_through(proxy: FaultProxy, driver_server: DriverServer, job: str, output: str) -> DriverProcess:
+def start_run(proxy: FaultProxy, driver_server: DriverServer, job: str, output: str) -> DriverProcess:
     env = {"AWS_ENDPOINT_URL": proxy.endpoint}
     return driver_server.start(
-        "run", job, *format_overrides(output__uri=output, runtime__shard_size=SHARD), env=env, short_lease=True
+        "run", job, *format_overrides(output__uri=output, runtime__shard_size=SHARD_SIZE), env=env, short_lease=True
     )
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, s3: Seaweed) -> str:
-    """A job over pictures on SeaweedFS."""
-    return upload_job(tmp_path_factory.mktemp("resume"), IMAGES, s3)
+    """Make a job over images on SeaweedFS."""
+    return upload_job(tmp_path_factory.mktemp("resume"), IMAGE_COUNT, s3)
 
 
-def test_a_fresh_driver_redoes_nothing_that_is_committed(
+def test_resume_redoes_no_committed_part(
     s3: Seaweed, driver_server: DriverServer, job: str, seed: int, figure: Figure
 ) -> None:
-    def resume(point: Point) -> Resumed:
+    def kill_and_resume(point: KillPoint) -> ResumedOutput:
         output = s3.bucket() + "out/"
         with run_fault_proxy(s3.endpoint) as proxy:
-            killer = Killer(proxy, point)
-            driver = run_through(proxy, driver_server, job, output)
+            killer = KillAtRequest(proxy, point)
+            driver = start_run(proxy, driver_server, job, output)
             killer.watch(driver)
             assert driver.wait().exit_code == -signal.SIGKILL, f"{point} never came: {driver.stderr}"
-        before = list_committed_parts(output)
+        parts_before = list_committed_parts(output)
         with run_fault_proxy(s3.endpoint) as proxy:
-            ended = run_through(proxy, driver_server, job, output).wait()
-            assert ended.exit_code == 0, ended.stderr
-            read = images_read(proxy)
+            completed = start_run(proxy, driver_server, job, output).wait()
+            assert completed.exit_code == 0, completed.stderr
+            read = list_images_read(proxy)
         after = list_committed_parts(output)
-        redone = [part for part, made in before.items() if after.get(part) != made]
-        again = {position for part in before for position in positions(part)} & read
-        return Resumed(point, killer.request, len(before), redone, len(again), check_output(output, IMAGES))
+        redone_parts = [part for part, footer in parts_before.items() if after.get(part) != footer]
+        committed_positions = {position for part in parts_before for position in list_positions(part)}
+        return ResumedOutput(
+            point=point,
+            request=killer.request,
+            parts_before=len(parts_before),
+            redone_parts=redone_parts,
+            images_read_again=len(committed_positions & read),
+            check=check_output(output, IMAGE_COUNT),
+        )
 
-    points = chosen(seed, steps_of_a_clean_run(s3, driver_server, job))
-    runs = run_parallel(resume, points, at_once=8)
+    points = choose_points(seed, count_writes_of_a_run(s3, driver_server, job))
+    runs = run_parallel(kill_and_resume, points, at_once=8)
     for run in sorted(runs, key=lambda run: run.point.number):
-        print(f"{run.point}: {run.request}: {run.before} parts, {run.read_again} images read again")
-    redone, again = sum(len(run.redone) for run in runs), sum(run.read_again for run in runs)
+        print(f"{run.point}: {run.request}: {run.parts_before} parts, {run.images_read_again} images read again")
+    redone_parts, read_again = sum(len(run.redone_parts) for run in runs), sum(run.images_read_again for run in runs)
     figure(
         "resume",
-        f"{POINTS} drivers killed at a PUT, with {sum(r.before for r in runs)} parts committed in all: "
-        f"{redone} redone, {again} of their images read again",
+        f"{POINT_COUNT} drivers killed at a PUT, with {sum(r.parts_before for r in runs)} parts committed in all: "
+        f"{redone_parts} redone, {read_again} of their images read again",
     )
-    assert [run for run in runs if run.redone or run.read_again or not run.tally.is_correct] == []
+    assert [run for run in runs if run.redone_parts or run.images_read_again or not run.check.is_correct] == []
 
 
-def steps_of_a_clean_run(s3: Seaweed, driver_server: DriverServer, job: str) -> int:
-    """How many writes there are from first to last."""
+def count_writes_of_a_run(s3: Seaweed, driver_server: DriverServer, job: str) -> int:
+    """Count the writes of an undisturbed run."""
     with run_fault_proxy(s3.endpoint) as proxy:
-        assert run_through(proxy, driver_server, job, s3.bucket() + "out/").wait().exit_code == 0
-        return sum(is_step(method, path) for method, path in proxy.requests)
+        assert start_run(proxy, driver_server, job, s3.bucket() + "out/").wait().exit_code == 0
+        return sum(is_counted_write(method, path) for method, path in proxy.requests)
 
 
-def chosen(seed: int, steps: int) -> list[Point]:
-    """Some of all the moments there are: the very first and last always, that is in planning and in finishing."""
-    every = [Point(number, carried_out) for number in range(1, steps + 1) for carried_out in (False, True)]
-    ends = [*every[:2], *every[-2:]]
-    return ends + random.Random(f"resume {seed}").sample(every[2:-2], POINTS - len(ends))
+def choose_points(seed: int, writes: int) -> list[KillPoint]:
+    """Choose random moments, and always the first and the last two, which are in planning and in finishing."""
+    points = [KillPoint(number, after_response) for number in range(1, writes + 1) for after_response in (False, True)]
+    first_and_last = [*points[:2], *points[-2:]]
+    return first_and_last + random.Random(f"resume {seed}").sample(points[2:-2], POINT_COUNT - len(first_and_last))

@@ -1,6 +1,6 @@
-"""SIGTERM at any time once the lease is held: 75 within 20 seconds, and the next driver goes on at once.
+"""SIGTERM at any time after the lease is taken: exit code 75 within 20 seconds, and the next driver starts at once.
 
-Also where the store has fallen silent a moment ago, and all clocks that wait for it have just begun.
+This also holds if the store has just stopped answering and every time-out for it has just begun.
 """
 
 from __future__ import annotations
@@ -27,146 +27,148 @@ from fault_proxy import RESET, Decide, Delay, run_fault_proxy
 from figures import Figure
 from seaweed import Seaweed
 
-IMAGES, LONG, SECONDS = 120, 100, 20
-SILENCES: dict[str, Decide] = {
+IMAGE_COUNT, LONG_SHARD, MAX_SECONDS = 120, 100, 20
+OUTAGES: dict[str, Decide] = {
     "connections break": lambda method, path: RESET,
     "no request is answered": lambda method, path: Delay(600),
 }
 
 
 @dataclass(frozen=True)
-class Moment:
-    """When the signal comes, and in what kind of run.
+class StopMoment:
+    """Moment of the signal, and the kind of run.
 
     Attributes:
-        after: seconds since the lease was taken.
-        shard: images in a shard; one of 100, in batches of 5 that take 3 s each, outlasts any grace.
-        processes: of the loader.
-        silence: how the store fell silent right before, if it did.
+        delay: Time since the lease was taken, in seconds.
+        shard_size: Images per shard. A shard of 100, in batches of 5 that take 3 s each, takes longer than any drain.
+        processes: Loader processes.
+        outage: Kind of outage of the store right before the signal; empty for none.
     """
 
-    after: float
-    shard: int
+    delay: float
+    shard_size: int
     processes: int
-    silence: str = ""
+    outage: str = ""
 
     @property
-    def nap(self) -> float:
-        """Seconds a batch."""
-        return 3.0 if self.shard == LONG else 1.0
+    def batch_seconds(self) -> float:
+        """Time per batch, in seconds."""
+        return 3.0 if self.shard_size == LONG_SHARD else 1.0
 
 
 @dataclass(frozen=True)
-class Stopped:
-    """How a driver ended that was asked to, and what the next one made of it."""
+class StoppedDriver:
+    """Result of a driver that was stopped, and of the driver that resumed its run."""
 
-    moment: Moment
-    ended: CompletedCommand
+    moment: StopMoment
+    completed: CompletedCommand
     seconds: float
     parts: int
-    redone: int
-    waited: bool
-    tally: OutputCheck
+    redone_parts: int
+    lease_was_held: bool
+    check: OutputCheck
 
 
-def held(output: str) -> bool:
-    """Whether a driver has taken the lease."""
+def is_lease_held(output: str) -> bool:
+    """Tell whether a driver has taken the lease."""
     return any(True for _ in open_output(output).list("_batchjob/lease/"))
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, s3: Seaweed) -> str:
-    """A job over pictures on SeaweedFS."""
-    return upload_job(tmp_path_factory.mktemp("sigterm"), IMAGES, s3)
+    """Make a job over images on SeaweedFS."""
+    return upload_job(tmp_path_factory.mktemp("sigterm"), IMAGE_COUNT, s3)
 
 
-def moments(seed: int) -> list[Moment]:
-    """Early and late, with long shards and short ones, with loader processes and without."""
-    chance = random.Random(f"sigterm {seed}")
-    early = [Moment(0, 20, 0), Moment(chance.uniform(0, 0.3), 5, 0), Moment(chance.uniform(0, 6), 20, 1)]
-    short = [Moment(chance.uniform(2, 10), 10, 0), Moment(chance.uniform(4, 10), 5, 0)]
-    long = [Moment(chance.uniform(1, 4), LONG, 0), Moment(chance.uniform(4, 12), LONG, 0)]
-    silent = [Moment(chance.uniform(3, 8), 5, processes, how) for how in SILENCES for processes in (0, 1)]
-    return [*early, *short, *long, Moment(chance.uniform(6, 15), LONG, 1), *silent]
+def choose_moments(seed: int) -> list[StopMoment]:
+    """Choose early and late moments, with long and short shards, with and without loader processes."""
+    uniform = random.Random(f"sigterm {seed}").uniform
+    early = [StopMoment(0, 20, 0), StopMoment(uniform(0, 0.3), 5, 0), StopMoment(uniform(0, 6), 20, 1)]
+    short = [StopMoment(uniform(2, 10), 10, 0), StopMoment(uniform(4, 10), 5, 0)]
+    long = [StopMoment(uniform(1, 4), LONG_SHARD, 0), StopMoment(uniform(4, 12), LONG_SHARD, 0)]
+    outages = [StopMoment(uniform(3, 8), 5, processes, outage) for outage in OUTAGES for processes in (0, 1)]
+    return [*early, *short, *long, StopMoment(uniform(6, 15), LONG_SHARD, 1), *outages]
 
 
-def test_it_drains_and_the_next_run_resumes(
+def test_sigterm_drains_and_the_next_run_resumes(
     s3: Seaweed, driver_server: DriverServer, job: str, seed: int, figure: Figure
 ) -> None:
-    def stop(moment: Moment) -> Stopped:
+    def stop_and_resume(moment: StopMoment) -> StoppedDriver:
         output = s3.bucket() + "out/"
         servers: LoaderOrigin = "own" if moment.processes else "none"
         settings = format_overrides(
             output__uri=output,
-            runtime__shard_size=moment.shard,
+            runtime__shard_size=moment.shard_size,
             runtime__loader__processes=moment.processes,
         )
-        env = {"BATCHJOB_TEST_NAP": str(moment.nap)}
-        with run_fault_proxy(s3.endpoint) as gate:
-            if moment.silence:
-                env["AWS_ENDPOINT_URL"] = gate.endpoint
+        env = {"BATCHJOB_TEST_NAP": str(moment.batch_seconds)}
+        with run_fault_proxy(s3.endpoint) as proxy:
+            if moment.outage:
+                env["AWS_ENDPOINT_URL"] = proxy.endpoint
             driver = driver_server.start("run", job, *settings, "--json", env=env, loaders=servers)
-            driver.wait_until(lambda: held(output))
-            assert driver.run_for(moment.after)
-            if moment.silence:
+            driver.wait_until(lambda: is_lease_held(output))
+            assert driver.run_for(moment.delay)
+            if moment.outage:
                 driver.wait_until(lambda: list_committed_parts(output))
-                gate.decide = SILENCES[moment.silence]
-            asked = driver.seconds
+                proxy.decide = OUTAGES[moment.outage]
+            signalled_at = driver.seconds
             driver.send_signal(signal.SIGTERM)
-            ended = driver.wait()
-        before = list_committed_parts(output)
-        if moment.silence:
-            delete_lease(output)  # it could not be given back
-        heir = driver_server.start("run", job, *settings, loaders=servers).wait()
-        assert heir.exit_code == 0, heir.stderr
-        redone = len(before.items() - list_committed_parts(output).items())
-        return Stopped(
+            completed = driver.wait()
+        parts_before = list_committed_parts(output)
+        if moment.outage:
+            delete_lease(output)  # it could not be released
+        next_driver = driver_server.start("run", job, *settings, loaders=servers).wait()
+        assert next_driver.exit_code == 0, next_driver.stderr
+        redone_parts = len(parts_before.items() - list_committed_parts(output).items())
+        return StoppedDriver(
             moment,
-            ended,
-            ended.seconds - asked,
-            len(before),
-            redone,
-            "waiting" in heir.stderr,
-            check_output(output, IMAGES),
+            completed,
+            completed.seconds - signalled_at,
+            len(parts_before),
+            redone_parts,
+            "waiting" in next_driver.stderr,
+            check_output(output, IMAGE_COUNT),
         )
 
-    stopped = run_parallel(stop, moments(seed), at_once=12)
-    for one in stopped:
-        print(f"{one.moment}: {one.ended.exit_code} after {one.seconds:.1f} s with {one.parts} parts")
-    heard = [one for one in stopped if not one.moment.silence]
-    unheard = [one for one in stopped if one.moment.silence]
-    after = format_range(one.moment.after for one in heard)
-    figure("SIGTERM", f"{len(heard)} drivers, {after} s after they took the lease: {words(heard)}")
+    stopped = run_parallel(stop_and_resume, choose_moments(seed), at_once=12)
+    for driver in stopped:
+        print(f"{driver.moment}: {driver.completed.exit_code} after {driver.seconds:.1f} s with {driver.parts} parts")
+    with_store = [driver for driver in stopped if not driver.moment.outage]
+    without_store = [driver for driver in stopped if driver.moment.outage]
+    delay = format_range(driver.moment.delay for driver in with_store)
+    figure("SIGTERM", f"{len(with_store)} drivers, {delay} s after they took the lease: {describe_stops(with_store)}")
     figure(
         "SIGTERM",
-        f"{len(unheard)} drivers, right after their store fell silent ({' or '.join(SILENCES)}), under the default "
-        f"patience: {words(unheard)}",
+        f"{len(without_store)} drivers, right after their store fell silent ({' or '.join(OUTAGES)}), under the "
+        f"default patience: {describe_stops(without_store)}",
     )
-    for one in stopped:
-        assert (one.ended.exit_code, one.ended.json_result["status"]) == (75, "temporary"), one
-        assert one.seconds <= SECONDS, one
-        assert one.redone == 0, one
-        assert not one.waited, "the lease was left behind"
-        assert one.tally.is_correct, one
+    for driver in stopped:
+        assert (driver.completed.exit_code, driver.completed.json_result["status"]) == (75, "temporary"), driver
+        assert driver.seconds <= MAX_SECONDS, driver
+        assert driver.redone_parts == 0, driver
+        assert not driver.lease_was_held, "the lease was left behind"
+        assert driver.check.is_correct, driver
 
 
-def words(stopped: list[Stopped]) -> str:
-    """How they ended, for the table."""
-    codes, seconds = sorted({one.ended.exit_code for one in stopped}), format_range(one.seconds for one in stopped)
-    redone, parts = sum(one.redone for one in stopped), sum(one.parts for one in stopped)
-    return f"exit codes {codes} after {seconds} s, {redone} of {parts} parts redone"
+def describe_stops(stopped: list[StoppedDriver]) -> str:
+    """Describe how drivers ended, for the table of figures."""
+    codes = sorted({driver.completed.exit_code for driver in stopped})
+    seconds = format_range(driver.seconds for driver in stopped)
+    redone_parts, parts = sum(driver.redone_parts for driver in stopped), sum(driver.parts for driver in stopped)
+    return f"exit codes {codes} after {seconds} s, {redone_parts} of {parts} parts redone"
 
 
-@pytest.mark.parametrize("after", [0.0, 2.0])
-def test_while_torch_is_still_being_imported(after: float, tmp_path: Path, figure: Figure) -> None:
-    """The command from the shell, which takes the lease first and imports afterwards."""
-    job, output = write_job(tmp_path, IMAGES), str(tmp_path / "out")
+@pytest.mark.parametrize("delay", [0.0, 2.0])
+def test_sigterm_while_torch_is_imported(delay: float, tmp_path: Path, figure: Figure) -> None:
+    """Stop a command from the shell, which takes the lease first and imports torch afterwards."""
+    job, output = write_job(tmp_path, IMAGE_COUNT), str(tmp_path / "out")
     with kill_on_exit(start_batchjob("run", job, "--json", env={"BATCHJOB_TEST_NAP": "1"})) as command:
-        wait_until(lambda: held(output), command=command)
-        asked = command.seconds + after
-        wait_until(lambda: command.seconds >= asked, command=command)
+        wait_until(lambda: is_lease_held(output), command=command)
+        signalled_at = command.seconds + delay
+        wait_until(lambda: command.seconds >= signalled_at, command=command)
         command.process.send_signal(signal.SIGTERM)
-        ended = command.wait()
-    figure("SIGTERM", f"{after:.0f} s after a command from the shell took the lease: {ended.seconds - asked:.1f} s")
-    assert (ended.exit_code, ended.json_result["status"]) == (75, "temporary"), ended.stderr
-    assert ended.seconds - asked <= SECONDS
+        completed = command.wait()
+    seconds = completed.seconds - signalled_at
+    figure("SIGTERM", f"{delay:.0f} s after a command from the shell took the lease: {seconds:.1f} s")
+    assert (completed.exit_code, completed.json_result["status"]) == (75, "temporary"), completed.stderr
+    assert seconds <= MAX_SECONDS

@@ -1,4 +1,4 @@
-"""Drivers that are stopped before a PUT, taken for dead, and go on when their shard has long been made by a rival."""
+"""Drivers that are suspended before a PUT, lose their lease, and go on after a rival has committed their shard."""
 
 from __future__ import annotations
 
@@ -22,121 +22,133 @@ from fault_proxy import FaultProxy, run_fault_proxy
 from figures import Figure
 from seaweed import Seaweed
 
-ZOMBIES, IMAGES, SHARD = 20, 60, 5
-NAP = {"BATCHJOB_TEST_NAP": "0.1"}
+DRIVER_COUNT, IMAGE_COUNT, SHARD_SIZE = 20, 60, 5
+SLOW_BATCHES = {"BATCHJOB_TEST_NAP": "0.1"}
 
 
 @dataclass(frozen=True)
-class Risen:
-    """What a driver did that woke up after its rival had finished.
+class ResumedDriver:
+    """Result of a driver that was resumed after its rival had finished.
 
     Attributes:
-        part: that it was about to put.
-        missing: whether that part was not there as the driver was stopped.
-        kept: whether each part is still the one that the rival left, the part in question among them.
-        late: whether its PUT of that part went out after all.
-        code: of its exit.
-        waited: seconds until the rival was done, its wait for the lease included.
+        part: Part that it was about to put.
+        was_missing: Whether that part was missing when the driver was suspended.
+        parts_unchanged: Whether all parts are still the rival's.
+        late_put: Whether its PUT of that part was sent after all.
+        exit_code: Its exit code.
+        rival_seconds: Time until the rival was done, with its wait for the lease, in seconds.
+        check: Check of the output.
     """
 
     part: str
-    missing: bool
-    kept: bool
-    late: bool
-    code: int
-    waited: float
-    tally: OutputCheck
+    was_missing: bool
+    parts_unchanged: bool
+    late_put: bool
+    exit_code: int
+    rival_seconds: float
+    check: OutputCheck
 
 
-class Trap:
-    """Stops a driver at its n-th commit, before the part is there: as its PUT is on the way, or just before that.
+class SuspendTrap:
+    """Suspend a driver at its n-th commit before the part is there: during its PUT, or just before it.
 
-    A PUT on the way is held until the driver goes on; then it arrives. Just before it the driver asks whether its plan
-    still stands; that it does, it hears when it goes on.
+    A PUT is held until the driver goes on; then it arrives. Just before a PUT the driver reads the plan's tombstone; it
+    gets the answer, that the plan is in force, when it goes on.
 
     Args:
-        proxy: between the driver and its store.
-        number: n, two at least.
-        on_the_way: which of both.
+        proxy: Proxy between the driver and its store.
+        number: n; at least 2.
+        during_put: Suspend during the PUT, not before it.
     """
 
-    def __init__(self, proxy: FaultProxy, number: int, on_the_way: bool) -> None:
-        self._number, self._on_the_way = number, on_the_way
-        self._puts = self._looks = 0
-        self._born = threading.Event()
+    def __init__(self, proxy: FaultProxy, number: int, during_put: bool) -> None:
+        self._number, self._during_put = number, during_put
+        self._puts = self._tombstone_reads = 0
+        self._driver_known = threading.Event()
         self._driver: DriverProcess | None = None
-        self.stopped, self.go_on = threading.Event(), threading.Event()
-        proxy.decide, proxy.on_done = self._asked, self._answered
+        self.suspended, self.may_continue = threading.Event(), threading.Event()
+        proxy.decide, proxy.on_done = self._handle_request, self._handle_response
 
     def watch(self, driver: DriverProcess) -> None:
         self._driver = driver
-        self._born.set()
+        self._driver_known.set()
 
-    def _asked(self, method: str, path: str) -> None:
+    def _handle_request(self, method: str, path: str) -> None:
         if method == "PUT" and "/predictions/" in path:
-            self._puts, self._looks = self._puts + 1, 0
-            if self._on_the_way and self._puts == self._number:
-                self._stop()
+            self._puts, self._tombstone_reads = self._puts + 1, 0
+            if self._during_put and self._puts == self._number:
+                self._suspend()
         elif path.endswith("/discarded"):
-            self._looks += 1
+            self._tombstone_reads += 1
 
-    def _answered(self, method: str, path: str) -> None:
-        """Of the looks at the plan between two PUTs the first belongs to the one before, the second to the next."""
-        before = path.endswith("/discarded") and (self._puts, self._looks) == (self._number - 1, 2)
-        if before and not self._on_the_way:
-            self._stop()
+    def _handle_response(self, method: str, path: str) -> None:
+        # The first tombstone read between two PUTs belongs to the PUT before, the second one to the next PUT.
+        before = path.endswith("/discarded") and (self._puts, self._tombstone_reads) == (self._number - 1, 2)
+        if before and not self._during_put:
+            self._suspend()
 
-    def _stop(self) -> None:
-        self._born.wait(10)
+    def _suspend(self) -> None:
+        self._driver_known.wait(10)
         assert self._driver is not None
         self._driver.send_signal(signal.SIGSTOP)
-        self.stopped.set()
-        self.go_on.wait(120)
+        self.suspended.set()
+        self.may_continue.wait(120)
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, s3: Seaweed) -> str:
-    """A job over pictures on SeaweedFS."""
-    return upload_job(tmp_path_factory.mktemp("zombie"), IMAGES, s3)
+    """Make a job over images on SeaweedFS."""
+    return upload_job(tmp_path_factory.mktemp("zombie"), IMAGE_COUNT, s3)
 
 
-def test_what_a_rival_has_committed_stands(
+def test_parts_of_a_rival_are_never_overwritten(
     s3: Seaweed, driver_server: DriverServer, job: str, seed: int, figure: Figure
 ) -> None:
-    """With the lease's clock at full length."""
-
-    def rise(number: int) -> Risen:
-        chance = random.Random(f"zombie {seed} {number}")
+    # The leases expire as in production.
+    def suspend_and_resume(number: int) -> ResumedDriver:
+        random_numbers = random.Random(f"zombie {seed} {number}")
         output = s3.bucket() + "out/"
-        settings = format_overrides(output__uri=output, runtime__shard_size=SHARD)
+        settings = format_overrides(output__uri=output, runtime__shard_size=SHARD_SIZE)
         with run_fault_proxy(s3.endpoint) as proxy:
-            commit = chance.randint(2, IMAGES // SHARD)
-            trap = Trap(proxy, commit, on_the_way=bool(number % 2))
-            zombie = driver_server.start("run", job, *settings, env={**NAP, "AWS_ENDPOINT_URL": proxy.endpoint})
-            trap.watch(zombie)
-            assert zombie.wait_until(trap.stopped.is_set), zombie.stderr
+            commit = random_numbers.randint(2, IMAGE_COUNT // SHARD_SIZE)
+            trap = SuspendTrap(proxy, commit, during_put=bool(number % 2))
+            env = {**SLOW_BATCHES, "AWS_ENDPOINT_URL": proxy.endpoint}
+            driver = driver_server.start("run", job, *settings, env=env)
+            trap.watch(driver)
+            assert driver.wait_until(trap.suspended.is_set), driver.stderr
             before, puts = list_committed_parts(output), len(proxy.requests)
             rival = driver_server.start("run", job, *settings).wait()
             assert rival.exit_code == 0, rival.stderr
             after = list_committed_parts(output)
             assert before.items() <= after.items()
             part = sorted(after)[commit - 1]
-            zombie.send_signal(signal.SIGCONT)
-            trap.go_on.set()
-            ended = zombie.wait()
-            later = proxy.requests[puts:] if not number % 2 else proxy.requests
-        late = any(method == "PUT" and path.endswith(part) for method, path in later)
-        kept = list_committed_parts(output) == after
-        return Risen(part, part not in before, kept, late, ended.exit_code, rival.seconds, check_output(output, IMAGES))
+            driver.send_signal(signal.SIGCONT)
+            trap.may_continue.set()
+            completed = driver.wait()
+            later_requests = proxy.requests[puts:] if not number % 2 else proxy.requests
+        late_put = any(method == "PUT" and path.endswith(part) for method, path in later_requests)
+        parts_unchanged = list_committed_parts(output) == after
+        return ResumedDriver(
+            part=part,
+            was_missing=part not in before,
+            parts_unchanged=parts_unchanged,
+            late_put=late_put,
+            exit_code=completed.exit_code,
+            rival_seconds=rival.seconds,
+            check=check_output(output, IMAGE_COUNT),
+        )
 
-    risen = run_parallel(rise, range(ZOMBIES), at_once=ZOMBIES)
+    drivers = run_parallel(suspend_and_resume, range(DRIVER_COUNT), at_once=DRIVER_COUNT)
+    kept = [driver for driver in drivers if driver.was_missing and driver.parts_unchanged]
+    late_puts = sum(driver.late_put for driver in drivers)
+    exit_codes = {driver.exit_code for driver in drivers}
     figure(
         "zombie",
-        f"{sum(one.missing for one in risen)}/{ZOMBIES} stopped before their part was there, "
-        f"{sum(one.missing and one.kept for one in risen)}/{ZOMBIES} with the rival's attempt in its footer; the "
-        f"zombie's PUT came late {sum(one.late for one in risen)} times; rivals done after "
-        f"{format_range(one.waited for one in risen)} s; exit codes {sorted({one.code for one in risen})}",
+        f"{sum(driver.was_missing for driver in drivers)}/{DRIVER_COUNT} stopped before their part was there, "
+        f"{len(kept)}/{DRIVER_COUNT} with the rival's attempt in its footer; the "
+        f"zombie's PUT came late {late_puts} times; rivals done after "
+        f"{format_range(driver.rival_seconds for driver in drivers)} s; exit codes {sorted(exit_codes)}",
     )
-    assert [one for one in risen if not (one.missing and one.kept and one.tally.is_correct)] == []
-    assert {one.code for one in risen} == {75}
-    assert sum(one.late for one in risen) >= ZOMBIES // 2
+    assert [driver for driver in drivers if driver not in kept or not driver.check.is_correct] == []
+    assert exit_codes == {75}
+    assert late_puts >= DRIVER_COUNT // 2
