@@ -1,4 +1,4 @@
-"""The manifest source: formats, types, locations, part files, resuming, and what it says of bad input."""
+"""The manifest source: formats, types, locations, part files, resuming, errors of bad input."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path.with_suffix(".parquet")
 
 
-def _csv(rows: list[dict[str, Any]]) -> bytes:
+def encode_csv(rows: list[dict[str, Any]]) -> bytes:
     def cell(value: Any) -> str:
         return "" if value is None else f'"{value}"' if isinstance(value, str) else str(value)
 
@@ -42,11 +42,11 @@ def _csv(rows: list[dict[str, Any]]) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-def _jsonl(rows: list[dict[str, Any]]) -> bytes:
+def encode_jsonl(rows: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def written(ending: str, encode: Callable[[list[dict[str, Any]]], bytes]) -> Write:
+def make_writer(ending: str, encode: Callable[[list[dict[str, Any]]], bytes]) -> Write:
     def write(path: Path, rows: list[dict[str, Any]]) -> Path:
         path = path.with_name(path.name + ending)
         path.write_bytes(encode(rows))
@@ -57,10 +57,10 @@ def written(ending: str, encode: Callable[[list[dict[str, Any]]], bytes]) -> Wri
 
 WRITERS: dict[str, Write] = {
     "parquet": write_parquet,
-    "csv": written(".csv", _csv),
-    "jsonl": written(".jsonl", _jsonl),
-    "csv.gz": written(".csv.gz", lambda rows: gzip.compress(_csv(rows))),
-    "jsonl.gz": written(".ndjson.gz", lambda rows: gzip.compress(_jsonl(rows))),
+    "csv": make_writer(".csv", encode_csv),
+    "jsonl": make_writer(".jsonl", encode_jsonl),
+    "csv.gz": make_writer(".csv.gz", lambda rows: gzip.compress(encode_csv(rows))),
+    "jsonl.gz": make_writer(".ndjson.gz", lambda rows: gzip.compress(encode_jsonl(rows))),
 }
 
 ROWS = [
@@ -74,33 +74,33 @@ def write(request: pytest.FixtureRequest) -> Write:
     return WRITERS[request.param]
 
 
-def put(path: Path, text: str | bytes) -> str:
+def write_file(path: Path, text: str | bytes) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return str(path)
 
 
-def read(source: Source, after: Cursor = START, outside: str | None = None) -> pa.Table:
-    return pa.Table.from_batches(list(source.refs(READER, after, outside)))
+def read_table(source: Source, after: Cursor = START, excluded_folder: str | None = None) -> pa.Table:
+    return pa.Table.from_batches(list(source.refs(READER, after, excluded_folder)))
 
 
-def manifest(uri: str | Path, **settings: Any) -> ManifestSource:
+def make_source(uri: str | Path, **settings: Any) -> ManifestSource:
     return ManifestSource(**{"uri": str(uri), "uri_column": "image", **settings})
 
 
-def refused(source: ManifestSource) -> str:
+def error_of(source: ManifestSource) -> str:
     with pytest.raises(InvalidJob) as caught:
-        read(source)
+        read_table(source)
     assert "\n" not in caught.value.message
     return caught.value.message
 
 
 class TestFormats:
-    def test_rows_in_order_with_sizes_and_typed_passthrough(self, tmp_path: Path, write: Write) -> None:
+    def test_rows_have_sizes_and_typed_passthrough_in_order(self, tmp_path: Path, write: Write) -> None:
         path = write(tmp_path / "index", ROWS)
-        source = manifest(path, size_column="bytes", passthrough={"sku": "int64", "country": "string"})
+        source = make_source(path, size_column="bytes", passthrough={"sku": "int64", "country": "string"})
 
-        table = read(source)
+        table = read_table(source)
 
         wanted = pa.schema([*REF_FIELDS, pa.field("sku", pa.int64()), pa.field("country", pa.string())])
         assert table.schema.equals(wanted)
@@ -112,62 +112,67 @@ class TestFormats:
         assert table.column("sku").to_pylist() == [row["sku"] for row in ROWS]
         assert table.column("country").to_pylist() == [row["country"] for row in ROWS]
 
-    def test_untyped_passthrough_is_text_but_in_parquet(self, tmp_path: Path, write: Write) -> None:
+    def test_untyped_passthrough_is_text_except_in_parquet(self, tmp_path: Path, write: Write) -> None:
         path = write(tmp_path / "index", ROWS)
-        table = read(manifest(path, passthrough=["sku"]))
+        table = read_table(make_source(path, passthrough=["sku"]))
         kind = pa.int64() if path.suffix == ".parquet" else pa.string()
         assert table.column("sku").type == kind
         assert table.column("sku").cast(pa.int64()).to_pylist() == [row["sku"] for row in ROWS]
 
-    def test_resumes_after_every_row(self, tmp_path: Path, write: Write) -> None:
-        source = manifest(write(tmp_path / "index", ROWS), passthrough=["sku"])
-        whole = read(source)
+    def test_refs_resume_after_any_row(self, tmp_path: Path, write: Write) -> None:
+        source = make_source(write(tmp_path / "index", ROWS), passthrough=["sku"])
+        whole = read_table(source)
         for count in range(13):
-            assert read(source, Cursor(count, "ignored")).equals(whole.slice(count)), count
+            assert read_table(source, Cursor(count, "ignored")).equals(whole.slice(count)), count
 
-    def test_no_rows_is_one_empty_batch_with_its_schema(self, tmp_path: Path) -> None:
+    def test_manifest_without_rows_is_one_empty_batch(self, tmp_path: Path) -> None:
         empty = pa.table({"image": pa.array([], pa.string()), "sku": pa.array([], pa.int8())})
         pq.write_table(empty, tmp_path / "none.parquet")
         files = {
             str(tmp_path / "none.parquet"): pa.int8(),
-            put(tmp_path / "none.csv", "image,sku\n"): pa.string(),
-            put(tmp_path / "bare.csv", "image,sku"): pa.string(),
-            put(tmp_path / "none.jsonl", ""): pa.string(),
+            write_file(tmp_path / "none.csv", "image,sku\n"): pa.string(),
+            write_file(tmp_path / "bare.csv", "image,sku"): pa.string(),
+            write_file(tmp_path / "none.jsonl", ""): pa.string(),
         }
         for uri, kind in files.items():
-            (batch,) = manifest(uri, passthrough=["sku"]).refs(READER, START)
+            (batch,) = make_source(uri, passthrough=["sku"]).refs(READER, START)
             assert batch.num_rows == 0
             assert batch.schema.equals(pa.schema([*REF_FIELDS, pa.field("sku", kind)]))
 
-    def test_id_and_etag(self, tmp_path: Path, write: Write) -> None:
+    def test_id_and_etag_columns_are_read(self, tmp_path: Path, write: Write) -> None:
         rows: list[dict[str, Any]] = [
             {"image": "a.jpg", "key": "k1", "tag": '"abc"'},
             {"image": "b.jpg", "key": "k2", "tag": None},
         ]
         if write is not WRITERS["parquet"]:
             rows[0]["tag"] = "abc"
-        table = read(manifest(write(tmp_path / "m", rows), id_column="key", etag_column="tag", passthrough=["tag"]))
+        table = read_table(
+            make_source(write(tmp_path / "m", rows), id_column="key", etag_column="tag", passthrough=["tag"])
+        )
         assert table.schema.names == ["uri", "location", "size", "etag", "id", "tag"]
         assert table.column("id").to_pylist() == ["k1", "k2"]
         assert table.column("etag").to_pylist() == ["abc", None]
 
-    def test_more_rows_than_a_batch_holds(self, tmp_path: Path, write: Write) -> None:
+    def test_large_manifest_is_read_in_bounded_batches(self, tmp_path: Path, write: Write) -> None:
         rows = [{"image": f"{number}.jpg", "n": number} for number in range(20_000)]
-        source = manifest(write(tmp_path / "m", rows), passthrough={"n": "int32"})
+        source = make_source(write(tmp_path / "m", rows), passthrough={"n": "int32"})
         batches = list(source.refs(READER, Cursor(9_000)))
         assert max(batch.num_rows for batch in batches) <= 8192
         assert pa.Table.from_batches(batches).column("n").to_pylist() == list(range(9_000, 20_000))
 
-    def test_a_reader_that_stops_early_leaves_nothing_open(self, tmp_path: Path, write: Write) -> None:
+    def test_listing_can_be_abandoned(self, tmp_path: Path, write: Write) -> None:
         rows = [{"image": f"{number}.jpg", "text": "x" * 200} for number in range(30_000)]
-        source = manifest(write(tmp_path / "m", rows), passthrough=["text"])
+        source = make_source(write(tmp_path / "m", rows), passthrough=["text"])
         for _ in range(5):
             batches = source.refs(READER, START)
             assert next(batches).num_rows
             del batches
 
-    def test_both_sources_are_sources(self, tmp_path: Path) -> None:
-        sources: list[Source] = [manifest(put(tmp_path / "m.csv", "image\na.jpg\n")), PrefixSource(uri=str(tmp_path))]
+    def test_both_sources_follow_the_protocol(self, tmp_path: Path) -> None:
+        sources: list[Source] = [
+            make_source(write_file(tmp_path / "m.csv", "image\na.jpg\n")),
+            PrefixSource(uri=str(tmp_path)),
+        ]
         for source in sources:
             source.check(READER)
             assert source.explain_missing(READER) is None
@@ -175,13 +180,13 @@ class TestFormats:
 
 
 class TestCsv:
-    def test_quotes_line_ends_byte_order_mark_and_empty_lines(self, tmp_path: Path) -> None:
+    def test_csv_quotes_line_ends_byte_order_mark_and_empty_lines(self, tmp_path: Path) -> None:
         text = '\ufeffimage,note\r\n"a,1.jpg","two\nlines"\r\n\r\nb.jpg,""\r\nc.jpg,\r\nd.jpg,NA'
-        table = read(manifest(put(tmp_path / "m.csv", text), passthrough=["note"]))
+        table = read_table(make_source(write_file(tmp_path / "m.csv", text), passthrough=["note"]))
         assert table.column("uri").to_pylist() == ["a,1.jpg", "b.jpg", "c.jpg", "d.jpg"]
         assert table.column("note").to_pylist() == ["two\nlines", "", None, "NA"]
 
-    def test_types(self, tmp_path: Path) -> None:
+    def test_csv_values_are_cast_to_the_given_types(self, tmp_path: Path) -> None:
         values = {
             "int64": (" 5 ", 5),
             "uint8": ("255", 255),
@@ -199,30 +204,30 @@ class TestCsv:
         names = [f"c{number}" for number in range(len(values))]
         text = ",".join(["image", *names]) + "\n" + ",".join(["a.jpg", *(given for given, _ in values.values())])
         text += "\nb.jpg" + "," * len(values) + "\n"
-        source = manifest(put(tmp_path / "m.csv", text), passthrough=dict(zip(names, values, strict=True)))
-        first, second = read(source).select(names).to_pylist()
+        source = make_source(write_file(tmp_path / "m.csv", text), passthrough=dict(zip(names, values, strict=True)))
+        first, second = read_table(source).select(names).to_pylist()
         assert list(first.values()) == [wanted for _, wanted in values.values()]
         assert set(second.values()) == {None}
 
-    def test_decimals(self, tmp_path: Path) -> None:
-        uri = put(tmp_path / "m.csv", "image,price\na.jpg,12.50\n")
-        (field,) = manifest(uri, passthrough={"price": "decimal128(10, 2)"}).fields(READER)
+    def test_decimal_type_is_accepted(self, tmp_path: Path) -> None:
+        uri = write_file(tmp_path / "m.csv", "image,price\na.jpg,12.50\n")
+        (field,) = make_source(uri, passthrough={"price": "decimal128(10, 2)"}).fields(READER)
         assert field.type == pa.decimal128(10, 2)
 
-    def test_a_value_that_does_not_fit_names_its_row(self, tmp_path: Path, write: Write) -> None:
+    def test_value_that_does_not_fit_names_its_row(self, tmp_path: Path, write: Write) -> None:
         rows = [{"image": f"{number}.jpg", "n": "7" if number != 9_001 else "7x"} for number in range(10_000)]
         path = write(tmp_path / "m", rows)
-        said = refused(manifest(path, passthrough={"n": "int64"}))
-        assert said == (
+        expected = error_of(make_source(path, passthrough={"n": "int64"}))
+        assert expected == (
             f"{path}, row 9002: '7x' in column 'n' is no int64; correct it, or give the column another type"
         )
 
-    def test_a_time_zone_where_none_is_wanted(self, tmp_path: Path) -> None:
-        uri = put(tmp_path / "m.csv", "image,t\na.jpg,2026-11-19T01:02:03Z\n")
-        assert "give the type a time zone" in refused(manifest(uri, passthrough={"t": "timestamp"}))
+    def test_unexpected_time_zone_is_explained(self, tmp_path: Path) -> None:
+        uri = write_file(tmp_path / "m.csv", "image,t\na.jpg,2026-11-19T01:02:03Z\n")
+        assert "give the type a time zone" in error_of(make_source(uri, passthrough={"t": "timestamp"}))
 
     @pytest.mark.parametrize(
-        ("text", "said"),
+        ("text", "expected"),
         [
             ("image,n\na.jpg\n", "Expected 2 columns, got 1"),
             (b"image,n\n\xff.jpg,1\n", "save it as UTF-8"),
@@ -233,35 +238,35 @@ class TestCsv:
             ("image;n\na.jpg;1\n", "has no column 'image' (did you mean 'image;n'?); it has: image;n"),
         ],
     )
-    def test_damaged(self, tmp_path: Path, text: str | bytes, said: str) -> None:
-        uri = put(tmp_path / "m.csv", text)
-        message = refused(manifest(uri, passthrough=["n"]))
-        assert said in message
+    def test_damaged(self, tmp_path: Path, text: str | bytes, expected: str) -> None:
+        uri = write_file(tmp_path / "m.csv", text)
+        message = error_of(make_source(uri, passthrough=["n"]))
+        assert expected in message
         assert uri in message
 
-    def test_a_damaged_gzip(self, tmp_path: Path) -> None:
+    def test_damaged_gzip_is_reported(self, tmp_path: Path) -> None:
         whole = gzip.compress(b"image\n" + repr(list(range(4000))).encode() + b"\n")
-        assert "cannot be read as csv" in refused(manifest(put(tmp_path / "a.csv.gz", whole[:-9])))
-        assert "cannot be read as csv" in refused(manifest(put(tmp_path / "b.csv.gz", "image\na.jpg\n")))
-        assert "cannot be read as jsonl" in refused(manifest(put(tmp_path / "c.jsonl.gz", whole[:-9])))
+        assert "cannot be read as csv" in error_of(make_source(write_file(tmp_path / "a.csv.gz", whole[:-9])))
+        assert "cannot be read as csv" in error_of(make_source(write_file(tmp_path / "b.csv.gz", "image\na.jpg\n")))
+        assert "cannot be read as jsonl" in error_of(make_source(write_file(tmp_path / "c.jsonl.gz", whole[:-9])))
 
 
 class TestJsonLines:
-    def test_any_value_is_text_as_written(self, tmp_path: Path) -> None:
+    def test_json_values_are_text_as_written(self, tmp_path: Path) -> None:
         values = ['"t"', "1.50", "-7", "1e400", "true", "null", '[1.0, "ü"]', '{"a": {"b": 2.50}}', '"\\u00fc"']
         text = "".join(f'{{"image": "a.jpg", "v": {value}}}\r\n\n' for value in values)
-        table = read(manifest(put(tmp_path / "m.jsonl", "\ufeff" + text), passthrough=["v"]))
+        table = read_table(make_source(write_file(tmp_path / "m.jsonl", "\ufeff" + text), passthrough=["v"]))
         expected = ["t", "1.50", "-7", "1e400", "true", None, '[1.0, "ü"]', '{"a": {"b": 2.5}}', "ü"]
         assert table.column("v").to_pylist() == expected
 
-    def test_typed_values(self, tmp_path: Path) -> None:
+    def test_json_values_are_cast_to_the_given_types(self, tmp_path: Path) -> None:
         text = '{"image": "a.jpg", "n": 5, "b": true}\n{"image": "b.jpg", "n": "6"}'
-        table = read(manifest(put(tmp_path / "m.json", text), passthrough={"n": "int8", "b": "bool"}))
+        table = read_table(make_source(write_file(tmp_path / "m.json", text), passthrough={"n": "int8", "b": "bool"}))
         assert table.column("n").to_pylist() == [5, 6]
         assert table.column("b").to_pylist() == [True, None]
 
     @pytest.mark.parametrize(
-        ("text", "said"),
+        ("text", "expected"),
         [
             ('{"image": "a.jpg"}\n\n{"image": \n', "line 3: not JSON"),
             ('[\n{"image": "a.jpg"}\n]\n', "line 1: not JSON .*a JSON array must become one object a line"),
@@ -275,29 +280,29 @@ class TestJsonLines:
             ('{"imag": "a.jpg"}\n', r"\(in its first rows\) has no column 'image' \(did you mean 'imag'\?\)"),
         ],
     )
-    def test_damaged(self, tmp_path: Path, text: str | bytes, said: str) -> None:
-        uri = put(tmp_path / "m.jsonl", text)
-        with pytest.raises(InvalidJob, match=said) as caught:
-            read(manifest(uri))
+    def test_damaged(self, tmp_path: Path, text: str | bytes, expected: str) -> None:
+        uri = write_file(tmp_path / "m.jsonl", text)
+        with pytest.raises(InvalidJob, match=expected) as caught:
+            read_table(make_source(uri))
         assert uri in caught.value.message
 
 
 class TestParquet:
     @pytest.mark.parametrize("name", ["m.parquet", "m.pq"])
-    def test_a_damaged_name_of_a_column(self, tmp_path: Path, name: str) -> None:
+    def test_damaged_column_name_is_reported(self, tmp_path: Path, name: str) -> None:
         pq.write_table(pa.table({"image": ["a.jpg"], "n\u00e9e": [1]}), tmp_path / name)
         damaged = (tmp_path / name).read_bytes().replace("n\u00e9e".encode(), b"n\xc3\xf3e")
         (tmp_path / name).write_bytes(damaged)
-        said = refused(manifest(str(tmp_path / name)))
-        assert "cannot be read as parquet" in said
-        assert str(tmp_path / name) in said
+        expected = error_of(make_source(str(tmp_path / name)))
+        assert "cannot be read as parquet" in expected
+        assert str(tmp_path / name) in expected
 
     def save(self, path: Path, **columns: pa.Array) -> str:
         count = len(next(iter(columns.values())))
         pq.write_table(pa.table({"image": [f"{number}.jpg" for number in range(count)], **columns}), path)
         return str(path)
 
-    def test_types_are_kept_and_wrappings_taken_off(self, tmp_path: Path) -> None:
+    def test_parquet_types_are_kept_in_plain_form(self, tmp_path: Path) -> None:
         dictionary = pa.array(["x", "y"]).dictionary_encode()
         columns = {
             "nested": pa.array([{"a": [1, 2]}, None]),
@@ -309,7 +314,7 @@ class TestParquet:
             "view": pa.array(["x", "y"], pa.string_view()),
             "unique": pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"0" * 16, b"1" * 16], pa.binary(16))),
         }
-        source = manifest(self.save(tmp_path / "m.parquet", **columns), passthrough=list(columns))
+        source = make_source(self.save(tmp_path / "m.parquet", **columns), passthrough=list(columns))
         kinds = {field.name: field.type for field in source.fields(READER)}
         assert kinds == {
             "nested": columns["nested"].type,
@@ -321,68 +326,68 @@ class TestParquet:
             "view": pa.string(),
             "unique": pa.binary(16),
         }
-        table = read(source)
+        table = read_table(source)
         for name, array in columns.items():
             stored = array.storage if isinstance(array, pa.ExtensionArray) else array
             assert table.column(name).to_pylist() == stored.to_pylist()
             assert table.schema.field(name).nullable
 
     @pytest.mark.parametrize("kind", [pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
-    def test_any_kind_of_text_names_images(self, tmp_path: Path, kind: pa.DataType) -> None:
+    def test_uri_column_may_have_any_text_type(self, tmp_path: Path, kind: pa.DataType) -> None:
         pq.write_table(pa.table({"image": pa.array(["a.jpg", "b.jpg"]).cast(kind)}), tmp_path / "m.parquet")
-        assert read(manifest(tmp_path / "m.parquet")).column("uri").to_pylist() == ["a.jpg", "b.jpg"]
+        assert read_table(make_source(tmp_path / "m.parquet")).column("uri").to_pylist() == ["a.jpg", "b.jpg"]
 
-    def test_numbers_name_no_images(self, tmp_path: Path) -> None:
+    def test_uri_column_of_numbers_is_refused(self, tmp_path: Path) -> None:
         uri = self.save(tmp_path / "m.parquet", n=pa.array([1]))
-        assert refused(manifest(uri, uri_column="n")) == (
+        assert error_of(make_source(uri, uri_column="n")) == (
             f"input.uri_column: column 'n' of {uri} is int64; it must be text"
         )
 
-    def test_a_column_of_nulls_wants_a_type(self, tmp_path: Path) -> None:
+    def test_column_of_nulls_requires_a_type(self, tmp_path: Path) -> None:
         uri = self.save(tmp_path / "m.parquet", gone=pa.nulls(2), deep=pa.array([{"a": None}, {"a": None}]))
-        said = refused(manifest(uri, passthrough=["gone"]))
-        assert f"column 'gone' of {uri} holds only nulls and has no type; give it one, as in passthrough: " in said
-        assert "has no type" in refused(manifest(uri, passthrough=["deep"]))
-        typed = read(manifest(uri, passthrough={"gone": "string"}))
+        expected = error_of(make_source(uri, passthrough=["gone"]))
+        assert f"column 'gone' of {uri} holds only nulls and has no type; give it one, as in passthrough: " in expected
+        assert "has no type" in error_of(make_source(uri, passthrough=["deep"]))
+        typed = read_table(make_source(uri, passthrough={"gone": "string"}))
         assert typed.column("gone").to_pylist() == [None, None]
 
-    def test_given_types(self, tmp_path: Path) -> None:
+    def test_parquet_values_are_cast_to_the_given_types(self, tmp_path: Path) -> None:
         columns = {"n": pa.array(["5", ""]).dictionary_encode(), "f": pa.array([1.0, None])}
         uri = self.save(tmp_path / "m.parquet", **columns, nested=pa.array([[1], [2]]))
-        table = read(manifest(uri, passthrough={"n": "int32", "f": "int64"}))
+        table = read_table(make_source(uri, passthrough={"n": "int32", "f": "int64"}))
         assert table.column("n").to_pylist() == [5, None]
         assert table.column("f").to_pylist() == [1, None]
-        said = refused(manifest(uri, passthrough={"nested": "int64"}))
-        assert "column 'nested' of" in said
-        assert "cannot become int64" in said
+        expected = error_of(make_source(uri, passthrough={"nested": "int64"}))
+        assert "column 'nested' of" in expected
+        assert "cannot become int64" in expected
 
-    def test_numbers_that_would_be_altered(self, tmp_path: Path) -> None:
+    def test_lossy_cast_is_refused(self, tmp_path: Path) -> None:
         uri = self.save(tmp_path / "m.parquet", f=pa.array([1.0, 1.5]))
-        assert "row 2: 1.5 in column 'f' is no int64" in refused(manifest(uri, passthrough={"f": "int64"}))
+        assert "row 2: 1.5 in column 'f' is no int64" in error_of(make_source(uri, passthrough={"f": "int64"}))
 
-    def test_sizes(self, tmp_path: Path) -> None:
+    def test_size_column_is_cast_and_checked(self, tmp_path: Path) -> None:
         uri = self.save(tmp_path / "m.parquet", size=pa.array([7.0, None]), bad=pa.array([1, -1]))
-        assert read(manifest(uri, size_column="size")).column("size").to_pylist() == [7, None]
-        assert "row 2: a negative size in column 'bad'" in refused(manifest(uri, size_column="bad"))
+        assert read_table(make_source(uri, size_column="size")).column("size").to_pylist() == [7, None]
+        assert "row 2: a negative size in column 'bad'" in error_of(make_source(uri, size_column="bad"))
 
-    def test_columns_of_one_name_and_damaged_files(self, tmp_path: Path) -> None:
+    def test_duplicate_columns_and_damaged_files_are_reported(self, tmp_path: Path) -> None:
         pq.write_table(pa.table([["a.jpg"], [1], [2]], names=["image", "n", "n"]), tmp_path / "twice.parquet")
-        assert "has 2 columns called 'n'" in refused(manifest(tmp_path / "twice.parquet", passthrough=["n"]))
-        assert read(manifest(tmp_path / "twice.parquet")).num_rows == 1
+        assert "has 2 columns called 'n'" in error_of(make_source(tmp_path / "twice.parquet", passthrough=["n"]))
+        assert read_table(make_source(tmp_path / "twice.parquet")).num_rows == 1
         for name, body in {
             "none": b"",
             "text": b"image\na.jpg\n",
             "cut": Path(tmp_path / "twice.parquet").read_bytes()[:-5],
         }.items():
-            uri = put(tmp_path / f"{name}.parquet", body)
-            assert f"input.uri: {uri} cannot be read as parquet (" in refused(manifest(uri))
+            uri = write_file(tmp_path / f"{name}.parquet", body)
+            assert f"input.uri: {uri} cannot be read as parquet (" in error_of(make_source(uri))
 
-    def test_damaged_pages(self, tmp_path: Path) -> None:
+    def test_damaged_pages_are_reported(self, tmp_path: Path) -> None:
         uri = self.save(tmp_path / "m.parquet", n=pa.array(range(5000)))
         body = bytearray(Path(uri).read_bytes())
         body[40:4000] = b"\xff" * 3960
-        put(Path(uri), bytes(body))
-        assert "cannot be read as parquet" in refused(manifest(uri))
+        write_file(Path(uri), bytes(body))
+        assert "cannot be read as parquet" in error_of(make_source(uri))
 
 
 class TestLocations:
@@ -403,11 +408,13 @@ class TestLocations:
             ("C:x.jpg", "{}/C:x.jpg"),
         ],
     )
-    def test_against_the_folder_of_the_manifest(self, tmp_path: Path, given: str, wanted: str) -> None:
+    def test_relative_location_is_resolved_in_the_manifest_folder(
+        self, tmp_path: Path, given: str, wanted: str
+    ) -> None:
         wanted = wanted.format(tmp_path)
         wanted = os.path.normpath(wanted) if wanted.startswith(f"{tmp_path}/..") else wanted
-        uri = put(tmp_path / "m.jsonl", json.dumps({"image": "plain.jpg"}) + "\n" + json.dumps({"image": given}))
-        table = read(manifest(f"file://{uri}"))
+        uri = write_file(tmp_path / "m.jsonl", json.dumps({"image": "plain.jpg"}) + "\n" + json.dumps({"image": given}))
+        table = read_table(make_source(f"file://{uri}"))
         assert table.column("uri").to_pylist() == ["plain.jpg", given]
         assert table.column("location").to_pylist() == [f"{tmp_path}/plain.jpg", wanted]
 
@@ -419,17 +426,17 @@ class TestLocations:
             f"{root}b.jpg",
             f"{root}index/c//d.jpg",
             "/data/e.jpg",
-            f"{root}index/../../../../f.jpg",  # out of the bucket: nothing can read it, which makes an error row
+            f"{root}index/../../../../f.jpg",  # outside the bucket: it cannot be read, and becomes an error row
         ]
-        assert read(manifest(f"{root}index/m.csv")).column("location").to_pylist() == expected
+        assert read_table(make_source(f"{root}index/m.csv")).column("location").to_pylist() == expected
 
-    def test_an_image_in_the_output_is_refused(self, tmp_path: Path) -> None:
-        uri = put(tmp_path / "m.csv", "image\nin/a.jpg\nout/a.jpg\n")
-        assert read(manifest(uri), outside=f"{tmp_path}/ou").num_rows == 2
+    def test_image_in_the_output_is_refused(self, tmp_path: Path) -> None:
+        uri = write_file(tmp_path / "m.csv", "image\nin/a.jpg\nout/a.jpg\n")
+        assert read_table(make_source(uri), excluded_folder=f"{tmp_path}/ou").num_rows == 2
         with pytest.raises(InvalidJob, match=r"row 2: out/a.jpg lies in the output .*; give output.uri a folder"):
-            read(manifest(uri), outside=f"{tmp_path}/out/")
+            read_table(make_source(uri), excluded_folder=f"{tmp_path}/out/")
         with pytest.raises(InvalidJob, match="lies in the output"):
-            read(manifest(uri), outside=str(tmp_path))
+            read_table(make_source(uri), excluded_folder=str(tmp_path))
 
 
 class TestPartFiles:
@@ -439,85 +446,87 @@ class TestPartFiles:
             write(folder / name, ROWS[start : {4: 7, 7: 10, 0: 4}[start]])
         write(folder / "_hidden", ROWS)
         write(folder / ".hidden", ROWS)
-        put(folder / "_SUCCESS", b"")
-        put(folder / "README.md", "not a part")
+        write_file(folder / "_SUCCESS", b"")
+        write_file(folder / "README.md", "not a part")
         (folder / "below").mkdir()
         write(folder / "below" / "part-0", ROWS)
         return [f"img/{number}.jpg" for number in range(10)]
 
-    def test_a_folder_in_the_order_of_names(self, tmp_path: Path, write: Write) -> None:
+    def test_part_files_are_read_in_the_order_of_names(self, tmp_path: Path, write: Write) -> None:
         images = self.parts(tmp_path / "index", write)
         for uri in (f"{tmp_path}/index", f"{tmp_path}/index/"):
-            source = manifest(uri, passthrough={"country": "string"})
-            whole = read(source)
+            source = make_source(uri, passthrough={"country": "string"})
+            whole = read_table(source)
             assert whole.column("uri").to_pylist() == images
             assert whole.column("location").to_pylist() == [f"{tmp_path}/index/{image}" for image in images]
             for count in range(12):
-                assert read(source, Cursor(count)).equals(whole.slice(count))
+                assert read_table(source, Cursor(count)).equals(whole.slice(count))
 
     def test_globs(self, tmp_path: Path, write: Write) -> None:
         self.parts(tmp_path / "index", write)
-        assert read(manifest(f"{tmp_path}/index/part-1*")).num_rows == 7
-        deep = read(manifest(f"{tmp_path}/index/**/part-*"))
+        assert read_table(make_source(f"{tmp_path}/index/part-1*")).num_rows == 7
+        deep = read_table(make_source(f"{tmp_path}/index/**/part-*"))
         assert deep.num_rows == 20
         assert deep.column("location")[0].as_py() == f"{tmp_path}/index/below/{ROWS[0]['image']}"
 
-    def test_a_glob_passes_hidden_folders_and_the_output(self, tmp_path: Path) -> None:
+    def test_glob_skips_hidden_folders_and_the_output(self, tmp_path: Path) -> None:
         for name in ("a/m.csv", "_temporary/m.csv", "out/predictions/m.csv"):
-            put(tmp_path / "in" / name, f"image\n{name}.jpg\n")
-        source, out = manifest(f"{tmp_path}/in/**/*.csv"), f"{tmp_path}/in/out"
-        assert read(source, outside=out).column("uri").to_pylist() == ["a/m.csv.jpg"]
+            write_file(tmp_path / "in" / name, f"image\n{name}.jpg\n")
+        source, out = make_source(f"{tmp_path}/in/**/*.csv"), f"{tmp_path}/in/out"
+        assert read_table(source, excluded_folder=out).column("uri").to_pylist() == ["a/m.csv.jpg"]
         before = source.version(READER, excluded_folder=out)
-        put(tmp_path / "in/out/predictions/n.csv", "image\nx.jpg\n")
+        write_file(tmp_path / "in/out/predictions/n.csv", "image\nx.jpg\n")
         assert source.version(READER, excluded_folder=out) == before != source.version(READER)
 
-    def test_parts_may_store_a_column_each_in_its_way(self, tmp_path: Path) -> None:
+    def test_part_files_may_store_a_column_in_different_types(self, tmp_path: Path) -> None:
         kinds = [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string()), pa.null()]
         for number, kind in enumerate(kinds):
             image = pa.array([f"{number}.jpg"]).cast(pa.large_string() if number % 2 else pa.string())
             note = pa.nulls(1) if pa.types.is_null(kind) else pa.array(["x"]).cast(kind)
             count = pa.array([number], pa.int64() if number else pa.int16())
             pq.write_table(pa.table({"note": note, "image": image, "n": count}), tmp_path / f"{number}.parquet")
-        table = read(manifest(tmp_path, passthrough=["n", "note"]))
+        table = read_table(make_source(tmp_path, passthrough=["n", "note"]))
         assert table.column("note").to_pylist() == ["x", "x", "x", None]
         assert table.column("n").type == pa.int16()
         assert table.column("n").to_pylist() == [0, 1, 2, 3]
 
-    def test_parts_that_do_not_agree(self, tmp_path: Path) -> None:
+    def test_incompatible_part_files_are_refused(self, tmp_path: Path) -> None:
         pq.write_table(pa.table({"image": ["a.jpg"], "n": [1]}), tmp_path / "0.parquet")
         pq.write_table(pa.table({"image": ["a.jpg"], "n": [[1]]}), tmp_path / "1.parquet")
-        said = refused(manifest(tmp_path, passthrough=["n"]))
-        assert f"{tmp_path}/1.parquet: column 'n' is list<" in said
+        expected = error_of(make_source(tmp_path, passthrough=["n"]))
+        assert f"{tmp_path}/1.parquet: column 'n' is list<" in expected
         pq.write_table(pa.table({"image": ["a.jpg"]}), tmp_path / "1.parquet")
-        assert f"{tmp_path}/1.parquet has no column 'n'" in refused(manifest(tmp_path, passthrough=["n"]))
+        assert f"{tmp_path}/1.parquet has no column 'n'" in error_of(make_source(tmp_path, passthrough=["n"]))
 
-    def test_empty_parts_among_others(self, tmp_path: Path) -> None:
-        put(tmp_path / "a.csv", "")
-        put(tmp_path / "b.csv", "image\nb.jpg\n")
-        put(tmp_path / "c.csv", "")
-        assert read(manifest(tmp_path)).column("uri").to_pylist() == ["b.jpg"]
+    def test_empty_part_files_are_skipped(self, tmp_path: Path) -> None:
+        write_file(tmp_path / "a.csv", "")
+        write_file(tmp_path / "b.csv", "image\nb.jpg\n")
+        write_file(tmp_path / "c.csv", "")
+        assert read_table(make_source(tmp_path)).column("uri").to_pylist() == ["b.jpg"]
 
-    def test_files_of_two_formats(self, tmp_path: Path) -> None:
-        put(tmp_path / "a.csv", "image\na.jpg\n")
-        put(tmp_path / "b.jsonl", '{"image": "b.jpg"}\n')
-        assert "both csv and jsonl files; choose with a glob or input.format" in refused(manifest(tmp_path))
-        assert read(manifest(tmp_path, format="jsonl")).column("uri").to_pylist() == ["b.jpg"]
+    def test_two_formats_in_one_folder_are_refused(self, tmp_path: Path) -> None:
+        write_file(tmp_path / "a.csv", "image\na.jpg\n")
+        write_file(tmp_path / "b.jsonl", '{"image": "b.jpg"}\n')
+        assert "both csv and jsonl files; choose with a glob or input.format" in error_of(make_source(tmp_path))
+        assert read_table(make_source(tmp_path, format="jsonl")).column("uri").to_pylist() == ["b.jpg"]
 
-    def test_a_format_that_no_name_tells(self, tmp_path: Path) -> None:
-        uri = put(tmp_path / "part-00000", "image\na.jpg\n")
-        assert refused(manifest(uri)) == f"input.uri {uri}: no known ending; give input.format: parquet, csv or jsonl"
-        assert "no manifest files in it (1 others)" in refused(manifest(tmp_path))
-        assert read(manifest(uri, format="csv")).num_rows == 1
-        assert read(manifest(tmp_path, format="csv")).num_rows == 1
+    def test_format_without_a_known_ending_must_be_given(self, tmp_path: Path) -> None:
+        uri = write_file(tmp_path / "part-00000", "image\na.jpg\n")
+        assert (
+            error_of(make_source(uri)) == f"input.uri {uri}: no known ending; give input.format: parquet, csv or jsonl"
+        )
+        assert "no manifest files in it (1 others)" in error_of(make_source(tmp_path))
+        assert read_table(make_source(uri, format="csv")).num_rows == 1
+        assert read_table(make_source(tmp_path, format="csv")).num_rows == 1
 
-    def test_version_follows_the_files(self, tmp_path: Path) -> None:
-        path = Path(put(tmp_path / "index/a.csv", "image\na.jpg\n"))
-        source = manifest(tmp_path / "index")
+    def test_version_changes_with_the_files(self, tmp_path: Path) -> None:
+        path = Path(write_file(tmp_path / "index/a.csv", "image\na.jpg\n"))
+        source = make_source(tmp_path / "index")
         seen = [source.version(READER), source.version(READER)]
         assert seen[0] == seen[1]
         os.utime(path, ns=(1, 1))
         seen.append(source.version(READER))
-        put(tmp_path / "index/b.csv", "image\nb.jpg\n")
+        write_file(tmp_path / "index/b.csv", "image\nb.jpg\n")
         seen.append(source.version(READER))
         assert len(set(seen)) == 3
 
@@ -525,18 +534,18 @@ class TestPartFiles:
         images = self.parts(tmp_path / "index", write)
         root = s3.bucket("sources")
         s3.put_tree(tmp_path / "index", f"{root}index")
-        source = manifest(f"{root}index", passthrough=["country"], require={"marker": "_SUCCESS"})
-        whole = read(source)
+        source = make_source(f"{root}index", passthrough=["country"], require={"marker": "_SUCCESS"})
+        whole = read_table(source)
         assert whole.column("uri").to_pylist() == images
         assert whole.column("location").to_pylist() == [f"{root}index/{image}" for image in images]
-        assert read(source, Cursor(5)).equals(whole.slice(5))
-        assert read(manifest(f"{root}index/part-1*")).num_rows == 7
+        assert read_table(source, Cursor(5)).equals(whole.slice(5))
+        assert read_table(make_source(f"{root}index/part-1*")).num_rows == 7
         assert source.explain_missing(READER) is None
         assert source.version(READER) == source.version(READER)
 
 
-class TestSentences:
-    def test_a_column_that_is_not_there(self, tmp_path: Path, write: Write) -> None:
+class TestErrors:
+    def test_missing_column_names_the_nearest_one(self, tmp_path: Path, write: Write) -> None:
         path = write(tmp_path / "m", ROWS)
         keys: dict[str, dict[str, Any]] = {
             "uri_column": {"uri_column": "imag"},
@@ -546,29 +555,29 @@ class TestSentences:
             "id_column": {"id_column": "countri"},
         }
         for key, settings in keys.items():
-            said = refused(manifest(path, **settings))
-            assert said.startswith(f"input.{key}: {path}")
-            assert said.endswith("it has: image, sku, country, bytes")
-            assert ("did you mean" in said) == (key != "etag_column")
+            expected = error_of(make_source(path, **settings))
+            assert expected.startswith(f"input.{key}: {path}")
+            assert expected.endswith("it has: image, sku, country, bytes")
+            assert ("did you mean" in expected) == (key != "etag_column")
             with pytest.raises(InvalidJob, match="has no column"):
-                manifest(path, **settings).check(READER)
+                make_source(path, **settings).check(READER)
 
-    def test_nothing_there(self, tmp_path: Path) -> None:
+    def test_absent_manifest_is_reported(self, tmp_path: Path) -> None:
         for name in ("absent.csv", "absent/", "absent/*.csv"):
-            assert f"input.uri {tmp_path}/absent" in refused(manifest(f"{tmp_path}/{name}"))
+            assert f"input.uri {tmp_path}/absent" in error_of(make_source(f"{tmp_path}/{name}"))
         tmp_path.joinpath("empty").mkdir()
-        assert "no manifest files in it (0 others); name a file" in refused(manifest(tmp_path / "empty"))
+        assert "no manifest files in it (0 others); name a file" in error_of(make_source(tmp_path / "empty"))
 
-    def test_the_marker_lies_beside_a_single_file(self, tmp_path: Path) -> None:
-        source = manifest(tmp_path / "m.csv", require={"marker": "_SUCCESS"})
+    def test_marker_of_a_single_file_is_in_its_folder(self, tmp_path: Path) -> None:
+        source = make_source(tmp_path / "m.csv", require={"marker": "_SUCCESS"})
         assert source.explain_missing(READER) == f"input.uri {tmp_path}/m.csv: nothing there yet"
-        put(tmp_path / "m.csv", "image\na.jpg\n")
+        write_file(tmp_path / "m.csv", "image\na.jpg\n")
         assert source.explain_missing(READER) == f"input.require.marker: {tmp_path}/_SUCCESS is not there yet"
-        put(tmp_path / "_SUCCESS", "")
+        write_file(tmp_path / "_SUCCESS", "")
         assert source.explain_missing(READER) is None
 
     @pytest.mark.parametrize(
-        ("settings", "said"),
+        ("settings", "expected"),
         [
             ({"passthrough": ["a", "b", "a"]}, "names 'a' twice"),
             ({"passthrough": ["size", "id"]}, "'id', 'size' is what batchjob calls a column of its own"),
@@ -582,13 +591,13 @@ class TestSentences:
             ({"format": "tsv"}, "'auto', 'parquet', 'csv' or 'jsonl'"),
         ],
     )
-    def test_settings_that_are_wrong(self, settings: dict[str, Any], said: str) -> None:
-        with pytest.raises(ValidationError, match=said):
-            manifest("m.csv", **settings)
+    def test_invalid_settings_are_refused(self, settings: dict[str, Any], expected: str) -> None:
+        with pytest.raises(ValidationError, match=expected):
+            make_source("m.csv", **settings)
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
-    """Batches come while the file is being read: what is held does not grow with the file."""
+    """The file is read in a stream: memory in use does not grow with its size."""
     rows = 200_000
     table = pa.table({"image": [f"images/{number:09d}.jpg" for number in range(rows)], "n": range(rows)})
     pq.write_table(table, tmp_path / "m.parquet", row_group_size=rows)
@@ -599,5 +608,5 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
             yield pa.total_allocated_bytes()
 
     before = pa.total_allocated_bytes()
-    most = max(held(manifest(tmp_path / "m.parquet", passthrough=["n"]))) - before
+    most = max(held(make_source(tmp_path / "m.parquet", passthrough=["n"]))) - before
     assert most < 12 << 20

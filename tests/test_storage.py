@@ -1,4 +1,4 @@
-"""Reading and committing, on local disks, on a real S3 server, and on one that breaks."""
+"""Reader and Store on local disks, on a real S3 server, and on one that breaks."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ from batchjob.storage.probe import probe_store
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import Store, open_store, put_or_get
 
-# Keys that people have, in the order of their UTF-8 bytes. No two are the same file to a local disk either.
-ODD_NAMES = sorted(
+# Keys found in real buckets, in the order of their UTF-8 bytes. No two of them are the same file on a local disk.
+UNUSUAL_NAMES = sorted(
     [
         "a b.jpg",
         "a+b",
@@ -69,7 +69,7 @@ ODD_NAMES = sorted(
 
 @pytest.fixture(params=["disk", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty place to write to."""
+    """URI of an empty output."""
     if request.param == "disk":
         return str(tmp_path / "out")
     s3: Seaweed = request.getfixturevalue("s3")
@@ -82,23 +82,23 @@ def store(root: str) -> Store:
 
 
 @pytest.fixture
-def faulty(s3: Seaweed) -> Iterator[FaultProxy]:
+def proxy(s3: Seaweed) -> Iterator[FaultProxy]:
     with run_fault_proxy(s3.endpoint) as server:
         yield server
 
 
-def through(faulty: FaultProxy) -> dict[str, StorageOptions]:
-    return {"s3://": StorageOptions(endpoint=faulty.endpoint)}
+def options_through(proxy: FaultProxy) -> dict[str, StorageOptions]:
+    return {"s3://": StorageOptions(endpoint=proxy.endpoint)}
 
 
-def keys(found: Iterator[ObjectInfo]) -> list[str]:
+def uris_of(found: Iterator[ObjectInfo]) -> list[str]:
     return [one.uri for one in found]
 
 
-# --- an output's verbs ----------------------------------------------------------------------------------------------
+# --- methods of a Store ----------------------------------------------------------------------------------------------
 
 
-def test_what_was_put_is_read_back(store: Store) -> None:
+def test_read_returns_what_was_put(store: Store) -> None:
     body = bytes(range(256))
     done = store.put_if_absent("predictions/part.parquet", body)
     assert (done.uri, done.size) == ("predictions/part.parquet", 256)
@@ -112,7 +112,7 @@ def test_what_was_put_is_read_back(store: Store) -> None:
     assert (store.read_head(done.uri, 4), store.read_head(done.uri, 999)) == (body[:4], body)
 
 
-def test_a_file_is_put_as_its_bytes(store: Store, tmp_path: Path) -> None:
+def test_put_of_a_file_stores_its_bytes(store: Store, tmp_path: Path) -> None:
     path = tmp_path / "part"
     path.write_bytes(os.urandom(3 << 20))
     first = store.put_if_absent("a/part", path)
@@ -123,19 +123,19 @@ def test_a_file_is_put_as_its_bytes(store: Store, tmp_path: Path) -> None:
     assert store.read("a/part").data == b"second"
 
 
-def test_an_empty_object_has_no_ends(store: Store) -> None:
+def test_head_and_tail_of_an_empty_object_are_empty(store: Store) -> None:
     store.put_if_absent("empty", b"")
     assert (store.read("empty").data, store.read_head("empty", 8), store.read_tail("empty", 8)) == (b"", b"", b"")
 
 
-def test_a_second_create_loses_and_changes_nothing(store: Store) -> None:
+def test_second_create_fails_and_changes_nothing(store: Store) -> None:
     store.put_if_absent("a", b"first")
     with pytest.raises(AlreadyExists):
         store.put_if_absent("a", b"second")
     assert store.read("a").data == b"first"
 
 
-def test_replace_needs_the_version_that_is_there(store: Store) -> None:
+def test_replace_requires_the_stored_version(store: Store) -> None:
     first = store.put_if_absent("a", b"1")
     second = store.replace_if_match("a", b"2", str(first.version))
     assert second.version != first.version
@@ -149,25 +149,25 @@ def test_replace_needs_the_version_that_is_there(store: Store) -> None:
         store.read("a")
 
 
-def test_what_is_not_there_is_not_found_and_deleted_for_free(store: Store) -> None:
-    asks: list[Callable[[str], object]] = [store.read, store.stat]
-    asks += [lambda key: store.read_tail(key, 8), lambda key: store.read_head(key, 8)]
-    for ask in asks:
+def test_absent_object_is_not_found_and_its_delete_succeeds(store: Store) -> None:
+    calls: list[Callable[[str], object]] = [store.read, store.stat]
+    calls += [lambda key: store.read_tail(key, 8), lambda key: store.read_head(key, 8)]
+    for call in calls:
         with pytest.raises(NotFound, match="absent"):
-            ask("some/absent")
+            call("some/absent")
     store.delete("some/absent")
     assert list(store.list("")) == []
     assert list(store.list("some/")) == []
 
 
-def test_listing_takes_a_prefix_and_keeps_its_order(store: Store) -> None:
+def test_list_filters_by_prefix_in_key_order(store: Store) -> None:
     for key in ["b/2", "a", "b/10", "b/1", "c/d/e", "bb"]:
         store.put_if_absent(key, b"")
-    assert keys(store.list("b/")) == ["b/1", "b/10", "b/2"]
-    assert sorted(keys(store.list(""))) == ["a", "b/1", "b/10", "b/2", "bb", "c/d/e"]
+    assert uris_of(store.list("b/")) == ["b/1", "b/10", "b/2"]
+    assert sorted(uris_of(store.list(""))) == ["a", "b/1", "b/10", "b/2", "bb", "c/d/e"]
 
 
-def test_threads_that_race_to_create_have_one_winner(store: Store) -> None:
+def test_one_of_several_racing_threads_creates(store: Store) -> None:
     def create(number: int) -> bool:
         try:
             store.put_if_absent(f"race/{number // 8}", b"%d" % number)
@@ -183,8 +183,8 @@ def test_threads_that_race_to_create_have_one_winner(store: Store) -> None:
         assert store.read(f"race/{start // 8}").data == b"%d" % winner
 
 
-def count_up(uri: str, times: int) -> int:
-    """Adds one to a number of fixed width, `times` times; says how often it lost."""
+def increment(uri: str, times: int) -> int:
+    """Add 1 to a number of fixed width, `times` times; return how often the replacement lost."""
     store, lost, done = open_store(uri), 0, 0
     while done < times:
         blob = store.read("count")
@@ -196,7 +196,7 @@ def count_up(uri: str, times: int) -> int:
     return lost
 
 
-def create_all(uri: str, names: list[str], who: bytes) -> list[bool]:
+def create_each(uri: str, names: list[str], who: bytes) -> list[bool]:
     store, wins = open_store(uri), []
     for name in names:
         try:
@@ -207,41 +207,41 @@ def create_all(uri: str, names: list[str], who: bytes) -> list[bool]:
     return wins
 
 
-def test_replacements_that_race_lose_no_update(root: str) -> None:
+def test_racing_replacements_lose_no_update(root: str) -> None:
     open_store(root).put_if_absent("count", b"%06d" % 0)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(count_up, [root] * 4, [15] * 4))
+        list(pool.map(increment, [root] * 4, [15] * 4))
     assert int(open_store(root).read("count").data) == 60
 
 
-def test_processes_that_race_on_a_disk_have_one_winner_each(tmp_path: Path) -> None:
+def test_one_of_several_racing_processes_creates_on_disk(tmp_path: Path) -> None:
     root, names = str(tmp_path / "out"), [f"race/{n}" for n in range(100)]
     open_store(root).put_if_absent("count", b"%06d" % 0)
     with multiprocessing.get_context("forkserver").Pool(3) as pool:
-        wins = pool.starmap(create_all, [(root, names, b"%d" % who) for who in range(3)])
-        pool.starmap(count_up, [(root, 50)] * 3)
+        wins = pool.starmap(create_each, [(root, names, b"%d" % who) for who in range(3)])
+        pool.starmap(increment, [(root, 50)] * 3)
     assert [sum(won) for won in zip(*wins, strict=True)] == [1] * 100
     assert int(open_store(root).read("count").data) == 150
 
 
-def test_a_store_pickles(store: Store) -> None:
+def test_store_can_be_pickled(store: Store) -> None:
     store.put_if_absent("a", b"1")
     assert pickle.loads(pickle.dumps(store)).read("a").data == b"1"
 
 
-def test_the_probe_accepts_disk_and_server_and_leaves_nothing(store: Store) -> None:
+def test_probe_accepts_disk_and_server_and_leaves_nothing(store: Store) -> None:
     probe_store(store)
     assert list(store.list("")) == []
 
 
-class Careless:
-    """A store as the probe must refuse them: says yes whatever is there already."""
+class FirstWriterLosesStore:
+    """A faulty store, as the probe must refuse it: a create succeeds although the object exists."""
 
     def __init__(self, within: Store, times: int) -> None:
         self.uri, self._within, self._times = within.uri, within, times
 
     def put_if_absent(self, key: str, body: bytes | Path) -> ObjectInfo:
-        if key.endswith("/twice") and self._times:  # honest with one writer at a time
+        if key.endswith("/twice") and self._times:  # correct with one writer at a time
             return self._within.put_if_absent(key, body)
         with suppress(AlreadyExists):
             return self._within.put_if_absent(key, body)
@@ -252,29 +252,29 @@ class Careless:
 
 
 @pytest.mark.parametrize("times", [0, 1])
-def test_the_probe_refuses_a_store_where_two_win(tmp_path: Path, times: int) -> None:
+def test_probe_refuses_a_store_where_two_writers_win(tmp_path: Path, times: int) -> None:
     with pytest.raises(InvalidJob, match="two writers"):
-        probe_store(Careless(open_store(str(tmp_path)), times))  # type: ignore[arg-type]
+        probe_store(FirstWriterLosesStore(open_store(str(tmp_path)), times))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("uri", ["http://host/out", "memory://out", "hf://datasets/x"])
-def test_an_output_without_conditional_create_is_refused(uri: str) -> None:
+def test_output_without_conditional_create_is_refused(uri: str) -> None:
     with pytest.raises(InvalidJob, match=r"no conditional create.*use a local path, s3://, gs:// or az://"):
         open_store(uri)
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket/a//b", "s3://bucket/a/../b", "s3://bucket/./b"])
-def test_an_output_prefix_that_cannot_be_named_is_refused(uri: str) -> None:
+def test_output_prefix_that_cannot_be_named_is_refused(uri: str) -> None:
     with pytest.raises(InvalidJob, match="plain prefix"):
         open_store(uri)
 
 
-def test_an_output_without_bucket_is_refused() -> None:
+def test_output_without_bucket_is_refused() -> None:
     with pytest.raises(InvalidJob, match="names no bucket"):
         open_store("s3://")
 
 
-def test_an_azure_container_without_account_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_azure_container_without_account_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
         "AZURE_STORAGE_ACCOUNT_NAME",
         "AZURE_STORAGE_ENDPOINT",
@@ -287,11 +287,11 @@ def test_an_azure_container_without_account_is_refused(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("uri", ["gs://bucket/images/a", "abfss://container@account.dfs.core.windows.net/images/a"])
-def test_the_other_clouds_are_read_by_the_same_verbs(faulty: FaultProxy, uri: str) -> None:
-    """Only on the wire, anonymously: no server of theirs is part of these tests."""
+def test_gcs_and_azure_are_read_by_the_same_methods(proxy: FaultProxy, uri: str) -> None:
+    """Only the HTTP requests, anonymously: no GCS or Azure server is part of these tests."""
     headers = {"etag": '"tag"', "x-goog-generation": "77", "last-modified": "Sat, 21 Nov 2026 01:00:00 GMT"}
-    faulty.decide = lambda method, path: Reply(200, b"1", headers) if "absent" not in path else Reply(404)
-    options = {uri.partition("://")[0] + "://": StorageOptions(endpoint=faulty.endpoint, anonymous=True)}
+    proxy.decide = lambda method, path: Reply(200, b"1", headers) if "absent" not in path else Reply(404)
+    options = {uri.partition("://")[0] + "://": StorageOptions(endpoint=proxy.endpoint, anonymous=True)}
     store, reader = open_store(uri.rpartition("/")[0], options), Reader(options)
     version = "77" if uri.startswith("gs") else '"tag"'
     assert reader.read(uri) == ObjectData(b"1", "tag", version)
@@ -300,10 +300,10 @@ def test_the_other_clouds_are_read_by_the_same_verbs(faulty: FaultProxy, uri: st
         store.read("absent")
 
 
-# --- local disks ----------------------------------------------------------------------------------------------------
+# --- local disks -----------------------------------------------------------------------------------------------------
 
 
-def test_what_a_dead_writer_left_shows_nowhere_and_goes_in_time(tmp_path: Path) -> None:
+def test_temporary_files_are_not_listed_and_stale_ones_are_deleted(tmp_path: Path) -> None:
     leftovers = [tmp_path / "_batchjob" / "tmp" / name for name in ("fresh", "stale")]
     leftovers[0].parent.mkdir(parents=True)
     for path in leftovers:
@@ -311,12 +311,12 @@ def test_what_a_dead_writer_left_shows_nowhere_and_goes_in_time(tmp_path: Path) 
     os.utime(leftovers[1], (0, 0))
     store = open_store(str(tmp_path))
     store.put_if_absent("predictions/part", b"whole")
-    assert keys(store.list("predictions/")) == ["predictions/part"]
-    assert keys(store.list("")) == ["predictions/part"]
+    assert uris_of(store.list("predictions/")) == ["predictions/part"]
+    assert uris_of(store.list("")) == ["predictions/part"]
     assert [path.exists() for path in leftovers] == [True, False]
 
 
-def test_a_put_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_failed_put_leaves_no_file(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "out"))
     with pytest.raises(BatchjobError):
         store.put_if_absent("predictions/part", tmp_path / "absent")
@@ -327,13 +327,13 @@ def test_a_put_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert files == {"a"}
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_unwritable_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InvalidJob, match=r"file/out.*cannot be written \(Not a directory\)"):
         open_store(str(tmp_path / "file" / "out")).put_if_absent("a", b"1")
 
 
-def test_a_read_only_folder_can_still_be_read() -> None:
+def test_read_only_folder_can_be_read() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(folder)
         store.put_if_absent("a", b"1")
@@ -344,7 +344,7 @@ def test_a_read_only_folder_can_still_be_read() -> None:
             os.seteuid(65534)  # root may write anywhere
         try:
             assert store.read("a").data == b"1"
-            assert keys(store.list("")) == ["a"]
+            assert uris_of(store.list("")) == ["a"]
             with pytest.raises(InvalidJob, match=r"cannot be written \(Permission denied\)"):
                 store.put_if_absent("b", b"1")
             with pytest.raises(InvalidJob, match="cannot be written"):
@@ -356,7 +356,7 @@ def test_a_read_only_folder_can_still_be_read() -> None:
                 path.chmod(0o755)
 
 
-def test_two_versions_of_one_size_within_a_tick_differ(tmp_path: Path) -> None:
+def test_versions_written_within_one_clock_tick_differ(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     seen = [store.put_if_absent("a", b"0").version]
     for number in range(50):
@@ -364,7 +364,7 @@ def test_two_versions_of_one_size_within_a_tick_differ(tmp_path: Path) -> None:
     assert len(set(seen)) == 51
 
 
-def test_a_committed_part_has_one_name_and_the_mode_of_any_file(tmp_path: Path) -> None:
+def test_committed_file_has_one_link_and_the_default_mode(tmp_path: Path) -> None:
     open_store(str(tmp_path)).put_if_absent("a", b"1")
     found = (tmp_path / "a").stat()
     (tmp_path / "plain").write_bytes(b"")
@@ -372,7 +372,7 @@ def test_a_committed_part_has_one_name_and_the_mode_of_any_file(tmp_path: Path) 
     assert stat.S_IMODE(found.st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 
 
-def test_a_walk_is_in_byte_order_and_resumes_anywhere(tmp_path: Path) -> None:
+def test_local_listing_is_in_byte_order_and_resumes_anywhere(tmp_path: Path) -> None:
     names = ["B", "a-b", "a.jpg", "a/x", "a/y-1", "a/y/z", "a/y.jpg", "a0", "z/.hidden", "z/é", "ä", "😀/1"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -380,23 +380,23 @@ def test_a_walk_is_in_byte_order_and_resumes_anywhere(tmp_path: Path) -> None:
     (tmp_path / "empty" / "folders").mkdir(parents=True)
     expected = [f"{tmp_path}/{name}" for name in sorted(names, key=str.encode)]
     reader = Reader()
-    assert keys(reader.list(str(tmp_path))) == expected
-    assert keys(reader.list(f"{tmp_path}/")) == expected
-    assert keys(reader.list(f"file://{tmp_path}/")) == [f"file://{uri}" for uri in expected]
+    assert uris_of(reader.list(str(tmp_path))) == expected
+    assert uris_of(reader.list(f"{tmp_path}/")) == expected
+    assert uris_of(reader.list(f"file://{tmp_path}/")) == [f"file://{uri}" for uri in expected]
     for number, uri in enumerate(expected):
-        assert keys(reader.list(str(tmp_path), after=uri)) == expected[number + 1 :]
+        assert uris_of(reader.list(str(tmp_path), after=uri)) == expected[number + 1 :]
     for gone in ("a/", "a/y", "a/y/", "a/zz", "A", "zzz", "z"):
         after = f"{tmp_path}/{gone}"
         later = [uri for uri in expected if uri.encode() > after.encode()]
-        assert keys(reader.list(str(tmp_path), after=after)) == later
+        assert uris_of(reader.list(str(tmp_path), after=after)) == later
     flat = [uri for uri in expected if "/" not in uri.removeprefix(f"{tmp_path}/")]
-    assert keys(reader.list(str(tmp_path), recursive=False)) == flat
+    assert uris_of(reader.list(str(tmp_path), recursive=False)) == flat
     for found in reader.list(str(tmp_path)):
         assert found == reader.stat(found.uri)
         assert reader.read(found.uri, found.etag).data.decode() == found.uri.removeprefix(f"{tmp_path}/")
 
 
-def test_a_folder_with_more_names_than_are_held_is_listed_whole(
+def test_folder_with_more_names_than_the_limit_is_listed_completely(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [f"{number:03}" for number in range(100)]
@@ -407,7 +407,7 @@ def test_a_folder_with_more_names_than_are_held_is_listed_whole(
     assert [found.uri for found in local_backend.walk(tmp_path, "041")] == names[42:]
 
 
-def test_links_are_followed_but_never_round(tmp_path: Path) -> None:
+def test_links_are_followed_without_loops(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "1.jpg").write_bytes(b"one")
     (tmp_path / "file.jpg").symlink_to("real/1.jpg")
@@ -420,7 +420,7 @@ def test_links_are_followed_but_never_round(tmp_path: Path) -> None:
     assert found == {"file.jpg": 3, "folder/1.jpg": 3, "gone.jpg": 0, "real/1.jpg": 3, "self": 0}
 
 
-def test_names_that_are_not_text_or_no_names_at_all(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_are_read_and_impossible_names_refused(tmp_path: Path) -> None:
     name = b"caf\xe9.jpg"
     try:
         (tmp_path / os.fsdecode(name)).write_bytes(b"latin")
@@ -439,12 +439,12 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_bytes(b"")
     for name in ("pipe", "folder", "absent", "file/below"):
-        for ask in (Reader().read, Reader().stat, Reader().open):
+        for call in (Reader().read, Reader().stat, Reader().open):
             with pytest.raises(NotFound):
-                ask(f"{tmp_path}/{name}")
+                call(f"{tmp_path}/{name}")
 
 
-def test_an_object_that_changed_is_told_apart(root: str) -> None:
+def test_read_with_an_old_etag_fails(root: str) -> None:
     store, reader = open_store(root), Reader()
     first = store.put_if_absent("a", b"1")
     assert reader.read(f"{root}/a", first.etag).data == b"1"
@@ -453,29 +453,29 @@ def test_an_object_that_changed_is_told_apart(root: str) -> None:
         reader.read(f"{root}/a", first.etag)
 
 
-# --- reading from S3 ------------------------------------------------------------------------------------------------
+# --- reading from S3 -------------------------------------------------------------------------------------------------
 
 
-def test_odd_names_are_listed_and_read(root: str, request: pytest.FixtureRequest) -> None:
-    for name in ODD_NAMES:
+def test_unusual_names_are_listed_and_read(root: str, request: pytest.FixtureRequest) -> None:
+    for name in UNUSUAL_NAMES:
         if root.startswith("s3://"):
             request.getfixturevalue("s3").put(f"{root}/{name}", name.encode())
         else:
             Path(root, name).parent.mkdir(parents=True, exist_ok=True)
             Path(root, name).write_bytes(name.encode())
     reader = Reader()
-    expected = [f"{root}/{name}" for name in ODD_NAMES]
-    assert keys(reader.list(root)) == expected
+    expected = [f"{root}/{name}" for name in UNUSUAL_NAMES]
+    assert uris_of(reader.list(root)) == expected
     for number, found in enumerate(reader.list(root)):
         assert reader.stat(found.uri) == found
-        assert reader.read(found.uri).data == ODD_NAMES[number].encode()
-        assert keys(reader.list(root, after=found.uri)) == expected[number + 1 :]
+        assert reader.read(found.uri).data == UNUSUAL_NAMES[number].encode()
+        assert uris_of(reader.list(root, after=found.uri)) == expected[number + 1 :]
     assert [blob.data for blob in reader.read_many(expected) if isinstance(blob, ObjectData)] == list(
-        map(str.encode, ODD_NAMES)
+        map(str.encode, UNUSUAL_NAMES)
     )
 
 
-def test_many_reads_answer_in_order_each_for_itself(s3: Seaweed, tmp_path: Path) -> None:
+def test_read_many_returns_results_and_errors_in_order(s3: Seaweed, tmp_path: Path) -> None:
     root = s3.bucket()
     for number in range(40):
         s3.put(f"{root}{number}", b"%d" % number)
@@ -492,7 +492,7 @@ def test_many_reads_answer_in_order_each_for_itself(s3: Seaweed, tmp_path: Path)
     assert Reader().read_many([]) == []
 
 
-def test_a_reader_pickles_and_serves_threads(s3: Seaweed) -> None:
+def test_pickled_reader_serves_threads(s3: Seaweed) -> None:
     uri = s3.bucket() + "a"
     s3.put(uri, b"1")
     reader = Reader()
@@ -502,33 +502,33 @@ def test_a_reader_pickles_and_serves_threads(s3: Seaweed) -> None:
         assert [blob.data for blob in pool.map(again.read, [uri] * 50)] == [b"1"] * 50
 
 
-def test_folders_are_prefixes_of_whole_names(s3: Seaweed) -> None:
+def test_folder_listing_ends_at_its_slash(s3: Seaweed) -> None:
     root = s3.bucket()
     for key in ("day=1/a", "day=1/sub/b", "day=10/c", "day=1"):
         s3.put(root + key, b"1")
-    assert keys(Reader().list(root + "day=1")) == [root + "day=1/a", root + "day=1/sub/b"]
-    assert keys(Reader().list(root + "day=1/", recursive=False)) == [root + "day=1/a"]
-    assert keys(Reader().list(root + "absent")) == []
+    assert uris_of(Reader().list(root + "day=1")) == [root + "day=1/a", root + "day=1/sub/b"]
+    assert uris_of(Reader().list(root + "day=1/", recursive=False)) == [root + "day=1/a"]
+    assert uris_of(Reader().list(root + "absent")) == []
 
 
-def test_a_folder_marker_is_no_object_but_an_empty_file_is(s3: Seaweed) -> None:
+def test_folder_marker_is_not_listed_but_an_empty_file_is(s3: Seaweed) -> None:
     root = s3.bucket()
     s3.put(root + "folder/", b"")
     s3.put(root + "folder/a", b"1")
     s3.put(root + "empty", b"")
-    assert keys(Reader().list(root)) == [root + "empty", root + "folder/a"]
+    assert uris_of(Reader().list(root)) == [root + "empty", root + "folder/a"]
 
 
-def test_a_whole_bucket_is_listed(s3: Seaweed) -> None:
+def test_whole_bucket_is_listed(s3: Seaweed) -> None:
     s3.bucket("whole")
     s3.put("s3://whole/a/1", b"1")
     s3.put("s3://whole/b", b"1")
     for uri in ("s3://whole", "s3://whole/"):
-        assert keys(Reader().list(uri)) == ["s3://whole/a/1", "s3://whole/b"]
-    assert keys(Reader().list("s3://whole", after="s3://whole/a/1")) == ["s3://whole/b"]
+        assert uris_of(Reader().list(uri)) == ["s3://whole/a/1", "s3://whole/b"]
+    assert uris_of(Reader().list("s3://whole", after="s3://whole/a/1")) == ["s3://whole/b"]
 
 
-def test_a_manifest_is_opened_as_a_seekable_file(root: str, tmp_path: Path) -> None:
+def test_object_opens_as_a_seekable_file(root: str, tmp_path: Path) -> None:
     table = pa.table({"uri": [f"image-{number}" for number in range(100_000)]})
     pq.write_table(table, tmp_path / "manifest", row_group_size=10_000)
     open_store(root).put_if_absent("manifest.parquet", tmp_path / "manifest")
@@ -541,14 +541,14 @@ def test_a_manifest_is_opened_as_a_seekable_file(root: str, tmp_path: Path) -> N
         Reader().open(f"{root}/absent")
 
 
-def test_an_unknown_bucket_is_said(s3: Seaweed) -> None:
+def test_unknown_bucket_is_reported(s3: Seaweed) -> None:
     with pytest.raises(InvalidJob, match="no such bucket"):
         list(Reader().list("s3://never-made/images/"))
     with pytest.raises(NotFound):
         Reader().read("s3://never-made/images/1.jpg")
 
 
-def test_the_longest_option_prefix_wins_and_stops_at_names(s3: Seaweed) -> None:
+def test_longest_matching_option_prefix_wins(s3: Seaweed) -> None:
     uri = s3.bucket() + "a"
     s3.put(uri, b"1")
     bucket = uri.rpartition("/")[0]
@@ -560,7 +560,7 @@ def test_the_longest_option_prefix_wins_and_stops_at_names(s3: Seaweed) -> None:
         Reader({"s3://": right, bucket: dead}, retry_timeout=0).read(uri)
 
 
-def test_an_option_wins_over_the_environment(s3: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_option_wins_over_the_environment(s3: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = s3.bucket() + "a"
     s3.put(uri, b"1")
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
@@ -568,55 +568,60 @@ def test_an_option_wins_over_the_environment(s3: Seaweed, monkeypatch: pytest.Mo
     assert Reader({"s3://": StorageOptions(endpoint=s3.endpoint)}, retry_timeout=0).read(uri).data == b"1"
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3.endpoint)
     assert Reader(retry_timeout=0).read(uri).data == b"1"
-    assert keys(Reader(retry_timeout=0).list(uri.rpartition("/")[0])) == [uri]
+    assert uris_of(Reader(retry_timeout=0).list(uri.rpartition("/")[0])) == [uri]
 
 
-def test_anonymous_and_requester_pays_reach_the_server(s3: Seaweed, faulty: FaultProxy) -> None:
+def test_anonymous_and_requester_pays_reach_the_server(s3: Seaweed, proxy: FaultProxy) -> None:
     uri = s3.bucket() + "a"
     s3.put(uri, b"1")
     public = {"s3://": StorageOptions(endpoint=s3.endpoint, anonymous=True)}
-    with pytest.raises(Unavailable, match="AccessDenied"):  # it is signed for nobody, and this bucket is not public
+    with pytest.raises(Unavailable, match="AccessDenied"):  # the request is not signed, and this bucket is not public
         Reader(public).read(uri)
     with pytest.raises(Unavailable, match="AccessDenied"):
         list(Reader(public).list("s3://tests"))
-    payer = {"s3://": StorageOptions(endpoint=faulty.endpoint, requester_pays=True)}
+    payer = {"s3://": StorageOptions(endpoint=proxy.endpoint, requester_pays=True)}
     assert Reader(payer).read(uri).data == b"1"
     with pytest.raises(InvalidJob, match="s3:// only"):
         Reader({"gs://": StorageOptions(requester_pays=True)}).read("gs://bucket/a")
 
 
-# --- a server with keys that only S3 itself has -----------------------------------------------------------------------
+# --- a server with keys that only Amazon S3 has ----------------------------------------------------------------------
 
 
 @pytest.fixture
-def odd(faulty: FaultProxy) -> tuple[FaultProxy, dict[str, bytes]]:
-    """Answers reads and listings from a dict: SeaweedFS folds `a//b` into `a/b` and refuses `..`; Amazon does not."""
-    held: dict[str, bytes] = {}
+def dict_server(proxy: FaultProxy) -> tuple[FaultProxy, dict[str, bytes]]:
+    """A proxy that answers reads and listings from a dict.
+
+    SeaweedFS folds `a//b` into `a/b` and refuses `..`; Amazon S3 does not.
+    """
+    objects: dict[str, bytes] = {}
 
     def decide(method: str, path: str) -> Reply:
         parts = urlsplit(path)
-        asked = {name: values[0] for name, values in parse_qs(parts.query).items()}
-        if "list-type" in asked:
-            return Reply(200, listing(held, asked), {"content-type": "application/xml"})
+        query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+        if "list-type" in query:
+            return Reply(200, render_listing(objects, query), {"content-type": "application/xml"})
         key = unquote(parts.path.split("/", 2)[2])
-        found = {"etag": f'"{len(held[key])}"', "last-modified": "Sat, 21 Nov 2026 01:00:00 GMT"} if key in held else {}
-        found["content-length"] = str(len(held.get(key, b"")))
-        return Reply(200, held[key], found) if key in held else Reply(404, b"<Error><Code>NoSuchKey</Code></Error>")
+        if key not in objects:
+            return Reply(404, b"<Error><Code>NoSuchKey</Code></Error>")
+        data = objects[key]
+        headers = {"etag": f'"{len(data)}"', "last-modified": "Sat, 21 Nov 2026 01:00:00 GMT"}
+        return Reply(200, data, {**headers, "content-length": str(len(data))})
 
-    faulty.decide = decide
-    return faulty, held
+    proxy.decide = decide
+    return proxy, objects
 
 
-def listing(held: dict[str, bytes], asked: dict[str, str]) -> bytes:
-    after = asked.get("continuation-token") or asked.get("start-after", "")
-    prefix = asked.get("prefix", "")
-    fits = [key for key in sorted(held, key=str.encode) if key.startswith(prefix) and key.encode() > after.encode()]
-    if "delimiter" in asked:
+def render_listing(objects: dict[str, bytes], query: dict[str, str]) -> bytes:
+    after = query.get("continuation-token") or query.get("start-after", "")
+    prefix = query.get("prefix", "")
+    fits = [key for key in sorted(objects, key=str.encode) if key.startswith(prefix) and key.encode() > after.encode()]
+    if "delimiter" in query:
         fits = [key for key in fits if "/" not in key.removeprefix(prefix)]
-    page = fits[: 2 if len(held) < 20 else 1000]
+    page = fits[: 2 if len(objects) < 20 else 1000]
     more = f"<NextContinuationToken>{escape(page[-1])}</NextContinuationToken>" if len(fits) > len(page) else ""
     rows = (
-        f'<Contents><Key>{escape(key)}</Key><Size>{len(held[key])}</Size><ETag>"{len(held[key])}"</ETag>'
+        f'<Contents><Key>{escape(key)}</Key><Size>{len(objects[key])}</Size><ETag>"{len(objects[key])}"</ETag>'
         "<LastModified>2026-11-21T01:00:00.000Z</LastModified></Contents>"
         for key in page
     )
@@ -625,42 +630,44 @@ def listing(held: dict[str, bytes], asked: dict[str, str]) -> bytes:
     return f"<ListBucketResult><Name>odd</Name><Prefix>{escape(prefix)}</Prefix>{body}</ListBucketResult>".encode()
 
 
-def test_keys_that_obstore_cannot_name_are_listed_and_read(odd: tuple[FaultProxy, dict[str, bytes]]) -> None:
-    faulty, held = odd
+def test_keys_that_obstore_cannot_name_are_listed_and_read(dict_server: tuple[FaultProxy, dict[str, bytes]]) -> None:
+    proxy, objects = dict_server
     names = ["in/1.jpg", "in/2.jpg", "in/a/../c.jpg", "in/a/./d.jpg", "in/a//b.jpg", "in/m/", "in/m/é.jpg", "in/~"]
-    held.update({name: name.encode() for name in names if not name.endswith("/")}, **{"in/m/": b"", "/in/3.jpg": b"3"})
+    objects.update(
+        {name: name.encode() for name in names if not name.endswith("/")}, **{"in/m/": b"", "/in/3.jpg": b"3"}
+    )
     expected = [f"s3://odd/{name}" for name in names if not name.endswith("/")]
-    reader = Reader(through(faulty))
-    assert keys(reader.list("s3://odd/in/")) == expected
+    reader = Reader(options_through(proxy))
+    assert uris_of(reader.list("s3://odd/in/")) == expected
     for number, uri in enumerate(expected):
         assert reader.read(uri).data == uri.removeprefix("s3://odd/").encode()
         assert reader.stat(uri).size == len(uri.removeprefix("s3://odd/").encode())
-        assert keys(reader.list("s3://odd/in/", after=uri)) == expected[number + 1 :]
+        assert uris_of(reader.list("s3://odd/in/", after=uri)) == expected[number + 1 :]
         with reader.open(uri) as file:
             assert file.seek(0, os.SEEK_END) == len(uri.removeprefix("s3://odd/").encode())
-    assert keys(reader.list("s3://odd/in/", recursive=False)) == [expected[0], expected[1], expected[-1]]
-    assert keys(reader.list("s3://odd/in/a//")) == ["s3://odd/in/a//b.jpg"]
-    assert keys(reader.list("s3://odd")) == ["s3://odd//in/3.jpg", *expected]
+    assert uris_of(reader.list("s3://odd/in/", recursive=False)) == [expected[0], expected[1], expected[-1]]
+    assert uris_of(reader.list("s3://odd/in/a//")) == ["s3://odd/in/a//b.jpg"]
+    assert uris_of(reader.list("s3://odd")) == ["s3://odd//in/3.jpg", *expected]
     assert reader.read("s3://odd//in/3.jpg").data == b"3"
     with pytest.raises(NotFound):
         reader.read("s3://odd/in//absent.jpg")
 
 
-def test_listing_streams_page_by_page(odd: tuple[FaultProxy, dict[str, bytes]]) -> None:
-    faulty, held = odd
-    held.update({f"in/{number:04}": b"1" for number in range(5000)})
+def test_listing_streams_page_by_page(dict_server: tuple[FaultProxy, dict[str, bytes]]) -> None:
+    proxy, objects = dict_server
+    objects.update({f"in/{number:04}": b"1" for number in range(5000)})
     for recursive in (True, False):
-        faulty.requests.clear()
-        found = Reader(through(faulty)).list("s3://odd/in", recursive=recursive)
+        proxy.requests.clear()
+        found = Reader(options_through(proxy)).list("s3://odd/in", recursive=recursive)
         assert next(found).uri == "s3://odd/in/0000"
-        assert len(faulty.requests) < 4
-        assert (len(list(found)), len(faulty.requests)) == (4999, 5)
+        assert len(proxy.requests) < 4
+        assert (len(list(found)), len(proxy.requests)) == (4999, 5)
 
 
-# --- faults -----------------------------------------------------------------------------------------------------------
+# --- faults ----------------------------------------------------------------------------------------------------------
 
 
-def first_times(count: int, action: Reply | str, method: str = "") -> Callable[[str, str], Reply | str | None]:
+def fault_first(count: int, action: Reply | str, method: str = "") -> Callable[[str, str], Reply | str | None]:
     left = [count]
 
     def decide(seen: str, path: str) -> Reply | str | None:
@@ -681,11 +688,11 @@ TRANSIENT = [
 
 
 @pytest.mark.parametrize("action", TRANSIENT, ids=["503", "500", "429", "reset"])
-def test_transient_faults_are_retried(s3: Seaweed, faulty: FaultProxy, action: Reply | str) -> None:
+def test_transient_faults_are_retried(s3: Seaweed, proxy: FaultProxy, action: Reply | str) -> None:
     root = s3.bucket()
     s3.put(root + "in/a", b"1")
-    reader, store = Reader(through(faulty)), open_store(root, through(faulty))
-    asks: list[Callable[[], object]] = [
+    reader, store = Reader(options_through(proxy)), open_store(root, options_through(proxy))
+    calls: list[Callable[[], object]] = [
         lambda: reader.read(root + "in/a"),
         lambda: reader.stat(root + "in/a"),
         lambda: list(reader.list(root + "in")),
@@ -693,43 +700,44 @@ def test_transient_faults_are_retried(s3: Seaweed, faulty: FaultProxy, action: R
         lambda: reader.read(root + "in//a"),
         lambda: store.put_if_absent("b", b"2"),
     ]
-    for ask in asks:
-        faulty.decide = first_times(1, action)
-        assert ask()
+    for call in calls:
+        proxy.decide = fault_first(1, action)
+        assert call()
     assert s3.get(root + "b") == b"2"
 
 
 @pytest.mark.parametrize("action", [*TRANSIENT[:1], RESET], ids=["503", "reset"])
-def test_faults_that_last_end_as_unavailable_in_bounded_time(
-    s3: Seaweed, faulty: FaultProxy, action: Reply | str
-) -> None:
+def test_lasting_faults_are_unavailable_in_bounded_time(s3: Seaweed, proxy: FaultProxy, action: Reply | str) -> None:
     root = s3.bucket()
-    faulty.decide = lambda method, path: action
-    reader, store = Reader(through(faulty), retry_timeout=0.2), open_store(root, through(faulty), retry_timeout=0.2)
-    asks: list[Callable[[], object]] = [
+    proxy.decide = lambda method, path: action
+    reader, store = (
+        Reader(options_through(proxy), retry_timeout=0.2),
+        open_store(root, options_through(proxy), retry_timeout=0.2),
+    )
+    calls: list[Callable[[], object]] = [
         lambda: reader.read(root + "a"),
         lambda: reader.stat(root + "a//b"),
         lambda: list(reader.list(root)),
         lambda: store.put_if_absent("b", b"2"),
         lambda: store.delete("b"),
     ]
-    for ask in asks:
+    for call in calls:
         with pytest.raises(Unavailable, match=r"s3://tests/.*does not answer.*run again"):
-            ask()
+            call()
 
 
-def test_a_dead_server_costs_many_reads_one_window(s3: Seaweed) -> None:
+def test_dead_server_costs_read_many_one_timeout(s3: Seaweed) -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound, never listening: refuses
+        taken.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
         options = {"s3://": StorageOptions(endpoint=f"http://127.0.0.1:{taken.getsockname()[1]}")}
         start = time.monotonic()
         answers = Reader(options, retry_timeout=0.5).read_many([f"s3://tests/{number}" for number in range(300)])
     assert {type(answer) for answer in answers} == {Unavailable}
-    assert time.monotonic() - start < 30  # 300 windows in 32 threads, with back-off, would be far over
+    assert time.monotonic() - start < 30  # 300 timeouts in 32 threads, with back-off, would take far longer
 
 
 class Clock:
-    """Seconds that pass only where somebody waits."""
+    """A clock whose time passes only in `sleep`."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -741,60 +749,60 @@ class Clock:
         self.now += seconds
 
 
-def silent(clock: Clock, times: int, seconds: float) -> Callable[[], str]:
-    """A question that is not answered so many times, each after so many seconds."""
+def make_unanswered(clock: Clock, times: int, seconds: float) -> Callable[[], str]:
+    """Return a request that is not answered `times` times, each time after `seconds`."""
     left = [times]
 
-    def ask() -> str:
+    def call() -> str:
         if left[0]:
             left[0] -= 1
             clock.now += seconds
             raise Unavailable("s3://b/a: the store does not answer (reset); check the network, then run again")
         return "answer"
 
-    return ask
+    return call
 
 
-def test_an_outage_is_ridden_out_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_short_outage_is_waited_out_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
     outage = Outage(300, clock, clock.sleep)
-    assert outage.retry_until_answered(silent(clock, 9, 30)) == "answer"
+    assert outage.retry_until_answered(make_unanswered(clock, 9, 30)) == "answer"
     assert 270 <= clock.now - 100 < 300
     assert not outage.is_ongoing
-    (said,) = caplog.messages
-    assert said == "s3://b/a: the store does not answer (reset); it is asked again for up to 300 s"
+    (message,) = caplog.messages
+    assert message == "s3://b/a: the store does not answer (reset); it is asked again for up to 300 s"
 
 
-def test_a_longer_one_is_raised_and_whoever_asks_next_asks_once() -> None:
+def test_long_outage_is_raised_and_the_next_request_is_sent_once() -> None:
     clock = Clock()
     outage = Outage(300, clock, clock.sleep)
     with pytest.raises(Unavailable, match=r"the store does not answer \(reset\), for 3\d\d s now; check the network"):
-        outage.retry_until_answered(silent(clock, 99, 30))
+        outage.retry_until_answered(make_unanswered(clock, 99, 30))
     assert 300 <= clock.now - 100 <= 335
     assert outage.timed_out
     before = clock.now
     with pytest.raises(Unavailable):
-        outage.retry_until_answered(silent(clock, 99, 30))
+        outage.retry_until_answered(make_unanswered(clock, 99, 30))
     assert clock.now == before + 30
-    assert outage.retry_until_answered(silent(clock, 0, 0)) == "answer"
+    assert outage.retry_until_answered(make_unanswered(clock, 0, 0)) == "answer"
     assert not outage.timed_out
 
 
-def test_one_question_ends_though_the_store_answers_others() -> None:
+def test_unanswered_request_times_out_although_others_are_answered() -> None:
     clock = Clock()
     outage = Outage(60, clock, clock.sleep)
-    unanswered = silent(clock, 99, 5)
+    request = make_unanswered(clock, 99, 5)
 
-    def ask() -> str:
-        outage.record_answer()  # somebody else has an answer
-        return unanswered()
+    def call() -> str:
+        outage.record_answer()  # another request was answered
+        return request()
 
     with pytest.raises(Unavailable):
-        outage.retry_until_answered(ask)
+        outage.retry_until_answered(call)
     assert clock.now - 100 <= 70
 
 
-def test_refused_credentials_and_answers_are_not_waited_for() -> None:
+def test_denied_access_and_definite_answers_are_raised_at_once() -> None:
     clock = Clock()
     outage = Outage(300, clock, clock.sleep)
 
@@ -808,70 +816,68 @@ def test_refused_credentials_and_answers_are_not_waited_for() -> None:
 
 
 @pytest.mark.parametrize("action", [RESET, LOSE_ANSWER, TRUNCATE, Reply(503)], ids=["reset", "lost", "cut", "503"])
-def test_a_store_that_falls_silent_is_asked_until_it_answers(
-    s3: Seaweed, faulty: FaultProxy, action: Reply | str
-) -> None:
-    """Every verb, with a window for each request that is far too short."""
+def test_every_method_retries_a_silent_store(s3: Seaweed, proxy: FaultProxy, action: Reply | str) -> None:
+    """Every method, with a retry timeout that is far too short for the fault."""
     root = s3.bucket()
     s3.put(root + "in/a", b"12")
-    reader = Reader(through(faulty), retry_timeout=0.01, outage_timeout=30)
-    store = open_store(root, through(faulty), retry_timeout=0.01, outage=30)
-    asks: list[Callable[[], object]] = [
+    reader = Reader(options_through(proxy), retry_timeout=0.01, outage_timeout=30)
+    store = open_store(root, options_through(proxy), retry_timeout=0.01, outage=30)
+    calls: list[Callable[[], object]] = [
         lambda: reader.read(root + "in/a").data == b"12",
         lambda: reader.stat(root + "in/a").size == 2,
-        lambda: keys(reader.list(root + "in")) == [root + "in/a"],
-        lambda: keys(reader.list(root + "in", recursive=False)) == [root + "in/a"],
+        lambda: uris_of(reader.list(root + "in")) == [root + "in/a"],
+        lambda: uris_of(reader.list(root + "in", recursive=False)) == [root + "in/a"],
         lambda: store.read_tail("in/a", 1) == b"2",
         lambda: put_or_get(store, "settled", b"1") == b"1",
     ]
-    for ask in asks:
-        faulty.decide = first_times(2, action)
-        assert ask()
-    faulty.decide = first_times(2, action)
+    for call in calls:
+        proxy.decide = fault_first(2, action)
+        assert call()
+    proxy.decide = fault_first(2, action)
     store.delete("settled")
     assert s3.keys(root) == ["in/a"]
 
 
-def test_a_listing_that_breaks_off_goes_on_where_it_was(odd: tuple[FaultProxy, dict[str, bytes]]) -> None:
-    faulty, held = odd
-    held.update({f"in/{number:04}": b"1" for number in range(3000)})
-    serve, breaks = faulty.decide, RandomFaults(7, throttled=0.3, reset=0.3)
-    faulty.decide = lambda method, path: breaks(method, path) or serve(method, path)
-    found = keys(Reader(through(faulty), retry_timeout=0.1, outage_timeout=60).list("s3://odd/in"))
+def test_broken_listing_resumes_after_its_last_object(dict_server: tuple[FaultProxy, dict[str, bytes]]) -> None:
+    proxy, objects = dict_server
+    objects.update({f"in/{number:04}": b"1" for number in range(3000)})
+    serve, breaks = proxy.decide, RandomFaults(7, throttled=0.3, reset=0.3)
+    proxy.decide = lambda method, path: breaks(method, path) or serve(method, path)
+    found = uris_of(Reader(options_through(proxy), retry_timeout=0.1, outage_timeout=60).list("s3://odd/in"))
     assert found == [f"s3://odd/in/{number:04}" for number in range(3000)]
 
 
-def test_the_window_can_be_set_from_outside(s3: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_timeout_comes_from_the_environment(s3: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCHJOB_PATIENCE", "0.2")
     with pytest.raises(Unavailable, match=r"http|does not answer"):
         Reader({"s3://": StorageOptions(endpoint="http://127.0.0.1:9")}).read("s3://tests/a")
 
 
-def test_a_lost_answer_to_a_create_is_left_to_the_caller(s3: Seaweed, faulty: FaultProxy) -> None:
+def test_lost_answer_to_a_create_is_left_to_the_caller(s3: Seaweed, proxy: FaultProxy) -> None:
     root = s3.bucket()
-    store = open_store(root, through(faulty))
-    faulty.decide = first_times(1, LOSE_ANSWER, "PUT")
-    # The repeated PUT meets our own first one. Nothing here may take that for a rival.
+    store = open_store(root, options_through(proxy))
+    proxy.decide = fault_first(1, LOSE_ANSWER, "PUT")
+    # The repeated PUT meets our own first one, which must not be taken for a rival's.
     with pytest.raises((AlreadyExists, Unavailable)):
         store.put_if_absent("a", b"ours")
     assert store.read("a").data == b"ours"
 
 
-def test_a_lost_answer_to_a_replace_is_left_to_the_caller(s3: Seaweed, faulty: FaultProxy) -> None:
-    store = open_store(s3.bucket(), through(faulty))
+def test_lost_answer_to_a_replace_is_left_to_the_caller(s3: Seaweed, proxy: FaultProxy) -> None:
+    store = open_store(s3.bucket(), options_through(proxy))
     first = store.put_if_absent("a", b"1")
-    faulty.decide = first_times(1, LOSE_ANSWER, "PUT")
+    proxy.decide = fault_first(1, LOSE_ANSWER, "PUT")
     with pytest.raises((PreconditionFailed, Unavailable)):
         store.replace_if_match("a", b"2", str(first.version))
     assert store.read("a").data == b"2"
 
 
 @pytest.mark.parametrize("status", [409, 412])
-def test_a_refusal_that_stored_nothing_is_already_exists(s3: Seaweed, faulty: FaultProxy, status: int) -> None:
+def test_conflict_that_stored_nothing_is_already_exists(s3: Seaweed, proxy: FaultProxy, status: int) -> None:
     root = s3.bucket()
-    store = open_store(root, through(faulty), retry_timeout=0.5)
+    store = open_store(root, options_through(proxy), retry_timeout=0.5)
     body = b"<Error><Code>ConditionalRequestConflict</Code><Message>being written</Message></Error>"
-    faulty.decide = lambda method, path: Reply(status, body) if method == "PUT" else None
+    proxy.decide = lambda method, path: Reply(status, body) if method == "PUT" else None
     with pytest.raises((AlreadyExists, Unavailable)):
         store.put_if_absent("a", b"1")
     with pytest.raises((PreconditionFailed, Unavailable)):
@@ -883,12 +889,12 @@ def test_a_refusal_that_stored_nothing_is_already_exists(s3: Seaweed, faulty: Fa
     ("status", "code"),
     [(400, "ExpiredToken"), (403, "InvalidAccessKeyId"), (403, "AccessDenied"), (401, "Unauthorized")],
 )
-def test_bad_credentials_are_said_at_once(s3: Seaweed, faulty: FaultProxy, status: int, code: str) -> None:
+def test_refused_credentials_are_reported_at_once(s3: Seaweed, proxy: FaultProxy, status: int, code: str) -> None:
     root = s3.bucket()
     body = f"<Error><Code>{code}</Code><Message>no good</Message><AWSAccessKeyId>AKIASECRET</AWSAccessKeyId></Error>"
-    faulty.decide = lambda method, path: Reply(status, body.encode())
-    reader, store = Reader(through(faulty)), open_store(root, through(faulty))
-    asks: list[Callable[[], object]] = [
+    proxy.decide = lambda method, path: Reply(status, body.encode())
+    reader, store = Reader(options_through(proxy)), open_store(root, options_through(proxy))
+    calls: list[Callable[[], object]] = [
         lambda: reader.read(root + "a"),
         lambda: reader.read(root + "a//b"),
         lambda: reader.stat(root + "a"),
@@ -898,16 +904,16 @@ def test_bad_credentials_are_said_at_once(s3: Seaweed, faulty: FaultProxy, statu
         lambda: store.replace_if_match("a", b"1", '"x"'),
         lambda: store.delete("a"),
     ]
-    for ask in asks:
-        faulty.requests.clear()
+    for call in calls:
+        proxy.requests.clear()
         with pytest.raises(Unavailable, match=r"s3://tests/.*access denied.*credentials") as caught:
-            ask()
+            call()
         assert "AKIASECRET" not in caught.value.message
         assert "\n" not in caught.value.message
-        assert len(faulty.requests) == 1
+        assert len(proxy.requests) == 1
 
 
-def test_missing_credentials_are_said_without_asking_anybody(s3: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_reported_without_a_request(s3: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     with pytest.raises(Unavailable, match="no AWS credentials found; set AWS_PROFILE"):
@@ -916,51 +922,51 @@ def test_missing_credentials_are_said_without_asking_anybody(s3: Seaweed, monkey
         open_store("s3://tests/a")
 
 
-def test_a_bucket_in_another_region_is_a_fault_of_the_job(s3: Seaweed, faulty: FaultProxy) -> None:
-    faulty.decide = lambda method, path: Reply(301, b"<Error><Code>PermanentRedirect</Code></Error>")
+def test_bucket_in_another_region_is_an_invalid_job(s3: Seaweed, proxy: FaultProxy) -> None:
+    proxy.decide = lambda method, path: Reply(301, b"<Error><Code>PermanentRedirect</Code></Error>")
     with pytest.raises(InvalidJob, match="another region"):
-        Reader(through(faulty)).read("s3://tests/a")
+        Reader(options_through(proxy)).read("s3://tests/a")
 
 
-# --- every other protocol ---------------------------------------------------------------------------------------------
+# --- every other protocol --------------------------------------------------------------------------------------------
 
 
-def test_any_protocol_of_fsspec_is_read(tmp_path: Path) -> None:
+def test_fsspec_protocol_is_listed_and_read(tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     for name in ("a b", "a-b", "a/x", "p%2Fq", "h#"):
         memory.pipe(f"/any/{name}", name.encode())
     expected = [f"memory://any/{name}" for name in sorted(["a b", "a-b", "a/x", "p%2Fq", "h#"])]
     reader = Reader()
-    assert keys(reader.list("memory://any")) == expected
-    assert keys(reader.list("memory://any/", after=expected[1])) == expected[2:]
-    assert keys(reader.list("memory://any", recursive=False)) == [uri for uri in expected if not uri.endswith("/x")]
-    assert keys(reader.list("memory://absent")) == []
+    assert uris_of(reader.list("memory://any")) == expected
+    assert uris_of(reader.list("memory://any/", after=expected[1])) == expected[2:]
+    assert uris_of(reader.list("memory://any", recursive=False)) == [uri for uri in expected if not uri.endswith("/x")]
+    assert uris_of(reader.list("memory://absent")) == []
     for uri in expected:
         assert reader.read(uri).data == uri.removeprefix("memory://any/").encode()
         assert reader.stat(uri).size == len(uri.removeprefix("memory://any/"))
     with reader.open("memory://any/a b") as file:
         assert file.read() == b"a b"
-    for ask in (reader.read, reader.stat, reader.open):
+    for call in (reader.read, reader.stat, reader.open):
         with pytest.raises(NotFound):
-            ask("memory://any/absent")
+            call("memory://any/absent")
     with pytest.raises(NotFound):
         reader.stat("memory://any")
 
 
-def test_files_inside_an_archive_are_read(tmp_path: Path) -> None:
+def test_files_inside_a_zip_archive_are_read(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         archive.writestr("in/2.jpg", b"two")
         archive.writestr("in/1.jpg", b"one")
-    found = keys(Reader().list(f"zip://in::file://{tmp_path}/images.zip"))
+    found = uris_of(Reader().list(f"zip://in::file://{tmp_path}/images.zip"))
     assert found == [f"zip://in/{number}.jpg::file://{tmp_path}/images.zip" for number in (1, 2)]
     assert [blob.data for blob in Reader().read_many(found) if isinstance(blob, ObjectData)] == [b"one", b"two"]
 
 
-def test_a_web_server_is_read(faulty: FaultProxy) -> None:
+def test_http_server_is_read(proxy: FaultProxy) -> None:
     pages = {"/images/a%20b.jpg?size=1": b"image", "/manifest.csv.gz": gzip.compress(b"uri\n1\n")}
 
     def decide(method: str, path: str) -> Reply:
-        if path == "/throttled" and len(faulty.requests) < 3:
+        if path == "/throttled" and len(proxy.requests) < 3:
             return Reply(503)
         if path in ("/denied", "/broken"):
             return Reply({"/denied": 403, "/broken": 500}[path])
@@ -968,33 +974,33 @@ def test_a_web_server_is_read(faulty: FaultProxy) -> None:
         found = {"content-length": str(len(page)), "etag": '"tag"'}
         return Reply(200, page, found) if path in pages or path == "/throttled" else Reply(404)
 
-    faulty.decide = decide
-    named = {faulty.endpoint: StorageOptions(private=True)}
+    proxy.decide = decide
+    named = {proxy.endpoint: StorageOptions(private=True)}
     reader = Reader(named, retry_timeout=2)
-    image = f"{faulty.endpoint}/images/a%20b.jpg?size=1"
+    image = f"{proxy.endpoint}/images/a%20b.jpg?size=1"
     assert reader.read(image).data == b"image"
     assert (reader.stat(image).size, reader.stat(image).etag) == (5, "tag")
     assert reader.read(image, "tag").data == b"image"
     with pytest.raises(PreconditionFailed):
         reader.read(image, "another")
-    with reader.open(f"{faulty.endpoint}/manifest.csv.gz") as file:
+    with reader.open(f"{proxy.endpoint}/manifest.csv.gz") as file:
         assert gzip.decompress(file.read()) == b"uri\n1\n"
     with pytest.raises(NotFound):
-        reader.read(f"{faulty.endpoint}/absent")
+        reader.read(f"{proxy.endpoint}/absent")
     with pytest.raises(AddressRefused, match="the host refuses it"):
-        reader.read(f"{faulty.endpoint}/denied")
+        reader.read(f"{proxy.endpoint}/denied")
     with pytest.raises(Unavailable, match="does not answer"):
-        Reader(named, retry_timeout=0.3).read(f"{faulty.endpoint}/broken")
-    faulty.requests.clear()
-    assert reader.read(f"{faulty.endpoint}/throttled").data == b""
+        Reader(named, retry_timeout=0.3).read(f"{proxy.endpoint}/broken")
+    proxy.requests.clear()
+    assert reader.read(f"{proxy.endpoint}/throttled").data == b""
 
 
-def test_a_protocol_that_nobody_knows_is_said() -> None:
+def test_unknown_protocol_is_reported() -> None:
     with pytest.raises(InvalidJob, match="no reader for nosuch://"):
         Reader().read("nosuch://a/b")
 
 
-def test_a_reader_asked_by_many_at_once_makes_each_client_once(s3: Seaweed) -> None:
+def test_concurrent_first_reads_work(s3: Seaweed) -> None:
     uri = s3.bucket() + "a"
     s3.put(uri, b"1")
     reader, gate = Reader(), threading.Barrier(8)
@@ -1007,9 +1013,9 @@ def test_a_reader_asked_by_many_at_once_makes_each_client_once(s3: Seaweed) -> N
         assert list(pool.map(read, range(8))) == [b"1"] * 8
 
 
-def test_an_answer_that_another_thread_hears_amid_a_look_does_no_harm() -> None:
-    class Heard(Outage):
-        """Ends each time that somebody has looked."""
+def test_record_silence_tolerates_a_concurrent_answer() -> None:
+    class InterruptedOutage(Outage):
+        """An outage that ends each time its start is read, as if another thread had recorded an answer."""
 
         _begun: float | None
 
@@ -1022,23 +1028,23 @@ def test_an_answer_that_another_thread_hears_amid_a_look_does_no_harm() -> None:
         def _since(self, since: float | None) -> None:
             self._begun = since
 
-    outage = Heard(60.0, clock=lambda: 5.0)
+    outage = InterruptedOutage(60.0, clock=lambda: 5.0)
     outage._since = 1.0
     outage.record_silence(Unavailable("away"), 2.0)
     assert outage._begun == 1.0
 
 
-def test_readers_and_an_output_of_one_bucket_share_what_they_know_of_its_silence(
+def test_reader_and_store_of_one_bucket_can_share_an_outage(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("REGION", "us-east-1")):
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    silence = Reader(outage_timeout=0.2).outage("s3://lake/in/a.png")
+    outage = Reader(outage_timeout=0.2).outage("s3://lake/in/a.png")
     store = pickle.loads(pickle.dumps(open_store("s3://lake/out", outage=0.2)))
     with pytest.raises(Unavailable):
         store.read("a")
-    assert not silence.is_ongoing
+    assert not outage.is_ongoing
     with pytest.raises(Unavailable):
-        open_store("s3://lake/out", outage=silence).read("a")
-    assert silence.is_ongoing
+        open_store("s3://lake/out", outage=outage).read("a")
+    assert outage.is_ongoing

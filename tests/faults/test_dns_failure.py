@@ -1,4 +1,4 @@
-"""The store's name ceases to resolve in the middle of a run: no error row, exit 75, and the next run goes on."""
+"""The store's host name stops resolving during a run: no error rows, exit 75, and the next run resumes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from seaweed import Seaweed
 from batchjob.output import commit
 
 IMAGES, SHARD, NAME = 120, 10, "store.batchjob.test"
-CONNECTIONS = 30  # that may stand as the name goes: each brings one more request; with the name they are 160
+CONNECTIONS = 30  # open when the name is removed: each sends one more request; with the name there would be 160
 
-# What the C library asks lies beneath mounts of its own: the machine's names are left as they are.
+# The files that the C library reads are replaced in a mount namespace: the machine's own are unchanged.
 IN_A_NAMESPACE = """\
 mount --bind "$1" /etc/hosts && mount --bind "$2" /etc/nsswitch.conf || exit 99
 shift 2
@@ -35,46 +35,46 @@ exec "$@"
 
 
 @dataclass(frozen=True)
-class Names:
-    """What processes that are started by it find in `/etc/hosts`, and nowhere else, at each look."""
+class HostsFile:
+    """The `/etc/hosts` of the processes that it starts, which is their only source of names."""
 
     folder: Path
 
-    def know(self) -> None:
-        """The name is that of this machine."""
+    def add_name(self) -> None:
+        """Let the name resolve to this machine."""
         (self.folder / "hosts").write_text(f"127.0.0.1 localhost\n127.0.0.1 {NAME}\n")
         (self.folder / "nsswitch.conf").write_text("hosts: files\n")
 
-    def forget(self) -> None:
-        """Nobody knows the name any more."""
+    def remove_name(self) -> None:
+        """Stop the name from resolving."""
         (self.folder / "hosts").write_text("127.0.0.1 localhost\n")
 
     def start(self, *arguments: str, **environment: str) -> Command:
-        """A program with its arguments."""
+        """Start a program with its arguments."""
         files = [str(self.folder / "hosts"), str(self.folder / "nsswitch.conf")]
         command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", IN_A_NAMESPACE, "sh", *files]
         return start_program([*command, *arguments], env=environment)
 
 
 @pytest.fixture
-def names(tmp_path: Path) -> Names:
-    """Names that a test may take back; skipped where nobody may mount."""
-    found = Names(tmp_path)
-    found.know()
+def hosts_file(tmp_path: Path) -> HostsFile:
+    """A hosts file that the test may change; skips the test if it may not mount."""
+    found = HostsFile(tmp_path)
+    found.add_name()
     ask = [sys.executable, "-c", f"import socket; socket.gethostbyname({NAME!r})"]
     try:
-        ended = found.start(*ask).wait()
+        result = found.start(*ask).wait()
     except OSError as error:
         pytest.skip(f"a process cannot be given names of its own here: {error}")
-    if ended.exit_code:
-        pytest.skip(f"a process cannot be given names of its own here: {ended.stderr.strip()}")
+    if result.exit_code:
+        pytest.skip(f"a process cannot be given names of its own here: {result.stderr.strip()}")
     return found
 
 
-def test_a_name_that_ceases_to_resolve_leaves_no_rows_and_the_next_run_goes_on(
-    s3: Seaweed, names: Names, tmp_path: Path, figure: Figure
+def test_lost_dns_name_leaves_no_error_rows_and_the_next_run_resumes(
+    s3: Seaweed, hosts_file: HostsFile, tmp_path: Path, figure: Figure
 ) -> None:
-    """With a loader process, whose store has the same name."""
+    """The run has a loader process, which reads from the same host name."""
     job, output = upload_job(tmp_path / "job", IMAGES, s3), s3.bucket() + "out/"
     settings = format_overrides(
         output__uri=output,
@@ -84,35 +84,38 @@ def test_a_name_that_ceases_to_resolve_leaves_no_rows_and_the_next_run_goes_on(
         errors__outage_seconds=6,
     )
     command = [sys.executable, "-m", "batchjob", "run", job, *settings, "--json"]
-    with run_fault_proxy(s3.endpoint) as gate:
+    with run_fault_proxy(s3.endpoint) as proxy:
         env = {
-            "AWS_ENDPOINT_URL": gate.endpoint.replace("127.0.0.1", NAME),
+            "AWS_ENDPOINT_URL": proxy.endpoint.replace("127.0.0.1", NAME),
             "BATCHJOB_PATIENCE": "2",
             "BATCHJOB_TEST_NAP": "0.3",
         }
-        with kill_on_exit(names.start(*command, **env)) as driver:
+        with kill_on_exit(hosts_file.start(*command, **env)) as driver:
             wait_until(lambda: len(commit.list_parts(open_output(output))) >= 2, command=driver)
-            names.forget()
-            began, arrived = driver.seconds, list[float]()
+            hosts_file.remove_name()
+            began, request_times = driver.seconds, list[float]()
 
-            def broken(method: str, path: str) -> str:
-                arrived.append(driver.seconds - began)
+            def reset_connection(method: str, path: str) -> str:
+                request_times.append(driver.seconds - began)
                 return RESET
 
-            gate.decide = broken  # connections that stand need no name
-            ended = driver.wait()
-        took = ended.seconds - began
-        print(f"{took:.1f} s, {len(arrived)} requests came through after {format_range(arrived)} s\n{ended.stderr}")
-        assert len(arrived) <= CONNECTIONS, "it is not the name that keeps them away"
-        assert (ended.exit_code, ended.json_result["status"]) == (75, "temporary"), ended.stderr
-        assert "Traceback" not in ended.stderr
+            proxy.decide = reset_connection  # open connections need no name
+            result = driver.wait()
+        seconds = result.seconds - began
+        print(
+            f"{seconds:.1f} s, {len(request_times)} requests came through after {format_range(request_times)} s\n"
+            f"{result.stderr}"
+        )
+        assert len(request_times) <= CONNECTIONS, "it is not the name that keeps them away"
+        assert (result.exit_code, result.json_result["status"]) == (75, "temporary"), result.stderr
+        assert "Traceback" not in result.stderr
         before = list_committed_parts(output)
         assert 2 <= len(before) < IMAGES // SHARD
         assert sum(made.failed for made in read_all_footers(output).values()) == 0
-        delete_lease(output)  # it could not be given back
-        names.know()
-        gate.decide = lambda method, path: None
-        with kill_on_exit(names.start(*command, **env)) as driver:
+        delete_lease(output)  # the driver could not release it
+        hosts_file.add_name()
+        proxy.decide = lambda method, path: None
+        with kill_on_exit(hosts_file.start(*command, **env)) as driver:
             again = driver.wait()
     assert (again.exit_code, again.json_result["predicted"], again.json_result["failed"]) == (0, IMAGES, 0), (
         again.stderr
@@ -121,6 +124,6 @@ def test_a_name_that_ceases_to_resolve_leaves_no_rows_and_the_next_run_goes_on(
     assert check_output(output, IMAGES).is_correct
     figure(
         "systemic faults",
-        f"the endpoint's name ceases to resolve: exit 75 after {took:.0f} s, 0 error rows, {len(before)} parts kept; "
-        "once it resolves again the next run completes",
+        f"the endpoint's name ceases to resolve: exit 75 after {seconds:.0f} s, 0 error rows, {len(before)} parts "
+        "kept; once it resolves again the next run completes",
     )

@@ -1,4 +1,4 @@
-"""A job whose input, manifest and output all lie on a real S3 server; killed, cut off, and turned away."""
+"""Runs with input, manifest and output on a real S3 server: killed, cut off, and with wrong credentials."""
 
 from __future__ import annotations
 
@@ -44,28 +44,28 @@ PARTS = 1000 // SHARD
 
 
 @pytest.fixture(scope="module")
-def lake(s3: Seaweed, test_data: Path) -> str:
-    """The 1,000 real images on S3, and a manifest of them with their truth: `images/`, `manifest/part-N.parquet`."""
-    lake = s3.bucket()
+def data_uri(s3: Seaweed, test_data: Path) -> str:
+    """URI of the 1,000 real images on S3, with a manifest of their labels: `images/`, `manifest/part-N.parquet`."""
+    data_uri = s3.bucket()
     folder = test_data / "cifar10/images"
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jpg"))
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: s3.put(f"{lake}images/{name}", folder / name), names))
+        list(pool.map(lambda name: s3.put(f"{data_uri}images/{name}", folder / name), names))
     for number in range(2):
         half = names[number * 500 : (number + 1) * 500]
         rows = {"image": [f"../images/{name}" for name in half], "truth": [name.split("/")[0] for name in half]}
         buffer = io.BytesIO()
         pq.write_table(pa.table(rows), buffer)
-        s3.put(f"{lake}manifest/part-{number}.parquet", buffer.getvalue())
-    return lake
+        s3.put(f"{data_uri}manifest/part-{number}.parquet", buffer.getvalue())
+    return data_uri
 
 
-# -- killed ----------------------------------------------------------------------------------------------------
+# -- killed drivers ----------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Committed:
-    """What lies in an output, held against what lay there when it was last looked at."""
+class OutputState:
+    """The committed parts of an output, compared with those of the last check."""
 
     output: str
     attempts: dict[str, str] = field(default_factory=dict)
@@ -74,11 +74,11 @@ class Committed:
     def count(self) -> int:
         return len(commit.list_parts(open_store(self.output)))
 
-    def reached(self, least: int) -> bool:
+    def has_parts(self, least: int) -> bool:
         return self.count() >= least
 
-    def look(self) -> int:
-        """The number of parts; fails when one that was there has gone, was made again, or was written again."""
+    def check_unchanged(self) -> int:
+        """Check that earlier parts were neither deleted nor written again; return the number of parts."""
         attempts = {key: made.attempt for key, made in read_all_footers(self.output).items()}
         etags = {stat.uri: stat.etag for stat in open_store(self.output).list("predictions/")}
         assert self.attempts.items() <= attempts.items(), "a committed part was done again"
@@ -88,9 +88,9 @@ class Committed:
 
 
 def kill_driver(
-    command: list[str], committed: Committed, moment: Callable[[], Any], env: Mapping[str, str] | None = None
+    command: list[str], committed: OutputState, moment: Callable[[], Any], env: Mapping[str, str] | None = None
 ) -> None:
-    """Run until the moment, then SIGKILL to the driver; look when those that may commit are gone as well."""
+    """Run until `moment` is true, kill the driver, and check the output once all its actors have ended."""
     before = len(committed.attempts)
     with kill_on_exit(start_batchjob(*command, env=env)) as driver:
         wait_until(moment, command=driver)
@@ -98,14 +98,17 @@ def kill_driver(
         kill(driver)
     wait_until(lambda: not filter_alive(left), timeout=60)
     delete_lease(committed.output)
-    print(f"driver killed with {committed.look()} of {PARTS} parts committed, {before} of them by drivers before it")
+    print(
+        f"driver killed with {committed.check_unchanged()} of {PARTS} parts committed, "
+        f"{before} of them by drivers before it"
+    )
 
 
-def check_whole(s3: Seaweed, ended: CompletedCommand, committed: Committed) -> None:
-    """1,000 rows, none twice, as right as ever, of one plan; and nothing half-written beside them."""
+def check_complete_output(s3: Seaweed, result: CompletedCommand, committed: OutputState) -> None:
+    """Check for 1,000 rows of one plan, none twice, with the usual accuracy, and no partial files beside them."""
     output = committed.output
-    assert (ended.exit_code, ended.json_result["status"]) == (0, "complete"), ended.stderr
-    assert committed.look() == PARTS
+    assert (result.exit_code, result.json_result["status"]) == (0, "complete"), result.stderr
+    assert committed.check_unchanged() == PARTS
     rows = read_rows(output)
     hits = count_correct_labels(rows)
     print(f"then to the end: {rows.num_rows} rows, each image once, {hits} right")
@@ -116,106 +119,116 @@ def check_whole(s3: Seaweed, ended: CompletedCommand, committed: Committed) -> N
     assert not [key for key in s3.keys(output) if key.startswith("_batchjob") and key.endswith(".parquet")]
 
 
-def test_a_prefix_on_s3_through_several_killed_drivers(s3: Seaweed, lake: str, test_data: Path) -> None:
-    committed = Committed(s3.bucket() + "killed/")
-    command = [*cifar_arguments(test_data, committed.output), f"input.uri={lake}images/", f"runtime.shard_size={SHARD}"]
+def test_run_on_s3_completes_after_several_killed_drivers(s3: Seaweed, data_uri: str, test_data: Path) -> None:
+    committed = OutputState(s3.bucket() + "killed/")
+    command = [
+        *cifar_arguments(test_data, committed.output),
+        f"input.uri={data_uri}images/",
+        f"runtime.shard_size={SHARD}",
+    ]
     kill_driver(command, committed, lambda: list_plan_heads(committed.output))
     for least in (2, 9):
-        kill_driver(command, committed, partial(committed.reached, least))
-    with run_fault_proxy(s3.endpoint) as gate:  # closed to `_SUCCESS`, so that all parts are there and it is not
+        kill_driver(command, committed, partial(committed.has_parts, least))
+    with run_fault_proxy(
+        s3.endpoint
+    ) as gate:  # the proxy refuses `_SUCCESS`, so that all parts are committed without it
         gate.decide = lambda method, path: RESET if method == "PUT" and path.endswith("/_SUCCESS") else None
         env = {"AWS_ENDPOINT_URL": gate.endpoint}
         kill_driver(command, committed, lambda: any(gate.decide(*request) for request in gate.requests), env)
     assert committed.count() == PARTS
-    check_whole(s3, run_batchjob(*command), committed)
+    check_complete_output(s3, run_batchjob(*command), committed)
     assert run_batchjob(*command).json_result["status"] == "already_complete"
 
 
-def kill_actor(driver: Command, committed: Committed, least: int, earlier: set[int]) -> int:
-    """SIGKILL to an actor that was not killed before, once so many parts are committed."""
+def kill_actor(driver: Command, committed: OutputState, least: int, earlier: set[int]) -> int:
+    """Kill an actor that was not killed before, once `least` parts are committed."""
 
-    def fresh() -> list[int]:
+    def list_new_actors() -> list[int]:
         return sorted({pid for pid, _ in find_actors(driver)} - earlier)
 
-    wait_until(lambda: committed.count() >= least and fresh(), command=driver)
-    victim = fresh()[0]
+    wait_until(lambda: committed.count() >= least and list_new_actors(), command=driver)
+    victim = list_new_actors()[0]
     os.kill(victim, signal.SIGKILL)
-    print(f"actor killed with {committed.look()} of {PARTS} parts committed")
+    print(f"actor killed with {committed.check_unchanged()} of {PARTS} parts committed")
     return victim
 
 
-def test_the_same_on_ray_through_killed_actors_and_drivers(s3: Seaweed, lake: str, test_data: Path) -> None:
-    committed = Committed(s3.bucket() + "killed/")
-    command = [*cifar_arguments(test_data, committed.output), f"input.uri={lake}images/", f"runtime.shard_size={SHARD}"]
-    command += ["runtime.pool=ray", "runtime.batch_size=1"]  # slow enough to be caught at work
+def test_ray_run_on_s3_completes_after_killed_actors_and_drivers(s3: Seaweed, data_uri: str, test_data: Path) -> None:
+    committed = OutputState(s3.bucket() + "killed/")
+    command = [
+        *cifar_arguments(test_data, committed.output),
+        f"input.uri={data_uri}images/",
+        f"runtime.shard_size={SHARD}",
+    ]
+    command += ["runtime.pool=ray", "runtime.batch_size=1"]  # slow enough to be killed at work
     with ray_environment() as env:
         kill_driver(command, committed, lambda: list_plan_heads(committed.output), env)
         kill_driver(command, committed, lambda: committed.count() >= 3, env)
         with kill_on_exit(start_batchjob(*command, env=env)) as driver:
             victims: set[int] = set()
-            for least in (0, 6, 12):  # while it loads, and twice at work
+            for least in (0, 6, 12):  # once while it loads, twice at work
                 victims.add(kill_actor(driver, committed, least, victims))
-            ended = driver.wait()
-    assert "was lost" in ended.stderr
-    check_whole(s3, ended, committed)
+            result = driver.wait()
+    assert "was lost" in result.stderr
+    check_complete_output(s3, result, committed)
 
 
-# -- as it should be, and out of reach -------------------------------------------------------------------------
+# -- manifests and unreachable stores ----------------------------------------------------------------------------
 
 
-def test_a_manifest_on_s3_and_its_columns(s3: Seaweed, lake: str, test_data: Path) -> None:
+def test_manifest_on_s3_passes_its_columns_through(s3: Seaweed, data_uri: str, test_data: Path) -> None:
     output = s3.bucket() + "dt=2026-11-19/"
-    source = "input={type: manifest, uri: %smanifest/, uri_column: image, passthrough: [truth]}" % lake  # noqa: UP031
-    ended = run_batchjob(*cifar_arguments(test_data, output, source))
-    assert (ended.exit_code, ended.json_result["planned"]) == (0, 1000), ended.stderr
+    source = "input={type: manifest, uri: %smanifest/, uri_column: image, passthrough: [truth]}" % data_uri  # noqa: UP031
+    result = run_batchjob(*cifar_arguments(test_data, output, source))
+    assert (result.exit_code, result.json_result["planned"]) == (0, 1000), result.stderr
     rows = read_rows(output).sort_by("position")
     assert count_correct_labels(rows) == sum(
         a == b for a, b in zip(*rows.select(["label", "truth"]).to_pydict().values(), strict=True)
     )
     assert rows["uri"][0].as_py().startswith("../images/")
     assert rows["etag"].null_count == 0
-    print(f"manifest on S3: {ended.seconds:.1f} s, {len(read_all_footers(output))} parts")
+    print(f"manifest on S3: {result.seconds:.1f} s, {len(read_all_footers(output))} parts")
     status = run_batchjob("status", output, "--json")
     assert status.json_result.items() >= {"status": "complete", "rows": 1000, "parts": 10}.items()
 
 
-def test_wrong_credentials_commit_nothing(s3: Seaweed, lake: str, test_data: Path) -> None:
+def test_wrong_credentials_commit_nothing(s3: Seaweed, data_uri: str, test_data: Path) -> None:
     wrong = {"AWS_SECRET_ACCESS_KEY": "wrong"}
     output = s3.bucket()
-    command = [*cifar_arguments(test_data, output), f"input.uri={lake}images/"]
-    ended = run_batchjob(*command, env=wrong)
-    print(ended.stderr)
-    assert (ended.exit_code, ended.json_result["status"]) == (75, "temporary"), ended.stderr
-    assert "Traceback" not in ended.stderr
+    command = [*cifar_arguments(test_data, output), f"input.uri={data_uri}images/"]
+    result = run_batchjob(*command, env=wrong)
+    print(result.stderr)
+    assert (result.exit_code, result.json_result["status"]) == (75, "temporary"), result.stderr
+    assert "Traceback" not in result.stderr
     assert s3.keys(output) == []
 
 
 @pytest.mark.parametrize("fault", ["expired", "cut off"])
-def test_images_out_of_reach_are_no_error_rows(
-    fault: str, s3: Seaweed, lake: str, test_data: Path, tmp_path: Path
+def test_unreachable_images_are_no_error_rows(
+    fault: str, s3: Seaweed, data_uri: str, test_data: Path, tmp_path: Path
 ) -> None:
-    """The plan stands; then the images cannot be read. A local output shows that nothing was committed from it."""
-    command = [*cifar_arguments(test_data, tmp_path / "out"), f"input.uri={lake}images/"]
+    """The plan is written, then the images cannot be read. The output is local, so that it can still be checked."""
+    command = [*cifar_arguments(test_data, tmp_path / "out"), f"input.uri={data_uri}images/"]
     assert run_batchjob("plan", *command[1:]).exit_code == 0
     if fault == "expired":
-        ended = run_batchjob(*command, env={"AWS_SECRET_ACCESS_KEY": "expired"})
+        result = run_batchjob(*command, env={"AWS_SECRET_ACCESS_KEY": "expired"})
     else:
         with run_fault_proxy(s3.endpoint) as cut:
             cut.decide = lambda method, path: RESET
-            ended = run_batchjob(*command, "errors.outage_seconds=2", env={"AWS_ENDPOINT_URL": cut.endpoint})
-    print(f"{fault}: {ended.json_result['message']} ({ended.seconds:.1f} s)")
-    assert (ended.exit_code, ended.json_result["status"]) == (75, "temporary"), ended.stderr
-    assert "Traceback" not in ended.stderr
+            result = run_batchjob(*command, "errors.outage_seconds=2", env={"AWS_ENDPOINT_URL": cut.endpoint})
+    print(f"{fault}: {result.json_result['message']} ({result.seconds:.1f} s)")
+    assert (result.exit_code, result.json_result["status"]) == (75, "temporary"), result.stderr
+    assert "Traceback" not in result.stderr
     assert read_all_footers(tmp_path / "out") == {}
     resumed = run_batchjob(*command)
     assert (resumed.exit_code, resumed.json_result["predicted"]) == (0, 1000), resumed.stderr
 
 
-def test_a_dead_server_is_temporary(test_data: Path) -> None:
+def test_dead_server_is_temporary(test_data: Path) -> None:
     with run_fault_proxy("http://127.0.0.1:9") as nobody:
         nobody.decide = lambda method, path: RESET
         env = {"AWS_ENDPOINT_URL": nobody.endpoint, "BATCHJOB_PATIENCE": "2", "AWS_EC2_METADATA_DISABLED": "true"}
         keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
-        ended = run_batchjob(*cifar_arguments(test_data, "s3://bucket/out/"), env={**env, **keys})
-    print(f"{ended.json_result['message']} ({ended.seconds:.1f} s)")
-    assert (ended.exit_code, ended.json_result["status"]) == (75, "temporary"), ended.stderr
+        result = run_batchjob(*cifar_arguments(test_data, "s3://bucket/out/"), env={**env, **keys})
+    print(f"{result.json_result['message']} ({result.seconds:.1f} s)")
+    assert (result.exit_code, result.json_result["status"]) == (75, "temporary"), result.stderr
