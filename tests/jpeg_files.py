@@ -1,4 +1,4 @@
-"""Small photographs in many encodings, and torchvision's decoder for the CPU in the place of a device's."""
+"""Small photographs in many encodings, for the GPU's JPEG decoder and for a stand-in of it on the CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision  # noqa: F401 - brings torch.ops.image
+import torchvision  # noqa: F401 - registers torch.ops.image
 from PIL import Image
 
 from batchjob.loader.gpu_share import GpuShare, GpuSplitTransform
@@ -35,10 +35,10 @@ def make_photograph(seed: int, size: tuple[int, int] = (90, 70)) -> Image.Image:
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
 
-def encode_jpeg(image: Image.Image, orientation: int = 1, **how: Any) -> bytes:
+def encode_jpeg(image: Image.Image, orientation: int = 1, **options: Any) -> bytes:
     exif, out = Image.Exif(), io.BytesIO()
     exif[0x0112] = orientation
-    image.save(out, "JPEG", exif=exif, **how)
+    image.save(out, "JPEG", exif=exif, **options)
     return out.getvalue()
 
 
@@ -49,7 +49,7 @@ def encode_png(image: Image.Image) -> bytes:
 
 
 def decode_files(files: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """In the device's place; like nvJPEG it takes all of them or none."""
+    """Decode on the CPU like nvJPEG on a GPU: all files, or none if one fails."""
     return [torch.ops.image.decode_jpeg(file, 3, False) for file in files]
 
 
@@ -58,9 +58,9 @@ def make_share(value: float) -> GpuShare:
 
 
 def make_split_transform(value: float, preprocess: Preprocess = CENTER_CROP, **settings: Any) -> GpuSplitTransform:
-    given = DecodeSettings(mode="fast", device="cuda", **settings)
+    decode_settings = DecodeSettings(mode="fast", device="cuda", **settings)
     return GpuSplitTransform(
-        ImageTransform(given, ResizeCrop(preprocess), gray=False, apply_exif=preprocess.exif == "apply"),
+        ImageTransform(decode_settings, ResizeCrop(preprocess), gray=False, apply_exif=preprocess.exif == "apply"),
         make_share(value),
     )
 
@@ -70,9 +70,9 @@ UNSUITABLE_FILES = {
     "progressive": encode_jpeg(make_photograph(1), progressive=True),
     "grey": encode_jpeg(make_photograph(1).convert("L")),
     "CMYK": encode_jpeg(make_photograph(1).convert("CMYK")),
-    "RGB inside": encode_jpeg(make_photograph(1), keep_rgb=True),
-    "cut off": PLAIN_JPEG[:-40],
-    "something behind it": PLAIN_JPEG + b"trailer",
+    "RGB color space": encode_jpeg(make_photograph(1), keep_rgb=True),
+    "truncated": PLAIN_JPEG[:-40],
+    "trailing bytes": PLAIN_JPEG + b"trailer",
     "header only": PLAIN_JPEG[:30] + b"\xff\xd9",
     "PNG": encode_png(make_photograph(1)),
     "text": b"no image\xff\xd9",

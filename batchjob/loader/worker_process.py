@@ -93,10 +93,6 @@ class LoaderProcess:
         """File descriptor that becomes readable once the process has ended."""
         return self._process.sentinel
 
-    @property
-    def alive(self) -> bool:
-        return self._process.is_alive()
-
     def send(self, number: int, request: BatchRequest) -> None:
         """Queue one more request. A process that has died ignores it."""
         with suppress(OSError):
