@@ -102,9 +102,9 @@ class TestFormats:
 
         table = read_table(source)
 
-        wanted = pa.schema([*REF_FIELDS, pa.field("sku", pa.int64()), pa.field("country", pa.string())])
-        assert table.schema.equals(wanted)
-        assert source.fields(READER) == [wanted.field("sku"), wanted.field("country")]
+        expected = pa.schema([*REF_FIELDS, pa.field("sku", pa.int64()), pa.field("country", pa.string())])
+        assert table.schema.equals(expected)
+        assert source.fields(READER) == [expected.field("sku"), expected.field("country")]
         assert table.column("uri").to_pylist() == [row["image"] for row in ROWS]
         assert table.column("location").to_pylist() == [f"{tmp_path}/{row['image']}" for row in ROWS]
         assert table.column("size").to_pylist() == [row["bytes"] for row in ROWS]
@@ -206,7 +206,7 @@ class TestCsv:
         text += "\nb.jpg" + "," * len(values) + "\n"
         source = make_source(write_file(tmp_path / "m.csv", text), passthrough=dict(zip(names, values, strict=True)))
         first, second = read_table(source).select(names).to_pylist()
-        assert list(first.values()) == [wanted for _, wanted in values.values()]
+        assert list(first.values()) == [expected for _, expected in values.values()]
         assert set(second.values()) == {None}
 
     def test_decimal_type_is_accepted(self, tmp_path: Path) -> None:
@@ -217,8 +217,8 @@ class TestCsv:
     def test_value_that_does_not_fit_names_its_row(self, tmp_path: Path, write: Write) -> None:
         rows = [{"image": f"{number}.jpg", "n": "7" if number != 9_001 else "7x"} for number in range(10_000)]
         path = write(tmp_path / "m", rows)
-        expected = error_of(make_source(path, passthrough={"n": "int64"}))
-        assert expected == (
+        message = error_of(make_source(path, passthrough={"n": "int64"}))
+        assert message == (
             f"{path}, row 9002: '7x' in column 'n' is no int64; correct it, or give the column another type"
         )
 
@@ -238,7 +238,7 @@ class TestCsv:
             ("image;n\na.jpg;1\n", "has no column 'image' (did you mean 'image;n'?); it has: image;n"),
         ],
     )
-    def test_damaged(self, tmp_path: Path, text: str | bytes, expected: str) -> None:
+    def test_damaged_csv_is_reported(self, tmp_path: Path, text: str | bytes, expected: str) -> None:
         uri = write_file(tmp_path / "m.csv", text)
         message = error_of(make_source(uri, passthrough=["n"]))
         assert expected in message
@@ -280,7 +280,7 @@ class TestJsonLines:
             ('{"imag": "a.jpg"}\n', r"\(in its first rows\) has no column 'image' \(did you mean 'imag'\?\)"),
         ],
     )
-    def test_damaged(self, tmp_path: Path, text: str | bytes, expected: str) -> None:
+    def test_damaged_json_lines_are_reported(self, tmp_path: Path, text: str | bytes, expected: str) -> None:
         uri = write_file(tmp_path / "m.jsonl", text)
         with pytest.raises(InvalidJob, match=expected) as caught:
             read_table(make_source(uri))
@@ -293,9 +293,9 @@ class TestParquet:
         pq.write_table(pa.table({"image": ["a.jpg"], "n\u00e9e": [1]}), tmp_path / name)
         damaged = (tmp_path / name).read_bytes().replace("n\u00e9e".encode(), b"n\xc3\xf3e")
         (tmp_path / name).write_bytes(damaged)
-        expected = error_of(make_source(str(tmp_path / name)))
-        assert "cannot be read as parquet" in expected
-        assert str(tmp_path / name) in expected
+        message = error_of(make_source(str(tmp_path / name)))
+        assert "cannot be read as parquet" in message
+        assert str(tmp_path / name) in message
 
     def save(self, path: Path, **columns: pa.Array) -> str:
         count = len(next(iter(columns.values())))
@@ -345,8 +345,8 @@ class TestParquet:
 
     def test_column_of_nulls_requires_a_type(self, tmp_path: Path) -> None:
         uri = self.save(tmp_path / "m.parquet", gone=pa.nulls(2), deep=pa.array([{"a": None}, {"a": None}]))
-        expected = error_of(make_source(uri, passthrough=["gone"]))
-        assert f"column 'gone' of {uri} holds only nulls and has no type; give it one, as in passthrough: " in expected
+        message = error_of(make_source(uri, passthrough=["gone"]))
+        assert f"column 'gone' of {uri} holds only nulls and has no type; give it one, as in passthrough: " in message
         assert "has no type" in error_of(make_source(uri, passthrough=["deep"]))
         typed = read_table(make_source(uri, passthrough={"gone": "string"}))
         assert typed.column("gone").to_pylist() == [None, None]
@@ -357,9 +357,9 @@ class TestParquet:
         table = read_table(make_source(uri, passthrough={"n": "int32", "f": "int64"}))
         assert table.column("n").to_pylist() == [5, None]
         assert table.column("f").to_pylist() == [1, None]
-        expected = error_of(make_source(uri, passthrough={"nested": "int64"}))
-        assert "column 'nested' of" in expected
-        assert "cannot become int64" in expected
+        message = error_of(make_source(uri, passthrough={"nested": "int64"}))
+        assert "column 'nested' of" in message
+        assert "cannot become int64" in message
 
     def test_lossy_cast_is_refused(self, tmp_path: Path) -> None:
         uri = self.save(tmp_path / "m.parquet", f=pa.array([1.0, 1.5]))
@@ -392,7 +392,7 @@ class TestParquet:
 
 class TestLocations:
     @pytest.mark.parametrize(
-        ("given", "wanted"),
+        ("given", "expected"),
         [
             ("img/a.jpg", "{}/img/a.jpg"),
             ("a b%20c#?.jpg", "{}/a b%20c#?.jpg"),
@@ -409,16 +409,16 @@ class TestLocations:
         ],
     )
     def test_relative_location_is_resolved_in_the_manifest_folder(
-        self, tmp_path: Path, given: str, wanted: str
+        self, tmp_path: Path, given: str, expected: str
     ) -> None:
-        wanted = wanted.format(tmp_path)
-        wanted = os.path.normpath(wanted) if wanted.startswith(f"{tmp_path}/..") else wanted
+        expected = expected.format(tmp_path)
+        expected = os.path.normpath(expected) if expected.startswith(f"{tmp_path}/..") else expected
         uri = write_file(tmp_path / "m.jsonl", json.dumps({"image": "plain.jpg"}) + "\n" + json.dumps({"image": given}))
         table = read_table(make_source(f"file://{uri}"))
         assert table.column("uri").to_pylist() == ["plain.jpg", given]
-        assert table.column("location").to_pylist() == [f"{tmp_path}/plain.jpg", wanted]
+        assert table.column("location").to_pylist() == [f"{tmp_path}/plain.jpg", expected]
 
-    def test_on_s3(self, s3: Seaweed) -> None:
+    def test_relative_locations_on_s3(self, s3: Seaweed) -> None:
         root = s3.bucket("sources")
         s3.put(f"{root}index/m.csv", b"image\na.jpg\n../b.jpg\n./c//d.jpg\n/data/e.jpg\n../../../../f.jpg\n")
         expected = [
@@ -462,7 +462,7 @@ class TestPartFiles:
             for count in range(12):
                 assert read_table(source, Cursor(count)).equals(whole.slice(count))
 
-    def test_globs(self, tmp_path: Path, write: Write) -> None:
+    def test_glob_of_part_files_is_read(self, tmp_path: Path, write: Write) -> None:
         self.parts(tmp_path / "index", write)
         assert read_table(make_source(f"{tmp_path}/index/part-1*")).num_rows == 7
         deep = read_table(make_source(f"{tmp_path}/index/**/part-*"))
@@ -493,8 +493,8 @@ class TestPartFiles:
     def test_incompatible_part_files_are_refused(self, tmp_path: Path) -> None:
         pq.write_table(pa.table({"image": ["a.jpg"], "n": [1]}), tmp_path / "0.parquet")
         pq.write_table(pa.table({"image": ["a.jpg"], "n": [[1]]}), tmp_path / "1.parquet")
-        expected = error_of(make_source(tmp_path, passthrough=["n"]))
-        assert f"{tmp_path}/1.parquet: column 'n' is list<" in expected
+        message = error_of(make_source(tmp_path, passthrough=["n"]))
+        assert f"{tmp_path}/1.parquet: column 'n' is list<" in message
         pq.write_table(pa.table({"image": ["a.jpg"]}), tmp_path / "1.parquet")
         assert f"{tmp_path}/1.parquet has no column 'n'" in error_of(make_source(tmp_path, passthrough=["n"]))
 
@@ -530,7 +530,7 @@ class TestPartFiles:
         seen.append(source.version(READER))
         assert len(set(seen)) == 3
 
-    def test_on_s3(self, s3: Seaweed, tmp_path: Path, write: Write) -> None:
+    def test_part_files_on_s3(self, s3: Seaweed, tmp_path: Path, write: Write) -> None:
         images = self.parts(tmp_path / "index", write)
         root = s3.bucket("sources")
         s3.put_tree(tmp_path / "index", f"{root}index")
@@ -555,10 +555,10 @@ class TestErrors:
             "id_column": {"id_column": "countri"},
         }
         for key, settings in keys.items():
-            expected = error_of(make_source(path, **settings))
-            assert expected.startswith(f"input.{key}: {path}")
-            assert expected.endswith("it has: image, sku, country, bytes")
-            assert ("did you mean" in expected) == (key != "etag_column")
+            message = error_of(make_source(path, **settings))
+            assert message.startswith(f"input.{key}: {path}")
+            assert message.endswith("it has: image, sku, country, bytes")
+            assert ("did you mean" in message) == (key != "etag_column")
             with pytest.raises(InvalidJob, match="has no column"):
                 make_source(path, **settings).check(READER)
 

@@ -111,7 +111,7 @@ def test_lost_dns_name_leaves_no_error_rows_and_the_next_run_resumes(
         assert "Traceback" not in result.stderr
         before = list_committed_parts(output)
         assert 2 <= len(before) < IMAGES // SHARD
-        assert sum(made.failed for made in read_all_footers(output).values()) == 0
+        assert sum(footer.failed for footer in read_all_footers(output).values()) == 0
         delete_lease(output)  # the driver could not release it
         hosts_file.add_name()
         proxy.decide = lambda method, path: None

@@ -67,11 +67,11 @@ def proxy(s3: Seaweed) -> Iterator[FaultProxy]:
 
 
 def upload_images(s3: Seaweed, folder: Path, count: int) -> str:
-    place = s3.bucket()
+    prefix = s3.bucket()
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jpg"))[:count]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: s3.put(place + name, folder / name), names))
-    return place
+        list(pool.map(lambda name: s3.put(prefix + name, folder / name), names))
+    return prefix
 
 
 def run_arguments(data: Path, images: str, output: str | Path, *more: str) -> list[str]:
@@ -83,8 +83,8 @@ def environment_through(proxy: FaultProxy, patience: float = 2.0) -> dict[str, s
     return {"AWS_ENDPOINT_URL": proxy.endpoint, "BATCHJOB_PATIENCE": f"{patience:g}"}
 
 
-def has_parts(output: str, least: int) -> bool:
-    return len(commit.list_parts(open_store(output))) >= least
+def has_parts(output: str, min_parts: int) -> bool:
+    return len(commit.list_parts(open_store(output))) >= min_parts
 
 
 def check_rows(output: str | Path, expected_rows: pa.Table) -> None:
@@ -102,7 +102,7 @@ def check_interrupted_run(result: CompletedCommand, output: str, expected_rows: 
     assert (result.exit_code, result.json_result["status"]) == (75, "temporary"), result.stderr
     assert "Traceback" not in result.stderr
     parts = read_all_footers(output)
-    assert sum(made.failed for made in parts.values()) == 0
+    assert sum(footer.failed for footer in parts.values()) == 0
     assert 0 < len(parts) < PARTS
     rows = read_rows(output)["position"].to_pylist()
     assert len(set(rows)) == len(rows) == len(parts) * SHARD
@@ -113,7 +113,7 @@ def check_interrupted_run(result: CompletedCommand, output: str, expected_rows: 
 
 def check_nothing_redone(output: str, before: dict[str, str]) -> dict[str, str]:
     """Return the attempt of each part; check that earlier parts are unchanged."""
-    attempts = {key: made.attempt for key, made in read_all_footers(output).items()}
+    attempts = {key: footer.attempt for key, footer in read_all_footers(output).items()}
     assert before.items() <= attempts.items(), "a committed part was made again"
     return attempts
 
@@ -146,14 +146,14 @@ def test_random_faults_change_no_row(
 @contextmanager
 def silence_after(proxy: FaultProxy, output: str, parts: int, seconds: float) -> Iterator[list[float]]:
     """Silence the store once `parts` parts are committed; yield a list that gets the seconds that it was silent."""
-    over, durations = threading.Event(), list[float]()
+    stopped, durations = threading.Event(), list[float]()
 
     def work() -> None:
-        while not has_parts(output, parts) and not over.wait(0.05):
+        while not has_parts(output, parts) and not stopped.wait(0.05):
             pass
         began = time.monotonic()
         proxy.decide = lambda method, path: RESET
-        over.wait(seconds)
+        stopped.wait(seconds)
         proxy.decide = lambda method, path: None
         durations.append(time.monotonic() - began)
 
@@ -162,7 +162,7 @@ def silence_after(proxy: FaultProxy, output: str, parts: int, seconds: float) ->
     try:
         yield durations
     finally:
-        over.set()
+        stopped.set()
         thread.join()
 
 
@@ -256,13 +256,13 @@ def test_faults_of_the_whole_store_leave_no_error_rows_and_runs_resume(
                 inject(proxy, driver)
                 began = time.monotonic()
                 result = driver.wait()
-                took = time.monotonic() - began
-        print(f"{words}: {took:.1f} s\n{result.stderr}")
+                elapsed = time.monotonic() - began
+        print(f"{words}: {elapsed:.1f} s\n{result.stderr}")
         check_interrupted_run(result, output, expected_rows)
-        assert promise != "SIGTERM" or took <= 20
+        assert promise != "SIGTERM" or elapsed <= 20
         attempts = check_nothing_redone(output, attempts)
         delete_lease(output)  # the driver could not release it
-        figure(promise.strip(), f"{words}: exit 75 after {took:.0f} s, 0 error rows, {len(attempts)} parts kept")
+        figure(promise.strip(), f"{words}: exit 75 after {elapsed:.0f} s, 0 error rows, {len(attempts)} parts kept")
     result = run_batchjob(*arguments)
     assert (result.exit_code, result.json_result["predicted"]) == (0, 1000), result.stderr
     check_nothing_redone(output, attempts)

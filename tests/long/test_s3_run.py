@@ -52,8 +52,11 @@ def data_uri(s3: Seaweed, test_data: Path) -> str:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda name: s3.put(f"{data_uri}images/{name}", folder / name), names))
     for number in range(2):
-        half = names[number * 500 : (number + 1) * 500]
-        rows = {"image": [f"../images/{name}" for name in half], "truth": [name.split("/")[0] for name in half]}
+        half_names = names[number * 500 : (number + 1) * 500]
+        rows = {
+            "image": [f"../images/{name}" for name in half_names],
+            "truth": [name.split("/")[0] for name in half_names],
+        }
         buffer = io.BytesIO()
         pq.write_table(pa.table(rows), buffer)
         s3.put(f"{data_uri}manifest/part-{number}.parquet", buffer.getvalue())
@@ -74,13 +77,13 @@ class OutputState:
     def count(self) -> int:
         return len(commit.list_parts(open_store(self.output)))
 
-    def has_parts(self, least: int) -> bool:
-        return self.count() >= least
+    def has_parts(self, min_parts: int) -> bool:
+        return self.count() >= min_parts
 
     def check_unchanged(self) -> int:
         """Check that earlier parts were neither deleted nor written again; return the number of parts."""
-        attempts = {key: made.attempt for key, made in read_all_footers(self.output).items()}
-        etags = {stat.uri: stat.etag for stat in open_store(self.output).list("predictions/")}
+        attempts = {key: footer.attempt for key, footer in read_all_footers(self.output).items()}
+        etags = {info.uri: info.etag for info in open_store(self.output).list("predictions/")}
         assert self.attempts.items() <= attempts.items(), "a committed part was done again"
         assert self.etags.items() <= etags.items(), "a committed part was written again"
         self.attempts, self.etags = attempts, etags
@@ -94,9 +97,9 @@ def kill_driver(
     before = len(committed.attempts)
     with kill_on_exit(start_batchjob(*command, env=env)) as driver:
         wait_until(moment, command=driver)
-        left = find_actors(driver)
+        actors = find_actors(driver)
         kill(driver)
-    wait_until(lambda: not filter_alive(left), timeout=60)
+    wait_until(lambda: not filter_alive(actors), timeout=60)
     delete_lease(committed.output)
     print(
         f"driver killed with {committed.check_unchanged()} of {PARTS} parts committed, "
@@ -114,7 +117,7 @@ def check_complete_output(s3: Seaweed, result: CompletedCommand, committed: Outp
     print(f"then to the end: {rows.num_rows} rows, each image once, {hits} right")
     assert abs(hits - 804) <= 1
     assert len(list_plan_heads(output)) == 1
-    assert set(rows["run_id"].to_pylist()) == {made.plan for made in read_all_footers(output).values()}
+    assert set(rows["run_id"].to_pylist()) == {footer.plan for footer in read_all_footers(output).values()}
     assert {key.split("/")[0] for key in s3.keys(output)} == {"_SUCCESS", "_batchjob", "predictions"}
     assert not [key for key in s3.keys(output) if key.startswith("_batchjob") and key.endswith(".parquet")]
 
@@ -127,8 +130,8 @@ def test_run_on_s3_completes_after_several_killed_drivers(s3: Seaweed, data_uri:
         f"runtime.shard_size={SHARD}",
     ]
     kill_driver(command, committed, lambda: list_plan_heads(committed.output))
-    for least in (2, 9):
-        kill_driver(command, committed, partial(committed.has_parts, least))
+    for min_parts in (2, 9):
+        kill_driver(command, committed, partial(committed.has_parts, min_parts))
     with run_fault_proxy(
         s3.endpoint
     ) as gate:  # the proxy refuses `_SUCCESS`, so that all parts are committed without it
@@ -140,13 +143,13 @@ def test_run_on_s3_completes_after_several_killed_drivers(s3: Seaweed, data_uri:
     assert run_batchjob(*command).json_result["status"] == "already_complete"
 
 
-def kill_actor(driver: Command, committed: OutputState, least: int, earlier: set[int]) -> int:
+def kill_actor(driver: Command, committed: OutputState, min_parts: int, earlier: set[int]) -> int:
     """Kill an actor that was not killed before, once `least` parts are committed."""
 
     def list_new_actors() -> list[int]:
         return sorted({pid for pid, _ in find_actors(driver)} - earlier)
 
-    wait_until(lambda: committed.count() >= least and list_new_actors(), command=driver)
+    wait_until(lambda: committed.count() >= min_parts and list_new_actors(), command=driver)
     victim = list_new_actors()[0]
     os.kill(victim, signal.SIGKILL)
     print(f"actor killed with {committed.check_unchanged()} of {PARTS} parts committed")
@@ -166,8 +169,8 @@ def test_ray_run_on_s3_completes_after_killed_actors_and_drivers(s3: Seaweed, da
         kill_driver(command, committed, lambda: committed.count() >= 3, env)
         with kill_on_exit(start_batchjob(*command, env=env)) as driver:
             victims: set[int] = set()
-            for least in (0, 6, 12):  # once while it loads, twice at work
-                victims.add(kill_actor(driver, committed, least, victims))
+            for min_parts in (0, 6, 12):  # once while it loads, twice at work
+                victims.add(kill_actor(driver, committed, min_parts, victims))
             result = driver.wait()
     assert "was lost" in result.stderr
     check_complete_output(s3, result, committed)
