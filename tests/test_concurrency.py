@@ -100,9 +100,9 @@ def test_thread_pool_runs_all_calls_in_limited_threads() -> None:
             gate.wait(TIMEOUT)
         return number, threading.get_ident()
 
-    found = [threads.submit(partial(work, number)) for number in range(50)]
-    assert [future.result(TIMEOUT)[0] for future in found] == list(range(50))
-    assert len({future.result()[1] for future in found}) == 3
+    results = [threads.submit(partial(work, number)) for number in range(50)]
+    assert [future.result(TIMEOUT)[0] for future in results] == list(range(50))
+    assert len({future.result()[1] for future in results}) == 3
     broken = threads.submit(lambda: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         broken.result(TIMEOUT)
@@ -127,7 +127,7 @@ def test_results_before_a_failure_of_the_items_are_yielded() -> None:
         yield 2
         raise LookupError("no more")
 
-    found = parallel_map(lambda item: item * 10, items(), threads=2, prefetch=3)
-    assert [next(found), next(found)] == [10, 20]
+    results = parallel_map(lambda item: item * 10, items(), threads=2, prefetch=3)
+    assert [next(results), next(results)] == [10, 20]
     with pytest.raises(LookupError, match="no more"):
-        next(found)
+        next(results)

@@ -89,18 +89,22 @@ def embeddings(output: str) -> np.ndarray[Any, Any]:
     ("to", "max_difference"), [("exported", 1e-5), ("onnx", 1e-5), ("torchscript", 1e-5), ("pruned", 10.0)]
 )
 def test_converted_file_runs_in_a_job(to: str, max_difference: float, capsys: pytest.CaptureFixture[str]) -> None:
-    done = run_convert(capsys, "--to", to, "-o", "made.bin")
-    assert done["images"] == 8
-    assert done["before"] > 0 < done["after"]
-    job = yaml.safe_load(JOB) | {"model": done["model"], "preprocess": done["preprocess"], "output": {"uri": "made"}}
+    result = run_convert(capsys, "--to", to, "-o", "made.bin")
+    assert result["images"] == 8
+    assert result["before"] > 0 < result["after"]
+    job = yaml.safe_load(JOB) | {
+        "model": result["model"],
+        "preprocess": result["preprocess"],
+        "output": {"uri": "made"},
+    }
     Path("made.yaml").write_text(yaml.safe_dump(job))
     assert main(["run", "job.yaml", "--quiet"]) == 0
     assert main(["run", "made.yaml", "--quiet"]) == 0
-    found = np.abs(embeddings("out") - embeddings("made")).max()
-    assert found <= max_difference
+    difference = np.abs(embeddings("out") - embeddings("made")).max()
+    assert difference <= max_difference
     if to == "pruned":
-        assert found > 0
-        assert "50% of the weights are zero" in done["note"]
+        assert difference > 0
+        assert "50% of the weights are zero" in result["note"]
     assert not [path.name for path in Path().iterdir() if path.name.startswith(".")], "no temporary file is left"
 
 
@@ -119,9 +123,9 @@ def test_text_output_holds_the_sections_for_a_job(capsys: pytest.CaptureFixture[
 
 
 def test_deviating_model_is_not_written(capsys: pytest.CaptureFixture[str]) -> None:
-    done = run_convert(capsys, "--to", "pruned", "--amount", "0.9", "--tolerance", "1e-6", "-o", "made.safetensors")
-    assert (done["exit_code"], done["status"]) == (3, "over_budget")
-    assert "not written: on 8 images of the job it deviates by" in done["message"]
+    result = run_convert(capsys, "--to", "pruned", "--amount", "0.9", "--tolerance", "1e-6", "-o", "made.safetensors")
+    assert (result["exit_code"], result["status"]) == (3, "over_budget")
+    assert "not written: on 8 images of the job it deviates by" in result["message"]
     assert not Path("made.safetensors").exists()
     assert run_convert(capsys, "--to", "pruned", "--structured", "-o", "made.safetensors")["exit_code"] == 0
 
@@ -141,17 +145,17 @@ def test_deviating_model_is_not_written(capsys: pytest.CaptureFixture[str]) -> N
 def test_unconvertible_model_is_reported(
     arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = run_convert(capsys, *arguments)
-    assert (done["exit_code"], done["status"]) == (2, "invalid")
-    assert said in done["message"]
+    result = run_convert(capsys, *arguments)
+    assert (result["exit_code"], result["status"]) == (2, "invalid")
+    assert said in result["message"]
     assert not list(Path().glob("x.*"))
 
 
 def test_existing_file_is_replaced_only_with_force(capsys: pytest.CaptureFixture[str]) -> None:
     before = Path("net.pth").read_bytes()
-    done = run_convert(capsys, "--to", "exported", "-o", "net.pth")
-    assert (done["exit_code"], Path("net.pth").read_bytes()) == (2, before)
-    assert "--force" in done["message"]
+    result = run_convert(capsys, "--to", "exported", "-o", "net.pth")
+    assert (result["exit_code"], Path("net.pth").read_bytes()) == (2, before)
+    assert "--force" in result["message"]
     Path("old.pt2").write_bytes(b"old")
     assert run_convert(capsys, "--to", "exported", "-o", "old.pt2", "--force")["exit_code"] == 0
     assert Path("old.pt2").stat().st_size > 1000

@@ -156,8 +156,8 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def read_rows(output: str) -> list[dict[str, Any]]:
     table = pq.read_table(f"{output}/predictions").sort_by("position")
-    found: list[dict[str, Any]] = table.drop_columns(["run_id"]).to_pylist()
-    return found
+    rows: list[dict[str, Any]] = table.drop_columns(["run_id"]).to_pylist()
+    return rows
 
 
 @pytest.mark.parametrize("stateful", [False, True])

@@ -97,12 +97,12 @@ class WorkerProcess:
 
 
 def list_shades(prediction: Prediction) -> list[float]:
-    found = {
+    by_row = {
         row: shade
         for piece in prediction.outputs
         for row, shade in zip(piece.rows, piece.tensors["shade"], strict=True)
     }
-    return [float(found[row]) for row in sorted(found)]
+    return [float(by_row[row]) for row in sorted(by_row)]
 
 
 def test_image_that_breaks_the_device_is_found_by_the_second_process(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def start_hanging_prediction(
 def test_hanging_image_is_found_by_the_second_process(tmp_path: Path) -> None:
     released = threading.Event()
     threads = []
-    for found in (False, True):
+    for is_second in (False, True):
         process = WorkerProcess(tmp_path)
         assert process.find_stall(60, 90) is None
         thread, entered = start_hanging_prediction(process, released, poisonous=[5])
@@ -237,7 +237,7 @@ def test_hanging_image_is_found_by_the_second_process(tmp_path: Path) -> None:
         process.clock.now += 2
         stalled = process.find_stall(60, 90)
         assert stalled is not None
-        assert stalled.culprit_known == found
+        assert stalled.culprit_known == is_second
         assert "has not ended for 61 s (runtime.stall_seconds)" in stalled.message
     released.set()
     for thread in threads:

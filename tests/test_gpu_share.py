@@ -61,10 +61,10 @@ def test_rotated_images_are_decoded_on_the_cpu_if_exif_applies() -> None:
 # -- how many --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("value", "wanted"), [(0.0, 0), (0.25, 5), (0.5, 10), (0.75, 15), (1.0, 20)])
-def test_share_of_images_stays_encoded(value: float, wanted: int) -> None:
+@pytest.mark.parametrize(("value", "expected"), [(0.0, 0), (0.25, 5), (0.5, 10), (0.75, 15), (1.0, 20)])
+def test_share_of_images_stays_encoded(value: float, expected: int) -> None:
     transform = make_split_transform(value)
-    assert sum(is_left_encoded(transform, PLAIN_JPEG) for _ in range(20)) == wanted
+    assert sum(is_left_encoded(transform, PLAIN_JPEG) for _ in range(20)) == expected
 
 
 def test_unsuitable_files_are_compensated_by_at_most_two_images() -> None:
@@ -100,16 +100,16 @@ class Clock:
 
 def run_controller(loading: float, working: float, window: int = 4, batches: int = 21) -> float:
     """Return the share after a run in which loading and using a batch take these seconds."""
-    clock, given = Clock(), make_share(0.5)
+    clock, gpu_share = Clock(), make_share(0.5)
 
     def load_slowly() -> Iterator[int]:
         for number in range(batches):
             clock.now += loading
             yield number
 
-    for _ in GpuShareController(given, window, clock).observe(load_slowly()):
+    for _ in GpuShareController(gpu_share, window, clock).observe(load_slowly()):
         clock.now += working
-    return given.value
+    return gpu_share.value
 
 
 def test_each_window_of_batches_moves_the_share_by_one_step() -> None:
@@ -121,8 +121,8 @@ def test_each_window_of_batches_moves_the_share_by_one_step() -> None:
 
 
 def test_disabled_share_stays_zero() -> None:
-    clock, given = Clock(), make_share(0.5)
-    controller = GpuShareController(given, 1, clock)
+    clock, gpu_share = Clock(), make_share(0.5)
+    controller = GpuShareController(gpu_share, 1, clock)
 
     def load_slowly() -> Iterator[int]:
         for number in range(9):
@@ -133,7 +133,7 @@ def test_disabled_share_stays_zero() -> None:
     next(batches)
     controller.disable()
     assert list(batches) == list(range(1, 9))
-    assert given.value == 0.0
+    assert gpu_share.value == 0.0
 
 
 # -- the bench -------------------------------------------------------------------------------------------------
@@ -143,8 +143,10 @@ def compute_cpu_ceiling(cores: int, device: float | None) -> float:
     """Return the ceiling of the CPU: decode and transform take 8 of 10 ms, the GPU decodes `device` images each s."""
     spent = {"fetch": 1.0, "decode": 5.0, "transform": 3.0, "collate": 0.5, "forward": 0.5, "write": 0.0}
     stages = [StageMeasurement(name, 1e3, cpu_ms) for name, cpu_ms in spent.items()]
-    found = compute_ceilings([*stages, *([] if device is None else [StageMeasurement("device decode", device)])], cores)
-    return found[0].images_per_second
+    ceilings = compute_ceilings(
+        [*stages, *([] if device is None else [StageMeasurement("device decode", device)])], cores
+    )
+    return ceilings[0].images_per_second
 
 
 def test_cpu_ceiling_counts_images_decoded_on_the_gpu() -> None:

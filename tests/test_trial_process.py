@@ -73,14 +73,14 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_job(output: str, behavior: str = "fine", **runtime: Any) -> batchjob.Job:
-    given = {"pool": "local", "device": "cpu", "loader": {"processes": 0}, "tuning": "on", "batch_size": 4, **OPEN}
+    settings = {"pool": "local", "device": "cpu", "loader": {"processes": 0}, "tuning": "on", "batch_size": 4, **OPEN}
     return batchjob.Job.model_validate(
         {
             "input": {"type": "prefix", "uri": "images/"},
             "model": {"type": "python", "target": "net:net", "arguments": {"behavior": behavior}},
             "preprocess": {"resize": [16, 16], "crop": None, "mean": None, "std": None},
             "task": {"type": "embedding"},
-            "runtime": {**given, **runtime},
+            "runtime": {**settings, **runtime},
             "output": {"uri": output},
         }
     )
@@ -88,8 +88,8 @@ def make_job(output: str, behavior: str = "fine", **runtime: Any) -> batchjob.Jo
 
 def read_decision(output: str) -> dict[str, Any]:
     (file,) = Path(output, "_batchjob/plans/0000/tuning").iterdir()
-    found: dict[str, Any] = json.loads(file.read_text())
-    return found
+    decision: dict[str, Any] = json.loads(file.read_text())
+    return decision
 
 
 def read_verdicts(output: str) -> dict[str, str]:
@@ -188,11 +188,11 @@ class OperationRecorder(TorchDispatchMode):
 
 
 def make_trial_model(**preprocess: Any) -> EngineTrialModel:
-    given = make_job("out")
+    job = make_job("out")
     if preprocess:
-        given = given.model_copy(update={"preprocess": Preprocess(**preprocess)})
+        job = job.model_copy(update={"preprocess": Preprocess(**preprocess)})
     sample = [str(path) for path in sorted(Path("images").iterdir())]
-    return EngineTrialModel(Engine(given, Reader(given.storage), sample), sample, 4)
+    return EngineTrialModel(Engine(job, Reader(job.storage), sample), sample, 4)
 
 
 def test_only_the_forward_pass_is_timed() -> None:
