@@ -11,6 +11,8 @@ from batchjob.job.runtime import Workers
 
 __all__ = ["Node", "WorkerSizing", "size_workers"]
 
+_RAY_UNITS = 10_000  # Ray counts resources in parts of this size of a CPU or GPU
+
 
 @dataclass(frozen=True)
 class Node:
@@ -80,7 +82,7 @@ def size_workers(job: Job, nodes: Sequence[Node]) -> WorkerSizing:
         cpus = max(1.0, float(int(min(shares, default=1.0))))
     else:
         cpus = runtime.cpus_per_worker
-    fitting = sum(int(node.gpus // gpus if gpus else node.cpus // cpus) for node in hosts)
+    fitting = sum(_count_gpu_workers(node, gpus) if gpus else _count_shares(node.cpus, cpus) for node in hosts)
     match runtime.workers:
         case "auto":
             return WorkerSizing(max(1, fitting), 1, cpus, gpus)
@@ -88,6 +90,19 @@ def size_workers(job: Job, nodes: Sequence[Node]) -> WorkerSizing:
             return WorkerSizing(max_workers, min_workers, cpus, gpus)
         case count:
             return WorkerSizing(count, 1, cpus, gpus)
+
+
+def _count_gpu_workers(node: Node, gpus: float) -> int:
+    """Count the workers for which a node has GPUs. Workers may share a GPU, but no worker gets parts of two GPUs.
+
+    Example: with 0.4 GPUs each, 4 GPUs hold 2 workers each, 8 in all, though 4 / 0.4 is 10.
+    """
+    return _count_shares(node.gpus, gpus) if gpus >= 1 else int(node.gpus) * _count_shares(1.0, gpus)
+
+
+def _count_shares(available: float, share: float) -> int:
+    """Count the shares in a resource, in whole units as Ray does: 1 GPU holds 5 shares of 0.2, but `1 // 0.2` is 4."""
+    return round(available * _RAY_UNITS) // max(1, round(share * _RAY_UNITS))
 
 
 def _gpus_per_worker(job: Job, nodes: Sequence[Node]) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pyarrow as pa
 
 from batchjob.loader.shard_queue import ShardQueue
@@ -68,3 +70,44 @@ def test_closed_queue_has_no_shards_and_wants_no_batches() -> None:
     assert queue.next_shard() is None
     assert not queue.is_wanted(shard)
     assert queue.find_shard(batch_of(shard)) is None
+
+
+def test_closed_queue_takes_no_shard_from_its_source() -> None:
+    waiting, is_open = [make_shard(0)], False
+    queue = ShardQueue(waiting.pop, is_open=lambda: is_open)
+    assert queue.next_shard() is None
+    assert len(waiting) == 1, "a shard that was taken and not returned would be lost"
+
+
+def test_next_shard_keeps_everything_but_the_attempt_number() -> None:
+    shard = replace(make_shard(5), attempt_number=99, decode_on_cpu=True)
+    assert replace(take(ShardQueue.of([shard])), attempt_number=99) == shard
+
+
+def test_attempts_in_flight_are_listed_oldest_first() -> None:
+    queue = ShardQueue.of(make_shard(index) for index in (4, 1, 3, 2))
+    attempts = [take(queue) for _ in range(4)]
+    queue.drop(attempts[1])
+    assert [shard.key.index for shard in queue.in_flight()] == [4, 3, 2]
+
+
+def test_second_drop_of_an_attempt_does_nothing() -> None:
+    queue = ShardQueue.of([make_shard(0), make_shard(1)])
+    first, second = take(queue), take(queue)
+    queue.drop(first)
+    queue.drop(first)
+    assert queue.in_flight() == [second]
+
+
+def test_shard_that_no_queue_has_handed_out_is_not_wanted() -> None:
+    queue = ShardQueue.of([make_shard(0)])
+    take(queue)
+    assert not queue.is_wanted(make_shard(0))
+    assert queue.find_shard(batch_of(make_shard(0))) is None
+
+
+def test_attempt_is_wanted_only_by_its_own_queue() -> None:
+    shard = take(ShardQueue.of([make_shard(0)]))
+    other = ShardQueue.of([make_shard(0)])
+    take(other)
+    assert not other.is_wanted(shard)

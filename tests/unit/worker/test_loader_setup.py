@@ -1,0 +1,182 @@
+"""Loader of one worker: its batch size, its number of processes, and a new shape for its images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from jpeg_files import decode_files
+from loaded_worker import write_job
+from saved_models import FORMATS
+
+from batchjob.inference.engine import Engine
+from batchjob.job.job import Job
+from batchjob.loader.shard_queue import ShardQueue
+from batchjob.storage.reader import Reader
+from batchjob.types import Batch, ImageRef, Shard, ShardKey
+from batchjob.worker.loader_setup import LoaderSetup
+
+AUTO = "runtime.batch_size=auto"
+IMAGE_BYTES = 3 * 8 * 8
+MIB = 1 << 20
+
+
+def make_setup(job: Job, cores: int = 1, small_input_bytes: int | None = None) -> LoaderSetup:
+    reader = Reader()
+    return LoaderSetup(job, Engine(job, reader, ()), reader, cores, small_input_bytes)
+
+
+def set_free_shared_memory(monkeypatch: pytest.MonkeyPatch, free: int | None) -> None:
+    monkeypatch.setattr("batchjob.worker.loader_setup.free_shared_memory", lambda: free)
+
+
+def load_images(setup: LoaderSetup, folder: Path, names: Sequence[str]) -> list[Batch]:
+    """Load a shard of these images."""
+    refs = tuple(ImageRef(position, name, str(folder / name)) for position, name in enumerate(names))
+    shard = Shard(ShardKey(0, "0" * 16, len(refs), 0, 0), refs, pa.table({}))
+    return list(setup.batch_source.batches(ShardQueue.of([shard])))
+
+
+# -- batch size ------------------------------------------------------------------------------------------------------
+
+
+def test_batch_size_of_the_job_is_kept(tmp_path: Path) -> None:
+    setup = make_setup(write_job(tmp_path))
+    assert (setup.batch_size, setup.chooses_batch_size) == (4, False)
+
+
+def test_batch_size_on_a_cpu_is_32_and_may_be_changed(tmp_path: Path) -> None:
+    setup = make_setup(write_job(tmp_path, AUTO))
+    assert (setup.batch_size, setup.chooses_batch_size) == (32, True)
+
+
+def test_batch_size_that_the_model_fixes_is_used(tmp_path: Path) -> None:
+    job = write_job(tmp_path, AUTO)
+    saved = FORMATS["exported-fixed-batch"].save(tmp_path, 1)
+    preprocess = {"resize": None, "crop": [saved.side, saved.side], "mean": None, "std": None}
+    document = {**job.serialize(), "model": saved.settings, "preprocess": preprocess}
+    setup = make_setup(Job.deserialize(document, tmp_path, tmp_path))
+    assert (setup.batch_size, setup.chooses_batch_size) == (4, False)
+
+
+def test_batch_size_counts_from_the_next_shard_on(tmp_path: Path) -> None:
+    setup = make_setup(write_job(tmp_path))
+    names = ["white.png"] * 7
+    assert [len(batch.image_infos) for batch in load_images(setup, tmp_path, names)] == [4, 3]
+    setup.set_batch_size(5)
+    assert setup.batch_size == 5
+    assert [len(batch.image_infos) for batch in load_images(setup, tmp_path, names)] == [5, 2]
+
+
+@pytest.mark.parametrize(
+    ("free", "processes", "prefetch", "largest"),
+    [
+        (None, 4, 2, 1024),
+        (1000, 0, 2, 1024),  # without processes no batch lies in shared memory
+        # Half of the memory holds 4 * 2 batches: 307,200 / 2 / (8 * 192) = 100 images each.
+        (307_200, 4, 2, 100),
+        (307_199, 4, 2, 99),
+        (307_200, 4, 1, 200),
+        (1 << 30, 4, 2, 1024),  # 349,525 would fit
+        (1000, 4, 2, 1),  # not even one would fit
+    ],
+)
+def test_batches_in_flight_fill_half_of_the_shared_memory(
+    free: int | None,
+    processes: int,
+    prefetch: int,
+    largest: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_free_shared_memory(monkeypatch, free)
+    loader = [f"runtime.loader.processes={processes}", f"runtime.loader.prefetch={prefetch}"]
+    assert make_setup(write_job(tmp_path, AUTO, *loader)).max_batch_size == largest
+
+
+# -- processes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cores", "small_input_bytes", "free", "processes", "in_flight"),
+    [
+        (8, None, None, 8, 8 * 2 * 4),
+        (8, 40 * MIB, None, 3, 3 * 2 * 4),  # one process, and one more for each 16 MiB
+        (8, 0, None, 1, 1 * 2 * 4),
+        # Half of the shared memory holds 5 batches of 4 images: one for each of 5 processes.
+        (8, None, 2 * 5 * 4 * IMAGE_BYTES, 5, 5 * 1 * 4),
+    ],
+)
+def test_cores_input_and_shared_memory_limit_the_processes(
+    cores: int,
+    small_input_bytes: int | None,
+    free: int | None,
+    processes: int,
+    in_flight: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_free_shared_memory(monkeypatch, free)
+    setup = make_setup(write_job(tmp_path, "runtime.loader.processes=auto"), cores, small_input_bytes)
+    assert setup.loader.config.processes == processes
+    assert setup.images_in_flight == in_flight
+
+
+# -- another shape ---------------------------------------------------------------------------------------------------
+
+
+def test_after_a_restart_images_of_the_former_shape_are_errors(tmp_path: Path) -> None:
+    setup = make_setup(write_job(tmp_path))
+    (batch,) = load_images(setup, tmp_path, ["white.png"])
+    assert batch.pixels is not None
+    assert tuple(batch.pixels.shape[1:]) == setup.image_shape == (3, 8, 8)
+    setup.restart((3, 6, 6))
+    (batch,) = load_images(setup, tmp_path, ["white.png"])
+    assert setup.image_shape == (3, 6, 6)
+    (error,) = [info.error for info in batch.image_infos]
+    assert error is not None
+    assert (error.stage, error.type) == ("transform", "size")
+
+
+def test_restart_keeps_the_batch_size(tmp_path: Path) -> None:
+    setup = make_setup(write_job(tmp_path))
+    setup.set_batch_size(3)
+    setup.restart((3, 8, 8))
+    assert [len(batch.image_infos) for batch in load_images(setup, tmp_path, ["white.png"] * 4)] == [3, 1]
+
+
+# -- decoding on the GPU ---------------------------------------------------------------------------------------------
+
+
+def test_batches_come_from_the_loader_itself_without_gpu_decoding(tmp_path: Path) -> None:
+    setup = make_setup(write_job(tmp_path))
+    assert setup.gpu_decoding is None
+    assert setup.batch_source is setup.loader
+
+
+@pytest.fixture
+def gpu_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoder of a CPU in place of the GPU's."""
+    monkeypatch.setattr("batchjob.worker.loader_setup.create_jpeg_decoder", lambda device: decode_files)
+
+
+@pytest.mark.usefixtures("gpu_decoder")
+def test_batches_come_from_the_gpu_decoding_where_the_job_asks_for_it(tmp_path: Path) -> None:
+    setup = make_setup(write_job(tmp_path, "decode.device=cuda", "decode.mode=fast"))
+    assert setup.batch_source is setup.gpu_decoding
+    (batch,) = load_images(setup, tmp_path, ["white.png"] * 3)
+    assert batch.pixels is not None
+    assert (batch.encoded, tuple(batch.pixels.shape)) == (None, (3, 3, 8, 8))
+    setup.close()
+
+
+@pytest.mark.usefixtures("gpu_decoder")
+def test_restart_makes_another_gpu_decoding(tmp_path: Path) -> None:
+    setup = make_setup(write_job(tmp_path, "decode.device=cuda", "decode.mode=fast"))
+    first = setup.gpu_decoding
+    setup.restart((3, 8, 8))
+    assert setup.batch_source is setup.gpu_decoding is not first
+    assert len(load_images(setup, tmp_path, ["white.png"])) == 1
+    setup.close()
