@@ -63,7 +63,11 @@ class KilledRun:
             if not driver.run_for(random_numbers.uniform(0.2, 2.5)):
                 break
             if victim == "loader":
-                os.kill(random_numbers.choice(sorted(find_loader_processes(driver))), signal.SIGKILL)
+                loaders = sorted(find_loader_processes(driver))
+                # A driver that is finishing its run has closed its loader.
+                if not loaders:
+                    break
+                os.kill(random_numbers.choice(loaders), signal.SIGKILL)
             else:
                 process_ids |= driver.kill()
                 driver = self.start()
