@@ -122,8 +122,8 @@ def list_files(output: Path) -> dict[str, tuple[int, int]]:
 
 
 def read_success(output: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((output / "_SUCCESS").read_text())
-    return facts
+    success: dict[str, Any] = json.loads((output / "_SUCCESS").read_text())
+    return success
 
 
 def list_heads(output: Path) -> list[str]:
@@ -193,15 +193,17 @@ def test_run_commits_every_shard_once(tmp_path: Path, output: Path) -> None:
 
 def test_success_and_report_list_the_parts_and_counts(tmp_path: Path, output: Path) -> None:
     run_job(make_job(tmp_path, IMAGES), ScriptedPool())
-    facts = read_success(output)
-    assert facts["counts"] == {"planned": 12, "predicted": 12, "failed": 0}
-    assert [part["name"] for part in facts["parts"]] == sorted(f"predictions/{name}" for name in read_parts(output))
-    there = list_parts(open_store(str(output)))
-    assert {part["name"]: part["etag"] for part in facts["parts"]} == {key: stat.etag for key, stat in there.items()}
-    assert sum(part["rows"] for part in facts["parts"]) == 12
+    success = read_success(output)
+    assert success["counts"] == {"planned": 12, "predicted": 12, "failed": 0}
+    assert [part["name"] for part in success["parts"]] == sorted(f"predictions/{name}" for name in read_parts(output))
+    listing = list_parts(open_store(str(output)))
+    assert {part["name"]: part["etag"] for part in success["parts"]} == {
+        key: info.etag for key, info in listing.items()
+    }
+    assert sum(part["rows"] for part in success["parts"]) == 12
     report = json.loads((output / "_batchjob/report.json").read_text())
     assert report.pop("tuning", []) == []
-    assert report == {key: value for key, value in facts.items() if key != "parts"}
+    assert report == {key: value for key, value in success.items() if key != "parts"}
     assert [worker["model"] for worker in report["workers"]] == [WORKER_INFO.model]
 
 
