@@ -7,6 +7,7 @@ python docs/internals/architecture.py --check    # exit 1 if the page is out of 
 from __future__ import annotations
 
 import ast
+import runpy
 import sys
 from pathlib import Path
 
@@ -80,23 +81,10 @@ def tree() -> str:
     return "\n".join(lines)
 
 
-def constant(name: str) -> object:
-    """Read a literal from the architecture test, where the rules stand."""
-    for node in ast.parse(RULES.read_text()).body:
-        target = (
-            node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else 0
-        )
-        if isinstance(target, ast.Name) and target.id == name and isinstance(node, ast.Assign | ast.AnnAssign):
-            # Long lines of the table are written as `[*("a", "b"), "c"]`, which is no literal to ast.literal_eval.
-            return eval(compile(ast.Expression(node.value or ast.Constant(None)), str(RULES), "eval"))  # noqa: S307
-    raise KeyError(name)
-
-
 def import_table() -> str:
     """Write the import rules of the architecture test as a Markdown table."""
-    everywhere, imports = constant("EVERYWHERE"), constant("IMPORTS")
-    assert isinstance(everywhere, list)
-    assert isinstance(imports, dict)
+    rules = runpy.run_path(str(RULES))
+    everywhere, imports = rules["EVERYWHERE"], rules["IMPORTS"]
     rows = [f"Every package may import {', '.join(f'`{name}`' for name in everywhere)}.", ""]
     rows += ["| package | may also import |", "|---|---|"]
     for name, others in imports.items():

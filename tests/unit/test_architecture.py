@@ -27,7 +27,7 @@ IMPORTS: dict[str, list[str]] = {
     "user_code": [],
     "storage": [],
     "preprocessing": ["user_code"],
-    "sources": ["storage", "user_code", "output"],
+    "sources": ["storage", "user_code"],
     "plan": ["storage"],
     "models": ["storage", "preprocessing", "user_code"],
     "tasks": ["storage", "preprocessing", "user_code"],
@@ -218,3 +218,9 @@ def heavy_modules(arguments: list[str]) -> set[str]:
     lines = [line.rpartition("|")[2].strip() for line in stderr.splitlines() if line.startswith("import time:")]
     assert "batchjob" in lines, stderr[-2000:]
     return {name.partition(".")[0] for name in lines} & HEAVY
+
+
+def test_the_architecture_page_is_current() -> None:
+    script = ROOT / "docs" / "internals" / "architecture.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], check=False, timeout=60)
+    assert done.returncode == 0, "run `make architecture`"
