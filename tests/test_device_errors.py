@@ -71,6 +71,57 @@ def test_general_advice_of_cuda_is_not_taken_for_an_assert(text: str) -> None:
     assert classify_device_error(torch.AcceleratorError(f"{text}{ADVICE}")) is None
 
 
+def test_error_that_was_being_handled_counts() -> None:
+    error = KeyError("cleanup failed")
+    error.__context__ = RuntimeError(HARDWARE[0])
+    assert classify_device_error(error) == "hardware"
+
+
+def test_hardware_fault_outweighs_the_broken_context_that_follows_it() -> None:
+    error = RuntimeError(CONTEXT[0])
+    error.__cause__ = RuntimeError(HARDWARE[0])
+    assert classify_device_error(error) == "hardware"
+
+
+def test_errors_that_cause_each_other_are_read_once() -> None:
+    first, second = RuntimeError("first"), RuntimeError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert classify_device_error(first) is None
+
+
+@pytest.mark.parametrize(("answer", "expected"), [(CONTEXT[1], "context"), (HARDWARE[0], "hardware"), (None, None)])
+def test_unknown_error_on_a_gpu_is_decided_by_a_probe(
+    monkeypatch: pytest.MonkeyPatch, answer: str | None, expected: str | None
+) -> None:
+    probes = set_probe(monkeypatch, answer)
+    assert classify_device_error(RuntimeError("nothing known"), torch.device("cuda:1")) == expected
+    assert probes == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("CUDA out of memory. Tried to allocate 20.00 GiB", None), (CONTEXT[0], "context")]
+)
+def test_gpu_is_not_probed_if_the_text_decides(
+    monkeypatch: pytest.MonkeyPatch, text: str, expected: str | None
+) -> None:
+    probes = set_probe(monkeypatch, HARDWARE[0])
+    assert classify_device_error(RuntimeError(text), torch.device("cuda")) == expected
+    assert probes == []
+
+
+def set_probe(monkeypatch: pytest.MonkeyPatch, answer: str | None) -> list[torch.device]:
+    """Make the probe of a GPU fail with a text, or succeed if it is None; return the list of probed devices."""
+    probes: list[torch.device] = []
+
+    def synchronize(device: torch.device) -> None:
+        probes.append(device)
+        if answer is not None:
+            raise torch.AcceleratorError(answer)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    return probes
+
+
 def test_cpu_is_not_probed() -> None:
     assert classify_device_error(RuntimeError("nothing known"), torch.device("cpu")) is None
     assert identify_device(torch.device("cpu")) == "cpu"
