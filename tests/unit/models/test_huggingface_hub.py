@@ -145,7 +145,7 @@ def test_progress_bars_are_off_inside_and_as_before_afterwards(shown: bool) -> N
     assert read_progress_bars() == (shown, shown)
 
 
-class MessageHandler(logging.Handler):
+class MessageList(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.messages: list[str] = []
@@ -156,16 +156,16 @@ class MessageHandler(logging.Handler):
 
 @pytest.mark.parametrize("name", ["huggingface_hub", "timm", "transformers"])
 def test_warnings_of_the_libraries_are_dropped_and_errors_kept(name: str) -> None:
-    handler = MessageHandler()
+    message_list = MessageList()
     logger = logging.getLogger(f"{name}.download")
-    logger.addHandler(handler)
+    logger.addHandler(message_list)
     try:
         with silence_hub_libraries():
             logger.warning("please upgrade")
             logger.error("cannot go on")
     finally:
-        logger.removeHandler(handler)
-    assert handler.messages == ["cannot go on"]
+        logger.removeHandler(message_list)
+    assert message_list.messages == ["cannot go on"]
 
 
 def test_python_warnings_are_ignored_inside_only() -> None:
