@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -221,12 +222,13 @@ def _count_cores(job: Job) -> int:
 
 
 def _load_worker(job: Job, preview: InputPreview) -> WorkerInfo:
+    started = time.monotonic()
     # The fork server and this process import torch at the same time.
     start_loader_forkserver(job)
     from batchjob.worker.setup import load
 
     setup = WorkerSetup(job.serialize(), str(job.folder), None, preview.sample, small_input_bytes=0)
-    with closing(load(job, setup, _count_cores(job))) as loaded:
+    with closing(load(job, setup, _count_cores(job), started)) as loaded:
         return loaded.info
 
 

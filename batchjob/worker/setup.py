@@ -76,19 +76,21 @@ class LoadedWorker:
         self._resources.close()
 
 
-def load(job: Job, setup: WorkerSetup, cores: int) -> LoadedWorker:
+def load(job: Job, setup: WorkerSetup, cores: int, started: float | None = None) -> LoadedWorker:
     """Load the model, start the loader processes, and warm up on the device.
 
     Args:
         job: The job, with paths as they are on this machine.
         setup: Message of the driver.
         cores: Cores that the worker may use, loader processes included.
+        started: Monotonic time from which the loading time counts, if torch was imported for this worker; by default
+            now.
 
     Raises:
         InvalidJob: Model, labels, preprocessing, precision or device do not fit together.
         DeviceFault: The device is broken.
     """
-    started = time.monotonic()
+    started = time.monotonic() if started is None else started
     start_loader_forkserver(job)
     watchdog = Watchdog()
     reader = Reader(job.storage, outage_timeout=job.errors.outage_seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from contextlib import closing
 from functools import partial
@@ -80,13 +81,14 @@ class WorkerThread:
         self._thread.join(_CLOSE_SECONDS)
 
     def _run(self) -> None:
+        started = time.monotonic()
         try:
             job = Job.deserialize(self._setup.job, self._job_folder, Path(self._setup.job_folder))
             # The fork server and this thread import torch at the same time.
             start_loader_forkserver(job)
             from batchjob.worker import setup
 
-            with closing(setup.load(job, self._setup, self._cores)) as loaded:
+            with closing(setup.load(job, self._setup, self._cores, started)) as loaded:
                 self._events.put(WorkerReady(self._name, loaded.info))
                 with setup.report_device_faults(loaded.info.device):
                     self._run_shards(loaded)
