@@ -14,6 +14,8 @@ DECIDING_SECTIONS = ("input", "model", "preprocess", "task", "runtime", "decode"
 _RUNTIME_FIELDS = ("precision", "half_weights", "quantize")
 # Fields that say when a job may run, or are only checked.
 _IGNORED_FIELDS = {"input": ("require",), "model": ("trust", "sha256")}
+_MAX_CHARACTERS = 80  # of a value in a line of differences
+_CONTEXT_CHARACTERS = 30  # before the first difference of two long values
 
 
 def compute_fingerprint(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def diff_fingerprints(there: Mapping[str, Any], here: Mapping[str, Any]) -> list
     """
     a, b = dict(_flatten(there)), dict(_flatten(here))
     return [
-        f"{key}: {_format_value(a, key)} there, {_format_value(b, key)} here"
+        "{}: {} there, {} here".format(key, *_shorten(_format_value(a, key), _format_value(b, key)))
         for key in dict.fromkeys([*a, *b])
         if key not in a or key not in b or a[key] != b[key]
     ]
@@ -67,5 +69,17 @@ def _format_value(values: Mapping[str, Any], key: str) -> str:
     if key not in values:
         return "not set"
     value = values[key]
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:79]}…"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _shorten(there: str, here: str) -> Iterator[str]:
+    """Cut two texts to `_MAX_CHARACTERS`; where they begin alike, from shortly before their first difference.
+
+    Example: two lists of 1000 labels, of which the last ones differ, give `…"cat", "dog"]` and `…"cat", "cow"]`.
+    """
+    pairs = enumerate(zip(there, here, strict=False))
+    same = next((count for count, (a, b) in pairs if a != b), min(len(there), len(here)))
+    start = same - _CONTEXT_CHARACTERS if same >= _MAX_CHARACTERS - 1 else 0
+    for text in (there, here):
+        shown = f"…{text[start:]}" if start else text
+        yield shown if len(shown) <= _MAX_CHARACTERS else f"{shown[: _MAX_CHARACTERS - 1]}…"
