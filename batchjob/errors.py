@@ -1,4 +1,4 @@
-"""Exception tree of the package, ordered by how much an exception ends: an image, an attempt, a worker, the job.
+"""Exceptions and their exit codes, ordered by scope: one image, one attempt, one worker, the whole job.
 
 ```
 BatchjobError                  exit 1   not classified further

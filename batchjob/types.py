@@ -1,4 +1,4 @@
-"""Shared data that packages hand to each other: image refs, shards, batches, predictions, errors and timings."""
+"""Data that packages share: image refs, shards and the names of their parts, batches, predictions, timings."""
 
 from __future__ import annotations
 

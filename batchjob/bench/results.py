@@ -1,4 +1,4 @@
-"""Figures of a bench, as frozen data. A figure that was not measured is None; none is derived from others instead."""
+"""Figures of a bench, as frozen data. None stands for a figure that was not measured."""
 
 # The field names are the keys of `batchjob bench --json`.
 

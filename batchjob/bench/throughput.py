@@ -1,4 +1,4 @@
-"""Throughput of the path from four starting points: on the device, decoded, encoded in memory, and in storage."""
+"""Throughput of the path from four starting points: on the device, decoded, encoded in memory, in storage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command line `batchjob`: the app with its commands, and the exit code of one command line."""
+"""Command line `batchjob`: the app with its commands; an exception's exit code becomes the process's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lease on an output: one driver at a time, by numbered epoch objects that the owner rewrites while it works.
+"""Lease on an output: one driver at a time. Numbered objects, each rewritten by its owner every two seconds.
 
 The lease saves GPUs. Safety never rests on it: two drivers at once still commit each part once.
 """

@@ -1,4 +1,4 @@
-"""Execution config: precision, memory layout, compile mode and quantisation by which a model runs on its device."""
+"""Execution config: the precision (fp32, tf32, bf16, fp16), memory layout, compile mode and quantisation of a model."""
 
 from __future__ import annotations
 

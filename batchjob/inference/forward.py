@@ -1,4 +1,4 @@
-"""Forward pass: a module on its device, with normalisation, precision and gradient mode around each call."""
+"""Forward pass: a module on its device, under inference_mode and autocast, with normalisation in front."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JPEG decoding on the GPU: the share of a loader's images that is left encoded, with the CPU for refused files."""
+"""JPEG decoding on the GPU for its share of the images; files that it refuses are decoded on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Job file, overrides and parameters to one source map: the YAML is read, and every fault of its text collected.
+"""Job file, overrides and parameters: reads the YAML and collects every fault of its text.
 
 The meaning of keys is checked later, by the settings classes. All faults are reported together.
 """

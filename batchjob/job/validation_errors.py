@@ -1,4 +1,4 @@
-"""Pydantic's errors to plain sentences: one problem per key, each with its location in the job file."""
+"""Turns pydantic's errors into plain sentences: one problem per key, each with its location in the job file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dataset that turns a request for images into a batch: fetch, decode, transform, collate; bad images stay in place."""
+"""Dataset: turns a request for images into a batch: fetch, decode, transform, collate. A bad image keeps its row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objects of a batch to their bytes, with the fault of one object told apart from the fault of its store."""
+"""Fetches the objects of a batch, and tells the fault of one object from the fault of its store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding shared between the loader's CPUs and the GPU, so that both are busy: share, transform and control."""
+"""Share of the images that the GPU decodes, adjusted so that CPUs and GPU are both busy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loader processes side by side: any idle one takes the next request, and a crash costs only the batch in its hand.
+"""Crash isolation: any idle loader process takes the next request, and a crash costs only the batch in work.
 
 This is not torch's DataLoader. There, one death costs all processes and every batch in flight, and is noticed after
 5 s; its processes share one queue, whose lock a killed process may keep.

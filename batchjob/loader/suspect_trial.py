@@ -1,4 +1,4 @@
-"""Trial of a suspect image alone in a disposable process: only an image that kills twice gets an error row."""
+"""Trial of a suspect image alone in a disposable process: an image that kills a second time becomes an error row."""
 
 from __future__ import annotations
 

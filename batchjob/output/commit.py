@@ -1,4 +1,4 @@
-"""The commit protocol: one conditional PUT creates or replaces a part; footers tell what is committed."""
+"""Commit protocol: one conditional PUT creates or replaces a part; the footers say which parts are committed."""
 
 from __future__ import annotations
 

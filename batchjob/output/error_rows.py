@@ -1,4 +1,4 @@
-"""Error rows of committed parts: all of an output's, or the positions of one part's."""
+"""Error rows of the committed parts: all rows of an output, or the positions within one part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predicted batches to committed parts, in threads of its own: the model never waits for Arrow or the store."""
+"""Builds and commits parts in threads of its own, so that the model waits for neither Arrow nor the store."""
 
 from __future__ import annotations
 

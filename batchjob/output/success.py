@@ -1,4 +1,4 @@
-"""`_SUCCESS` and `report.json`: read, written and deleted under conditions, and checked against the parts."""
+"""`_SUCCESS` and `report.json`: read, written and deleted by conditional requests, and checked against the parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The head of a plan: its id, job and fingerprint; written once before anything else, ended by a tombstone."""
+"""Head of a plan: id, job and fingerprint. Written once, before anything else; a tombstone beside it ends the plan."""
 
 from __future__ import annotations
 

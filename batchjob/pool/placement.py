@@ -1,4 +1,4 @@
-"""Placement of shards on workers. Pure state: no clock, no I/O."""
+"""Placement of shards on workers, and of stragglers on a second one. Pure state: no clock, no I/O."""
 
 from __future__ import annotations
 

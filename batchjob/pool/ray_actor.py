@@ -1,4 +1,4 @@
-"""Ray actor of one worker."""
+"""Ray actor that holds one worker thread; assignments go in, events come out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoded bytes to uint8 pixels, for a short list of formats; a bad image raises ImageError and nothing else.
+"""Decodes an encoded image to uint8 pixels; a bad image raises ImageError and nothing else.
 
 Ordinary JPEG files go through libjpeg-turbo alone, everything else through Pillow.
 """

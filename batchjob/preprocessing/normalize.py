@@ -1,4 +1,4 @@
-"""Second half of the preprocessing, on the device: uint8 batch to float, channel order, scale, mean and deviation."""
+"""Second half of the preprocessing, on the device: uint8 batch to float, channel order, scale, mean and std."""
 
 from __future__ import annotations
 

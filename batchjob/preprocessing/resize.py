@@ -1,4 +1,4 @@
-"""Resize and crop in one step: the bits of torchvision's antialiased uint8 resize, from the pixels that count alone.
+"""Resize and crop in one step, bit-identical to torchvision's antialiased uint8 resize, reading only the pixels needed.
 
 `resize_and_crop` is exact; `resize_and_crop_uint8` is several times as fast and at most one level of 255 away.
 """

@@ -1,4 +1,4 @@
-"""The images of an input, listed while the output is left out; a preview of the first ones."""
+"""Listing of an input's images, without those of the output; a preview of the first ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Source of images that a table names: Parquet, CSV or JSON Lines, one file or many, with columns for the output."""
+"""`type: manifest`: images named by a table: Parquet, CSV or JSON Lines, with columns for the output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Source of images listed from storage: everything below a folder, one file, or the files that a glob matches."""
+"""`type: prefix`: images listed from storage: everything below a folder, one file, or the files that a glob matches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Table files read a batch at a time: Parquet with its own types, CSV and JSON Lines as text."""
+"""Table files read batch by batch: Parquet with its own types, CSV and JSON Lines as text."""
 
 from __future__ import annotations
 

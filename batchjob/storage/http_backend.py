@@ -1,4 +1,4 @@
-"""Objects on the web, by HTTP and HTTPS: only from hosts that the job names, never from where credentials are.
+"""Objects on the web by HTTP and HTTPS, only from hosts that the job names, never from a metadata address of a cloud.
 
 A host name is resolved once, every address is checked, and the connection is made to a checked address; the same holds
 for each redirect. Proxies are not used: behind one, nobody can tell to which address a name leads.

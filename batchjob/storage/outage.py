@@ -1,4 +1,4 @@
-"""Outages: how long a store that does not answer is waited for, by all requests of this process together."""
+"""Outages: how long to wait for a store that does not answer, for all requests of this process together."""
 
 from __future__ import annotations
 

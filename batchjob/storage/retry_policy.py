@@ -1,4 +1,4 @@
-"""Retries and timeouts of storage requests, one policy per layer.
+"""Retries, back-off and timeouts of storage requests, and the list of layers above that retry.
 
 | layer | policy | retries | gives up after |
 |---|---|---|---|

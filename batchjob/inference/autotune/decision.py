@@ -1,4 +1,4 @@
-"""Tuning decision: the execution config chosen for a device, with the trials behind it, and the rule of the choice."""
+"""Tuning decision: chooses one execution config (such as compiled bf16) from the trials on a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trial model of an engine: the job's model with one batch of the job's own images, already on the device."""
+"""Model under trial: the job's engine with one batch of the job's own images, already on the device."""
 
 from __future__ import annotations
 
