@@ -71,12 +71,14 @@ RECORD = make_record([*FORWARD, *WAITS], images=30, failed=2, ended=110.0, cpu_s
         (10, [0.5, 0.5, 0.5, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 40, 10.0, True),
         # The last 10 % are out too: from 10 at 101 s to 90 at 109 s, although the last batch takes 60 s.
         (10, [1.0] * 9 + [60.0], 0, 10.0, True),
+        # The first 10 % are out: from 10 images at 161 s to 90 at 169 s, although the second batch takes 60 s.
+        (5, [1.0, 60.0] + [0.5] * 18, 0, 10.0, True),
         # Only one batch ends after the 90 images loaded in advance and by 90 %: over all of it, 100 images in 10 s.
         (10, [1.0] * 10, 90, 10.0, False),
         # Two batches of 50: only one of them ends between 10 % and 90 %. 100 images in 4 s.
         (50, [1.0, 3.0], 0, 25.0, False),
     ],
-    ids=["10 to 90 %", "loaded in advance", "slow end", "all in advance", "two batches"],
+    ids=["10 to 90 %", "loaded in advance", "slow end", "slow start", "all in advance", "two batches"],
 )
 def test_rate_is_steady_between_10_and_90_percent(
     batch: int, seconds: list[float], loaded_ahead: int, rate: float, steady: bool
