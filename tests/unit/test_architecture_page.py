@@ -60,11 +60,6 @@ def test_import_table_has_a_row_for_every_package(architecture: ModuleType) -> N
     assert dict(rows)["storage"] == "nothing"
 
 
-def test_missing_rule_is_named(architecture: ModuleType) -> None:
-    with pytest.raises(KeyError, match="NO_SUCH_RULE"):
-        architecture.constant("NO_SUCH_RULE")
-
-
 def test_page_that_was_just_written_is_up_to_date(architecture: ModuleType) -> None:
     assert architecture.main() == 0
     sys.argv.append("--check")
