@@ -377,9 +377,7 @@ def expect_refusal(path: Path) -> str:
 @pytest.fixture
 def replace_gpu_decoder(monkeypatch: pytest.MonkeyPatch) -> Callable[[JpegDecoder], None]:
     """Return a function that puts a decoder in place of the GPU's."""
-    return lambda decode: monkeypatch.setattr(
-        "batchjob.worker.loader_setup.create_jpeg_decoder", lambda replace_gpu_decoder: decode
-    )
+    return lambda decode: monkeypatch.setattr("batchjob.worker.loader_setup.create_jpeg_decoder", lambda device: decode)
 
 
 def embeddings(folder: Path) -> dict[str, list[float] | None]:

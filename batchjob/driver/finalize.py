@@ -41,8 +41,8 @@ class RunSummary:
         workers: Workers that the run had.
         seconds: Wall time, in seconds.
         existing_parts: Footer and ETag of parts that were there before, by name.
-        plan_complete: Whether all images are planned.
-        stopped_early: Whether it stopped dispatching because it was over its error budget.
+        plan_complete: True if all images are planned.
+        stopped_early: True if it stopped dispatching because it was over its error budget.
     """
 
     expected_rows: Mapping[str, int]

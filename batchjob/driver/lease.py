@@ -45,7 +45,7 @@ class _LeaseState:
         version: Version of the object, for conditional writes.
         owner: Random id of the driver that created the epoch.
         where: Host and process of that driver, for a person.
-        released: Whether that driver has given the lease back.
+        released: True if that driver has given the lease back.
         data: The object's bytes.
     """
 

@@ -21,7 +21,7 @@ class PlanPrefetcher:
         chunks: Confirmed chunks of the plan, in order; the iterator may block.
 
     Attributes:
-        finished: Whether the last chunk has been taken.
+        finished: True once the last chunk has been taken.
     """
 
     def __init__(self, chunks: Iterable[Chunk]) -> None:

@@ -71,7 +71,7 @@ class ProgressMeter:
         done: Images done, also those of earlier runs.
         failed: Error rows among them.
         total: Images planned so far; None while nothing is known.
-        final: Whether `total` is all of them.
+        final: True if `total` counts all of them.
     """
 
     # The speed is measured over a window, so that neither the start-up nor an old slow stretch distorts it.

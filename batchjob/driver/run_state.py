@@ -30,7 +30,7 @@ class RunState:
         new_parts: Shards that this run committed, by part name.
         existing_parts: Footer and ETag of parts that were there before, by name.
         planned: Images planned so far.
-        plan_complete: Whether all images are planned.
+        plan_complete: True if all images are planned.
         rows_to_retry: Error rows that this run has still to retry; 0 unless `retry`.
     """
 

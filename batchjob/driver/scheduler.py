@@ -41,7 +41,7 @@ class _RunningShard:
         key: The shard.
         started: Time of its first attempt, by the scheduler's clock.
         attempts: Attempts that are running now.
-        speculated: Whether it has had its speculative attempt.
+        speculated: True if it has had its speculative attempt.
     """
 
     key: ShardKey

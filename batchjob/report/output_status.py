@@ -32,7 +32,7 @@ class OutputStatus:
         output: URI of the output.
         plan: Id of the plan in force.
         created: Time at which the plan was made, in ISO 8601, UTC.
-        plan_finished: Whether all images are planned.
+        plan_finished: True if all images are planned.
         planned: Images planned so far.
         shards: Shards planned so far.
         parts: Committed parts of this plan.

@@ -25,7 +25,7 @@ def build_run_report(
         result: Result of the run.
         totals: Sums over all parts.
         workers: Facts about each worker that the run had.
-        stopped_early: Whether the run stopped because it was over its error budget.
+        stopped_early: True if the run stopped because it was over its error budget.
     """
     return {
         "status": result.status,

@@ -84,7 +84,7 @@ def _remember_result(method: Callable[[Job], R]) -> Callable[[Job], R]:
 class SynchronousThreadPool:
     """`DaemonThreadPool` that runs each call when it is submitted, in the caller's thread."""
 
-    def __init__(self, most: int, name: str = "aside") -> None:
+    def __init__(self, threads: int, name: str = "background") -> None:
         pass
 
     def submit(self, call: Callable[[], R]) -> Future[R]:
