@@ -33,7 +33,6 @@ PACKAGES = {
     "output": "Turns rows into Parquet parts, and commits them.",
     "storage": "Turns URIs into bytes. The only package that imports fsspec, obstore or boto3.",
     "report": "What a run or an output says, as data, JSON and text.",
-    "deploy": "Jobs submitted to clusters and schedulers.",
     "bench": "`batchjob bench`: the ceiling of each stage, and the run as a share of it.",
 }
 INTRODUCTION = """\

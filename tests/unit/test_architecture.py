@@ -39,23 +39,22 @@ IMPORTS: dict[str, list[str]] = {
     "pool": ["job", "worker"],
     "report": ["plan", "output", "storage"],
     "driver": ["job", "sources", "plan", "output", "report", "storage", "pool.pool", "worker.messages"],
-    "deploy": ["job", "report", "storage"],
     "api": [
         *("job", "sources", "models", "tasks", "loader", "preprocessing", "storage", "plan", "output"),
-        *("inference", "worker", "pool", "report", "driver", "deploy", "user_code"),
+        *("inference", "worker", "pool", "report", "driver", "user_code"),
     ],
     "bench": [
         *("api", "job", "sources", "models", "tasks", "loader", "preprocessing", "storage", "plan", "output"),
         *("inference", "worker", "pool", "report", "driver", "user_code"),
     ],
-    "cli": ["api", "bench", "deploy", "report", "inference.convert", "job", "driver.progress", "storage", "user_code"],
+    "cli": ["api", "bench", "report", "inference.convert", "job", "driver.progress", "storage", "user_code"],
     "launch": ["api"],
     "__init__": ["api", "job", "report"],
     "__main__": ["cli"],
 }
 # Third-party packages that only these files may import.
 ONLY = {
-    "ray": ["pool/ray_", "deploy/"],
+    "ray": ["pool/ray_"],
     "fsspec": ["storage/"],
     "obstore": ["storage/"],
     "boto3": ["storage/"],
