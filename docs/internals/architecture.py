@@ -41,8 +41,8 @@ INTRODUCTION = """\
 <!-- Written by `python docs/internals/architecture.py`; do not edit. -->
 
 A **source** lists images; a **plan** cuts them into **shards**; the **driver** hands shards to **workers** in a
-**pool** (this process, or Ray actors). A worker holds one loaded **model** and turns a shard into rows:
-**DataLoader** batches, **inference**, a **task**, one **part**. One conditional PUT **commits** the part. A **report**
+**pool** (this process, or Ray actors). A worker holds one loaded **model** and turns a shard into rows: batches from
+**loader** processes, **inference**, a **task**, one **part**. One conditional PUT **commits** the part. A **report**
 adds it up.
 
 ```
