@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["convert", "discard", "make_plan", "make_pool", "read_errors", "retry", "run", "status", "validate"]
 
+# An output is named by its path or URI, or by the job that writes it.
+OutputLocation = str | os.PathLike[str] | Job
+
 
 def run(
     job: Job,
@@ -152,25 +155,25 @@ def convert(job: Job, options: ConversionOptions) -> ConversionResult:
     return convert_model(job, options, preview_listing(listing, options.images).sample)
 
 
-def status(output: str, storage: OptionsByPrefix | None = None) -> OutputStatus:
+def status(output: OutputLocation, storage: OptionsByPrefix | None = None) -> OutputStatus:
     """Look at an output: planned, committed and failed images. Loads neither torch nor Ray.
 
     Args:
-        output: Path or URI of the output.
-        storage: Storage options by URI prefix, as in a job; none by default.
+        output: Path or URI of the output, or its job.
+        storage: Storage options by URI prefix, as in a job; those of the job, or none, by default.
 
     Raises:
         InvalidJob: There is no plan, or one in a format that this version does not know.
     """
-    return output_status.read_status(open_store(output, storage))
+    return output_status.read_status(open_store(*_locate(output, storage)))
 
 
-def read_errors(output: str, storage: OptionsByPrefix | None = None) -> Iterator[dict[str, Any]]:
+def read_errors(output: OutputLocation, storage: OptionsByPrefix | None = None) -> Iterator[dict[str, Any]]:
     """Read the error rows of an output, in plan order. Loads neither torch nor Ray.
 
     Args:
-        output: Path or URI of the output.
-        storage: Storage options by URI prefix, as in a job; none by default.
+        output: Path or URI of the output, or its job.
+        storage: Storage options by URI prefix, as in a job; those of the job, or none, by default.
 
     Returns:
         Rows with `position`, `uri`, `error_stage`, `error_type` and `error_message`.
@@ -178,15 +181,15 @@ def read_errors(output: str, storage: OptionsByPrefix | None = None) -> Iterator
     Raises:
         InvalidJob: See `status`.
     """
-    return output_status.read_errors(open_store(output, storage))
+    return output_status.read_errors(open_store(*_locate(output, storage)))
 
 
-def discard(output: str, storage: OptionsByPrefix | None = None) -> str:
+def discard(output: OutputLocation, storage: OptionsByPrefix | None = None) -> str:
     """Discard the plan of an output and delete its parts, so that another job may write there.
 
     Args:
-        output: Path or URI of the output.
-        storage: Storage options by URI prefix, as in a job; none by default.
+        output: Path or URI of the output, or its job.
+        storage: Storage options by URI prefix, as in a job; those of the job, or none, by default.
 
     Returns:
         One sentence that names what was deleted.
@@ -195,7 +198,7 @@ def discard(output: str, storage: OptionsByPrefix | None = None) -> str:
         InvalidJob: There is no plan.
         Temporary: A driver is at work there, or a stop signal came; call it again to finish.
     """
-    return driver.discard(output, storage)
+    return driver.discard(*_locate(output, storage))
 
 
 def make_pool(job: Job, address: str | None) -> Pool:
@@ -214,6 +217,13 @@ def make_pool(job: Job, address: str | None) -> Pool:
 
     address = address or os.environ.get("RAY_ADDRESS") or None
     return RayPool(job, None if address == "local" else address)
+
+
+def _locate(output: OutputLocation, storage: OptionsByPrefix | None) -> tuple[str, OptionsByPrefix | None]:
+    """Return the URI of an output and the storage options to reach it."""
+    if isinstance(output, Job):
+        return output.output.uri, output.storage if storage is None else storage
+    return os.fspath(output), storage
 
 
 def _count_cores(job: Job) -> int:

@@ -36,6 +36,10 @@ def test_every_public_name_exists() -> None:
     assert [name for name in batchjob.__all__ if getattr(batchjob, name, None) is None] == []
 
 
+def test_dir_lists_the_public_names_for_tab_completion() -> None:
+    assert set(dir(batchjob)) == PUBLIC_NAMES
+
+
 def test_star_import_loads_neither_torch_nor_ray() -> None:
     code = "import sys; from batchjob import *; sys.exit(bool({'torch', 'torchvision', 'ray'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
