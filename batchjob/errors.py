@@ -281,7 +281,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an exception means that memory did not suffice, on any device."""
+    """Return True if an exception means that memory did not suffice, on any device."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))

@@ -38,7 +38,7 @@ class CommandLineText(str):
 
 
 def is_local(uri: str) -> bool:
-    """Tell whether a URI is a plain path or a `file://` URI."""
+    """Return True if a URI is a plain path or a `file://` URI."""
     return not _SCHEME.match(uri) or uri.startswith("file://")
 
 

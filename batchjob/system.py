@@ -66,7 +66,7 @@ print(json.dumps({"devices": devices, "cuda_build": torch.version.cuda, "threads
 
 
 def collect_environment() -> dict[str, Any]:
-    """Return what a bug report needs, as values for JSON; without secrets and host names.
+    """Collect the values that a bug report needs, ready for JSON, without secrets and host names.
 
     Sizes are in bytes; None is a value that this machine does not tell. It takes seconds, because torch is imported in
     a process of its own.
@@ -77,7 +77,7 @@ def collect_environment() -> dict[str, Any]:
         "packages": {name: _package_version(name) for name in _PACKAGES},
         "cores": {"machine": os.cpu_count(), "allowed": _affinity_cores(), "quota": cgroup_cpu_quota()},
         "memory": {"machine": _machine_memory(), "limit": cgroup_memory_limit()},
-        "shared_memory": _total_shared_memory(),
+        "shared_memory": shutil.disk_usage(_SHARED_MEMORY).total if _SHARED_MEMORY.is_dir() else None,
         "torch": _query_torch(),
         "ray": {"address_given": bool(os.environ.get("RAY_ADDRESS")), "inside_ray_job": "RAY_JOB_ID" in os.environ},
     }
@@ -215,10 +215,6 @@ def _machine_memory() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return None
-
-
-def _total_shared_memory() -> int | None:
-    return shutil.disk_usage(_SHARED_MEMORY).total if _SHARED_MEMORY.is_dir() else None
 
 
 def _query_torch() -> dict[str, Any]:

@@ -390,5 +390,5 @@ class StalledStep:
 
 
 def overlaps(one: range, other: range) -> bool:
-    """Tell whether two ranges of positions have one in common: `range(0, 5)` and `range(4, 8)` do."""
+    """Return True if two ranges of positions have one in common: `range(0, 5)` and `range(4, 8)` do."""
     return max(one.start, other.start) < min(one.stop, other.stop)

@@ -63,7 +63,7 @@ def load_target(target: str, folder: Path) -> Any:
 
 
 def is_user_module(module: str, folder: Path) -> bool:
-    """Tell whether a dotted module lies in the folder of a job file."""
+    """Return True if a dotted module lies in the folder of a job file."""
     return _find_source(folder, module) is not None
 
 

@@ -186,7 +186,8 @@ def _run_once(case: str, system: str, workload: Workload, work: Path, when: str)
     }
     with (work / "runs.jsonl").open("a") as file:
         file.write(json.dumps(measurements) + "\n")
-    _print_status(f"{case}, {when}: {system} {run.trouble or f'{run.seconds:.1f} s, {_format_throughput(steady)}'}")
+    pace = "too short for a pace" if steady is None else f"{steady:,.0f} images/s"
+    _print_status(f"{case}, {when}: {system} {run.trouble or f'{run.seconds:.1f} s, {pace}'}")
     return run
 
 
@@ -202,10 +203,6 @@ def _serve_from_s3(workload: Workload, folder: Path, seconds: float, work: Path)
             list(pool.map(lambda path: server.put(f"{bucket}images/{path.name}", path), sorted(folder.iterdir())))
         with delaying_proxy(server.endpoint, seconds) as endpoint, patch.dict(os.environ, s3_environment(endpoint)):
             yield replace(workload, images=f"{bucket}images/", output=f"{bucket}out")
-
-
-def _format_throughput(steady: float | None) -> str:
-    return "too short for a pace" if steady is None else f"{steady:,.0f} images/s"
 
 
 def _print_status(text: str) -> None:

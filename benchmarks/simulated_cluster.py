@@ -187,7 +187,7 @@ class CountingStore:
         self.requests["DELETE"] += 1
         self._infos.pop(key, None)
 
-    def delete_if_match(self, key: str, version: str) -> None:  # noqa: ARG002 - nobody else writes here
+    def delete_if_match(self, key: str, version: str) -> None:  # noqa: ARG002 - there is no other writer
         """Delete an object; an absent one is fine."""
         self.delete(key)
 

@@ -235,7 +235,7 @@ def test_transient_status_is_retried(server: HttpServer) -> None:
 
 
 def create_tls_context(folder: Path, name: str) -> ssl.SSLContext:
-    """A server's certificate for a name, which nobody has signed but itself; the file is `name.pem`."""
+    """Self-signed certificate of a server, for a name; the file is `name.pem`."""
     x509 = pytest.importorskip("cryptography.x509")
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec

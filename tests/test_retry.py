@@ -120,7 +120,7 @@ def list_files(output: Path) -> dict[str, tuple[int, int]]:
 
 
 def success_matches_parts(output: str | Path) -> bool:
-    """Tell whether `_SUCCESS` is there and lists exactly the parts that are there."""
+    """Return True if `_SUCCESS` is there and lists exactly the parts that are there."""
     store = open_output(str(output))
     found = success.read_success(store)
     return found is not None and success.find_part_mismatches(found[0], commit.list_parts(store)) == []

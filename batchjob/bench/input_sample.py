@@ -46,7 +46,7 @@ def sample_input(job: Job, images: int) -> InputSample:
         InvalidJob: If there are no images.
     """
     listing = SourceListing(job.input, Reader(job.storage), job.output.uri)
-    # Tuning decides by the first chunk of a plan, so as many images are needed.
+    # Tuning decides by the first chunk of a plan, so at least the images of one chunk are needed.
     wanted_rows = max(images, chunks.CHUNK_ROWS)
     batches: list[pa.RecordBatch] = []
     rows, started, cpu_started = 0, time.perf_counter(), time.process_time()

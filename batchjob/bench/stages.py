@@ -20,7 +20,7 @@ from batchjob.inference.device_transfer import DeviceTransfer
 from batchjob.loader.fetch import Fetcher, group_refs
 from batchjob.preprocessing.jpeg import read_baseline_jpeg_size
 from batchjob.storage.objects import ObjectData
-from batchjob.types import Batch, ImageInfo, Prediction
+from batchjob.types import Batch, ImageInfo
 
 __all__ = ["measure_stages"]
 
@@ -187,7 +187,9 @@ def _measure_single_thread_cpu(worker: BenchWorker, moved: Sequence[tuple[torch.
 
 def _measure_write(worker: BenchWorker, batches: Sequence[Batch]) -> StageMeasurement:
     """Measure columns, Parquet and commit with the worker's own part builder, from predictions made before."""
-    predictions = [_predict(worker, batch) for batch in batches]
+    predictions = [
+        None if batch.pixels is None else worker.predictor(batch.pixels, batch.shapes).wait() for batch in batches
+    ]
     clock, size, part_builder = StageClock(), 0.0, worker.part_builder
     while not clock.images or (clock.seconds < _MAX_SECONDS / 3 and clock.images < worker.images):
         shard = worker.clone_shard(worker.sample_shard)
@@ -197,10 +199,6 @@ def _measure_write(worker: BenchWorker, batches: Sequence[Batch]) -> StageMeasur
             result = worker.next_result()
         size = worker.part_bytes(result) / shard.key.rows
     return clock.to_measurement("write", size, f"columns, Parquet and commit, {shard.key.rows} rows a part")
-
-
-def _predict(worker: BenchWorker, batch: Batch) -> Prediction | None:
-    return None if batch.pixels is None else worker.predictor(batch.pixels, batch.shapes).wait()
 
 
 def _measure_repeated(

@@ -18,7 +18,7 @@ from batchjob.bench.sample_batches import move_to_device, require_pixels, select
 from batchjob.inference.example_images import random_pixels
 from batchjob.loader.fetch import Fetcher, group_refs
 from batchjob.storage.objects import ObjectData
-from batchjob.types import Batch, ImageRef, Shard
+from batchjob.types import Batch, ImageRef
 
 __all__ = ["measure_throughput_steps"]
 
@@ -66,13 +66,12 @@ def _measure_encoded(worker: BenchWorker) -> ThroughputStep:
         if not refs:
             return ThroughputStep(name, None, "no image could be read")
         repeated = cycle(refs)
-        shards = [_replace_refs(worker, shard, repeated) for shard in worker.shards]
+        shards = [
+            worker.clone_shard(shard, [replace(next(repeated), position=ref.position) for ref in shard.refs])
+            for shard in worker.shards
+        ]
         rate, _ = compute_steady_rate(worker.run(shards), worker.info.ahead)
     return ThroughputStep(name, rate, f"and decoding, rows and commits; {len(refs):,} images in {place}")
-
-
-def _replace_refs(worker: BenchWorker, shard: Shard, refs: Iterator[ImageRef]) -> Shard:
-    return worker.clone_shard(shard, [replace(next(refs), position=ref.position) for ref in shard.refs])
 
 
 @contextmanager

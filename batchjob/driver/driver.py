@@ -115,7 +115,7 @@ def discard(uri: str, options: OptionsByPrefix | None = None, progress: Progress
     Args:
         uri: URI of the output.
         options: Storage options by URI prefix.
-        progress: Gets lines for the user; None for nobody.
+        progress: Gets lines for the user; None for no output.
 
     Returns:
         A sentence that tells what was deleted.

@@ -124,7 +124,7 @@ def no_plan_to_retry_error(store: Store) -> InvalidJob:
 
 
 def _are_retried(store: Store, head: PlanHead, names: Iterable[str]) -> bool:
-    """Tell whether a retry replaced all these parts.
+    """Return True if a retry replaced all these parts.
 
     That happens when the driver of a retry lost its lease and another driver put `_SUCCESS` meanwhile.
     """
@@ -157,7 +157,7 @@ def read_present_footers(
 
 
 def are_stale_parts(store: Store, names: Iterable[str]) -> bool:
-    """Tell whether all these parts belong to discarded plans.
+    """Return True if all these parts belong to discarded plans.
 
     Raises:
         CheckFailed: A part was not written by batchjob.

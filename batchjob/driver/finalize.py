@@ -96,7 +96,7 @@ def finalize_run(
 
 
 def _is_committed(key: ShardKey, run: RunSummary, listing: Mapping[str, ObjectInfo]) -> bool:
-    """Tell whether the shard's part is there; in a retry, whether it is no longer the one that was to be replaced."""
+    """Return True if the shard's part is there and, in a retry, is no longer the one that was to be replaced."""
     name = key.part_key
     return name in listing and not (key.revision and run.existing_parts[name][1] == listing[name].etag)
 

@@ -55,7 +55,7 @@ class PlanPrefetcher:
         try:
             for chunk in self._chunks:
                 self._put(chunk)
-                # Going on would list and plan the rest of the input for nobody.
+                # Going on would list and plan the rest of the input, which is no longer needed.
                 if self._closed.is_set():
                     return
             self._put(None)

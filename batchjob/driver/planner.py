@@ -29,7 +29,7 @@ _TARGET_PART_BYTES = 512 << 20
 _MAX_PART_BYTES = 4 << 30
 _MIN_SHARD_ROWS = 64
 _MAX_SHARD_ROWS = 8192
-_SHARDS_PER_WORKER = 4
+_MIN_SHARDS_PER_WORKER = 4
 
 
 class Planner:
@@ -83,7 +83,7 @@ class Planner:
             preview: Preview so far; returned as it is if it is long enough.
             workers: Workers that share the input; 0 if unknown.
         """
-        min_rows = (workers or _count_requested_workers(self._job)) * _SHARDS_PER_WORKER * _MAX_SHARD_ROWS
+        min_rows = (workers or _count_requested_workers(self._job)) * _MIN_SHARDS_PER_WORKER * _MAX_SHARD_ROWS
         if preview.complete or preview.rows > min_rows:
             return preview
         return self._control_loop.run_blocking(lambda: preview_listing(self._listing, min_rows))
@@ -200,7 +200,7 @@ def choose_shard_size(job: Job, preview: InputPreview, workers: int, row_bytes: 
     requested = job.runtime.shard_size
     if requested == "auto":
         workers = workers or _count_requested_workers(job)
-        rows = -(-preview.rows // (workers * _SHARDS_PER_WORKER)) if preview.complete else _MAX_SHARD_ROWS
+        rows = -(-preview.rows // (workers * _MIN_SHARDS_PER_WORKER)) if preview.complete else _MAX_SHARD_ROWS
         rows_per_part = _TARGET_PART_BYTES // max(1, row_bytes)
         # A chunk of the plan holds whole shards.
         rows_per_chunk = CHUNK_BYTES // max(1, preview.row_bytes)

@@ -102,7 +102,7 @@ class Scheduler:
         return not self._waiting and not self._running
 
     def is_running(self, key: ShardKey) -> bool:
-        """Tell whether a shard is running; if it is not, the result of an attempt at it changes nothing."""
+        """Return True if a shard is running. If it is not, the result of an attempt at it changes nothing."""
         return key.index in self._running
 
     def take_next(self) -> ShardKey | None:

@@ -62,7 +62,7 @@ def choose_cpu_parallelism(
 
 
 def is_stateful(module: nn.Module, run: Callable[[], object]) -> bool:
-    """Tell whether a module writes to itself while it computes, or has hooks that may write anywhere.
+    """Return True if a module writes to itself while it computes, or has hooks that may write anywhere.
 
     Two batches computed at once in such a module could read each other's state.
 

@@ -31,7 +31,7 @@ _CONTEXT = re.compile(
 
 
 def classify_device_error(error: BaseException, device: torch.device | None = None) -> DeviceErrorKind | None:
-    """Tell whether an exception means that the device is broken.
+    """Return the kind of device fault that an exception means, None if the device is not to blame.
 
     Args:
         error: Exception as it was raised; the exceptions that caused it count too.

@@ -116,7 +116,7 @@ class Engine:
         return config
 
     def is_stateful(self) -> bool:
-        """Tell whether the module, or the user's own task, may change itself while it computes.
+        """Return True if the module, or the user's own task, may change itself while it computes.
 
         Such a module computes one batch at a time, in order.
         """

@@ -166,7 +166,7 @@ class GpuDecodingLoader:
         return parallel_map(partial(self._complete, queue), batches, threads=_THREADS, prefetch=_BATCHES_AHEAD)
 
     def can_decode(self, files: Sequence[torch.Tensor], pixels: Sequence[int]) -> bool:
-        """Tell whether the device decodes and resizes these files, in the groups of a run; used to measure its speed.
+        """Return True if the device decodes and resizes these files, in the groups of a run. Used to measure its speed.
 
         Args:
             files: Encoded files, uint8 `[bytes]` each.

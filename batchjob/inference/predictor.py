@@ -1,4 +1,4 @@
-"""Predictor: batches through the forward pass to small tensors on the host; halves a batch that runs out of memory."""
+"""Predictor: batches through the forward pass to small tensors on the host, in halves if memory runs out."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Predictor:
         return self._forward
 
     def warm_up(self, size: Sequence[int], rows: int = 2, dtype: torch.dtype | None = None) -> float:
-        """Predict random pixels once, like a real batch; a batch that does not fit into memory is halved.
+        """Predict random pixels once, like a real batch, in halves if they do not fit into memory.
 
         Args:
             size: `(h, w)` for three channels, or `(c, h, w)`.
@@ -119,7 +119,9 @@ class Predictor:
         return rows
 
     def __call__(self, pixels: torch.Tensor, shapes: Shapes | None = None) -> Prediction:
-        """Predict a batch; one that does not fit into memory is halved as often as needed, and later ones with it.
+        """Predict a batch.
+
+        A batch that does not fit into memory is halved as often as needed, and later batches with it.
 
         Args:
             pixels: `[n, c, h, w]`; or, with `shapes`, the values of all images one after the other.
@@ -158,13 +160,13 @@ class Predictor:
         return Prediction(tuple(outputs), errors, self._transfer.sync())
 
     def predict_single(self, pixels: torch.Tensor, shapes: Shapes | None, row: int) -> Prediction:
-        """Predict one image of a batch in a call of its own and wait for it; the result keeps the image's row."""
+        """Predict one image of a batch in a call of its own, wait for it, and keep the image's row in the result."""
         prediction = self(*_slice_batch(pixels, shapes, row, 1)).wait()
         outputs = tuple(PartialOutput((row,), output.tensors) for output in prediction.outputs)
         return Prediction(outputs, {row: prediction.errors[0]} if prediction.errors else {})
 
     def wait(self) -> None:
-        """Wait for all work on the device; raises its error if some of it failed."""
+        """Wait for all work on the device. Raises its error if some of it failed."""
         if (wait := self._transfer.sync()) is not None:
             wait()
 
@@ -186,7 +188,7 @@ class Predictor:
     def _try_slice(
         self, pixels: torch.Tensor, shapes: Shapes | None, start: int, size: int
     ) -> list[PartialOutput] | None:
-        """Predict images `start` to `start + size` of a batch; return None if they do not fit into memory."""
+        """Predict images `start` to `start + size` of a batch, or return None if they do not fit into memory."""
         try:
             with self._forward.disable_gradients():
                 return [

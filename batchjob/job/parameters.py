@@ -56,7 +56,8 @@ def substitute_parameters(source_map: SourceMap, given: Mapping[str, str]) -> No
             source_map.add_problem(("params", name), message, at_key=True)
             values[name] = f"${{{name}}}"
             continue
-        default = _convert(_to_text(param.default), param)
+        text = str(param.default)
+        default = _convert(text.lower() if isinstance(param.default, bool) else text, param)
         if default is None:
             source_map.add_problem(("params", name, "default"), f"must be {_TYPE_NAMES[param.type]}")
         values[name] = default if default is not None else ""
@@ -92,10 +93,6 @@ def _convert_given(source_map: SourceMap, declared: Mapping[str, Param], given: 
             source_map.problems.append(Problem(location, (), f"must be {_TYPE_NAMES[declared[name].type]}"))
         values[name] = text if converted is None else converted
     return values
-
-
-def _to_text(value: str | float) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _convert(text: str, param: Param) -> str | None:

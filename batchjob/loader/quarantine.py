@@ -1,4 +1,4 @@
-"""Images that kill the process which decodes or predicts them, recorded beside the plan so that nobody tries again."""
+"""Images that kill the process which decodes or predicts them, recorded beside the plan so that none is retried."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Quarantine:
     """Deadly images by their position in the plan, and ranges of images of which one may be deadly.
 
     Records are objects in the plan's folder. They are listed once, and again for a shard that has been tried before:
-    nobody else can have found anything about its images in the meantime. A retry starts without records: what was
-    found for one revision of a part says nothing about the next one.
+    only then can another worker have recorded some of its images in the meantime. A retry starts without records: what
+    was found for one revision of a part says nothing about the next one.
 
     Example: image 5 kills a decoder and is recorded as `quarantine/000000000005.json`; in a retry that makes revision
     1 of its part, as `quarantine/000000000005.r1.json`. Images 24 to 27, of which one kills the model's process, are
@@ -84,7 +84,7 @@ class Quarantine:
         return info
 
     def record(self, position: int, info: ImageInfo) -> ImageInfo:
-        """Record a deadly image for all workers and later runs; return the first record that anybody wrote.
+        """Record a deadly image for all workers and later runs; return the first record that any worker wrote.
 
         Raises:
             Unavailable: The store cannot be reached.

@@ -47,7 +47,7 @@ class ShardQueue:
 
     @classmethod
     def of(cls, shards: Iterable[Shard], is_open: Callable[[], bool] = lambda: True) -> Self:
-        """Make a queue of shards that are all known beforehand."""
+        """Make a queue of shards that are all known from the start."""
         return cls(partial(next, iter(shards), None), is_open)
 
     def next_shard(self) -> Shard | None:
@@ -63,7 +63,7 @@ class ShardQueue:
         return shard
 
     def is_wanted(self, shard: Shard) -> bool:
-        """Return whether more batches of an attempt are needed. The loader asks before each request."""
+        """Return True if more batches of an attempt are needed. The loader asks before each request."""
         return shard.attempt_number in self._in_flight and self._is_open()
 
     def find_shard(self, batch: Batch) -> Shard | None:

@@ -274,5 +274,5 @@ def _has_repeated_values(path: str, data_type: pa.DataType) -> bool:
 
 
 def _has_useful_statistics(path: str, data_type: pa.DataType) -> bool:
-    """Return False for floats in lists: nobody filters an embedding by the range of its values."""
+    """Return False for floats in lists: no query filters embeddings by the range of their values."""
     return ".list.element" not in path or not pa.types.is_floating(data_type)

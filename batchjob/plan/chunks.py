@@ -107,7 +107,7 @@ def extend_plan(
         cursor, number = chunk.end_cursor, chunk.number + 1
     check_unchanged()
     while True:
-        previous_digest = _stored_digest(store, head, number - 1)
+        previous_digest = hashlib.sha256(store.read(chunk_key(head, number - 1)).data).hexdigest() if number else ""
         for rows, is_last in _cut_chunks(read_refs(cursor), head.shard_size):
             if is_last:
                 check_unchanged()
@@ -209,10 +209,6 @@ def _hash_shard(head: PlanHead, index: int, members: pa.Table) -> str:
     for name in ("location", "size", "etag"):
         digest.update("\0".join(map(str, members.column(name).to_pylist())).encode())
     return digest.hexdigest()[:16]
-
-
-def _stored_digest(store: Store, head: PlanHead, number: int) -> str:
-    return hashlib.sha256(store.read(chunk_key(head, number)).data).hexdigest() if number >= 0 else ""
 
 
 def _read_chunk(store: Store, head: PlanHead, number: int) -> Chunk:

@@ -13,7 +13,7 @@ __all__ = ["Placement"]
 
 # One shard in the model, one being committed, and two in line, so that the pipeline never runs empty between shards.
 # If more than one waits for its commit, the store limits the throughput, and a longer line would not help.
-_SHARDS_PER_WORKER = 4
+_QUEUED_SHARDS_PER_WORKER = 4
 
 
 class Placement:
@@ -92,11 +92,11 @@ class Placement:
     # -- shards ------------------------------------------------------------------------------------------------
 
     def free_slots(self) -> int:
-        """Return how many shards can be assigned now."""
+        """Return the number of shards that can be assigned now."""
         return self._free.total if self.ready_workers >= self._min_workers else 0
 
     def idle_workers(self) -> int:
-        """Return how many workers have no shard and could make a second attempt at a straggler."""
+        """Count the workers that have no shard and could make a second attempt at a straggler."""
         return self._free.count_idle() if self.ready_workers >= self._min_workers else 0
 
     def submit(self, key: ShardKey, plan_number: int) -> None:
@@ -211,7 +211,7 @@ class _WorkerQueue:
         """
         if self.exclusive or self.draining:
             return 0
-        return max(_SHARDS_PER_WORKER - len(self.shards), int(self.images < 2 * self.images_in_flight))
+        return max(_QUEUED_SHARDS_PER_WORKER - len(self.shards), int(self.images < 2 * self.images_in_flight))
 
     def add(self, key: ShardKey) -> None:
         self.shards[key.index] = key
@@ -256,5 +256,5 @@ class _FreeSlots:
         return next(iter(self._by_shards[self._fewest_shards].values()))
 
     def count_idle(self) -> int:
-        """Return how many workers have no shard."""
+        """Count the workers that have no shard."""
         return len(self._by_shards[0])

@@ -31,13 +31,13 @@ class Pool(Protocol):
         """Begin to start workers. `wait` reports when they are ready or have failed."""
 
     def free_slots(self) -> int:
-        """Return how many shards the pool takes now: two per worker are kept in line, see `Placement`."""
+        """Return the number of shards that the pool takes now. A few are queued per worker, see `Placement`."""
 
     def submit(self, key: ShardKey, plan_number: int) -> None:
         """Hand a shard of this plan to a worker. Call it only while there are free slots."""
 
     def idle_workers(self) -> int:
-        """Return how many workers have nothing to do."""
+        """Count the workers that have nothing to do."""
 
     def submit_speculative(self, key: ShardKey, plan_number: int) -> None:
         """Hand a shard that one worker is working on to an idle worker, too. Both report their results."""

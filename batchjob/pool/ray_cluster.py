@@ -103,7 +103,7 @@ class ClusterHealth:
         threading.Thread(target=self._poll, name="cluster health", daemon=True).start()
 
     def find_failure(self) -> str | None:
-        """Return what is wrong with the cluster, as the rest of a sentence; None if it is well."""
+        """Return the fault of the cluster as the rest of a sentence, None if there is none."""
         if not self.nodes:
             return "has lost all its nodes"
         silence = time.monotonic() - self._last_answer

@@ -45,7 +45,7 @@ _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, er
 class DiskStore:
     """A `Store` in a folder.
 
-    An object is created by a hard link to a synced temporary file and replaced by a rename under `flock`. Readers thus
+    An object is created by a hard link to a synced temporary file and replaced by a rename under `flock`. So readers
     see whole objects only, and of two writers one wins, also across processes.
 
     Args:

@@ -1,7 +1,7 @@
 """Objects on the web by HTTP and HTTPS, only from hosts that the job names, never from a metadata address of a cloud.
 
 A host name is resolved once, every address is checked, and the connection is made to a checked address; the same holds
-for each redirect. Proxies are not used: behind one, nobody can tell to which address a name leads.
+for each redirect. Proxies are not used: behind one, batchjob cannot see to which address a name leads.
 """
 
 from __future__ import annotations

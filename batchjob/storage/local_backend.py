@@ -148,13 +148,12 @@ def _sorted_names(folder: bytes, prefix: bytes, start: bytes) -> Iterator[bytes]
 def _next_names(folder: bytes, floor: bytes, last: bytes) -> list[bytes]:
     with suppress(NotFound), translate_read_errors(os.fsdecode(folder)), os.scandir(folder) as found:
         names = (entry.name + b"/" if _is_folder(entry) else entry.name for entry in found)
-        remaining = (name for name in names if name > last and (name > floor or _contains(name, floor)))
+        # A folder that sorts before the floor may contain it.
+        remaining = (
+            name for name in names if name > last and (name > floor or (name.endswith(b"/") and floor.startswith(name)))
+        )
         return heapq.nsmallest(_MAX_NAMES, remaining)
     return []
-
-
-def _contains(folder: bytes, key: bytes) -> bool:
-    return folder.endswith(b"/") and key.startswith(folder)
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:

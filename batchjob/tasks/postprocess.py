@@ -62,7 +62,7 @@ class Postprocess(Protocol):
         """
 
     def find_errors(self, tensors: dict[str, torch.Tensor]) -> list[ErrorRecord | None]:
-        """Return what makes each of the n rows an error row, None for good rows.
+        """Return the error of each of the n rows, None for good rows.
 
         Called after `columns`, with the same tensors.
         """

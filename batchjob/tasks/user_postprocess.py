@@ -47,7 +47,7 @@ class UserFunctions:
     on_device: Callable[[Any], Any] | None = None
 
     def run_on_device(self, output: Any, folder: Path) -> Any:
-        """Return what is copied to the host of an example output. Raises InvalidJob if `on_device` raises."""
+        """Return the part of an example output that is copied to the host. Raises InvalidJob if `on_device` raises."""
         if self.on_device is None or output is None:
             return output
         try:

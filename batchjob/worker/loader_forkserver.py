@@ -1,4 +1,4 @@
-"""Fork server from which loader processes and tuning trials start, with their modules imported beforehand."""
+"""Fork server from which loader processes and tuning trials start, with their modules imported in advance."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ def test_sigterm_on_ray_ends_the_run_within_20_seconds(
     completed = driver.wait()
     figure(
         "SIGTERM",
-        f"on Ray, amid its shards: exit code {completed.exit_code} after {completed.seconds - signalled:.1f} s",
+        f"on Ray, while shards run: exit code {completed.exit_code} after {completed.seconds - signalled:.1f} s",
     )
     assert completed.exit_code == 75, completed.stderr
     assert completed.json_result["status"] == "temporary"

@@ -85,7 +85,7 @@ class KillAtRequest:
 
 
 def is_counted_write(method: str, path: str) -> bool:
-    """Tell whether a request is a write of the run, except the probe and the lease, whose number of writes varies."""
+    """Return True if a request is a write of the run, except the probe and the lease, whose number of writes varies."""
     return method == "PUT" and "/lease/" not in path and "/probe/" not in path
 
 

@@ -70,7 +70,7 @@ class StoppedDriver:
 
 
 def is_lease_held(output: str) -> bool:
-    """Tell whether a driver has taken the lease."""
+    """Return True if a driver has taken the lease."""
     return any(True for _ in open_output(output).list("_batchjob/lease/"))
 
 

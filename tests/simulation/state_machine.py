@@ -254,7 +254,7 @@ class DriversMachine(RuleBasedStateMachine):
                 raise error
 
     def _is_excused(self, driver: SimulatedDriver, error: BatchjobError) -> bool:
-        """Tell whether an error is allowed: the driver saw an old listing, or its plan was discarded meanwhile."""
+        """Return True if an error is allowed: the driver saw an old listing, or its plan was discarded meanwhile."""
         discarded = self._invariants.discards > driver.discards_at_start
         if isinstance(error, InvalidJob):
             return driver.is_retry and discarded

@@ -104,7 +104,7 @@ def top_level_imports(tree: ast.Module) -> Iterator[str]:
 
 
 def is_allowed(importer: str, name: str) -> bool:
-    """Tell whether a package may import `batchjob.<name>`."""
+    """Return True if a package may import `batchjob.<name>`."""
     package = name.partition(".")[0]
     allowed = [importer, *EVERYWHERE, *IMPORTS[importer]]
     return package in allowed or any(f"{name}.".startswith(f"{one}.") for one in allowed)

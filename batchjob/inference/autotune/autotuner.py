@@ -82,9 +82,9 @@ class Autotuner:
     parallel_batches: int = 1
 
     def decide(self) -> TuningDecision:
-        """Return the decision for this device and this torch; the first one that is stored holds for all workers.
+        """Return the decision for this device and this torch.
 
-        What the job names today overrides it.
+        The first decision that is stored holds for all workers. What the job names today overrides it.
         """
         use_compile_cache()
         blank = TuningDecision(self.engine.capabilities.name, str(torch.__version__), ExecutionConfig(), "")
@@ -129,13 +129,13 @@ class Autotuner:
     # -- stored decisions --------------------------------------------------------------------------------------
 
     def _put_or_get(self, key: str, decision: TuningDecision, blank: TuningDecision) -> TuningDecision:
-        """Store a decision and return the one that holds; after interrupted trials the decision is not stored."""
+        """Store a decision, unless its trials were interrupted, and return the one that holds."""
         if self.is_stopped():
             return decision
         return self._read_decision(put_or_get(self.store, key, decision.dump()), blank)
 
     def _read_decision(self, data: bytes, blank: TuningDecision) -> TuningDecision:
-        """Return a stored decision; the requested config if this version cannot read it or the job overrides it."""
+        """Return a stored decision, or the requested config if this version cannot read it or the job overrides it."""
         requested, settings = self.engine.requested_config, self.engine.acceleration
         try:
             stored = TuningDecision.parse(data)
@@ -154,9 +154,11 @@ class Autotuner:
     ) -> TuningDecision:
         """Decide by trials, or by the cached results of earlier trials on this machine."""
         started, cached = time.monotonic(), _read_cached_trials(cache, self._budget())
-        if cached is None and not self._is_worth_trials():
+        is_forced = self.engine.acceleration.tuning == "on"
+        if cached is None and not is_forced and self._eager_seconds <= _MIN_SECONDS_TO_TRY:
             return replace(requested, reason="the job is too short to try anything")
-        if cached is not None and not self._is_worth_check():
+        batches = self.expected_images / self.trial_spec.batch_size
+        if cached is not None and not is_forced and batches < _MIN_BATCHES_TO_CHECK:
             return replace(requested, reason="the job is too short to check what this machine found before")
         trials = cached or self._run_trials(candidates)
         if cached is None and trials[0].passed and not self.is_stopped():
@@ -177,13 +179,6 @@ class Autotuner:
         configs = [config for config in candidates if not (self._is_short and config.compile != "off")]
         trials = run_isolated_trials(self.trial_spec, configs, self._budget(), self.is_stopped)
         return trials + [Trial(config, _TOO_SHORT) for config in candidates if config not in configs]
-
-    def _is_worth_trials(self) -> bool:
-        return self.engine.acceleration.tuning == "on" or self._eager_seconds > _MIN_SECONDS_TO_TRY
-
-    def _is_worth_check(self) -> bool:
-        batches = self.expected_images / self.trial_spec.batch_size
-        return self.engine.acceleration.tuning == "on" or batches >= _MIN_BATCHES_TO_CHECK
 
     def _budget(self) -> float:
         settings = self.engine.acceleration
@@ -254,7 +249,7 @@ class Autotuner:
 
 
 def _read_cached_trials(cache: TuningCache, budget: float) -> list[Trial] | None:
-    """Return the cached trials of this machine; None if they were cut short by a much smaller budget than this one."""
+    """Return the cached trials of this machine, None if a much smaller budget than this one cut them short."""
     data = cache.read()
     if data is None:
         return None

@@ -43,7 +43,7 @@ def _configs_for(device: DeviceCapabilities) -> Iterator[ExecutionConfig]:
 
 
 def _is_supported(config: ExecutionConfig) -> bool:
-    """Tell whether the options go together.
+    """Return True if the options go together.
 
     A quantised module is a graph of its own: batch norms cannot be folded into it and it has no half precision.
     `freeze` is an option of the compiler, and regional compilation does not take it.

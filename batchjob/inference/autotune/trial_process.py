@@ -64,7 +64,9 @@ class TrialSpec:
 def run_isolated_trials(
     spec: TrialSpec, configs: Sequence[ExecutionConfig], budget: float, is_stopped: Callable[[], bool]
 ) -> list[Trial]:
-    """Try eager fp32 and each config in a process of their own; after a crash the rest is tried in a new process.
+    """Try eager fp32 and each config in a process of their own.
+
+    After a crash, the rest is tried in a new process.
 
     Args:
         spec: Job, images and batch size.
@@ -124,7 +126,7 @@ class _TrialProcess:
         return self
 
     def next(self, deadline: float, is_stopped: Callable[[], bool]) -> Trial | str | None:
-        """Return the next trial; None after the last one; or the reason why the config at work has no result."""
+        """Return the next trial, None after the last one, or the reason why the config at work has no result."""
         while not is_stopped() and time.monotonic() < deadline:
             try:
                 if self._trials.poll(_POLL_SECONDS):
@@ -156,7 +158,7 @@ def _describe_exit(code: int | None) -> str:
 
 
 def _send_trials(spec: TrialSpec, configs: tuple[ExecutionConfig, ...], connection: Connection) -> None:
-    """Send a trial for eager fp32 and for each config, then None; runs in the process of the trials."""
+    """Send from the trial process a trial for eager fp32 and for each config, then None."""
     with suppress(OSError):
         # Processes that the compiler starts belong to this process group and end with it.
         os.setsid()

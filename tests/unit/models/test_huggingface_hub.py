@@ -116,7 +116,7 @@ def test_user_who_is_offline_already_stays_so(hub: HttpServer) -> None:
 
 
 def read_progress_bars() -> tuple[bool, bool]:
-    """Tell whether the Hub's progress bars and those of transformers are on."""
+    """Return the state of the Hub's progress bars and of those of transformers, True if they are on."""
     return not are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled()
 
 
