@@ -280,9 +280,9 @@ def _become_driver(request: dict[str, Any]) -> None:
 
     server: Any = forkserver._forkserver
     if request["loaders"] == "shared":
-        server.ensure_running = forkserver.ensure_running = lambda: None  # it runs, though not as our child
+        server.ensure_running = forkserver.ensure_running = lambda: None  # it already runs, but is not our child
     else:
-        server.__init__()  # forgets the shared one
+        server.__init__()  # forgets the shared fork server
     if request["loaders"] != "own":
         loader_forkserver.__dict__["start_forkserver"] = lambda *modules: None
     sys.argv = ["batchjob", *request["arguments"]]

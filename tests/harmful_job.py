@@ -12,7 +12,7 @@ __all__ = ["CUDA_ASSERT", "CUDA_ECC_ERROR", "write_harmful_job"]
 CUDA_ASSERT = "CUDA error: device-side assert triggered"
 CUDA_ECC_ERROR = "CUDA error: uncorrectable ECC error encountered"
 
-# `hang` and `exit` are done; every other text is raised.
+# BATCHJOB_TEST_HARM: with `hang` the model hangs, with `exit` it exits; any other text is the message of its error.
 NET = """\
 import os
 import threading

@@ -32,10 +32,10 @@ class Fault(Enum):
     DOWN = auto()  # the call is not carried out, and not answered
     LOST = auto()  # the call is carried out, but its answer is lost
     REPEATED = auto()  # the answer is lost, and the client's repeated call meets its own first write
-    CONFLICT = auto()  # the call is not carried out, and answered like a lost race
+    CONFLICT = auto()  # the call is not carried out; the answer is that another client has written first
     KILLED_BEFORE = auto()  # the caller dies before the call is carried out
     KILLED_AFTER = auto()  # the caller dies after the call was carried out
-    STALE = auto()  # a listing returns the objects of some writes ago; other calls are up to date
+    STALE = auto()  # a listing returns the objects as they were before the last writes; other calls are up to date
 
 
 _STALE_WRITES = 3

@@ -1,4 +1,4 @@
-"""Scripted worker pool: it commits real parts without torch and misbehaves as a test tells it; and a job for it."""
+"""Scripted worker pool, which commits real parts without torch and fails as the script of a test says; a job for it."""
 
 from __future__ import annotations
 

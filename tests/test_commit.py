@@ -168,7 +168,7 @@ def test_kill_during_the_put_leaves_one_part(memory: MemoryStore, part: Path, ot
     assert done.footer.attempt == read_footer(memory, KEY.part_key).attempt
 
 
-def test_attempt_that_was_faster_by_a_moment_wins(memory: MemoryStore, part: Path, other_part: Path) -> None:
+def test_attempt_that_puts_its_part_first_wins(memory: MemoryStore, part: Path, other_part: Path) -> None:
     memory.inject("put_if_absent", KEY.part_key, lambda: memory.client().put_if_absent(KEY.part_key, other_part))
     assert commit(memory, part).footer.attempt == "rival"
 

@@ -46,7 +46,7 @@ IMAGES = [f"{number:03}.png" for number in range(12)]  # six shards
 
 
 class RecordingProgress(NoProgress):
-    """Progress reporter that remembers what it was told."""
+    """Progress reporter that records its calls."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []

@@ -163,7 +163,9 @@ def test_outage_over_its_timeout_is_raised_and_the_next_batch_does_not_wait_agai
     assert read_or_error_types(impatient_fetcher.fetch(refs)) == ["a.jpg", "b.jpg"]
 
 
-def test_refused_object_is_read_again_retries_times(s3: Seaweed, faulty: FaultProxy, patient_fetcher: Fetcher) -> None:
+def test_retries_is_the_number_of_further_reads_of_a_refused_object(
+    s3: Seaweed, faulty: FaultProxy, patient_fetcher: Fetcher
+) -> None:
     refs = put_images(s3, "a.jpg", "b.jpg")
     patient_fetcher.fetch(refs[:1])
     deny(faulty, DENIED, "b.jpg")

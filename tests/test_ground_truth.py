@@ -143,7 +143,7 @@ def test_error_rows_do_not_count_and_accepted_nan_is_wrong() -> None:
     assert (lenient["images"], lenient["accuracy"], lenient["confusion"]) == (2, 0.5, {"cat": {"": 1, "cat": 1}})
 
 
-def test_confusion_gives_way_to_counts_above_100_classes() -> None:
+def test_counts_replace_the_confusion_matrix_above_100_classes() -> None:
     report = run_metrics(ClassificationTask(truth="t"), make_logits(5, 5, 6, count=101), {"t": [5, 7, 6]}, cuts=(1,))
     assert "confusion" not in report
     assert report["classes"] == {

@@ -39,7 +39,7 @@ class HarmfulTransform:
     def __call__(self, data: bytes) -> PreparedImage:
         word = data.decode("latin1").partition(" ")[0]
         if word != "picture":
-            with (self.folder / "count_harmful_words").open("a") as log:
+            with (self.folder / "harmful_words.log").open("a") as log:
                 log.write(f"{word}\n")
         match word:
             case "segv":
@@ -55,7 +55,7 @@ class HarmfulTransform:
                 time.sleep(600)
             case "eat":
                 return PreparedImage(torch.full((8 * GIB,), 7, dtype=torch.uint8), 1, 1)
-            case "once" if (self.folder / "count_harmful_words").read_text().split().count("once") == 1:
+            case "once" if (self.folder / "harmful_words.log").read_text().split().count("once") == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "slow":
                 time.sleep(0.3)
@@ -92,7 +92,7 @@ class DeadlyReader(Reader):
 
 
 def write_shard(folder: Path, count: int, **others: Sequence[int]) -> Shard:
-    """Write a write_shard of pictures, with other words at certain positions."""
+    """Write a shard of pictures, with other words at certain positions."""
     words = {position: word for word, positions in others.items() for position in positions}
     refs = []
     for position in range(count):
@@ -137,8 +137,8 @@ def error_types(infos: Sequence[ImageInfo]) -> dict[int, str]:
 
 
 def count_harmful_words(folder: Path) -> Counter[str]:
-    """Count the harmful words that processes have count_harmful_words."""
-    return Counter((folder / "count_harmful_words").read_text().split())
+    """Count the harmful words that processes have logged."""
+    return Counter((folder / "harmful_words.log").read_text().split())
 
 
 def test_deadly_image_is_one_error_and_costs_two_processes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -252,7 +252,7 @@ def test_first_record_wins_and_damaged_records_are_ignored(tmp_path: Path) -> No
 
 
 def test_quarantine_is_listed_once_and_again_for_a_shard_that_was_tried_before() -> None:
-    """Only a worker that has tried a write_shard can have infos anything out about its images."""
+    """Only a worker that has tried a shard before can have recorded anything about its images."""
     store = MemoryStore()
     quarantine, other = Quarantine(store, "plan/"), Quarantine(store.client(), "plan/")
     quarantine.load(range(8))

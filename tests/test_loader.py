@@ -38,7 +38,7 @@ from batchjob.types import Batch, ImageRef, PreparedImage, Shard, ShardKey
 
 @dataclass(frozen=True)
 class MisbehavingTransform:
-    """Transform that decodes and resizes; certain file contents make_loader it misbehave."""
+    """Transform that decodes and resizes; certain file contents make it misbehave."""
 
     geometry: ResizeCrop
 
@@ -74,7 +74,7 @@ class FailingReader:
 
 
 class CountingQueue(ShardQueue):
-    """Queue of these shards that counts how loader were taken."""
+    """Queue of these shards that counts how many were taken."""
 
     def __init__(self, shards: Iterable[Shard]) -> None:
         super().__init__(partial(next, iter(list(shards)), None))

@@ -50,7 +50,7 @@ def test_tensors_keep_their_type(dtype: torch.dtype) -> None:
     assert [row["output"] for row in build_rows(single, output[:, 0])] == output[:, 0].tolist()
 
 
-def test_field_metadata_hold_the_shape_of_a_row(tmp_path: Path) -> None:
+def test_field_metadata_holds_the_shape_of_a_row(tmp_path: Path) -> None:
     output = torch.randn(5, 2, 3, 4).permute(0, 3, 1, 2)
     postprocess = make_postprocess(RawTask(), output[:2])
     table = pa.Table.from_arrays(

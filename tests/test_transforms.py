@@ -78,7 +78,7 @@ def test_output_size_is_known_where_it_is_fixed(
     assert transform(make_pixels(20, 30)).shape[1:] == out
 
 
-def test_sliver_is_refused_before_it_uses_memory() -> None:
+def test_too_narrow_image_is_refused_before_it_uses_memory() -> None:
     with pytest.raises(ImageError, match="5000x1 is too narrow") as caught:
         ResizeCrop(WEIGHTS_OWN)(make_pixels(1, 5000))
     assert (caught.value.stage, caught.value.type) == ("transform", "too_large")
@@ -238,7 +238,7 @@ def test_geometry_maps_the_input_back_to_the_image(size: tuple[int, int], prepro
     assert back_y == pytest.approx([top, top + 20], abs=1 / geometry.scale_y + 0.01)
 
 
-def test_geometry_of_a_turned_image_is_upright() -> None:
+def test_geometry_of_a_rotated_image_is_that_of_the_upright_image() -> None:
     geometry = compute_image_geometry(Preprocess(), ImageInfo(None, 40, 30, axes_swapped=True))
     assert (geometry.width, geometry.height, geometry.input_width) == (30, 40, 30)
 

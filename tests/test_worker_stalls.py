@@ -35,7 +35,7 @@ IMAGES = 16
 
 @pytest.fixture
 def release() -> Iterator[threading.Event]:
-    """Event that lets go of whatever waits for it, at the end of the test at the latest."""
+    """Event that ends the hanging calls of a test; it is set when the test ends, if not before."""
     event = threading.Event()
     yield event
     event.set()

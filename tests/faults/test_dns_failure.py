@@ -24,7 +24,9 @@ from seaweed import Seaweed
 from batchjob.output import commit
 
 IMAGES, SHARD, NAME = 120, 10, "store.batchjob.test"
-CONNECTIONS = 30  # open when the name is removed: each sends one more request; with the name there would be 160
+# At most so many connections are open when the name is removed; each sends one more request. With the name, the driver
+# would send 160 more.
+CONNECTIONS = 30
 
 # The files that the C library reads are replaced in a mount namespace: the machine's own are unchanged.
 IN_A_NAMESPACE = """\

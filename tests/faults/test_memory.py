@@ -14,10 +14,12 @@ from figures import Figure
 
 FEW, TIMES, DISTINCT, SIDE = 3000, 10, 50, 128
 PLANNED = 1_000_000, 10_000_000  # enough chunks of a plan to keep every stage busy, and ten times as many
-FLAT_MIB = 40  # while there are 1.2 GiB more pixels and 105 MiB more rows
-STEADY_MIB = 10  # between the middle and the last third of a run, which are 440 MiB of pixels and 40 MiB of rows apart
+# Largest growth of the peak with ten times the images, which have 1.2 GiB more pixels and 105 MiB more rows.
+FLAT_MIB = 40
+# Largest growth from the middle to the last third of a run; 440 MiB of pixels and 40 MiB of rows pass in between.
+STEADY_MIB = 10
 
-# Rows of 1,024 numbers, so that memory shows it if they are kept.
+# Each row has 1,024 numbers, so that the memory grows visibly if rows are kept.
 WIDE_NET = """\
 from torch import nn
 

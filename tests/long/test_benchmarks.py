@@ -1,4 +1,4 @@
-"""The comparison itself, over eight tiny images; and the figures it makes of what it measured."""
+"""Comparison of systems over eight tiny images, the figures computed from its runs, and the delaying proxy."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_two_systems_are_compared_over_eight_images(tmp_path: Path) -> None:
     assert all(run["steady"] is None for run in runs), "eight images have no pace"
 
 
-def test_pace_leaves_out_the_first_and_the_last_tenth(tmp_path: Path) -> None:
+def test_steady_throughput_leaves_out_the_first_and_the_last_tenth(tmp_path: Path) -> None:
     marks = tmp_path / "marks"
     lines = [f"{10 + n * 0.5} 10" for n in range(10)]  # 20 images/s
     marks.write_text("\n".join([*lines[5:], *lines[:5]]) + "\n")
@@ -82,7 +82,7 @@ def test_ratios_pair_runs_of_one_round_and_a_failed_run_has_none() -> None:
     assert "100.00%" in ours
 
 
-def test_the_way_to_a_server_takes_longer_and_changes_nothing() -> None:
+def test_delaying_proxy_delays_an_answer_and_does_not_change_it() -> None:
     class Echo(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))

@@ -228,9 +228,9 @@ def test_unreachable_images_are_no_error_rows(
 
 
 def test_dead_server_is_temporary(test_data: Path) -> None:
-    with run_fault_proxy("http://127.0.0.1:9") as nobody:
-        nobody.decide = lambda method, path: RESET
-        env = {"AWS_ENDPOINT_URL": nobody.endpoint, "BATCHJOB_PATIENCE": "2", "AWS_EC2_METADATA_DISABLED": "true"}
+    with run_fault_proxy("http://127.0.0.1:9") as dead_server:
+        dead_server.decide = lambda method, path: RESET
+        env = {"AWS_ENDPOINT_URL": dead_server.endpoint, "BATCHJOB_PATIENCE": "2", "AWS_EC2_METADATA_DISABLED": "true"}
         keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
         result = run_batchjob(*cifar_arguments(test_data, "s3://bucket/out/"), env={**env, **keys})
     print(f"{result.json_result['message']} ({result.seconds:.1f} s)")

@@ -44,7 +44,7 @@ def play(schedules: int, number: int, batch: int = 0, steps: int = 14) -> Counte
     with simulated():
         while (left := schedules - tally["schedules"]) > 0:
             chosen = seed(number * 1_000_003 + batch)(type("Drivers", (DriversMachine,), {"tally": tally}))
-            # Hypothesis plays more schedules than it is told.
+            # Hypothesis plays more schedules than `max_examples` asks for.
             run_state_machine_as_test(chosen, settings=_settings(min(left // 2 + 1, _BATCH_SIZE), steps))
             batch += 1
     return tally

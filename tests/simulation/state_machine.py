@@ -60,7 +60,7 @@ class DriversMachine(RuleBasedStateMachine):
         last=st.sampled_from(("take over", "let finish", "discard")),
     )
     def start(self, images: int, first: str, last: str) -> None:
-        """Start with a first driver that has come this far; `last` is the first step of `teardown`."""
+        """Start a driver and let it run up to the point `first`; `last` is the first step of `teardown`."""
         self._last_step = last
         self._images = _IMAGES[:images]
         self._invariants = Invariants(self._images)

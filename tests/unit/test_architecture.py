@@ -1,4 +1,4 @@
-"""Rules of the house that readers rely on: the import table, light imports, and names that say something."""
+"""Architecture rules: the import table, light imports, sizes of files and functions, and meaningful names."""
 
 from __future__ import annotations
 
@@ -128,8 +128,8 @@ def test_clients_are_imported_where_they_belong(path: Path) -> None:
         assert any(relative.startswith(place) for place in places), f"{relative} imports {full_name}"
 
 
-def test_the_table_has_no_circle() -> None:
-    """Each package must be reachable only downwards: following the table never comes back to the start."""
+def test_packages_do_not_import_each_other_in_a_cycle() -> None:
+    """Follow the imports from each package: the path never comes back to a package that is already on it."""
     below: dict[str, set[str]] = defaultdict(set)
     for path in FILES:
         for full_name in imported_modules(ast.parse(path.read_text())):
@@ -168,14 +168,14 @@ def test_packages_re_export_nothing(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NAMED, ids=lambda path: str(path.relative_to(ROOT)))
-def test_names_say_something(path: Path) -> None:
+def test_names_of_files_and_classes_have_no_empty_words(path: Path) -> None:
     classes = [node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
     for name in (path.stem, *classes):
         words = set("".join(f"_{c.lower()}" if c.isupper() else c for c in name).split("_"))
         assert not words & EMPTY_WORDS, f"{path.name}: {name} says nothing"
 
 
-def test_rooms_stay_small() -> None:
+def test_folders_and_files_stay_small() -> None:
     loose = [path.name for path in PACKAGE.glob("*.py")]
     assert len(loose) <= MAX_LOOSE_MODULES, f"{len(loose)} modules lie loose in batchjob/"
     for folder in {path.parent for path in FILES} - {PACKAGE}:

@@ -207,5 +207,5 @@ def test_report_for_people_has_one_line_for_each_value() -> None:
         ({"ray": {"address_given": False}}, "RAY_ADDRESS    not set"),
     ],
 )
-def test_unknown_and_absent_values_are_said_in_words(changed: dict[str, Any], line: str) -> None:
+def test_unknown_and_absent_values_are_shown_as_words(changed: dict[str, Any], line: str) -> None:
     assert line in format_environment(make_environment(**changed))

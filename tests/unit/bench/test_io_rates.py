@@ -33,7 +33,7 @@ def list_files(folder: Path) -> set[Path]:
 def test_fetch_rate_counts_all_images_of_a_run(worker: BenchWorker) -> None:
     started = time.perf_counter()
     rate = measure_fetch_rate(worker)
-    # The call takes longer than what it measures.
+    # The call takes longer than the time from which it computes the rate.
     assert rate * (time.perf_counter() - started) >= RUN_IMAGES
 
 
@@ -44,7 +44,7 @@ def test_fetched_images_are_not_decoded(worker: BenchWorker) -> None:
     assert (prepared.width, prepared.height) == (1, 1)
 
 
-def test_measuring_the_fetch_rate_leaves_the_output_of_the_worker_alone(worker: BenchWorker) -> None:
+def test_measuring_the_fetch_rate_does_not_change_the_output_of_the_worker(worker: BenchWorker) -> None:
     before = list_files(worker.folder)
     measure_fetch_rate(worker)
     assert list_files(worker.folder) == before
@@ -63,7 +63,7 @@ def test_file_of_the_disk_rate_is_removed(worker: BenchWorker) -> None:
     assert list_files(worker.folder) == before
 
 
-def test_images_that_are_gone_count_as_answers_of_the_store(worker: BenchWorker, folder: Path) -> None:
+def test_missing_images_count_in_the_fetch_rate(worker: BenchWorker, folder: Path) -> None:
     (folder / "images/05.png").rename(folder / "05.png")
     try:
         started = time.perf_counter()

@@ -46,7 +46,7 @@ def run_child(code: str) -> Iterator[int]:
 
 
 def sample_once(*loader_pids: int) -> dict[str, MemoryPeak]:
-    """Sample the memory once, as the sampler does when it is left."""
+    """Sample the memory once: the sampler takes a sample at the end of its `with` block."""
     with MemorySampler(lambda: loader_pids) as sampler:
         pass
     return {peak.processes: peak for peak in sampler.peaks()}

@@ -115,7 +115,7 @@ def test_run_without_ceilings_has_no_share_of_one() -> None:
     assert lines[lines.index(find_line(lines, "the run:")) + 1] == f"  {NOT_MEASURED}"
 
 
-def test_run_is_told_with_its_share_of_the_tightest_ceiling() -> None:
+def test_run_is_reported_with_its_share_of_the_tightest_ceiling() -> None:
     lines = format_report(RESULT)
     first = lines.index(find_line(lines, "the run:"))
     assert lines[first : first + 5] == [
@@ -146,7 +146,7 @@ def test_missing_figure_of_the_run_is_not_measured(missing: str, words: str) -> 
 
 
 @pytest.mark.parametrize(("rate", "cells"), [(1500.25, "1,500.2   full, from"), (None, f"{NOT_MEASURED}   full, from")])
-def test_step_of_the_ladder_names_its_start_and_its_work(rate: float | None, cells: str) -> None:
+def test_throughput_step_is_reported_with_its_rate_and_its_note(rate: float | None, cells: str) -> None:
     line = find_line(format_changed(ladder=(ThroughputStep("full, from storage", rate, "and fetching"),)), "full,")
     assert line.strip() == f"{cells} storage; and fetching"
 

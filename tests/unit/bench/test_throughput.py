@@ -57,7 +57,7 @@ def test_images_that_the_run_repeats_are_held_in_memory_once(worker: BenchWorker
     assert f"; {IMAGES} images in " in measure_steps(worker)["encoded bytes in memory"].note
 
 
-def test_readable_images_stand_in_for_those_that_are_gone(worker: BenchWorker, tmp_path: Path) -> None:
+def test_readable_images_replace_deleted_ones(worker: BenchWorker, tmp_path: Path) -> None:
     batches, before = worker.load_batches(worker.sample_shard), list_parts(worker)
     (tmp_path / "images/03.png").unlink()
     step = measure_throughput_steps(worker, batches, METRICS)[2]

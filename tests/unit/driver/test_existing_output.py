@@ -1,4 +1,4 @@
-"""Questions about an existing output, on a local folder: whose it is, whether it is finished, which parts are stale."""
+"""Existing output in a local folder: the job it belongs to, whether it is finished, and its stale parts."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def other_job(tmp_path: Path) -> Job:
     return make_job(tmp_path / "other", [], task={"type": "embedding", "normalize": True}, output={"uri": uri})
 
 
-# -- whose plan it is
+# -- the job that a plan belongs to
 
 
 def test_plan_of_the_same_job_is_accepted(output: Output) -> None:
@@ -221,7 +221,7 @@ def rewrite_a_part_without_a_retry(output: Output, key: str) -> None:
 
 
 @pytest.mark.parametrize("damage", [lose_a_part, add_a_foreign_part, rewrite_a_part_without_a_retry])
-def test_parts_that_differ_from_success_are_an_alarm_unless_they_are_to_be_repaired(
+def test_parts_that_differ_from_success_are_an_error_except_in_a_repair(
     output: Output, damage: Callable[[Output, str], None]
 ) -> None:
     head = output.plan()
@@ -233,7 +233,7 @@ def test_parts_that_differ_from_success_are_an_alarm_unless_they_are_to_be_repai
     assert output.find_result(repair=True) is None
 
 
-def test_part_that_a_retry_replaced_after_success_is_work_for_the_run(output: Output) -> None:
+def test_output_is_unfinished_if_a_retry_replaced_a_part_after_success(output: Output) -> None:
     head = output.plan()
     output.put_part(head.plan, 0)
     output.finish(head)
@@ -242,7 +242,7 @@ def test_part_that_a_retry_replaced_after_success_is_work_for_the_run(output: Ou
 
 
 @pytest.mark.parametrize("stale", [True, False])
-def test_added_part_is_work_for_the_run_only_if_a_discarded_plan_left_it(output: Output, stale: bool) -> None:
+def test_added_part_makes_an_output_unfinished_if_stale_and_is_an_error_otherwise(output: Output, stale: bool) -> None:
     old = output.plan(0)
     discard_plan(output.store, old)
     head = output.plan(1)
@@ -261,7 +261,7 @@ def test_added_part_is_work_for_the_run_only_if_a_discarded_plan_left_it(output:
 # -- which parts are stale?
 
 
-def test_footers_are_read_in_the_order_of_their_names_and_none_is_one_that_is_gone(output: Output) -> None:
+def test_footers_are_read_in_key_order_and_a_deleted_part_has_none(output: Output) -> None:
     later, first = output.put_part("p", 2), output.put_part("p", 0)
     gone = "predictions/part-0000001-gone.parquet"
     found = list(read_present_footers(output.store, [later, gone, first], lambda: None))
@@ -340,7 +340,7 @@ def test_plan_in_force_is_the_one_to_discard(output: Output) -> None:
     assert find_plan_to_discard(output.store) == head
 
 
-def test_parts_of_a_discarded_plan_are_left_to_discard(output: Output) -> None:
+def test_interrupted_discard_has_no_plan_and_is_no_error(output: Output) -> None:
     leave_success_of_a_discarded_plan(output)
     assert find_plan_to_discard(output.store) is None
 

@@ -1,4 +1,4 @@
-"""Execution configs: text for people, and the options that a job names in place of a config's own."""
+"""Execution configs: their description, and the options of a job that override those of a config."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def test_named_options_replace_those_of_the_config(settings: dict[str, Any], cha
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
-def test_weights_stay_whole_in_a_precision_of_32_bits(precision: Any) -> None:
+def test_half_weights_are_ignored_with_a_precision_of_32_bits(precision: Any) -> None:
     config = with_overrides(ExecutionConfig(precision=precision), Acceleration(half_weights="on"))
     assert not config.half
 
 
-def test_quantization_that_the_job_does_not_name_is_taken_away() -> None:
+def test_quantization_that_the_job_does_not_name_is_removed() -> None:
     assert with_overrides(ExecutionConfig(quantize="fp8"), Acceleration()).quantize == "none"

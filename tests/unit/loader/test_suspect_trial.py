@@ -1,4 +1,4 @@
-"""Trial of one suspect image in a real process: an image that dies again, one that does not, and other causes."""
+"""Trial of a suspect image in a real process: an image that kills it again, one that does not, and other causes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from batchjob.types import ImageRef, PreparedImage
 
 @dataclass(frozen=True)
 class DecodeByWord:
-    """Transform that does what the file says to the process that decodes it."""
+    """Transform that harms its process, or raises, as the word in the file says."""
 
     def __call__(self, data: bytes) -> PreparedImage:
         match data:

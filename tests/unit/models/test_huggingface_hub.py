@@ -1,4 +1,4 @@
-"""Hugging Face Hub: its errors as a server of its kind provokes them, offline mode, and silence."""
+"""Hugging Face Hub: conversion of its errors, which a local server provokes; offline mode; suppressed output."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def catch_hub_error(endpoint: str, name: str = "me/net") -> Exception:
         (503, "", Unavailable, "(HTTP 503): use a copy"),
     ],
 )
-def test_answers_of_the_hub_are_faults_of_the_job_or_may_pass(
+def test_http_error_of_the_hub_is_an_invalid_job_or_unavailable(
     hub: HttpServer, status: int, code: str, error_type: type[JobError], reason: str
 ) -> None:
     hub.responses[MODEL_PATH] = Response(status=status, headers={"X-Error-Code": code} if code else {})
@@ -63,12 +63,12 @@ def test_answers_of_the_hub_are_faults_of_the_job_or_may_pass(
     assert reason in error.message
 
 
-def test_name_that_no_model_can_have_is_a_fault_of_the_job(hub: HttpServer) -> None:
+def test_impossible_model_name_is_an_invalid_job(hub: HttpServer) -> None:
     error = convert_hub_error(catch_hub_error(hub.url, "me/../net"), "the model", "use a copy")
     assert isinstance(error, InvalidJob)
 
 
-def test_hub_that_refuses_connections_may_be_back_later() -> None:
+def test_hub_that_refuses_connections_is_unavailable() -> None:
     with run_http_server() as server:
         url = server.url
     error = convert_hub_error(catch_hub_error(url), "the model", "use a copy")
@@ -103,7 +103,7 @@ def test_offline_mode_ends_after_an_error_too(hub: HttpServer) -> None:
     assert [path for path, _ in hub.requests] == [MODEL_PATH]
 
 
-def test_user_who_is_offline_already_stays_so(hub: HttpServer) -> None:
+def test_offline_mode_that_was_already_set_stays_set(hub: HttpServer) -> None:
     hub.requests.clear()
     with hub_offline():
         with hub_offline():

@@ -78,7 +78,8 @@ def test_fractions_and_multiples_of_gpus_divide_a_node(
         (3, 8.0, 2),
         (0.5, 8.0, 16),
         (0.1, 1.0, 10),  # in floating point, 1 // 0.1 is 9
-        (16, 8.0, 1),  # asked for nevertheless: the cluster may grow, and if not the run says why it waits
+        # Request a worker although it does not fit: the cluster may grow, and until then the run says why it waits.
+        (16, 8.0, 1),
     ],
 )
 def test_cpu_workers_divide_a_node(cpus_per_worker: float, cpus: float, workers: int) -> None:
@@ -95,7 +96,7 @@ def test_nodes_without_gpus_do_not_shrink_gpu_workers() -> None:
 
 
 def test_node_with_fewer_gpus_than_a_worker_needs_is_not_used() -> None:
-    # 2 GPUs are no place for a worker of 4, so its 64 CPUs do not count either.
+    # A worker with 4 GPUs does not fit on the node with 2 GPUs, so the 64 CPUs of that node do not count either.
     nodes = [Node("small", 64.0, 2.0), Node("large", 96.0, 8.0)]
     assert size_workers(make_job(gpus_per_worker=4), nodes) == WorkerSizing(2, 1, 48.0, 4.0)
 

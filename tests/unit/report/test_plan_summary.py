@@ -1,4 +1,4 @@
-"""A plan in numbers, in one line for a person."""
+"""Summary of a plan in one human-readable line."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ from batchjob.report.plan_summary import PlanSummary
     ],
     ids=["singular", "empty", "large"],
 )
-def test_counts_have_their_plural_and_their_thousands(summary: PlanSummary, line: str) -> None:
+def test_counts_have_plurals_and_thousands_separators(summary: PlanSummary, line: str) -> None:
     assert summary.lines() == [line]

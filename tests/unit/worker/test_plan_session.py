@@ -33,7 +33,7 @@ def test_plan_of_another_number_cannot_be_joined(tmp_path: Path) -> None:
 
 
 def test_first_worker_decides_on_the_image_shape(tmp_path: Path) -> None:
-    """Without a setting for the size, each worker takes that of the first image it is told of."""
+    """Without a setting for the size, each worker starts with the size of its first sample image."""
     job = write_job(tmp_path, "preprocess.crop=null", images=2)
     Image.new("RGB", (6, 5)).save(tmp_path / "small.png")
     (tmp_path / "manifest.csv").write_text("file\nwhite.png\nsmall.png\n")
