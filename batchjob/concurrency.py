@@ -42,7 +42,7 @@ _CALLS_PER_THREAD = 4
 # survive a fork.
 _PRELOADED_MODULES = ["torch", "PIL.ImageFile"]
 _PROCESS_START_LOCK = threading.RLock()
-# Longest time that the start of a process is waited for before all are killed.
+# Before all child processes are killed, the start of one is waited for this long.
 _PROCESS_START_SECONDS = 3.0
 
 
@@ -233,7 +233,8 @@ def clean_process_start() -> Iterator[None]:
             yield
         finally:
             sys.modules["__main__"] = main
-            # The start of a process fixes the start method of the whole program, which is not this package's to choose.
+            # The first start of a process fixes the start method of the whole program. The program chooses it, not this
+            # package.
             if method is None:
                 multiprocessing.set_start_method(cast("str", None), force=True)
 

@@ -27,7 +27,7 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _reject_bool_as_number(cls, data: Any) -> Any:
-        """Replace booleans by words where a number is expected: Python takes them for 1 and 0, words are refused."""
+        """Replace booleans by words where a number is expected, so that pydantic refuses them (True is 1)."""
         if not isinstance(data, Mapping):
             return data
         return {name: _bools_as_words(value) if _expects_number(cls, name) else value for name, value in data.items()}

@@ -28,7 +28,8 @@ class Acceleration(Settings):
     """Ways to run the model faster. `auto` is tried, compared with eager fp32 on the job's images, and timed.
 
     Attributes:
-        precision: Precision of the model's arithmetic; bf16 and fp16 by autocast. `auto` goes no lower than these.
+        precision: Precision of the model's arithmetic; bf16 and fp16 by autocast. `auto` goes as far as
+            autocast; it never halves weights or quantises.
         half_weights: With bf16 or fp16, keep the weights in that precision too, without autocast.
         channels_last: Memory layout of images and convolutions.
         fold: Fold batch norms into the convolutions before them.

@@ -42,7 +42,8 @@ class Workers(Settings):
 
 
 class Runtime(Acceleration):
-    """Place and manner of a run. Only `precision`, `half_weights` and `quantize` change predictions.
+    """Place and manner of a run. Only `precision`, `half_weights` and `quantize`
+    change predictions by more than rounding.
 
     Attributes:
         pool: `ray` runs workers as Ray actors, `local` runs one worker in this process.
@@ -54,9 +55,9 @@ class Runtime(Acceleration):
         grad_mode: `no_grad` for models that fail under inference mode.
         shard_size: Images in a shard, the unit that is committed.
         loader: Loading of images.
-        stall_seconds: Longest time of one batch in the model, and longest time that a loader, or beyond
-            `errors.outage_seconds` a store, shows no progress, in seconds. After that the worker is replaced; on the
-            local pool the run ends. Loading the model, tuning and compiling do not count.
+        stall_seconds: Time after which a worker that shows no progress is replaced, in seconds; on the local pool the
+            run ends. It limits one batch in the model and one wait for the loader. A wait for a store may take
+            `errors.outage_seconds` longer. Loading the model, tuning and compiling do not count.
     """
 
     pool: Literal["ray", "local"] = "ray"

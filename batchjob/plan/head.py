@@ -38,13 +38,13 @@ class PlanHead:
         plan: Random id of the plan.
         number: Number of its folder, from 0; each `discard` adds one.
         job: The job as submitted; paths below its folder are written `./…`.
-        fingerprint: The settings that alter predictions and were set explicitly, by dotted name.
+        fingerprint: The settings that alter predictions and were set explicitly: section, then field.
         shard_size: Images in a shard; the last shard may have fewer.
         source_version: Digest of the manifest; None if the source has no version.
         batchjob: Version of batchjob that wrote the plan.
         created: Time of creation, UTC, ISO 8601.
         format: Version of the plan's format.
-        defaults: Values of all other settings that alter predictions; empty in plans of older versions.
+        defaults: Values of all settings that alter predictions, set or not; empty in plans of older versions.
     """
 
     plan: str

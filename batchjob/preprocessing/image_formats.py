@@ -77,7 +77,7 @@ def sniff_format(data: bytes) -> tuple[ImageFormat | None, str | None]:
 
     Returns:
         The format and None if batchjob can read it; None and a name if it is a known format that batchjob cannot
-        read; two times None if the bytes are unknown.
+        read; (None, None) if the bytes are unknown.
     """
     for name, signatures in _SIGNATURES.items():
         if any(data.startswith(signature, offset) for offset, signature in signatures):

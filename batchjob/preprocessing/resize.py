@@ -1,6 +1,7 @@
 """Resize and crop in one step, bit-identical to torchvision's antialiased uint8 resize, reading only the pixels needed.
 
-`resize_and_crop` is exact; `resize_and_crop_uint8` is several times as fast and at most one level of 255 away.
+`resize_and_crop` is exact; `resize_and_crop_uint8` is several times as fast and, for bilinear, at most one level of
+255 away.
 """
 
 from __future__ import annotations

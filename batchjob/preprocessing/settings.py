@@ -34,8 +34,8 @@ class DecodeSettings(Settings):
             where they are named. The first bytes of a file decide its format, never its name.
         truncated: `accept` decodes a truncated or damaged file as far as its format allows (JPEG, PNG, GIF, BMP) and
             leaves the rest black or grey. `error` makes it an error row.
-        mode: `exact` gives Pillow's decoding and torchvision's resize, bit for bit. `fast` decodes a JPEG that is at
-            least twice the size that the resize needs at a half, a quarter or an eighth, and resizes in integers.
+        mode: `exact` gives Pillow's decoding and torchvision's resize, bit for bit. `fast` resizes in integers, and
+            decodes a JPEG at 1/2, 1/4 or 1/8 of its size if that is still as large as the resize needs.
         device: `cuda` gives a share of the plain JPEG files to the GPU's own decoder, as large as keeps CPU and GPU
             busy; the CPU decodes all others. Its pixels differ by a few levels of 255, so it needs `mode: fast`.
     """

@@ -109,7 +109,7 @@ class ResizeCrop:
         return self._apply(pixels, resize_and_crop, pixels.shape[:2])
 
     def resize_fast(self, pixels: np.ndarray, upright_size: tuple[int, int], scale_denominator: int) -> torch.Tensor:
-        """Resize and crop one image in integers, at most one level of 255 away from `__call__`.
+        """Resize and crop one image in integers; from the same pixels at most one level of 255 away from `__call__`.
 
         Args:
             pixels: uint8 `[h, w, c]`, maybe decoded at a reduced size.

@@ -167,7 +167,7 @@ def _list_matches(reader: Reader, folder: str, pattern: str, after: str | None) 
         if matches(name):
             yield found
             continue
-        # First segments rise in the order of every server, also of one that lists `a/x` before `a-b`.
+        # Every server lists first segments in ascending order, even one that lists `a/x` before `a-b`.
         segment = name.partition("/")[0]
         if _encode_key(segment) > _encode_key(prefix) and not segment.startswith(prefix):
             return

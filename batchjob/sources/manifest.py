@@ -136,7 +136,7 @@ class ManifestSource(Settings):
             reader: Reader with the job's storage options.
             after: Cursor whose `rows` are skipped.
             excluded_folder: URI of a folder that is never read: its files are not part of the manifest, and a row that
-                names an object in it is an error (left out, it would shift the rows that a cursor counts).
+                names an object in it is an error (if it were left out, the rows that a cursor counts would shift).
 
         Raises:
             InvalidJob: As `fields()`; or a row has no URI, or a value that does not fit its type.
