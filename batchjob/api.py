@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from batchjob.driver import driver
 from batchjob.driver.existing_output import check_fingerprint
 from batchjob.driver.planner import check_columns, choose_shard_size, no_images_error
 from batchjob.driver.progress import NoProgress, ProgressReporter
+from batchjob.inference.conversion_options import ConversionOptions
 from batchjob.job.job import Job
 from batchjob.output.commit import list_parts
 from batchjob.plan.head import PlanHead, read_current_head
@@ -30,7 +31,7 @@ from batchjob.worker.loader_forkserver import start_loader_forkserver
 from batchjob.worker.messages import WorkerInfo, WorkerSetup
 
 if TYPE_CHECKING:
-    from batchjob.inference.convert import ConversionOptions, ConversionResult
+    from batchjob.inference.convert import ConversionResult
 
 __all__ = ["convert", "discard", "make_plan", "make_pool", "read_errors", "retry", "run", "status", "validate"]
 
@@ -62,7 +63,7 @@ def run(
         JobError: The run could not go on. The class says why, and holds the exit code.
     """
     reporter = progress or NoProgress()
-    return driver.run(job, lambda: make_pool(job, address), allow_empty=allow_empty, progress=reporter, repair=repair)
+    return driver.run(job, _choose_pool(job, address), allow_empty=allow_empty, progress=reporter, repair=repair)
 
 
 def retry(job: Job, *, address: str | None = None, progress: ProgressReporter | None = None) -> RunResult:
@@ -84,7 +85,7 @@ def retry(job: Job, *, address: str | None = None, progress: ProgressReporter | 
         JobError: See `run`.
     """
     reporter = progress or NoProgress()
-    return driver.run(job, lambda: make_pool(job, address), allow_empty=True, progress=reporter, retry=True)
+    return driver.run(job, _choose_pool(job, address), allow_empty=True, progress=reporter, retry=True)
 
 
 def make_plan(job: Job, *, allow_empty: bool = False, progress: ProgressReporter | None = None) -> PlanSummary:
@@ -149,6 +150,7 @@ def convert(job: Job, options: ConversionOptions) -> ConversionResult:
         CheckFailed: The outputs differ by more than the tolerance; no file is left.
         Unavailable: A store cannot be reached.
     """
+    options.check_file()
     from batchjob.inference.convert import convert_model
 
     listing = SourceListing(job.input, Reader(job.storage), job.output.uri)
@@ -201,12 +203,18 @@ def discard(output: OutputLocation, storage: OptionsByPrefix | None = None) -> s
     return driver.discard(*_locate(output, storage))
 
 
+def _choose_pool(job: Job, address: str | None) -> Callable[[], Pool]:
+    """Return a function that makes the job's pool, on that Ray cluster or the one that the environment names."""
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    return lambda: make_pool(job, address)
+
+
 def make_pool(job: Job, address: str | None) -> Pool:
     """Make the pool that `runtime.pool` names.
 
     Args:
         job: The job.
-        address: Address of a Ray cluster; `local` starts a Ray here. None: `RAY_ADDRESS`, else a Ray started here.
+        address: Address of a Ray cluster; `local` or None starts a Ray here.
     """
     # A pool brings torch or Ray. The driver makes it once it holds the lease and knows that there is work to do.
     if job.runtime.pool == "local":
@@ -215,7 +223,6 @@ def make_pool(job: Job, address: str | None) -> Pool:
         return LocalPool(_count_cores(job))
     from batchjob.pool.ray_pool import RayPool
 
-    address = address or os.environ.get("RAY_ADDRESS") or None
     return RayPool(job, None if address == "local" else address)
 
 

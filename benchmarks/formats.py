@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import torchvision
 
-from batchjob.inference.convert import ConversionOptions, convert_model
+from batchjob.inference.conversion_options import ConversionFormat, ConversionOptions
+from batchjob.inference.convert import convert_model
 from batchjob.inference.engine import Engine
 from batchjob.inference.execution_config import ExecutionConfig
-from batchjob.inference.export_formats import ConversionFormat
 from batchjob.inference.output_comparison import compare_outputs
 from batchjob.job.job import Job
 from batchjob.storage.reader import Reader

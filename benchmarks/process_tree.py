@@ -108,7 +108,7 @@ def _list_processes() -> list[tuple[int, int, int]]:
         if not folder.name.isdigit():
             continue
         with suppress(OSError):
-            # proc_pid_stat(5): behind the command in brackets stand state, parent, …, and as 20th the start time.
+            # proc_pid_stat(5): after the command in brackets come state, parent, …; the 20th field is the start time.
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if fields[0] not in "ZX":
                 processes.append((int(folder.name), int(fields[1]), int(fields[19])))

@@ -3,9 +3,9 @@
     python -m benchmarks.scale                         # about two minutes
     python -m benchmarks.scale --planned 1000000000    # all of the plan, and not a part of it
 
-All shards are really dispatched, committed, added up and resumed. Of the plan only a part is written, then half of
-it, and the rest is extrapolated from the difference. There is no network: requests are counted and printed with the
-time that they would take at 50 ms each. Every figure comes from a process of its own.
+All shards are really dispatched, committed, added up and resumed. Of the plan only half of a part is written, then the
+whole part, and the rest is extrapolated from the difference. There is no network: requests are counted and printed with
+the time that they would take at 50 ms each. Every figure comes from a process of its own.
 """
 
 from __future__ import annotations

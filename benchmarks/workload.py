@@ -23,7 +23,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Workload:
-    """One run of one system: plain data, since it travels to the system's own processes on their command lines.
+    """One run of one system: plain data, since it travels to processes on command lines and by pickle.
 
     Attributes:
         images: Folder of the images, a path or an `s3://` URI.

@@ -141,7 +141,7 @@ def test_wrong_usage_is_exit_2(folder: Path, args: list[str], sentence: str, cap
 def test_unexpected_exception_is_exit_1_with_a_traceback(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("batchjob.api.status", lambda *_: 1 // 0)
+    monkeypatch.setattr("batchjob.report.output_status.read_status", lambda *_: 1 // 0)
     assert main(["status", "out", "--json"]) == 1
     out, err = capfd.readouterr()
     assert "Traceback" in err

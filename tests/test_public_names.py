@@ -79,3 +79,15 @@ def test_launch_is_a_deprecated_name_of_api() -> None:
         launch = importlib.import_module("batchjob.launch")
     assert (launch.run, launch.retry, launch.validate) == (api.run, api.retry, api.validate)
     assert launch.plan is api.make_plan
+
+
+def test_renamed_methods_of_a_result_keep_a_deprecated_name() -> None:
+    result = batchjob.RunResult("complete", planned=3, predicted=3)
+    with pytest.warns(DeprecationWarning, match=r"RunResult\.dump is now RunResult\.to_json"):
+        assert result.dump() == result.to_json()
+    with pytest.warns(DeprecationWarning, match=r"RunResult\.sentence is now RunResult\.to_text"):
+        assert result.sentence() == result.to_text()
+    with pytest.warns(DeprecationWarning, match=r"RunResult\.of_error is now RunResult\.from_error"):
+        assert batchjob.RunResult.of_error(errors.Temporary("later")) == batchjob.RunResult.from_error(
+            errors.Temporary("later")
+        )

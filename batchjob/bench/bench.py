@@ -1,9 +1,10 @@
-"""`batchjob bench`: measure the listing, a run, each stage alone, the throughput steps and the grad modes."""
+"""`batchjob bench`: list the first images, load a worker, and measure it."""
 
 from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,20 +12,12 @@ from pathlib import Path
 from tempfile import gettempdir
 
 from batchjob import system
-from batchjob.bench.bench_worker import BenchWorker, open_bench_worker
-from batchjob.bench.bottleneck import compute_ceilings, explain_bottleneck
-from batchjob.bench.grad_modes import measure_grad_modes
-from batchjob.bench.input_sample import InputSample, sample_input
-from batchjob.bench.io_rates import measure_disk_rate, measure_fetch_rate
-from batchjob.bench.machine_stats import MemorySampler, calibrate
-from batchjob.bench.profiler_trace import write_profile
-from batchjob.bench.results import BenchResult, Calibration, MemoryPeak, RunMetrics
-from batchjob.bench.run_metrics import compute_run_metrics
-from batchjob.bench.stages import measure_stages
-from batchjob.bench.throughput import measure_throughput_steps
-from batchjob.errors import AttemptFailed, InvalidJob, Temporary
+from batchjob.bench.input_sample import sample_input
+from batchjob.bench.machine_stats import calibrate
+from batchjob.bench.results import BenchResult
+from batchjob.errors import AttemptFailed, Temporary
 from batchjob.job.job import Job
-from batchjob.text import format_count
+from batchjob.worker.loader_forkserver import start_loader_forkserver
 
 __all__ = ["BenchOptions", "bench"]
 
@@ -55,70 +48,14 @@ def bench(job: Job, options: BenchOptions) -> BenchResult:
     with _detect_full_disk():
         calibration_ms = calibrate()
         sample = sample_input(job, options.images)
-        with open_bench_worker(job, options.images, _count_cores(job), sample) as worker:
-            return _measure(worker, options, sample, calibration_ms)
+        started = time.perf_counter()
+        # These import torch, as the first thing a worker does; the fork server imports it at the same time.
+        start_loader_forkserver(job)
+        from batchjob.bench.bench_worker import open_bench_worker
+        from batchjob.bench.measurement import measure
 
-
-def _measure(worker: BenchWorker, options: BenchOptions, sample: InputSample, calibration_ms: float) -> BenchResult:
-    run, memory = _measure_run(worker)
-    batches = worker.load_batches(worker.sample_shard)
-    stages = (sample.stage, *measure_stages(worker, batches))
-    ceilings = compute_ceilings(
-        stages,
-        worker.cores,
-        store_images_per_second=measure_fetch_rate(worker),
-        disk_bytes_per_second=measure_disk_rate(worker),
-    )
-    steps = measure_throughput_steps(worker, batches, run)
-    grad_modes = measure_grad_modes(worker, batches)
-    profile = () if options.profile is None else write_profile(worker, options.profile)
-    loader_processes = worker.loader.config.processes
-    return BenchResult(
-        model=worker.info.model,
-        device=worker.info.device,
-        recipe=worker.predictor.forward.config.description,
-        batch_size=worker.batch_size,
-        cores=worker.cores,
-        loader_processes=loader_processes,
-        images=run.images,
-        distinct=min(run.images, sample.rows),
-        stages=stages,
-        ceilings=ceilings,
-        ladder=steps,
-        run=run,
-        share=run.images_per_second / ceilings[0].images_per_second if ceilings else None,
-        modes=grad_modes,
-        memory=memory,
-        calibration=Calibration(calibration_ms, calibrate()),
-        verdict=explain_bottleneck(
-            run.images_per_second,
-            ceilings,
-            stages,
-            starvation=run.starvation,
-            loader_processes=loader_processes,
-            on_cpu=worker.engine.device.type == "cpu",
-            cores=worker.cores,
-            cores_busy=run.cores_busy,
-            exact_decode=worker.job.decode.mode == "exact",
-        ),
-        profile=profile,
-    )
-
-
-def _measure_run(worker: BenchWorker) -> tuple[RunMetrics, tuple[MemoryPeak, ...]]:
-    """Run all shards. Raises InvalidJob if every image became an error row."""
-
-    def find_loader_pids() -> set[int]:
-        return {timing.pid for timing in list(worker.timings) if timing.stage == "decode"}
-
-    with MemorySampler(find_loader_pids) as sampler:
-        run = worker.run(worker.shards)
-    if run.failed == run.images:
-        raise InvalidJob(
-            f"{worker.job.input.uri}: {format_count(run.failed, 'image')} tried, each an error row: nothing can be "
-            "measured; `batchjob run` and `batchjob errors` say why"
-        )
-    return compute_run_metrics(worker, run), sampler.peaks()
+        with open_bench_worker(job, options.images, _count_cores(job), sample, started) as worker:
+            return measure(worker, options.profile, sample, calibration_ms)
 
 
 def _count_cores(job: Job) -> int:

@@ -74,7 +74,9 @@ class RunRecord:
 
 
 @contextmanager
-def open_bench_worker(job: Job, images: int, cores: int, sample: InputSample) -> Iterator[BenchWorker]:
+def open_bench_worker(
+    job: Job, images: int, cores: int, sample: InputSample, started: float | None = None
+) -> Iterator[BenchWorker]:
     """Start a worker for measurements; it and its folder are removed at the end.
 
     Args:
@@ -82,6 +84,7 @@ def open_bench_worker(job: Job, images: int, cores: int, sample: InputSample) ->
         images: Images of a run.
         cores: Cores that the worker may use.
         sample: First images of the job.
+        started: Time at which loading began, imports included, by `time.perf_counter`; None for now.
 
     Raises:
         InvalidJob: If model, preprocessing or device do not fit, or there are fewer than two batches of images.
@@ -90,7 +93,7 @@ def open_bench_worker(job: Job, images: int, cores: int, sample: InputSample) ->
     with closing(ScratchFolder()) as scratch:
         output = job.output.model_copy(update={"uri": str(scratch.path / "out")})
         job = job.model_copy(update={"output": output})
-        started = time.perf_counter()
+        started = time.perf_counter() if started is None else started
         with closing(load(job, _build_setup(job, images, sample), cores)) as loaded:
             _require_two_batches(job, loaded.info.batch_size, images, sample.rows)
             keys = _write_plan(job, loaded.info.row_bytes, images, sample)

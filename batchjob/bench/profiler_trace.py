@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity
 
 from batchjob.bench.bench_worker import BenchWorker
@@ -50,6 +49,9 @@ def write_profile(worker: BenchWorker, folder: Path) -> tuple[str, ...]:
     table, trace = folder / "table.txt", folder / "trace.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # A private name of torch, imported only where a profile is asked for.
+        from torch._C._profiler import _ExperimentalConfig
+
         # Parallel batches run in threads of their own.
         config = _ExperimentalConfig(profile_all_threads=True)
         with torch_profiler(record_shapes=True, experimental_config=config) as profiler:

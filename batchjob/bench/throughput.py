@@ -79,7 +79,7 @@ def _images_in_memory(worker: BenchWorker) -> Iterator[tuple[list[ImageRef], str
     """Write images of the run to files in memory, up to `_HELD_BYTES`; the files are removed at the end.
 
     Yields:
-        Refs of the files, and the place in words: shared memory, or the page cache if that is too small.
+        Refs of the files, and the place in words: shared memory, or the page cache if shared memory is too small.
     """
     free = shutil.disk_usage(_SHARED_MEMORY).free - _RESERVED_BYTES if _SHARED_MEMORY.is_dir() else 0
     fits = free > 2 * _HELD_BYTES

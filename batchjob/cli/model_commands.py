@@ -33,7 +33,7 @@ def convert(  # noqa: PLR0913, PLR0917 - typer makes a parameter of each flag
     def work() -> tuple[dict[str, Any], list[str]]:
         loaded = read_job(job, param, overrides)
         from batchjob import api
-        from batchjob.inference.convert import ConversionOptions
+        from batchjob.inference.conversion_options import ConversionOptions
 
         options = ConversionOptions(to.value, file.absolute(), images, tolerance, amount, structured, force)
         result = api.convert(loaded, options)

@@ -29,9 +29,11 @@ def status(
     """Say what an output holds: planned, committed and failed images, and whether it is complete."""
 
     def work() -> tuple[dict[str, Any], list[str]]:
-        from batchjob import api
+        # Not through the API, which imports the driver: schedulers and people ask for the status again and again.
+        from batchjob.report.output_status import read_status
+        from batchjob.storage.store import open_store
 
-        found = api.status(*resolve_output(where, param, overrides, endpoint, region))
+        found = read_status(open_store(*resolve_output(where, param, overrides, endpoint, region)))
         return asdict(found), found.lines()
 
     return report_query(work, as_json)

@@ -1,4 +1,4 @@
-"""Commands that take a job through its life: run, retry, validate, plan."""
+"""Commands on a job: run, retry, validate, plan."""
 
 # Commands import what they do inside their functions, so that --help and usage errors answer at once.
 

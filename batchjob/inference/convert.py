@@ -18,14 +18,15 @@ from torch.utils._pytree import tree_map
 
 from batchjob.errors import CheckFailed, InvalidJob
 from batchjob.inference.autotune.trials import measure_seconds
+from batchjob.inference.conversion_options import ConversionOptions
 from batchjob.inference.engine import Engine
 from batchjob.inference.execution_config import ExecutionConfig
-from batchjob.inference.export_formats import ConversionFormat, export_model, export_pruned, exporter_output_ignored
+from batchjob.inference.export_formats import export_model, export_pruned, exporter_output_ignored
 from batchjob.inference.output_comparison import OutputComparison, compare_outputs
 from batchjob.job.job import Job
 from batchjob.storage.reader import Reader
 
-__all__ = ["ConversionOptions", "ConversionResult", "convert_model"]
+__all__ = ["ConversionResult", "convert_model"]
 
 # Formats that hold code, so that a job must say `trust: true` and the digest of the file.
 _CODE_FORMATS = {"exported", "aoti", "torchscript", "int8", "tensorrt"}
@@ -35,29 +36,6 @@ _MODEL_TYPES = {"aoti": "exported", "int8": "exported"}
 _TOLERANCES = {"onnx": 1e-3, "exported": 1e-3, "aoti": 1e-3, "torchscript": 1e-3, "tensorrt": 5e-2, "int8": 0.2}
 _MIN_AGREEMENT = 0.98
 _TIMING_PAIRS = 5
-
-
-@dataclass(frozen=True)
-class ConversionOptions:
-    """Options of a conversion.
-
-    Attributes:
-        to: Format of the file; `int8` is a quantised AOTInductor package, `pruned` a state dict with zeros in it.
-        file: File to write.
-        images: Images of the job on which the model is calibrated and compared.
-        tolerance: Largest deviation to accept, as a share of the largest output; None takes the format's default.
-        amount: For `pruned`: share of the weights of each layer that become zero, from 0 to 1.
-        structured: For `pruned`: whole channels in place of single weights.
-        force: Replace a file that exists.
-    """
-
-    to: ConversionFormat
-    file: Path
-    images: int = 32
-    tolerance: float | None = None
-    amount: float = 0.5
-    structured: bool = False
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,10 +97,7 @@ def convert_model(job: Job, options: ConversionOptions, sample_locations: Sequen
         CheckFailed: The outputs deviate by more than the tolerance; no file is left.
         Unavailable: A store cannot be reached.
     """
-    if not options.file.parent.is_dir():
-        raise InvalidJob(f"-o {options.file}: there is no folder {options.file.parent}; create it")
-    if options.file.exists() and not options.force:
-        raise InvalidJob(f"-o {options.file}: there is such a file already; take another name, or add --force")
+    options.check_file()
     engine = Engine(job, Reader(job.storage), sample_locations)
     engine.check_task()
     if engine.model.input_kind != "batch" or engine.variable_size:

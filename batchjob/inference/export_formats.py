@@ -8,18 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from batchjob.errors import InvalidJob
+from batchjob.inference.conversion_options import ConversionFormat
 from batchjob.inference.optimize import measure_sparsity, prune_weights, quantize_module
 
-__all__ = ["ConversionFormat", "export_model", "export_pruned", "exporter_output_ignored"]
+__all__ = ["export_model", "export_pruned", "exporter_output_ignored"]
 
-ConversionFormat = Literal["onnx", "exported", "aoti", "torchscript", "int8", "pruned", "tensorrt"]
 
 # Largest batch of an AOTInductor package, which needs an upper bound.
 _MAX_BATCH = 4096

@@ -18,7 +18,7 @@ from batchjob.inference.execution_config import ExecutionConfig
 
 __all__ = ["fold_batch_norms", "measure_sparsity", "optimize", "prune_weights", "quantize_module"]
 
-# Blocks of one class in a module from which on compiling one of them for all is worth it.
+# From so many blocks of one class on, compiling one of them for all is worth it.
 _MIN_REPEATED_BLOCKS = 2
 
 

@@ -121,7 +121,7 @@ def _names_only_tensors(data: bytes) -> bool:
 
 
 def _list_pickled_modules(data: bytes) -> Iterator[str]:
-    """Yield the modules named in pickles, "?" for one that only running the pickle would tell."""
+    """Yield the modules named in pickles, "?" for a module that is known only when the pickle runs."""
     stream = BytesIO(data)
     # A legacy file by torch.save starts with four pickles: magic number, protocol version, system facts, content.
     for _ in range(4 if _LEGACY_TORCH_MAGIC in data[:16] else 1):

@@ -75,7 +75,7 @@ class HuggingfaceModel(WeightsFile, OutputSelection):
         return self.model.rstrip("/") if self._is_on_hub else self.model.rstrip("/").rpartition("/")[2]
 
     def check(self, reader: Reader, folder: Path) -> None:  # noqa: ARG002 - all formats share this signature
-        """Check, without torch, that transformers is installed and that the folder holds a model of this kind.
+        """Check, without torch, that transformers is installed and that a local folder holds a model.
 
         Raises:
             InvalidJob: One of these is not so.

@@ -27,7 +27,7 @@ _PROVIDER_NAMES: dict[str, str] = {
 }
 _PROVIDER_PACKAGES = {"cuda": "onnxruntime-gpu", "tensorrt": "onnxruntime-gpu", "openvino": "onnxruntime-openvino"}
 _GPU_PROVIDERS = {"cuda", "tensorrt"}
-# Types of onnxruntime to dtypes of NumPy: those that images can be cast to, and those that outputs may have.
+# Types of onnxruntime to dtypes of NumPy: those that images can be cast to, and those of outputs and `constants`.
 _IMAGE_DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",

@@ -117,7 +117,7 @@ class PythonModel(OutputSelection):
             ) from error
 
     def _find_target(self, function: Any, folder: Path) -> str | None:
-        """Find the `module:function` of a transform, for loader processes import it by name; None if it has none."""
+        """Find the `module:function` by which loader processes import a transform; None if it has none."""
         name = getattr(function, "__name__", None)
         if not callable(function) or not isinstance(name, str) or not name.isidentifier():
             return None

@@ -59,7 +59,7 @@ def find_weights_by_name(model: str, weights: str) -> PublishedWeights:
         weights: `DEFAULT`, `IMAGENET1K_V2` or `ResNet50_Weights.IMAGENET1K_V2`.
 
     Raises:
-        InvalidJob: There are none of this name. The message lists the names.
+        InvalidJob: There are none of this name. The message gives the most similar name, or all names.
     """
     from torchvision.models import get_model_weights
 

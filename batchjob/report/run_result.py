@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -73,6 +74,22 @@ class RunResult:
         metrics = _format_metrics(self.truth)
         return f"{text}\n{metrics}" if metrics else text
 
+    @classmethod
+    def of_error(cls, error: BaseException, output: str | None = None, seconds: float = 0.0) -> RunResult:
+        """Deprecated name of `from_error`."""
+        _warn_renamed("of_error", "from_error")
+        return cls.from_error(error, output, seconds)
+
+    def dump(self) -> str:
+        """Deprecated name of `to_json`."""
+        _warn_renamed("dump", "to_json")
+        return self.to_json()
+
+    def sentence(self) -> str:
+        """Deprecated name of `to_text`."""
+        _warn_renamed("sentence", "to_text")
+        return self.to_text()
+
     def _format_counts(self) -> str:
         counts = f"{format_count(self.planned, 'image')}, {self.predicted:,} predicted, {self.failed:,} failed"
         return f"{self.output}: {self.status.replace('_', ' ')}: {counts}{self._format_speed()}"
@@ -84,6 +101,10 @@ class RunResult:
         committed = round(self.seconds * self.images_per_second)
         prefix = f"; {committed:,} of them in this run," if committed != self.planned else ""
         return f"{prefix} in {self.seconds:,.1f} s, {self.images_per_second:,.1f} images/s"
+
+
+def _warn_renamed(old: str, new: str) -> None:
+    warnings.warn(f"RunResult.{old} is now RunResult.{new}", DeprecationWarning, stacklevel=3)
 
 
 def _format_metrics(metrics: Mapping[str, Any]) -> str:

@@ -163,8 +163,8 @@ class _MultilabelPostprocess(PostprocessDefaults):
     def on_device(self, output: torch.Tensor) -> dict[str, torch.Tensor]:
         """Reduce logits to the k best classes: `label_id` int32 and `score` float32 `[n, k]`, the best first.
 
-        `count` int32 `[n]` is the number of them over their threshold, `finite` bool `[n]`. If `scores` is set, those
-        of all classes by id, float32 `[n, classes]`.
+        `count` int32 `[n]` is the number of them over their threshold, `finite` bool `[n]`. If `scores` is set, it
+        holds the scores of all classes by id, float32 `[n, classes]`.
         """
         import torch
 

@@ -47,7 +47,7 @@ IMPORTS: dict[str, list[str]] = {
         *("api", "job", "sources", "models", "tasks", "loader", "preprocessing", "storage", "plan", "output"),
         *("inference", "worker", "pool", "report", "driver", "user_code"),
     ],
-    "cli": ["api", "bench", "report", "inference.convert", "job", "driver.progress", "storage", "user_code"],
+    "cli": ["api", "bench", "report", "inference.conversion_options", "job", "driver.progress", "storage", "user_code"],
     "launch": ["api"],
     "__init__": ["api", "job", "report"],
     "__main__": ["cli"],
@@ -205,6 +205,13 @@ def test_reading_an_output_loads_neither_torch_nor_ray(command: str, tmp_path: P
     assert not heavy_modules(["-m", "batchjob", command, str(tmp_path / "nothing-here")])
 
 
+@pytest.mark.parametrize("command", ["status", "errors"])
+def test_commands_that_are_polled_do_not_import_the_driver(command: str, tmp_path: Path) -> None:
+    packages = {name.split(".")[1] for name in imported_by(["-m", "batchjob", command, str(tmp_path)]) if "." in name}
+    assert "report" in packages
+    assert not packages & {"driver", "api", "job"}
+
+
 @pytest.mark.parametrize("command", [[], ["run"], ["plan"]], ids=lambda words: " ".join(words) or "batchjob")
 def test_help_loads_neither_torch_nor_ray(command: list[str]) -> None:
     assert not heavy_modules(["-m", "batchjob", *command, "--help"])
@@ -212,11 +219,20 @@ def test_help_loads_neither_torch_nor_ray(command: list[str]) -> None:
 
 def heavy_modules(arguments: list[str]) -> set[str]:
     """Return those of torch, torchvision and ray that a fresh interpreter imports; its exit code does not matter."""
+    return {name.partition(".")[0] for name in all_imported_by(arguments)} & HEAVY
+
+
+def imported_by(arguments: list[str]) -> list[str]:
+    """Return the modules of batchjob that a fresh interpreter imports."""
+    return [name for name in all_imported_by(arguments) if name.partition(".")[0] == "batchjob"]
+
+
+def all_imported_by(arguments: list[str]) -> list[str]:
     call = [sys.executable, "-X", "importtime", *arguments]
     stderr = subprocess.run(call, capture_output=True, text=True, check=False, timeout=60).stderr
     lines = [line.rpartition("|")[2].strip() for line in stderr.splitlines() if line.startswith("import time:")]
     assert "batchjob" in lines, stderr[-2000:]
-    return {name.partition(".")[0] for name in lines} & HEAVY
+    return lines
 
 
 def test_the_architecture_page_is_current() -> None:

@@ -39,9 +39,9 @@ _MIN_SECONDS_TO_TRY = 25.0
 _QUICK_BUDGET_SECONDS = 12.0
 # Share of the estimated run that trials may take.
 _BUDGET_SHARE = 0.25
-# Factor by which the budget must exceed that of a table that was cut short, for its trials to be made again.
+# Trials that ran out of time are made again if the budget is now larger by this factor.
 _RETRY_BUDGET_FACTOR = 1.5
-# Batches of a worker from which on the check of a cached table, which decodes one batch, is worth it.
+# Checking a cached table decodes one batch; that is worth it from so many batches of a worker on.
 _MIN_BATCHES_TO_CHECK = 8
 _TOO_SHORT = "not tried, the job is too short to compile for"
 # Settings that say whether there are trials, and do not change their results.

@@ -54,7 +54,7 @@ class TuningDecision:
         """Read a decision from JSON.
 
         Raises:
-            ValueError, KeyError, TypeError: The data was not written by this version.
+            ValueError, KeyError, TypeError, AttributeError: The data was not written by this version.
         """
         record = _rename_keys(json.loads(data), _FIELD_NAMES)
         trials = tuple(_parse_trial(_rename_keys(trial, _FIELD_NAMES)) for trial in record.pop("trials"))

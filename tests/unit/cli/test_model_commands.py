@@ -13,7 +13,7 @@ from small_bench import write_small_job
 from batchjob.bench.bench import BenchOptions
 from batchjob.cli.main import main
 from batchjob.errors import CheckFailed
-from batchjob.inference.convert import ConversionOptions
+from batchjob.inference.conversion_options import ConversionOptions
 from batchjob.job.job import Job
 
 
