@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from batchjob import Job, discard, make_plan, read_errors, status
+from batchjob import Job, api, discard, make_plan, read_errors, status
 from batchjob.errors import InvalidJob
+from batchjob.inference.conversion_options import ConversionOptions
 
 Locate = Callable[[Job], "str | Path | Job"]
 LOCATIONS: dict[str, Locate] = {
@@ -49,3 +50,12 @@ def test_discard_takes_a_path_a_uri_or_the_job(job: Job, locate: Locate) -> None
     assert "discarded plan" in discard(locate(job))
     with pytest.raises(InvalidJob, match="discarded"):
         status(locate(job))
+
+
+def test_convert_checks_its_file_before_it_lists_the_input(job: Job, tmp_path: Path) -> None:
+    elsewhere = job.model_copy(update={"input": job.input.model_copy(update={"uri": str(tmp_path / "not-there")})})
+    with pytest.raises(InvalidJob, match="-o .*no-folder"):
+        api.convert(elsewhere, ConversionOptions("onnx", tmp_path / "no-folder" / "model.onnx"))
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(InvalidJob, match="add --force"):
+        api.convert(elsewhere, ConversionOptions("onnx", tmp_path / "model.onnx"))
