@@ -54,7 +54,7 @@ def test_discard_takes_a_path_a_uri_or_the_job(job: Job, locate: Locate) -> None
 
 def test_convert_checks_its_file_before_it_lists_the_input(job: Job, tmp_path: Path) -> None:
     elsewhere = job.model_copy(update={"input": job.input.model_copy(update={"uri": str(tmp_path / "not-there")})})
-    with pytest.raises(InvalidJob, match="-o .*no-folder"):
+    with pytest.raises(InvalidJob, match=r"-o .*no-folder"):
         api.convert(elsewhere, ConversionOptions("onnx", tmp_path / "no-folder" / "model.onnx"))
     (tmp_path / "model.onnx").touch()
     with pytest.raises(InvalidJob, match="add --force"):
