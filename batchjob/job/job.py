@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 
 from batchjob.errors import InvalidJob
-from batchjob.job.fingerprint import DECIDING_SECTIONS, compute_fingerprint, select_deciding_fields
+from batchjob.job.fingerprint import DECIDING_SECTIONS, complete_defaults, compute_fingerprint, select_deciding_fields
 from batchjob.job.job_file import read_job_file
 from batchjob.job.parameters import Param
 from batchjob.job.runtime import ErrorBudget, Output, Runtime
@@ -199,12 +199,13 @@ class Job(Settings):
         Fields that this version does not know are ignored. The fingerprint stays the same.
 
         Args:
-            defaults: Result of `resolved_settings` when the job was planned.
+            defaults: Result of `resolved_settings` when the job was planned, by whichever version.
 
         Raises:
             InvalidJob: This version does not accept one of the values.
         """
         current, differing = self.resolved_settings(), {}
+        defaults = complete_defaults(defaults)
         for name, settings in self._deciding_sections():
             changed = {
                 key: value
