@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, model_validator
 
@@ -23,6 +23,15 @@ class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, values never change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+    def with_values(self, values: Mapping[str, Any]) -> Self:
+        """Return the settings with other values in some fields, validated; fields that this class lacks are ignored.
+
+        Raises:
+            ValidationError: A value does not fit its field.
+        """
+        known = {name: value for name, value in values.items() if name in type(self).model_fields}
+        return type(self).model_validate(dict(self) | known) if known else self
 
     @model_validator(mode="before")
     @classmethod

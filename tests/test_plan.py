@@ -20,7 +20,7 @@ from batchjob.driver.progress import NoProgress
 from batchjob.errors import InvalidJob, NotFound, Unavailable
 from batchjob.job.fingerprint import diff_fingerprints
 from batchjob.plan.chunks import Chunk, extend_plan, read_chunks
-from batchjob.plan.contract import Contract, put_or_verify
+from batchjob.plan.contract import Contract, put_or_read, verify
 from batchjob.plan.head import (
     FORMAT_VERSION,
     PlanHead,
@@ -515,34 +515,49 @@ ROWS = pa.schema([pa.field("position", pa.int64()), pa.field("score", pa.float32
 def test_first_contract_counts(store: Store) -> None:
     head = put_head(store, make_head())
     first = Contract(ROWS, "digest", (3, 224, 224))
-    assert put_or_verify(store, head, first) == first
-    assert put_or_verify(store, head, Contract(ROWS, "digest", (3, 32, 32))) == first  # the first image shape counts
-    assert put_or_verify(store, head, Contract(ROWS, "digest", None)) == first
+    assert put_or_read(store, head, first) == first
+    assert put_or_read(store, head, Contract(ROWS, "digest", (3, 32, 32))) == first  # the first image shape counts
+    assert put_or_read(store, head, Contract(ROWS, "digest", None)) == first
 
 
 def test_contract_without_an_image_shape_is_accepted(memory: MemoryStore) -> None:
     head = put_head(memory, make_head())
     for _ in range(2):
-        assert put_or_verify(memory, head, Contract(ROWS, "digest", None)) == Contract(ROWS, "digest", None)
+        assert put_or_read(memory, head, Contract(ROWS, "digest", None)) == Contract(ROWS, "digest", None)
 
 
 def test_other_weights_or_schema_are_refused(store: Store) -> None:
     head = put_head(store, make_head())
-    put_or_verify(store, head, Contract(ROWS, "a" * 64, None))
+    stored = put_or_read(store, head, Contract(ROWS, "a" * 64, None))
     with pytest.raises(InvalidJob, match=r"digest bbbbbbbbbbbb, .*begun with aaaaaaaaaaaa: weights or model code"):
-        put_or_verify(store, head, Contract(ROWS, "b" * 64, None))
+        verify(stored, Contract(ROWS, "b" * 64, None), store.uri)
     wider = ROWS.append(pa.field("label", pa.string()))
     with pytest.raises(InvalidJob, match=r"another schema.*label"):
-        put_or_verify(store, head, Contract(wider, "a" * 64, None))
+        verify(stored, Contract(wider, "a" * 64, None), store.uri)
 
 
 @pytest.mark.parametrize("fault", [Fault.REPEATED, Fault.CONFLICT])
-def test_already_exists_about_a_contract_is_verified(memory: MemoryStore, fault: Fault) -> None:
+def test_already_exists_about_a_contract_is_read(memory: MemoryStore, fault: Fault) -> None:
     head = put_head(memory, make_head())
     memory.inject("put_if_absent", "*/schema.arrow", fault)
     contract = Contract(ROWS, "digest", (3, 8, 8))
-    assert put_or_verify(memory, head, contract) == contract
-    assert put_or_verify(memory, head, contract) == contract
+    assert put_or_read(memory, head, contract) == contract
+    assert put_or_read(memory, head, contract) == contract
+
+
+def test_decisions_of_the_first_worker_count(memory: MemoryStore) -> None:
+    head = put_head(memory, make_head())
+    first, second = (Contract(ROWS, "digest", None, {"task.activation": value}) for value in ("softmax", "none"))
+    assert put_or_read(memory, head, first) == first
+    assert put_or_read(memory, head, second).decisions == {"task.activation": "softmax"}
+
+
+def test_contract_of_an_earlier_version_has_no_decisions(memory: MemoryStore) -> None:
+    head = put_head(memory, make_head())
+    metadata = {b"batchjob.contract": json.dumps({"model": "digest", "size": [3, 8, 8]})}
+    memory.put_if_absent(f"{head.folder}schema.arrow", ROWS.with_metadata(metadata).serialize().to_pybytes())
+    decided = Contract(ROWS, "digest", None, {"task.activation": "none"})
+    assert put_or_read(memory, head, decided) == Contract(ROWS, "digest", (3, 8, 8), {})
 
 
 # --- the driver, planning only ---------------------------------------------------------------------------------------

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
+from pydantic import ValidationError
+from torch import nn
 
 from batchjob.errors import InvalidJob
 from batchjob.inference.cpu_parallelism import is_stateful
@@ -17,14 +20,20 @@ from batchjob.inference.devices import (
     pick_device,
     pick_model_device,
 )
-from batchjob.inference.example_images import load_images, make_example_image, repeat_image, trim_output
+from batchjob.inference.example_images import (
+    contrasting_images,
+    load_images,
+    make_example_image,
+    repeat_image,
+    trim_output,
+)
 from batchjob.inference.execution_config import ExecutionConfig, requested_config
 from batchjob.inference.forward import ForwardOptions, ForwardPass
 from batchjob.inference.gpu_decode import check_gpu_decode_supported
 from batchjob.inference.optimize import optimize
 from batchjob.inference.predictor import Predictor
 from batchjob.job.acceleration import Acceleration
-from batchjob.job.job import Job
+from batchjob.job.job import AnyTask, Job
 from batchjob.models.loaded_model import LoadedModel
 from batchjob.preprocessing.normalize import Normalizer
 from batchjob.preprocessing.settings import Preprocess, merge_preprocess
@@ -35,6 +44,8 @@ from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess
 from batchjob.user_code import source_digest
 
 __all__ = ["Engine"]
+
+_TASK = "task"  # section of a job, the first part of a decision's name
 
 
 class Engine:
@@ -70,9 +81,72 @@ class Engine:
         self.image_transform: ImageTransform = _build_image_transform(job, self.preprocess)
         if job.decode.device == "cuda":
             check_gpu_decode_supported(self.preprocess, self.image_transform.resize_crop, self.model.input_kind)
-        self._module = job.task.adapt(self.model.module)
         self._normalize = Normalizer(self.preprocess)
+        self._example_run: tuple[nn.Module, Any] | None = None
         self.example_image: torch.Tensor = make_example_image(job, reader, self.image_transform, sample_locations)
+
+    # -- settings left at auto ---------------------------------------------------------------------------------
+
+    @cached_property
+    def decisions(self) -> Mapping[str, str]:
+        """Values found for settings that the job leaves at `auto`, by dotted name; the first access runs the model.
+
+        Raises:
+            InvalidJob: The module fails, or it does not suit the task.
+        """
+        found = self._job.task.decide(self.model, self._run_model)
+        return {f"{_TASK}.{name}": value for name, value in found.items()}
+
+    def adopt(self, decisions: Mapping[str, str]) -> None:
+        """Use the decisions of a plan in place of this engine's own; settings that the plan has none for keep theirs.
+
+        Raises:
+            InvalidJob: The plan has a value that this version of batchjob does not know.
+        """
+        adopted = {name: decisions.get(name, value) for name, value in self.decisions.items()}
+        if adopted == self.decisions:
+            return
+        self.decisions = adopted
+        # These follow from the decisions and are built again when they are used next.
+        for name in ("_task", "_module", "postprocess"):
+            self.__dict__.pop(name, None)
+
+    @cached_property
+    def _task(self) -> AnyTask:
+        """Task of the job, with the decisions in place of `auto`."""
+        try:
+            return self._job.task.with_values(
+                {name.removeprefix(f"{_TASK}."): value for name, value in self.decisions.items()}
+            )
+        except ValidationError:
+            chosen = ", ".join(f"{name}: {value}" for name, value in self.decisions.items())
+            raise InvalidJob(
+                f"the plan was begun with {chosen} by another version of batchjob, which this one does not know; use "
+                "that version, or `batchjob discard` the output and run again"
+            ) from None
+
+    @cached_property
+    def _module(self) -> nn.Module:
+        return self._task.adapt(self.model.module)
+
+    def _run_model(self, module: nn.Module) -> Iterator[Any]:
+        """Yield a module's output for copies of the example image, then for copies of images that look otherwise."""
+        example = self.example_image
+        yield self._run_example(module)
+        for image in contrasting_images(example.shape, example.dtype):
+            yield self._run_on_copies(module, image)
+
+    def _run_example(self, module: nn.Module) -> Any:
+        """Return a module's output for `EXAMPLE_ROWS` copies of the example image; the last one is kept."""
+        if self._example_run is None or self._example_run[0] is not module:
+            self._example_run = module, self._run_on_copies(module, self.example_image)
+        return self._example_run[1]
+
+    def _run_on_copies(self, module: nn.Module, image: torch.Tensor) -> Any:
+        rows = self.model.batch_size
+        forward = ForwardPass(module, self._normalize, self.device, self._forward_options(ExecutionConfig()))
+        output = forward.run_example(repeat_image(image, rows or EXAMPLE_ROWS))
+        return output if rows is None else trim_output(output, rows, EXAMPLE_ROWS)
 
     # -- facts about the model ---------------------------------------------------------------------------------
 
@@ -138,10 +212,8 @@ class Engine:
         Raises:
             InvalidJob: The module fails, or its output does not fit the task.
         """
-        output = self.build_forward(ExecutionConfig()).run_example(self._example_batch())
-        if self.model.batch_size is not None:
-            output = trim_output(output, self.model.batch_size, EXAMPLE_ROWS)
-        return self._job.task.build_postprocess(output, self.model.labels, self._reader, self._job.folder)
+        output = self._run_example(self._module)
+        return self._task.build_postprocess(output, self.model.labels, self._reader, self._job.folder)
 
     def check_task(self) -> None:
         """Raise InvalidJob if the module fails on the example batch, or if its output does not fit the task."""
@@ -158,8 +230,7 @@ class Engine:
             InvalidJob: The module does not fit into the device's memory, or a package is missing.
             Exception: Any error of torch, where the module does not support the config.
         """
-        options = ForwardOptions(self._job.runtime.grad_mode, self.model.input_kind, config)
-        forward = ForwardPass(self._module, self._normalize, self.device, options)
+        forward = ForwardPass(self._module, self._normalize, self.device, self._forward_options(config))
         if config == ExecutionConfig() or not self.model.eager:
             return forward
         with forward.disable_gradients():
@@ -176,6 +247,9 @@ class Engine:
             batch_size: Images that each call should have, as a compiled module needs; None for any number.
         """
         return Predictor(forward, self.postprocess, self.model.batch_size, batch_size)
+
+    def _forward_options(self, config: ExecutionConfig) -> ForwardOptions:
+        return ForwardOptions(self._job.runtime.grad_mode, self.model.input_kind, config)
 
     def _example_batch(self) -> torch.Tensor:
         return repeat_image(self.example_image, self.model.batch_size or EXAMPLE_ROWS)

@@ -16,7 +16,7 @@ from batchjob.preprocessing.transforms import ImageTransform
 from batchjob.storage.reader import Reader
 from batchjob.system import available_memory
 
-__all__ = ["load_images", "make_example_image", "random_pixels", "repeat_image", "trim_output"]
+__all__ = ["contrasting_images", "load_images", "make_example_image", "random_pixels", "repeat_image", "trim_output"]
 
 # Side of the example image, in pixels, if neither a setting nor an image tells the size.
 _DEFAULT_SIDE = 224
@@ -49,6 +49,18 @@ def make_example_image(job: Job, reader: Reader, transform: ImageTransform, loca
     if size is None and locations:
         return _first_decodable(job, reader, transform, locations)
     return random_pixels((1 if transform.gray else 3, *(size or (_DEFAULT_SIDE, _DEFAULT_SIDE))), 1)[0]
+
+
+def contrasting_images(size: Sequence[int], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    """Return a black image, a white one and random pixels, each `[c, h, w]`, to see how far a model's output varies.
+
+    Args:
+        size: See `random_pixels`.
+        dtype: See `random_pixels`.
+    """
+    noise = random_pixels(size, 1, dtype)[0]
+    white = 1.0 if noise.is_floating_point() else 255
+    return [torch.zeros_like(noise), torch.full_like(noise, white), noise]
 
 
 def random_pixels(size: Sequence[int], rows: int, dtype: torch.dtype | None = None) -> torch.Tensor:

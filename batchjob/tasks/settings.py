@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import pyarrow as pa
 
@@ -17,7 +17,30 @@ if TYPE_CHECKING:
 
     from batchjob.storage.reader import Reader
 
-__all__ = ["TaskSettings"]
+__all__ = ["RunModel", "TaskModel", "TaskSettings"]
+
+
+class TaskModel(Protocol):
+    """Loaded model, as a task sees it."""
+
+    @property
+    def module(self) -> nn.Module:
+        """Module in eval mode."""
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Class names that the weights bring."""
+
+
+class RunModel(Protocol):
+    """Runs of a module on images, to look at its output."""
+
+    def __call__(self, module: nn.Module) -> Iterator[Any]:
+        """Yield a module's output for `EXAMPLE_ROWS` copies of an image, for a few images one after the other.
+
+        Raises:
+            InvalidJob: The module fails.
+        """
 
 
 class TaskSettings(Settings):
@@ -67,6 +90,23 @@ class TaskSettings(Settings):
                     f"task.truth: column {name!r} holds {types[name]}, but this task wants {expected}; "
                     f"give it a type, as in passthrough: {{{name}: …}}, or name another column"
                 )
+
+    def decide(self, model: TaskModel, run_model: RunModel) -> Mapping[str, str]:  # noqa: ARG002
+        """Choose values for the fields that are left at `auto`, by looking at the model.
+
+        A plan keeps these values, and all its workers use them.
+
+        Args:
+            model: Model, not adapted yet.
+            run_model: Runs a module, the model's own or another form of it.
+
+        Returns:
+            Values by field; by default none.
+
+        Raises:
+            InvalidJob: The model does not suit the task.
+        """
+        return {}
 
     def adapt(self, module: nn.Module) -> nn.Module:
         """Return the module that produces the output this task reads; by default the model itself."""

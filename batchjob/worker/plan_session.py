@@ -21,7 +21,7 @@ from batchjob.output import retry
 from batchjob.output.part_builder import PartMetadata
 from batchjob.output.schema import build_row_schema
 from batchjob.plan.chunks import CHUNK_ROWS
-from batchjob.plan.contract import Contract, put_or_verify
+from batchjob.plan.contract import Contract, put_or_read, verify
 from batchjob.plan.head import PlanHead, is_discarded, read_current_head
 from batchjob.plan.reader import PlanReader
 from batchjob.storage.store import put_or_get
@@ -42,7 +42,7 @@ class PlanSession:
         loaded: The worker.
         head: Head of the plan.
         reader: Reader of the plan's shards.
-        contract: Schema, model digest and image shape that all workers of the plan have agreed on.
+        contract: Schema, model digest, image shape and decisions that all workers of the plan have agreed on.
         execution_config: Execution config for this kind of device in this plan.
         predictor: The model in that config, warmed up.
         quarantine: Images of the plan that are known, or suspected, to kill a process.
@@ -58,7 +58,7 @@ class PlanSession:
 
     @classmethod
     def join(cls, loaded: LoadedWorker, number: int, is_stopped: Callable[[], bool] = lambda: False) -> PlanSession:
-        """Join a plan: agree with its other workers on schema, model and image shape; choose the execution config.
+        """Join a plan: adopt its decisions, agree on schema, model and image shape; choose the execution config.
 
         Args:
             loaded: The worker.
@@ -129,17 +129,28 @@ class PlanSession:
 
 
 def _agree_on_contract(loaded: LoadedWorker, head: PlanHead, reader: PlanReader) -> Contract:
-    """Put this worker's contract if it is the first one; load images of the agreed shape."""
+    """Put this worker's contract if it is the first one; else adopt the plan's decisions and image shape."""
     engine, loader_setup = loaded.engine, loaded.loader_setup
+    agreed = put_or_read(loaded.store, head, _make_contract(loaded, reader))
+    image_transform = engine.image_transform
+    engine.adopt(agreed.decisions)
+    own = _make_contract(loaded, reader)
+    verify(agreed, own, loaded.store.uri)
+    image_shape = agreed.image_shape or loader_setup.image_shape
+    if image_shape != loader_setup.image_shape or engine.image_transform is not image_transform:
+        loader_setup.restart(image_shape)
+    # Both schemas are equal, but only ours has its metadata.
+    return replace(agreed, schema=own.schema)
+
+
+def _make_contract(loaded: LoadedWorker, reader: PlanReader) -> Contract:
+    """Make the contract as this worker would have it."""
+    engine = loaded.engine
     schema = build_row_schema(
         list(reader.passthrough_schema), engine.postprocess.fields, has_id=loaded.job.input.has_id
     )
-    own = Contract(schema, engine.digest, None if engine.variable_size else loader_setup.image_shape)
-    agreed = put_or_verify(loaded.store, head, own)
-    if agreed.image_shape is not None and agreed.image_shape != loader_setup.image_shape:
-        loader_setup.restart(agreed.image_shape)
-    # Both schemas are equal, but only ours has its metadata.
-    return replace(agreed, schema=schema)
+    image_shape = None if engine.variable_size else loaded.loader_setup.image_shape
+    return Contract(schema, engine.digest, image_shape, engine.decisions)
 
 
 def _choose_execution_config(
@@ -155,6 +166,7 @@ def _choose_execution_config(
         sample_locations=tuple(ref.location for ref in refs[:_TRIAL_IMAGES]),
         batch_size=loaded.loader_setup.batch_size,
         threads=parallelism.threads_per_batch,
+        decisions=dict(loaded.engine.decisions),
     )
     autotuner = Autotuner(
         store=loaded.store,

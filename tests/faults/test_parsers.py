@@ -232,7 +232,7 @@ def output(folder: Path) -> tuple[MemoryStore, PlanHead, Job]:
         writer, made = make_part(folder / "part", store, the, key)
         stands = commit.commit_part(store, key, writer.path, made, lambda: None)
         parts.append(Part(key.part_key, made.rows, made.failed, stands.info.etag, stands.info.size))
-    contract.put_or_verify(store, head, Contract(pa.schema([pa.field("score", pa.float64())]), WORKER_INFO.model, None))
+    contract.put_or_read(store, head, Contract(pa.schema([pa.field("score", pa.float64())]), WORKER_INFO.model, None))
     Lease.acquire(store).release()
     counts = {"planned": 5, "predicted": 4, "failed": 1}
     write_success(store, {"plan": head.plan, "status": "complete", "counts": counts}, parts)
@@ -262,7 +262,7 @@ def list_reads(store: MemoryStore, head: PlanHead) -> list[Callable[[], object]]
         lambda: is_plan_id_discarded(store, "0" * 16),
         members,
         success,
-        lambda: contract.put_or_verify(store, head, ours),
+        lambda: contract.put_or_read(store, head, ours),
         lambda: list(commit.read_footers(store, sorted(commit.list_parts(store)))),
         lambda: output_status.read_status(store),
         lambda: output_status.count_errors(store),

@@ -189,7 +189,8 @@ class SimulatedWorker(Actor):
         found, head = read_current_head(self.store)
         if head is None or found != number:
             raise Temporary("the plan was discarded while this run was starting")
-        contract.put_or_verify(self.store, head, Contract(SCHEMA, MODEL, None))
+        own = Contract(SCHEMA, MODEL, None)
+        contract.verify(contract.put_or_read(self.store, head, own), own, self.store.uri)
         self._plan = head, PlanReader(self.store, head)
 
     def _commit_shard(self, key: ShardKey) -> ShardResult:

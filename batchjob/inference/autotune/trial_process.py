@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
@@ -51,6 +51,7 @@ class TrialSpec:
         sample_locations: Locations of the job's own images.
         batch_size: Images in a call of the model.
         threads: Threads of torch for the model.
+        decisions: Decisions of the plan on settings that the job leaves at `auto`, see `Engine.decisions`.
     """
 
     job: Mapping[str, Any]
@@ -59,6 +60,7 @@ class TrialSpec:
     sample_locations: tuple[str, ...]
     batch_size: int
     threads: int
+    decisions: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_isolated_trials(
@@ -171,6 +173,7 @@ def _send_trials(spec: TrialSpec, configs: tuple[ExecutionConfig, ...], connecti
     torch.set_num_threads(spec.threads)
     job = Job.deserialize(spec.job, spec.job_folder, spec.data_folder)
     engine = Engine(job, Reader(job.storage), spec.sample_locations)
+    engine.adopt(spec.decisions)
     for trial in run_trials(EngineTrialModel(engine, spec.sample_locations, spec.batch_size), configs):
         connection.send(trial)
     connection.send(None)

@@ -17,6 +17,7 @@ from batchjob.errors import InvalidJob, Temporary
 from batchjob.loader.quarantine import Quarantine
 from batchjob.loader.shard_queue import ShardQueue
 from batchjob.storage.store import open_store
+from batchjob.tasks.embedding import EmbeddingTask
 from batchjob.types import ErrorRecord, ImageInfo
 from batchjob.worker.plan_session import PlanSession
 
@@ -46,6 +47,37 @@ def test_first_worker_decides_on_the_image_shape(tmp_path: Path) -> None:
         assert second.loader_setup.image_shape == (3, 8, 8)
         (batch,) = second.loader_setup.batch_source.batches(ShardQueue.of([sessions[1].read_shard(key)]))
     assert [info.error is None for info in batch.image_infos] == [True, False]
+
+
+def test_first_worker_decides_on_settings_left_at_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that decided otherwise adopts what the plan holds, also when it makes other rows for it."""
+    job = write_job(tmp_path, images=1)
+    (key,) = plan_shards(job)
+    decided = [{"normalize": "true"}, {"normalize": "false"}]
+    monkeypatch.setattr(EmbeddingTask, "decide", lambda *_: decided.pop(0))
+    with load_worker(job) as first, load_worker(job) as second:
+        assert [loaded.engine.decisions for loaded in (first, second)] == [
+            {"task.normalize": "true"},
+            {"task.normalize": "false"},
+        ]
+        for loaded in (first, second):
+            session = PlanSession.join(loaded, 0)
+            assert session.contract.decisions == {"task.normalize": "true"}
+        assert second.engine.decisions == {"task.normalize": "true"}
+        (batch,) = second.loader_setup.batch_source.batches(ShardQueue.of([session.read_shard(key)]))
+        assert batch.pixels is not None
+        (output,) = session.predictor(batch.pixels).wait().outputs
+    assert output.tensors["embedding"].norm() == pytest.approx(1)
+
+
+def test_decision_that_this_version_does_not_know_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = write_job(tmp_path, images=1)
+    plan_shards(job)
+    monkeypatch.setattr(EmbeddingTask, "decide", lambda *_: {"normalize": "true"})
+    with load_worker(job) as loaded:
+        loaded.engine.adopt({"task.normalize": "sometimes"})
+        with pytest.raises(InvalidJob, match=r"begun with task.normalize: sometimes by another version"):
+            loaded.engine.check_task()
 
 
 def test_worker_with_another_model_cannot_join(tmp_path: Path) -> None:
