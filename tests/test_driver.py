@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -38,6 +39,7 @@ from batchjob.job.job import Job
 from batchjob.output.commit import list_parts
 from batchjob.plan.head import discard_plan, read_current_head
 from batchjob.pool.pool import Pool
+from batchjob.report.output_status import read_status
 from batchjob.report.run_result import RunResult
 from batchjob.storage.store import open_store
 from batchjob.worker.messages import WorkerEvent, WorkerFailed, WorkerReady
@@ -762,6 +764,68 @@ def test_changed_finished_output_is_an_error(tmp_path: Path, output: Path, damag
     assert raised.value.exit_code == 3
     assert ("copy" if damage == "added" else part.name) in raised.value.message
     assert list_files(output) == before  # nothing was computed or written
+
+
+def copy_with_new_times(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, copy_function=shutil.copy)  # as `cp -r`
+
+
+def copy_with_times_in_seconds(source: Path, target: Path) -> None:
+    copy_with_new_times(source, target)
+    for path in source.rglob("*"):  # as an archive that a backup restores
+        os.utime(target / path.relative_to(source), (0, int(path.stat().st_mtime)))
+
+
+@pytest.mark.parametrize("copy", [copy_with_new_times, copy_with_times_in_seconds, shutil.move])
+def test_copied_output_is_finished(tmp_path: Path, output: Path, copy: Callable[[Path, Path], object]) -> None:
+    job = make_job(tmp_path, [*IMAGES, "bad.png"], errors={"max_rate": 0.5})
+    run_job(job, ScriptedPool())
+    copy(output, tmp_path / "copy")
+    copied = make_job(tmp_path, [], errors={"max_rate": 0.5}, output={"uri": "copy"})
+    assert run_job(copied).status == "already_complete"
+    assert read_status(open_store(copied.output.uri)).status == "complete"
+    pool = ScriptedPool()
+    assert driver.run(copied, lambda: pool, allow_empty=True, progress=NoProgress(), retry=True).failed == 0
+    assert pool.submitted == [6]
+    assert read_status(open_store(copied.output.uri)).status == "complete"
+
+
+def test_copied_half_done_output_is_resumed(tmp_path: Path, output: Path) -> None:
+    job = make_job(tmp_path, IMAGES)
+    with pytest.raises(Temporary):
+        run_job(job, ScriptedPool({2: [fail_worker(Temporary("Ray is gone"))]}))
+    done = set(read_parts(output))
+    copy_with_new_times(output, tmp_path / "copy")
+    assert run_job(make_job(tmp_path, [], output={"uri": "copy"}), ScriptedPool()).status == "complete"
+    assert done < set(read_parts(tmp_path / "copy"))
+
+
+def rewrite_footer(part: Path) -> None:
+    """Write the part as another attempt would have, with a file of the same size."""
+    size, old = part.stat().st_size, re.search(rb'"attempt": "([0-9a-f]{16})"', part.read_bytes())
+    assert old is not None
+    part.write_bytes(part.read_bytes().replace(old[1], b"f" * 16))
+    assert part.stat().st_size == size
+
+
+def swap_parts(part: Path) -> None:
+    """Put the bytes of another plan's part there, filled up to the same size."""
+    other = max(part.parent.iterdir()).read_bytes()
+    part.write_bytes(b"PAR1".ljust(part.stat().st_size - len(other[4:]), b" ") + other[4:])
+
+
+@pytest.mark.parametrize("change", [rewrite_footer, swap_parts])
+def test_changed_part_of_the_same_size_is_found_in_a_copy(
+    tmp_path: Path, output: Path, change: Callable[[Path], None]
+) -> None:
+    run_job(make_job(tmp_path, IMAGES), ScriptedPool())
+    copy_with_new_times(output, tmp_path / "copy")
+    part = min((tmp_path / "copy" / "predictions").iterdir())
+    change(part)
+    copied = make_job(tmp_path, [], output={"uri": "copy"})
+    with pytest.raises(CheckFailed, match=rf"1 part gone, changed or added \(predictions/{part.name}\)"):
+        run_job(copied)
+    assert read_status(open_store(copied.output.uri)).status == "damaged"
 
 
 def test_repair_makes_missing_parts_again(tmp_path: Path, output: Path) -> None:

@@ -29,6 +29,7 @@ from batchjob.driver.progress import NoProgress
 from batchjob.errors import AttemptFailed, BatchjobError, CheckFailed, InvalidJob, Temporary, Unavailable
 from batchjob.output import commit, success
 from batchjob.output.commit import CommitResult
+from batchjob.output.listed_parts import find_part_mismatches
 from batchjob.output.part_writer import PartWriter
 from batchjob.output.provenance import PartFooter
 from batchjob.output.retry import replace_part
@@ -123,7 +124,7 @@ def success_matches_parts(output: str | Path) -> bool:
     """Return True if `_SUCCESS` is there and lists exactly the parts that are there."""
     store = open_output(str(output))
     found = success.read_success(store)
-    return found is not None and success.find_part_mismatches(found[0], commit.list_parts(store)) == []
+    return found is not None and find_part_mismatches(store, found[0], commit.list_parts(store)) == []
 
 
 @pytest.fixture

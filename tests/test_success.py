@@ -11,13 +11,13 @@ from memory_store import Fault, MemoryStore
 from seaweed import Seaweed
 
 from batchjob.errors import AttemptFailed, CheckFailed, Unavailable
+from batchjob.output.listed_parts import find_part_mismatches
 from batchjob.output.provenance import PartFooter
 from batchjob.output.success import (
     SUCCESS,
     Part,
     Totals,
     delete_orphaned_success,
-    find_part_mismatches,
     read_success,
     write_report,
     write_success,
@@ -59,9 +59,10 @@ def test_success_is_written_and_read_back(store: Store) -> None:
     assert found is not None
     content, info = found
     assert content["plan"] == "p"
-    assert content["parts"][0] == {"name": "predictions/a", "rows": 4, "failed": 1, "etag": "etag-a", "size": 100}
+    part = {"name": "predictions/a", "rows": 4, "failed": 1, "etag": "etag-a", "size": 100, "attempt": None}
+    assert content["parts"][0] == part
     assert (info.uri, info.version) == (SUCCESS, store.stat(SUCCESS).version)
-    assert find_part_mismatches(content, LISTING) == []
+    assert find_part_mismatches(store, content, LISTING) == []
 
 
 def test_same_success_is_not_written_again(memory: MemoryStore) -> None:
@@ -137,7 +138,7 @@ def test_missing_changed_and_added_parts_are_found(change: dict[str, ObjectInfo 
     found = read_success(memory)
     assert found is not None
     listing = {name: info for name, info in {**LISTING, **change}.items() if info is not None}
-    assert find_part_mismatches(found[0], listing) == mismatches
+    assert find_part_mismatches(memory, found[0], listing) == mismatches
 
 
 def test_only_the_success_that_was_read_is_deleted(memory: MemoryStore) -> None:

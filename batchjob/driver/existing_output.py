@@ -9,8 +9,9 @@ from batchjob.errors import CheckFailed, InvalidJob, NotFound, Temporary
 from batchjob.job.fingerprint import diff_fingerprints
 from batchjob.job.job import Job
 from batchjob.output.commit import delete_objects, list_parts, read_footer
+from batchjob.output.listed_parts import find_part_mismatches
 from batchjob.output.provenance import PartFooter
-from batchjob.output.success import delete_orphaned_success, find_part_mismatches, read_success
+from batchjob.output.success import delete_orphaned_success, read_success
 from batchjob.plan.head import PlanHead, discard_plan, is_plan_id_discarded, read_current_head
 from batchjob.report.run_result import RunResult
 from batchjob.storage.store import Store
@@ -91,7 +92,7 @@ def find_finished_result(store: Store, job: Job, repair: bool, retry: bool) -> R
     if success is None or success[0].get("plan") != head.plan:
         return None
     summary, _ = success
-    if mismatches := find_part_mismatches(summary, list_parts(store)):
+    if mismatches := find_part_mismatches(store, summary, list_parts(store)):
         unlisted = set(mismatches) - {part["name"] for part in summary["parts"]}
         # The run then lists the parts that a retry replaced, and deletes the stale ones.
         if repair or (_are_retried(store, head, set(mismatches) - unlisted) and are_stale_parts(store, unlisted)):

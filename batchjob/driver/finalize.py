@@ -136,7 +136,8 @@ def _sum_parts(
         totals.add(footer)
         if name in run.new_parts:
             totals.examples = {**run.new_parts[name].error_examples, **totals.examples}
-        parts.append(Part(name, footer.rows, footer.failed, listing[name].etag, listing[name].size))
+        etag, size = listing[name].etag, listing[name].size
+        parts.append(Part(name, footer.rows, footer.failed, etag, size, footer.attempt))
         heartbeat()
     return sorted(parts, key=lambda part: part.name), totals
 

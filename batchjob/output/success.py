@@ -1,4 +1,4 @@
-"""`_SUCCESS` and `report.json`: read, written and deleted by conditional requests, and checked against the parts."""
+"""`_SUCCESS` and `report.json`: read, written and deleted by conditional requests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ __all__ = [
     "Totals",
     "delete_orphaned_success",
     "delete_success",
-    "find_part_mismatches",
     "read_success",
     "write_report",
     "write_success",
@@ -50,6 +49,7 @@ class Part:
         failed: Error rows among them.
         etag: ETag of the object; None where the store has none.
         size: Size of the object in bytes.
+        attempt: Id of the attempt that wrote it, from its footer; None in outputs of earlier versions.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Part:
     failed: int
     etag: str | None
     size: int
+    attempt: str | None = None
 
 
 @dataclass
@@ -178,21 +179,6 @@ def write_success(
 def write_report(store: Store, report: Mapping[str, Any]) -> None:
     """Write `_batchjob/report.json`, replacing an older one."""
     _put_or_replace(store, _REPORT, json.dumps(report, indent=1).encode())
-
-
-def find_part_mismatches(success: Mapping[str, Any], listing: Mapping[str, ObjectInfo]) -> list[str]:
-    """Find parts that `_SUCCESS` lists and that are gone or changed, and parts that it does not list.
-
-    Args:
-        success: JSON object of `_SUCCESS`.
-        listing: Objects in `predictions/`, by key.
-
-    Returns:
-        Keys of these parts, sorted.
-    """
-    listed = {part["name"]: part["etag"] for part in success["parts"]}
-    present = {name: info.etag for name, info in listing.items()}
-    return sorted(name for name in listed.keys() | present.keys() if listed.get(name, "") != present.get(name, ""))
 
 
 def _put_or_replace(store: Store, key: str, body: bytes, raise_if_discarded: Callable[[], None] = lambda: None) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from batchjob.errors import InvalidJob
 from batchjob.output.commit import list_parts, read_footers
 from batchjob.output.error_rows import read_error_rows
-from batchjob.output.success import find_part_mismatches, read_success
+from batchjob.output.listed_parts import find_part_mismatches
+from batchjob.output.success import read_success
 from batchjob.plan.chunks import read_chunks
 from batchjob.plan.head import PlanHead, read_current_head
 from batchjob.storage.store import Store
@@ -104,7 +105,7 @@ def read_status(store: Store) -> OutputStatus:
     committed = [name for name in listing if name in planned_rows]
     success = read_success(store)
     if success is not None and success[0].get("plan") == head.plan:
-        state = "damaged" if find_part_mismatches(success[0], listing) else "complete"
+        state = "damaged" if find_part_mismatches(store, success[0], listing) else "complete"
         failed: int | None = success[0]["counts"]["failed"]
     else:
         state = "incomplete"

@@ -14,6 +14,7 @@ from PIL import Image
 from seaweed import Seaweed
 
 from batchjob.output import commit, success
+from batchjob.output.listed_parts import find_part_mismatches
 
 __all__ = [
     "JOB",
@@ -100,7 +101,7 @@ def check_output(output: str, images: int) -> OutputCheck:
         missing=len(set(range(images)) - seen.keys()),
         duplicates=seen.total() - len(seen),
         wrong=sum(not _is_right(row) for row in rows),
-        foreign_files=len(success.find_part_mismatches(found[0], commit.list_parts(store))),
+        foreign_files=len(find_part_mismatches(store, found[0], commit.list_parts(store))),
         plans=len(list_plan_heads(output)),
     )
 

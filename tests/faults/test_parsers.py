@@ -24,7 +24,8 @@ from batchjob.driver.lease import Lease
 from batchjob.errors import BatchjobError
 from batchjob.job.job import Job
 from batchjob.output import commit
-from batchjob.output.success import Part, find_part_mismatches, read_success, write_success
+from batchjob.output.listed_parts import find_part_mismatches
+from batchjob.output.success import Part, read_success, write_success
 from batchjob.plan import chunks, contract
 from batchjob.plan.contract import Contract
 from batchjob.plan.head import PlanHead, is_plan_id_discarded, new_head, put_head, read_current_head
@@ -251,7 +252,7 @@ def list_reads(store: MemoryStore, head: PlanHead) -> list[Callable[[], object]]
 
     def success() -> None:
         if (found := read_success(store)) is not None:
-            find_part_mismatches(found[0], commit.list_parts(store))
+            find_part_mismatches(store, found[0], commit.list_parts(store))
 
     def lease() -> None:
         clock = iter(range(0, 10_000, 5))

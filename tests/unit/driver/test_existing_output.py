@@ -25,7 +25,7 @@ from batchjob.driver.existing_output import (
 )
 from batchjob.errors import BatchjobError, CheckFailed, InvalidJob, Temporary
 from batchjob.job.job import Job
-from batchjob.output.commit import list_parts
+from batchjob.output.commit import list_parts, read_footer
 from batchjob.output.provenance import PartFooter
 from batchjob.output.success import SUCCESS, Part, read_success, write_success
 from batchjob.plan.head import PlanHead, discard_plan, new_head, put_head, read_current_head
@@ -61,8 +61,8 @@ class Output:
         """Put a part of two rows; return its key."""
         shard = f"{index:016x}"
         footer = PartFooter(
-            plan=plan, shard=shard, index=index, attempt=f"attempt-{index}", revision=revision, fingerprint="f",
-            model="m", rows=2, failed=0, errors={}, seconds={}, versions={},
+            plan=plan, shard=shard, index=index, attempt=f"attempt-{index}-{revision}", revision=revision,
+            fingerprint="f", model="m", rows=2, failed=0, errors={}, seconds={}, versions={},
         )  # fmt: skip
         table = pa.table({"position": [0, 1]}).replace_schema_metadata({PartFooter.KEY: footer.to_json()})
         key = f"predictions/part-{index:07d}-{shard}.parquet"
@@ -74,7 +74,10 @@ class Output:
 
     def finish(self, head: PlanHead, *, failed: int = 0) -> None:
         """Put `_SUCCESS` over the parts that are there."""
-        parts = [Part(key, 2, 0, info.etag, info.size or 0) for key, info in list_parts(self.store).items()]
+        parts = [
+            Part(key, 2, 0, info.etag, info.size, read_footer(self.store, key).attempt)
+            for key, info in list_parts(self.store).items()
+        ]
         planned = 2 * len(parts)
         counts = {"planned": planned, "predicted": planned - failed, "failed": failed}
         write_success(self.store, {"plan": head.plan, "counts": counts, "truth": {"accuracy": 0.5}}, parts)
