@@ -27,6 +27,7 @@ __all__ = [
     "parallel_map",
     "run_in_background",
     "start_forkserver",
+    "terminal_signals_blocked",
 ]
 
 T = TypeVar("T")
@@ -213,8 +214,9 @@ def start_forkserver(*modules: str) -> None:
 
     multiprocessing.get_context("forkserver").set_forkserver_preload([*_PRELOADED_MODULES, *modules])
     # Started here, because within the start of the fork server its own start would unblock SIGINT.
-    resource_tracker.ensure_running()
-    with clean_process_start(), _sigint_blocked():
+    with terminal_signals_blocked():
+        resource_tracker.ensure_running()
+    with clean_process_start(), terminal_signals_blocked():
         forkserver.ensure_running()
 
 
@@ -237,6 +239,19 @@ def clean_process_start() -> Iterator[None]:
             # package.
             if method is None:
                 multiprocessing.set_start_method(cast("str", None), force=True)
+
+
+@contextlib.contextmanager
+def terminal_signals_blocked() -> Iterator[None]:
+    """Start processes that ignore the signals of a terminal, which go to all processes at Ctrl-C and at its end.
+
+    The driver ends its processes itself, once what they work on is committed.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def kill_child_processes() -> None:
@@ -273,13 +288,3 @@ class _MainWithoutFile(ModuleType):
         if name in {"__file__", "__path__"}:
             raise AttributeError(name)
         return getattr(self.__dict__["_main"], name)
-
-
-@contextlib.contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """Start processes that ignore Ctrl-C: a terminal sends SIGINT to all processes, but the driver ends its own."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

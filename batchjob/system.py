@@ -8,6 +8,8 @@ import json
 import math
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,6 +30,7 @@ __all__ = [
     "format_environment",
     "free_shared_memory",
     "import_torchvision",
+    "install_command",
     "require_packages",
 ]
 
@@ -43,11 +46,10 @@ _PACKAGES = (
     "pillow",
     "numpy",
     "safetensors",
-    "s3fs",
-    "boto3",
-    "gcsfs",
-    "adlfs",
+    "simplejpeg",
 )
+# Extras of batchjob that bring what a job may need; the others are for development.
+_JOB_EXTRAS = ("s3", "gcs", "azure", "timm", "hf", "onnx", "quant", "heif", "iceberg", "delta", "query")
 # Modules of the compiler that torchvision imports.
 _COMPILER_MODULES = ("torch._dynamo", "torch._dynamo.utils")
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - its size is read, nothing is written
@@ -75,6 +77,11 @@ def collect_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _package_version(name) for name in _PACKAGES},
+        "optional_packages": {
+            extra: {_package_name(text): _package_version(_package_name(text)) for text in requirements}
+            for extra in _JOB_EXTRAS
+            if (requirements := _extra_requirements(extra))
+        },
         "cores": {"machine": os.cpu_count(), "allowed": _affinity_cores(), "quota": cgroup_cpu_quota()},
         "memory": {"machine": _machine_memory(), "limit": cgroup_memory_limit()},
         "shared_memory": shutil.disk_usage(_SHARED_MEMORY).total if _SHARED_MEMORY.is_dir() else None,
@@ -91,6 +98,7 @@ def format_environment(environment: Mapping[str, Any]) -> list[str]:
     return [
         f"python         {environment['python']} on {environment['platform']}",
         *(f"{name:<14} {version or 'not installed'}" for name, version in packages.items()),
+        *(_format_extra(extra, found) for extra, found in environment["optional_packages"].items()),
         f"cores          {cores['machine']} here, {cores['allowed']} allowed, quota {cores['quota'] or 'none'}",
         f"memory         {_format_size(memory['machine'])}, limit {_format_size(memory['limit'], 'none')}",
         f"shared memory  {_format_size(environment['shared_memory'])}",
@@ -154,7 +162,19 @@ def require_packages(*packages: str, model_type: str, extra: str) -> None:
     """
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        raise InvalidJob(f"model.type: {model_type} needs {' and '.join(missing)}; pip install 'batchjob[{extra}]'")
+        raise InvalidJob(f"model.type: {model_type} needs {' and '.join(missing)}; {install_command(extra)}")
+
+
+def install_command(extra: str, *packages: str) -> str:
+    """Return the shell command that installs packages into this environment.
+
+    Args:
+        extra: Extra of batchjob, whose packages are installed.
+        packages: Packages to install if the extra is unknown, as where batchjob itself is not installed.
+    """
+    requirements = _extra_requirements(extra) or packages or (f"batchjob[{extra}]",)
+    installer = "pip" if find_spec("pip") else "uv pip"  # an environment of uv has no pip
+    return shlex.join([*installer.split(), "install", *requirements])
 
 
 def import_torchvision() -> None:
@@ -197,6 +217,26 @@ def _read_words(path: Path) -> list[str]:
         return path.read_text().split()
     except OSError:
         return []
+
+
+def _extra_requirements(extra: str) -> tuple[str, ...]:
+    """Return the requirements of an extra, such as `timm>=1.0.15`; none if the extra is unknown."""
+    try:
+        requirements = importlib.metadata.requires("batchjob") or []
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+    split = (text.partition(";") for text in requirements)
+    return tuple(text.strip() for text, _, marker in split if re.fullmatch(rf"extra == .{extra}.", marker.strip()))
+
+
+def _package_name(requirement: str) -> str:
+    """Return the name in a requirement: `timm` of `timm>=1.0.15`."""
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+
+
+def _format_extra(extra: str, versions: Mapping[str, str | None]) -> str:
+    found = ", ".join(f"{name} {version}" if version else f"no {name}" for name, version in versions.items())
+    return f"{extra:<14} {found} (optional)"
 
 
 def _package_version(package: str) -> str | None:

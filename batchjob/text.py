@@ -6,12 +6,16 @@ Messages of exceptions and of error rows are sanitized when they are made, and e
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import TextIO
 from urllib.parse import parse_qsl, quote, urlsplit
 
 __all__ = [
+    "TolerantStream",
     "closest_match",
     "did_you_mean",
     "escape_controls",
@@ -128,6 +132,38 @@ def did_you_mean(word: str, names: Sequence[str]) -> str:
 def format_count(count: int, noun: str) -> str:
     """Return a count with its noun: `1 shard`, `2,000 shards`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+class TolerantStream(io.TextIOBase):
+    """Text stream that drops what cannot be written: its reader may be gone, its disk full, its terminal closed.
+
+    For progress, on which no run may depend.
+
+    Args:
+        stream: Stream to write to.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):  # ValueError: it is closed
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return not self._stream.closed and self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
 
 
 def _secret_variables(min_length: int) -> Iterator[tuple[str, str]]:

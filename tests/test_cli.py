@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -63,6 +64,30 @@ def test_signal_after_the_result_does_not_change_the_exit_code(folder: Path) -> 
         running.terminate()
         running.send_signal(signal.SIGINT)
         assert running.wait(60) == 0
+
+
+@pytest.mark.parametrize("stream", ["2>&-", "2>/dev/full", ">&- 2>/dev/full", "0<&- 1>&- 2>&-", "1>/dev/full"])
+def test_run_whose_output_cannot_be_written_goes_on(folder: Path, stream: str) -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m batchjob run job.yaml --json {stream}"
+    assert subprocess.run(["sh", "-c", command], cwd=folder, check=False, timeout=120).returncode == 0
+    assert (folder / "out/_SUCCESS").exists()
+
+
+def test_run_whose_reader_is_gone_goes_on(folder: Path) -> None:
+    command = [sys.executable, "-m", "batchjob", "run", "job.yaml"]
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE) as running:
+        assert running.stderr is not None
+        running.stderr.close()
+        assert running.wait(120) == 0
+    assert (folder / "out/_SUCCESS").exists()
+
+
+def test_list_of_commands_is_not_cut(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["--help"]) == 0
+    out = capfd.readouterr().out
+    assert "Commands:" in out
+    assert "..." not in out.partition("Commands:")[2]
 
 
 def test_run_status_errors_and_discard_agree(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 
 import pytest
@@ -156,3 +157,64 @@ def test_no_progress_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     quiet.note("x")
     quiet.stop()
     assert capfd.readouterr() == ("", "")
+
+
+class BrokenStream(io.StringIO):
+    """Stream that fails as a closed pipe, a full disk or a closed terminal does."""
+
+    def __init__(self, error: Exception, terminal: bool) -> None:
+        super().__init__()
+        self.error, self.terminal, self.writes = error, terminal, 0
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def write(self, text: str) -> int:
+        self.writes += 1
+        raise self.error
+
+    def flush(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize(
+    "error",
+    [
+        BrokenPipeError(errno.EPIPE, "its reader is gone"),
+        OSError(errno.ENOSPC, "its disk is full"),
+        OSError(errno.EIO, "its terminal is closed"),
+        ValueError("it is closed"),
+    ],
+)
+def test_stream_that_cannot_be_written_is_no_error(error: Exception, terminal: bool) -> None:
+    stream = BrokenStream(error, terminal)
+    progress = pick_progress(stream=stream)
+    progress.start(None)
+    progress.note("a worker was replaced")
+    progress.set_planned(10, final=True)
+    progress.advance(10, 0)
+    progress.stop()
+    assert stream.writes > 0
+
+
+def test_log_goes_on_once_its_disk_has_space_again() -> None:
+    class FullDisk(io.StringIO):
+        full = True
+
+        def write(self, text: str) -> int:
+            if self.full:
+                raise OSError(errno.ENOSPC, "no space left")
+            return super().write(text)
+
+    stream = FullDisk()
+    progress = ProgressLog(stream, interval=0)
+    progress.note("lost")
+    stream.full = False
+    progress.note("written")
+    assert stream.getvalue() == "written\n"
+
+
+def test_process_without_stderr_shows_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    assert type(pick_progress()) is NoProgress

@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -52,13 +53,16 @@ def report_run(
         raise
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # explained, and turned into an exit code
         _call_before_result()
-        _print_error(error)
+        with _unwritable_ignored():
+            _print_error(error)
         result = RunResult.from_error(error, output, time.monotonic() - started)
     else:
         _call_before_result()
-        print_text(result.to_text())
+        with _unwritable_ignored():
+            print_text(result.to_text())
     if as_json:
-        print(result.to_json(), flush=True)
+        with _unwritable_ignored():
+            print(result.to_json(), flush=True)
     return result.exit_code
 
 
@@ -97,6 +101,11 @@ def print_text(text: str) -> None:
     """Print text for people on stderr, without secrets and terminal controls; nothing where it is empty."""
     if text:
         print(sanitize(text), file=sys.stderr, flush=True)
+
+
+def _unwritable_ignored() -> suppress:
+    """Return a context in which a stream may fail: the exit code says how the run ended, read or not."""
+    return suppress(OSError, ValueError)
 
 
 def _call_before_result() -> None:

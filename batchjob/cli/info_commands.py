@@ -14,7 +14,10 @@ __all__ = ["env", "schema"]
 
 
 def schema() -> int:
-    """Print the JSON schema of job files, for editors: batchjob schema > batchjob.schema.json"""
+    """Print the JSON schema of job files, for editors.
+
+    batchjob schema > batchjob.schema.json
+    """
     from batchjob.job.json_schema import job_json_schema
 
     print(json.dumps(job_json_schema(), indent=2))
@@ -22,7 +25,7 @@ def schema() -> int:
 
 
 def env(as_json: AsJson = False) -> int:
-    """Say what a bug report needs: versions, devices, cores, memory, shared memory, Ray."""
+    """Print versions, devices, cores and memory, for a bug report."""
 
     def work() -> tuple[dict[str, Any], list[str]]:
         from batchjob.system import collect_environment, format_environment

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -46,8 +48,10 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     if args is not None:
         return _run_command_line(list(args))
+    _open_missing_streams()
     command_result.before_result.append(_ignore_stop_signals)
     code = _run_command_line(sys.argv[1:])
+    _drop_unwritable_output()
     if code:  # after success all threads have ended in order
         kill_child_processes()
         exit_past_daemon_threads(code)
@@ -66,9 +70,34 @@ def _run_command_line(arguments: list[str]) -> int:
 
 
 def _ignore_stop_signals() -> None:
-    """Ignore SIGTERM and SIGINT from now on: the exit code must say what the printed result says."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """Ignore stop signals from now on: the exit code must say what the printed result says."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _open_missing_streams() -> None:
+    """Open the null device for standard streams that this process was started without (`2>&-`).
+
+    Else the next file that is opened gets the number of the stream, and libraries write their messages into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is not None:
+            continue
+        # The lowest free number is taken: the stream's own, unless a library has opened a file since the start.
+        opened = os.open(os.devnull, os.O_RDWR)
+        setattr(sys, name, os.fdopen(opened, mode, encoding="utf-8", errors="backslashreplace", closefd=False))
+
+
+def _drop_unwritable_output() -> None:
+    """Drop buffered text that a stream does not take, so that its flush at the exit cannot change the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)
 
 
 def _print_version(requested: bool) -> None:

@@ -28,7 +28,10 @@ def convert(  # noqa: PLR0913, PLR0917 - typer makes a parameter of each flag
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Write a job's model as another format, held against the original on the job's own images."""
+    """Write a job's model in another format, and compare the two.
+
+    They are compared on the job's own images.
+    """
 
     def work() -> tuple[dict[str, Any], list[str]]:
         loaded = read_job(job, param, overrides)
@@ -52,7 +55,10 @@ def bench(
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Measure each stage of a job alone, and the whole; say what holds it back. Its output is not touched."""
+    """Measure each stage of a job, and find what limits the whole.
+
+    The job's output is not touched.
+    """
 
     def work() -> tuple[dict[str, Any], list[str]]:
         loaded = read_job(job, param, overrides)

@@ -26,7 +26,7 @@ def status(
     region: Region = None,
     as_json: AsJson = False,
 ) -> int:
-    """Say what an output holds: planned, committed and failed images, and whether it is complete."""
+    """Count planned, committed and failed images of an output."""
 
     def work() -> tuple[dict[str, Any], list[str]]:
         # Not through the API, which imports the driver: schedulers and people ask for the status again and again.
@@ -48,7 +48,10 @@ def errors(
     region: Region = None,
     as_json: AsJson = False,
 ) -> int:
-    """List the images that failed, and why. With --json a line each, and the counts last."""
+    """List the images that failed, and why.
+
+    With --json a line each, and the counts last.
+    """
 
     def work() -> tuple[dict[str, Any], list[str]]:
         from batchjob.report.output_status import count_errors, read_errors
@@ -78,7 +81,10 @@ def discard(
     region: Region = None,
     as_json: AsJson = False,
 ) -> int:
-    """Delete an output's rows and bury its plan, so that another job may write there. Needs --yes."""
+    """Delete an output's rows, so that another job may write there.
+
+    Its plan is discarded. Needs --yes.
+    """
 
     def work() -> tuple[dict[str, Any], list[str]]:
         uri, options = resolve_output(where, param, overrides, endpoint, region)

@@ -45,7 +45,10 @@ def run(  # noqa: PLR0913, PLR0917 - typer makes a parameter of each flag
     as_json: AsJson = False,
     quiet: QuietFlag = False,
 ) -> int:
-    """Run a job, or resume it. Exit 0 complete, 2 invalid, 3 over budget, 4 incomplete, 75 try again later."""
+    """Run a job, or resume it.
+
+    Exit 0 complete, 2 invalid, 3 over budget, 4 incomplete, 75 try again later.
+    """
 
     def work(loaded: Job, progress: ProgressReporter) -> RunResult:
         from batchjob import api
@@ -64,7 +67,10 @@ def retry(
     as_json: AsJson = False,
     quiet: QuietFlag = False,
 ) -> int:
-    """Read the images again that failed, and replace their rows; do what a run has left undone. Exits as run does."""
+    """Read failed images again, and replace their error rows.
+
+    What a run has left undone is done too. Exits as run does.
+    """
 
     def work(loaded: Job, progress: ProgressReporter) -> RunResult:
         from batchjob import api
@@ -75,7 +81,7 @@ def retry(
 
 
 def validate(job: JobFile, overrides: Overrides = None, param: Params = None, as_json: AsJson = False) -> int:
-    """Check a job without running it: its file, its input, its model, its output."""
+    """Check a job's file, input, model and output; write nothing."""
 
     def work() -> tuple[dict[str, Any], list[str]]:
         from batchjob import api
@@ -94,7 +100,7 @@ def plan(
     as_json: AsJson = False,
     quiet: QuietFlag = False,
 ) -> int:
-    """List the input, cut it into shards and freeze that plan in the output; a run then starts from it."""
+    """List the input and freeze its plan; a run then starts from it."""
 
     def work() -> tuple[dict[str, Any], list[str]]:
         loaded = read_job(job, param, overrides)

@@ -22,7 +22,8 @@ TICK_SECONDS = 0.2
 # A heartbeat is waited for this long, so that nothing is done that its answer would have prevented.
 _HEARTBEAT_WAIT_SECONDS = 1.0
 _RELEASE_SECONDS = 3.0
-_SIGNALS = signal.SIGTERM, signal.SIGINT
+# SIGHUP: the terminal was closed. A program under `nohup` starts with it ignored, and goes on.
+_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 class ControlLoop:
@@ -41,6 +42,7 @@ class ControlLoop:
         signals: Stop signals.
         output: URI of the output, for messages.
         outage_seconds: Time that the lease may stay unwritten because the store does not answer, in seconds.
+        note: Called with lines for the user.
 
     Attributes:
         collect_events: Called in each tick with the longest time to wait for events, in seconds. Sleeps by default.
@@ -48,8 +50,15 @@ class ControlLoop:
             then nothing could be committed.
     """
 
-    def __init__(self, lease: Lease, signals: StopSignals, output: str, outage_seconds: float = 0.0) -> None:
-        self._lease, self._signals, self._output = lease, signals, output
+    def __init__(
+        self,
+        lease: Lease,
+        signals: StopSignals,
+        output: str,
+        outage_seconds: float = 0.0,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._lease, self._signals, self._output, self._note = lease, signals, output, note
         self._outage = Outage(outage_seconds)
         self._lease_thread = DaemonThreadPool(1, "lease")
         self._pending_heartbeat: Future[None] | None = None
@@ -77,6 +86,7 @@ class ControlLoop:
         self._renew_lease()
         if self._signals.requested.is_set() and not self._stopping:
             self._stopping = True
+            self._note("stop signal: what is done is kept; a second one (Ctrl-C again) stops at once")
             if not self._outage.is_ongoing:
                 self.on_stop()
             self._signals.raise_if_stopping(self._output)
@@ -126,7 +136,7 @@ class ControlLoop:
 
 
 class StopSignals:
-    """Context in which SIGTERM and SIGINT ask the run to stop; a second signal stops it at once.
+    """Context in which SIGTERM, SIGINT and SIGHUP ask the run to stop; a second signal stops it at once.
 
     Outside the main thread it does nothing, for Python allows no signal handlers there.
 
@@ -153,6 +163,8 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._previous_handlers.setdefault(number, signal.signal(number, self._handle_signal))
 
     def raise_if_stopping(self, output: str) -> None:

@@ -143,8 +143,8 @@ def _hold_lease(store: Store, progress: ProgressReporter | None, outage_seconds:
     """Hold the lease on an output and catch stop signals; raise Temporary if another driver is at work."""
     # The signals are caught first, so that none can leave a lease behind.
     with StopSignals() as signals:
-        lease = acquire_lease(store, signals, progress.note if progress else lambda text: None)
-        control_loop = ControlLoop(lease, signals, store.uri, outage_seconds)
+        note = progress.note if progress else lambda text: None
+        control_loop = ControlLoop(acquire_lease(store, signals, note), signals, store.uri, outage_seconds, note)
         try:
             yield control_loop
         finally:

@@ -7,9 +7,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO, cast
 
-from batchjob.text import format_count, sanitize
+from batchjob.text import TolerantStream, format_count, sanitize
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -145,13 +145,13 @@ class ProgressLog:
     """Progress reporter for logs: a line at regular intervals, also when nothing moves, and one at the end.
 
     Args:
-        stream: Stream to write to; stderr by default.
+        stream: Stream to write to, stderr by default. What it does not take is lost; the run goes on.
         clock: Monotonic clock, in seconds.
         interval: Time between two lines, in seconds; 0 writes a line only when `write_line` is called.
     """
 
     def __init__(self, stream: TextIO | None = None, clock: Clock = time.monotonic, interval: float = 30.0) -> None:
-        self._stream = stream or sys.stderr
+        self._stream = TolerantStream(stream or sys.stderr)
         self._clock, self._interval = clock, interval
         self._meter = ProgressMeter(clock)
         self._lock = threading.RLock()
@@ -214,7 +214,6 @@ class ProgressBar:
     """
 
     def __init__(self, console: Console | None = None, clock: Clock = time.monotonic) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         self._clock = clock
@@ -225,7 +224,7 @@ class ProgressBar:
             BarColumn(bar_width=30),
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
-            console=console or Console(stderr=True),
+            console=console or _make_console(sys.stderr),
             get_time=clock,
         )
         self._task = self._rich_progress.add_task("planning", total=None)
@@ -266,20 +265,25 @@ class ProgressBar:
 
 
 def pick_progress(quiet: bool = False, stream: TextIO | None = None) -> ProgressReporter:
-    """Pick the progress reporter: none if `quiet`, a bar if the stream is a terminal, else a log.
+    """Pick the progress reporter: none if `quiet` or without a stream, a bar if the stream is a terminal, else a log.
 
     Args:
         quiet: Show nothing.
         stream: Stream to write to; stderr by default.
     """
+    # A process that was started without a stderr has None there.
     stream = stream or sys.stderr
-    if quiet:
+    if quiet or not stream:
         return NoProgress()
     if stream.isatty():
-        from rich.console import Console
-
-        return ProgressBar(Console(file=stream))
+        return ProgressBar(_make_console(stream))
     return ProgressLog(stream)
+
+
+def _make_console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    return Console(file=cast("TextIO", TolerantStream(stream)))
 
 
 def _format_duration(seconds: float) -> str:

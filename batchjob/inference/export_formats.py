@@ -16,6 +16,7 @@ from torch import nn
 from batchjob.errors import InvalidJob
 from batchjob.inference.conversion_options import ConversionFormat
 from batchjob.inference.optimize import measure_sparsity, prune_weights, quantize_module
+from batchjob.system import install_command
 
 __all__ = ["export_model", "export_pruned", "exporter_output_ignored"]
 
@@ -98,7 +99,8 @@ def _write_onnx(module: nn.Module, inputs: torch.Tensor, path: Path) -> str:
     try:
         import onnxscript  # noqa: F401 - torch needs it; if it is missing, that is reported in one sentence
     except ImportError as error:
-        raise InvalidJob("--to onnx needs onnx and onnxscript; pip install 'batchjob[onnx]'") from error
+        install = install_command("onnx", "onnx", "onnxscript")
+        raise InvalidJob(f"--to onnx needs onnx and onnxscript; {install}") from error
     torch.onnx.export(
         module,
         (inputs,),

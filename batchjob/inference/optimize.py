@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 
 from batchjob.errors import InvalidJob
 from batchjob.inference.execution_config import ExecutionConfig
+from batchjob.system import install_command
 
 __all__ = ["fold_batch_norms", "measure_sparsity", "optimize", "prune_weights", "quantize_module"]
 
@@ -74,7 +75,7 @@ def quantize_module(module: nn.Module, mode: str, example: torch.Tensor) -> nn.M
         with _torchao_warnings_ignored():
             import torchao  # noqa: F401 - a missing package is reported here, in one sentence
     except ImportError as error:
-        raise InvalidJob("runtime.quantize needs torchao; pip install 'batchjob[quant]'") from error
+        raise InvalidJob(f"runtime.quantize needs torchao; {install_command('quant', 'torchao')}") from error
     with _torchao_warnings_ignored():
         return _quantize_static(module, example) if mode == "int8-static" else _quantize_dynamic(module, mode)
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from batchjob.concurrency import terminal_signals_blocked
 from batchjob.job.job import Job
 from batchjob.pool.worker_sizing import Node
 
@@ -44,7 +45,9 @@ def connect(job: Job, address: str | None) -> None:
     if address:
         ray.init(address=address, runtime_env=_runtime_env(job), **quiet)
     else:
-        ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
+        # Ray blocks only SIGINT in its processes: without this they would end with the terminal, before the run does.
+        with terminal_signals_blocked():
+            ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
 
 
 def list_nodes() -> list[Node]:

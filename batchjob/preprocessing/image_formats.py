@@ -8,6 +8,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Literal
 
+from batchjob.system import install_command
+
 __all__ = [
     "DEFAULT_FORMATS",
     "FORMATS",
@@ -91,7 +93,7 @@ def sniff_format(data: bytes) -> tuple[ImageFormat | None, str | None]:
 def unavailable_reason(format: ImageFormat) -> str | None:
     """Explain why this installation cannot read a format, as the rest of `heif, which …`; None where it can."""
     if format == "heif" and find_spec("pillow_heif") is None:
-        return "needs an extra: pip install 'batchjob[heif]'"
+        return f"needs another package: {install_command('heif', 'pillow-heif')}"
     if format == "avif":
         from PIL import features
 

@@ -20,6 +20,7 @@ from batchjob.storage.fsspec_backend import FsspecBackend
 from batchjob.storage.objects import ObjectData, ObjectInfo
 from batchjob.storage.options import StorageOptions
 from batchjob.storage.retry_policy import CONNECT_TIMEOUT, FIRST_BACKOFF, MAX_BACKOFF, RetryPolicy, upload_timeout
+from batchjob.system import install_command
 
 if TYPE_CHECKING:
     from obstore import PutMode
@@ -205,7 +206,7 @@ def open_bucket(scheme: str, bucket: str, options: StorageOptions, policy: Retry
         with translate_errors(base):
             connect, fallback = prepare(bucket, base, options, policy)
     except ImportError as error:
-        raise InvalidJob(f"{scheme}:// needs the extra: pip install 'batchjob[{_EXTRAS[provider]}]'") from error
+        raise InvalidJob(f"{scheme}:// needs another package; {install_command(_EXTRAS[provider])}") from error
     return ObstoreBackend(provider, base, connect, fallback, policy)
 
 

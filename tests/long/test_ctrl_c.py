@@ -1,4 +1,4 @@
-"""Ctrl-C as a terminal sends it: to the driver and to all processes it has started, at any time."""
+"""Ctrl-C, and the end of a terminal, as it signals them: to the driver and all its processes, at any time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from batchjob_process import read_rows, write_slow_job
 
 @pytest.mark.parametrize("moment", ["while it loads", "once a worker is there"])
 @pytest.mark.parametrize("processes", [0, 1])
-def test_ctrl_c_ends_with_75_and_no_traceback(processes: int, moment: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_terminal_ends_a_run_with_75_and_no_traceback(
+    number: signal.Signals, processes: int, moment: str, tmp_path: Path
+) -> None:
     write_slow_job(tmp_path, 40)
     command = [sys.executable, "-m", "batchjob", "run", "job.yaml", f"runtime.loader.processes={processes}"]
     env = {**os.environ, "BATCHJOB_TEST_NAP": "0.5"}
@@ -29,7 +32,7 @@ def test_ctrl_c_ends_with_75_and_no_traceback(processes: int, moment: str, tmp_p
             if moment == "while it loads" or "worker local" in line:
                 break
         time.sleep(1.0)
-        os.killpg(driver.pid, signal.SIGINT)
+        os.killpg(driver.pid, number)
         output += driver.stderr.read()
         code = driver.wait(60)
     assert code == 75, output

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from batchjob import system
 from batchjob.errors import InvalidJob
 from batchjob.system import (
     available_cores,
@@ -17,6 +21,7 @@ from batchjob.system import (
     cgroup_memory_limit,
     collect_environment,
     format_environment,
+    install_command,
     require_packages,
 )
 
@@ -131,10 +136,30 @@ def test_memory_is_at_most_that_of_the_machine() -> None:
 # -- packages --------------------------------------------------------------------------------------------------
 
 
-def test_missing_packages_are_named_with_the_extra_that_installs_them() -> None:
+def test_missing_packages_are_named_with_a_command_that_installs_them() -> None:
     with pytest.raises(InvalidJob) as caught:
         require_packages("no_such_a", "json", "no_such_b", model_type="onnx", extra="onnx")
-    assert caught.value.message == ("model.type: onnx needs no_such_a and no_such_b; pip install 'batchjob[onnx]'")
+    assert caught.value.message.startswith("model.type: onnx needs no_such_a and no_such_b; ")
+    assert caught.value.message.endswith(install_command("onnx"))
+
+
+@pytest.mark.parametrize(("has_pip", "installer"), [(True, ["pip"]), (False, ["uv", "pip"])])
+def test_install_command_names_the_packages_of_an_extra(
+    monkeypatch: pytest.MonkeyPatch, has_pip: bool, installer: list[str]
+) -> None:
+    monkeypatch.setattr(system, "find_spec", lambda name: object() if has_pip else None)
+    words = shlex.split(install_command("azure"))
+    assert words[: len(installer) + 1] == [*installer, "install"]
+    assert [re.split("[<>=]", word)[0] for word in words[len(installer) + 1 :]] == ["adlfs", "azure-identity"]
+
+
+def test_install_command_without_an_installed_batchjob_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", missing)
+    assert install_command("heif", "pillow-heif").endswith(" install pillow-heif")
+    assert install_command("timm").endswith(" install 'batchjob[timm]'")
 
 
 def test_required_package_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +196,8 @@ def make_environment(**changed: Any) -> dict[str, Any]:
     environment = {
         "python": "3.11.9",
         "platform": "Linux-6.1",
-        "packages": {"torch": "2.15.0", "s3fs": None},
+        "packages": {"torch": "2.15.0", "numpy": None},
+        "optional_packages": {"s3": {"boto3": "1.40.0", "s3fs": None}, "timm": {"timm": "1.0.15"}},
         "cores": {"machine": 64, "allowed": 8, "quota": 2.5},
         "memory": {"machine": 96 * GIB, "limit": 12 * GIB},
         "shared_memory": GIB // 2,
@@ -185,7 +211,9 @@ def test_report_for_people_has_one_line_for_each_value() -> None:
     assert format_environment(make_environment()) == [
         "python         3.11.9 on Linux-6.1",
         "torch          2.15.0",
-        "s3fs           not installed",
+        "numpy          not installed",
+        "s3             boto3 1.40.0, no s3fs (optional)",
+        "timm           timm 1.0.15 (optional)",
         "cores          64 here, 8 allowed, quota 2.5",
         "memory         96.0 GiB, limit 12.0 GiB",
         "shared memory  0.5 GiB",
