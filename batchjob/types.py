@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 from batchjob.text import sanitize
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Batch",
     "Cursor",
-    "EncodedImages",
     "ErrorRecord",
     "ImageInfo",
     "ImageRef",
@@ -116,14 +114,12 @@ class Shard:
         refs: Its images in plan order; at a retry only those with error rows.
         passthrough: Table with a row for each image, possibly without columns.
         attempt_number: Number of this attempt within its worker; a shard may be attempted again after a failure.
-        decode_on_cpu: Leave no image to be decoded on a GPU.
     """
 
     key: ShardKey
     refs: tuple[ImageRef, ...]
     passthrough: pa.Table
     attempt_number: int = 0
-    decode_on_cpu: bool = False
 
 
 # -- images ----------------------------------------------------------------------------------------------------
@@ -152,7 +148,7 @@ class PreparedImage:
     """Image ready for its batch.
 
     Attributes:
-        pixels: uint8 or float32 `[c, h, w]`; an image left encoded is uint8 `[bytes]`.
+        pixels: uint8 or float32 `[c, h, w]`.
         width: Width in pixels as stored.
         height: Height in pixels as stored.
         axes_swapped: The EXIF orientation is a quarter turn, so that upright width and height are swapped.
@@ -184,27 +180,6 @@ class ImageInfo:
 
 
 @dataclass(frozen=True)
-class EncodedImages:
-    """Images of a batch that are still encoded, for the GPU to decode.
-
-    Example: files of 10, 20 and 5 bytes have `data` of 35 bytes and `ends` of `(10, 30, 35)`.
-
-    Attributes:
-        indices: Indices among the batch's images without error, ascending.
-        data: The files one after the other, uint8 `[bytes]`.
-        ends: Offset in `data` at which each file ends.
-    """
-
-    indices: tuple[int, ...]
-    data: torch.Tensor
-    ends: tuple[int, ...]
-
-    def files(self) -> list[torch.Tensor]:
-        """Return each file, uint8 `[bytes]`, as a view of `data`."""
-        return [self.data[start:end] for start, end in pairwise((0, *self.ends))]
-
-
-@dataclass(frozen=True)
 class Batch:
     """Loaded batch of one shard.
 
@@ -223,7 +198,6 @@ class Batch:
         shapes: `[c, h, w]` of each image; None if all are equal.
         attempt_number: Number of the attempt, from its shard.
         timings: The single timings of which `stage_seconds` is the sum.
-        encoded: Those of the `n` images that are not in `pixels`, because the GPU decodes them.
     """
 
     shard_index: int
@@ -235,7 +209,6 @@ class Batch:
     shapes: tuple[tuple[int, ...], ...] | None = None
     attempt_number: int = 0
     timings: tuple[StageTiming, ...] = ()
-    encoded: EncodedImages | None = None
 
     def pin_memory(self) -> Batch:
         """Return the batch with pixels in page-locked memory."""

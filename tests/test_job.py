@@ -196,6 +196,14 @@ def test_all_problems_are_reported_with_their_lines() -> None:
                 "which a job does not know; leave it out"
             ),
         ),
+        (
+            "errors:",
+            "decode: {device: cuda}\nerrors:",
+            (
+                "job.yaml:23:18: decode.device: is cuda, but this version decodes on the CPU only; "
+                "write device: cpu, or leave it away"
+            ),
+        ),
         ("task:", "? [a]\n: b\ntask:", "job.yaml:13:3: has a key that is not text"),
     ],
 )

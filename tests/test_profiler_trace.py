@@ -45,17 +45,17 @@ def build_tracks(
 
 
 def test_stage_of_any_name_has_a_track() -> None:
-    timings = [make_timing("polish", 1e-3, 2e-3), make_timing("device decode", 0.0, 1e-3)]
+    timings = [make_timing("polish", 1e-3, 2e-3), make_timing("fetch", 0.0, 1e-3)]
     tracks = build_tracks([make_event("forward", 1200.0, 7)], timings)
-    assert list(tracks) == ["device decode", "forward", "polish"]
+    assert list(tracks) == ["fetch", "forward", "polish"]
     assert tracks["polish"][0] == pytest.approx((2000.0, 1000.0))
-    assert "device decode" in TRACKS
+    assert "fetch" in TRACKS
 
 
 def test_overlapping_batches_have_lanes_of_their_own() -> None:
-    timings = [make_timing("device decode", *when) for when in ((0.0, 0.002), (0.001, 0.003), (0.002, 0.004))]
+    timings = [make_timing("fetch", *when) for when in ((0.0, 0.002), (0.001, 0.003), (0.002, 0.004))]
     tracks = build_tracks([], timings)
-    assert [len(tracks[title]) for title in ("device decode", "device decode 2")] == [2, 1]
+    assert [len(tracks[title]) for title in ("fetch", "fetch 2")] == [2, 1]
 
 
 def test_times_of_the_gpu_are_preferred() -> None:

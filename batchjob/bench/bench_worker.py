@@ -124,7 +124,6 @@ class BenchWorker:
         predictor: Predictor in the execution config of the run.
         part_builder: Builder of the parts.
         cpu_parallelism: Batches computed at once, and threads for each.
-        gpu_decoding: Decoder of a share of the images on the GPU; None if the job does not ask for it.
         timings: Timings of the current run.
     """
 
@@ -143,8 +142,8 @@ class BenchWorker:
         self._clone_indices = count(_FIRST_CLONE_INDEX)
         self._worker = Worker(loaded, session, on_event=self._events.put, timing_sink=self.timings.append)
         self.job, self.info, self.reader, self.engine = loaded.job, loaded.info, loaded.reader, loaded.engine
-        self.loader, self.gpu_decoding = loaded.loader_setup.loader, loaded.loader_setup.gpu_decoding
-        self.predictor, self.part_builder = session.predictor, self._worker.part_builder
+        self.loader, self.predictor = loaded.loader_setup.loader, session.predictor
+        self.part_builder = self._worker.part_builder
         self.cpu_parallelism = loaded.cpu_parallelism
 
     @property
@@ -205,9 +204,8 @@ class BenchWorker:
         return event.result
 
     def load_batches(self, shard: Shard) -> list[Batch]:
-        """Load the batches of a shard with the loader, all images decoded on the CPU."""
-        shards = ShardQueue.of([replace(shard, decode_on_cpu=True)])
-        return [_move_out_of_shared_memory(batch) for batch in self.loader.batches(shards)]
+        """Load the batches of a shard with the loader."""
+        return [_move_out_of_shared_memory(batch) for batch in self.loader.batches(ShardQueue.of([shard]))]
 
     def part_bytes(self, result: ShardResult) -> int:
         """Return the size of a committed part."""

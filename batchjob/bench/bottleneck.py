@@ -150,18 +150,7 @@ def _compute_cpu_ceiling(stages: Sequence[StageFigures], cores: int) -> Ceiling 
     total = sum(ms for ms in cpu_ms.values() if ms is not None)
     if total <= 0 or any(cpu_ms.get(name) is None for name in _CPU_STAGES):
         return None
-    words = f"{cores} cores ÷ {total:,.2f} ms of CPU an image"
-    device_rate = next((stage.images_per_second for stage in stages if stage.name == "device decode"), None)
-    if device_rate is None:
-        return Ceiling("cpu", cores / total * 1e3, words)
-    # Each image that the device decodes saves the CPU its decode and transform. Example: 2 cores, 10 ms per image, 8 of
-    # them saved, and a device that decodes 100 images/s. n images/s cost 10 n - 8 * 100 ms of the 2000 ms per second:
-    # n = 280. If the device decoded all of them, n would be 2000 / 2 = 1000, so 280 is the ceiling.
-    saved = sum(cpu_ms[name] or 0.0 for name in ("decode", "transform"))
-    some_on_device = (cores * 1e3 + device_rate * saved) / total
-    all_on_device = cores * 1e3 / (total - saved)
-    words = f"{words}, up to {device_rate:,.0f} images/s decoded on the device"
-    return Ceiling("cpu", min(some_on_device, all_on_device), words)
+    return Ceiling("cpu", cores / total * 1e3, f"{cores} cores ÷ {total:,.2f} ms of CPU an image")
 
 
 def _select_cpu_ms(stages: Sequence[StageFigures]) -> dict[str, float | None]:

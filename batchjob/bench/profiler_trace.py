@@ -22,7 +22,7 @@ from batchjob.types import StageTiming
 
 __all__ = ["ANCHOR", "TRACKS", "build_track_events", "torch_profiler", "write_profile"]
 
-TRACKS = ("fetch", "decode", "device decode", "wait", "H2D", "forward", "D2H", "write", "commit")
+TRACKS = ("fetch", "decode", "wait", "H2D", "forward", "D2H", "write", "commit")
 """Stages from top to bottom; other stages follow below them."""
 ANCHOR = f"{PROFILER_PREFIX}anchor"
 """Name of an event whose time is known by torch's clock and by `time.perf_counter`."""

@@ -29,7 +29,7 @@ class StageMeasurement:
     """One stage alone, in one thread of one process unless `note` says otherwise.
 
     Attributes:
-        name: list, fetch, decode, transform, collate, device decode, H2D, forward, D2H or write.
+        name: list, fetch, decode, transform, collate, H2D, forward, D2H or write.
         images_per_second: Throughput by wall-clock time.
         cpu_ms: Milliseconds of CPU per image, of all cores together.
         gpu_ms: Milliseconds of the GPU per image.

@@ -86,7 +86,7 @@ def _compute_starvation(
 
 def _compute_utilization(run: RunRecord, parallel_batches: int) -> dict[str, StageUtilization]:
     utilization = {}
-    for stage in ("fetch", "decode", "device decode", "forward", "write"):
+    for stage in ("fetch", "decode", "forward", "write"):
         timings = run.timings_of(stage)
         seconds = sum(map(_duration, timings))
         if seconds > 0:

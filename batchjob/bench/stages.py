@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import cycle, islice
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from batchjob.bench.stage_clock import StageClock
 from batchjob.errors import ImageError
 from batchjob.inference.device_transfer import DeviceTransfer
 from batchjob.loader.fetch import Fetcher, group_refs
-from batchjob.preprocessing.jpeg import read_baseline_jpeg_size
 from batchjob.storage.objects import ObjectData
 from batchjob.types import Batch, ImageInfo
 
@@ -41,7 +40,7 @@ def measure_stages(worker: BenchWorker, batches: Sequence[Batch]) -> list[StageM
     """
     infos = [info for batch in batches for info in batch.image_infos]
     fetch, objects = _measure_fetch(worker, infos)
-    preparing = [*_measure_preparing(worker, objects), *_measure_device_decode(worker, objects)]
+    preparing = _measure_preparing(worker, objects)
     full = select_full_batches(worker, batches)
     moved = move_to_device(worker, full)
     model = [_measure_h2d(worker, full), _measure_forward(worker, moved), _measure_d2h(worker, moved)]
@@ -106,25 +105,6 @@ def _measure_collate(worker: BenchWorker, clock: StageClock, images: list[torch.
     with clock.measure(len(images)):
         worker.loader.collate(images)
     images.clear()
-
-
-def _measure_device_decode(worker: BenchWorker, objects: Sequence[ObjectData]) -> list[StageMeasurement]:
-    """Measure decode and transform on the device, if the job leaves a share of the images to it."""
-    gpu_decoding = worker.gpu_decoding
-    if gpu_decoding is None:
-        return []
-    sizes = ((item.data, read_baseline_jpeg_size(item.data)) for item in objects)
-    baseline = list(islice(((data, size) for data, size in sizes if size is not None), worker.batch_size))
-    files = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data, _ in baseline]
-    pixels = [height * width for _, (height, width) in baseline]
-    if not files or not gpu_decoding.can_decode(files, pixels):
-        return [StageMeasurement("device decode", note="not measured: the device takes none of these images")]
-    clock = StageClock()
-    while clock.seconds < _MAX_SECONDS / 2:
-        with clock.measure(len(files)):
-            gpu_decoding.can_decode(files, pixels)
-    stage = clock.to_measurement("device decode", None, "and transform, for a share of the images")
-    return [replace(stage, cpu_ms=None)]
 
 
 def _measure_h2d(worker: BenchWorker, batches: Sequence[Batch]) -> StageMeasurement:

@@ -29,7 +29,6 @@ from batchjob.inference.example_images import (
 )
 from batchjob.inference.execution_config import ExecutionConfig, requested_config
 from batchjob.inference.forward import ForwardOptions, ForwardPass
-from batchjob.inference.gpu_decode import check_gpu_decode_supported
 from batchjob.inference.optimize import optimize
 from batchjob.inference.predictor import Predictor
 from batchjob.job.acceleration import Acceleration
@@ -79,8 +78,6 @@ class Engine:
         self.capabilities: DeviceCapabilities = get_device_capabilities(self.device)
         self.preprocess: Preprocess = merge_preprocess(job.preprocess, self.model.preprocess)
         self.image_transform: ImageTransform = _build_image_transform(job, self.preprocess)
-        if job.decode.device == "cuda":
-            check_gpu_decode_supported(self.preprocess, self.image_transform.resize_crop, self.model.input_kind)
         self._normalize = Normalizer(self.preprocess)
         self._example_run: tuple[nn.Module, Any] | None = None
         self.example_image: torch.Tensor = make_example_image(job, reader, self.image_transform, sample_locations)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 
 from batchjob.errors import AttemptFailed
-from batchjob.types import EncodedImages, ErrorRecord
+from batchjob.types import ErrorRecord
 
-__all__ = ["GpuSplitBatch", "RaggedBatch", "StackedBatch"]
+__all__ = ["RaggedBatch", "StackedBatch"]
 
 
 class StackedBatch:
@@ -53,36 +52,6 @@ class StackedBatch:
     def shapes(self) -> None:
         """Return None: all images have the same shape."""
 
-    def encoded(self) -> EncodedImages | None:
-        """Return the images that the GPU has to decode; None if there are none."""
-        return None
-
-
-class GpuSplitBatch(StackedBatch):
-    """Stacked batch in which some images are still encoded (uint8 `[bytes]`), for the GPU to decode.
-
-    Example: images A (decoded), B (encoded), C (decoded) give the tensor [A, C] and the encoded image B at index 1.
-    """
-
-    def __init__(self, rows: int, size: tuple[int, ...] | None, shared: bool) -> None:
-        super().__init__(rows, size, shared)
-        self._files: dict[int, torch.Tensor] = {}  # by index among the good images
-
-    def add(self, image: torch.Tensor) -> ErrorRecord | None:
-        """Append an image; return an error if it does not fit to the others."""
-        if image.ndim != 1:
-            return super().add(image)
-        self._files[self._used + len(self._files)] = image
-        return None
-
-    def encoded(self) -> EncodedImages | None:
-        """Return the images that the GPU has to decode; None if there are none."""
-        if not self._files:
-            return None
-        ends = tuple(accumulate(file.numel() for file in self._files.values()))
-        data = _allocate((ends[-1],), torch.uint8, self._shared)
-        return EncodedImages(tuple(self._files), torch.cat(list(self._files.values()), out=data), ends)
-
 
 class RaggedBatch:
     """Batch of images of different sizes, their values one after another in one flat tensor.
@@ -117,9 +86,6 @@ class RaggedBatch:
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Return `[c, h, w]` of each image."""
         return tuple(tuple(image.shape) for image in self._images)
-
-    def encoded(self) -> None:
-        """Return None: all images are decoded."""
 
 
 def _allocate_batch(rows: int, image: torch.Tensor, shared: bool) -> torch.Tensor:

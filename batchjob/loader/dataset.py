@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from batchjob.errors import BatchjobError, ImageError, Unavailable, is_out_of_memory
-from batchjob.loader.collate import GpuSplitBatch, RaggedBatch, StackedBatch
+from batchjob.loader.collate import RaggedBatch, StackedBatch
 from batchjob.loader.fetch import Fetcher, check_file_size, group_refs
 from batchjob.storage.objects import ObjectData
 from batchjob.types import Batch, ErrorRecord, ImageInfo, ImageRef, PreparedImage, StageTiming
@@ -32,7 +32,6 @@ class BatchRequest:
         start: Offset of the first row within the shard.
         refs: Images of the batch.
         known_errors: Rows that are not loaded, and the errors known of them.
-        decode_on_cpu: True if no image is left for the GPU to decode.
     """
 
     shard_index: int
@@ -40,7 +39,6 @@ class BatchRequest:
     start: int
     refs: tuple[ImageRef, ...]
     known_errors: Mapping[int, ImageInfo] = field(default_factory=dict)
-    decode_on_cpu: bool = False
 
     def with_known_error(self, row: int, info: ImageInfo) -> BatchRequest:
         """Return the request with one row that is not loaded any more."""
@@ -96,21 +94,16 @@ class ImageDataset:
         transform: Decode, resize and crop of one image.
         size: Last dimensions that every prepared image must have; None takes those of each batch's first good image.
         variable_size: True if images may differ in size; `size` is then ignored.
-        split_transform: Used in place of `transform` where a GPU decodes a share of the images; those come as flat
-            uint8 `[bytes]`.
     """
 
     fetcher: Fetcher
     transform: TransformFn
     size: tuple[int, ...] | None
     variable_size: bool
-    split_transform: TransformFn | None = None
 
     def make_collator(self, rows: int, shared: bool = False) -> StackedBatch | RaggedBatch:
         """Make an empty batch for so many prepared images, in shared memory if it travels to another process."""
-        if self.variable_size:
-            return RaggedBatch(shared)
-        return (StackedBatch if self.split_transform is None else GpuSplitBatch)(rows, self.size, shared)
+        return RaggedBatch(shared) if self.variable_size else StackedBatch(rows, self.size, shared)
 
     def load_batch(
         self, request: BatchRequest, callback: LoadCallback | None = None, shared: bool = False
@@ -128,7 +121,6 @@ class ImageDataset:
         callback = callback or _NoOpCallback()
         timings: list[StageTiming] = []
         collator = self.make_collator(len(request.refs), shared)
-        transform = self.transform if request.decode_on_cpu else self.split_transform or self.transform
         infos = dict(request.known_errors)
         rows = [row for row in range(len(request.refs)) if row not in infos]
         next_row = iter(rows)
@@ -141,7 +133,7 @@ class ImageDataset:
                 with _record_stage(timings, "decode", len(refs)):
                     while objects:
                         row = next(next_row)
-                        infos[row] = self._prepare_image(row, objects.pop(), transform, collator, callback)
+                        infos[row] = self._prepare_image(row, objects.pop(), collator, callback)
         except Unavailable as error:
             return Batch(
                 shard_index=request.shard_index,
@@ -164,14 +156,12 @@ class ImageDataset:
             shapes=collator.shapes(),
             attempt_number=request.attempt_number,
             timings=tuple(timings),
-            encoded=collator.encoded(),
         )
 
     def _prepare_image(
         self,
         row: int,
         answer: ObjectData | ErrorRecord,
-        transform: TransformFn,
         collator: StackedBatch | RaggedBatch,
         callback: LoadCallback,
     ) -> ImageInfo:
@@ -184,7 +174,7 @@ class ImageDataset:
             return ImageInfo(etag, error=error_record)
         callback.on_image(row, etag)
         try:
-            image = transform(answer.data)
+            image = self.transform(answer.data)
             return ImageInfo(etag, image.width, image.height, collator.add(image.pixels), image.axes_swapped)
         except ImageError as error:
             error_record = ErrorRecord(error.stage, error.type, error.message)

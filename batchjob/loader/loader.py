@@ -39,14 +39,13 @@ class Loader:
         variable_size: True if images may differ in size; `size` is then ignored.
         max_bytes: Images known to be larger, in bytes, are not fetched; None for no limit.
         retries: Further reads of an image that cannot be read while its store answers.
-        split_transform: Used in place of `transform` where a GPU decodes a share of the images; picklable.
 
     Attributes:
         batch_size: Images in a batch; a new value counts from the next shard on.
         quarantine: Images that are known to kill a process. The initial one lasts as long as the loader.
     """
 
-    def __init__(  # noqa: PLR0913 - keyword only, and called in few places
+    def __init__(
         self,
         *,
         reader: Reader,
@@ -57,10 +56,9 @@ class Loader:
         variable_size: bool = False,
         max_bytes: int | None = None,
         retries: int = 2,
-        split_transform: TransformFn | None = None,
     ) -> None:
         fetcher = Fetcher(reader, max_bytes, retries)
-        self._dataset = ImageDataset(fetcher, transform, size, variable_size, split_transform)
+        self._dataset = ImageDataset(fetcher, transform, size, variable_size)
         self._config = config
         self._starting_pool: Future[LoaderProcessPool] | None = None
         self._deaths_before, self._callback = 0, _TimestampCallback()
@@ -148,9 +146,7 @@ class Loader:
                     break
                 refs = shard.refs[start : start + batch_size]
                 known_errors = self.quarantine.errors_by_row(ref.position for ref in refs)
-                yield BatchRequest(
-                    shard.key.index, shard.attempt_number, start, refs, known_errors, shard.decode_on_cpu
-                )
+                yield BatchRequest(shard.key.index, shard.attempt_number, start, refs, known_errors)
 
     def _start_pool(self) -> LoaderProcessPool:
         start_forkserver(__name__)

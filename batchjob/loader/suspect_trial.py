@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 
 from batchjob.errors import AttemptFailed
@@ -37,7 +37,7 @@ def try_image_alone(process: LoaderProcess, request: BatchRequest, seconds: floa
     Raises:
         AttemptFailed: The process ended before it was ready.
     """
-    process.send(0, replace(request, decode_on_cpu=True))
+    process.send(0, request)
     while True:
         ready = wait([process.pipe, process.sentinel])
         if (received := process.receive()) is not None:

@@ -23,7 +23,7 @@ from batchjob.preprocessing.image_formats import ImageFormat, format_list, pillo
 from batchjob.preprocessing.jpeg import MinSize, choose_scale_denominator, decode_jpeg, read_jpeg_size
 from batchjob.preprocessing.settings import DecodeSettings
 
-__all__ = ["DecodedImage", "decode", "read_jpeg_orientation"]
+__all__ = ["DecodedImage", "decode"]
 
 _ORIENTATION_TAG = 0x0112  # EXIF
 _BITS_PER_SAMPLE_TAG = 258  # TIFF
@@ -115,7 +115,7 @@ def decode(
             raise _classify_error(error, data, settings) from None
 
 
-def read_jpeg_orientation(data: bytes, settings: DecodeSettings) -> int:
+def _read_jpeg_orientation(data: bytes, settings: DecodeSettings) -> int:
     """Read the EXIF orientation of a JPEG file: 1 to 8, 1 is upright. Raises any exception of Pillow."""
     with _limit_pillow(settings), Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
         return _read_orientation(image)
@@ -129,7 +129,7 @@ def _decode_plain_jpeg(
     if size is None or size[0] * size[1] > settings.max_pixels:
         return None
     try:
-        orientation = read_jpeg_orientation(data, settings) if apply_exif else 1
+        orientation = _read_jpeg_orientation(data, settings) if apply_exif else 1
     except Exception:  # noqa: BLE001 - Pillow decodes the file next and names the error
         return None
     axes_swapped = orientation > _LAST_UNSWAPPED

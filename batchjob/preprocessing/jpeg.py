@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import simplejpeg
 
-__all__ = ["MinSize", "choose_scale_denominator", "decode_jpeg", "read_baseline_jpeg_size", "read_jpeg_size"]
+__all__ = ["MinSize", "choose_scale_denominator", "decode_jpeg", "read_jpeg_size"]
 
 MinSize = int | tuple[int, int]
 """Pixels that are needed: of the shorter side, or height and width."""
@@ -14,9 +14,7 @@ _COLOR_SPACES = {"Gray", "YCbCr"}  # Pillow converts the others differently
 # Markers of frame headers (ITU-T T.81, table B.1), for coding by cosine transform. A lossless file may have samples
 # of any number of bits.
 _DCT_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
-_BASELINE_FRAME = 0xC0
 _NOT_FRAMES = {0xC4, 0xC8, 0xCC}  # other segments whose markers lie among those of frames
-_END_OF_IMAGE = b"\xff\xd9"
 _FAST_DENOMINATORS = (8, 4, 2)  # the reductions at which libjpeg is fast
 
 
@@ -26,17 +24,6 @@ def read_jpeg_size(data: bytes) -> tuple[int, int] | None:
         return None
     height, width, color_space = _read_header(data)
     return (height, width) if color_space in _COLOR_SPACES else None
-
-
-def read_baseline_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Read height and width of a file that a GPU's decoder can be trusted with; None of all others.
-
-    That is a baseline file in YCbCr with its end marker: a GPU's decoder may fill up a truncated file silently.
-    """
-    if not data.endswith(_END_OF_IMAGE) or _find_frame_marker(data) != _BASELINE_FRAME:
-        return None
-    height, width, color_space = _read_header(data)
-    return (height, width) if color_space == "YCbCr" else None
 
 
 def decode_jpeg(data: bytes, size: tuple[int, int], scale_denominator: int = 1) -> np.ndarray | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from batchjob.errors import InvalidJob
 from batchjob.preprocessing.image_formats import DEFAULT_FORMATS, FORMATS, ImageFormat, unavailable_reason
@@ -36,8 +36,7 @@ class DecodeSettings(Settings):
             leaves the rest black or grey. `error` makes it an error row.
         mode: `exact` gives Pillow's decoding and torchvision's resize, bit for bit. `fast` resizes in integers, and
             decodes a JPEG at 1/2, 1/4 or 1/8 of its size if that is still as large as the resize needs.
-        device: `cuda` gives a share of the plain JPEG files to the GPU's own decoder, as large as keeps CPU and GPU
-            busy; the CPU decodes all others. Its pixels differ by a few levels of 255, so it needs `mode: fast`.
+        device: Device that decodes: the CPU. Version 0.1 could also decode on a GPU.
     """
 
     max_pixels: Annotated[int, Field(ge=1)] = 178_956_970
@@ -47,15 +46,14 @@ class DecodeSettings(Settings):
     )
     truncated: Literal["error", "accept"] = "error"
     mode: Literal["exact", "fast"] = "exact"
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["cpu"] = "cpu"
 
-    @model_validator(mode="after")
-    def _check_device(self) -> Self:
-        if self.device == "cuda" and self.mode == "exact":
-            raise ValueError("has device cuda, whose pixels are not exact; write mode: fast with it, or device: cpu")
-        if self.device == "cuda" and "jpeg" not in self.formats:
-            raise ValueError("has device cuda, which decodes JPEG, but formats without jpeg; add it, or device: cpu")
-        return self
+    @field_validator("device", mode="before")
+    @classmethod
+    def _refuse_cuda(cls, device: object) -> object:
+        if device == "cuda":
+            raise ValueError("is cuda, but this version decodes on the CPU only; write device: cpu, or leave it away")
+        return device
 
 
 class Preprocess(Settings):

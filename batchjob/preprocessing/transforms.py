@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,26 +121,6 @@ class ResizeCrop:
         """
         resize = partial(resize_and_crop_uint8, scale_denominator=scale_denominator, full_size=upright_size)
         return self._apply(pixels, resize, upright_size)
-
-    def resize_on_device(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Resize and crop images on the device that decoded them, with the tolerance of `resize_fast`.
-
-        Args:
-            images: uint8 `[c, h, w]` each; together they must fit into device memory as float32.
-
-        Returns:
-            uint8 `[n, c, height, width]`, of `size`.
-        """
-        resized = [
-            _resize_center_crop(image, (int(image.shape[1]), int(image.shape[2])), self._preprocess, _resize_in_float)
-            for image in images
-        ]
-        return torch.stack(resized).clamp_(0, 255).round_().to(torch.uint8)
-
-    def resized_pixels(self, upright_size: tuple[int, int]) -> int:
-        """Count the pixels between resize and crop, for an image of this height and width."""
-        height, width = compute_resized_size(self._preprocess.resize, *upright_size)
-        return height * width
 
     def __getstate__(self) -> tuple[Preprocess, Path]:
         return self._preprocess, self._folder

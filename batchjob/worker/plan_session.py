@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,6 @@ from batchjob.plan.chunks import CHUNK_ROWS
 from batchjob.plan.contract import Contract, put_or_read, verify
 from batchjob.plan.head import PlanHead, is_discarded, read_current_head
 from batchjob.plan.reader import PlanReader
-from batchjob.storage.store import put_or_get
 from batchjob.types import Shard, ShardKey
 from batchjob.worker.setup import LoadedWorker
 
@@ -109,23 +107,13 @@ class PlanSession:
             shard = retry.select_error_rows(loaded.store, shard, loaded.job.decode.max_bytes)
         if shard.refs:
             self.quarantine.load([ref.position for ref in shard.refs], key.revision, reattempt)
-        if loaded.loader_setup.gpu_decoding is None:
-            return shard
-        return replace(shard, decode_on_cpu=reattempt or bool(key.revision) or not self._claim_first_attempt(key))
+        return shard
 
     def raise_if_discarded(self) -> None:
         """Raise Temporary if the plan has been discarded."""
         store = self.loaded.store
         if is_discarded(store, self.head):
             raise Temporary(f"{store.uri}: the plan was discarded while this run was at work; run again")
-
-    def _claim_first_attempt(self, key: ShardKey) -> bool:
-        """Return True if no process has begun this shard before. Each attempt asks only once.
-
-        A decoder that crashes on a GPU takes the whole worker with it, so the shard's next attempt decodes on the CPU.
-        """
-        token = secrets.token_hex(8).encode()
-        return put_or_get(self.loaded.store, f"{self.head.folder}decoding/{key.id}", token) == token
 
 
 def _agree_on_contract(loaded: LoadedWorker, head: PlanHead, reader: PlanReader) -> Contract:

@@ -109,7 +109,7 @@ def load(job: Job, setup: WorkerSetup, cores: int, started: float | None = None)
         device = identify_device(engine.device)
         with report_device_faults(device):
             loader_setup = resources.enter_context(
-                closing(LoaderSetup(job, engine, reader, cores, setup.small_input_bytes, watchdog.step))
+                closing(LoaderSetup(job, engine, reader, cores, setup.small_input_bytes))
             )
             loader_setup.start()
             engine.check_task()

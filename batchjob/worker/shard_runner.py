@@ -20,7 +20,7 @@ __all__ = ["ShardRunner"]
 
 
 class BatchSource(Protocol):
-    """Source of loaded batches: `Loader`, or `GpuDecodingLoader` in front of one."""
+    """Source of loaded batches: the `Loader`."""
 
     def batches(self, queue: ShardQueue) -> Iterator[Batch]:
         """Yield the batches of the queue's shards in order, until the queue has none now."""

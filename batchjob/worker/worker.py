@@ -69,7 +69,7 @@ class Worker:
         )
         last_progress = loader_setup.loader.last_progress
         self._runner = ShardRunner(
-            loader_setup.batch_source,
+            loader_setup.loader,
             self._predictor,
             self.part_builder,
             loaded.cpu_parallelism.parallel_batches,

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jpeg_files import decode_files, encode_jpeg, make_photograph
 from PIL import Image
 
 from batchjob.cli.main import main
@@ -183,20 +182,6 @@ def test_profile_is_a_table_and_a_trace_with_a_track_for_each_stage(
     forward = [event["ts"] for event in track_events if event["name"] == "forward"]
     decode = [event["ts"] for event in track_events if event["name"] == "decode"]
     assert min(decode) < min(forward), "one clock for all processes"
-
-
-def test_decoding_on_the_device_is_measured(
-    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("batchjob.worker.loader_setup.create_jpeg_decoder", lambda device: decode_files)
-    for number in range(12):
-        (folder / f"images/{number:02}.png").write_bytes(encode_jpeg(make_photograph(number)))
-    result = run_bench(capfd, "--profile", "profile", "decode.mode=fast", "decode.device=cuda")
-    stages = {stage["name"]: stage for stage in result["stages"]}
-    assert stages["device decode"]["images_per_second"] > 0
-    assert result["run"]["services"]["device decode"]["images_per_second"] > 0
-    events = json.loads(Path(result["profile"][1]).read_text())["traceEvents"]
-    assert {"fetch", "device decode", "forward"} <= {one["name"] for one in events if one.get("cat") == "batchjob"}
 
 
 def test_error_rows_are_counted(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Batches in place: shapes, types, memory layout, shared memory, and images that are still encoded."""
+"""Batches in place: shapes, types, memory layout and shared memory."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import pytest
 import torch
 
 from batchjob.errors import AttemptFailed
-from batchjob.loader.collate import GpuSplitBatch, RaggedBatch, StackedBatch
+from batchjob.loader.collate import RaggedBatch, StackedBatch
 
 
 def make_image(shade: int, *shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
     return torch.full(shape or (3, 4, 5), shade, dtype=dtype)
-
-
-def make_file(*data: int) -> torch.Tensor:
-    return torch.tensor(data, dtype=torch.uint8)
 
 
 # -- images of one size ----------------------------------------------------------------------------------------
@@ -27,13 +23,11 @@ def test_batch_holds_the_images_that_were_added_and_no_more() -> None:
     assert tensor is not None
     assert tensor.shape == (3, 3, 4, 5)
     assert tensor[:, 0, 0, 0].tolist() == [1, 2, 3]
-    assert batch.encoded() is None
 
 
-@pytest.mark.parametrize("batch", [StackedBatch(8, None, False), GpuSplitBatch(8, None, False), RaggedBatch(False)])
+@pytest.mark.parametrize("batch", [StackedBatch(8, None, False), RaggedBatch(False)])
 def test_batch_without_a_good_image_has_no_pixels(batch: StackedBatch | RaggedBatch) -> None:
     assert batch.to_tensor() is None
-    assert batch.encoded() is None
 
 
 def test_refused_images_leave_no_gap() -> None:
@@ -129,42 +123,16 @@ def test_ragged_batch_refuses_other_types_and_dimensions(image: torch.Tensor, ki
     assert batch.shapes() == ((3, 2, 2),)
 
 
-# -- images that the GPU decodes -------------------------------------------------------------------------------
-
-
-def test_encoded_images_are_counted_among_all_good_images() -> None:
-    # A (decoded), B (encoded), a refused image, C (decoded), D and E (encoded): the good ones are A B C D E.
-    batch = GpuSplitBatch(8, (4, 5), shared=False)
-    added = [make_image(1), make_file(7, 8), make_image(2, 3, 9, 9), make_image(3), make_file(5), make_file(6, 4, 2)]
-    assert [batch.add(image) is None for image in added] == [True, True, False, True, True, True]
-    tensor, encoded = batch.to_tensor(), batch.encoded()
-    assert tensor is not None
-    assert tensor[:, 0, 0, 0].tolist() == [1, 3]
-    assert encoded is not None
-    assert (encoded.indices, encoded.ends) == ((1, 3, 4), (2, 3, 6))
-    assert [file.tolist() for file in encoded.files()] == [[7, 8], [5], [6, 4, 2]]
-
-
-def test_batch_of_encoded_images_only_has_no_pixels() -> None:
-    batch = GpuSplitBatch(8, (4, 5), shared=False)
-    batch.add(make_file(7, 8))
-    assert batch.to_tensor() is None
-    assert batch.encoded() is not None
-
-
 # -- shared memory ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_batch_lies_in_shared_memory_if_it_travels(shared: bool) -> None:
-    stacked, split, ragged = StackedBatch(2, None, shared), GpuSplitBatch(2, None, shared), RaggedBatch(shared)
-    for batch in (stacked, split, ragged):
+    for batch in (StackedBatch(2, None, shared), RaggedBatch(shared)):
         batch.add(make_image(1))
-    split.add(make_file(7, 8))
-    encoded = split.encoded()
-    assert encoded is not None
-    tensors = [stacked.to_tensor(), split.to_tensor(), ragged.to_tensor(), encoded.data]
-    assert [tensor is not None and tensor.is_shared() for tensor in tensors] == [shared] * 4
+        tensor = batch.to_tensor()
+        assert tensor is not None
+        assert tensor.is_shared() == shared
 
 
 def test_full_shared_memory_fails_the_attempt_and_names_the_settings() -> None:

@@ -80,7 +80,7 @@ def test_closed_queue_takes_no_shard_from_its_source() -> None:
 
 
 def test_next_shard_keeps_everything_but_the_attempt_number() -> None:
-    shard = replace(make_shard(5), attempt_number=99, decode_on_cpu=True)
+    shard = replace(make_shard(5), attempt_number=99)
     assert replace(take(ShardQueue.of([shard])), attempt_number=99) == shard
 
 

@@ -83,10 +83,8 @@ def forkserver() -> None:
 
 
 @contextmanager
-def run_process(
-    transform: TransformFn = DECODE_BY_WORD, reader: Reader = READER, split_transform: TransformFn | None = None
-) -> Iterator[LoaderProcess]:
-    dataset = ImageDataset(Fetcher(reader), transform, None, False, split_transform)
+def run_process(transform: TransformFn = DECODE_BY_WORD, reader: Reader = READER) -> Iterator[LoaderProcess]:
+    dataset = ImageDataset(Fetcher(reader), transform, None, False)
     process = LoaderProcess(dataset, None, 60.0)
     try:
         yield process
@@ -172,12 +170,3 @@ def test_process_that_never_starts_fails_the_attempt(tmp_path: Path) -> None:
         pytest.raises(AttemptFailed, match="a loader process ended with exit code 3 as it started"),
     ):
         try_image_alone(process, make_request(str(tmp_path / "image")), 60.0)
-
-
-def test_suspect_is_decoded_on_the_cpu_where_a_gpu_decodes_the_others(tmp_path: Path) -> None:
-    (tmp_path / "image").write_text("bad")
-    with run_process(split_transform=DieWhenCalled()) as process:
-        trial = try_image_alone(process, make_request(str(tmp_path / "image")), 60.0)
-    assert trial.info is not None
-    assert trial.info.error is not None
-    assert trial.info.error.type == "truncated"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from jpeg_files import decode_files
 from loaded_worker import write_job
 from saved_models import FORMATS
 
@@ -36,7 +35,7 @@ def load_images(setup: LoaderSetup, folder: Path, names: Sequence[str]) -> list[
     """Load a shard of these images."""
     refs = tuple(ImageRef(position, name, str(folder / name)) for position, name in enumerate(names))
     shard = Shard(ShardKey(0, "0" * 16, len(refs), 0, 0), refs, pa.table({}))
-    return list(setup.batch_source.batches(ShardQueue.of([shard])))
+    return list(setup.loader.batches(ShardQueue.of([shard])))
 
 
 # -- batch size ------------------------------------------------------------------------------------------------------
@@ -145,38 +144,3 @@ def test_restart_keeps_the_batch_size(tmp_path: Path) -> None:
     setup.set_batch_size(3)
     setup.restart((3, 8, 8))
     assert [len(batch.image_infos) for batch in load_images(setup, tmp_path, ["white.png"] * 4)] == [3, 1]
-
-
-# -- decoding on the GPU ---------------------------------------------------------------------------------------------
-
-
-def test_batches_come_from_the_loader_itself_without_gpu_decoding(tmp_path: Path) -> None:
-    setup = make_setup(write_job(tmp_path))
-    assert setup.gpu_decoding is None
-    assert setup.batch_source is setup.loader
-
-
-@pytest.fixture
-def gpu_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decoder of a CPU in place of the GPU's."""
-    monkeypatch.setattr("batchjob.worker.loader_setup.create_jpeg_decoder", lambda device: decode_files)
-
-
-@pytest.mark.usefixtures("gpu_decoder")
-def test_batches_come_from_the_gpu_decoding_where_the_job_asks_for_it(tmp_path: Path) -> None:
-    setup = make_setup(write_job(tmp_path, "decode.device=cuda", "decode.mode=fast"))
-    assert setup.batch_source is setup.gpu_decoding
-    (batch,) = load_images(setup, tmp_path, ["white.png"] * 3)
-    assert batch.pixels is not None
-    assert (batch.encoded, tuple(batch.pixels.shape)) == (None, (3, 3, 8, 8))
-    setup.close()
-
-
-@pytest.mark.usefixtures("gpu_decoder")
-def test_restart_makes_another_gpu_decoding(tmp_path: Path) -> None:
-    setup = make_setup(write_job(tmp_path, "decode.device=cuda", "decode.mode=fast"))
-    first = setup.gpu_decoding
-    setup.restart((3, 8, 8))
-    assert setup.batch_source is setup.gpu_decoding is not first
-    assert len(load_images(setup, tmp_path, ["white.png"])) == 1
-    setup.close()

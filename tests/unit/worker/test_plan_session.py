@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from jpeg_files import decode_files
 from loaded_worker import load_worker, plan_shards, read_head, write_job
 from PIL import Image
 
@@ -45,7 +44,7 @@ def test_first_worker_decides_on_the_image_shape(tmp_path: Path) -> None:
         sessions = [PlanSession.join(loaded, 0) for loaded in (first, second)]
         assert {session.contract.image_shape for session in sessions} == {(3, 8, 8)}
         assert second.loader_setup.image_shape == (3, 8, 8)
-        (batch,) = second.loader_setup.batch_source.batches(ShardQueue.of([sessions[1].read_shard(key)]))
+        (batch,) = second.loader_setup.loader.batches(ShardQueue.of([sessions[1].read_shard(key)]))
     assert [info.error is None for info in batch.image_infos] == [True, False]
 
 
@@ -166,23 +165,3 @@ def test_records_of_a_retry_are_its_own(tmp_path: Path) -> None:
         session = PlanSession.join(loaded, 0)
         (ref,) = session.read_shard(replace(key, revision=1, error_rows=1)).refs
         assert session.quarantine.errors_by_row([ref.position]) == {}
-
-
-def test_without_gpu_decoding_no_shard_is_marked_for_the_cpu(tmp_path: Path) -> None:
-    job = write_job(tmp_path)
-    first, *_ = plan_shards(job)
-    with load_worker(job) as loaded:
-        assert not PlanSession.join(loaded, 0).read_shard(first, reattempt=True).decode_on_cpu
-
-
-def test_gpu_decodes_only_the_first_attempt_at_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoder that crashes on a GPU takes the worker with it, which may then not have reported anything."""
-    monkeypatch.setattr("batchjob.worker.loader_setup.create_jpeg_decoder", lambda device: decode_files)
-    job = write_job(tmp_path, "decode.device=cuda", "decode.mode=fast")
-    first, second, third = plan_shards(job)
-    with load_worker(job) as loaded:
-        session, other = PlanSession.join(loaded, 0), PlanSession.join(loaded, 0)
-        assert not session.read_shard(first).decode_on_cpu
-        assert other.read_shard(first).decode_on_cpu, "another process has begun it"
-        assert session.read_shard(second, reattempt=True).decode_on_cpu
-        assert not other.read_shard(third).decode_on_cpu
