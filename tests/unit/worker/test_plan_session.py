@@ -63,7 +63,7 @@ def test_first_worker_decides_on_settings_left_at_auto(tmp_path: Path, monkeypat
             session = PlanSession.join(loaded, 0)
             assert session.contract.decisions == {"task.normalize": "true"}
         assert second.engine.decisions == {"task.normalize": "true"}
-        (batch,) = second.loader_setup.batch_source.batches(ShardQueue.of([session.read_shard(key)]))
+        (batch,) = second.loader_setup.loader.batches(ShardQueue.of([session.read_shard(key)]))
         assert batch.pixels is not None
         (output,) = session.predictor(batch.pixels).wait().outputs
     assert output.tensors["embedding"].norm() == pytest.approx(1)
