@@ -11,6 +11,7 @@ from typing import Annotated, Any, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, model_validator
 
+from batchjob.system import working_directory
 from batchjob.text import explain_uri_secret
 
 __all__ = ["CommandLineText", "Settings", "Target", "Uri", "is_local", "local_path"]
@@ -89,7 +90,7 @@ def _resolve_uri(value: Any, info: ValidationInfo) -> Any:
             raise ValueError(reason)
         return str(value)
     context = None if isinstance(value, CommandLineText) else info.context
-    base = Path(context["base"]) if context else Path.cwd()
+    base = Path(context["base"]) if context else working_directory()
     suffix = "/" if value.endswith("/") else ""
     return os.path.normpath(base / local_path(value).expanduser()) + suffix
 

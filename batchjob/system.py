@@ -32,6 +32,7 @@ __all__ = [
     "import_torchvision",
     "install_command",
     "require_packages",
+    "working_directory",
 ]
 
 _PACKAGES = (
@@ -150,6 +151,20 @@ def available_memory() -> int | None:
 def free_shared_memory() -> int | None:
     """Return the free bytes of shared memory; None if unknown."""
     return shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None
+
+
+def working_directory() -> Path:
+    """Return the working directory of this process.
+
+    Raises:
+        InvalidJob: It has been deleted.
+    """
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise InvalidJob(
+            "the working directory of this process has been deleted; cd into a folder that is there and run again"
+        ) from None
 
 
 def require_packages(*packages: str, model_type: str, extra: str) -> None:

@@ -82,6 +82,17 @@ def test_run_whose_reader_is_gone_goes_on(folder: Path) -> None:
     assert (folder / "out/_SUCCESS").exists()
 
 
+def test_deleted_working_directory_is_told_in_a_sentence(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "gone").mkdir()
+    monkeypatch.chdir(folder / "gone")
+    (folder / "gone").rmdir()
+    for arguments in (["run", "job.yaml"], ["validate", str(folder / "job.yaml")], ["status", "out"]):
+        assert main(arguments) == 2
+        assert capfd.readouterr().err.count("working directory of this process has been deleted; cd into") == 1
+
+
 def test_list_of_commands_is_not_cut(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["--help"]) == 0

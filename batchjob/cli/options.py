@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchjob.errors import InvalidJob
+from batchjob.system import working_directory
 
 if TYPE_CHECKING:
     from batchjob.job.job import Job
@@ -124,5 +125,5 @@ def resolve_output(
 
     scheme, separator, _ = where.partition("://")
     if not separator:
-        return str(Path(where).absolute()), {}
+        return str(where if Path(where).is_absolute() else working_directory() / where), {}
     return where, {scheme + separator: StorageOptions(endpoint=endpoint, region=region)}

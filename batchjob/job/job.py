@@ -35,6 +35,7 @@ from batchjob.settings import Settings
 from batchjob.sources.manifest import ManifestSource
 from batchjob.sources.prefix import PrefixSource
 from batchjob.storage.options import StorageOptions
+from batchjob.system import working_directory
 from batchjob.tasks.classification import ClassificationTask
 from batchjob.tasks.detection import DetectionTask
 from batchjob.tasks.embedding import EmbeddingTask
@@ -134,7 +135,8 @@ class Job(Settings):
             InvalidJob: The job has faults. The message names all of them, one line each, such as
                 `job.yaml:7:3: model.nmae: not a field of this model; did you mean 'name'?`.
         """
-        folder = Path(os.path.normpath(Path.cwd() / path)).parent
+        # Asked for an absolute path too: torch and its processes do not start in a deleted folder.
+        folder = Path(os.path.normpath(working_directory() / path)).parent
         source_map = read_job_file(Path(path), params, overrides)
         job: Job | None = None
         try:

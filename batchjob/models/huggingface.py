@@ -20,7 +20,7 @@ from batchjob.models.output_selection import OutputSelection, select_output
 from batchjob.models.trusted_file import WeightsFile
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.settings import CommandLineText, Uri, is_local
-from batchjob.system import require_packages
+from batchjob.system import require_packages, working_directory
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ def _resolve_unless_on_hub(value: Any, resolve: ValidatorFunctionWrapHandler, in
     if not isinstance(value, str) or value.startswith(".") or not _HUB_NAME.match(value):
         return resolve(value)
     context = None if isinstance(value, CommandLineText) else info.context
-    folder = Path(context["base"]) if context else Path.cwd()
+    folder = Path(context["base"]) if context else working_directory()
     return resolve(value) if (folder / value).is_dir() else str(value)
 
 
