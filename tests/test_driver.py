@@ -509,7 +509,7 @@ def test_driver_that_lost_its_lease_while_workers_start_leaves_no_plan(tmp_path:
 
 
 @pytest.mark.usefixtures("heartbeat_in_every_tick")
-def test_discard_plan_and_run_are_refused_beside_a_running_driver(tmp_path: Path, output: Path) -> None:
+def test_discard_and_run_are_refused_beside_a_running_driver(tmp_path: Path, output: Path) -> None:
     job, go_on, started = make_job(tmp_path, IMAGES), threading.Event(), threading.Event()
 
     def commit_when_told(pool: ScriptedPool, key: Any) -> Iterator[Any]:
@@ -525,8 +525,8 @@ def test_discard_plan_and_run_are_refused_beside_a_running_driver(tmp_path: Path
         assert started.wait(60)
         with pytest.raises(Temporary, match="another driver"):
             driver.discard(str(output))
-        with pytest.raises(Temporary, match="another driver"):
-            driver.make_plan(job, allow_empty=False, progress=NoProgress())
+        # The running driver has planned all of it, so there is nothing to write.
+        assert not driver.make_plan(job, allow_empty=False, progress=NoProgress()).written
         with pytest.raises(Temporary, match="another driver"):
             run_job(job)
     finally:
@@ -648,7 +648,7 @@ def test_max_count_stops_a_run_before_its_plan_is_complete(
     tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 2)
-    monkeypatch.setattr(driver, "_MAX_WAITING_SHARDS", 1)
+    monkeypatch.setattr("batchjob.driver.job_run._MAX_WAITING_SHARDS", 1)
     names = [f"{number:03}-bad.png" for number in range(60)]
     job = make_job(tmp_path, names, errors={"max_rate": 1.0, "max_count": 3})
     result = run_job(job, ScriptedPool(size=1))
@@ -998,8 +998,12 @@ def test_plan_is_made_without_workers_and_run_later(tmp_path: Path, output: Path
     summary = driver.make_plan(job, allow_empty=False, progress=NoProgress())
     assert (summary.images, summary.shards, summary.shard_size, summary.output) == (12, 6, 2, str(output))
     assert not (output / "predictions").exists()
-    second_pool = driver.make_plan(job, allow_empty=False, progress=NoProgress())
-    assert (second_pool.plan, second_pool.images, second_pool.shards) == (summary.plan, 12, 6)
+    before = list_files(output)
+    again = driver.make_plan(job, allow_empty=False, progress=NoProgress())
+    assert (again.plan, again.images, again.shards, again.written) == (summary.plan, 12, 6, False)
+    assert "there since" in again.lines()[0]
+    assert "nothing was written" in again.lines()[0]
+    assert list_files(output) == before
     assert run_job(make_job(tmp_path, ["later.png"]), ScriptedPool()).planned == 12
     assert read_success(output)["plan"] == summary.plan
 
@@ -1055,6 +1059,14 @@ def test_discarded_output_accepts_another_job(tmp_path: Path, output: Path) -> N
     assert run_job(other, ScriptedPool()).status == "complete"
     assert list_heads(output) == ["0000", "0001"]
     assert read_positions(output) == list(range(12))
+
+
+def test_retry_after_a_discard_says_that_the_plan_was_discarded(tmp_path: Path, output: Path) -> None:
+    job = make_job(tmp_path, IMAGES)
+    run_job(job, ScriptedPool())
+    driver.discard(str(output))
+    with pytest.raises(InvalidJob, match="its plan was discarded and nothing has been run since"):
+        driver.run(job, no_pool, allow_empty=True, progress=NoProgress(), retry=True)
 
 
 def test_unfinished_output_can_be_discarded(tmp_path: Path, output: Path) -> None:

@@ -19,14 +19,16 @@ from driver_server import DriverServer
 from fault_proxy import LOSE_ANSWER, Reply, run_fault_proxy
 from memory_store import Fault, MemoryStore
 from PIL import Image
-from scripted_pool import AttemptScript, ScriptedPool, commit_after, commit_twice, fail, fail_after_commit
+from scripted_pool import AttemptScript, ScriptedPool, commit_after, commit_twice, fail, fail_after_commit, fail_worker
 from seaweed import Seaweed
 
 import batchjob
 from batchjob.cli.main import main
 from batchjob.driver import driver
 from batchjob.driver.progress import NoProgress
+from batchjob.driver.run_state import find_exceeded_limit
 from batchjob.errors import AttemptFailed, BatchjobError, CheckFailed, InvalidJob, Temporary, Unavailable
+from batchjob.job.runtime import ErrorBudget
 from batchjob.output import commit, success
 from batchjob.output.commit import CommitResult
 from batchjob.output.listed_parts import find_part_mismatches
@@ -212,14 +214,12 @@ def test_image_that_is_still_broken_gets_a_new_error_row(job_path: str, output: 
     assert list_revisions(output) == [2, 0, 2]
 
 
-def test_retry_over_the_error_budget_writes_no_success(job_path: str, output: Path) -> None:
+def test_retry_keeps_an_output_accepted_under_a_larger_error_budget(job_path: str, output: Path) -> None:
     assert batchjob.run(load_job(job_path)).exit_code == 0
     result = batchjob.retry(load_job(job_path, "errors.max_rate=0.1"))
-    assert (result.status, result.exit_code, result.failed) == ("over_budget", 3, 3)
-    assert "batchjob errors" in result.message
-    assert not (output / "_SUCCESS").exists()
-    assert batchjob.run(load_job(job_path)).exit_code == 0
+    assert (result.status, result.exit_code, result.failed) == ("complete", 0, 3)
     assert success_matches_parts(output)
+    assert batchjob.status(output).status == "complete"
 
 
 def test_retry_reads_a_changed_image_as_it_is_now(job_path: str, output: Path) -> None:
@@ -450,6 +450,42 @@ def test_replaced_part_is_not_replaced_again(six_shards_job: batchjob.Job, outpu
     assert run_scripted(six_shards_job, {0: [script], 3: [script]}).exit_code == 0
     assert list_revisions(output) == [1, 0, 0, 1, 0, 0]
     assert success_matches_parts(output)
+
+
+def make_strict(job: batchjob.Job) -> batchjob.Job:
+    return job.model_copy(update={"errors": job.errors.model_copy(update={"max_rate": 0.0, "abort_early": True})})
+
+
+def test_retry_that_mends_some_keeps_what_was_accepted(six_shards_job: batchjob.Job, output: Path) -> None:
+    # The first row of the two is mended; the other shard fails for another reason, and its row stays as it was.
+    with pytest.raises(Temporary):
+        run_scripted(make_strict(six_shards_job), {3: [fail_worker(Temporary("Ray is gone"))]})
+    assert not (output / "_SUCCESS").exists()
+    status = batchjob.status(output)
+    assert (status.status, status.failed, status.accepted) == ("incomplete", 1, 2)
+    assert "run again" in status.lines()[-1]
+    result = run_scripted(make_strict(six_shards_job), retry=False)
+    assert (result.status, result.failed) == ("complete", 1)
+    assert batchjob.status(output).status == "complete"
+
+
+def test_accepted_failures_are_those_of_this_plan_only(tmp_path: Path, output: Path) -> None:
+    job = scripted_pool.make_job(tmp_path, ["0.png", "bad.png"], errors={"max_rate": 0.5})
+    run_scripted(job, retry=False)
+    with pytest.raises(Temporary):
+        run_scripted(job, {0: [fail_worker(Temporary("Ray is gone"))]})
+    batchjob.discard(output)
+    result = run_scripted(make_strict(job), retry=False)
+    assert (result.status, result.failed) == ("over_budget", 1)
+
+
+@pytest.mark.parametrize(
+    ("failed", "accepted", "exceeded"), [(2, 2, False), (3, 2, True), (0, None, False), (1, None, True)]
+)
+def test_more_error_rows_than_were_accepted_are_held_against_the_budget(
+    failed: int, accepted: int | None, exceeded: bool
+) -> None:
+    assert bool(find_exceeded_limit(ErrorBudget(max_rate=0.0), failed, 10, accepted)) is exceeded
 
 
 def test_success_stays_if_no_worker_can_load(six_shards_job: batchjob.Job, output: Path) -> None:

@@ -82,10 +82,10 @@ def find_finished_result(store: Store, job: Job, repair: bool, retry: bool) -> R
         InvalidJob: The output belongs to another job, or there is no plan to retry.
         CheckFailed: `_SUCCESS` is there, but parts that it lists are missing or others are there; not if `repair`.
     """
-    _, head = read_current_head(store)
+    number, head = read_current_head(store)
     if head is None:
         if retry:
-            raise no_plan_to_retry_error(store)
+            raise no_plan_to_retry_error(store, number)
         return None
     check_fingerprint(store, job, head)
     success = read_success(store)
@@ -117,11 +117,15 @@ def find_finished_result(store: Store, job: Job, repair: bool, retry: bool) -> R
     )
 
 
-def no_plan_to_retry_error(store: Store) -> InvalidJob:
-    """Make the error of a retry on an output without a plan."""
-    return InvalidJob(
-        f"{store.uri}: nothing has been run there yet, so there is nothing to retry; `batchjob run` first"
-    )
+def no_plan_to_retry_error(store: Store, number: int) -> InvalidJob:
+    """Make the error of a retry on an output without a plan.
+
+    Args:
+        store: The output.
+        number: Number of the plan that would be made now; all before it were discarded.
+    """
+    reason = "its plan was discarded and nothing has been run since" if number else "nothing has been run there yet"
+    return InvalidJob(f"{store.uri}: {reason}, so there is nothing to retry; `batchjob run` first")
 
 
 def _are_retried(store: Store, head: PlanHead, names: Iterable[str]) -> bool:

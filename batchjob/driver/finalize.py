@@ -43,6 +43,7 @@ class RunSummary:
         existing_parts: Footer and ETag of parts that were there before, by name.
         plan_complete: True if all images are planned.
         stopped_early: True if it stopped dispatching because it was over its error budget.
+        accepted_failures: Error rows with which the output was complete before; None if it was not.
     """
 
     expected_rows: Mapping[str, int]
@@ -53,6 +54,7 @@ class RunSummary:
     existing_parts: Mapping[str, tuple[PartFooter, str | None]] = field(default_factory=dict)
     plan_complete: bool = True
     stopped_early: bool = False
+    accepted_failures: int | None = None
 
 
 def finalize_run(
@@ -157,7 +159,7 @@ def _iter_footers(
 def _build_result(store: Store, run: RunSummary, totals: Totals, budget: ErrorBudget) -> RunResult:
     planned = sum(run.expected_rows.values())
     status, exit_code, message = "complete", 0, ""
-    exceeded_limit = find_exceeded_limit(budget, totals.failed, planned)
+    exceeded_limit = find_exceeded_limit(budget, totals.failed, planned, run.accepted_failures)
     is_unfinished = run.stopped_early and totals.rows < planned
     if run.given_up and not is_unfinished:
         status, exit_code, message = Incomplete.status, Incomplete.exit_code, _describe_abandoned(run)

@@ -32,6 +32,7 @@ class RunState:
         planned: Images planned so far.
         plan_complete: True if all images are planned.
         rows_to_retry: Error rows that this run has still to retry; 0 unless `retry`.
+        accepted_failures: Error rows with which the output was complete before a retry or repair; None if it was not.
     """
 
     def __init__(self, store: Store, heartbeat: Heartbeat, retry: bool = False) -> None:
@@ -42,6 +43,7 @@ class RunState:
         self.new_parts: dict[str, ShardResult] = {}
         self.existing_parts: dict[str, tuple[PartFooter, str | None]] = {}
         self.planned, self.plan_complete = 0, False
+        self.accepted_failures: int | None = None
 
     @property
     def part_count(self) -> int:
@@ -104,7 +106,8 @@ class RunState:
 
     def find_exceeded_limit(self, budget: ErrorBudget) -> str:
         """Return the limit of the error budget that this run is certain to exceed; empty if there is none yet."""
-        return find_exceeded_limit(budget, self.failed, self.planned if self.plan_complete else None)
+        planned = self.planned if self.plan_complete else None
+        return find_exceeded_limit(budget, self.failed, planned, self.accepted_failures)
 
     def _select_for_work(self, key: ShardKey) -> ShardKey | None:
         """Return the key to dispatch, of the next revision if the part is to be replaced; None if it is good."""
@@ -120,14 +123,19 @@ class RunState:
         self._error_rows += footer.failed
 
 
-def find_exceeded_limit(budget: ErrorBudget, failed: int, planned: int | None) -> str:
+def find_exceeded_limit(
+    budget: ErrorBudget, failed: int, planned: int | None, accepted_failures: int | None = None
+) -> str:
     """Return the setting of the error budget that is exceeded, with its value; empty if none is.
 
     Args:
         budget: The limits.
         failed: Error rows.
         planned: Images in the plan; None if not all of them are known yet.
+        accepted_failures: Error rows that are accepted whatever the limits say; None if there is no such number.
     """
+    if accepted_failures is not None and failed <= accepted_failures:
+        return ""
     if budget.max_count is not None and failed > budget.max_count:
         return f"errors.max_count allows {budget.max_count:,}"
     # A division, because the product has rounding errors: 0.29 * 100 is less than 29.

@@ -29,13 +29,16 @@ __all__ = [
     "Totals",
     "delete_orphaned_success",
     "delete_success",
+    "read_accepted_failures",
     "read_success",
+    "record_acceptance",
     "write_report",
     "write_success",
 ]
 
 SUCCESS = "_SUCCESS"
 _REPORT = "_batchjob/report.json"
+_ACCEPTED = "_batchjob/accepted.json"
 _MAX_TRIES = 4
 
 
@@ -174,6 +177,28 @@ def write_success(
             with suppress(PreconditionFailed):
                 store.delete_if_match(SUCCESS, written[1].version or "")
         raise
+
+
+def record_acceptance(store: Store, success: Mapping[str, Any]) -> None:
+    """Keep the number of error rows with which an output was complete, before its `_SUCCESS` is deleted.
+
+    A retry never adds an error row, so that what was accepted under a larger error budget stays accepted. Example:
+
+        run        3 of 10 images fail, errors.max_rate is 0.5        `_SUCCESS` with failed: 3
+        retry      accepted.json gets failed: 3, `_SUCCESS` goes      killed
+        run        3 have failed, errors.max_rate is 0.01             accepted: `_SUCCESS` again
+    """
+    accepted = {"plan": success["plan"], "failed": success["counts"]["failed"]}
+    _put_or_replace(store, _ACCEPTED, json.dumps(accepted).encode())
+
+
+def read_accepted_failures(store: Store, plan_id: str) -> int | None:
+    """Return the number of error rows with which the plan's output was complete once; None if it never was."""
+    try:
+        accepted = json.loads(store.read(_ACCEPTED).data)
+        return int(accepted["failed"]) if accepted["plan"] == plan_id else None
+    except (NotFound, ValueError, LookupError, TypeError):
+        return None
 
 
 def write_report(store: Store, report: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from batchjob.errors import InvalidJob
 from batchjob.output.commit import list_parts, read_footers
 from batchjob.output.error_rows import read_error_rows
 from batchjob.output.listed_parts import find_part_mismatches
-from batchjob.output.success import read_success
+from batchjob.output.success import read_accepted_failures, read_success
 from batchjob.plan.chunks import read_chunks
 from batchjob.plan.head import PlanHead, read_current_head
 from batchjob.storage.store import Store
@@ -39,6 +39,7 @@ class OutputStatus:
         parts: Committed parts of this plan.
         rows: Rows in the committed parts.
         failed: Error rows among them; None if too many parts would have to be read.
+        accepted: Error rows with which the output was complete before a retry or repair; None if it never was.
     """
 
     status: str
@@ -51,6 +52,7 @@ class OutputStatus:
     parts: int
     rows: int
     failed: int | None
+    accepted: int | None = None
 
     def lines(self) -> list[str]:
         """Return the status as lines of text for a person."""
@@ -71,7 +73,7 @@ class OutputStatus:
 
     @property
     def _next_step(self) -> str:
-        if not self.failed:
+        if not self.failed or (self.accepted is not None and self.failed <= self.accepted):
             return "all of it is done; the run that writes _SUCCESS is at work, or run again"
         return (
             f"all of it is done, but for _SUCCESS too many may have failed: see `batchjob errors {self.output}`; "
@@ -103,13 +105,14 @@ def read_status(store: Store) -> OutputStatus:
     chunks = list(read_chunks(store, head))
     planned_rows = {key.part_key: key.rows for chunk in chunks for key in chunk.shards}
     committed = [name for name in listing if name in planned_rows]
-    success = read_success(store)
+    success, accepted = read_success(store), None
     if success is not None and success[0].get("plan") == head.plan:
         state = "damaged" if find_part_mismatches(store, success[0], listing) else "complete"
         failed: int | None = success[0]["counts"]["failed"]
     else:
         state = "incomplete"
         failed = _count_failed_rows(store, committed)
+        accepted = read_accepted_failures(store, head.plan)
     return OutputStatus(
         status=state,
         output=store.uri,
@@ -121,6 +124,7 @@ def read_status(store: Store) -> OutputStatus:
         parts=len(committed),
         rows=sum(planned_rows[name] for name in committed),
         failed=failed,
+        accepted=accepted,
     )
 
 

@@ -20,6 +20,8 @@ class PlanSummary:
         shard_size: Images per shard; the last shard may hold fewer.
         output: URI of the output.
         seconds: Time to write the plan, in seconds.
+        created: Time at which the plan was begun, in ISO 8601, UTC.
+        written: False if the plan was complete already, so that nothing was written.
     """
 
     plan: str
@@ -28,12 +30,11 @@ class PlanSummary:
     shard_size: int
     output: str
     seconds: float
+    created: str = ""
+    written: bool = True
 
     def lines(self) -> list[str]:
         """Return the summary as lines of text for a person."""
-        return [
-            (
-                f"plan {self.plan} in {self.output}: {format_count(self.images, 'image')} in "
-                f"{format_count(self.shards, 'shard')} of {self.shard_size:,}, written in {self.seconds:.1f} s"
-            )
-        ]
+        images, shards = format_count(self.images, "image"), format_count(self.shards, "shard")
+        end = f"written in {self.seconds:.1f} s" if self.written else f"there since {self.created}; nothing was written"
+        return [f"plan {self.plan} in {self.output}: {images} in {shards} of {self.shard_size:,}, {end}"]

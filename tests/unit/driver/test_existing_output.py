@@ -182,10 +182,16 @@ def test_finished_output_gives_the_counts_of_its_success(output: Output) -> None
     assert output.find_result() == RunResult("already_complete", 4, 3, 1, output=uri, truth={"accuracy": 0.5})
 
 
-@pytest.mark.parametrize("prepare", [leave_empty, leave_success_of_a_discarded_plan])
-def test_retry_needs_a_plan(output: Output, prepare: Callable[[Output], None]) -> None:
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (leave_empty, "nothing has been run there yet"),
+        (leave_success_of_a_discarded_plan, "its plan was discarded and nothing has been run since"),
+    ],
+)
+def test_retry_needs_a_plan(output: Output, prepare: Callable[[Output], None], reason: str) -> None:
     prepare(output)
-    with pytest.raises(InvalidJob, match="nothing has been run there yet"):
+    with pytest.raises(InvalidJob, match=reason):
         output.find_result(retry=True)
 
 

@@ -1,0 +1,222 @@
+"""Run of a job by the driver that holds the lease: plan or resume, dispatch shards, account for commits, finish."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from batchjob.driver.control_loop import TICK_SECONDS, ControlLoop
+from batchjob.driver.dispatcher import Dispatcher, MakePool
+from batchjob.driver.existing_output import apply_plan_defaults, delete_stale_parts, no_plan_to_retry_error
+from batchjob.driver.finalize import RunSummary, finalize_run
+from batchjob.driver.plan_prefetcher import PlanPrefetcher
+from batchjob.driver.planner import Planner
+from batchjob.driver.progress import ProgressReporter
+from batchjob.driver.run_state import RunState
+from batchjob.job.job import Job
+from batchjob.output.success import delete_success, read_accepted_failures, read_success, record_acceptance
+from batchjob.plan.head import PlanHead, read_current_head
+from batchjob.plan.reader import PlanReader
+from batchjob.report.run_result import RunResult
+from batchjob.sources.listing import DEFAULT_IMAGE_BYTES, SMALL_INPUT_IMAGES, InputPreview
+from batchjob.storage.store import Store
+from batchjob.text import format_count
+from batchjob.worker.messages import WorkerSetup
+
+__all__ = ["JobRun"]
+
+# While this many shards wait, no further chunk of the plan is taken in: the driver's memory stays bounded.
+_MAX_WAITING_SHARDS = 10_000
+
+
+class JobRun:
+    """Work of one driver on one job while it holds the lease."""
+
+    def __init__(
+        self,
+        job: Job,
+        store: Store,
+        control_loop: ControlLoop,
+        make_pool: MakePool,
+        progress: ProgressReporter,
+        retry: bool,
+    ) -> None:
+        # The parts are listed before the plan is read, so that none of them can be of a later plan.
+        self._state = RunState(store, control_loop.heartbeat, retry)
+        self._plan_number, self._resumed_head = control_loop.run_blocking(lambda: read_current_head(store))
+        self._job = apply_plan_defaults(job, store, self._resumed_head)
+        self._store, self._control_loop, self._progress = store, control_loop, progress
+        self._planner = Planner(self._job, store, control_loop, progress.note)
+        self._dispatcher = Dispatcher(job.errors.attempts, make_pool, progress, self._state.record_commit)
+        self._dispatcher.on_starting = control_loop.install_signal_handlers
+        control_loop.collect_events = self._dispatcher.collect_events
+        control_loop.on_stop = lambda: self._dispatcher.drain(control_loop.heartbeat)
+        self._stopped_early = False
+        self._retry = retry
+        # The `_SUCCESS` that a retry or a repair has found, and its version.
+        self._success: tuple[Mapping[str, Any], str] | None = None
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Images planned so far, rows predicted, error rows."""
+        return self._state.counts
+
+    def run_shards(self, allow_empty: bool, repair: bool) -> PlanHead:
+        """Make or resume the plan and do every shard that is left; return the head of the plan."""
+        self._progress.start(None)
+        try:
+            if self._resumed_head is not None:
+                head = self._resumed_head
+                self._resume(head, repair)
+            elif self._retry:
+                raise no_plan_to_retry_error(self._store, self._plan_number)
+            else:
+                head = self._make_plan(allow_empty)
+            prefetcher = PlanPrefetcher(self._planner.iter_chunks(head))
+            try:
+                self._process_chunks(prefetcher, head)
+            finally:
+                prefetcher.close()
+            return head
+        finally:
+            self._progress.stop()
+            self._planner.close()
+            self._dispatcher.close()
+
+    def finalize(self, head: PlanHead, started: float) -> RunResult:
+        """Check the output against the plan and write the report; write `_SUCCESS` if the budget holds.
+
+        Args:
+            head: Head of the plan.
+            started: Time at which the run started, by `time.monotonic`.
+        """
+        state = self._state
+        summary = RunSummary(
+            expected_rows=state.expected_rows,
+            new_parts=state.new_parts,
+            given_up=tuple(self._dispatcher.scheduler.given_up),
+            workers=tuple(self._dispatcher.workers),
+            seconds=time.monotonic() - started,
+            existing_parts=state.existing_parts,
+            plan_complete=state.plan_complete,
+            stopped_early=self._stopped_early,
+            accepted_failures=state.accepted_failures,
+        )
+        # A driver that was suspended may have lost its lease, and must not write the result then.
+        self._control_loop.confirm_lease()
+        return finalize_run(
+            self._store,
+            head,
+            summary,
+            budget=self._job.errors,
+            summarize=self._job.task.compute_metrics,
+            heartbeat=self._control_loop.heartbeat,
+        )
+
+    def _make_plan(self, allow_empty: bool) -> PlanHead:
+        """Freeze a plan, but only once the input is known to be there and a worker has loaded the model."""
+        preview = self._planner.preview_input(allow_empty)
+        self._start_workers(preview)
+        preview = self._planner.extend_preview(preview, self._dispatcher.pool_size)
+        while not (workers := self._dispatcher.workers):
+            self._control_loop.tick()
+        # The number of workers may be known only now.
+        preview = self._planner.extend_preview(preview, self._dispatcher.pool_size)
+        self._planner.check_columns(name for worker in workers for name in worker.columns)
+        self._state.delete_stale_parts(self._control_loop.heartbeat)
+        row_bytes = max(worker.row_bytes for worker in workers)
+        # A worker of a discarded plan may commit a part even now.
+        delete_stale = partial(delete_stale_parts, self._store)
+        return self._planner.freeze(self._plan_number, preview, self._dispatcher.pool_size, row_bytes, delete_stale)
+
+    def _resume(self, head: PlanHead, repair: bool) -> None:
+        self._progress.note(f"resuming plan {head.plan}: {format_count(self._state.part_count, 'part')} committed")
+        self._state.accepted_failures = self._control_loop.run_blocking(lambda: self._read_acceptance(head, repair))
+        if repair:
+            self._delete_success()
+        self._state.read_existing_parts(head, self._control_loop.heartbeat)
+        if self._retry:
+            self._progress.note(f"to be retried: {format_count(self._state.rows_to_retry, 'error row')}")
+        if self._state.failed:
+            # Their images are counted when the plan is read.
+            self._progress.advance(0, self._state.failed)
+
+    def _process_chunks(self, prefetcher: PlanPrefetcher, head: PlanHead) -> None:
+        """Dispatch shards until all are done or abandoned, or the error budget is exceeded."""
+        dispatcher, scheduler = self._dispatcher, self._dispatcher.scheduler
+        while not (prefetcher.finished and scheduler.idle):
+            self._take_chunks(prefetcher)
+            if self._job.errors.abort_early and self._state.find_exceeded_limit(self._job.errors):
+                self._stopped_early = True
+                dispatcher.drain(self._control_loop.heartbeat)
+                return
+            if scheduler.waiting:
+                self._dispatch_shards(head)
+            elif prefetcher.finished:
+                dispatcher.speculate(head.number)
+            # Before the workers are started, taking chunks is what the driver waits for.
+            self._control_loop.tick() if dispatcher.started else self._control_loop.heartbeat()
+
+    def _take_chunks(self, prefetcher: PlanPrefetcher) -> None:
+        """Take in the chunks that are ready while few shards wait; look for stale parts once all are known."""
+        scheduler, was_finished = self._dispatcher.scheduler, prefetcher.finished
+        timeout = 0.0 if self._dispatcher.started else TICK_SECONDS
+        while scheduler.waiting < _MAX_WAITING_SHARDS and (chunk := prefetcher.next_chunk(timeout)) is not None:
+            images_done, shards = self._state.add_chunk(chunk)
+            scheduler.add(shards)
+            self._progress.set_planned(chunk.end_cursor.rows, chunk.is_last)
+            self._progress.add_resumed(images_done)
+            self._control_loop.heartbeat()
+        if prefetcher.finished and not was_finished:
+            self._state.delete_stale_parts(self._control_loop.heartbeat)
+
+    def _dispatch_shards(self, head: PlanHead) -> None:
+        if not self._dispatcher.started:
+            self._start_workers(self._preview_plan(head))
+        if self._dispatcher.workers:
+            self._delete_success()
+            self._dispatcher.dispatch(head.number)
+
+    def _preview_plan(self, head: PlanHead) -> InputPreview:
+        """Preview the input from the plan that is resumed, without listing it again."""
+        reader = PlanReader(self._store, head)
+        refs = self._control_loop.run_blocking(lambda: reader.read_first_refs(SMALL_INPUT_IMAGES + 1))
+        return InputPreview(
+            rows=len(refs),
+            complete=len(refs) <= SMALL_INPUT_IMAGES,
+            sample=tuple(ref.location for ref in refs[:SMALL_INPUT_IMAGES]),
+            image_bytes=sum(DEFAULT_IMAGE_BYTES if ref.size is None else ref.size for ref in refs),
+        )
+
+    def _read_acceptance(self, head: PlanHead, repair: bool) -> int | None:
+        """Return the error rows with which the output was complete; keep the `_SUCCESS` that is to be deleted."""
+        if (repair or self._retry) and (found := read_success(self._store)):
+            summary, info = found
+            self._success = summary, info.version or ""
+            if summary.get("plan") == head.plan:
+                failed: int = summary["counts"]["failed"]
+                return failed
+        return read_accepted_failures(self._store, head.plan)
+
+    def _delete_success(self) -> None:
+        """Delete `_SUCCESS` before the first part is replaced or made again; a retry does so once a worker is ready."""
+        if self._success is not None:
+            (summary, version), self._success = self._success, None
+            # The lease shows that the `_SUCCESS` read before is no later driver's.
+            self._control_loop.confirm_lease()
+            if self._state.accepted_failures is not None and "counts" in summary:
+                self._control_loop.run_blocking(lambda: record_acceptance(self._store, summary))
+            self._control_loop.run_blocking(lambda: delete_success(self._store, version))
+
+    def _start_workers(self, preview: InputPreview) -> None:
+        self._dispatcher.start(
+            WorkerSetup(
+                job=self._job.serialize(),
+                job_folder=str(self._job.folder),
+                visibility_check=self._control_loop.visibility_check,
+                sample=preview.sample,
+                small_input_bytes=preview.image_bytes if preview.complete else None,
+            )
+        )
