@@ -122,13 +122,14 @@ def validate(job: Job) -> list[str]:
     check_columns(job, listing)
     preview = preview_listing(listing, SMALL_INPUT_IMAGES)
     if head is None and not preview.rows:
-        raise no_images_error(job)
+        raise no_images_error(job, preview)
     worker = _load_worker(job, preview)
     check_columns(job, listing, worker.columns)
     if head is None:
         choose_shard_size(job, preview, 0, worker.row_bytes)
     return [
-        f"input     {job.input.uri}: {'' if preview.complete else 'more than '}{format_count(preview.rows, 'image')}",
+        f"input     {job.input.uri}: {preview.describe()}",
+        *(f"          {line}" for line in preview.skipped),
         f"model     {worker.model} on {worker.device}, {worker.precision}, in {worker.seconds:.1f} s",
         f"columns   {', '.join(worker.columns)}",
         f"output    {store.uri}: {_describe_output(store, head)}",

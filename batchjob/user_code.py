@@ -81,10 +81,17 @@ def source_digest(target: str, folder: Path) -> str:
     _require_source(target, name, folder)
     digest = hashlib.sha256()
     for path in sorted(_imported_sources(name, folder)):
-        source = path.read_bytes()
+        source = _read_source(path)
         digest.update(f"{path.relative_to(folder).as_posix()} {len(source)}\n".encode())
         digest.update(source)
     return digest.hexdigest()
+
+
+def _read_source(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidJob(f"{path}: cannot be read ({error.strerror}); give this user access to it") from error
 
 
 # -- import ----------------------------------------------------------------------------------------------------
@@ -215,7 +222,7 @@ def _imported_names(path: Path, name: str) -> Iterator[str]:
     Example: in module `pkg.net`, `from .blocks import Block` yields `pkg.blocks` and `pkg.blocks.Block`.
     """
     try:
-        tree = ast.parse(path.read_bytes(), str(path))
+        tree = ast.parse(_read_source(path), str(path))
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None) or 1
         raise InvalidJob(f"{path}:{line}: does not parse: {error.args[0]}; correct it") from error

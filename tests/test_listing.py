@@ -34,7 +34,7 @@ def list_manifest(tmp_path: Path, text: str, **settings: object) -> SourceListin
     return SourceListing(source, Reader(), f"{tmp_path}/out")
 
 
-@pytest.mark.parametrize(("min_rows", "rows", "complete"), [(5, 7, False), (7, 7, True), (100, 7, True)])
+@pytest.mark.parametrize(("min_rows", "rows", "complete"), [(5, 7, True), (7, 7, True), (100, 7, True)])
 def test_preview_reads_enough_rows_or_all(tmp_path: Path, min_rows: int, rows: int, complete: bool) -> None:
     preview = preview_listing(list_folder(tmp_path, 7), min_rows)
     assert (preview.rows, preview.complete) == (rows, complete)

@@ -170,7 +170,59 @@ def test_plan_of_an_older_version_has_no_defaults(tmp_path: Path) -> None:
     pool = ScriptedPool()
     assert run_job(job, pool).status == "complete"
     assert pool.setup is not None
-    assert pool.setup.job == job.serialize()
+    # Earlier versions listed hidden files.
+    assert pool.setup.job == job.serialize() | {"defaults": {"input": {"hidden": True}}}
+
+
+def test_half_written_plan_of_an_older_version_goes_on_with_hidden_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 2)
+    names = [".0.png", "1.png", "2.png", "a.png"]
+    make_job(tmp_path, names)
+    (tmp_path / "images/b/.c").mkdir(parents=True)
+    (tmp_path / "images/b/.c/3.png").write_bytes(b"pixels")
+    make_plan(make_job(tmp_path, [], input={"type": "prefix", "uri": "images/", "hidden": True}))
+    plan = tmp_path / "out/_batchjob/plans/0000"
+
+    def remove_field(facts: dict[str, Any]) -> None:
+        for section in (facts["job"], facts["fingerprint"], facts["defaults"]):
+            del section["input"]["hidden"]
+
+    edit_head(plan / "head.json", remove_field)
+    for number in (1, 2):
+        (plan / f"chunk-{number:07}.arrow").unlink()
+    job = make_job(tmp_path, [])
+    assert run_job(job, ScriptedPool()).status == "complete"
+    store = open_store(job.output.uri, job.storage)
+    _, head = read_current_head(store)
+    assert head is not None
+    reader = PlanReader(store, head)
+    shards = [reader.read_shard(key) for chunk in read_chunks(store, head) for key in chunk.shards]
+    assert [Path(ref.uri).name for shard in shards for ref in shard.refs] == [*names, "3.png"]
+
+
+class _Notes(NoProgress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_plan_tells_which_files_were_skipped(tmp_path: Path) -> None:
+    notes = _Notes()
+    job = make_job(tmp_path, ["0.png", "1.txt", ".2.png", ".3.png"])
+    driver.make_plan(job, allow_empty=False, progress=notes)
+    assert notes.lines[-2:] == [
+        "1 file skipped by extension: .txt (1)",
+        "2 hidden files skipped; input.hidden: true takes them",
+    ]
+
+
+def test_input_whose_files_are_all_skipped_tells_why(tmp_path: Path) -> None:
+    with pytest.raises(InvalidJob, match=r"no images there \(2 files skipped by extension: .txt \(2\)\); put some"):
+        make_plan(make_job(tmp_path, ["0.txt", "1.txt"]))
 
 
 def test_default_unknown_to_this_version_is_refused(tmp_path: Path) -> None:

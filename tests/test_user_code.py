@@ -146,3 +146,14 @@ def test_digest_does_not_depend_on_the_folder_path(tmp_path: Path) -> None:
     files = {"net": "import other\n", "other": "A = 1\n"}
     one, two = write_modules(tmp_path / "one", **files), write_modules(tmp_path / "two", **files)
     assert source_digest("net:make", one) == source_digest("net:make", two)
+
+
+def test_source_that_may_not_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text("x = 1\n")
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(InvalidJob, match=r"mine.py: cannot be read \(Permission denied\); give this user access"):
+        source_digest("mine:x", tmp_path)

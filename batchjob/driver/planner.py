@@ -73,7 +73,7 @@ class Planner:
         self.check_columns()
         preview = run_blocking(lambda: preview_listing(self._listing, SMALL_INPUT_IMAGES))
         if preview.rows == 0 and not allow_empty:
-            raise no_images_error(self._job)
+            raise no_images_error(self._job, preview)
         return preview
 
     def extend_preview(self, preview: InputPreview, workers: int) -> InputPreview:
@@ -132,7 +132,11 @@ class Planner:
 
     def iter_chunks(self, head: PlanHead) -> Iterator[Chunk]:
         """Yield the chunks of the plan: first those that are there, then those that are written now. May block."""
-        return extend_plan(self._store, head, self._read_refs, lambda: self._check_unchanged(head))
+        yield from extend_plan(self._store, head, self._read_refs, lambda: self._check_unchanged(head))
+        # Only a listing that was read to its end, by this driver, has counted all files.
+        if "_outage_tolerant_listing" in self.__dict__:
+            for line in self._outage_tolerant_listing.skipped.describe():
+                self._note(line)
 
     def close(self) -> None:
         """End listings that are still running in other threads."""
@@ -154,10 +158,11 @@ class Planner:
         self._job.task.check(reader, self._job.folder)
 
 
-def no_images_error(job: Job) -> InvalidJob:
+def no_images_error(job: Job, preview: InputPreview) -> InvalidJob:
     """Make the error of an input without images."""
+    reasons = "; ".join(preview.skipped) or "input.uri, its extensions, include and exclude"
     return InvalidJob(
-        f"{job.input.uri}: no images there (input.uri, its extensions, include and exclude); "
+        f"{job.input.uri}: no images there ({reasons}); "
         "put some there, or run with --allow-empty for an output of no rows"
     )
 

@@ -22,7 +22,7 @@ _RUNTIME_FIELDS = ("precision", "half_weights", "quantize")
 _IGNORED_FIELDS = {"input": ("require",), "model": ("trust", "sha256")}
 # Behaviour of versions that did not have a field yet, by section and field: plans of these versions keep it. Add a
 # field here whenever its default is not what the versions before it did.
-_DEFAULTS_BEFORE_FIELD: dict[str, dict[str, Any]] = {}
+_DEFAULTS_BEFORE_FIELD: dict[str, dict[str, Any]] = {"input": {"hidden": True}}
 _MAX_CHARACTERS = 80  # of a value in a line of differences
 _CONTEXT_CHARACTERS = 30  # before the first difference of two long values
 

@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchjob.errors import InvalidJob, Temporary
-from batchjob.sources.source import Source
+from batchjob.sources.skipped_files import SkippedFiles
+from batchjob.sources.source import BATCH_ROWS, Source
 from batchjob.storage.reader import Reader
+from batchjob.text import format_count
 from batchjob.types import Cursor
 
 __all__ = [
@@ -37,10 +39,12 @@ class InputPreview:
 
     Attributes:
         rows: Images seen; all images of the input if `complete`.
-        complete: True if the listing came to its end.
+        complete: True if the listing came to its end, as far as is known: it is not read on to find out after a full
+            batch.
         sample: Locations of the first images, 256 at most.
         row_bytes: Bytes of the passthrough columns per row, on average; 0 if there are none.
         image_bytes: Encoded bytes of the images seen, as listing or manifest gives them; unknown sizes are estimated.
+        skipped: Lines about files that were left out.
     """
 
     rows: int
@@ -48,6 +52,11 @@ class InputPreview:
     sample: tuple[str, ...]
     row_bytes: int = 0
     image_bytes: int = 0
+    skipped: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """Return the number of images, such as `300 images`, or `at least 8,192 images` where more may follow."""
+        return f"{'' if self.complete else 'at least '}{format_count(self.rows, 'image')}"
 
 
 class SourceListing:
@@ -57,11 +66,15 @@ class SourceListing:
         source: Source to list.
         reader: Reader with the job's storage options.
         output_uri: URI of the output folder; nothing below it is listed.
+
+    Attributes:
+        skipped: Files that the latest listing has left out so far.
     """
 
     def __init__(self, source: Source, reader: Reader, output_uri: str) -> None:
         self._source, self._reader, self._output_uri = source, reader, output_uri
         self._closed = threading.Event()
+        self.skipped = SkippedFiles()
 
     @cached_property
     def fields(self) -> list[pa.Field]:
@@ -75,7 +88,8 @@ class SourceListing:
 
     def refs(self, after: Cursor) -> Iterator[pa.RecordBatch]:
         """Yield the images after a cursor in batches; one empty batch if there are none. Raises Temporary if closed."""
-        for batch in self._source.refs(self._reader, after, excluded_folder=self._output_uri):
+        self.skipped = SkippedFiles()
+        for batch in self._source.refs(self._reader, after, self._output_uri, self.skipped):
             if self._closed.is_set():
                 raise Temporary(f"input.uri {self._source.uri}: nobody waits for the rest of the list any more")
             yield batch
@@ -119,15 +133,22 @@ def preview_listing(listing: SourceListing, min_rows: int) -> InputPreview:
     """List the input until more than `min_rows` images have been seen, or all of them."""
     rows = size = image_bytes = 0
     sample: list[str] = []
+    complete = True
     for batch in listing.refs(Cursor()):
+        # A batch that is not full is nearly always the last one: the next one is asked for, so that the count is true.
+        if rows > min_rows:
+            complete = False
+            break
         rows += batch.num_rows
         size += sum(batch.column(field.name).nbytes for field in listing.fields)
         image_bytes += estimate_encoded_bytes(batch.column("size"))
         if len(sample) < _SAMPLE_LOCATIONS:
             sample += batch.column("location").slice(0, _SAMPLE_LOCATIONS - len(sample)).to_pylist()
-        if rows > min_rows:
-            return InputPreview(rows, False, tuple(sample), size // rows, image_bytes)
-    return InputPreview(rows, True, tuple(sample), size // max(1, rows), image_bytes)
+        if rows > min_rows and batch.num_rows == BATCH_ROWS:
+            complete = False
+            break
+    skipped = tuple(line if complete else f"{line}, so far" for line in listing.skipped.describe())
+    return InputPreview(rows, complete, tuple(sample), size // max(1, rows), image_bytes, skipped)
 
 
 def estimate_encoded_bytes(sizes: pa.Array | pa.ChunkedArray) -> int:

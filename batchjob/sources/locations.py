@@ -5,29 +5,39 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchjob.errors import AddressRefused, InvalidJob, NotFound, UnaddressableKey
 from batchjob.settings import is_local, local_path
-from batchjob.sources.glob_patterns import glob_to_regex, has_magic, literal_prefix, split_glob
-from batchjob.storage.objects import ObjectInfo
+from batchjob.sources.glob_patterns import glob_to_regex, has_magic, literal_prefix, make_folder_filter, split_glob
+from batchjob.storage.backend import CLOUD_SCHEMES, LIST_PAGE_SIZE
+from batchjob.storage.objects import FolderFilter, ObjectInfo
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
 
 __all__ = [
     "InputLocation",
+    "escape_magic",
     "explain_missing_input",
     "find_location",
     "list_location",
+    "name_slice",
     "normalize_uri",
     "parent_folder",
     "require_location",
     "with_trailing_slash",
 ]
+
+
+# Character behind that of almost every name: a listing after `a/` with it begins behind the folder `a/`.
+_LAST_CHARACTER = "\ufffd"
+# Stores whose listings may begin after any key, and do so in the order of keys.
+_ORDERED_STORES = {"s3", "gs"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,12 @@ def explain_missing_input(reader: Reader, uri: str, marker: str | None) -> str |
 
 
 def list_location(
-    reader: Reader, location: InputLocation, after: str | None, recursive: bool, excluded_folder: str | None
+    reader: Reader,
+    location: InputLocation,
+    after: str | None,
+    recursive: bool,
+    excluded_folder: str | None,
+    folders: FolderFilter,
 ) -> Iterator[ObjectInfo]:
     """Yield the objects of a location in the order of a listing, which is that of the UTF-8 bytes of their keys.
 
@@ -100,21 +115,24 @@ def list_location(
         after: URI of the last object that is left out; None starts at the first one.
         recursive: List the folders below too. A glob says itself how deep it reaches.
         excluded_folder: URI of a folder whose objects are left out.
+        folders: Filter of the folders below the location's folder, relative to it. A glob also leaves out the folders
+            in which nothing can match.
 
     Raises:
         InvalidJob: The location lies in the excluded folder.
     """
-    excluded_prefix = _excluded_prefix(location, excluded_folder)
+    excluded_name = _excluded_name(location, excluded_folder)
     if location.file is not None:
         if after is None:
             yield location.file
         return
-    if location.pattern:
-        listed = _list_matches(reader, location.folder, location.pattern, after)
-    else:
-        listed = reader.list(location.folder, after, recursive)
+    may_hold = make_folder_filter(location.pattern) if location.pattern else lambda folder: True
+    listing = _FolderListing(reader, location.folder, _WalkFilter(excluded_name, may_hold, folders))
+    pattern = location.pattern
+    listed = _list_matches(listing, pattern, after) if pattern else listing.list(after, recursive)
     for found in listed:
-        if not found.uri.endswith("/") and not (excluded_prefix and found.uri.startswith(excluded_prefix)):
+        name = found.uri[listing.names]
+        if name and not name.endswith("/"):
             yield found
 
 
@@ -123,21 +141,49 @@ def normalize_uri(uri: str) -> str:
     return str(local_path(uri)) + ("/" if uri.endswith("/") and uri != "/" else "") if is_local(uri) else uri
 
 
+def split_chain(uri: str) -> tuple[str, str]:
+    """Split an fsspec chain behind the name in its first link.
+
+    For example, `zip://in/a.jpg::s3://lake/a.zip` is `zip://in/a.jpg` and `::s3://lake/a.zip`.
+    """
+    scheme = uri.partition("://")[0].lower()
+    if is_local(uri) or scheme in {*CLOUD_SCHEMES, "http", "https"}:
+        return uri, ""
+    head, separator, rest = uri.partition("::")
+    return head, separator + rest
+
+
 def with_trailing_slash(uri: str) -> str:
     """Return the URI of a folder with its final `/`."""
-    return uri if uri.endswith("/") else uri + "/"
+    head, chain = split_chain(uri)
+    return uri if head.endswith("/") else f"{head}/{chain}"
 
 
 def parent_folder(uri: str) -> str:
     """Return the folder of an object; ends with `/`."""
-    return uri[: uri.rfind("/") + 1]
+    head, chain = split_chain(uri)
+    return head[: head.rfind("/") + 1] + chain
 
 
-def _excluded_prefix(location: InputLocation, excluded_folder: str | None) -> str | None:
-    """Return the excluded folder as a listing of the location spells it, with a final `/`; None if they are apart.
+def name_slice(folder: str) -> slice:
+    """Return the part of an object's URI that is its name relative to the folder that holds it.
+
+    For example, of `zip://in/::s3://lake/a.zip` it is the part `a.jpg` of `zip://in/a.jpg::s3://lake/a.zip`.
+    """
+    head, chain = split_chain(folder)
+    return slice(len(head), -len(chain) or None)
+
+
+def escape_magic(name: str) -> str:
+    """Return a name as a glob that matches this name only."""
+    return re.sub(r"[*?[]", lambda magic: f"[{magic[0]}]", name)
+
+
+def _excluded_name(location: InputLocation, excluded_folder: str | None) -> str | None:
+    """Return the excluded folder relative to the location's folder, with a final `/`; None if they are apart.
 
     For example, with the folder `/data/link/` and `/data/real/out` excluded, where `link` points to `real`, it is
-    `/data/link/out/`. Raises InvalidJob if the location lies in the excluded folder.
+    `out/`. Raises InvalidJob if the location lies in the excluded folder.
     """
     if excluded_folder is None or is_local(excluded_folder) != is_local(location.folder):
         return None
@@ -149,10 +195,83 @@ def _excluded_prefix(location: InputLocation, excluded_folder: str | None) -> st
             f"input.uri {location.uri} lies in the output {excluded_folder}, which is never read as input; "
             f"give output.uri a folder of its own"
         )
-    return location.folder + excluded.removeprefix(folder) if excluded.startswith(folder) else None
+    return excluded.removeprefix(folder) if excluded.startswith(folder) else None
 
 
-def _list_matches(reader: Reader, folder: str, pattern: str, after: str | None) -> Iterator[ObjectInfo]:
+@dataclass(frozen=True)
+class _WalkFilter:
+    """Filter of the folders that a listing goes into, without the excluded one and those where no glob can match."""
+
+    excluded_name: str | None
+    may_hold: Callable[[str], bool]
+    folders: FolderFilter
+
+    def enters(self, folder: str) -> bool:
+        return folder != self.excluded_name and self.may_hold(folder) and self.folders.enters(folder)
+
+    def skip_unreadable(self, folder: str, reason: str) -> None:
+        self.folders.skip_unreadable(folder, reason)
+
+
+class _FolderListing:
+    """Listing of a folder without the folders that a filter leaves out.
+
+    On a local disk these are not entered. In a bucket their keys come with the others; after a page of such keys the
+    listing begins again behind the folder.
+
+    Args:
+        reader: Reader with the job's storage options.
+        folder: URI of the folder, with a final `/`.
+        folders: Filter of the folders below it.
+
+    Attributes:
+        names: Part of an object's URI that is its name in the folder.
+    """
+
+    def __init__(self, reader: Reader, folder: str, folders: FolderFilter) -> None:
+        self.folder, self.names = folder, name_slice(folder)
+        self._reader, self._folders = reader, folders
+        self._last_parent = ""
+        self._last_refused: str | None = None
+        scheme = folder.partition("://")[0].lower()
+        self._is_ordered = CLOUD_SCHEMES.get(scheme) in _ORDERED_STORES
+
+    def list(self, after: str | None, recursive: bool) -> Iterator[ObjectInfo]:
+        """Yield the objects after the URI `after`; not recursive: those directly in the folder."""
+        if is_local(self.folder):
+            yield from self._reader.list(self.folder, after, recursive, self._folders)
+            return
+        jumped: set[str] = set()
+        while (refused := (yield from self._list_until(after, recursive, jumped))) is not None:
+            jumped.add(refused)
+            after = self.folder + refused + _LAST_CHARACTER
+
+    def _list_until(
+        self, after: str | None, recursive: bool, jumped: set[str]
+    ) -> Generator[ObjectInfo, None, str | None]:
+        """Yield objects; return a folder that is left out if a page of objects lies in it, None at the end."""
+        last_refused, count = None, 0
+        for found in self._reader.list(self.folder, after, recursive):
+            refused = self._find_refused(found.uri[self.names])
+            if refused is None:
+                yield found
+            count = count + 1 if refused is not None and refused == last_refused else 0
+            last_refused = refused
+            if refused is not None and self._is_ordered and count >= LIST_PAGE_SIZE and refused not in jumped:
+                return refused
+        return None
+
+    def _find_refused(self, name: str) -> str | None:
+        """Return the first folder above an object that is not entered; None if all are."""
+        parent = name[: name.rfind("/") + 1]
+        if parent != self._last_parent:
+            ends = [match.end() for match in re.finditer("/", parent)]
+            self._last_parent = parent
+            self._last_refused = next((parent[:end] for end in ends if not self._folders.enters(parent[:end])), None)
+        return self._last_refused
+
+
+def _list_matches(listing: _FolderListing, pattern: str, after: str | None) -> Iterator[ObjectInfo]:
     """List a glob. The listing begins at the pattern's literal prefix, and ends after the last name with that prefix.
 
     For example, of `a-*` the listing begins after `a`, and ends at the first name after `a-` that has another prefix.
@@ -160,10 +279,10 @@ def _list_matches(reader: Reader, folder: str, pattern: str, after: str | None) 
     matches = re.compile(glob_to_regex(pattern) + ("(?s:.*)" if pattern.endswith("/") else "")).fullmatch
     prefix = literal_prefix(pattern)
     if after is None and len(prefix) > 1:
-        after = folder + prefix[:-1]
+        after = listing.folder + prefix[:-1]
     recursive = "/" in pattern or "**" in pattern
-    for found in reader.list(folder, after, recursive):
-        name = found.uri.removeprefix(folder)
+    for found in listing.list(after, recursive):
+        name = found.uri[listing.names]
         if matches(name):
             yield found
             continue
@@ -181,7 +300,7 @@ def _find_file(reader: Reader, uri: str) -> ObjectInfo | None:
     if uri.endswith("/"):
         return None
     if is_local(uri):
-        return reader.stat(uri) if Path(uri).is_file() else None
+        return reader.stat(uri) if _is_local_kind(uri, stat.S_ISREG) else None
     try:
         found = reader.stat(uri)
     except NotFound:
@@ -195,7 +314,16 @@ def _find_file(reader: Reader, uri: str) -> ObjectInfo | None:
 
 
 def _folder_exists(reader: Reader, folder: str) -> bool:
-    return Path(folder).is_dir() if is_local(folder) else _has_objects(reader, folder)
+    return _is_local_kind(folder, stat.S_ISDIR) if is_local(folder) else _has_objects(reader, folder)
+
+
+def _is_local_kind(path: str, is_kind: Callable[[int], bool]) -> bool:
+    try:
+        return is_kind(Path(path).stat().st_mode)
+    except PermissionError as error:
+        raise InvalidJob(f"input.uri {path} cannot be read ({error.strerror}); give this user access to it") from error
+    except (OSError, ValueError):  # Nothing can have this name.
+        return False
 
 
 def _has_objects(reader: Reader, folder: str) -> bool:
@@ -207,5 +335,5 @@ def _has_objects(reader: Reader, folder: str) -> bool:
 
 def _is_glob(uri: str) -> bool:
     if is_local(uri):
-        return has_magic(uri) and not Path(uri).exists()
+        return has_magic(uri) and not os.path.lexists(uri)
     return has_magic(uri) and not uri.startswith(("http://", "https://"))

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from collections.abc import Generator, Iterator
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import pyarrow as pa
@@ -24,21 +23,16 @@ from batchjob.sources.column_types import (
     require_column,
     require_known_type,
 )
-from batchjob.sources.locations import (
-    InputLocation,
-    list_location,
-    normalize_uri,
-    parent_folder,
-    require_location,
-    with_trailing_slash,
-)
+from batchjob.sources.locations import normalize_uri, parent_folder, with_trailing_slash
+from batchjob.sources.manifest_files import list_manifest_files
 from batchjob.sources.source import REF_FIELDS, Require, skip_empty_batches
-from batchjob.sources.table_files import TableFile, TableFormat, guess_table_format, open_table
+from batchjob.sources.table_files import TableFile, TableFormat, open_table
 from batchjob.storage.objects import ObjectInfo
 from batchjob.text import explain_uri_secret, redact_queries
 from batchjob.types import Cursor
 
 if TYPE_CHECKING:
+    from batchjob.sources.skipped_files import SkippedFiles
     from batchjob.storage.reader import Reader
 
 __all__ = ["ManifestSource"]
@@ -129,7 +123,13 @@ class ManifestSource(Settings):
         files = [[info.uri, info.size, info.etag] for info, _ in self._list_files(reader, excluded_folder)]
         return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
-    def refs(self, reader: Reader, after: Cursor, excluded_folder: str | None = None) -> Iterator[pa.RecordBatch]:
+    def refs(
+        self,
+        reader: Reader,
+        after: Cursor,
+        excluded_folder: str | None = None,
+        skipped: SkippedFiles | None = None,  # noqa: ARG002 - Source
+    ) -> Iterator[pa.RecordBatch]:
         """Yield batches of `REF_FIELDS` and `fields()`, at least one; `uri` stands as in the manifest.
 
         Args:
@@ -137,6 +137,7 @@ class ManifestSource(Settings):
             after: Cursor whose `rows` are skipped.
             excluded_folder: URI of a folder that is never read: its files are not part of the manifest, and a row that
                 names an object in it is an error (if it were left out, the rows that a cursor counts would shift).
+            skipped: Not added to: every row is an image.
 
         Raises:
             InvalidJob: As `fields()`; or a row has no URI, or a value that does not fit its type.
@@ -156,28 +157,7 @@ class ManifestSource(Settings):
         return {name: column for name, column in named.items() if column} | {name: name for name in self.passthrough}
 
     def _list_files(self, reader: Reader, excluded_folder: str | None) -> list[tuple[ObjectInfo, TableFormat]]:
-        location = require_location(reader, self.uri)
-        listed = list_location(reader, location, None, False, excluded_folder)
-        infos = [info for info in listed if location.file or not _is_hidden(info, location)]
-        if self.format != "auto":
-            accepted = {None, self.format}
-            files: list[tuple[ObjectInfo, TableFormat]] = [
-                (info, self.format) for info in infos if location.file or guess_table_format(info.uri) in accepted
-            ]
-        else:
-            files = [(info, found) for info in infos if (found := guess_table_format(info.uri))]
-        if location.file and not files:
-            raise InvalidJob(f"input.uri {location.uri}: no known ending; give input.format: parquet, csv or jsonl")
-        if not files:
-            raise InvalidJob(
-                f"input.uri {location.uri}: no manifest files in it ({len(infos)} others); name a file, give "
-                f"input.format, or reach into folders below with '**/*.parquet'"
-            )
-        if len(formats := sorted({table_format for _, table_format in files})) > 1:
-            raise InvalidJob(
-                f"input.uri {location.uri}: both {' and '.join(formats)} files; choose with a glob or input.format"
-            )
-        return files
+        return list_manifest_files(reader, self.uri, None if self.format == "auto" else self.format, excluded_folder)
 
     def _read_fields(self, reader: Reader, files: list[tuple[ObjectInfo, TableFormat]]) -> list[pa.Field]:
         """Return the fields after `REF_FIELDS`, by the first file that has columns at all."""
@@ -342,8 +322,3 @@ def _true_rows(flags: pa.BooleanArray) -> list[int]:
 def _first_true(flags: pa.BooleanArray) -> int:
     """Return the first row that is true; -1 if none is."""
     return int(pc.index(flags, pa.scalar(True)).as_py())
-
-
-def _is_hidden(info: ObjectInfo, location: InputLocation) -> bool:
-    names = PurePosixPath(info.uri.removeprefix(location.folder)).parts
-    return any(name.startswith(("_", ".")) for name in names)

@@ -11,8 +11,10 @@ import pyarrow as pa
 from pydantic import AfterValidator, Field
 
 from batchjob.settings import Settings, Uri
-from batchjob.sources.glob_patterns import glob_to_regex, make_path_filter
-from batchjob.sources.locations import InputLocation, list_location, require_location
+from batchjob.sources.file_selection import FileSelection
+from batchjob.sources.glob_patterns import glob_to_regex
+from batchjob.sources.locations import list_location, require_location
+from batchjob.sources.skipped_files import SkippedFiles
 from batchjob.sources.source import BATCH_ROWS, REF_FIELDS, Require, skip_empty_batches
 from batchjob.storage.objects import ObjectInfo
 from batchjob.types import Cursor
@@ -59,7 +61,9 @@ class PrefixSource(Settings):
         include: Globs on the path relative to the folder (of a glob: to its part before the first `*`); only files that
             one of them matches are taken. Like in `.gitignore`, a glob without `/` is matched against each name of the
             path, and a glob that matches a folder matches everything below it.
-        exclude: Globs of the same form; files that one of them matches are left out.
+        exclude: Globs of the same form; files that one of them matches are left out, and folders are not listed.
+        hidden: Take hidden names too: those that begin with `.`, and the folder `__MACOSX`. False takes only those that
+            `include` or the glob names, as `.thumbs/*.jpg` does.
         require: Conditions under which the input is planned.
     """
 
@@ -69,6 +73,7 @@ class PrefixSource(Settings):
     extensions: Literal["all"] | _Extensions = _IMAGE_EXTENSIONS
     include: tuple[_Glob, ...] = ()
     exclude: tuple[_Glob, ...] = ()
+    hidden: bool = False
     require: Require | None = None
 
     def check(self, reader: Reader) -> None:
@@ -88,36 +93,38 @@ class PrefixSource(Settings):
         """Return None: only a new listing tells."""
         return None
 
-    def refs(self, reader: Reader, after: Cursor, excluded_folder: str | None = None) -> Iterator[pa.RecordBatch]:
+    def refs(
+        self, reader: Reader, after: Cursor, excluded_folder: str | None = None, skipped: SkippedFiles | None = None
+    ) -> Iterator[pa.RecordBatch]:
         """Yield batches of `REF_FIELDS`, at least one; `uri` and `location` are the listed URI.
 
         Args:
             reader: Reader with the job's storage options.
             after: Cursor after whose `last` location the listing goes on.
             excluded_folder: URI of a folder whose objects are never listed.
+            skipped: Counts of the files that are left out, which are added to while batches are taken.
 
         Raises:
-            InvalidJob: The input does not exist, or lies in `excluded_folder`.
+            InvalidJob: The input does not exist, lies in `excluded_folder`, or a folder below it cannot be read.
         """
         location = require_location(reader, self.uri)
         last = None if after.last is None else _unescape_bytes(after.last)
-        images = self._filter(location, list_location(reader, location, last, self.recursive, excluded_folder))
+        selection = FileSelection(
+            location,
+            extensions=None if self.extensions == "all" else self.extensions,
+            include=self.include,
+            exclude=self.exclude,
+            hidden=self.hidden,
+            marker=self.require.marker if self.require else None,
+            skipped=SkippedFiles() if skipped is None else skipped,
+        )
+        listed = list_location(reader, location, last, self.recursive, excluded_folder, selection)
+        images = filter(selection.takes, listed)
         return skip_empty_batches(map(_to_batch, iter(lambda: list(itertools.islice(images, BATCH_ROWS)), [])), _SCHEMA)
 
     def explain_missing(self, reader: Reader) -> str | None:
         """Return a sentence that says which condition of `require` does not hold yet; None if all hold."""
         return self.require.explain_missing(reader, self.uri) if self.require else None
-
-    def _filter(self, location: InputLocation, listed: Iterator[ObjectInfo]) -> Iterator[ObjectInfo]:
-        extensions = None if self.extensions == "all" else self.extensions
-        is_chosen = make_path_filter(self.include, self.exclude) if self.include or self.exclude else None
-        marker = location.folder + self.require.marker if self.require and self.require.marker else None
-        folder_length = len(location.folder)
-        for found in listed:
-            if extensions and not found.uri.lower().endswith(extensions):
-                continue
-            if found.uri != marker and (is_chosen is None or is_chosen(found.uri[folder_length:])):
-                yield found
 
 
 def _unescape_bytes(location: str) -> str:

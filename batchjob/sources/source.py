@@ -12,6 +12,7 @@ from batchjob.settings import Settings
 from batchjob.sources.locations import explain_missing_input
 
 if TYPE_CHECKING:
+    from batchjob.sources.skipped_files import SkippedFiles
     from batchjob.storage.reader import Reader
     from batchjob.types import Cursor
 
@@ -75,13 +76,16 @@ class Source(Protocol):
     def version(self, reader: Reader, excluded_folder: str | None = None) -> str | None:
         """Return a digest that changes when the list of images may have changed; None if only a new listing tells."""
 
-    def refs(self, reader: Reader, after: Cursor, excluded_folder: str | None = None) -> Iterator[pa.RecordBatch]:
+    def refs(
+        self, reader: Reader, after: Cursor, excluded_folder: str | None = None, skipped: SkippedFiles | None = None
+    ) -> Iterator[pa.RecordBatch]:
         """Yield batches of `REF_FIELDS` and `fields()`: at least one batch, each of at most `BATCH_ROWS` rows.
 
         Args:
             reader: Reader with the job's storage options.
             after: Cursor of the last row that is left out; `Cursor()` starts at the first image.
             excluded_folder: URI of a folder that is never part of the input, however the input is named: the output.
+            skipped: Counts of the files that the listing leaves out, which are added to while batches are taken.
 
         Raises:
             InvalidJob: The input does not exist, or one of its rows cannot be read.

@@ -7,13 +7,13 @@ import heapq
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from batchjob.errors import BatchjobError, NotFound, UnaddressableKey, Unavailable
 from batchjob.storage.client_errors import check_etag, check_size
-from batchjob.storage.objects import ObjectData, ObjectInfo
+from batchjob.storage.objects import FolderFilter, ObjectData, ObjectInfo
 
 __all__ = ["file_info", "file_version", "open_file", "read_file", "stat_file", "translate_read_errors", "walk"]
 
@@ -21,6 +21,8 @@ __all__ = ["file_info", "file_version", "open_file", "read_file", "stat_file", "
 _MAX_NAMES = 500_000
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENXIO}
 _UNNAMEABLE = {errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ}
+# Errors of a folder that waiting does not mend: permissions, and a path over 4,096 bytes.
+_UNREADABLE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 
 
 def read_file(path: str | os.PathLike[str], etag: str | None = None, limit: int | None = None) -> ObjectData:
@@ -67,7 +69,12 @@ def stat_file(path: str | os.PathLike[str], uri: str) -> ObjectInfo:
     return file_info(uri, status)
 
 
-def walk(root: str | os.PathLike[str], after: str | None = None, recursive: bool = True) -> Iterator[ObjectInfo]:
+def walk(
+    root: str | os.PathLike[str],
+    after: str | None = None,
+    recursive: bool = True,
+    folders: FolderFilter | None = None,
+) -> Iterator[ObjectInfo]:
     """Yield the files below a folder, in the byte order of their names relative to it, after the name `after`.
 
     For example, a folder with `a-b`, `a/x` and `a.jpg` yields `a-b`, `a.jpg`, `a/x`, in the order of `-`, `.` and `/`.
@@ -75,10 +82,19 @@ def walk(root: str | os.PathLike[str], after: str | None = None, recursive: bool
     Links to files and folders are followed, but never into a folder that is being walked already. A link without a
     target is listed with size 0 and no tag, so that reading it reports the missing target. Pipes, sockets and devices
     are left out. A name that is not UTF-8 has surrogate escapes. A folder that does not exist is empty.
+
+    Args:
+        root: The folder.
+        after: Name after which the walk begins.
+        recursive: Walk the folders below too.
+        folders: Filter of the folders to walk; it also decides on those that may not be read. None walks all.
+
+    Raises:
+        Unavailable: A folder cannot be read, and there is no filter to leave it out.
     """
     top, start = os.fsencode(root), os.fsencode(after or "")
     # One level for each folder being walked: its prefix, its remaining names, and the folders above it, for loops.
-    levels = [(b"", _sorted_names(top, b"", start), _with_folder(top, frozenset()))]
+    levels = [(b"", _sorted_names(top, b"", start, folders), _with_folder(top, b"", frozenset(), folders))]
     while levels:
         prefix, names, ancestors = levels[-1]
         name = next(names, None)
@@ -86,14 +102,20 @@ def walk(root: str | os.PathLike[str], after: str | None = None, recursive: bool
             levels.pop()
             continue
         key = prefix + name
+        path = top + b"/" + key
         if not name.endswith(b"/"):
-            found = _listed_file(top + b"/" + key, os.fsdecode(key))
+            try:
+                found = _listed_file(path, os.fsdecode(key))
+            except OSError as error:  # The names in the folder may be read, but not the files.
+                _skip_unreadable(error, top + b"/" + prefix, prefix, folders)
+                levels.pop()
+                continue
             if found is not None:
                 yield found
-        elif recursive:
-            extended = _with_folder(top + b"/" + key, ancestors)
+        elif recursive and (folders is None or folders.enters(os.fsdecode(key))):
+            extended = _with_folder(path, key, ancestors, folders)
             if extended is not ancestors:
-                levels.append((key, _sorted_names(top + b"/" + key, key, start), extended))
+                levels.append((key, _sorted_names(path, key, start, folders), extended))
 
 
 def file_info(name: str, status: os.stat_result) -> ObjectInfo:
@@ -130,7 +152,16 @@ def _file_etag(status: os.stat_result) -> str:
     return f"{status.st_mtime_ns:x}-{status.st_size:x}"
 
 
-def _sorted_names(folder: bytes, prefix: bytes, start: bytes) -> Iterator[bytes]:
+def _skip_unreadable(error: OSError, folder: bytes, key: bytes, folders: FolderFilter | None) -> None:
+    """Let the filter decide on a folder that cannot be read; raise any other error. A folder that is gone is empty."""
+    if error.errno in _ABSENT:
+        return
+    if folders is None or error.errno not in _UNREADABLE:
+        raise _translate_read_error(error, os.fsdecode(folder)) from error
+    folders.skip_unreadable(os.fsdecode(key), os.strerror(error.errno or 0))
+
+
+def _sorted_names(folder: bytes, prefix: bytes, start: bytes, folders: FolderFilter | None) -> Iterator[bytes]:
     """Yield the names in a folder that may lead to keys after `start`, in byte order; those of folders end with `/`.
 
     For example, with prefix `a/` and start `a/m/x`, the names `m/` and `n.jpg` are yielded, but not `b.jpg`.
@@ -138,7 +169,11 @@ def _sorted_names(folder: bytes, prefix: bytes, start: bytes) -> Iterator[bytes]
     floor = start[len(prefix) :] if start.startswith(prefix) else b""
     last = b""
     while True:
-        batch = _next_names(folder, floor, last)
+        try:
+            batch = _next_names(folder, floor, last)
+        except OSError as error:
+            _skip_unreadable(error, folder, prefix, folders)
+            return
         yield from batch
         if len(batch) < _MAX_NAMES:
             return
@@ -146,14 +181,13 @@ def _sorted_names(folder: bytes, prefix: bytes, start: bytes) -> Iterator[bytes]
 
 
 def _next_names(folder: bytes, floor: bytes, last: bytes) -> list[bytes]:
-    with suppress(NotFound), translate_read_errors(os.fsdecode(folder)), os.scandir(folder) as found:
+    with os.scandir(folder) as found:
         names = (entry.name + b"/" if _is_folder(entry) else entry.name for entry in found)
         # A folder that sorts before the floor may contain it.
         remaining = (
             name for name in names if name > last and (name > floor or (name.endswith(b"/") and floor.startswith(name)))
         )
         return heapq.nsmallest(_MAX_NAMES, remaining)
-    return []
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:
@@ -163,11 +197,14 @@ def _is_folder(entry: os.DirEntry[bytes]) -> bool:
         return False
 
 
-def _with_folder(folder: bytes, ancestors: frozenset[tuple[int, int]]) -> frozenset[tuple[int, int]]:
-    """Return the folders above and this one; the same object if it is one of them already, or gone."""
+def _with_folder(
+    folder: bytes, key: bytes, ancestors: frozenset[tuple[int, int]], folders: FolderFilter | None
+) -> frozenset[tuple[int, int]]:
+    """Return the folders above and this one; the same object if it is one of them already, gone, or left out."""
     try:
         status = os.stat(folder)  # noqa: PTH116 - bytes: not every name is text
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
+        _skip_unreadable(error, folder, key, folders)
         return ancestors
     identity = (status.st_dev, status.st_ino)
     return ancestors if identity in ancestors else ancestors | {identity}
@@ -176,6 +213,10 @@ def _with_folder(folder: bytes, ancestors: frozenset[tuple[int, int]]) -> frozen
 def _listed_file(path: bytes, key: str) -> ObjectInfo | None:
     try:
         status = os.stat(path)  # noqa: PTH116 - bytes
-    except OSError:
-        return ObjectInfo(key, 0) if os.path.islink(path) else None  # noqa: PTH114 - bytes
+    except OSError as error:
+        if os.path.islink(path) or error.errno in _UNNAMEABLE:  # noqa: PTH114 - bytes
+            return ObjectInfo(key, 0)
+        if error.errno in _ABSENT:
+            return None
+        raise
     return file_info(key, status) if stat.S_ISREG(status.st_mode) else None

@@ -1,10 +1,11 @@
-"""Objects in storage: what a listing knows of one (`ObjectInfo`), and its bytes (`ObjectData`)."""
+"""Objects in storage: what a listing knows of one (`ObjectInfo`), its bytes (`ObjectData`), folders to leave out."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
-__all__ = ["ObjectData", "ObjectInfo"]
+__all__ = ["FolderFilter", "ObjectData", "ObjectInfo"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +32,18 @@ class ObjectData:
     data: bytes
     etag: str | None = None
     version: str | None = None
+
+
+class FolderFilter(Protocol):
+    """Filter of the folders that a listing goes into. Folders are relative to the listed one, and end with `/`."""
+
+    def enters(self, folder: str) -> bool:
+        """Return False to leave out a folder with everything below it; the folders above it have been entered."""
+
+    def skip_unreadable(self, folder: str, reason: str) -> None:
+        """Take note of a folder that this user may not read, or raise an error that ends the listing.
+
+        Args:
+            folder: The folder; empty for the listed one.
+            reason: Words of the operating system, such as `Permission denied`.
+        """

@@ -16,7 +16,7 @@ from batchjob.storage.backend import CLOUD_SCHEMES, READ_THREADS, Backend
 from batchjob.storage.fsspec_backend import FsspecBackend
 from batchjob.storage.http_access import explain_url_refusal, is_http_uri
 from batchjob.storage.http_backend import HttpBackend
-from batchjob.storage.objects import ObjectData, ObjectInfo
+from batchjob.storage.objects import FolderFilter, ObjectData, ObjectInfo
 from batchjob.storage.obstore_backend import open_bucket
 from batchjob.storage.options import OptionsByPrefix, StorageOptions, options_for
 from batchjob.storage.outage import Outage
@@ -152,13 +152,15 @@ class Reader:
         backend, base, key = self._find_backend(uri)
         return _with_base(backend.head(key), base)
 
-    def list(self, uri: str, after: str | None = None, recursive: bool = True) -> Iterator[ObjectInfo]:
+    def list(
+        self, uri: str, after: str | None = None, recursive: bool = True, folders: FolderFilter | None = None
+    ) -> Iterator[ObjectInfo]:
         """Yield the objects below a folder, by full URI, after the URI `after`.
 
         On clouds and local disks the listing is streamed, in the order of the UTF-8 bytes of the keys. A server with
         another order (SeaweedFS lists `a/x` before `a-b`) keeps its own, and `after` follows it. A folder that does
         not exist is empty. Names are not filtered; only the empty objects that stand for folders (`a/`) are left out.
-        The size is 0 if the protocol's listing has no sizes.
+        The size is 0 if the protocol's listing has no sizes. On local disks, `folders` chooses the folders to enter.
 
         Raises:
             Unavailable: The store cannot be reached.
@@ -166,7 +168,7 @@ class Reader:
         """
         if is_local(uri):
             folder = _with_slash(uri)
-            found = local_backend.walk(_local_path(folder), _relative_to(folder, after), recursive)
+            found = local_backend.walk(_local_path(folder), _relative_to(folder, after), recursive, folders)
             return (_with_base(one, folder) for one in found)
         backend, base, prefix = self._find_backend(uri)
         if base:
