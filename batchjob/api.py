@@ -131,6 +131,7 @@ def validate(job: Job) -> list[str]:
         f"input     {job.input.uri}: {preview.describe()}",
         *(f"          {line}" for line in preview.skipped),
         f"model     {worker.model} on {worker.device}, {worker.precision}, in {worker.seconds:.1f} s",
+        *(f"decided   {line}" for line in worker.decision_lines),
         f"columns   {', '.join(worker.columns)}",
         f"output    {store.uri}: {_describe_output(store, head)}",
     ]

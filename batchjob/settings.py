@@ -1,10 +1,11 @@
-"""Base of all job settings, strict and frozen, and its two kinds of strings with rules: `Uri` and `Target`."""
+"""Base of all job settings, strict and frozen; strings with rules: `Uri` and `Target`; `Decision` on a setting."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Self, get_args
@@ -14,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Val
 from batchjob.system import working_directory
 from batchjob.text import explain_uri_secret
 
-__all__ = ["CommandLineText", "Settings", "Target", "Uri", "is_local", "local_path"]
+__all__ = ["CommandLineText", "Decision", "Settings", "Target", "Uri", "is_local", "local_path"]
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 _TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -41,6 +42,19 @@ class Settings(BaseModel):
         if not isinstance(data, Mapping):
             return data
         return {name: _bools_as_words(value) if _expects_number(cls, name) else value for name, value in data.items()}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Value found for a setting that the job leaves at `auto`. A plan keeps the value.
+
+    Attributes:
+        value: The value, as the job file could say it.
+        reason: Reason in words, for people.
+    """
+
+    value: str
+    reason: str
 
 
 class CommandLineText(str):

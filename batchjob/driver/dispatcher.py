@@ -119,6 +119,9 @@ class Dispatcher:
                     f"worker {worker}: {info.model} on {info.device}, {info.precision}, batches of "
                     f"{info.batch_size}, after {info.seconds:.1f} s"
                 )
+                if len(self.workers) == 1:
+                    for line in info.decision_lines:
+                        self._progress.note(line)
             case ShardCommitted(result):
                 self._unavailable_in_a_row = 0
                 if self.scheduler.finish(result.key):

@@ -37,6 +37,7 @@ from batchjob.models.loaded_model import LoadedModel
 from batchjob.preprocessing.normalize import Normalizer
 from batchjob.preprocessing.settings import Preprocess, merge_preprocess
 from batchjob.preprocessing.transforms import ImageTransform, ResizeCrop
+from batchjob.settings import Decision
 from batchjob.storage.reader import Reader
 from batchjob.system import import_torchvision
 from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess
@@ -85,38 +86,43 @@ class Engine:
     # -- settings left at auto ---------------------------------------------------------------------------------
 
     @cached_property
-    def decisions(self) -> Mapping[str, str]:
-        """Values found for settings that the job leaves at `auto`, by dotted name; the first access runs the model.
+    def decisions(self) -> Mapping[str, Decision]:
+        """Decisions on settings that the job leaves at `auto`, by dotted name; the first access runs the model.
 
         Raises:
             InvalidJob: The module fails, or it does not suit the task.
         """
         found = self._job.task.decide(self.model, self._run_model)
-        return {f"{_TASK}.{name}": value for name, value in found.items()}
+        return {f"{_TASK}.{name}": decision for name, decision in found.items()}
 
-    def adopt(self, decisions: Mapping[str, str]) -> None:
-        """Use the decisions of a plan in place of this engine's own; settings that the plan has none for keep theirs.
+    @property
+    def decided_values(self) -> dict[str, str]:
+        """Values of the decisions by dotted name, as a plan keeps them."""
+        return {name: decision.value for name, decision in self.decisions.items()}
 
-        Raises:
-            InvalidJob: The plan has a value that this version of batchjob does not know.
+    def adopt(self, values: Mapping[str, str]) -> None:
+        """Use a plan's decisions in place of this engine's own; settings for which the plan has none keep theirs.
+
+        Args:
+            values: Values by dotted name.
         """
-        adopted = {name: decisions.get(name, value) for name, value in self.decisions.items()}
-        if adopted == self.decisions:
+        adopted = {name: Decision(value, "the plan was begun so") for name, value in values.items()}
+        differing = {name: adopted.get(name, own) for name, own in self.decisions.items()}
+        if self.decided_values == {name: decision.value for name, decision in differing.items()}:
             return
-        self.decisions = adopted
+        self.decisions = differing
         # These follow from the decisions and are built again when they are used next.
         for name in ("_task", "_module", "postprocess"):
             self.__dict__.pop(name, None)
 
     @cached_property
     def _task(self) -> AnyTask:
-        """Task of the job, with the decisions in place of `auto`."""
+        """Task of the job, with the decisions in place of `auto`. Raises InvalidJob if a value is not known."""
+        values = self.decided_values
         try:
-            return self._job.task.with_values(
-                {name.removeprefix(f"{_TASK}."): value for name, value in self.decisions.items()}
-            )
+            return self._job.task.with_values({name.removeprefix(f"{_TASK}."): values[name] for name in values})
         except ValidationError:
-            chosen = ", ".join(f"{name}: {value}" for name, value in self.decisions.items())
+            chosen = ", ".join(f"{name}: {value}" for name, value in values.items())
             raise InvalidJob(
                 f"the plan was begun with {chosen} by another version of batchjob, which this one does not know; use "
                 "that version, or `batchjob discard` the output and run again"

@@ -20,9 +20,14 @@ DECIDING_SECTIONS = ("input", "model", "preprocess", "task", "runtime", "decode"
 _RUNTIME_FIELDS = ("precision", "half_weights", "quantize")
 # Fields that say when a job may run, or are only checked.
 _IGNORED_FIELDS = {"input": ("require",), "model": ("trust", "sha256")}
-# Behaviour of versions that did not have a field yet, by section and field: plans of these versions keep it. Add a
-# field here whenever its default is not what the versions before it did.
-_DEFAULTS_BEFORE_FIELD: dict[str, dict[str, Any]] = {"input": {"hidden": True}}
+# Behaviour of versions that did not have a field yet, by section and field, or by section, type and field
+# (`task.multilabel`): plans of these versions keep it. Add a field here whenever its default is not what the versions
+# before it did.
+_DEFAULTS_BEFORE_FIELD: dict[str, dict[str, Any]] = {
+    "input": {"hidden": True},
+    "task.classification": {"activation": "softmax"},
+    "task.multilabel": {"activation": "sigmoid"},
+}
 _MAX_CHARACTERS = 80  # of a value in a line of differences
 _CONTEXT_CHARACTERS = 30  # before the first difference of two long values
 
@@ -47,17 +52,23 @@ def select_deciding_fields(section: str, fields: Mapping[str, Any]) -> dict[str,
     return {name: value for name, value in fields.items() if name not in _IGNORED_FIELDS.get(section, ())}
 
 
-def complete_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
+def complete_defaults(defaults: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, Any]:
     """Add to the defaults of a plan the fields that the version which made the plan did not have.
 
     Args:
         defaults: Fields by section, from the head of the plan; empty in plans of the oldest versions.
+        types: Type by section of the job, such as `{"task": "multilabel"}`.
 
     Returns:
         Fields by section. A field that came later has the value that stands for what earlier versions did.
     """
-    sections = dict.fromkeys([*_DEFAULTS_BEFORE_FIELD, *defaults])
-    return {name: _DEFAULTS_BEFORE_FIELD.get(name, {}) | dict(defaults.get(name) or {}) for name in sections}
+    names = dict.fromkeys([*(name.partition(".")[0] for name in _DEFAULTS_BEFORE_FIELD), *defaults])
+    return {
+        name: _DEFAULTS_BEFORE_FIELD.get(name, {})
+        | _DEFAULTS_BEFORE_FIELD.get(f"{name}.{types.get(name)}", {})
+        | dict(defaults.get(name) or {})
+        for name in names
+    }
 
 
 def diff_fingerprints(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

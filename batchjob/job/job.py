@@ -207,7 +207,8 @@ class Job(Settings):
             InvalidJob: This version does not accept one of the values.
         """
         current, differing = self.resolved_settings(), {}
-        defaults = complete_defaults(defaults)
+        types = {name: fields["type"] for name, fields in current.items() if "type" in fields}
+        defaults = complete_defaults(defaults, types)
         for name, settings in self._deciding_sections():
             changed = {
                 key: value

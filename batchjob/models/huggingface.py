@@ -111,7 +111,8 @@ class HuggingfaceModel(WeightsFile, OutputSelection):
         module = _make_module(model, kind, is_pooler_trained, self._where)
         module = prepare_for_inference(module, "model.model")
         labels = None if kind == "features" else _find_labels(model.config)
-        return LoadedModel(select_output(module, self.output), preprocess, labels, digest)
+        headless = f"{type(model).__name__} has no classification head" if kind == "features" else None
+        return LoadedModel(select_output(module, self.output), preprocess, labels, digest, gives_features=headless)
 
     @property
     def _is_on_hub(self) -> bool:

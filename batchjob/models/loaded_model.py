@@ -52,6 +52,11 @@ class LoadedModel:
             graph or a session of another runtime, which runs exactly as it was saved.
         devices: Device types it runs on (`cpu`, `cuda`); None for all.
         batch_size: Only batch size it accepts, in images; shorter batches are padded to it. None for any.
+        output_operation: Operation that makes the output, such as `Softmax`, if the model's file says it.
+        class_layers: Names, within `module`, of the layers that turn features into class scores; empty if the format
+            does not know them.
+        gives_features: Reason why the output is features and no class scores ("ViTModel has no classification head");
+            None if it may be class scores.
     """
 
     module: nn.Module
@@ -62,6 +67,9 @@ class LoadedModel:
     eager: bool = True
     devices: tuple[str, ...] | None = None
     batch_size: int | None = None
+    output_operation: str | None = None
+    class_layers: tuple[str, ...] = ()
+    gives_features: str | None = None
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pydantic import Field
 from batchjob.errors import InvalidJob
 from batchjob.models.file_format import require_format
 from batchjob.models.loaded_model import LoadedModel
-from batchjob.models.onnx_graph import OnnxModelFiles, list_external_files, parse_onnx
+from batchjob.models.onnx_graph import OnnxModelFiles, find_output_operation, list_external_files, parse_onnx
 from batchjob.models.onnx_session import ExecutionProvider, OnnxRunner, find_image_input, select_output_names
 from batchjob.models.output_selection import OutputSelection
 from batchjob.models.trusted_file import WeightsFile, verify_digest
@@ -81,6 +81,7 @@ class OnnxModel(WeightsFile, OutputSelection):
             eager=False,
             devices=runner.devices,
             batch_size=image_input.shape[0],
+            output_operation=find_output_operation(parse_onnx(files.data, files.where), outputs[0]),
         )
 
     def _read_files(self, reader: Reader) -> tuple[OnnxModelFiles, str]:

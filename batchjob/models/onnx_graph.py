@@ -13,7 +13,9 @@ from batchjob.errors import InvalidJob
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["OnnxModelFiles", "explain_open_error", "list_external_files", "parse_onnx"]
+__all__ = ["OnnxModelFiles", "explain_open_error", "find_output_operation", "list_external_files", "parse_onnx"]
+
+_MOVING_OPERATORS = {"Cast", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,17 @@ def parse_onnx(data: bytes, where: str) -> onnx.ModelProto:
     if not model.graph.node:
         raise InvalidJob(f"{where} is no ONNX file, or holds an empty graph; export the model again")
     return model
+
+
+def find_output_operation(model: onnx.ModelProto, output: str) -> str | None:
+    """Find the operator that makes the values of an output, `Softmax` or `Gemm`; None if an input or constant does.
+
+    Operators that only move or convert values do not count.
+    """
+    nodes = {name: node for node in model.graph.node for name in node.output}
+    while (node := nodes.get(output)) is not None and node.op_type in _MOVING_OPERATORS and node.input:
+        output = node.input[0]
+    return None if node is None else node.op_type
 
 
 def list_external_files(model: onnx.ModelProto, where: str) -> list[str]:

@@ -105,7 +105,14 @@ class TimmModel(WeightsFile, OutputSelection):
             digest = verify_digest(data, self.weights, self.sha256)
             module = self._load_file(data, self.weights)
         preprocess, labels = self._make_preprocess(module), self._find_labels(module)
-        return LoadedModel(select_output(module, self.output), preprocess, labels, digest)
+        headless = f"timm's {self.name} was built without its last layer (model.num_classes: 0)"
+        return LoadedModel(
+            select_output(module, self.output),
+            preprocess,
+            labels,
+            digest,
+            gives_features=headless if self.num_classes == 0 else None,
+        )
 
     def _build_module(self, seed: int = 0) -> nn.Module:
         import timm

@@ -1,4 +1,4 @@
-"""`type: classification`: logits to the k most likely classes, with their names and softmax scores."""
+"""`type: classification`: the k most likely classes, with their names and scores."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
+from batchjob.settings import Decision
+from batchjob.tasks.activation import Activation, ScoreFunction, apply_activation, decide_activation
 from batchjob.tasks.ground_truth import UNKNOWN_CLASS, LabelIndex, is_class_type, ratio
 from batchjob.tasks.labels import CLASS_FIELDS, Labels, max_label_bytes, read_labels, resolve_class_names
 from batchjob.tasks.list_columns import build_list_column
-from batchjob.tasks.model_output import require_float_output
+from batchjob.tasks.model_output import refuse_features, require_float_output
 from batchjob.tasks.postprocess import Postprocess, PostprocessDefaults, finite_mask
-from batchjob.tasks.settings import TaskSettings
+from batchjob.tasks.settings import RunModel, TaskModel, TaskSettings
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +50,8 @@ class ClassificationTask(TaskSettings):
             given, the names that the weights bring; null if they bring none.
         truth: Passthrough column with the true label or its id; `report.json` then has the accuracy. Rows where it is
             null, or names no class of the model, do not count.
+        activation: Function from the model's output to scores: `softmax`, `sigmoid` (each class for itself), or `none`
+            for a model whose output are scores already. `auto` looks at the model; the plan keeps what was found.
         allow_nan: True accepts rows whose scores are NaN; their `score` is NaN and they name no class.
     """
 
@@ -57,6 +61,7 @@ class ClassificationTask(TaskSettings):
     top_k: int = Field(default=1, ge=1)
     labels: Labels = None
     truth: str | None = Field(default=None, min_length=1)
+    activation: Activation = "auto"
     allow_nan: bool = False
 
     @property
@@ -73,6 +78,12 @@ class ClassificationTask(TaskSettings):
         """Read the label file, if there is one. Raises InvalidJob, Unavailable."""
         if isinstance(self.labels, str):
             read_labels(reader, self.labels)
+
+    def decide(self, model: TaskModel, run_model: RunModel) -> dict[str, Decision]:
+        """Choose the activation, if it is `auto`. Raises InvalidJob if the model gives features."""
+        refuse_features(model)
+        found = decide_activation(model, run_model, "softmax") if self.activation == "auto" else None
+        return {} if found is None else {"activation": found}
 
     def build_postprocess(
         self,
@@ -107,7 +118,13 @@ class ClassificationTask(TaskSettings):
         if self.top_k > classes:
             raise InvalidJob(f"task.top_k is {self.top_k}, but the model knows {classes} classes; lower it")
         names = resolve_class_names(self.labels, classes, labels, reader)
-        return _ClassificationPostprocess(self.top_k, LabelIndex(classes, names), self.allow_nan, self.truth_columns)
+        return _ClassificationPostprocess(
+            top_k=self.top_k,
+            activation="softmax" if self.activation == "auto" else self.activation,
+            label_index=LabelIndex(classes, names),
+            allow_nan=self.allow_nan,
+            truth_columns=self.truth_columns,
+        )
 
     def compute_metrics(self, sums: Mapping[str, float]) -> dict[str, Any]:
         """Compute `accuracy`, `top_<k>_accuracy` and `confusion` as {truth: {predicted: images}}.
@@ -133,6 +150,7 @@ class ClassificationTask(TaskSettings):
 @dataclass(frozen=True)
 class _ClassificationPostprocess(PostprocessDefaults):
     top_k: int
+    activation: ScoreFunction
     label_index: LabelIndex
     allow_nan: bool
     truth_columns: tuple[str, ...] = ()
@@ -142,13 +160,14 @@ class _ClassificationPostprocess(PostprocessDefaults):
         return [*CLASS_FIELDS, pa.field("top_k", pa.list_(pa.struct(CLASS_FIELDS)))]
 
     def on_device(self, output: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Reduce logits to `label_id` int32 and `score` float32 `[n, k]`, the best first, and `finite` bool `[n]`.
+        """Reduce an output to `label_id` int32 and `score` float32 `[n, k]`, the best first, and `finite` bool `[n]`.
 
-        A logit of minus infinity rules out a class and is no error; NaN and plus infinity turn a whole row into NaN.
+        In a softmax a logit of minus infinity rules out a class and is no error; NaN and plus infinity turn a whole row
+        into NaN.
         """
         import torch
 
-        scores, ids = output.float().softmax(dim=1).topk(self.top_k, dim=1)
+        scores, ids = apply_activation(output, self.activation).topk(self.top_k, dim=1)
         return {"label_id": ids.to(torch.int32), "score": scores, "finite": scores.isfinite().all(dim=1)}
 
     def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:  # noqa: ARG002

@@ -11,11 +11,14 @@ from batchjob.tasks.postprocess import EXAMPLE_ROWS
 if TYPE_CHECKING:
     import torch
 
+    from batchjob.tasks.settings import TaskModel
+
 __all__ = [
     "check_row_shape",
     "describe_mismatch",
     "describe_output",
     "output_format_error",
+    "refuse_features",
     "require_float_output",
     "widen_half_precision",
 ]
@@ -47,6 +50,15 @@ def require_float_output(output: Any, expected: str, advice: str) -> torch.Tenso
     if output.ndim == 0 or output.shape[0] != EXAMPLE_ROWS:
         raise InvalidJob(f"{message}, a row for each image; {advice}")
     return output
+
+
+def refuse_features(model: TaskModel) -> None:
+    """Raise InvalidJob if a model has no classification head: its features are no class scores."""
+    if model.gives_features is not None:
+        raise InvalidJob(
+            f"model: {model.gives_features}; it gives features (task.type: embedding), so take a model with a head for "
+            "classes"
+        )
 
 
 def output_format_error(output: Any, expected: str) -> InvalidJob:

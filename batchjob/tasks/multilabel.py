@@ -1,4 +1,4 @@
-"""`type: multilabel`: logits to all the classes that an image shows, by a sigmoid and a threshold."""
+"""`type: multilabel`: all the classes that an image shows, by their scores and a threshold."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
+from batchjob.settings import Decision
+from batchjob.tasks.activation import Activation, ScoreFunction, apply_activation, decide_activation
 from batchjob.tasks.ground_truth import UNKNOWN_CLASS, LabelIndex, as_text, is_class_type, ratio
 from batchjob.tasks.labels import CLASS_FIELDS, Labels, max_label_bytes, read_labels, resolve_class_names
 from batchjob.tasks.list_columns import build_list_column
-from batchjob.tasks.model_output import require_float_output
+from batchjob.tasks.model_output import refuse_features, require_float_output
 from batchjob.tasks.postprocess import Postprocess, PostprocessDefaults, finite_mask
-from batchjob.tasks.settings import TaskSettings
+from batchjob.tasks.settings import RunModel, TaskModel, TaskSettings
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +50,8 @@ class MultilabelTask(TaskSettings):
         truth: Passthrough column with the true labels or ids: a list, or text with `;` between them; `report.json` then
             has precision and recall. Rows where it is null, or names something that is no class of the model, do not
             count.
+        activation: Function from the model's output to scores: `sigmoid`, `softmax`, or `none` for a model whose output
+            are scores already. `auto` looks at the model; the plan keeps what was found.
         allow_nan: True accepts rows that hold NaN; such a score is over no threshold.
     """
 
@@ -57,6 +61,7 @@ class MultilabelTask(TaskSettings):
     top_k: int | None = Field(default=None, ge=1)
     scores: bool = False
     truth: str | None = Field(default=None, min_length=1)
+    activation: Activation = "auto"
     allow_nan: bool = False
 
     @property
@@ -76,6 +81,12 @@ class MultilabelTask(TaskSettings):
         """Read the label file, if there is one. Raises InvalidJob, Unavailable."""
         if isinstance(self.labels, str):
             read_labels(reader, self.labels)
+
+    def decide(self, model: TaskModel, run_model: RunModel) -> dict[str, Decision]:
+        """Choose the activation, if it is `auto`. Raises InvalidJob if the model gives features."""
+        refuse_features(model)
+        found = decide_activation(model, run_model, "sigmoid") if self.activation == "auto" else None
+        return {} if found is None else {"activation": found}
 
     def build_postprocess(
         self,
@@ -112,6 +123,7 @@ class MultilabelTask(TaskSettings):
         return _MultilabelPostprocess(
             label_index=LabelIndex(classes, resolve_class_names(self.labels, classes, labels, reader)),
             threshold=self.threshold,
+            activation="sigmoid" if self.activation == "auto" else self.activation,
             top_k=self.top_k or classes,
             scores=self.scores,
             allow_nan=self.allow_nan,
@@ -150,6 +162,7 @@ class MultilabelTask(TaskSettings):
 class _MultilabelPostprocess(PostprocessDefaults):
     label_index: LabelIndex
     threshold: float | tuple[float, ...]
+    activation: ScoreFunction
     top_k: int
     scores: bool
     allow_nan: bool
@@ -161,7 +174,7 @@ class _MultilabelPostprocess(PostprocessDefaults):
         return [labels, pa.field("scores", pa.list_(pa.float32(), self.label_index.count))] if self.scores else [labels]
 
     def on_device(self, output: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Reduce logits to the k best classes: `label_id` int32 and `score` float32 `[n, k]`, the best first.
+        """Reduce an output to the k best classes: `label_id` int32 and `score` float32 `[n, k]`, the best first.
 
         `count` int32 `[n]` is the number of them over their threshold, `finite` bool `[n]`. If `scores` is set, it
         holds the scores of all classes by id, float32 `[n, classes]`.
@@ -169,7 +182,7 @@ class _MultilabelPostprocess(PostprocessDefaults):
         import torch
 
         logits = output.float()
-        scores = logits.sigmoid()
+        scores = apply_activation(output, self.activation)
         limit = self.threshold
         shown = scores >= (torch.tensor(limit, device=scores.device) if isinstance(limit, tuple) else limit)
         # Sort by logits, because large ones all have the score 1. They are clamped, so that minus infinity is left to

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import pyarrow as pa
 
 from batchjob.errors import InvalidJob
-from batchjob.settings import Settings
+from batchjob.settings import Decision, Settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +30,18 @@ class TaskModel(Protocol):
     @property
     def labels(self) -> tuple[str, ...] | None:
         """Class names that the weights bring."""
+
+    @property
+    def output_operation(self) -> str | None:
+        """Operation that makes the output, such as `Softmax`, if the model's file says it."""
+
+    @property
+    def class_layers(self) -> tuple[str, ...]:
+        """Names of the layers that turn features into class scores; empty if the format does not know them."""
+
+    @property
+    def gives_features(self) -> str | None:
+        """Reason why the output is features and no class scores; None if it may be class scores."""
 
 
 class RunModel(Protocol):
@@ -91,7 +103,7 @@ class TaskSettings(Settings):
                     f"give it a type, as in passthrough: {{{name}: …}}, or name another column"
                 )
 
-    def decide(self, model: TaskModel, run_model: RunModel) -> Mapping[str, str]:  # noqa: ARG002
+    def decide(self, model: TaskModel, run_model: RunModel) -> Mapping[str, Decision]:  # noqa: ARG002
         """Choose values for the fields that are left at `auto`, by looking at the model.
 
         A plan keeps these values, and all its workers use them.
@@ -101,7 +113,7 @@ class TaskSettings(Settings):
             run_model: Runs a module, the model's own or another form of it.
 
         Returns:
-            Values by field; by default none.
+            Decisions by field; by default none.
 
         Raises:
             InvalidJob: The model does not suit the task.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from batchjob.errors import BatchjobError
 from batchjob.output.provenance import ShardResult
+from batchjob.settings import Decision
 from batchjob.types import ShardKey
 
 __all__ = [
@@ -56,6 +57,7 @@ class WorkerInfo:
         seconds: Time to load and warm up, in seconds.
         ahead: Images that the loader keeps in flight; 0 if unknown.
         row_bytes: Upper bound for the size of the task's columns in one row, in bytes; 0 if only the settings say.
+        decisions: Decisions on settings that the job leaves at `auto`, by dotted name (`task.activation`).
     """
 
     device: str
@@ -66,6 +68,12 @@ class WorkerInfo:
     seconds: float
     ahead: int = 0
     row_bytes: int = 0
+    decisions: Mapping[str, Decision] = field(default_factory=dict)
+
+    @property
+    def decision_lines(self) -> list[str]:
+        """Decisions in words, such as `task.activation: none, since the model itself ends in a softmax`."""
+        return [f"{name}: {found.value}, since {found.reason}" for name, found in self.decisions.items()]
 
 
 @dataclass(frozen=True)

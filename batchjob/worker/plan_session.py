@@ -138,7 +138,7 @@ def _make_contract(loaded: LoadedWorker, reader: PlanReader) -> Contract:
         list(reader.passthrough_schema), engine.postprocess.fields, has_id=loaded.job.input.has_id
     )
     image_shape = None if engine.variable_size else loaded.loader_setup.image_shape
-    return Contract(schema, engine.digest, image_shape, engine.decisions)
+    return Contract(schema, engine.digest, image_shape, engine.decided_values)
 
 
 def _choose_execution_config(
@@ -154,7 +154,7 @@ def _choose_execution_config(
         sample_locations=tuple(ref.location for ref in refs[:_TRIAL_IMAGES]),
         batch_size=loaded.loader_setup.batch_size,
         threads=parallelism.threads_per_batch,
-        decisions=dict(loaded.engine.decisions),
+        decisions=loaded.engine.decided_values,
     )
     autotuner = Autotuner(
         store=loaded.store,

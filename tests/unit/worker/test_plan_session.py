@@ -15,6 +15,7 @@ import batchjob
 from batchjob.errors import InvalidJob, Temporary
 from batchjob.loader.quarantine import Quarantine
 from batchjob.loader.shard_queue import ShardQueue
+from batchjob.settings import Decision
 from batchjob.storage.store import open_store
 from batchjob.tasks.embedding import EmbeddingTask
 from batchjob.types import ErrorRecord, ImageInfo
@@ -52,17 +53,17 @@ def test_first_worker_decides_on_settings_left_at_auto(tmp_path: Path, monkeypat
     """A worker that decided otherwise adopts what the plan holds, also when it makes other rows for it."""
     job = write_job(tmp_path, images=1)
     (key,) = plan_shards(job)
-    decided = [{"normalize": "true"}, {"normalize": "false"}]
+    decided = [{"normalize": Decision(value, "tried")} for value in ("true", "false")]
     monkeypatch.setattr(EmbeddingTask, "decide", lambda *_: decided.pop(0))
     with load_worker(job) as first, load_worker(job) as second:
-        assert [loaded.engine.decisions for loaded in (first, second)] == [
+        assert [loaded.engine.decided_values for loaded in (first, second)] == [
             {"task.normalize": "true"},
             {"task.normalize": "false"},
         ]
         for loaded in (first, second):
             session = PlanSession.join(loaded, 0)
             assert session.contract.decisions == {"task.normalize": "true"}
-        assert second.engine.decisions == {"task.normalize": "true"}
+        assert second.engine.decided_values == {"task.normalize": "true"}
         (batch,) = second.loader_setup.loader.batches(ShardQueue.of([session.read_shard(key)]))
         assert batch.pixels is not None
         (output,) = session.predictor(batch.pixels).wait().outputs
@@ -72,7 +73,7 @@ def test_first_worker_decides_on_settings_left_at_auto(tmp_path: Path, monkeypat
 def test_decision_that_this_version_does_not_know_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = write_job(tmp_path, images=1)
     plan_shards(job)
-    monkeypatch.setattr(EmbeddingTask, "decide", lambda *_: {"normalize": "true"})
+    monkeypatch.setattr(EmbeddingTask, "decide", lambda *_: {"normalize": Decision("true", "tried")})
     with load_worker(job) as loaded:
         loaded.engine.adopt({"task.normalize": "sometimes"})
         with pytest.raises(InvalidJob, match=r"begun with task.normalize: sometimes by another version"):
