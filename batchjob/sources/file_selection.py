@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from batchjob.errors import InvalidJob
 from batchjob.sources.glob_patterns import (
     is_hidden,
+    make_folder_filter,
     make_hidden_folder_filter,
     make_hidden_path_filter,
     make_path_filter,
@@ -50,6 +51,7 @@ class FileSelection:
         self._is_excluded = make_path_filter(exclude, ()) if exclude else None
         # A single file is taken by whatever name the job gives it.
         self._skips_hidden = not hidden and location.file is None
+        self._may_hold = make_folder_filter(location.pattern) if location.pattern else None
         self._names_path = make_hidden_path_filter(include, location.pattern)
         self._names_folder = make_hidden_folder_filter(include, location.pattern)
         self._last_hidden_folder: str | None = None
@@ -69,6 +71,8 @@ class FileSelection:
 
     def enters(self, folder: str) -> bool:
         """Return True if images may lie below a folder. The folders above it have been entered."""
+        if self._may_hold is not None and not self._may_hold(folder):
+            return False
         if self._is_excluded is not None and self._is_excluded(folder):
             return False
         if not self._skips_hidden:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from batchjob.errors import AddressRefused, InvalidJob, NotFound, UnaddressableKey
 from batchjob.settings import is_local, local_path
-from batchjob.sources.glob_patterns import glob_to_regex, has_magic, literal_prefix, make_folder_filter, split_glob
+from batchjob.sources.glob_patterns import glob_to_regex, has_magic, literal_prefix, split_glob
 from batchjob.storage.backend import CLOUD_SCHEMES, LIST_PAGE_SIZE
 from batchjob.storage.objects import FolderFilter, ObjectInfo
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "InputLocation",
+    "child_uri",
     "escape_magic",
     "explain_missing_input",
     "find_location",
@@ -30,6 +31,7 @@ __all__ = [
     "normalize_uri",
     "parent_folder",
     "require_location",
+    "split_chain",
     "with_trailing_slash",
 ]
 
@@ -91,7 +93,7 @@ def explain_missing_input(reader: Reader, uri: str, marker: str | None) -> str |
         return f"input.uri {uri}: nothing there yet"
     if marker is not None:
         try:
-            reader.stat(location.folder + marker)
+            reader.stat(child_uri(location.folder, marker))
         except NotFound:
             return f"input.require.marker: {location.folder}{marker} is not there yet"
     return None
@@ -115,8 +117,7 @@ def list_location(
         after: URI of the last object that is left out; None starts at the first one.
         recursive: List the folders below too. A glob says itself how deep it reaches.
         excluded_folder: URI of a folder whose objects are left out.
-        folders: Filter of the folders below the location's folder, relative to it. A glob also leaves out the folders
-            in which nothing can match.
+        folders: Filter of the folders below the location's folder, relative to it.
 
     Raises:
         InvalidJob: The location lies in the excluded folder.
@@ -126,8 +127,7 @@ def list_location(
         if after is None:
             yield location.file
         return
-    may_hold = make_folder_filter(location.pattern) if location.pattern else lambda folder: True
-    listing = _FolderListing(reader, location.folder, _WalkFilter(excluded_name, may_hold, folders))
+    listing = _FolderListing(reader, location.folder, _WalkFilter(excluded_name, folders))
     pattern = location.pattern
     listed = _list_matches(listing, pattern, after) if pattern else listing.list(after, recursive)
     for found in listed:
@@ -165,6 +165,12 @@ def parent_folder(uri: str) -> str:
     return head[: head.rfind("/") + 1] + chain
 
 
+def child_uri(folder: str, name: str) -> str:
+    """Return the URI of a name in a folder."""
+    head, chain = split_chain(folder)
+    return head + name + chain
+
+
 def name_slice(folder: str) -> slice:
     """Return the part of an object's URI that is its name relative to the folder that holds it.
 
@@ -200,14 +206,13 @@ def _excluded_name(location: InputLocation, excluded_folder: str | None) -> str 
 
 @dataclass(frozen=True)
 class _WalkFilter:
-    """Filter of the folders that a listing goes into, without the excluded one and those where no glob can match."""
+    """Filter of the folders that a listing goes into, without the excluded one."""
 
     excluded_name: str | None
-    may_hold: Callable[[str], bool]
     folders: FolderFilter
 
     def enters(self, folder: str) -> bool:
-        return folder != self.excluded_name and self.may_hold(folder) and self.folders.enters(folder)
+        return folder != self.excluded_name and self.folders.enters(folder)
 
     def skip_unreadable(self, folder: str, reason: str) -> None:
         self.folders.skip_unreadable(folder, reason)

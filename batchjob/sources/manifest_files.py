@@ -6,6 +6,8 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from batchjob.errors import InvalidJob
+from batchjob.sources.glob_patterns import make_folder_filter
+from batchjob.sources.lake_tables import is_log_folder, refuse_lake_tables
 from batchjob.sources.locations import InputLocation, list_location, name_slice, require_location
 from batchjob.sources.table_files import TableFormat, guess_table_format
 from batchjob.storage.objects import ObjectInfo
@@ -28,10 +30,11 @@ def list_manifest_files(
         excluded_folder: URI of a folder that is never read.
 
     Raises:
-        InvalidJob: There are no such files, or they are of two formats.
+        InvalidJob: There are no such files, they are of two formats, or they belong to a Delta table or its like.
     """
     location = require_location(reader, uri)
-    listed = list_location(reader, location, None, False, excluded_folder, _AllFolders(location))
+    folders = _ManifestFolders(location)
+    listed = list_location(reader, location, None, False, excluded_folder, folders)
     infos = [info for info in listed if location.file or not _is_hidden(info, location)]
     if requested_format is not None:
         accepted = {None, requested_format}
@@ -51,17 +54,27 @@ def list_manifest_files(
         raise InvalidJob(
             f"input.uri {location.uri}: both {' and '.join(formats)} files; choose with a glob or input.format"
         )
+    refuse_lake_tables(reader, location, [info for info, _ in files], folders.log_folders)
     return files
 
 
-class _AllFolders:
-    """Filter that enters every folder below a location."""
+class _ManifestFolders:
+    """Filter of the folders below a location: hidden ones, and those where its glob cannot match, are not entered.
+
+    Attributes:
+        log_folders: Folders met so far in which a table may keep its log.
+    """
 
     def __init__(self, location: InputLocation) -> None:
         self._location = location
+        self._may_hold = make_folder_filter(location.pattern or "**")
+        self.log_folders: list[str] = []
 
-    def enters(self, folder: str) -> bool:  # noqa: ARG002 - FolderFilter
-        return True
+    def enters(self, folder: str) -> bool:
+        name = folder[folder.rfind("/", 0, -1) + 1 : -1]
+        if is_log_folder(name):
+            self.log_folders.append(folder)
+        return not name.startswith(("_", ".")) and self._may_hold(folder)
 
     def skip_unreadable(self, folder: str, reason: str) -> None:
         raise InvalidJob(

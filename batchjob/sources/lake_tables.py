@@ -1,0 +1,120 @@
+"""Tables with a log of their files (Delta Lake, Iceberg, Hudi): found around a manifest's files, and refused."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from batchjob.concurrency import parallel_map
+from batchjob.errors import InvalidJob, NotFound, Unavailable
+from batchjob.sources.locations import InputLocation, child_uri, name_slice, split_chain
+from batchjob.storage.objects import ObjectInfo
+
+if TYPE_CHECKING:
+    from batchjob.storage.reader import Reader
+
+__all__ = ["LakeTable", "is_log_folder", "refuse_lake_tables"]
+
+_LOG_FOLDERS = {"_delta_log": "Delta", ".hoodie": "Hudi", "_spark_metadata": "Spark streaming"}
+_ICEBERG_FOLDER = "metadata"
+_ICEBERG_ENDING = ".metadata.json"
+_EXPORTS = {
+    "Delta": "in DuckDB: COPY (FROM delta_scan('{}')) TO 'manifest.parquet'",
+    "Iceberg": "in DuckDB: COPY (FROM iceberg_scan('{}')) TO 'manifest.parquet'",
+}
+# Folders of partitions, and the folder in which Iceberg keeps its files: the log is above them.
+_BELOW_TABLE = re.compile(r"(?:[^/=]+=[^/]*/)*$")
+_DATA_FOLDER = "/data/"
+_MAX_METADATA_FILES = 10_000  # of a folder `metadata/` that are looked at
+
+
+@dataclass(frozen=True)
+class LakeTable:
+    """A folder whose log says which of its files count.
+
+    Attributes:
+        kind: Name of the table format.
+        folder: URI of the table, with a final `/`.
+    """
+
+    kind: str
+    folder: str
+
+
+def is_log_folder(folder: str) -> bool:
+    """Return True for the name of a folder in which a table may keep its log: `_delta_log`, `.hoodie`, `metadata`."""
+    return folder in _LOG_FOLDERS or folder == _ICEBERG_FOLDER
+
+
+def refuse_lake_tables(
+    reader: Reader, location: InputLocation, files: Iterable[ObjectInfo], log_folders: Iterable[str]
+) -> None:
+    """Check that the files of a folder or glob belong to no table whose log says which of them count.
+
+    A single file is read as it is: whoever names it has chosen it.
+
+    Args:
+        reader: Reader with the job's storage options.
+        location: Folder or glob of the manifest.
+        files: Files that would be read.
+        log_folders: Folders relative to the location's folder that its listing met, and that may hold a log.
+
+    Raises:
+        InvalidJob: A file lies in such a table: it would be read with the rows of removed files.
+    """
+    if location.file is not None:
+        return
+    table = _find_around(reader, location.folder) or _find_below(reader, location, files, log_folders)
+    if table is None:
+        return
+    export = _EXPORTS.get(table.kind, "in Spark: df.write.parquet").format(table.folder.rstrip("/"))
+    raise InvalidJob(
+        f"input.uri {location.uri}: {table.folder} is a {table.kind} table, whose log says which of its files count; "
+        f"export it to plain Parquet ({export}), or name one file of it"
+    )
+
+
+def _find_around(reader: Reader, folder: str) -> LakeTable | None:
+    """Find the table that a folder is, or whose partition it is."""
+    head, chain = split_chain(folder)
+    root = _BELOW_TABLE.sub("", head)
+    candidates = dict.fromkeys([head, root, *([root.removesuffix("data/")] if root.endswith(_DATA_FOLDER) else [])])
+    found = parallel_map(lambda candidate: _find_at(reader, candidate + chain), candidates)
+    return next(filter(None, list(found)), None)
+
+
+def _find_below(
+    reader: Reader, location: InputLocation, files: Iterable[ObjectInfo], log_folders: Iterable[str]
+) -> LakeTable | None:
+    """Find a table below a glob's folder: a folder that holds both a log, such as `t/_delta_log/`, and files."""
+    names = [file.uri[name_slice(location.folder)] for file in files]
+    tables = dict.fromkeys(folder[: folder.rfind("/", 0, -1) + 1] for folder in log_folders)
+    used = [table for table in tables if any(name.startswith(table) for name in names)]
+    found = parallel_map(lambda table: _find_at(reader, child_uri(location.folder, table)), used)
+    return next(filter(None, list(found)), None)
+
+
+def _find_at(reader: Reader, folder: str) -> LakeTable | None:
+    for name, kind in _LOG_FOLDERS.items():
+        if _has_files(reader, child_uri(folder, f"{name}/"), ""):
+            return LakeTable(kind, folder)
+    if _has_files(reader, child_uri(folder, f"{_ICEBERG_FOLDER}/"), _ICEBERG_ENDING):
+        return LakeTable("Iceberg", folder)
+    # Hudi marks its partitions, whose names say nothing.
+    try:
+        reader.stat(child_uri(folder, ".hoodie_partition_metadata"))
+    except (NotFound, Unavailable):
+        return None
+    return LakeTable("Hudi", folder)
+
+
+def _has_files(reader: Reader, folder: str, ending: str) -> bool:
+    names = name_slice(folder)
+    try:
+        found = itertools.islice(reader.list(folder), _MAX_METADATA_FILES)
+        return any(one.uri[names].endswith(ending) for one in found)
+    except (NotFound, Unavailable):  # This user may read the files, but not look around.
+        return False
