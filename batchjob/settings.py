@@ -14,10 +14,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Val
 
 from batchjob.system import working_directory
 from batchjob.text import explain_uri_secret
+from batchjob.uris import expand_home, explain_bad_file_uri, is_local, local_path, lower_scheme, uri_scheme
 
-__all__ = ["CommandLineText", "Decision", "Settings", "Target", "Uri", "is_local", "local_path"]
+__all__ = ["CommandLineText", "Decision", "Settings", "Target", "Uri", "resolve_path"]
 
-_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 _TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -61,16 +61,6 @@ class CommandLineText(str):
     """Text from the command line: relative paths in it start at the working directory, not at the job's folder."""
 
 
-def is_local(uri: str) -> bool:
-    """Return True if a URI is a plain path or a `file://` URI."""
-    return not _SCHEME.match(uri) or uri.startswith("file://")
-
-
-def local_path(uri: str) -> Path:
-    """Return the path of a local URI, literally: `%20` is not decoded."""
-    return Path(uri.removeprefix("file://"))
-
-
 def _bools_as_words(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_bools_as_words(item) for item in value]
@@ -94,19 +84,39 @@ def _types_in(annotation: Any) -> Iterator[type]:
         yield from _types_in(part)
 
 
+def resolve_path(path: str, base: Path | None = None) -> Path:
+    """Return an absolute path without `.` and `..`, with a home folder at its beginning expanded.
+
+    Args:
+        path: Path, or `file:` URI.
+        base: Folder in which a relative path starts; None takes the working directory.
+
+    Raises:
+        ValueError: The URI names another host, or no path.
+        InvalidJob: The path is relative, and the working directory has been deleted.
+    """
+    if reason := explain_bad_file_uri(path):
+        raise ValueError(reason)
+    expanded = Path(expand_home(str(local_path(path))))
+    return Path(os.path.normpath(expanded if expanded.is_absolute() else (base or working_directory()) / expanded))
+
+
 def _resolve_uri(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, str):
         return value
     if not value:
         raise ValueError("is empty")
-    if not is_local(value):
-        if reason := explain_uri_secret(value):
-            raise ValueError(reason)
-        return str(value)
     context = None if isinstance(value, CommandLineText) else info.context
-    base = Path(context["base"]) if context else working_directory()
-    suffix = "/" if value.endswith("/") else ""
-    return os.path.normpath(base / local_path(value).expanduser()) + suffix
+    base = Path(context["base"]) if context else None
+    if is_local(value):
+        path = str(resolve_path(value, base))
+        return path + "/" if value.endswith("/") and path != "/" else path
+    if reason := explain_uri_secret(value):
+        raise ValueError(reason)
+    inner, link, archive = lower_scheme(value).rpartition("::")
+    if link and archive and not uri_scheme(archive) and not archive.startswith("/"):
+        archive = str(resolve_path(archive, base))
+    return inner + link + archive
 
 
 def _check_target(value: str) -> str:
@@ -116,6 +126,9 @@ def _check_target(value: str) -> str:
 
 
 Uri = Annotated[str, BeforeValidator(_resolve_uri)]
-"""Path or URI. A relative path starts at the job file's folder; from the command line, at the working directory."""
+"""Path or URI. A relative path starts at the job file's folder; from the command line, at the working directory.
+
+`~` and `$HOME` at its beginning are the home folder. A `file:` URI becomes the path that it names.
+"""
 Target = Annotated[str, AfterValidator(_check_target)]
 """Name of an attribute of a Python module beside the job file, as `module:attribute`."""

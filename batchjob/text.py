@@ -36,10 +36,10 @@ _SIGNING_PARAMETERS = (
 )
 _IS_SIGNING_PARAMETER = re.compile(rf"(?:{_SIGNING_PARAMETERS})\Z", re.IGNORECASE)
 # Schemes in whose URIs a container, and no user, stands before the '@'.
-_CONTAINER_SCHEMES = {"abfs", "abfss"}
+_CONTAINER_SCHEMES = {"abfs", "abfss", "wasb", "wasbs"}
 # Pattern of a secret -> its replacement.
 _SECRET_PATTERNS = (
-    (re.compile(r"(?<!abfs://)(?<!abfss://)(?<=://)[^/?#\s]*@"), rf"{_REDACTED}@"),
+    (re.compile(r"(?<!abfs://)(?<!abfss://)(?<!wasb://)(?<!wasbs://)(?<=://)[^/?#\s]*@"), rf"{_REDACTED}@"),
     (re.compile(rf"([?&;](?:{_SIGNING_PARAMETERS})=)(?:(?!:\s)[^&\s'\"<>,;])+", re.IGNORECASE), rf"\1{_REDACTED}"),
     (re.compile(r"\b((?:Bearer|Basic)\s+)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE), rf"\1{_REDACTED}"),
     (re.compile(r"\b((?:proxy-)?authorization\s*[:=]\s*)[^\r\n]+", re.IGNORECASE), rf"\1{_REDACTED}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchjob.errors import InvalidJob
-from batchjob.system import working_directory
 
 if TYPE_CHECKING:
     from batchjob.job.job import Job
@@ -114,16 +114,26 @@ def resolve_output(
         BadParameter: Parameters or overrides are given and `where` is no job file.
         InvalidJob: The job file is not there, or has faults.
     """
-    if where.endswith((".yaml", ".yml")) and not Path(where).exists() and "://" not in where:
-        raise InvalidJob(f"{where}: no such file; name a job file, or an output's folder or URI")
-    if where.endswith((".yaml", ".yml")) and Path(where).is_file():
-        job = read_job(where, params, overrides)
-        return job.output.uri, job.storage
+    from batchjob.settings import resolve_path
+    from batchjob.uris import is_local
+
+    path: Path | None = None
+    if is_local(where):
+        try:
+            path = resolve_path(where)
+        except ValueError as error:
+            raise InvalidJob(f"{where}: {error}") from error
+    if path is not None and path.suffix in (".yaml", ".yml"):
+        if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises for a name that is too long
+            raise InvalidJob(f"{where}: no such file; name a job file, or an output's folder or URI")
+        if path.is_file():
+            job = read_job(where, params, overrides)
+            return job.output.uri, job.storage
     if params or overrides:
         raise typer.BadParameter(f"{where} is no job file, so it takes neither -p nor section.key=value")
+    if path is not None:
+        return str(path), {}
     from batchjob.storage.options import StorageOptions
 
     scheme, separator, _ = where.partition("://")
-    if not separator:
-        return str(where if Path(where).is_absolute() else working_directory() / where), {}
     return where, {scheme + separator: StorageOptions(endpoint=endpoint, region=region)}

@@ -5,7 +5,6 @@ A job is read from a job file, which names every fault at its line, or built in 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from batchjob.models.timm import TimmModel
 from batchjob.models.torchscript import TorchScriptModel
 from batchjob.models.torchvision import TorchvisionModel
 from batchjob.preprocessing.settings import DecodeSettings, Preprocess
-from batchjob.settings import Settings
+from batchjob.settings import Settings, resolve_path
 from batchjob.sources.manifest import ManifestSource
 from batchjob.sources.prefix import PrefixSource
 from batchjob.storage.options import StorageOptions
@@ -44,6 +43,7 @@ from batchjob.tasks.python import PythonTask
 from batchjob.tasks.raw import RawTask
 from batchjob.tasks.regression import RegressionTask
 from batchjob.tasks.segmentation import SegmentationTask
+from batchjob.uris import expand_home, local_path
 
 __all__ = ["AnyModel", "AnySource", "AnyTask", "Job"]
 
@@ -136,8 +136,13 @@ class Job(Settings):
                 `job.yaml:7:3: model.nmae: not a field of this model; did you mean 'name'?`.
         """
         # Asked for an absolute path too: torch and its processes do not start in a deleted folder.
-        folder = Path(os.path.normpath(working_directory() / path)).parent
-        source_map = read_job_file(Path(path), params, overrides)
+        base = working_directory()
+        try:
+            folder = resolve_path(str(path), base).parent
+        except ValueError as error:
+            raise InvalidJob(f"{path}: {error}") from error
+        # Messages name the file as the user does.
+        source_map = read_job_file(Path(expand_home(str(local_path(str(path))))), params, overrides)
         job: Job | None = None
         try:
             job = cls._build(source_map.tree, folder)

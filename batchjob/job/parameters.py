@@ -146,6 +146,8 @@ class _ParameterSubstitution:
         escaped, name = match.groups()
         if escaped is not None:
             return str(escaped)
+        if name == "HOME" and name not in self._values and re.fullmatch(r"\$\{HOME\}(/(?s:.*))?", match.string):
+            return match.group()  # A path may begin with the home folder; `Uri` expands it.
         if name not in self._values:
             advice = f"; declare it under params, or write $${{{name}}} for itself"
             hint = did_you_mean(name, list(self._declared)) or advice

@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, BeforeValidator
 
-from batchjob.settings import Settings, is_local
+from batchjob.settings import Settings
+from batchjob.uris import is_local
 
 __all__ = ["fill_unset_fields", "serialize_all_fields", "serialize_set_fields"]
 

@@ -15,10 +15,10 @@ from batchjob.errors import (
     UnaddressableKey,
     Unavailable,
 )
-from batchjob.settings import is_local
 from batchjob.storage.objects import ObjectData
 from batchjob.storage.reader import Reader
 from batchjob.types import ErrorRecord, ImageRef
+from batchjob.uris import is_local
 
 __all__ = ["Fetcher", "check_file_size", "group_refs"]
 

@@ -19,8 +19,9 @@ from batchjob.models.loaded_model import LoadedModel, isolated_torch_state, prep
 from batchjob.models.output_selection import OutputSelection, select_output
 from batchjob.models.trusted_file import WeightsFile
 from batchjob.preprocessing.settings import Preprocess
-from batchjob.settings import CommandLineText, Uri, is_local
+from batchjob.settings import CommandLineText, Uri
 from batchjob.system import require_packages, working_directory
+from batchjob.uris import is_local
 
 if TYPE_CHECKING:
     import torch

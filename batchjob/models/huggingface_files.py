@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from batchjob.errors import InvalidJob, StorageError
 from batchjob.models.huggingface_hub import convert_hub_error, silence_hub_libraries
 from batchjob.models.weights import read_file
-from batchjob.settings import is_local, local_path
+from batchjob.uris import is_local, local_path
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader

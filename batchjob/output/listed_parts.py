@@ -8,9 +8,9 @@ from typing import Any
 from batchjob.concurrency import parallel_map
 from batchjob.errors import CheckFailed, NotFound
 from batchjob.output.commit import read_footer
-from batchjob.settings import is_local
 from batchjob.storage.objects import ObjectInfo
 from batchjob.storage.store import Store
+from batchjob.uris import is_local
 
 __all__ = ["find_part_mismatches"]
 

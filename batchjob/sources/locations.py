@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchjob.errors import AddressRefused, InvalidJob, NotFound, UnaddressableKey
-from batchjob.settings import is_local, local_path
 from batchjob.sources.glob_patterns import glob_to_regex, has_magic, literal_prefix, split_glob
-from batchjob.storage.backend import CLOUD_SCHEMES, LIST_PAGE_SIZE
+from batchjob.storage.backend import LIST_PAGE_SIZE
 from batchjob.storage.objects import FolderFilter, ObjectInfo
+from batchjob.uris import CLOUD_SCHEMES, is_below, is_local, local_path, split_chain, uri_scheme
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
@@ -65,12 +65,13 @@ def find_location(reader: Reader, uri: str) -> InputLocation | None:
     """Tell file, folder and glob apart; return None if there is nothing. Raises InvalidJob for an impossible name."""
     uri = normalize_uri(uri)
     if _is_glob(uri):
-        folder, pattern = split_glob(uri)
+        inner, chain = split_chain(uri)
+        folder, pattern = split_glob(inner)
         try:
             re.compile(glob_to_regex(pattern))
         except re.error as error:
             raise InvalidJob(f"input.uri {uri}: not a glob pattern ({error}); write '[[]' for a literal '['") from error
-        location = InputLocation(uri, folder, pattern=pattern)
+        location = InputLocation(uri, folder + chain, pattern=pattern)
     elif (file := _find_file(reader, uri)) is not None:
         return InputLocation(uri, parent_folder(uri), file=file)
     else:
@@ -95,7 +96,7 @@ def explain_missing_input(reader: Reader, uri: str, marker: str | None) -> str |
         try:
             reader.stat(child_uri(location.folder, marker))
         except NotFound:
-            return f"input.require.marker: {location.folder}{marker} is not there yet"
+            return f"input.require.marker: {child_uri(location.folder, marker)} is not there yet"
     return None
 
 
@@ -141,18 +142,6 @@ def normalize_uri(uri: str) -> str:
     return str(local_path(uri)) + ("/" if uri.endswith("/") and uri != "/" else "") if is_local(uri) else uri
 
 
-def split_chain(uri: str) -> tuple[str, str]:
-    """Split an fsspec chain behind the name in its first link.
-
-    For example, `zip://in/a.jpg::s3://lake/a.zip` is `zip://in/a.jpg` and `::s3://lake/a.zip`.
-    """
-    scheme = uri.partition("://")[0].lower()
-    if is_local(uri) or scheme in {*CLOUD_SCHEMES, "http", "https"}:
-        return uri, ""
-    head, separator, rest = uri.partition("::")
-    return head, separator + rest
-
-
 def with_trailing_slash(uri: str) -> str:
     """Return the URI of a folder with its final `/`."""
     head, chain = split_chain(uri)
@@ -196,12 +185,13 @@ def _excluded_name(location: InputLocation, excluded_folder: str | None) -> str 
     folder, excluded = with_trailing_slash(location.folder), with_trailing_slash(normalize_uri(excluded_folder))
     if is_local(excluded):
         folder, excluded = (with_trailing_slash(os.path.realpath(path)) for path in (folder, excluded))
-    if folder.startswith(excluded):
+    if is_below(folder, excluded):
         raise InvalidJob(
             f"input.uri {location.uri} lies in the output {excluded_folder}, which is never read as input; "
             f"give output.uri a folder of its own"
         )
-    return excluded.removeprefix(folder) if excluded.startswith(folder) else None
+    # Counted by its slashes, because `s3a://lake/` holds `s3://lake/out/` too.
+    return "/".join(excluded.split("/")[folder.count("/") :]) if is_below(excluded, folder) else None
 
 
 @dataclass(frozen=True)
@@ -238,8 +228,7 @@ class _FolderListing:
         self._reader, self._folders = reader, folders
         self._last_parent = ""
         self._last_refused: str | None = None
-        scheme = folder.partition("://")[0].lower()
-        self._is_ordered = CLOUD_SCHEMES.get(scheme) in _ORDERED_STORES
+        self._is_ordered = CLOUD_SCHEMES.get(uri_scheme(folder)) in _ORDERED_STORES
 
     def list(self, after: str | None, recursive: bool) -> Iterator[ObjectInfo]:
         """Yield the objects after the URI `after`; not recursive: those directly in the folder."""
@@ -249,7 +238,7 @@ class _FolderListing:
         jumped: set[str] = set()
         while (refused := (yield from self._list_until(after, recursive, jumped))) is not None:
             jumped.add(refused)
-            after = self.folder + refused + _LAST_CHARACTER
+            after = child_uri(self.folder, refused + _LAST_CHARACTER)
 
     def _list_until(
         self, after: str | None, recursive: bool, jumped: set[str]
@@ -284,7 +273,7 @@ def _list_matches(listing: _FolderListing, pattern: str, after: str | None) -> I
     matches = re.compile(glob_to_regex(pattern) + ("(?s:.*)" if pattern.endswith("/") else "")).fullmatch
     prefix = literal_prefix(pattern)
     if after is None and len(prefix) > 1:
-        after = listing.folder + prefix[:-1]
+        after = child_uri(listing.folder, prefix[:-1])
     recursive = "/" in pattern or "**" in pattern
     for found in listing.list(after, recursive):
         name = found.uri[listing.names]
@@ -341,4 +330,4 @@ def _has_objects(reader: Reader, folder: str) -> bool:
 def _is_glob(uri: str) -> bool:
     if is_local(uri):
         return has_magic(uri) and not os.path.lexists(uri)
-    return has_magic(uri) and not uri.startswith(("http://", "https://"))
+    return has_magic(split_chain(uri)[0]) and uri_scheme(uri) not in ("http", "https")

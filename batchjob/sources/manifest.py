@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pydantic import AfterValidator, Field, model_validator
 
 from batchjob.errors import InvalidJob
-from batchjob.settings import Settings, Uri, is_local
+from batchjob.settings import Settings, Uri
 from batchjob.sources.column_types import (
     can_cast,
     cast_column,
@@ -30,6 +30,7 @@ from batchjob.sources.table_files import TableFile, TableFormat, open_table
 from batchjob.storage.objects import ObjectInfo
 from batchjob.text import explain_uri_secret, redact_queries
 from batchjob.types import Cursor
+from batchjob.uris import CLOUD_SCHEMES, is_below, is_local
 
 if TYPE_CHECKING:
     from batchjob.sources.skipped_files import SkippedFiles
@@ -37,9 +38,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ManifestSource"]
 
-_ABSOLUTE = r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)"
+_ABSOLUTE = r"^(/|(?i:file):|[A-Za-z][A-Za-z0-9+.-]*://)"
 _DOT_SEGMENT = r"(^|/)\.\.?(/|$)"
-_LOCAL_OR_CLOUD = r"^(/|(file|s3|s3a|s3n|gs|gcs|az|abfs|abfss)://)"
+_LOCAL_OR_CLOUD = rf"^(/|(?i:{'|'.join(CLOUD_SCHEMES)})://)"
 _USER_OR_QUERY = r"^[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*@|(?s:.)*\?)"
 # A scalar, because pyarrow would import pandas to look at a bare string.
 _EMPTY = pa.scalar("")
@@ -249,7 +250,7 @@ class ManifestSource(Settings):
         arrays["etag"] = pc.utf8_trim(arrays["etag"], '"')
         arrays["location"] = _resolve_locations(arrays["uri"], parent_folder(uri))
         if excluded_folder is not None:
-            is_excluded = pc.starts_with(arrays["location"], with_trailing_slash(normalize_uri(excluded_folder)))
+            is_excluded = _are_below(arrays["location"], with_trailing_slash(normalize_uri(excluded_folder)))
             if (row := _first_true(is_excluded)) >= 0:
                 raise InvalidJob(
                     f"{uri}, row {first_row + row + 1}: {arrays['uri'][row]} lies in the output {excluded_folder}, "
@@ -297,6 +298,18 @@ def _resolve_locations(uris: pa.StringArray, folder: str) -> pa.StringArray:
         return joined
     resolved = [_resolve_dots(uri.as_py()) for uri in joined.filter(has_dots)]
     return pc.replace_with_mask(joined, has_dots, pa.array(resolved, pa.string()))
+
+
+def _are_below(locations: pa.StringArray, folder: str) -> pa.BooleanArray:
+    """Return which locations lie in a folder, whatever the spelling of their schemes."""
+    same_spelling = pc.starts_with(locations, folder)
+    if is_local(folder):
+        others = pc.match_substring_regex(locations, "^(?i:file):")
+    else:
+        others = pc.invert(pc.starts_with(locations, folder[: folder.index("://") + 3]))
+    if not pc.any(others).as_py():
+        return same_spelling
+    return pa.array([is_below(location, folder) for location in locations.to_pylist()], pa.bool_())
 
 
 def _resolve_dots(uri: str) -> str:

@@ -7,10 +7,8 @@ from typing import Protocol
 
 from batchjob.storage.objects import ObjectData, ObjectInfo
 
-__all__ = ["CLOUD_SCHEMES", "LIST_PAGE_SIZE", "READ_THREADS", "Backend", "is_plain_key", "unquote_etag"]
+__all__ = ["LIST_PAGE_SIZE", "READ_THREADS", "Backend", "is_plain_key", "unquote_etag"]
 
-# URI scheme of a bucket -> provider.
-CLOUD_SCHEMES = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
 LIST_PAGE_SIZE = 1000  # objects per listing request
 READ_THREADS = 32  # concurrent reads of a process
 

@@ -12,8 +12,9 @@ from batchjob.storage.backend import unquote_etag
 from batchjob.storage.client_errors import check_etag, check_size, translate_errors
 from batchjob.storage.objects import ObjectData, ObjectInfo
 from batchjob.storage.retry_policy import RetryPolicy
+from batchjob.uris import split_chain, suggest_scheme, uri_scheme
 
-__all__ = ["FsspecBackend"]
+__all__ = ["FsspecBackend", "suggest_protocol"]
 
 T = TypeVar("T")
 
@@ -77,7 +78,8 @@ class FsspecBackend:
             with translate_errors(uri, reraise=ValueError):
                 filesystem, path = url_to_fs(uri, **self._arguments)
         except (ImportError, ValueError) as error:  # The protocol is unknown, or its package is missing.
-            raise InvalidJob(f"{uri}: no reader for {uri.partition('://')[0]}:// ({error})") from error
+            scheme = uri_scheme(uri)
+            raise InvalidJob(f"{uri}: no reader for {scheme}:// ({error}){suggest_protocol(scheme)}") from error
         filesystem.invalidate_cache()
         return filesystem, path
 
@@ -85,15 +87,24 @@ class FsspecBackend:
         return self._policy.send(self._base + key, request, unaddressable_on_400=True)
 
 
+def suggest_protocol(scheme: str) -> str:
+    """Return `; did you mean s3://?` for a scheme that neither batchjob nor fsspec knows; else an empty text."""
+    from fsspec import available_protocols
+
+    return suggest_scheme(scheme, available_protocols())
+
+
 def _sort_listing(found: Mapping[str, Any], prefix: str, root: str, after: str | None) -> Iterator[ObjectInfo]:
     """Yield what fsspec found below `root`, with keys that begin with `prefix`.
 
-    For example, the prefix `zip://in::file:///a.zip` has the root `in`; the name `in/1.jpg` becomes the key
-    `zip://in/1.jpg::file:///a.zip`: names are inside the first link, the rest of the chain follows unchanged.
+    For example, the prefix `zip://in::/a.zip` has the root `in`; the name `in/1.jpg` becomes the key
+    `zip://in/1.jpg::/a.zip`: names are inside the first link, the rest of the chain follows unchanged.
     """
-    head, link, chain = prefix.partition("::")
-    root_folder, key_folder = root.rstrip("/") + "/", head.rstrip("/") + "/" if head else ""
-    names = {f"{key_folder}{name.removeprefix(root_folder)}{link}{chain}": name for name in found}
+    inner, chain = split_chain(prefix)
+    root_folder = root.rstrip("/") + "/"
+    # The root of an archive is `zip://`, whose slashes belong to the scheme.
+    folder = inner if not inner or inner.endswith("://") else inner.rstrip("/") + "/"
+    names = {f"{folder}{name.removeprefix(root_folder)}{chain}": name for name in found}
     for key in sorted(names, key=_utf8):
         if after is None or _utf8(key) > _utf8(after):
             info = found[names[key]]

@@ -9,6 +9,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from batchjob.errors import AddressRefused, UnaddressableKey
 from batchjob.storage.options import OptionsByPrefix, StorageOptions
+from batchjob.uris import suggest_bucket_uri
 
 __all__ = [
     "HttpTarget",
@@ -104,7 +105,8 @@ def explain_url_refusal(uri: str, options: OptionsByPrefix) -> str | None:
     host_options = _host_options(parts.scheme, host_header, options)
     if host_options is None:
         prefix = f"{parts.scheme}://{host_header}"
-        return f"is on the web, which is read only where the job names the host, storage: {{'{prefix}': {{}}}}"
+        advice = f"storage: {{'{prefix}': {{}}}}{suggest_bucket_uri(uri)}"
+        return f"is on the web, which is read only where the job names the host, {advice}"
     return explain_address_refusal(host, host_options.private) if _is_address(host) else None
 
 

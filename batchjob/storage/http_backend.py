@@ -25,6 +25,7 @@ from batchjob.storage.http_access import HttpTarget, explain_address_refusal, pa
 from batchjob.storage.objects import ObjectData, ObjectInfo
 from batchjob.storage.options import OptionsByPrefix
 from batchjob.storage.retry_policy import CONNECT_TIMEOUT, RetryPolicy
+from batchjob.uris import suggest_bucket_uri
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse, HTTPConnectionPool
@@ -90,7 +91,8 @@ class HttpBackend:
 
     def list(self, prefix: str, after: str | None, recursive: bool) -> Iterator[ObjectInfo]:  # noqa: ARG002 - Backend
         """Raise InvalidJob: the web has no listing."""
-        raise InvalidJob(f"{prefix}: the web has no listing; name its images in a manifest")
+        advice = suggest_bucket_uri(prefix) or "; name its images in a manifest"
+        raise InvalidJob(f"{prefix}: the web has no listing{advice}")
 
     def open(self, key: str) -> BinaryIO:
         """Return an object, read whole, as a seekable file."""

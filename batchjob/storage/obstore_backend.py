@@ -13,7 +13,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from batchjob.errors import InvalidJob, NotFound, Unavailable
-from batchjob.storage.backend import CLOUD_SCHEMES, LIST_PAGE_SIZE, Backend, is_plain_key, unquote_etag
+from batchjob.storage.backend import LIST_PAGE_SIZE, Backend, is_plain_key, unquote_etag
 from batchjob.storage.boto3_backend import Boto3Backend
 from batchjob.storage.client_errors import check_etag, check_size, translate_errors, treat_416_as_empty
 from batchjob.storage.fsspec_backend import FsspecBackend
@@ -21,6 +21,7 @@ from batchjob.storage.objects import ObjectData, ObjectInfo
 from batchjob.storage.options import StorageOptions
 from batchjob.storage.retry_policy import CONNECT_TIMEOUT, FIRST_BACKOFF, MAX_BACKOFF, RetryPolicy, upload_timeout
 from batchjob.system import install_command
+from batchjob.uris import CLOUD_SCHEMES
 
 if TYPE_CHECKING:
     from obstore import PutMode

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field
 
 from batchjob.settings import Settings
 from batchjob.text import explain_uri_secret
+from batchjob.uris import is_below
 
 __all__ = ["OptionsByPrefix", "StorageOptions", "options_for"]
 
@@ -53,11 +54,7 @@ host.
 def options_for(uri: str, options: OptionsByPrefix) -> StorageOptions:
     """Return the options of the longest prefix that matches; defaults if none does.
 
-    For example, `s3://bucket` matches `s3://bucket/a.jpg`, but not `s3://bucket2/a.jpg`.
+    For example, `s3://bucket` matches `s3://bucket/a.jpg` and `s3a://bucket/a.jpg`, but not `s3://bucket2/a.jpg`.
     """
-    matching = [prefix for prefix in options if uri.startswith(prefix) and _ends_at_segment(uri, prefix)]
+    matching = [prefix for prefix in options if is_below(uri, prefix)]
     return options[max(matching, key=len)] if matching else StorageOptions()
-
-
-def _ends_at_segment(uri: str, prefix: str) -> bool:
-    return prefix.endswith("/") or uri[len(prefix) : len(prefix) + 1] in ("", "/")

@@ -10,10 +10,9 @@ from typing import BinaryIO
 
 from batchjob.concurrency import DaemonThreadPool
 from batchjob.errors import AddressRefused, StorageError, Unavailable
-from batchjob.settings import is_local
 from batchjob.storage import local_backend
-from batchjob.storage.backend import CLOUD_SCHEMES, READ_THREADS, Backend
-from batchjob.storage.fsspec_backend import FsspecBackend
+from batchjob.storage.backend import READ_THREADS, Backend
+from batchjob.storage.fsspec_backend import FsspecBackend, suggest_protocol
 from batchjob.storage.http_access import explain_url_refusal, is_http_uri
 from batchjob.storage.http_backend import HttpBackend
 from batchjob.storage.objects import FolderFilter, ObjectData, ObjectInfo
@@ -22,6 +21,14 @@ from batchjob.storage.options import OptionsByPrefix, StorageOptions, options_fo
 from batchjob.storage.outage import Outage
 from batchjob.storage.ranged_file import open_ranged
 from batchjob.storage.retry_policy import RetryPolicy, resolve_retry_timeout
+from batchjob.uris import (
+    CLOUD_SCHEMES,
+    explain_bad_file_uri,
+    is_local,
+    local_path,
+    local_spelling,
+    uri_scheme,
+)
 
 __all__ = ["Reader"]
 
@@ -74,7 +81,7 @@ class Reader:
             PreconditionFailed: The object has another tag.
         """
         if is_local(uri):
-            return local_backend.read_file(_local_path(uri), etag)
+            return local_backend.read_file(local_path(uri), etag)
         backend, _, key = self._find_backend(uri)
         return backend.get(key, etag)
 
@@ -130,13 +137,15 @@ class Reader:
             with suppress(ValueError):
                 return explain_url_refusal(uri, self._options)
             return None
-        chain = [uri] if _scheme(uri) in CLOUD_SCHEMES else uri.split("::")
+        if reason := explain_bad_file_uri(uri):
+            return reason
+        chain = [uri] if uri_scheme(uri) in CLOUD_SCHEMES else uri.split("::")
         if any(map(is_http_uri, chain)):
             return "reaches the web through another protocol, which is never read"
-        allowed = {"", "file", _scheme(manifest_uri), *CLOUD_SCHEMES, *map(_scheme, self._options)}
-        if refused := [scheme for scheme in map(_scheme, chain) if scheme not in allowed]:
-            prefix = f"{refused[0]}://"
-            return f"is of a protocol that data may name only where the job does, storage: {{'{prefix}': {{}}}}"
+        allowed = {"", "file", uri_scheme(manifest_uri), *CLOUD_SCHEMES, *map(uri_scheme, self._options)}
+        if refused := [scheme for scheme in map(uri_scheme, chain) if scheme not in allowed]:
+            advice = f"storage: {{'{refused[0]}://': {{}}}}{suggest_protocol(refused[0])}"
+            return f"is of a protocol that data may name only where the job does, {advice}"
         return None
 
     def outage(self, uri: str) -> Outage:
@@ -148,7 +157,7 @@ class Reader:
     def stat(self, uri: str) -> ObjectInfo:
         """Return size and tag of an object, without its bytes. Raises NotFound, UnaddressableKey, Unavailable."""
         if is_local(uri):
-            return local_backend.stat_file(_local_path(uri), uri)
+            return local_backend.stat_file(local_path(uri), uri)
         backend, base, key = self._find_backend(uri)
         return _with_base(backend.head(key), base)
 
@@ -168,8 +177,8 @@ class Reader:
         """
         if is_local(uri):
             folder = _with_slash(uri)
-            found = local_backend.walk(_local_path(folder), _relative_to(folder, after), recursive, folders)
-            return (_with_base(one, folder) for one in found)
+            found = local_backend.walk(local_path(folder), _local_name(folder, after), recursive, folders)
+            return (ObjectInfo(local_spelling(one.uri, folder), one.size, one.etag, one.version) for one in found)
         backend, base, prefix = self._find_backend(uri)
         if base:
             prefix = _with_slash(prefix) if prefix else ""
@@ -183,7 +192,7 @@ class Reader:
             NotFound, UnaddressableKey, Unavailable: The object cannot be read.
         """
         if is_local(uri):
-            return local_backend.open_file(_local_path(uri))
+            return local_backend.open_file(local_path(uri))
         backend, _, key = self._find_backend(uri)
         if isinstance(backend, FsspecBackend | HttpBackend):
             return backend.open(key)
@@ -196,7 +205,7 @@ class Reader:
         result: ObjectData | StorageError | Unavailable
         try:
             if is_local(uri):
-                return local_backend.read_file(_local_path(uri), etag, limit)
+                return local_backend.read_file(local_path(uri), etag, limit)
             backend, _, key = self._find_backend(uri, retry_timeout)
             result = backend.get(key, etag, limit)
         except (StorageError, Unavailable) as error:
@@ -256,11 +265,6 @@ def _host(uri: str) -> str:
     return "/".join(uri.split("/", 3)[:3])
 
 
-def _scheme(uri: str) -> str:
-    """Return the scheme in lower case; empty for a plain path."""
-    return uri.partition("://")[0].lower() if "://" in uri and not uri.startswith("/") else ""
-
-
 def _with_base(found: ObjectInfo, base: str) -> ObjectInfo:
     return ObjectInfo(base + found.uri, found.size, found.etag, found.version)
 
@@ -269,11 +273,13 @@ def _with_slash(uri: str) -> str:
     return uri if uri.endswith("/") else uri + "/"
 
 
+def _local_name(folder: str, after: str | None) -> str | None:
+    """Return the name of a local file relative to a folder, of which both are spelled alike."""
+    relative = _relative_to(folder, after)
+    return relative and str(local_path("file:/" + relative))[1:] if uri_scheme(folder) else relative
+
+
 def _relative_to(base: str, after: str | None) -> str | None:
     if after is not None and not after.startswith(base):
         raise ValueError(f"{after} is not below {base}")
     return after[len(base) :] if after else None
-
-
-def _local_path(uri: str) -> str:
-    return uri.removeprefix("file://")

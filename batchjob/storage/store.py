@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from batchjob.errors import AlreadyExists, InvalidJob, NotFound, Unavailable
-from batchjob.settings import is_local, local_path
-from batchjob.storage.backend import CLOUD_SCHEMES, is_plain_key
+from batchjob.settings import resolve_path
+from batchjob.storage.backend import is_plain_key
 from batchjob.storage.cloud_store import CloudStore
 from batchjob.storage.disk_store import DiskStore
+from batchjob.storage.fsspec_backend import suggest_protocol
 from batchjob.storage.objects import ObjectData, ObjectInfo
 from batchjob.storage.options import OptionsByPrefix
 from batchjob.storage.outage import Outage
 from batchjob.storage.retry_policy import resolve_retry_timeout
+from batchjob.uris import CLOUD_SCHEMES, is_local, lower_scheme, suggest_bucket_uri
 
 __all__ = ["Store", "open_store", "put_or_get"]
 
@@ -104,13 +106,14 @@ def open_store(
         Unavailable: There are no credentials.
     """
     if is_local(uri):
-        return DiskStore(local_path(uri).absolute())
-    scheme, _, rest = uri.partition("://")
-    if scheme.lower() not in CLOUD_SCHEMES:
-        raise InvalidJob(
-            f"output.uri {uri}: {scheme}:// has no conditional create, which a safe commit needs; "
-            "use a local path, s3://, gs:// or az://"
-        )
+        try:
+            return DiskStore(resolve_path(uri))
+        except ValueError as error:
+            raise InvalidJob(f"output.uri {uri}: {error}") from error
+    scheme, _, rest = lower_scheme(uri).partition("://")
+    if scheme not in CLOUD_SCHEMES:
+        advice = suggest_bucket_uri(uri) or suggest_protocol(scheme) or "; use a local path, s3://, gs:// or az://"
+        raise InvalidJob(f"output.uri {uri}: {scheme}:// has no conditional create, which a safe commit needs{advice}")
     if rest.strip("/") and not is_plain_key(rest.rstrip("/")):
         raise InvalidJob(f"output.uri {uri}: has an empty, '.' or '..' part; choose a plain prefix")
     outage_timeout = outage.max_seconds if isinstance(outage, Outage) else outage

@@ -15,12 +15,13 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "batchjob"
 
 # Every package may import these.
-EVERYWHERE = ["errors", "text", "types", "settings", "concurrency", "system"]
+EVERYWHERE = ["errors", "text", "types", "uris", "settings", "concurrency", "system"]
 # Package (or module in batchjob/) -> what else it may import. `package.module` allows that one module only.
 IMPORTS: dict[str, list[str]] = {
     "errors": [],
     "text": [],
     "types": [],
+    "uris": [],
     "settings": [],
     "concurrency": [],
     "system": [],

@@ -1,0 +1,197 @@
+"""URIs: plain paths, `file:` URIs, buckets and the web, taken apart in one place; comparison of their spellings.
+
+A plain path is taken literally: `%20` in it is a name of three characters. In a `file:` URI it is a space (RFC 8089).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+from batchjob.errors import UnaddressableKey
+
+__all__ = [
+    "CLOUD_SCHEMES",
+    "expand_home",
+    "explain_bad_file_uri",
+    "is_below",
+    "is_local",
+    "local_path",
+    "local_spelling",
+    "lower_scheme",
+    "split_chain",
+    "suggest_bucket_uri",
+    "suggest_scheme",
+    "uri_scheme",
+]
+
+# URI scheme of a bucket -> provider.
+CLOUD_SCHEMES = {
+    **dict.fromkeys(("s3", "s3a", "s3n"), "s3"),
+    **dict.fromkeys(("gs", "gcs"), "gs"),
+    **dict.fromkeys(("az", "abfs", "abfss", "wasb", "wasbs"), "az"),
+}
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_FILE = re.compile(r"file:", re.IGNORECASE)
+# Web address of an object in a bucket -> its URI.
+_BUCKET_URLS = (
+    (r"([^./]+)\.(?:blob|dfs)\.core\.windows\.net/([^/?#]+)/?([^?#]*)", r"abfss://\2@\1.dfs.core.windows.net/\3"),
+    (r"s3[.-](?:[a-z0-9-]+\.)?amazonaws\.com/([^/?#]+)/?([^?#]*)", r"s3://\1/\2"),
+    (r"([^/]+)\.s3[.-](?:[a-z0-9-]+\.)?amazonaws\.com/([^?#]*)", r"s3://\1/\2"),
+    (r"storage\.(?:googleapis|cloud\.google)\.com/([^/?#]+)/?([^?#]*)", r"gs://\1/\2"),
+)
+_HOME = re.compile(r"\$(?:HOME|\{HOME\})(?=/|\Z)")
+
+
+def is_local(uri: str) -> bool:
+    """Return True if a URI is a plain path or a `file:` URI."""
+    return not _SCHEME.match(uri) or _is_file_uri(uri)
+
+
+def local_path(uri: str) -> Path:
+    """Return the path of a local URI. Raises UnaddressableKey for a `file:` URI that names another host or no path.
+
+    For example, `file:/a`, `file:///a` and `FILE://localhost/a` are `/a`; `file:///a%20b` is `/a b`, `/a%20b` itself.
+    """
+    if not _is_file_uri(uri):
+        return Path(uri)
+    if reason := explain_bad_file_uri(uri):
+        raise UnaddressableKey(f"{uri} {reason}")
+    path = "/" + _split_file_uri(uri)[1].lstrip("/")
+    return Path(os.fsdecode(unquote_to_bytes(os.fsencode(path))) if "%" in path else path)
+
+
+def local_spelling(name: str, folder: str) -> str:
+    """Return the URI of a name below a local folder, in the spelling of the folder.
+
+    For example, `50%.png` below `file:///in/` is `file:///in/50%25.png`, and below `/in/` it is `/in/50%.png`.
+    """
+    return folder + (name.replace("%", "%25") if _is_file_uri(folder) else name)
+
+
+def explain_bad_file_uri(uri: str) -> str | None:
+    """Return the reason why a `file:` URI cannot be read, as the rest of a sentence; None for every other URI."""
+    if not _is_file_uri(uri):
+        return None
+    host, path = _split_file_uri(uri)
+    if host and host.lower() != "localhost":
+        return (
+            f"names the host {host!r}, and a file: URI is read on this machine only; write file:///folder/name, "
+            "or a path without file:"
+        )
+    if not path.startswith("/"):
+        return "names no absolute path; write file:///folder/name, or a path without file:"
+    return None
+
+
+def expand_home(path: str) -> str:
+    """Return a path with `~`, `~user`, `$HOME` or `${HOME}` at its beginning replaced by that folder."""
+    return os.path.expanduser(_HOME.sub("~", path, count=1) if _HOME.match(path) else path)  # noqa: PTH111 - keeps `//`
+
+
+def lower_scheme(uri: str) -> str:
+    """Return a URI with its scheme in lower case: `S3://Lake/a` is `s3://Lake/a`."""
+    match = _SCHEME.match(uri)
+    return uri[: match.end()].lower() + uri[match.end() :] if match else uri
+
+
+def uri_scheme(uri: str) -> str:
+    """Return the scheme in lower case: `file` for a `file:` URI, empty for a plain path."""
+    match = _SCHEME.match(uri)
+    return "file" if _is_file_uri(uri) else match[1].lower() if match else ""
+
+
+def split_chain(uri: str) -> tuple[str, str]:
+    """Split a URI inside an archive: `zip://in/a.png::/x.zip` gives `zip://in/a.png` and `::/x.zip`.
+
+    The second part is empty for every other URI.
+    """
+    if not _SCHEME.match(uri) or uri_scheme(uri) in (*CLOUD_SCHEMES, "http", "https"):
+        return uri, ""
+    inner, link, chain = uri.partition("::")
+    return inner, link + chain
+
+
+def suggest_scheme(scheme: str, known: Sequence[str] = ()) -> str:
+    """Return `; did you mean s3://?` for a misspelt scheme; an empty text for a known one, or if none is similar."""
+    names = [*CLOUD_SCHEMES, "https", "http", "file", *known]
+    # Half of two letters: `s4` is `s3`.
+    found = [] if scheme in names else difflib.get_close_matches(scheme, names, n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}://?" if found else ""
+
+
+def suggest_bucket_uri(url: str) -> str:
+    """Return `; did you mean s3://…?` for the web address of an object in a bucket, else an empty text."""
+    for pattern, replacement in _BUCKET_URLS:
+        if match := re.match(rf"https?://{pattern}", url, re.IGNORECASE):
+            return f"; did you mean {match.expand(replacement)}?"
+    return ""
+
+
+def is_below(uri: str, prefix: str) -> bool:
+    """Return True if a URI is equal to a prefix or below it, whatever the spelling of scheme, host and account.
+
+    A prefix ends at a segment: `s3a://lake/in` holds `s3://lake/in` and `s3://lake/in/a.jpg`, but not `s3://lake/in2`.
+    Of Azure, the same container without an account is any account's.
+    """
+    one, other = _take_apart(uri), _parse_prefix(prefix)
+    if one.scheme != other.scheme or (one.account and other.account and one.account != other.account):
+        return False
+    folder = other.path
+    return one.path.startswith(folder) and (
+        not folder or folder.endswith("/") or one.path[len(folder) : len(folder) + 1] in ("", "/")
+    )
+
+
+@dataclass(frozen=True)
+class _UriParts:
+    """Parts of a URI in the one spelling in which they are compared.
+
+    Attributes:
+        scheme: Provider of a bucket, `file` for a local path, else the scheme in lower case.
+        account: Storage account, if the URI names one; empty otherwise.
+        path: Bucket and key, host and path, or local path.
+    """
+
+    scheme: str
+    account: str
+    path: str
+
+
+def _take_apart(uri: str) -> _UriParts:
+    if is_local(uri):
+        path = str(local_path(uri)) if _is_file_uri(uri) and not explain_bad_file_uri(uri) else uri
+        return _UriParts("file", "", path)
+    match = _SCHEME.match(uri)
+    assert match is not None
+    scheme, (host, slash, key) = match[1].lower(), uri[match.end() :].partition("/")
+    provider = CLOUD_SCHEMES.get(scheme, scheme)
+    account = ""
+    if provider == "az":
+        host, _, account_host = host.partition("@")
+        account = account_host.partition(".")[0]
+    elif provider == scheme and scheme in ("http", "https"):
+        host = host.lower()
+    return _UriParts(provider, account, host + slash + key)
+
+
+_parse_prefix = lru_cache(maxsize=256)(_take_apart)
+
+
+def _is_file_uri(uri: str) -> bool:
+    return _FILE.match(uri) is not None
+
+
+def _split_file_uri(uri: str) -> tuple[str, str]:
+    """Return host and path of a `file:` URI, the path as it is spelled."""
+    rest = uri[len("file:") :]
+    if not rest.startswith("//"):
+        return "", rest
+    host, slash, path = rest[2:].partition("/")
+    return host, slash + path
