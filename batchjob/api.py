@@ -123,7 +123,7 @@ def validate(job: Job) -> list[str]:
     preview = preview_listing(listing, SMALL_INPUT_IMAGES)
     if head is None and not preview.rows:
         raise no_images_error(job, preview)
-    worker = _load_worker(job, preview)
+    worker, notes = _load_worker(job, preview)
     check_columns(job, listing, worker.columns)
     if head is None:
         choose_shard_size(job, preview, 0, worker.row_bytes)
@@ -133,6 +133,7 @@ def validate(job: Job) -> list[str]:
         f"model     {worker.model} on {worker.device}, {worker.precision}, in {worker.seconds:.1f} s",
         *(f"decided   {line}" for line in worker.decision_lines),
         f"columns   {', '.join(worker.columns)}",
+        *(f"images    {note}" for note in notes),
         f"output    {store.uri}: {_describe_output(store, head)}",
     ]
 
@@ -240,7 +241,8 @@ def _count_cores(job: Job) -> int:
     return system.available_cores() if cores == "auto" else max(1, int(cores))
 
 
-def _load_worker(job: Job, preview: InputPreview) -> WorkerInfo:
+def _load_worker(job: Job, preview: InputPreview) -> tuple[WorkerInfo, list[str]]:
+    """Load a worker as a run does, and try the preprocessing on the first images; return lines about these."""
     started = time.monotonic()
     # The fork server and this process import torch at the same time.
     start_loader_forkserver(job)
@@ -248,7 +250,7 @@ def _load_worker(job: Job, preview: InputPreview) -> WorkerInfo:
 
     setup = WorkerSetup(job.serialize(), str(job.folder), None, preview.sample, small_input_bytes=0)
     with closing(load(job, setup, _count_cores(job), started)) as loaded:
-        return loaded.info
+        return loaded.info, loaded.engine.check_images(preview.sample)
 
 
 def _describe_output(store: Store, head: PlanHead | None) -> str:

@@ -30,6 +30,7 @@ processes and machines, and hold no secrets (`text.sanitize`).
 
 from __future__ import annotations
 
+import os
 import re
 import traceback
 import warnings
@@ -37,6 +38,7 @@ import warnings
 from batchjob.text import sanitize
 
 __all__ = [
+    "DEBUG_VARIABLE",
     "AccessDenied",
     "AddressRefused",
     "AlreadyExists",
@@ -65,6 +67,8 @@ __all__ = [
     "with_traceback",
 ]
 
+# Environment variable that `batchjob --debug` sets: tracebacks are shown where one sentence would do.
+DEBUG_VARIABLE = "BATCHJOB_DEBUG"
 _OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
 _MAX_TEXT = 500
 
@@ -260,9 +264,11 @@ def as_batchjob_error(error: Exception) -> BatchjobError:
 def as_crash_error(error: BaseException) -> BatchjobError:
     """Return the exception that ends a worker, as opposed to one attempt.
 
-    A bug has exit code 1, with its traceback as a note: notes are pickled with the exception.
+    A bug has exit code 1, with its traceback as a note: notes are pickled with the exception. With `--debug` all
+    others have one too.
     """
-    if isinstance(error, BatchjobError) and error.exit_code != BatchjobError.exit_code:
+    is_expected = isinstance(error, BatchjobError) and error.exit_code != BatchjobError.exit_code
+    if is_expected and not os.environ.get(DEBUG_VARIABLE):
         return error
     trace = "".join(traceback.format_exception(error)).rstrip()
     crash = error if isinstance(error, BatchjobError) else BatchjobError(f"a worker crashed: {describe_error(error)}")

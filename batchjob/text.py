@@ -26,6 +26,7 @@ __all__ = [
     "redact_queries",
     "redact_secrets",
     "sanitize",
+    "with_article",
 ]
 
 _REDACTED = "…"
@@ -164,6 +165,11 @@ class TolerantStream(io.TextIOBase):
     @property
     def encoding(self) -> str:  # type: ignore[override]
         return self._stream.encoding
+
+
+def with_article(noun: str) -> str:
+    """Return a noun with its indefinite article: `a str`, `an int`."""
+    return f"{'an' if noun[:1].lower() in tuple('aeio') else 'a'} {noun}"
 
 
 def _secret_variables(min_length: int) -> Iterator[tuple[str, str]]:

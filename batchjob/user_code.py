@@ -14,6 +14,7 @@ import importlib
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.machinery import (
     EXTENSION_SUFFIXES,
     SOURCE_SUFFIXES,
@@ -30,10 +31,22 @@ from typing import Any
 from batchjob.errors import InvalidJob
 from batchjob.text import closest_match
 
-__all__ = ["is_user_module", "load_target", "source_digest"]
+__all__ = [
+    "ExitCalled",
+    "catch_exit",
+    "describe_fault",
+    "enable_unpickling",
+    "is_user_module",
+    "list_names",
+    "load_target",
+    "source_digest",
+]
 
 _PACKAGE_PREFIX = "_batchjob_folder_"
 _PACKAGE_LOCK = Lock()
+_MAX_FAULT_TEXT = 300
+# Lines of this package in a traceback are not the user's.
+_THIS_PACKAGE = Path(__file__).resolve().parent
 
 
 def load_target(target: str, folder: Path) -> Any:
@@ -62,9 +75,20 @@ def load_target(target: str, folder: Path) -> Any:
     return value
 
 
+def list_names(module: str, folder: Path) -> list[str]:
+    """Return the public names of a module in a folder. Raises InvalidJob if it does not load."""
+    path = _require_source(module, module, folder)
+    return [name for name in vars(_import_module(module, folder, path)) if not name.startswith("_")]
+
+
 def is_user_module(module: str, folder: Path) -> bool:
     """Return True if a dotted module lies in the folder of a job file."""
     return _find_source(folder, module) is not None
+
+
+def enable_unpickling(folder: Path) -> None:
+    """Make the modules of a folder known to this process, so that objects of their classes can be unpickled."""
+    _ensure_package(folder)
 
 
 def source_digest(target: str, folder: Path) -> str:
@@ -94,6 +118,55 @@ def _read_source(path: Path) -> bytes:
         raise InvalidJob(f"{path}: cannot be read ({error.strerror}); give this user access to it") from error
 
 
+# -- faults ----------------------------------------------------------------------------------------------------
+
+
+class ExitCalled(Exception):
+    """Call of `sys.exit` or `exit` in the user's code, as an ordinary exception with the traceback of the call."""
+
+
+@contextmanager
+def catch_exit() -> Iterator[None]:
+    """Raise `ExitCalled` in place of SystemExit, which would end the process or the thread without a word."""
+    try:
+        yield
+    except SystemExit as error:
+        raise ExitCalled(*error.args).with_traceback(error.__traceback__) from None
+
+
+def describe_fault(error: BaseException, *, in_library: bool = False) -> str:
+    """Return the type and text of an exception that the user's code raised, and the line of that code.
+
+    Example: `ValueError: it is grey (steps.py:7)`; with `in_library`, for an object of a library that the user
+    only configures, `TypeError: pic should be PIL Image or ndarray (torchvision/transforms/functional.py:142)`.
+
+    Args:
+        error: Exception with its traceback.
+        in_library: Where no line of the user's code is involved, name the innermost line outside this package.
+    """
+    name = "SystemExit" if isinstance(error, ExitCalled) else type(error).__name__
+    text = f"{name}: {' '.join(str(error).split())[:_MAX_FAULT_TEXT]}".rstrip(": ")
+    frames = [
+        (frame.f_globals, frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    own = [(_relative_path(names, path), line) for names, path, line in frames if _is_own_code(names)]
+    others = [(path, line) for _, path, line in frames if not Path(path).is_relative_to(_THIS_PACKAGE)]
+    places = own or [(path.rpartition("site-packages/")[2], line) for path, line in others if in_library]
+    return f"{text} ({places[-1][0]}:{places[-1][1]})" if places else text
+
+
+def _is_own_code(names: Mapping[str, Any]) -> bool:
+    """Return True if these are the global names of a module of a job folder."""
+    return str(names.get("__name__", "")).startswith(_PACKAGE_PREFIX)
+
+
+def _relative_path(names: Mapping[str, Any], path: str) -> str:
+    """Return the path of a module below its job folder, as in `blocks/stem.py`."""
+    package = sys.modules.get(str(names["__name__"]).partition(".")[0])
+    folder = package.__path__[0] if package is not None else ""
+    return Path(path).relative_to(folder).as_posix() if Path(path).is_relative_to(folder) else Path(path).name
+
+
 # -- import ----------------------------------------------------------------------------------------------------
 
 
@@ -103,16 +176,16 @@ def _import_module(name: str, folder: Path, path: Path) -> ModuleType:
         return importlib.import_module(f"{package}.{name}")
     except InvalidJob:
         raise
-    except Exception as error:
-        own_code = folder.resolve()
+    except (Exception, SystemExit) as error:
         # The last line of the user's own code is the one to look at.
         frames = [
-            frame
-            for frame in traceback.extract_tb(error.__traceback__)
-            if Path(frame.filename).is_relative_to(own_code)
+            (frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_own_code(frame.f_globals)
         ]
-        where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else str(path)
-        raise InvalidJob(f"{where}: does not load: {type(error).__name__}: {error}") from error
+        where = f"{frames[-1][0].f_code.co_filename}:{frames[-1][1]}" if frames else str(path)
+        advice = ""
+        if isinstance(error, SystemExit):
+            advice = "; what parses arguments or ends the process belongs below `if __name__ == '__main__':`"
+        raise InvalidJob(f"{where}: does not load: {type(error).__name__}: {error}{advice}") from error
 
 
 def _ensure_package(folder: Path) -> str:

@@ -303,7 +303,7 @@ def test_digest_covers_the_weights_and_the_source(job_folder: Path, tmp_path: Pa
         ("raft_small", {}, "no float model for classification, detection or segmentation"),
         ("quantized_resnet50", {}, "no float model for classification, detection or segmentation"),
         ("resnet18", {"arguments": {"depth": 3}}, "unexpected keyword argument 'depth'"),
-        ("net:NUMBER", {}, "is a int; name a function"),
+        ("net:NUMBER", {}, "is an int; name a function"),
         ("net:small", {"arguments": {"depth": 3}}, "it takes (num_classes=3, width=4)"),
         ("net:small", {"arguments": {"num_classes": 3}, "num_classes": 3}, "keep one"),
         ("net:READY", {"arguments": {"depth": 3}}, "takes no model.arguments"),

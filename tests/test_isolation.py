@@ -299,9 +299,10 @@ def test_process_memory_is_its_share_but_enough_for_the_largest_image() -> None:
     )
 
 
-def test_deadly_samples_are_left_out(tmp_path: Path) -> None:
+def test_deadly_samples_give_their_errors(tmp_path: Path) -> None:
     refs = write_shard(tmp_path, 4, segv=[0], exit=[2]).refs
-    infos = load_samples(
+    samples = load_samples(
         Reader(), HarmfulTransform(tmp_path), [ref.location for ref in refs], LoaderConfig(2, 2, False)
     )
-    assert [int(pixels[0, 0, 0]) for pixels in infos] == [1, 3]
+    told = [sample.type if isinstance(sample, ErrorRecord) else int(sample[0, 0, 0]) for sample in samples]
+    assert told == ["crash", 1, "crash", 3]

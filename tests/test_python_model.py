@@ -45,8 +45,8 @@ def offline():
 def nothing():
     nn.Linear(2, 2)
 
-def closure():
-    return nn.Linear(2, 2), lambda pixels: pixels
+def number():
+    return nn.Linear(2, 2), 0.5
 
 def three():
     return nn.Linear(2, 2), {}, {}
@@ -86,7 +86,7 @@ def test_preprocessing_is_none_settings_a_preset_or_a_function(load: Callable[[s
     ("name", "message"),
     [
         ("wrong", "resise: Extra inputs are not permitted"),
-        ("closure", "returned a function as preprocessing"),
+        ("number", "returned a float as preprocessing"),
         ("three", "returned a tuple; it must return a torch.nn.Module, or a pair"),
         ("flip", "it takes (pixels)"),
         ("meta", "cannot be brought to the CPU"),

@@ -102,10 +102,10 @@ def test_values_are_accepted_in_every_usual_form(value: str, kind: str, tmp_path
         ("{'b': output}", "returned the columns b; declared are v"),
         ("{}", "returned the columns none; declared are v"),
         ("None", "returned None; it must return a dict with the columns v"),
-        ("output[:1]", "returned 1 values as v for 2 images"),
+        ("output[:1]", "returned 1 value as v for 2 images"),
         ("output.sum()", "returned float32 [] as v"),
         ("'ab'", "returned a str as v"),
-        ("7", "returned a int as v"),
+        ("7", "returned an int as v"),
         ("['a', 'b'][:len(output)]", "returned a list of str as v, which is declared as float32"),
         ("output", "returned float32 [2, 3] as v, which is declared as float32"),
         ("output.squeeze()[:, 0]", "IndexError: too many indices for tensor of dimension 1 (post.py:2)"),
@@ -221,7 +221,7 @@ def test_only_images_on_which_the_code_fails_are_error_rows(tmp_path: Path) -> N
         ("task", "AssertionError"),
     ]
     assert errors[1] is not None
-    assert errors[1].message == "task.target: post:own raised AssertionError: nine is too much"
+    assert errors[1].message == "task.target: post:own raised AssertionError: nine is too much (post.py:2)"
     assert build_rows_and_errors(postprocess, output[:1])[1] == [None]
 
 
@@ -275,7 +275,7 @@ def test_class_with_fields_in_the_job_is_called_like_a_function(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("code", "text"),
     [
-        ("own = 7\n", "is a int; name a function or a class"),
+        ("own = 7\n", "is an int; name a function or a class"),
         ("def own(output):\n    return output\n", "write task.fields"),
         ("class own:\n    fields = {'v': 'int8'}\n", "without `fields` and `columns(output)`"),
         ("class own:\n    fields = {'v': 'int9'}\n    def columns(self, output): ...\n", "'int9' is not a type"),
@@ -378,7 +378,7 @@ def test_run_with_a_python_task(tmp_path: Path) -> None:
     assert (result.status, result.predicted, result.failed) == ("complete", 5, 1)
     rows = pq.read_table(tmp_path / "out" / "predictions").to_pylist()
     assert [row["error_type"] for row in rows] == [*[None] * 5, "ValueError"]
-    assert rows[5]["error_message"] == "task.target: post:measured raised ValueError: it is all black"
+    assert rows[5]["error_message"] == "task.target: post:measured raised ValueError: it is all black (post.py:4)"
     assert rows[5]["channels"] is None
     for number, row in enumerate(rows[:5]):
         assert row["brightness"] == pytest.approx((250 - 50 * number) / 255)

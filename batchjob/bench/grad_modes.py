@@ -16,7 +16,6 @@ from batchjob.bench.bench_worker import BenchWorker
 from batchjob.bench.profiler_trace import torch_profiler
 from batchjob.bench.results import GradModeResult
 from batchjob.bench.sample_batches import move_to_device, select_full_batches
-from batchjob.inference.execution_config import ExecutionConfig
 from batchjob.inference.forward import ForwardPass
 from batchjob.types import Batch
 
@@ -44,7 +43,7 @@ def measure_grad_modes(worker: BenchWorker, batches: Sequence[Batch]) -> tuple[G
     if not engine.model.eager:
         note = f"model.type {worker.job.model.type} runs as it was saved"
         return tuple(GradModeResult(name, None, None, note) for name in _GRAD_MODES)
-    forward = engine.build_forward(ExecutionConfig())
+    forward = engine.build_forward(engine.loaded_config)
     pixels, batch = move_to_device(worker, select_full_batches(worker, batches))[0]
     if batch.shapes is not None:
         return tuple(GradModeResult(name, None, None, "images differ in size") for name in _GRAD_MODES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from batchjob.errors import BatchjobError, Temporary
+from batchjob.errors import DEBUG_VARIABLE, BatchjobError, Temporary
 from batchjob.report.run_result import RunResult
 from batchjob.text import sanitize
 
@@ -116,6 +117,9 @@ def _call_before_result() -> None:
 def _print_error(error: BaseException) -> None:
     if isinstance(error, BatchjobError | KeyboardInterrupt):
         print_text(RunResult.from_error(error).message)
-        print_text("\n".join(getattr(error, "__notes__", ())))  # a crashed worker's traceback
+        notes = getattr(error, "__notes__", ())  # a worker's traceback
+        if os.environ.get(DEBUG_VARIABLE) and not notes:
+            notes = ["".join(traceback.format_exception(error)).rstrip()]
+        print_text("\n".join(notes))
     else:
         print_text("".join(traceback.format_exception(error)).rstrip())

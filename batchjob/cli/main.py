@@ -19,9 +19,12 @@ from batchjob.cli.model_commands import bench, convert
 from batchjob.cli.output_commands import discard, errors, status
 from batchjob.cli.run_commands import plan, retry, run, validate
 from batchjob.concurrency import exit_past_daemon_threads, kill_child_processes
+from batchjob.errors import DEBUG_VARIABLE
 from batchjob.report.run_result import RunResult
 
 __all__ = ["app", "main"]
+
+_DEBUG_OPTION = "--debug"
 
 app = typer.Typer(
     name="batchjob",
@@ -59,6 +62,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run_command_line(arguments: list[str]) -> int:
+    # Whoever sees an error types the option behind the command that they have just run.
+    if _DEBUG_OPTION in arguments:
+        arguments = [_DEBUG_OPTION, *(argument for argument in arguments if argument != _DEBUG_OPTION)]
     try:
         code = app(arguments, prog_name="batchjob", standalone_mode=False)
     except UsageError as error:
@@ -111,8 +117,13 @@ def _app_options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    debug: Annotated[
+        bool, typer.Option(_DEBUG_OPTION, help="Show tracebacks, also of your own code; may stand anywhere.")
+    ] = False,
 ) -> None:
-    pass
+    if debug:
+        # Inherited by loader processes, and by the workers of a Ray that is started here.
+        os.environ[DEBUG_VARIABLE] = "1"
 
 
 if __name__ == "__main__":

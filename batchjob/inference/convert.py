@@ -20,7 +20,6 @@ from batchjob.errors import CheckFailed, InvalidJob
 from batchjob.inference.autotune.trials import measure_seconds
 from batchjob.inference.conversion_options import ConversionOptions
 from batchjob.inference.engine import Engine
-from batchjob.inference.execution_config import ExecutionConfig
 from batchjob.inference.export_formats import export_model, export_pruned, exporter_output_ignored
 from batchjob.inference.output_comparison import OutputComparison, compare_outputs
 from batchjob.job.job import Job
@@ -103,7 +102,7 @@ def convert_model(job: Job, options: ConversionOptions, sample_locations: Sequen
     if engine.model.input_kind != "batch" or engine.variable_size:
         raise InvalidJob("model: it takes images of different sizes, which cannot be converted; run it as it is")
     pixels = _load_batch(engine, sample_locations, options.images)
-    forward = engine.build_forward(ExecutionConfig())
+    forward = engine.build_forward(engine.loaded_config)
     with forward.disable_gradients():
         inputs = forward.prepare_inputs(pixels)
     with _temporary_path(options.file) as path, exporter_output_ignored():
@@ -208,7 +207,7 @@ def _build_run(engine: Engine, pixels: torch.Tensor) -> Callable[[], Any]:
     A model with a fixed batch size runs in several calls, the last one padded with copies of the first image.
     Example: 5 images in a model that takes 4 run as 2 calls of 4, and the output is cut to 5 rows.
     """
-    forward, size = engine.build_forward(ExecutionConfig()), engine.model.batch_size or len(pixels)
+    forward, size = engine.build_forward(engine.loaded_config), engine.model.batch_size or len(pixels)
     padded = torch.cat([pixels, pixels[:1].expand(-len(pixels) % size, *pixels.shape[1:])])
 
     def join(*outputs: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,10 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from batchjob.errors import InvalidJob
+from batchjob.errors import InvalidJob, describe_error
+from batchjob.inference.autotune.cache import use_compile_cache
 from batchjob.inference.cpu_parallelism import is_stateful
+from batchjob.inference.device_errors import classify_device_error
 from batchjob.inference.devices import (
     DeviceCapabilities,
     check_precision,
@@ -21,15 +23,18 @@ from batchjob.inference.devices import (
     pick_model_device,
 )
 from batchjob.inference.example_images import (
+    TransformFailed,
+    check_images,
     contrasting_images,
     load_images,
     make_example_image,
     repeat_image,
     trim_output,
 )
-from batchjob.inference.execution_config import ExecutionConfig, requested_config
+from batchjob.inference.example_run import ExampleRun, run_example_images
+from batchjob.inference.execution_config import ExecutionConfig, config_of_weights, requested_config
 from batchjob.inference.forward import ForwardOptions, ForwardPass
-from batchjob.inference.optimize import optimize
+from batchjob.inference.optimize import find_weight_dtype, optimize
 from batchjob.inference.predictor import Predictor
 from batchjob.job.acceleration import Acceleration
 from batchjob.job.job import AnyTask, Job
@@ -46,6 +51,7 @@ from batchjob.user_code import source_digest
 __all__ = ["Engine"]
 
 _TASK = "task"  # section of a job, the first part of a decision's name
+_TRANSFORM_INPUT = "preprocess.transform_input"
 
 
 class Engine:
@@ -78,10 +84,13 @@ class Engine:
         self.device: torch.device = pick_model_device(job.runtime, self.model.devices)
         self.capabilities: DeviceCapabilities = get_device_capabilities(self.device)
         self.preprocess: Preprocess = merge_preprocess(job.preprocess, self.model.preprocess)
-        self.image_transform: ImageTransform = _build_image_transform(job, self.preprocess)
+        self._sample_locations = sample_locations
         self._normalize = Normalizer(self.preprocess)
-        self._example_run: tuple[nn.Module, Any] | None = None
-        self.example_image: torch.Tensor = make_example_image(job, reader, self.image_transform, sample_locations)
+        self.image_transform, self.example_image = self._find_example(
+            _build_image_transform(job, self.preprocess, self.model)
+        )
+        self.model = self._materialize_model()
+        self._example_run: tuple[nn.Module, ExampleRun] | None = None
 
     # -- settings left at auto ---------------------------------------------------------------------------------
 
@@ -93,7 +102,11 @@ class Engine:
             InvalidJob: The module fails, or it does not suit the task.
         """
         found = self._job.task.decide(self.model, self._run_model)
-        return {f"{_TASK}.{name}": decision for name, decision in found.items()}
+        decisions = {f"{_TASK}.{name}": decision for name, decision in found.items()}
+        user_transform = self.image_transform.resize_crop.user_transform
+        if user_transform is not None and self.preprocess.transform_input == "auto":
+            decisions[_TRANSFORM_INPUT] = Decision(user_transform.image_kind, user_transform.reason)
+        return decisions
 
     @property
     def decided_values(self) -> dict[str, str]:
@@ -110,7 +123,11 @@ class Engine:
         differing = {name: adopted.get(name, own) for name, own in self.decisions.items()}
         if self.decided_values == {name: decision.value for name, decision in differing.items()}:
             return
-        self.decisions = differing
+        own_input, self.decisions = self.decisions.get(_TRANSFORM_INPUT), differing
+        if own_input is not None and (image_kind := differing[_TRANSFORM_INPUT].value) != own_input.value:
+            transform = self.image_transform.with_transform_input("pil" if image_kind == "pil" else "tensor")
+            self.image_transform, self.example_image = self._find_example(transform)
+            self._example_run = None
         # These follow from the decisions and are built again when they are used next.
         for name in ("_task", "_module", "postprocess"):
             self.__dict__.pop(name, None)
@@ -118,9 +135,10 @@ class Engine:
     @cached_property
     def _task(self) -> AnyTask:
         """Task of the job, with the decisions in place of `auto`. Raises InvalidJob if a value is not known."""
-        values = self.decided_values
+        prefix = f"{_TASK}."
+        values = {name: value for name, value in self.decided_values.items() if name.startswith(prefix)}
         try:
-            return self._job.task.with_values({name.removeprefix(f"{_TASK}."): values[name] for name in values})
+            return self._job.task.with_values({name.removeprefix(prefix): values[name] for name in values})
         except ValidationError:
             chosen = ", ".join(f"{name}: {value}" for name, value in values.items())
             raise InvalidJob(
@@ -135,21 +153,23 @@ class Engine:
     def _run_model(self, module: nn.Module) -> Iterator[Any]:
         """Yield a module's output for copies of the example image, then for copies of images that look otherwise."""
         example = self.example_image
-        yield self._run_example(module)
+        yield self._run_example(module).output
         for image in contrasting_images(example.shape, example.dtype):
             yield self._run_on_copies(module, image)
 
-    def _run_example(self, module: nn.Module) -> Any:
-        """Return a module's output for `EXAMPLE_ROWS` copies of the example image; the last one is kept."""
+    def _run_example(self, module: nn.Module) -> ExampleRun:
+        """Try a module on the example image; the last trial is kept."""
         if self._example_run is None or self._example_run[0] is not module:
-            self._example_run = module, self._run_on_copies(module, self.example_image)
+            forward = self._build_loaded_forward(module, self.loaded_config)
+            run = run_example_images(forward, self.example_image, self.model.batch_size, self._is_one_by_one)
+            self._example_run = module, run
         return self._example_run[1]
 
     def _run_on_copies(self, module: nn.Module, image: torch.Tensor) -> Any:
-        rows = self.model.batch_size
-        forward = ForwardPass(module, self._normalize, self.device, self._forward_options(ExecutionConfig()))
-        output = forward.run_example(repeat_image(image, rows or EXAMPLE_ROWS))
-        return output if rows is None else trim_output(output, rows, EXAMPLE_ROWS)
+        """Return a module's output for `EXAMPLE_ROWS` copies of an image."""
+        rows = max(self._example_rows, self._run_example(module).min_rows)
+        output = self._build_loaded_forward(module, self.loaded_config).run_example(repeat_image(image, rows))
+        return output if rows == EXAMPLE_ROWS else trim_output(output, rows, EXAMPLE_ROWS)
 
     # -- facts about the model ---------------------------------------------------------------------------------
 
@@ -176,6 +196,11 @@ class Engine:
         """Job's settings on speed."""
         return self._job.runtime
 
+    @cached_property
+    def loaded_config(self) -> ExecutionConfig:
+        """Execution config of the module as it was loaded: eager, in the precision of its weights."""
+        return config_of_weights(find_weight_dtype(self.model.module)) if self.model.eager else ExecutionConfig()
+
     @property
     def requested_config(self) -> ExecutionConfig:
         """Execution config with only what the job names.
@@ -183,9 +208,9 @@ class Engine:
         Raises:
             InvalidJob: The device or the model cannot run it.
         """
-        config = requested_config(self._job.runtime)
+        config = requested_config(self._job.runtime, self.loaded_config)
         check_precision(config.precision, self.device)
-        if not self.model.eager and config != ExecutionConfig():
+        if not self.model.eager and config != self.loaded_config:
             raise InvalidJob(
                 f"runtime: {config.description} cannot be had with model.type {self._job.model.type}, which runs as "
                 "it was saved; leave precision, compile and their like at auto"
@@ -200,7 +225,7 @@ class Engine:
         if self._job.task.type == "python":
             return True
         example = self._example_batch()
-        return is_stateful(self._module, lambda: self.build_forward(ExecutionConfig()).run_example(example))
+        return is_stateful(self._module, lambda: self.build_forward(self.loaded_config).run_example(example))
 
     # -- parts of the data path --------------------------------------------------------------------------------
 
@@ -210,17 +235,53 @@ class Engine:
 
     @cached_property
     def postprocess(self) -> Postprocess:
-        """Task for the outputs of this model; the first access runs the module, eagerly in fp32, on the example batch.
+        """Task for the outputs of this model; the first access runs the module, as it was loaded, on example images.
 
         Raises:
             InvalidJob: The module fails, or its output does not fit the task.
         """
-        output = self._run_example(self._module)
+        output = self._run_example(self._module).output
         return self._task.build_postprocess(output, self.model.labels, self._reader, self._job.folder)
 
     def check_task(self) -> None:
         """Raise InvalidJob if the module fails on the example batch, or if its output does not fit the task."""
         _ = self.postprocess
+
+    def check_requested_config(self, batch_size: int) -> None:
+        """Try the execution config that the job names, where it is not that of the loaded module.
+
+        Args:
+            batch_size: Images in a batch, for which a compiled module is built.
+
+        Raises:
+            InvalidJob: It fails.
+        """
+        config = self.requested_config
+        if config == self.loaded_config:
+            return
+        use_compile_cache()
+        rows = batch_size if config.fixed_batch else self._example_rows
+        try:
+            self.build_forward(config).call_example(repeat_image(self.example_image, rows))
+        except InvalidJob:
+            raise
+        except Exception as error:  # torch and torchao raise all kinds
+            if classify_device_error(error, self.device) is not None:
+                raise
+            raise InvalidJob(
+                f"runtime: {config.description} fails with this model on {self.device}: {describe_error(error)}; "
+                "leave it at auto, or name another"
+            ) from error
+
+    def check_images(self, locations: Sequence[str]) -> list[str]:
+        """Try the preprocessing on the first of these images; return lines about those that fail.
+
+        Raises:
+            InvalidJob: More of them fail than the error budget allows.
+        """
+        if self.image_transform.resize_crop.size is not None:
+            return []
+        return check_images(self._job, self._reader, self.image_transform, locations, self.variable_size)
 
     def build_forward(self, config: ExecutionConfig, pixels: torch.Tensor | None = None) -> ForwardPass:
         """Build the forward pass of the module, on its device, with an execution config.
@@ -233,13 +294,11 @@ class Engine:
             InvalidJob: The module does not fit into the device's memory, or a package is missing.
             Exception: Any error of torch, where the module does not support the config.
         """
-        forward = ForwardPass(self._module, self._normalize, self.device, self._forward_options(config))
-        if config == ExecutionConfig() or not self.model.eager:
+        forward = self._build_loaded_forward(self._module, config)
+        if config == self.loaded_config or not self.model.eager:
             return forward
         with forward.disable_gradients():
-            inputs = forward.prepare_inputs(
-                repeat_image(self.example_image, EXAMPLE_ROWS) if pixels is None else pixels
-            )
+            inputs = forward.prepare_inputs(self._example_batch() if pixels is None else pixels)
         return forward.with_module(optimize(self._module, config, inputs))
 
     def build_predictor(self, forward: ForwardPass, batch_size: int | None = None) -> Predictor:
@@ -249,19 +308,54 @@ class Engine:
             forward: Result of `build_forward`.
             batch_size: Images that each call should have, as a compiled module needs; None for any number.
         """
-        return Predictor(forward, self.postprocess, self.model.batch_size, batch_size)
+        return Predictor(forward, self.postprocess, self.model.batch_size, batch_size, self._run_example(self._module).min_rows)
 
-    def _forward_options(self, config: ExecutionConfig) -> ForwardOptions:
-        return ForwardOptions(self._job.runtime.grad_mode, self.model.input_kind, config)
+    @property
+    def _example_rows(self) -> int:
+        return self.model.batch_size or (1 if self._is_one_by_one else EXAMPLE_ROWS)
+
+    @property
+    def _is_one_by_one(self) -> bool:
+        return self._job.runtime.batch_size == 1
+
+    def _build_loaded_forward(self, module: nn.Module, config: ExecutionConfig) -> ForwardPass:
+        options = ForwardOptions(self._job.runtime.grad_mode, self.model.input_kind, config)
+        return ForwardPass(module, self._normalize, self.device, options)
 
     def _example_batch(self) -> torch.Tensor:
-        return repeat_image(self.example_image, self.model.batch_size or EXAMPLE_ROWS)
+        return repeat_image(self.example_image, self._example_rows)
+
+    def _find_example(self, transform: ImageTransform) -> tuple[ImageTransform, torch.Tensor]:
+        """Prepare the example image; a transform that does not say what it takes is tried with a PIL image too."""
+        user_transform, locations = transform.resize_crop.user_transform, self._sample_locations
+        try:
+            return transform, make_example_image(self._job, self._reader, transform, locations)
+        except TransformFailed as failure:
+            if user_transform is None or user_transform.is_certain:
+                raise
+            transform = transform.with_transform_input("pil")
+            try:
+                return transform, make_example_image(self._job, self._reader, transform, locations)
+            except TransformFailed:
+                raise failure from None
+
+    def _materialize_model(self) -> LoadedModel:
+        """Give lazy layers their weights, by a run on the example batch as the model's own code would do it."""
+        options = ForwardOptions("no_grad", self.model.input_kind)
+        cpu = torch.device("cpu")
+        return self.model.materialize(
+            lambda module: ForwardPass(module, self._normalize, cpu, options).run_example(self._example_batch())
+        )
 
 
-def _build_image_transform(job: Job, preprocess: Preprocess) -> ImageTransform:
+def _build_image_transform(job: Job, preprocess: Preprocess, model: LoadedModel) -> ImageTransform:
     return ImageTransform(
         job.decode,
-        ResizeCrop(preprocess, job.folder),
+        ResizeCrop(preprocess, job.folder, model.transform if preprocess.transform == _own_transform(model) else None),
         gray=preprocess.channels == "gray",
         apply_exif=preprocess.exif == "apply",
     )
+
+
+def _own_transform(model: LoadedModel) -> str | None:
+    return model.preprocess.transform if model.preprocess is not None and model.transform is not None else None

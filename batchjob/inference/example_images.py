@@ -15,11 +15,30 @@ from batchjob.loader.settings import resolve_loader_settings
 from batchjob.preprocessing.transforms import ImageTransform
 from batchjob.storage.reader import Reader
 from batchjob.system import available_memory
+from batchjob.text import format_count
+from batchjob.types import ErrorRecord
 
-__all__ = ["contrasting_images", "load_images", "make_example_image", "random_pixels", "repeat_image", "trim_output"]
+__all__ = [
+    "TransformFailed",
+    "check_images",
+    "contrasting_images",
+    "load_images",
+    "make_example_image",
+    "random_pixels",
+    "repeat_image",
+    "trim_output",
+]
 
 # Side of the example image, in pixels, if neither a setting nor an image tells the size.
 _DEFAULT_SIDE = 224
+
+
+# Images that `validate` tries, so that transforms that fail, or give several sizes, are found.
+_TRIED_IMAGES = 16
+
+
+class TransformFailed(InvalidJob):
+    """The job's own transform fails on every image that decodes."""
 
 
 def load_images(
@@ -33,16 +52,59 @@ def load_images(
         Unavailable: The store cannot be reached.
         AttemptFailed: The process dies, and no image caused it.
     """
-    config = resolve_loader_settings(
-        job.runtime.loader, cores=1, memory_bytes=available_memory(), max_pixels=job.decode.max_pixels
-    )
-    return load_samples(reader, transform, locations, config)
+    samples = _load_samples(job, reader, transform, locations)
+    return (sample for sample in samples if isinstance(sample, torch.Tensor))
+
+
+def check_images(
+    job: Job, reader: Reader, transform: ImageTransform, locations: Sequence[str], variable_size: bool
+) -> list[str]:
+    """Try the preprocessing on the first images: find transforms that fail, and images that come out in other sizes.
+
+    Args:
+        job: Job, whose error budget says if that ends the job.
+        reader: Reader of the locations.
+        transform: Preprocessing of one image.
+        locations: Locations of images, of which the first are tried.
+        variable_size: True if the model takes images of different sizes.
+
+    Returns:
+        Lines for a person about what fails within the budget; none if nothing does.
+
+    Raises:
+        InvalidJob: More images fail than `errors.max_rate` allows.
+    """
+    tried, sizes = locations[:_TRIED_IMAGES], list[tuple[str, tuple[int, ...]]]()
+    failures: list[str] = []
+    samples = _load_samples(job, reader, transform, tried)
+    for location, sample in zip(tried, samples, strict=True):
+        if isinstance(sample, torch.Tensor):
+            sizes.append((location, tuple(sample.shape)))
+        elif sample.stage == "transform":
+            failures.append(f"{location}: {sample.message}")
+    first_size = sizes[0][1] if sizes else ()
+    others = [(location, size) for location, size in sizes if size != first_size]
+    if others and not variable_size:
+        location, size = others[0]
+        text = (
+            f"{location} comes out as {_format_size(size)}, {sizes[0][0]} as {_format_size(first_size)}, and images of "
+            "another size than the first become error rows; bring them to one size, as by preprocess.resize: "
+            "[height, width] or a crop, or write preprocess.sizes: group"
+        )
+        failures += [text] * len(others)
+    if not failures:
+        return []
+    text = f"{len(failures)} of the first {format_count(len(tried), 'image')} cannot be prepared: {failures[0]}"
+    if len(failures) > job.errors.max_rate * len(tried):
+        raise InvalidJob(f"preprocess: {text}")
+    return [text]
 
 
 def make_example_image(job: Job, reader: Reader, transform: ImageTransform, locations: Sequence[str]) -> torch.Tensor:
     """Return one prepared image `[c, h, w]`: random pixels if the settings fix the size, else the first that decodes.
 
     Raises:
+        TransformFailed: The job's own transform fails on every image that decodes.
         InvalidJob: None of the locations holds an image that decodes, so the model's input size is not known.
     """
     size = transform.resize_crop.size
@@ -99,10 +161,35 @@ def trim_output(output: Any, rows: int, wanted_rows: int) -> Any:
     return tree_map(trim, output)
 
 
-def _first_decodable(job: Job, reader: Reader, transform: ImageTransform, locations: Sequence[str]) -> torch.Tensor:
-    for pixels in load_images(job, reader, transform, locations):
-        return pixels
-    raise InvalidJob(
-        f"none of the first {len(locations)} images can be decoded, so the model's input size is not "
-        "known; give preprocess.resize or crop, or look at the input"
+def _load_samples(
+    job: Job, reader: Reader, transform: ImageTransform, locations: Iterable[str]
+) -> Iterator[torch.Tensor | ErrorRecord]:
+    config = resolve_loader_settings(
+        job.runtime.loader, cores=1, memory_bytes=available_memory(), max_pixels=job.decode.max_pixels
     )
+    return load_samples(reader, transform, locations, config)
+
+
+def _first_decodable(job: Job, reader: Reader, transform: ImageTransform, locations: Sequence[str]) -> torch.Tensor:
+    errors: list[ErrorRecord] = []
+    for sample in _load_samples(job, reader, transform, locations):
+        if isinstance(sample, torch.Tensor):
+            return sample
+        errors.append(sample)
+    count = f"the first {format_count(len(locations), 'image')}"
+    faults = [error for error in errors if error.stage == "transform"]
+    user_transform = transform.resize_crop.user_transform
+    if faults and user_transform is not None:
+        raise TransformFailed(
+            f"preprocess.transform fails on each of {count} that decodes: {faults[0].message}; it is given "
+            f"{user_transform.input_words}; correct it, or change preprocess.transform_input"
+        )
+    reason = f" ({errors[0].type}: {errors[0].message})" if errors else ""
+    raise InvalidJob(
+        f"none of {count} can be decoded, so the model's input size is not known; give preprocess.resize or crop, or "
+        f"look at the input{reason}"
+    )
+
+
+def _format_size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))

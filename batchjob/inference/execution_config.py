@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from batchjob.job.acceleration import Acceleration
 
-__all__ = ["ExecutionConfig", "Precision", "requested_config", "with_overrides"]
+if TYPE_CHECKING:
+    import torch
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+__all__ = ["ExecutionConfig", "Precision", "config_of_weights", "requested_config", "with_overrides"]
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp64"]
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,8 @@ class ExecutionConfig:
     The field names are keys of the stored tuning decisions.
 
     Attributes:
-        precision: Precision of the arithmetic; bf16 and fp16 use autocast.
-        half: With bf16 or fp16, convert the weights to that precision too, in place of autocast.
+        precision: Precision of the arithmetic; bf16 and fp16 use autocast, fp64 is for modules with such weights.
+        half: With bf16 or fp16, the weights have that precision too, in place of autocast.
         channels_last: Store images and convolution weights in channels-last memory layout.
         fold: Fold batch norms into the convolutions before them.
         compile: Mode of `torch.compile`; `regional` compiles each repeated block, `off` does not compile.
@@ -51,14 +54,42 @@ class ExecutionConfig:
         return " ".join([precision, *options]) if options or precision != "fp32" else "eager fp32"
 
     @property
+    def weight_dtype(self) -> torch.dtype:
+        """Dtype of the weights and inputs; autocast computes in another one."""
+        import torch
+
+        if self.precision == "fp64":
+            return torch.float64
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return half[self.precision] if self.half else torch.float32
+
+    @property
     def fixed_batch(self) -> bool:
         """True if all batches must have one shape, so that short ones are padded; compiled modules need it."""
         return self.compile != "off"
 
 
-def requested_config(settings: Acceleration) -> ExecutionConfig:
-    """Return the config with only what the job names: eager fp32 if it leaves everything at `auto`."""
-    return with_overrides(ExecutionConfig(), settings)
+def config_of_weights(dtype: torch.dtype) -> ExecutionConfig:
+    """Return the config of a module that runs as it was loaded, with weights of this dtype."""
+    import torch
+
+    if dtype == torch.float64:
+        return ExecutionConfig(precision="fp64")
+    half: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return ExecutionConfig(precision=half[dtype], half=True) if dtype in half else ExecutionConfig()
+
+
+def requested_config(settings: Acceleration, loaded: ExecutionConfig | None = None) -> ExecutionConfig:
+    """Return the config with only what the job names.
+
+    Args:
+        settings: Settings of the job; `auto` leaves an option as it is.
+        loaded: Config of the module as it was loaded; None for eager fp32.
+    """
+    loaded = loaded or ExecutionConfig()
+    config = with_overrides(loaded, settings)
+    # Weights that have the precision already need no autocast.
+    return replace(config, half=True) if loaded.half and config.precision == loaded.precision else config
 
 
 def with_overrides(config: ExecutionConfig, settings: Acceleration) -> ExecutionConfig:

@@ -25,6 +25,7 @@ from batchjob.types import (
     StepMonitor,
     no_monitor,
 )
+from batchjob.user_code import describe_fault
 
 __all__ = ["FaultIsolatingPredictor"]
 
@@ -229,7 +230,7 @@ class FaultIsolatingPredictor:
                     raise self._record_device_fault(error) from error
                 if isinstance(error, BatchjobError):
                     raise
-                errors[index] = ErrorRecord("predict", "error", _first_line(error))
+                errors[index] = ErrorRecord("predict", "error", describe_fault(error))
             finally:
                 del self._single_images[get_ident()]
         if len(errors) > 1 and not outputs:

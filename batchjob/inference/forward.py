@@ -12,6 +12,7 @@ from torch import nn
 
 from batchjob.errors import InvalidJob, is_out_of_memory
 from batchjob.inference.execution_config import ExecutionConfig
+from batchjob.user_code import catch_exit, describe_fault
 
 __all__ = ["ForwardOptions", "ForwardPass"]
 
@@ -61,7 +62,7 @@ class ForwardPass:
     def __call__(self, pixels: torch.Tensor | list[torch.Tensor]) -> Any:
         """Return the module's output for images on the device. Call it within `disable_gradients()`."""
         inputs = self._normalize_inputs(pixels)
-        with self._autocast(), self._float32_precision():
+        with self._autocast(), self._float32_precision(), catch_exit():
             return self._module(inputs)
 
     def with_module(self, module: nn.Module) -> ForwardPass:
@@ -86,7 +87,7 @@ class ForwardPass:
         """
         try:
             with self.disable_gradients():
-                return self._call_on_example(pixels)
+                return self._call_on_images(pixels)
         except InvalidJob:
             raise
         except Exception as error:
@@ -96,30 +97,35 @@ class ForwardPass:
         """Return the error for a module that failed on example images, with its reason and the setting to change."""
         if self._options.grad_mode == "inference" and self._works_with_no_grad(pixels):
             return InvalidJob(
-                f"model: it fails under torch.inference_mode ({_summarize(error)}) and works under torch.no_grad; "
+                f"model: it fails under torch.inference_mode ({describe_fault(error)}) and works under torch.no_grad; "
                 "write runtime.grad_mode: no_grad"
             )
         shape = "x".join(map(str, pixels.shape))
         return InvalidJob(
-            f"model: it fails on an example batch of shape {shape} on {self.device}: {_summarize(error)}; "
+            f"model: it fails on an example batch of shape {shape} on {self.device}: {describe_fault(error)}; "
             "look at model and preprocess"
         )
 
-    def _call_on_example(self, pixels: torch.Tensor) -> Any:
+    def call_example(self, pixels: torch.Tensor) -> Any:
+        """Run the module on example images `[n, c, h, w]`. Raises whatever the module raises."""
+        with self.disable_gradients():
+            return self._call_on_images(pixels)
+
+    def _call_on_images(self, pixels: torch.Tensor) -> Any:
         moved = pixels.to(self.device)
         return self(list(moved) if self.input_kind == "list" else moved)
 
     def _works_with_no_grad(self, pixels: torch.Tensor) -> bool:
         try:
             with self.disable_gradients("no_grad"):
-                self._call_on_example(pixels)
+                self._call_on_images(pixels)
         except Exception:  # noqa: BLE001 - the first failure is the one that is reported
             return False
         return True
 
     def _normalize_inputs(self, pixels: torch.Tensor | list[torch.Tensor]) -> Any:
-        """Normalise pixels, in the precision and memory layout of the module."""
-        dtype = self._half_dtype if self._config.half and self._half_dtype else torch.float32
+        """Normalise pixels, in the dtype and memory layout of the module's weights."""
+        dtype = self._config.weight_dtype
         if isinstance(pixels, list):
             return [self._normalize(image[None], dtype)[0] for image in pixels]
         layout = torch.channels_last if self._config.channels_last else torch.contiguous_format

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from batchjob.errors import InvalidJob
 from batchjob.inference.execution_config import ExecutionConfig
 from batchjob.system import install_command
 
-__all__ = ["fold_batch_norms", "measure_sparsity", "optimize", "prune_weights", "quantize_module"]
+__all__ = ["find_weight_dtype", "fold_batch_norms", "measure_sparsity", "optimize", "prune_weights", "quantize_module"]
 
 # From so many blocks of one class on, compiling one of them for all is worth it.
 _MIN_REPEATED_BLOCKS = 2
@@ -36,13 +37,19 @@ def optimize(module: nn.Module, config: ExecutionConfig, example: torch.Tensor) 
         Exception: Any error of torch, where the module does not support an option.
     """
     result = fold_batch_norms(module) if config.fold else module
-    if config.half:
-        result = copy.deepcopy(result).to({"bf16": torch.bfloat16, "fp16": torch.float16}[config.precision])
+    if find_weight_dtype(result) != config.weight_dtype:
+        result = copy.deepcopy(result).to(config.weight_dtype)
     if config.channels_last:
         result = copy.deepcopy(result).to(memory_format=torch.channels_last)
     if config.quantize != "none":
         result = quantize_module(result, config.quantize, example)
     return _compile(result, config)
+
+
+def find_weight_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype of a module's first floating point weight, which meets its input; float32 if it has none."""
+    weights = chain(module.parameters(), module.buffers())
+    return next((weight.dtype for weight in weights if weight.is_floating_point()), torch.float32)
 
 
 def fold_batch_norms(module: nn.Module) -> nn.Module:

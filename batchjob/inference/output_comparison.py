@@ -13,8 +13,8 @@ from batchjob.inference.execution_config import ExecutionConfig, Precision
 __all__ = ["OutputComparison", "compare_outputs"]
 
 # Limits of each precision: the largest deviation and the smallest cosine similarity.
-_MAX_DEVIATION: dict[Precision, float] = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2}
-_MIN_COSINE: dict[Precision, float] = {"fp32": 0.9999, "tf32": 0.999, "bf16": 0.99, "fp16": 0.999}
+_MAX_DEVIATION: dict[Precision, float] = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2, "fp64": 1e-3}
+_MIN_COSINE: dict[Precision, float] = {"fp32": 0.9999, "tf32": 0.999, "bf16": 0.99, "fp16": 0.999, "fp64": 0.9999}
 _QUANTIZED_LIMITS = 0.2, 0.97
 _MIN_AGREEMENT = 0.99
 

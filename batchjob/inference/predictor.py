@@ -49,6 +49,7 @@ class Predictor:
         fixed_batch_size: Images that each call of the module must have, fewer are padded; None for any number.
         preferred_batch_size: Images that each call should have, as a compiled module needs, as long as they fit into
             memory; None for any number.
+        min_rows: Images that each call must have at least; fewer are padded.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class Predictor:
         postprocess: DevicePostprocess,
         fixed_batch_size: int | None = None,
         preferred_batch_size: int | None = None,
+        min_rows: int = 1,
     ) -> None:
         self._forward, self._postprocess = forward, postprocess
         self._fixed_batch_size, self._preferred_batch_size = fixed_batch_size, preferred_batch_size
+        self._min_rows = min_rows
         # Images that fit at once; None until a batch has run out of memory.
         self._limit: int | None = None
         self._calls_without_error = 0
@@ -228,6 +231,8 @@ class Predictor:
     def _predict_call(self, inputs: torch.Tensor | list[torch.Tensor], rows: tuple[int, ...]) -> PartialOutput:
         with self._profiled("forward"):
             call_size = self._call_size
+            if len(inputs) < self._min_rows:
+                call_size = max(self._min_rows, call_size or 0)
             if call_size is None or isinstance(inputs, list) or len(inputs) == call_size:
                 tensors = self._call_module(inputs)
             else:

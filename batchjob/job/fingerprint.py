@@ -25,6 +25,7 @@ _IGNORED_FIELDS = {"input": ("require",), "model": ("trust", "sha256")}
 # before it did.
 _DEFAULTS_BEFORE_FIELD: dict[str, dict[str, Any]] = {
     "input": {"hidden": True},
+    "preprocess": {"transform_input": "tensor"},
     "task.classification": {"activation": "softmax"},
     "task.multilabel": {"activation": "sigmoid"},
 }

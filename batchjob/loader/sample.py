@@ -14,15 +14,15 @@ from batchjob.loader.loader import Loader
 from batchjob.loader.settings import LoaderConfig
 from batchjob.loader.shard_queue import ShardQueue
 from batchjob.storage.reader import Reader
-from batchjob.types import ImageRef, Shard, ShardKey
+from batchjob.types import ErrorRecord, ImageRef, Shard, ShardKey
 
 __all__ = ["load_samples"]
 
 
 def load_samples(
     reader: Reader, transform: TransformFn, locations: Iterable[str], config: LoaderConfig
-) -> Iterator[torch.Tensor]:
-    """Load images one by one, prepared for a batch; images that cannot be read or decoded are left out.
+) -> Iterator[torch.Tensor | ErrorRecord]:
+    """Load images one by one, prepared for a batch; an image that fails gives the error that its row would hold.
 
     Args:
         reader: Reader of the locations.
@@ -44,5 +44,7 @@ def load_samples(
                 raise Unavailable(batch.attempt_error)
             if batch.pixels is not None:
                 yield batch.pixels[0]
+            elif batch.image_infos and (error := batch.image_infos[0].error) is not None:
+                yield error
     finally:
         loader.close()

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError, URLError
 
 from batchjob.errors import BatchjobError, InvalidJob, Unavailable
-from batchjob.user_code import load_target
+from batchjob.text import with_article
+from batchjob.user_code import catch_exit, describe_fault, load_target
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,7 +67,7 @@ def check_torchvision_name(name: str, key: str) -> None:
     hint = f"did you mean {' or '.join(similar)}?" if similar else examples
     raise InvalidJob(
         f"{key}: torchvision has no model named {name!r}; {hint} "
-        "(or write 'module:function' with type checkpoint or python)"
+        "(or write 'module:attribute' with type checkpoint or python)"
     )
 
 
@@ -76,7 +77,7 @@ def call_target(
     """Call the user's function beside the job file. A target that is a module already is returned unchanged.
 
     Args:
-        target: `module:function`.
+        target: `module:attribute`.
         folder: Folder of the job file.
         key: Job key that holds the target, for error messages.
         arguments: Keyword arguments of the function.
@@ -95,7 +96,9 @@ def call_target(
             raise InvalidJob(f"{where} is a module and takes no model.arguments; name a function that builds it")
         return function
     if not callable(function):
-        raise InvalidJob(f"{where} is a {type(function).__name__}; name a function that returns a torch.nn.Module")
+        raise InvalidJob(
+            f"{where} is {with_article(type(function).__name__)}; name a function that returns a torch.nn.Module"
+        )
     keywords = dict(arguments)
     if num_classes is not None and _has_parameter(function, "num_classes"):
         if "num_classes" in keywords:
@@ -103,11 +106,12 @@ def call_target(
         keywords["num_classes"] = num_classes
     _check_arguments(function, keywords, where)
     try:
-        return function(**keywords)
+        with catch_exit():
+            return function(**keywords)
     except (BatchjobError, MemoryError):
         raise
     except Exception as error:  # the user's code may raise anything
-        text = f"{where} raised {type(error).__name__}: {error}"
+        text = f"{where} raised {describe_fault(error)}"
         if _is_network_error(error):
             raise Unavailable(text) from error
         raise InvalidJob(f"{text}; correct it, or model.arguments") from error

@@ -15,6 +15,7 @@ from batchjob.models.output_selection import OutputSelection, select_output
 from batchjob.models.trusted_file import WeightsFile, verify_digest
 from batchjob.models.weights import check_file_exists, load_weights, parse_state_dict, read_file
 from batchjob.settings import Target, Uri
+from batchjob.text import with_article
 from batchjob.user_code import source_digest
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class CheckpointModel(WeightsFile, OutputSelection):
     """Weights from a file, loaded into an architecture.
 
     Attributes:
-        architecture: Name of a torchvision model, or `module:function` beside the job file.
+        architecture: Name of a torchvision model, or `module:attribute` beside the job file.
         weights: Local path or URI of a `.pt`, `.pth`, `.th` or `.safetensors` file; it may have been saved on any
             device.
         num_classes: Number of classes, passed to the architecture if it has a parameter of this name.
@@ -110,7 +111,7 @@ class CheckpointModel(WeightsFile, OutputSelection):
         module = call_target(self.architecture, folder, "model.architecture", self.arguments, self.num_classes)
         if not isinstance(module, torch.nn.Module):
             raise InvalidJob(
-                f"model.architecture: {self.architecture} returned a {type(module).__name__}; "
+                f"model.architecture: {self.architecture} returned {with_article(type(module).__name__)}; "
                 "it must return a torch.nn.Module"
             )
         return module

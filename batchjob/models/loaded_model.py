@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal
 
 from batchjob.errors import InvalidJob
+from batchjob.models.weights import hash_state_dict
 from batchjob.preprocessing.settings import Preprocess
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["LoadedModel", "detect_input_kind", "isolated_torch_state", "prepare_for_inference"]
+__all__ = ["LoadedModel", "detect_input_kind", "has_lazy_weights", "isolated_torch_state", "prepare_for_inference"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class LoadedModel:
             does not know them.
         gives_features: Reason why the output is features and no class scores ("ViTModel has no classification head");
             None if it may be class scores.
+        transform: Function from an image to the module's input, where the model brings it as an object; it is then
+            used in place of the one that `preprocess.transform` names. None for all others.
     """
 
     module: nn.Module
@@ -70,6 +75,28 @@ class LoadedModel:
     output_operation: str | None = None
     class_layers: tuple[str, ...] = ()
     gives_features: str | None = None
+    transform: Callable[[Any], Any] | None = None
+
+    def materialize(self, run: Callable[[nn.Module], object]) -> LoadedModel:
+        """Return the model with weights in its lazy layers, the same ones in every process.
+
+        Args:
+            run: Runs the module on example images, from which the layers learn their sizes.
+        """
+        if not has_lazy_weights(self.module):
+            return self
+        with isolated_torch_state():
+            run(self.module)
+        self.module.requires_grad_(False)
+        digest = hashlib.sha256(f"{self.digest} {hash_state_dict(self.module)}".encode()).hexdigest()
+        return replace(self, digest=digest)
+
+
+def has_lazy_weights(module: nn.Module) -> bool:
+    """Return True if weights of the module get their shape from its first input (`nn.LazyLinear`)."""
+    from torch.nn.parameter import is_lazy
+
+    return any(is_lazy(weight) for weight in chain(module.parameters(), module.buffers()))
 
 
 @contextmanager
@@ -106,7 +133,9 @@ def prepare_for_inference(module: nn.Module, where: str) -> nn.Module:
         InvalidJob: Its parameters hold no data (device "meta").
     """
     try:
-        return module.to("cpu").eval().requires_grad_(False)
+        module = module.to("cpu").eval()
+        # Lazy weights refuse it until `materialize` has given them their values.
+        return module if has_lazy_weights(module) else module.requires_grad_(False)
     except (NotImplementedError, RuntimeError) as error:
         raise InvalidJob(f"{where}: the module cannot be brought to the CPU ({error}); return one with data") from error
 

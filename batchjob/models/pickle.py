@@ -15,6 +15,7 @@ from batchjob.models.file_format import FileFormat
 from batchjob.models.loaded_model import LoadedModel, detect_input_kind, isolated_torch_state, prepare_for_inference
 from batchjob.models.output_selection import select_output
 from batchjob.models.trusted_file import TrustedFileModel
+from batchjob.text import with_article
 from batchjob.user_code import is_user_module, load_target, source_digest
 
 if TYPE_CHECKING:
@@ -105,7 +106,9 @@ class PickleModel(TrustedFileModel):
             keys = ", ".join(str(key) for key in list(content)[:6])
             raise InvalidJob(f"{self.where} holds a dict ({keys}) and no module; {_ADVICE}, or save the module alone")
         if not isinstance(content, torch.nn.Module):
-            raise InvalidJob(f"{self.where} holds a {type(content).__name__} and no module; write torch.save(model)")
+            raise InvalidJob(
+                f"{self.where} holds {with_article(type(content).__name__)} and no module; write torch.save(model)"
+            )
         if isinstance(content, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
             # The wrapper stores GPU indices of the machine it was saved on.
             return self._unwrap_module(content.module)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +18,8 @@ from batchjob.models.torchvision_weights import convert_preset
 from batchjob.models.weights import hash_state_dict
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.settings import Target
-from batchjob.user_code import load_target, source_digest
+from batchjob.text import with_article
+from batchjob.user_code import list_names, load_target, source_digest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,9 +35,10 @@ class PythonModel(OutputSelection):
     """Model that the user's own code builds and loads.
 
     Attributes:
-        target: `module:function` beside the job file. It returns an `nn.Module`, or a pair `(module, preprocessing)`
+        target: `module:attribute` beside the job file. It returns an `nn.Module`, or a pair `(module, preprocessing)`
             where preprocessing is a dict with the keys of the job's `preprocess`, torchvision's
-            `weights.transforms()`, or a function of the same file from uint8 `[3, h, w]` to a tensor.
+            `weights.transforms()`, or a transform: a `Compose`, or a function of the same file, from an image to a
+            tensor, as `preprocess.transform`.
         arguments: Keyword arguments of the function.
     """
 
@@ -65,7 +69,7 @@ class PythonModel(OutputSelection):
         with isolated_torch_state():
             returned = call_target(self.target, folder, "model.target", self.arguments)
             module, preprocessing = self._split_pair(returned)
-            preprocess = None if preprocessing is None else self._convert_preprocessing(preprocessing, folder)
+            preprocess, transform = self._convert_preprocessing(preprocessing, folder)
             module = prepare_for_inference(module, f"model.target: {self.target}")
         digests = f"{source_digest(self.target, folder)} {hash_state_dict(module)}"
         return LoadedModel(
@@ -74,6 +78,7 @@ class PythonModel(OutputSelection):
             labels=None,
             digest=hashlib.sha256(digests.encode()).hexdigest(),
             input_kind=detect_input_kind(module),
+            transform=transform,
         )
 
     def _split_pair(self, returned: Any) -> tuple[nn.Module, Any]:
@@ -86,25 +91,32 @@ class PythonModel(OutputSelection):
         if returned is None:
             raise InvalidJob(f"model.target: {self.target} returned None (no return?); it must return {_RETURN_TYPES}")
         raise InvalidJob(
-            f"model.target: {self.target} returned a {type(returned).__name__}; it must return {_RETURN_TYPES}"
+            f"model.target: {self.target} returned {with_article(type(returned).__name__)}; "
+            f"it must return {_RETURN_TYPES}"
         )
 
-    def _convert_preprocessing(self, preprocessing: Any, folder: Path) -> Preprocess:
-        if isinstance(preprocessing, Preprocess):
-            return preprocessing
+    def _convert_preprocessing(
+        self, preprocessing: Any, folder: Path
+    ) -> tuple[Preprocess | None, Callable[[Any], Any] | None]:
+        """Return the settings, and the transform itself where no name in the module leads to it."""
+        if preprocessing is None or isinstance(preprocessing, Preprocess):
+            return preprocessing, None
         if isinstance(preprocessing, dict):
-            return self._validate_preprocess(preprocessing)
+            return self._validate_preprocess(preprocessing), None
         preset = convert_preset(preprocessing)
         if preset is not None:
-            return preset
+            return preset, None
+        if not callable(preprocessing) or isinstance(preprocessing, type):
+            raise InvalidJob(
+                f"model.target: {self.target} returned {with_article(type(preprocessing).__name__)} as preprocessing; "
+                f"it must be a dict with keys of 'preprocess' ({', '.join(Preprocess.model_fields)}), "
+                "weights.transforms(), a Compose, or a function of the same file"
+            )
         target = self._find_target(preprocessing, folder)
         if target is not None:
-            return Preprocess(transform=target)
-        raise InvalidJob(
-            f"model.target: {self.target} returned a {type(preprocessing).__name__} as preprocessing; it must be "
-            f"a dict with keys of 'preprocess' ({', '.join(Preprocess.model_fields)}), weights.transforms(), "
-            "or a function of the same file"
-        )
+            return Preprocess(transform=target), None
+        # The target stands for the transform that it makes, in settings and digest.
+        return Preprocess(transform=self.target), preprocessing
 
     def _validate_preprocess(self, preprocessing: dict[Any, Any]) -> Preprocess:
         try:
@@ -116,13 +128,13 @@ class PythonModel(OutputSelection):
                 f"its keys are those of 'preprocess': {', '.join(Preprocess.model_fields)}"
             ) from error
 
-    def _find_target(self, function: Any, folder: Path) -> str | None:
-        """Find the `module:function` by which loader processes import a transform; None if it has none."""
-        name = getattr(function, "__name__", None)
-        if not callable(function) or not isinstance(name, str) or not name.isidentifier():
-            return None
-        target = f"{self.target.partition(':')[0]}:{name}"
-        try:
-            return target if load_target(target, folder) is function else None
-        except InvalidJob:
-            return None
+    def _find_target(self, transform: Callable[[Any], Any], folder: Path) -> str | None:
+        """Find the `module:attribute` by which loader processes import a transform; None if it has none."""
+        module = self.target.partition(":")[0]
+        own_name = getattr(transform, "__name__", None)
+        names = [own_name] if isinstance(own_name, str) and own_name.isidentifier() else list_names(module, folder)
+        for target in (f"{module}:{name}" for name in names):
+            with suppress(InvalidJob):
+                if load_target(target, folder) is transform:
+                    return target
+        return None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchjob.errors import InvalidJob, NotFound, StorageError
 from batchjob.models.file_format import require_format
+from batchjob.text import with_article
 
 if TYPE_CHECKING:
     import torch
@@ -125,10 +126,12 @@ def load_weights(
 def hash_state_dict(module: nn.Module) -> str:
     """Compute the hexadecimal SHA-256 of names, types, shapes and values of parameters and persistent buffers."""
     import torch
+    from torch.nn.parameter import is_lazy
 
     digest = hashlib.sha256()
     for key, value in module.state_dict().items():
-        if not isinstance(value, torch.Tensor):
+        # Lazy weights have neither shape nor values yet.
+        if not isinstance(value, torch.Tensor) or is_lazy(value):
             continue
         digest.update(f"{key} {value.dtype} {list(value.shape)}\n".encode())
         plain = value.int_repr() if value.is_quantized else value
@@ -200,7 +203,9 @@ def _unnest(content: Any, where: str) -> _VersionedStateDict:
             break
         nested = inner
     if not isinstance(nested, Mapping):
-        raise InvalidJob(f"{where} holds a {type(nested).__name__} and no state dict; save module.state_dict()")
+        raise InvalidJob(
+            f"{where} holds {with_article(type(nested).__name__)} and no state dict; save module.state_dict()"
+        )
     state = {
         str(key): value
         for key, value in nested.items()

@@ -13,7 +13,7 @@ from batchjob.settings import Settings, Target
 __all__ = ["DecodeSettings", "Preprocess", "merge_preprocess"]
 
 _STEPS = ("resize", "crop", "mean", "std")
-_ALLOWED_WITH_TRANSFORM = {"transform", "exif", "sizes"}
+_ALLOWED_WITH_TRANSFORM = {"transform", "transform_input", "exif", "sizes"}
 
 
 def _normalize_formats(formats: tuple[ImageFormat, ...]) -> tuple[ImageFormat, ...]:
@@ -70,7 +70,10 @@ class Preprocess(Settings):
         channels: Order and number of the channels that the model gets.
         scale: `unit` divides by 255, `none` leaves 0-255.
         exif: `apply` turns the image upright, following its EXIF orientation.
-        transform: `module:function` from uint8 `[3, h, w]` to a tensor, in place of all steps above but `exif`.
+        transform: `module:attribute`, a function or an object like torchvision's `Compose` from an image to the tensor
+            that the model gets, in place of all steps above but `exif`.
+        transform_input: Image that `transform` gets: `tensor`, uint8 `[3, h, w]`, or `pil`, a PIL image in mode RGB.
+            `auto` gives a PIL image where a step such as torchvision's `ToTensor` needs one.
         sizes: Treatment of images that come out in different sizes, where the model takes batches: `one` makes images
             of another size than the first error rows, `group` predicts the images of each size together.
         pad: With `sizes: group`, black is added on the right and at the bottom up to a multiple of so many pixels, so
@@ -86,6 +89,7 @@ class Preprocess(Settings):
     scale: Literal["unit", "none"] = "unit"
     exif: Literal["ignore", "apply"] = "ignore"
     transform: Target | None = Field(default=None)
+    transform_input: Literal["auto", "pil", "tensor"] = "auto"
     sizes: Literal["one", "group"] = "one"
     pad: int | None = Field(default=None, ge=1, le=4096)
 
@@ -104,12 +108,18 @@ def merge_preprocess(job: Preprocess | None, own: Preprocess | None) -> Preproce
     own_values = {name: getattr(own, name) for name in Preprocess.model_fields} if own else {}
     keeps_own_transform = own_values.get("transform") is not None and not job_values.keys() - _ALLOWED_WITH_TRANSFORM
     if job_values.get("transform") is not None or keeps_own_transform:
-        return _merge_with_transform(job_values, own_values)
+        merged = _merge_with_transform(job_values, own_values)
+        if job is None or job.transform is None:
+            return merged
+        # Not among the fields that were set where an earlier version has planned the job.
+        return merged.model_copy(update={"transform_input": job.transform_input})
+    if "transform_input" in job_values:
+        raise InvalidJob("preprocess.transform_input: there is no transform; give preprocess.transform with it")
     missing = [name for name in _STEPS if name not in job_values and (own is None or own.transform is not None)]
     if missing:
         raise InvalidJob(
             f"preprocess: the weights bring no preprocessing of their own; give {_join_names(missing)} "
-            "(null switches a step off), or transform: module:function"
+            "(null switches a step off), or transform: module:attribute"
         )
     merged = Preprocess(**{**own_values, **job_values, "transform": None})
     _check_merged(merged)

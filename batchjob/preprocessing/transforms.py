@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate, pad
 
-from batchjob.errors import ImageError, InvalidJob
+from batchjob.errors import ImageError
 from batchjob.preprocessing.decode import DecodedImage, decode
 from batchjob.preprocessing.geometry import (
     CropBox,
@@ -23,8 +24,8 @@ from batchjob.preprocessing.geometry import (
 )
 from batchjob.preprocessing.resize import Interpolation, resize_and_crop, resize_and_crop_uint8
 from batchjob.preprocessing.settings import DecodeSettings, Preprocess
+from batchjob.preprocessing.user_transform import TransformInput, UserTransform
 from batchjob.types import PreparedImage
-from batchjob.user_code import load_target
 
 __all__ = ["ImageTransform", "ResizeCrop"]
 
@@ -55,6 +56,10 @@ class ImageTransform:
         decoded = self.decode(data)
         return PreparedImage(self.transform(decoded), decoded.width, decoded.height, decoded.axes_swapped)
 
+    def with_transform_input(self, image_kind: TransformInput) -> ImageTransform:
+        """Return the same transform, with the user's own for another kind of image."""
+        return replace(self, resize_crop=self.resize_crop.with_transform_input(image_kind))
+
     def decode(self, data: bytes) -> DecodedImage:
         """Decode one image to the pixels that `transform` takes. Raises ImageError."""
         return decode(data, self.settings, "gray" if self.gray else "rgb", self.apply_exif, self.resize_crop.min_size)
@@ -74,23 +79,30 @@ class ResizeCrop:
     Args:
         preprocess: Merged settings.
         folder: Folder of the job file, in which `preprocess.transform` is looked up; the working directory if None.
+        function: The user's transform, where the model brings it; None loads the one that `preprocess` names.
 
     Attributes:
         size: Height and width of every result; None where they depend on the image.
+        user_transform: The user's own transform; None if there is none.
 
     Raises:
         InvalidJob: `preprocess.transform` cannot be loaded.
     """
 
-    def __init__(self, preprocess: Preprocess, folder: Path | None = None) -> None:
-        self._preprocess, self._folder = preprocess, folder or Path()
+    def __init__(
+        self, preprocess: Preprocess, folder: Path | None = None, function: Callable[[Any], Any] | None = None
+    ) -> None:
+        self._preprocess = preprocess
         self.size = compute_output_size(preprocess)
-        self._user_transform = self._load_user_transform()
+        self.user_transform: UserTransform | None = None
+        if preprocess.transform is not None:
+            image_kind = None if preprocess.transform_input == "auto" else preprocess.transform_input
+            self.user_transform = UserTransform(preprocess.transform, folder or Path(), image_kind, function)
 
     @property
     def min_size(self) -> int | tuple[int, int] | None:
         """Pixels of the image that the resize needs: shorter side, or height and width; None if it needs all."""
-        if self._user_transform is not None or self._preprocess.interpolation == "nearest":
+        if self.user_transform is not None or self._preprocess.interpolation == "nearest":
             return None
         return self._preprocess.resize
 
@@ -101,7 +113,7 @@ class ResizeCrop:
             pixels: uint8 `[h, w, c]`.
 
         Returns:
-            uint8 `[c, h, w]`; or the result of the user's transform, which gets uint8 `[3, h, w]`.
+            uint8 `[c, h, w]`; or the result of the user's transform.
 
         Raises:
             ImageError: Stage `transform`: the user's transform failed, or the image is too narrow to resize.
@@ -122,31 +134,20 @@ class ResizeCrop:
         resize = partial(resize_and_crop_uint8, scale_denominator=scale_denominator, full_size=upright_size)
         return self._apply(pixels, resize, upright_size)
 
-    def __getstate__(self) -> tuple[Preprocess, Path]:
-        return self._preprocess, self._folder
-
-    def __setstate__(self, state: tuple[Preprocess, Path]) -> None:
-        self.__init__(*state)  # type: ignore[misc]
+    def with_transform_input(self, image_kind: TransformInput) -> ResizeCrop:
+        """Return the same steps, with the user's transform for another kind of image."""
+        result = copy.copy(self)
+        if self.user_transform is not None:
+            result.user_transform = self.user_transform.with_input(image_kind)
+        return result
 
     def _apply(self, pixels: np.ndarray, resize: _ResizeFn, upright_size: tuple[int, ...]) -> torch.Tensor:
         image = torch.from_numpy(pixels).permute(2, 0, 1)
-        if self._user_transform is not None:
-            return _call_user_transform(self._user_transform, image)
+        if self.user_transform is not None:
+            return self.user_transform(image)
         height, width = upright_size
         image = _resize_center_crop(image, (height, width), self._preprocess, resize)
         return image if self._preprocess.pad is None else _pad_to_multiple(image, self._preprocess.pad)
-
-    def _load_user_transform(self) -> Callable[[torch.Tensor], Any] | None:
-        target = self._preprocess.transform
-        if target is None:
-            return None
-        transform = load_target(target, self._folder)
-        if not callable(transform):
-            raise InvalidJob(
-                f"preprocess.transform: {target} is a {type(transform).__name__}; name a function that takes a uint8 "
-                "tensor [3, height, width] and returns what the model gets"
-            )
-        return transform  # type: ignore[no-any-return]
 
 
 def _resize_center_crop(
@@ -204,19 +205,3 @@ def _pad_to_multiple(image: torch.Tensor, multiple: int) -> torch.Tensor:
     """Add black on the right and at the bottom, up to the next multiple of so many pixels."""
     height, width = image.shape[-2:]
     return pad(image, (0, -width % multiple, 0, -height % multiple))
-
-
-def _call_user_transform(transform: Callable[[torch.Tensor], Any], image: torch.Tensor) -> torch.Tensor:
-    try:
-        result = transform(image)
-    except MemoryError:
-        raise ImageError("transform", "memory", "there was not enough memory to transform it") from None
-    except Exception as error:  # noqa: BLE001 - the user's function failed on this image, which becomes an error row
-        raise ImageError("transform", type(error).__name__, str(error) or type(error).__name__) from None
-    if not isinstance(result, torch.Tensor):
-        raise ImageError("transform", "type", f"preprocess.transform returned a {type(result).__name__}, not a tensor")
-    if result.dtype == torch.uint8:
-        return result.detach()
-    if not result.is_floating_point():
-        raise ImageError("transform", "type", f"preprocess.transform returned {result.dtype}, neither uint8 nor float")
-    return result.detach().float()

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator
 
 from batchjob.errors import InvalidJob, NotFound, StorageError
 from batchjob.settings import Uri
+from batchjob.text import with_article
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
@@ -125,7 +126,7 @@ def _parse_json(text: str, where: str, *, required: bool) -> Any:
             raise InvalidJob(f"{where} is not JSON ({error}); {_FORMS}") from error
         return None
     if not isinstance(content, list | dict):
-        raise InvalidJob(f"{where} holds a {type(content).__name__}; {_FORMS}")
+        raise InvalidJob(f"{where} holds {with_article(type(content).__name__)}; {_FORMS}")
     return content
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchjob.errors import InvalidJob
 from batchjob.tasks.postprocess import EXAMPLE_ROWS
+from batchjob.text import with_article
 
 if TYPE_CHECKING:
     import torch
@@ -94,12 +95,12 @@ def describe_output(output: Any) -> str:
         return "None"
     if isinstance(output, torch.Tensor):
         return f"{str(output.dtype).removeprefix('torch.')} {list(output.shape)}"
-    name = type(output).__name__
+    name = with_article(type(output).__name__)
     if isinstance(output, Mapping):
-        return f"a {name} with the keys {', '.join(map(str, list(output)[:_SHOWN_KEYS]))}"
+        return f"{name} with the keys {', '.join(map(str, list(output)[:_SHOWN_KEYS]))}"
     if isinstance(output, tuple | list):
-        return f"a {name} of {len(output)} ({', '.join(describe_output(part) for part in output[:_SHOWN_ITEMS])})"
-    return f"a {name}"
+        return f"{name} of {len(output)} ({', '.join(describe_output(part) for part in output[:_SHOWN_ITEMS])})"
+    return name
 
 
 def widen_half_precision(tensor: torch.Tensor) -> torch.Tensor:
@@ -115,5 +116,5 @@ def _describe_nested(output: Any) -> str:
         parts = (f"{key} {describe_output(value)}" for key, value in list(output.items())[:_SHOWN_KEYS])
         return f"{describe_output(output)} ({', '.join(parts)})"
     if isinstance(output, list | tuple) and output and isinstance(output[0], Mapping):
-        return f"a {type(output).__name__} of {len(output)}, the first {_describe_nested(output[0])}"
+        return f"{with_article(type(output).__name__)} of {len(output)}, the first {_describe_nested(output[0])}"
     return describe_output(output)

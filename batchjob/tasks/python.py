@@ -24,7 +24,8 @@ from batchjob.tasks.column_types import (
 from batchjob.tasks.postprocess import Postprocess
 from batchjob.tasks.settings import TaskSettings
 from batchjob.tasks.user_postprocess import UserFunctions, UserPostprocess, infer_structure
-from batchjob.user_code import load_target, source_digest
+from batchjob.text import with_article
+from batchjob.user_code import catch_exit, describe_fault, load_target, source_digest
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
@@ -95,14 +96,14 @@ class PythonTask(TaskSettings):
             InvalidJob: If the code is missing, raises, or returns something else than it declares.
         """
         functions = self._load_functions(load_target(self.target, folder), f"task.target: {self.target}")
-        copied = functions.run_on_device(output, folder)
+        copied = functions.run_on_device(output)
         postprocess = UserPostprocess(functions, infer_structure(copied, functions), self.allow_nan)
-        postprocess.validate_on_example(copied, folder)
+        postprocess.validate_on_example(copied)
         return postprocess
 
     def _load_functions(self, target: Any, where: str) -> UserFunctions:
         if not callable(target):
-            raise InvalidJob(f"{where} is a {type(target).__name__}; name a function or a class")
+            raise InvalidJob(f"{where} is {with_article(type(target).__name__)}; name a function or a class")
         if self.fields is not None:
             fields = tuple(pa.field(name, parse_arrow_type(type_name)) for name, type_name in self.fields.items())
             if inspect.isclass(target):
@@ -114,8 +115,8 @@ class PythonTask(TaskSettings):
         columns = getattr(instance, "columns", None)
         if not callable(columns) or not hasattr(instance, "fields"):
             raise InvalidJob(
-                f"{where} made a {type(instance).__name__} without `fields` and `columns(output)`; give it both, or, "
-                "for a plain function of the output, write task.fields: {name: type}"
+                f"{where} made {with_article(type(instance).__name__)} without `fields` and "
+                "`columns(output)`; give it both, or, for a function of the output, write task.fields: {name: type}"
             )
         on_device = getattr(instance, "on_device", None)
         columns = _adapt_signature(columns, f"{where}.columns")
@@ -124,13 +125,14 @@ class PythonTask(TaskSettings):
 
 def _call_target(target: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
     try:
-        return target(**arguments)
+        with catch_exit():
+            return target(**arguments)
     except (BatchjobError, MemoryError):
         raise
     except Exception as error:  # the user's code can raise anything
         names = ", ".join(arguments) or "none"
         raise InvalidJob(
-            f"{where} cannot be called with task.arguments ({names}): {type(error).__name__}: {error}; correct them, "
+            f"{where} cannot be called with task.arguments ({names}): {describe_fault(error)}; correct them, "
             "or, for a plain function of the output, write task.fields: {name: type}"
         ) from error
 
@@ -142,7 +144,9 @@ def _adapt_signature(function: Any, where: str) -> Callable[[Any, Sequence[Any]]
     `f(output, frames, scale)` is not, unless `task.arguments` binds `scale`.
     """
     if not callable(function):
-        raise InvalidJob(f"{where} makes a {type(function).__name__} that cannot be called; give it __call__(output)")
+        raise InvalidJob(
+            f"{where} makes {with_article(type(function).__name__)} that cannot be called; give it __call__(output)"
+        )
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # functions written in C have no signature

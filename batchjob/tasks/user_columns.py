@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from batchjob.tasks.column_types import format_arrow_type
 from batchjob.tasks.model_output import describe_output, widen_half_precision
+from batchjob.text import format_count
 
 __all__ = ["InvalidColumns", "build_user_columns"]
 
@@ -63,7 +64,8 @@ def _build_column(values: Any, field: pa.Field, row_count: int) -> pa.Array:
         )
     if len(values) != row_count:
         raise InvalidColumns(
-            f"returned {len(values)} values as {field.name} for {row_count} images; it must give one for each"
+            f"returned {format_count(len(values), 'value')} as {field.name} for {format_count(row_count, 'image')}; "
+            "it must give one for each"
         )
     try:
         return _to_arrow(values, field.type)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -16,6 +14,7 @@ from batchjob.tasks.model_output import describe_output, widen_half_precision
 from batchjob.tasks.postprocess import EXAMPLE_ROWS, PostprocessDefaults, finite_mask, nonfinite_errors
 from batchjob.tasks.user_columns import InvalidColumns, build_user_columns
 from batchjob.types import ErrorRecord
+from batchjob.user_code import catch_exit, describe_fault
 
 if TYPE_CHECKING:
     import torch
@@ -46,16 +45,17 @@ class UserFunctions:
     columns: Callable[[Any, Sequence[ImageGeometry]], Any]
     on_device: Callable[[Any], Any] | None = None
 
-    def run_on_device(self, output: Any, folder: Path) -> Any:
+    def run_on_device(self, output: Any) -> Any:
         """Return the part of an example output that is copied to the host. Raises InvalidJob if `on_device` raises."""
         if self.on_device is None or output is None:
             return output
         try:
-            return self.on_device(output)
+            with catch_exit():
+                return self.on_device(output)
         except (BatchjobError, MemoryError):
             raise
         except Exception as error:  # the user's code can raise anything
-            message = f"on_device {_describe_exception(error, folder)} on {describe_output(output)}"
+            message = f"on_device raised {describe_fault(error)} on {describe_output(output)}"
             raise InvalidJob(f"{self.where}: {message}; correct it") from error
 
 
@@ -133,12 +133,11 @@ class UserPostprocess(PostprocessDefaults):
     def fields(self) -> list[pa.Field]:
         return list(self._functions.fields)
 
-    def validate_on_example(self, copied: Any, folder: Path) -> None:
+    def validate_on_example(self, copied: Any) -> None:
         """Run the code on the example batch and on its first image.
 
         Args:
             copied: What is copied to the host, for `EXAMPLE_ROWS` images.
-            folder: Folder of the job file, to name the line that raised.
 
         Raises:
             InvalidJob: If the code raises, or returns something else than it declares.
@@ -158,14 +157,15 @@ class UserPostprocess(PostprocessDefaults):
             except InvalidColumns as error:
                 raise InvalidJob(f"{self._functions.where} {error}") from error
             except Exception as error:  # the user's code can raise anything
-                message = f"{_describe_exception(error, folder)} on an example batch of {row_count}"
+                message = f"raised {describe_fault(error)} on an example batch of {row_count}"
                 raise InvalidJob(f"{self._functions.where} {message}; correct it") from error
 
     def on_device(self, output: Any) -> dict[str, torch.Tensor]:
         """Take the output apart into tensors under their index `0`, `1`, …, with `finite` bool `[n]`."""
         import torch
 
-        parts = self._structure.flatten(self._functions.on_device(output) if self._functions.on_device else output)
+        with catch_exit():
+            parts = self._structure.flatten(self._functions.on_device(output) if self._functions.on_device else output)
         finite = torch.ones(len(parts[0]), dtype=torch.bool, device=parts[0].device)
         for part in parts:
             if part.is_floating_point() and part.numel():
@@ -227,7 +227,8 @@ class UserPostprocess(PostprocessDefaults):
         return columns, [error for _, errors in results for error in errors]
 
     def _call(self, parts: list[torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:
-        returned = self._functions.columns(self._structure.unflatten(parts), geometries)
+        with catch_exit():
+            returned = self._functions.columns(self._structure.unflatten(parts), geometries)
         return build_user_columns(returned, self._functions.fields, len(geometries))
 
     def _build_nulls(self, row_count: int) -> list[pa.Array]:
@@ -237,19 +238,4 @@ class UserPostprocess(PostprocessDefaults):
         where = self._functions.where
         if isinstance(error, InvalidColumns):
             return ErrorRecord("task", "misfit", f"{where} {error}")
-        return ErrorRecord("task", type(error).__name__, f"{where} raised {_format_exception(error)}")
-
-
-def _describe_exception(error: Exception, folder: Path) -> str:
-    return f"raised {_format_exception(error)}{_format_line(error, folder)}"
-
-
-def _format_exception(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}".rstrip(": ")
-
-
-def _format_line(error: Exception, folder: Path) -> str:
-    """Return ` (net.py:7)`, the innermost line of the traceback within the job's folder; empty if there is none."""
-    folder, lines = folder.resolve(), traceback.extract_tb(error.__traceback__)
-    inside = [line for line in lines if Path(line.filename).is_relative_to(folder)]
-    return f" ({Path(inside[-1].filename).name}:{inside[-1].lineno})" if inside else ""
+        return ErrorRecord("task", type(error).__name__, f"{where} raised {describe_fault(error)}")

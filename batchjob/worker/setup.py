@@ -19,7 +19,6 @@ from batchjob.inference.cpu_parallelism import (
 from batchjob.inference.device_errors import classify_device_error
 from batchjob.inference.devices import identify_device
 from batchjob.inference.engine import Engine
-from batchjob.inference.execution_config import ExecutionConfig
 from batchjob.job.job import Job
 from batchjob.output.scratch import ScratchFolder
 from batchjob.storage.probe import check_visibility
@@ -114,6 +113,8 @@ def load(job: Job, setup: WorkerSetup, cores: int, started: float | None = None)
             loader_setup.start()
             engine.check_task()
             parallelism, seconds_per_image = _warm_up(engine, loader_setup, cores, setup)
+            # Before the plan is made, which would stay behind if the job has to be changed.
+            engine.check_requested_config(loader_setup.batch_size)
             info = _describe(engine, loader_setup, device, f"{job.model.title}@{engine.digest[:12]}", started)
         return LoadedWorker(
             job=job,
@@ -151,7 +152,7 @@ def report_device_faults(device: str) -> Iterator[None]:
 def _warm_up(engine: Engine, loader_setup: LoaderSetup, cores: int, setup: WorkerSetup) -> tuple[CpuParallelism, float]:
     """Run the plain execution config; find the batch size and measure how long an image takes."""
     example, kind = engine.example_image, engine.device.type
-    predictor = engine.build_predictor(engine.build_forward(ExecutionConfig()))
+    predictor = engine.build_predictor(engine.build_forward(engine.loaded_config))
     rows = min(loader_setup.batch_size, _WARM_UP_ROWS)
     # On a CPU, memory is virtual: a batch that does not fit gets the process killed instead of an error.
     if kind != "cpu":

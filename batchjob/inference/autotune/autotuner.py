@@ -93,7 +93,9 @@ class Autotuner:
             return self._read_decision(self.store.read(key).data, blank)
         requested = replace(blank, config=self.engine.requested_config, reason="as the job says")
         settings = self.engine.acceleration
-        candidates = list_candidates(settings, self.engine.capabilities) if self.engine.model.eager else []
+        # Trials compare with fp32, so modules with other weights run as they are, and as the job says.
+        is_tunable = self.engine.model.eager and self.engine.loaded_config == ExecutionConfig()
+        candidates = list_candidates(settings, self.engine.capabilities) if is_tunable else []
         if settings.tuning == "off" or len(candidates) < 2:
             return self._put_or_get(key, requested, blank)
         cache = TuningCache(self._cache_key_fields(blank))
@@ -223,7 +225,7 @@ class Autotuner:
         engine, batch_size = self.engine, self.trial_spec.batch_size
         fixed_size = batch_size if config.fixed_batch and not engine.variable_size else None
         predictor = engine.build_predictor(self._build_checked_forward(config), fixed_size)
-        if config != ExecutionConfig():
+        if config != engine.loaded_config:
             predictor.warm_up(engine.example_image.shape, batch_size, engine.example_image.dtype)
         return predictor
 
@@ -233,11 +235,12 @@ class Autotuner:
         Raises:
             ValueError: The outputs are too far apart, and the job does not name this config itself.
         """
-        if config == ExecutionConfig():
+        loaded_config = self.engine.loaded_config
+        if config == loaded_config:
             return self.engine.build_forward(config)
         model = EngineTrialModel(self.engine, self.trial_spec.sample_locations, self.trial_spec.batch_size)
         forward = model.build_forward(config)
-        reference = model.run(model.build_forward(ExecutionConfig()))
+        reference = model.run(model.build_forward(loaded_config))
         comparison = compare_outputs(reference, model.run(forward), argmax_is_class=model.argmax_is_class)
         rejection = comparison.rejection(config)
         if rejection is not None and config != self.engine.requested_config:

@@ -64,7 +64,7 @@ class EngineTrialModel(TrialModel):
         """The batch on the device, as one tensor or as the list that the module takes."""
         engine = self._engine
         # Like real batches these are inference tensors.
-        with engine.build_forward(ExecutionConfig()).disable_gradients():
+        with engine.build_forward(engine.loaded_config).disable_gradients():
             if engine.model.input_kind == "batch":
                 return torch.stack(self._images).to(engine.device)
             return [image.to(engine.device, copy=True) for image in self._images]
