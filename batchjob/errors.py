@@ -268,7 +268,7 @@ def as_crash_error(error: BaseException) -> BatchjobError:
     others have one too.
     """
     is_expected = isinstance(error, BatchjobError) and error.exit_code != BatchjobError.exit_code
-    if is_expected and not os.environ.get(DEBUG_VARIABLE):
+    if isinstance(error, BatchjobError) and is_expected and not os.environ.get(DEBUG_VARIABLE):
         return error
     trace = "".join(traceback.format_exception(error)).rstrip()
     crash = error if isinstance(error, BatchjobError) else BatchjobError(f"a worker crashed: {describe_error(error)}")

@@ -114,7 +114,7 @@ def _print_version(requested: bool) -> None:
 
 @app.callback()
 def _app_options(
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001 - its callback prints it
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[

@@ -181,8 +181,8 @@ def _first_decodable(job: Job, reader: Reader, transform: ImageTransform, locati
     user_transform = transform.resize_crop.user_transform
     if faults and user_transform is not None:
         raise TransformFailed(
-            f"preprocess.transform fails on each of {count} that decodes: {faults[0].message}; it is given "
-            f"{user_transform.input_words}; correct it, or change preprocess.transform_input"
+            f"preprocess.transform fails on each of {count} that decodes: {faults[0].message}; correct it; it is "
+            f"given {user_transform.input_words} (preprocess.transform_input)"
         )
     reason = f" ({errors[0].type}: {errors[0].message})" if errors else ""
     raise InvalidJob(
