@@ -260,9 +260,9 @@ class Engine:
         if config == self.loaded_config:
             return
         use_compile_cache()
-        rows = batch_size if config.fixed_batch else self._example_rows
+        pixels = repeat_image(self.example_image, batch_size) if config.fixed_batch else self._example_batch()
         try:
-            self.build_forward(config).call_example(repeat_image(self.example_image, rows))
+            self.build_forward(config).call_example(pixels)
         except InvalidJob:
             raise
         except Exception as error:  # torch and torchao raise all kinds
@@ -308,7 +308,9 @@ class Engine:
             forward: Result of `build_forward`.
             batch_size: Images that each call should have, as a compiled module needs; None for any number.
         """
-        return Predictor(forward, self.postprocess, self.model.batch_size, batch_size, self._run_example(self._module).min_rows)
+        return Predictor(
+            forward, self.postprocess, self.model.batch_size, batch_size, self._run_example(self._module).min_rows
+        )
 
     @property
     def _example_rows(self) -> int:
@@ -323,7 +325,8 @@ class Engine:
         return ForwardPass(module, self._normalize, self.device, options)
 
     def _example_batch(self) -> torch.Tensor:
-        return repeat_image(self.example_image, self._example_rows)
+        rows = max(self._example_rows, self._run_example(self._module).min_rows)
+        return repeat_image(self.example_image, rows)
 
     def _find_example(self, transform: ImageTransform) -> tuple[ImageTransform, torch.Tensor]:
         """Prepare the example image; a transform that does not say what it takes is tried with a PIL image too."""
@@ -341,21 +344,19 @@ class Engine:
 
     def _materialize_model(self) -> LoadedModel:
         """Give lazy layers their weights, by a run on the example batch as the model's own code would do it."""
-        options = ForwardOptions("no_grad", self.model.input_kind)
-        cpu = torch.device("cpu")
+        options, cpu = ForwardOptions("no_grad", self.model.input_kind), torch.device("cpu")
+        pixels = repeat_image(self.example_image, self.model.batch_size or EXAMPLE_ROWS)
         return self.model.materialize(
-            lambda module: ForwardPass(module, self._normalize, cpu, options).run_example(self._example_batch())
+            lambda module: ForwardPass(module, self._normalize, cpu, options).run_example(pixels)
         )
 
 
 def _build_image_transform(job: Job, preprocess: Preprocess, model: LoadedModel) -> ImageTransform:
+    own = model.preprocess
+    function = model.transform if own is not None and preprocess.transform == own.transform else None
     return ImageTransform(
         job.decode,
-        ResizeCrop(preprocess, job.folder, model.transform if preprocess.transform == _own_transform(model) else None),
+        ResizeCrop(preprocess, job.folder, function),
         gray=preprocess.channels == "gray",
         apply_exif=preprocess.exif == "apply",
     )
-
-
-def _own_transform(model: LoadedModel) -> str | None:
-    return model.preprocess.transform if model.preprocess is not None and model.transform is not None else None
