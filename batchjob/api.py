@@ -18,6 +18,8 @@ from batchjob.job.job import Job
 from batchjob.output.commit import list_parts
 from batchjob.plan.head import PlanHead, read_current_head
 from batchjob.pool.pool import Pool
+from batchjob.pool.ray_address import check_address
+from batchjob.pool.ray_job_folder import check_submission
 from batchjob.report import output_status
 from batchjob.report.output_status import OutputStatus
 from batchjob.report.plan_summary import PlanSummary
@@ -99,6 +101,7 @@ def make_plan(job: Job, *, allow_empty: bool = False, progress: ProgressReporter
     Raises:
         JobError: See `run`.
     """
+    check_submission(job)
     return driver.make_plan(job, allow_empty=allow_empty, progress=progress or NoProgress())
 
 
@@ -207,8 +210,15 @@ def discard(output: OutputLocation, storage: OptionsByPrefix | None = None) -> s
 
 
 def _choose_pool(job: Job, address: str | None) -> Callable[[], Pool]:
-    """Return a function that makes the job's pool, on that Ray cluster or the one that the environment names."""
+    """Return a function that makes the job's pool, on that Ray cluster or the one that the environment names.
+
+    Raises:
+        InvalidJob: The address is malformed, or the output would be gone at the end of a submitted job.
+    """
     address = address or os.environ.get("RAY_ADDRESS") or None
+    check_submission(job)
+    if address is not None and job.runtime.pool == "ray":
+        check_address(address)
     return lambda: make_pool(job, address)
 
 

@@ -167,6 +167,23 @@ def test_all_problems_are_reported_with_their_lines() -> None:
             "gpus_per_worker: -1",
             "job.yaml:16:20: runtime.gpus_per_worker: must be at least 0 or 'auto', not -1",
         ),
+        (
+            "gpus_per_worker: 1",
+            "gpus_per_worker: 1.5",
+            "job.yaml:16:20: runtime.gpus_per_worker: must be a whole number or at most 1, not 1.5: no worker gets "
+            "parts of two GPUs",
+        ),
+        (
+            "gpus_per_worker: 1",
+            "gpus_per_worker: 0.00001",
+            "job.yaml:16:20: runtime.gpus_per_worker: must be 0 or at least 0.0001, not 1e-05",
+        ),
+        (
+            "cpus_per_worker: 8",
+            "cpus_per_worker: 1.5",
+            "job.yaml:17:20: runtime.cpus_per_worker: must be a whole number or at most 1, not 1.5: a worker uses "
+            "whole cores",
+        ),
         ("errors:", "preprocess: {resize: [224]}\nerrors:", "job.yaml:23:22: preprocess.resize: has too few values"),
         (
             "name: product-tags",

@@ -14,6 +14,7 @@ from batchjob.pool.pool import Pool
 from batchjob.text import format_count
 from batchjob.types import ShardKey
 from batchjob.worker.messages import (
+    PoolNotice,
     ShardCommitted,
     ShardFailed,
     WorkerEvent,
@@ -131,6 +132,8 @@ class Dispatcher:
                 self._handle_failure(key, error)
             case WorkerFailed(error):
                 raise error
+            case PoolNotice(text):
+                self._progress.note(text)
 
     def _handle_failure(self, key: ShardKey, error: BatchjobError) -> None:
         """Reschedule a shard whose attempt failed, or raise the error if it ends the run.

@@ -17,6 +17,7 @@ from batchjob.job.runtime import Runtime
 __all__ = [
     "DeviceCapabilities",
     "check_precision",
+    "check_reserved_gpus",
     "get_device_capabilities",
     "identify_device",
     "pick_device",
@@ -74,20 +75,56 @@ def pick_device(name: str, supported: Sequence[str] | None = None) -> torch.devi
     return device
 
 
-def pick_model_device(runtime: Runtime, supported: Sequence[str] | None) -> torch.device:
+def pick_model_device(runtime: Runtime, supported: Sequence[str] | None, reserved_gpus: float = 0.0) -> torch.device:
     """Return the device for a loaded model.
 
+    Args:
+        runtime: The job's settings.
+        supported: Types of device on which the model runs; None for all.
+        reserved_gpus: GPUs that the pool has reserved for this process.
+
     Raises:
-        InvalidJob: See `pick_device`; or `gpus_per_worker` asks for a GPU and `auto` finds none, which must not end in
-            a silent computation on the CPU.
+        InvalidJob: See `pick_device`; or a GPU is asked for or reserved and `auto` finds none, which must not end in a
+            silent computation on the CPU.
     """
     device = pick_device(runtime.device, supported)
-    if device.type == "cpu" and runtime.device == "auto" and runtime.gpus_per_worker not in {"auto", 0}:
-        raise InvalidJob(
-            f"runtime.gpus_per_worker is {runtime.gpus_per_worker}, but no GPU is visible here; leave it out to "
-            "compute on the CPU"
-        )
+    if device.type != "cpu" or runtime.device != "auto":
+        return device
+    asks_for_gpu = runtime.gpus_per_worker not in {"auto", 0}
+    if supported and set(supported) == {"cpu"}:
+        if asks_for_gpu:
+            raise InvalidJob(
+                f"runtime.gpus_per_worker is {runtime.gpus_per_worker}, but the model runs on CPUs only; leave it out, "
+                "or write runtime.device=cpu"
+            )
+        return device
+    if asks_for_gpu or reserved_gpus:
+        raise _invisible_gpu_error(reserved_gpus)
     return device
+
+
+def check_reserved_gpus(runtime: Runtime, reserved_gpus: float) -> None:
+    """Check that torch sees the GPU that the pool has reserved for this process, if the job names it.
+
+    Raises:
+        InvalidJob: It sees none.
+    """
+    if reserved_gpus and runtime.device.startswith("cuda") and not torch.cuda.is_available():
+        raise _invisible_gpu_error(reserved_gpus)
+
+
+def _invisible_gpu_error(reserved_gpus: float) -> InvalidJob:
+    why = "this torch is built without CUDA" if torch.version.cuda is None else "no driver that fits torch is there"
+    if not reserved_gpus:
+        return InvalidJob(
+            f"runtime.gpus_per_worker asks for a GPU, but torch sees none on {platform.node()} ({why}); leave it out "
+            "to compute on the CPU"
+        )
+    return InvalidJob(
+        f"Ray has reserved {reserved_gpus:g} GPU{'' if reserved_gpus <= 1 else 's'} on {platform.node()}, but torch "
+        f"sees none there ({why}); look at the driver and torch on that node (`batchjob env`), or write "
+        "runtime.device=cpu"
+    )
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:

@@ -18,6 +18,7 @@ from batchjob.inference.device_errors import classify_device_error
 from batchjob.inference.devices import (
     DeviceCapabilities,
     check_precision,
+    check_reserved_gpus,
     get_device_capabilities,
     pick_device,
     pick_model_device,
@@ -61,6 +62,7 @@ class Engine:
         job: Job with paths as they are on this machine.
         reader: Reader of weights, labels and images.
         sample_locations: Locations of images, from which the model's input size is learnt if no setting fixes it.
+        reserved_gpus: GPUs that the pool has reserved for this process; torch must see them.
 
     Attributes:
         model: Model as its format loaded it.
@@ -74,14 +76,15 @@ class Engine:
         InvalidJob: Model, labels, preprocessing, precision or device do not fit together.
     """
 
-    def __init__(self, job: Job, reader: Reader, sample_locations: Sequence[str]) -> None:
+    def __init__(self, job: Job, reader: Reader, sample_locations: Sequence[str], reserved_gpus: float = 0.0) -> None:
         self._job, self._reader = job, reader
+        check_reserved_gpus(job.runtime, reserved_gpus)
         # A device that is not there is reported before the weights are read.
         pick_device(job.runtime.device)
         # The first import of torchvision decides how long it takes, so it comes before models, transforms and tasks.
         import_torchvision()
         self.model: LoadedModel = job.model.load(reader, job.folder)
-        self.device: torch.device = pick_model_device(job.runtime, self.model.devices)
+        self.device: torch.device = pick_model_device(job.runtime, self.model.devices, reserved_gpus)
         self.capabilities: DeviceCapabilities = get_device_capabilities(self.device)
         self.preprocess: Preprocess = merge_preprocess(job.preprocess, self.model.preprocess)
         self._sample_locations = sample_locations

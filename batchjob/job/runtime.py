@@ -15,11 +15,29 @@ __all__ = ["ErrorBudget", "Output", "Runtime", "Workers"]
 
 Auto = Literal["auto"]
 AtLeastOne = Annotated[int, Field(ge=1)]
+_RAY_UNIT = 0.0001  # smallest part of a CPU or GPU that Ray counts
 
 
 def _check_device(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|xpu|cuda(:\d+)?", value):
         raise ValueError(f"must be auto, cuda, cuda:N, mps, xpu or cpu, not {value!r}")
+    return value
+
+
+def _check_gpus(value: float) -> float:
+    """Check GPUs as Ray does: parts of one GPU, or whole ones, in units of 0.0001."""
+    if value > 1 and value != int(value):
+        raise ValueError(f"must be a whole number or at most 1, not {value:g}: no worker gets parts of two GPUs")
+    if 0 < value < _RAY_UNIT:
+        raise ValueError(f"must be 0 or at least {_RAY_UNIT}, not {value:g}")
+    return value
+
+
+def _check_cpus(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError(f"must be a whole number or at most 1, not {value:g}: a worker uses whole cores")
+    if value < _RAY_UNIT:
+        raise ValueError(f"must be at least {_RAY_UNIT}, not {value:g}")
     return value
 
 
@@ -48,8 +66,9 @@ class Runtime(Acceleration):
     Attributes:
         pool: `ray` runs workers as Ray actors, `local` runs one worker in this process.
         workers: Number of workers, or a section with `min` and `max`.
-        gpus_per_worker: GPUs of each worker; may be a fraction.
-        cpus_per_worker: Cores of each worker, its loader processes included.
+        gpus_per_worker: GPUs of each worker: a whole number, or a fraction of one GPU.
+        cpus_per_worker: Cores of each worker, its loader processes included: a whole number, or a fraction of one
+            core.
         device: auto, cuda, cuda:N, mps, xpu or cpu. A device that is asked for and absent is an error.
         batch_size: Images in a batch.
         grad_mode: `no_grad` for models that fail under inference mode.
@@ -62,8 +81,8 @@ class Runtime(Acceleration):
 
     pool: Literal["ray", "local"] = "ray"
     workers: AtLeastOne | Auto | Workers = "auto"
-    gpus_per_worker: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Auto = "auto"
-    cpus_per_worker: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Auto = "auto"
+    gpus_per_worker: Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_check_gpus)] | Auto = "auto"
+    cpus_per_worker: Annotated[float, Field(gt=0, allow_inf_nan=False), AfterValidator(_check_cpus)] | Auto = "auto"
     device: Annotated[str, AfterValidator(_check_device)] = "auto"
     batch_size: AtLeastOne | Auto = "auto"
     grad_mode: Literal["inference", "no_grad"] = "inference"

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
 from batchjob.errors import (
     AttemptFailed,
-    AttemptInterrupted,
     BatchjobError,
     DeviceFault,
     InvalidJob,
@@ -25,16 +24,27 @@ from batchjob.errors import (
     WorkerLost,
     WorkerStalled,
     as_crash_error,
-    with_traceback,
 )
 from batchjob.job.job import Job
 from batchjob.pool.device_bans import DeviceBans
 from batchjob.pool.placement import Placement
 from batchjob.pool.ray_actor import RayWorker
-from batchjob.pool.ray_cluster import ClusterHealth, actor_runtime_env, connect, list_nodes, remote_job_dir
-from batchjob.pool.worker_sizing import WorkerSizing, size_workers
+from batchjob.pool.ray_cluster import ClusterHealth, actor_runtime_env, connect, list_nodes, read_autoscaler
+from batchjob.pool.ray_gpu_request import check_machine_gpus, find_gpus
+from batchjob.pool.ray_job_folder import remote_job_dir
+from batchjob.pool.ray_results import as_crash, first_line, interrupt_shards, is_bug, kill_actors, take_results
+from batchjob.pool.worker_sizing import WorkerSizing, describe_cpu_run, describe_gpu_shortage, size_workers
+from batchjob.text import format_count
 from batchjob.types import ShardKey
-from batchjob.worker.messages import ShardCommitted, ShardFailed, WorkerEvent, WorkerFailed, WorkerReady, WorkerSetup
+from batchjob.worker.messages import (
+    PoolNotice,
+    ShardCommitted,
+    ShardFailed,
+    WorkerEvent,
+    WorkerFailed,
+    WorkerReady,
+    WorkerSetup,
+)
 
 __all__ = ["RayPool"]
 
@@ -46,6 +56,7 @@ _MAX_POLLS_MISSED = 3
 _MAX_DEATHS_PER_WORKER = 3
 _MAX_DEATHS_AT_WORK = 10
 _SCHEDULING_TIMEOUT = 900.0
+_NOTICE_SECONDS = 30.0  # between two lines about workers that Ray has not placed
 # With the driver's drain, the release of the lease and the exit, a run that is stopped ends within 20 s.
 _CLOSE_SECONDS = 4.0
 _START_SECONDS = 1.0  # that `close` waits for `start` to end
@@ -61,7 +72,8 @@ class _ActorState:
         actor: Ray's handle.
         poll: Pending result of `RayWorker.wait`.
         device: Device and node that it is ready on; empty before.
-        last_answer: Monotonic time of its last answer.
+        last_answer: Monotonic time of its last answer; None until Ray has placed it.
+        submissions: Pending results of `RayWorker.submit`.
     """
 
     name: str
@@ -69,6 +81,7 @@ class _ActorState:
     poll: Any
     device: str = ""
     last_answer: float | None = None
+    submissions: list[Any] = field(default_factory=list)
 
 
 class RayPool:
@@ -91,12 +104,14 @@ class RayPool:
         self._actors: list[_ActorState] = []
         self._retired: dict[str, list[Any]] = defaultdict(list)  # idle actors that keep a banned device occupied
         self._bans = DeviceBans()
-        self._events: list[WorkerEvent] = []
+        self._events: deque[WorkerEvent] = deque()  # of the pool's thread; taken by the driver's
+        self._closing: list[Any] = []  # pending results of `RayWorker.close`
         self._setup: WorkerSetup | None = None
         self._sizing: WorkerSizing | None = None
         self._health: ClusterHealth | None = None
         self._placement = Placement()
         self._last_enough = time.monotonic()  # when enough workers were ready
+        self._last_notice = time.monotonic()
         self._deaths = 0  # since a shard was committed
         self._started = threading.Event()
         self._closed = threading.Event()
@@ -126,15 +141,14 @@ class RayPool:
         self._send_assignments()
 
     def wait(self, timeout: float) -> list[WorkerEvent]:
-        if not self._started.wait(timeout):
-            return self._check_enough_workers()
-        events, self._events = self._events, []
+        is_started = self._started.wait(0.0 if self._events else timeout)
+        events = [self._events.popleft() for _ in range(len(self._events))]
         if self._health is not None and (failure := self._health.find_failure()):
             return [*events, WorkerFailed(Temporary(f"{self._cluster} {failure}; the same command resumes"))]
-        if self._actors:
+        if is_started and self._actors:
             events += self._poll_actors(0.0 if events else timeout)
         self._send_assignments()
-        return events + self._check_enough_workers()
+        return events + self._notice_shortage() + self._check_enough_workers()
 
     def close(self) -> None:
         self._closed.set()
@@ -151,8 +165,10 @@ class RayPool:
         """Raise Temporary in place of an error of Ray: it is not a bug of ours."""
         try:
             yield
+        except BatchjobError:
+            raise
         except Exception as error:
-            raise Temporary(f"{self._cluster} could not be used: {_first_line(error)}") from error
+            raise Temporary(f"{self._cluster} could not be used: {first_line(error)}") from error
 
     # -- start and end, in the pool's thread -------------------------------------------------------------------
 
@@ -166,17 +182,32 @@ class RayPool:
         self._disconnect()
 
     def _start_actors(self) -> None:
+        if not self._address:
+            check_machine_gpus(self._job)  # before Ray takes seconds
         with self._ray_errors_as_temporary():
             connect(self._job, self._address)
-            self._health = ClusterHealth(list_nodes, list_nodes())
-        self._sizing = size_workers(self._job, self._health.nodes)
+            self._health = ClusterHealth(list_nodes, list_nodes(), read_autoscaler)
+            demand = find_gpus(self._job, self._cluster, self._note, self._closed.is_set)
+            nodes = list_nodes()
+        if self._closed.is_set():
+            return
+        if self._address and (cpu_run := describe_cpu_run(self._job, demand, self._cluster)):
+            self._note(cpu_run)
+        self._sizing = size_workers(self._job, nodes, demand.gpus)
+        if not self._address:
+            self._sizing.check_machine(nodes)
+        self._last_enough = time.monotonic()
         self._placement = Placement(self._sizing.min_workers)
         for number in range(self._sizing.workers):
             self._actors.append(self._start_actor(f"{number}", self._sizing))
 
+    def _note(self, text: str) -> None:
+        self._events.append(PoolNotice(text))
+
     def _start_actor(self, name: str, sizing: WorkerSizing) -> _ActorState:
         import ray
 
+        assert self._setup is not None, "the pool is started with it"
         options: dict[str, Any] = {"num_cpus": sizing.cpus, "num_gpus": sizing.gpus}
         # `submit` and `close` must not wait for the `wait` that is running.
         options |= {"max_concurrency": 4, "max_restarts": 0}
@@ -185,7 +216,7 @@ class RayPool:
         job_folder = remote_job_dir(self._job) if self._address else None
         with self._ray_errors_as_temporary():
             actor: Any = ray.remote(**options)(RayWorker).remote(
-                name, self._setup, job_folder, max(1, int(sizing.cpus))
+                name, replace(self._setup, reserved_gpus=sizing.gpus), job_folder, max(1, int(sizing.cpus))
             )
             return _ActorState(name, actor, actor.wait.remote(_POLL_SECONDS))
 
@@ -194,20 +225,22 @@ class RayPool:
 
         if self._health is not None:
             self._health.stop()
-        closing = [state.actor.close.remote() for state in self._actors if state.device]
-        if closing:
-            ray.wait(closing, num_returns=len(closing), timeout=_ACTOR_CLOSE_SECONDS)
-        _kill_actors(*(state.actor for state in self._actors), *chain(*self._retired.values()))
+        closing = self._closing + [state.actor.close.remote() for state in self._actors if state.device]
+        with suppress(Exception):  # an actor that cannot close is killed
+            if closing:  # without a Ray, `ray.get` would start one
+                ray.get(closing, timeout=_ACTOR_CLOSE_SECONDS)
+        kill_actors(*(state.actor for state in self._actors), *chain(*self._retired.values()))
         self._actors.clear()
         ray.shutdown()
 
     # -- assignments and events --------------------------------------------------------------------------------
 
     def _send_assignments(self) -> None:
-        actors = {state.name: state.actor for state in self._actors}
+        actors = {state.name: state for state in self._actors}
         for assignment in self._placement.take_assignments():
+            state = actors[assignment.worker]
             with self._ray_errors_as_temporary():
-                actors[assignment.worker].submit.remote(assignment)
+                state.submissions.append(state.actor.submit.remote(assignment))
 
     def _poll_actors(self, timeout: float) -> list[WorkerEvent]:
         """Collect events; replace actors that are lost or silent; retire those on banned devices."""
@@ -235,11 +268,13 @@ class RayPool:
 
         try:
             node, answer = ray.get(state.poll)
+            # A submission that failed would leave its shard with a worker that has never heard of it.
+            state.submissions = take_results(state.submissions)
         except ray.exceptions.RayError as error:
-            if _is_bug(error):
-                return [_as_crash(state, error)]
+            if is_bug(error):
+                return [as_crash(state.name, error)]
             blamed_shards = 0 if getattr(error, "preempted", False) else 1
-            return self._replace(state, f"worker {state.name} was lost: {_first_line(error)}", blamed_shards)
+            return self._replace(state, f"worker {state.name} was lost: {first_line(error)}", blamed_shards)
         with self._ray_errors_as_temporary():
             state.poll, state.last_answer = state.actor.wait.remote(_POLL_SECONDS), time.monotonic()
         return self._apply_events(state, node, answer)
@@ -270,7 +305,7 @@ class RayPool:
         if lost.culprit_known:
             self._bans.clear_faults(lost.suspect_positions)
             for allowed in self._retired.keys() - self._bans.banned:
-                _kill_actors(*self._retired.pop(allowed))
+                kill_actors(*self._retired.pop(allowed))
         elif isinstance(lost, DeviceFault) and self._bans.record_fault(device, lost.suspect_positions):
             reason += "; after two such faults this device is used no more in this run"
         is_blamed = isinstance(lost, WorkerStalled) and not lost.culprit_known and not lost.storage
@@ -288,9 +323,9 @@ class RayPool:
             blamed_shards: 1 if the attempt at the oldest shard counts, else 0.
         """
         self._actors.remove(state)
-        _kill_actors(state.actor)
+        kill_actors(state.actor)
         shards = self._placement.remove_worker(state.name)
-        events = _interrupt(shards[blamed_shards:], reason)
+        events = interrupt_shards(shards[blamed_shards:], reason)
         events += [ShardFailed(key, AttemptFailed(reason)) for key in shards[:blamed_shards]]
         self._deaths += 1
         if self._deaths > max(_MAX_DEATHS_PER_WORKER * self.size, _MAX_DEATHS_AT_WORK if shards else 1):
@@ -309,9 +344,9 @@ class RayPool:
         self._actors.remove(state)
         self._retired[state.device].append(state.actor)
         with self._ray_errors_as_temporary():
-            state.actor.close.remote()
+            self._closing.append(state.actor.close.remote())
         reason = f"worker {state.name} was put to rest: {state.device} is used no more in this run"
-        events = _interrupt(self._placement.remove_worker(state.name), reason)
+        events = interrupt_shards(self._placement.remove_worker(state.name), reason)
         self._add_actor(state.name)
         return events + self._check_devices_left()
 
@@ -331,6 +366,17 @@ class RayPool:
         message = f"{self._cluster}: no device is left that works, {devices} failed twice; look at device and model"
         return [WorkerFailed(Temporary(f"{message}, the same command resumes"))]
 
+    def _notice_shortage(self) -> list[WorkerEvent]:
+        """Say now and then what workers wait for that Ray has not placed."""
+        unplaced = sum(state.last_answer is None for state in self._actors)
+        if self._sizing is None or self._health is None or not unplaced or self._placement.ready_workers:
+            return []
+        if time.monotonic() - max(self._last_notice, self._last_enough) < _NOTICE_SECONDS:
+            return []
+        self._last_notice = time.monotonic()
+        demand = self._sizing.describe_demand(self._health.nodes, self._health.autoscaler)
+        return [PoolNotice(f"{self._cluster}: waiting for room for {format_count(unplaced, 'worker')}; {demand}")]
+
     def _check_enough_workers(self) -> list[WorkerEvent]:
         """End the run if too few workers have been ready for too long."""
         ready, required, now = self._placement.ready_workers, self._placement.required_workers, time.monotonic()
@@ -339,43 +385,9 @@ class RayPool:
         if now - self._last_enough <= _SCHEDULING_TIMEOUT:
             return []
         advice = "Ray did not answer; run again when it does"
-        if self._sizing is not None and self._health is not None:
-            advice = self._sizing.describe_shortage(self._health.nodes)
+        if self._health is not None:
+            describe = self._sizing.describe_shortage if self._sizing else describe_gpu_shortage
+            advice = describe(self._health.nodes, self._health.autoscaler)
         found = f"{ready} of {required}" if ready else "no"
         shortage = f"{found} worker{'s' if required > 1 else ''} came up in {_SCHEDULING_TIMEOUT:.0f} s"
         return [WorkerFailed(Temporary(f"{self._cluster}: {shortage}; {advice}"))]
-
-
-def _interrupt(shards: list[ShardKey], reason: str) -> list[WorkerEvent]:
-    """Fail attempts that do not count.
-
-    The driver puts each such shard first in its line, so the latest one goes first here, to keep their order.
-    """
-    return [ShardFailed(key, AttemptInterrupted(reason)) for key in reversed(shards)]
-
-
-def _kill_actors(*actors: Any) -> None:
-    import ray
-
-    for actor in actors:
-        with suppress(Exception):  # an actor that cannot be reached ends with its last handle
-            ray.kill(actor)
-
-
-def _is_bug(error: Exception) -> bool:
-    """Return True if the actor's own code raised; False if the actor died."""
-    import ray
-
-    return isinstance(error, ray.exceptions.RayTaskError) or bool(getattr(error, "actor_init_failed", False))
-
-
-def _as_crash(state: _ActorState, error: Exception) -> WorkerFailed:
-    """Convert the error of an actor with a bug; Ray's text holds the traceback, and the message on its last line."""
-    text = str(error).strip()
-    message = text.splitlines()[-1] if text else type(error).__name__
-    return WorkerFailed(with_traceback(BatchjobError(f"worker {state.name} crashed: {message}"), text))
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

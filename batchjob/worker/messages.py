@@ -13,6 +13,7 @@ from batchjob.types import ShardKey
 
 __all__ = [
     "Assignment",
+    "PoolNotice",
     "ShardCommitted",
     "ShardFailed",
     "WorkerEvent",
@@ -35,6 +36,7 @@ class WorkerSetup:
         sample: Locations of the first images, from which the worker learns the image size if no setting fixes it.
         small_input_bytes: Encoded size of all images, as far as it is known, in bytes, if the input is so small that a
             worker may take longer to start than to work; None for any larger input.
+        reserved_gpus: GPUs that the pool has reserved for the worker; 0 for none.
     """
 
     job: Mapping[str, Any]
@@ -42,6 +44,7 @@ class WorkerSetup:
     visibility_check: tuple[str, str] | None = None
     sample: tuple[str, ...] = ()
     small_input_bytes: int | None = None
+    reserved_gpus: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -123,4 +126,11 @@ class WorkerFailed:
     error: BatchjobError
 
 
-WorkerEvent = WorkerReady | ShardCommitted | ShardFailed | WorkerFailed
+@dataclass(frozen=True)
+class PoolNotice:
+    """News of the pool for the user, such as what it waits for."""
+
+    text: str
+
+
+WorkerEvent = WorkerReady | ShardCommitted | ShardFailed | WorkerFailed | PoolNotice

@@ -104,7 +104,7 @@ def load(job: Job, setup: WorkerSetup, cores: int, started: float | None = None)
         scratch = resources.enter_context(closing(ScratchFolder()))
         check_visibility(store, setup.visibility_check)
         with report_device_faults(job.runtime.device):
-            engine = Engine(job, reader, setup.sample)
+            engine = Engine(job, reader, setup.sample, setup.reserved_gpus)
         device = identify_device(engine.device)
         with report_device_faults(device):
             loader_setup = resources.enter_context(

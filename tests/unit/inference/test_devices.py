@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from batchjob.errors import InvalidJob
 from batchjob.inference.devices import (
     DeviceCapabilities,
+    check_reserved_gpus,
     get_device_capabilities,
     identify_device,
     pick_device,
@@ -94,8 +96,43 @@ def test_requested_gpu_that_auto_does_not_find_is_refused(
     monkeypatch: pytest.MonkeyPatch, gpus_per_worker: float
 ) -> None:
     set_devices(monkeypatch)
-    with pytest.raises(InvalidJob, match=rf"gpus_per_worker is {gpus_per_worker}.*no GPU is visible here"):
+    message = rf"gpus_per_worker asks for a GPU, but torch sees none on {re.escape(platform.node())} \("
+    with pytest.raises(InvalidJob, match=message):
         pick_model_device(Runtime(gpus_per_worker=gpus_per_worker), None)
+
+
+@pytest.mark.parametrize("reserved_gpus", [1.0, 0.25])
+def test_reserved_gpu_that_torch_does_not_see_names_the_node(
+    monkeypatch: pytest.MonkeyPatch, reserved_gpus: float
+) -> None:
+    set_devices(monkeypatch, cuda_build=None)
+    message = (
+        rf"Ray has reserved {reserved_gpus:g} GPU on {re.escape(platform.node())}, but torch sees none there "
+        r"\(this torch is built without CUDA\)"
+    )
+    with pytest.raises(InvalidJob, match=message):
+        pick_model_device(Runtime(), None, reserved_gpus)
+    with pytest.raises(InvalidJob, match=message):
+        check_reserved_gpus(Runtime(device="cuda:0"), reserved_gpus)
+
+
+def test_reserved_gpu_that_torch_sees_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_devices(monkeypatch, "cuda")
+    check_reserved_gpus(Runtime(device="cuda"), 1.0)
+    assert pick_model_device(Runtime(), None, 1.0) == torch.device("cuda")
+
+
+def test_model_for_cpus_only_is_said_to_be_that_in_place_of_a_gpu_that_is_not_visible(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_devices(monkeypatch, "cuda")
+    with pytest.raises(InvalidJob, match=r"gpus_per_worker is 1.*, but the model runs on CPUs only; leave it out"):
+        pick_model_device(Runtime(gpus_per_worker=1), ("cpu",))
+
+
+def test_model_for_cpus_only_runs_on_a_node_whose_gpu_was_reserved_by_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_devices(monkeypatch, "cuda")
+    assert pick_model_device(Runtime(), ("cpu",), 1.0) == torch.device("cpu")
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,17 @@
-"""A Ray cluster, without Ray: the latest answer is kept, a lost cluster is noticed, the job's folder is found."""
+"""A Ray cluster, without Ray: the latest answer is kept, a lost cluster is noticed, its autoscaler is read."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
-from scripted_pool import make_job
 
-from batchjob.pool.ray_cluster import ClusterHealth, actor_runtime_env, remote_job_dir
+from batchjob.pool.ray_cluster import ClusterHealth, actor_runtime_env
 from batchjob.pool.worker_sizing import Node
 
 NODE = Node("0123456789ab", 8.0, 0.0)
 OTHER_NODE = Node("ba9876543210", 4.0, 0.0)
-SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit` in the environment of the driver
 
 
 class ScriptedCluster:
@@ -113,28 +110,6 @@ def test_stopped_health_asks_no_more() -> None:
     health.stop()
     thread.join(30)
     assert not thread.is_alive()
-
-
-def test_job_folder_of_a_driver_outside_the_cluster_is_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv(SUBMITTED, raising=False)
-    (tmp_path / "night").mkdir()
-    assert remote_job_dir(make_job(tmp_path / "night", [])) == "."
-
-
-@pytest.mark.parametrize(
-    ("job_folder", "expected"), [("jobs/night", "jobs/night"), (".", "."), ("../night", "../night")]
-)
-def test_job_folder_of_a_submitted_driver_is_relative_to_its_own(
-    job_folder: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    working_directory = tmp_path / "working_dir"
-    (working_directory / job_folder).mkdir(parents=True, exist_ok=True)
-    job = make_job((working_directory / job_folder).resolve(), [])
-    monkeypatch.setenv(SUBMITTED, "{}")
-    monkeypatch.chdir(working_directory)
-    assert remote_job_dir(job) == job_folder
 
 
 def test_actor_on_a_cluster_sees_no_gpu_that_it_did_not_ask_for() -> None:
