@@ -170,8 +170,10 @@ def test_all_problems_are_reported_with_their_lines() -> None:
         (
             "gpus_per_worker: 1",
             "gpus_per_worker: 1.5",
-            "job.yaml:16:20: runtime.gpus_per_worker: must be a whole number or at most 1, not 1.5: no worker gets "
-            "parts of two GPUs",
+            (
+                "job.yaml:16:20: runtime.gpus_per_worker: must be a whole number or at most 1, not 1.5: "
+                "no worker gets parts of two GPUs"
+            ),
         ),
         (
             "gpus_per_worker: 1",
@@ -181,8 +183,10 @@ def test_all_problems_are_reported_with_their_lines() -> None:
         (
             "cpus_per_worker: 8",
             "cpus_per_worker: 1.5",
-            "job.yaml:17:20: runtime.cpus_per_worker: must be a whole number or at most 1, not 1.5: a worker uses "
-            "whole cores",
+            (
+                "job.yaml:17:20: runtime.cpus_per_worker: must be a whole number or at most 1, not 1.5: "
+                "a worker uses whole cores"
+            ),
         ),
         ("errors:", "preprocess: {resize: [224]}\nerrors:", "job.yaml:23:22: preprocess.resize: has too few values"),
         (

@@ -13,6 +13,7 @@ from torch import nn
 from batchjob.errors import InvalidJob, is_out_of_memory
 from batchjob.inference.execution_config import ExecutionConfig
 from batchjob.user_code import catch_exit, describe_fault
+from batchjob.inference.float32_precision import float32_precision
 
 __all__ = ["ForwardOptions", "ForwardPass"]
 
@@ -143,23 +144,19 @@ class ForwardPass:
 
     @contextlib.contextmanager
     def _float32_precision(self) -> Iterator[None]:
-        """Make `fp32` mean IEEE float32 and `tf32` mean TF32 on CUDA, convolutions included, and restore afterwards.
-
-        Convolutions use TF32 by torch's default.
-        """
+        """Make `fp32` mean IEEE float32 and `tf32` mean TF32 on CUDA, convolutions included, and restore afterwards."""
         if self.device.type != "cuda":
             yield
             return
         cudnn: Any = torch.backends.cudnn
-        matmul, conv = torch.backends.cuda.matmul, cudnn.conv
-        before = matmul.fp32_precision, conv.fp32_precision, cudnn.benchmark
-        if self._half_dtype is None:
-            matmul.fp32_precision = conv.fp32_precision = "tf32" if self._config.precision == "tf32" else "ieee"
+        is_half = self._half_dtype is not None
+        benchmark = cudnn.benchmark
         cudnn.benchmark = self._config.cudnn_benchmark
         try:
-            yield
+            with contextlib.nullcontext() if is_half else float32_precision(tf32=self._config.precision == "tf32"):
+                yield
         finally:
-            matmul.fp32_precision, conv.fp32_precision, cudnn.benchmark = before
+            cudnn.benchmark = benchmark
 
 
 def _move_to_device(module: nn.Module, device: torch.device) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 
 from batchjob.errors import InvalidJob
 from batchjob.job.job import Job
-from batchjob.settings import is_local, local_path
+from batchjob.uris import is_local, local_path
 
 __all__ = ["build_runtime_env", "check_submission", "folder_too_large_error", "remote_job_dir"]
 
@@ -26,7 +26,7 @@ def check_submission(job: Job) -> None:
     """
     if not _has_shipped_working_dir() or not is_local(job.output.uri):
         return
-    if not Path(local_path(job.output.uri)).resolve().is_relative_to(Path.cwd().resolve()):
+    if not local_path(job.output.uri).resolve().is_relative_to(Path.cwd().resolve()):
         return
     raise InvalidJob(
         f"output.uri: {job.output.uri} lies in the working directory of the submitted job, which Ray deletes at its "
