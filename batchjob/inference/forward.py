@@ -12,8 +12,8 @@ from torch import nn
 
 from batchjob.errors import InvalidJob, is_out_of_memory
 from batchjob.inference.execution_config import ExecutionConfig
-from batchjob.user_code import catch_exit, describe_fault
 from batchjob.inference.float32_precision import float32_precision
+from batchjob.user_code import catch_exit, describe_fault
 
 __all__ = ["ForwardOptions", "ForwardPass"]
 
