@@ -37,7 +37,9 @@ __all__ = [
     "describe_fault",
     "enable_unpickling",
     "is_user_module",
+    "list_argument_files",
     "list_names",
+    "list_sources",
     "load_target",
     "source_digest",
 ]
@@ -101,10 +103,8 @@ def source_digest(target: str, folder: Path) -> str:
     Raises:
         InvalidJob: There is no such module, or a source that cannot be parsed.
     """
-    name = target.partition(":")[0]
-    _require_source(target, name, folder)
     digest = hashlib.sha256()
-    for path in sorted(_imported_sources(name, folder)):
+    for path in list_sources(target, folder):
         source = _read_source(path)
         digest.update(f"{path.relative_to(folder).as_posix()} {len(source)}\n".encode())
         digest.update(source)
@@ -116,6 +116,41 @@ def _read_source(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InvalidJob(f"{path}: cannot be read ({error.strerror}); give this user access to it") from error
+
+
+def list_sources(target: str, folder: Path) -> list[Path]:
+    """Return the files of the target's module and of all modules that it imports, directly or not, from its folder.
+
+    Args:
+        target: Dotted module and dotted attribute, separated by a colon.
+        folder: Folder of the job file; no other folder is searched.
+
+    Raises:
+        InvalidJob: There is no such module, or a source that cannot be parsed.
+    """
+    name = target.partition(":")[0]
+    _require_source(target, name, folder)
+    return sorted(_imported_sources(name, folder))
+
+
+def list_argument_files(arguments: Any, folder: Path) -> list[Path]:
+    """Return the files that the arguments of user code name, by absolute path or below the job's folder.
+
+    Example: `{"weights": "net.pt", "depth": 3}` gives `[folder/net.pt]` if that file exists.
+
+    Args:
+        arguments: Keyword arguments, with lists and mappings of values.
+        folder: Folder of the job file.
+    """
+    if isinstance(arguments, Mapping):
+        return [path for value in arguments.values() for path in list_argument_files(value, folder)]
+    if isinstance(arguments, list | tuple):
+        return [path for value in arguments for path in list_argument_files(value, folder)]
+    try:
+        path = folder / arguments if isinstance(arguments, str) and arguments else None
+        return [path] if path is not None and path.is_file() else []
+    except (OSError, ValueError):  # No text that could be a path.
+        return []
 
 
 # -- faults ----------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from batchjob.output.commit import commit_part
 from batchjob.output.part_writer import PartWriter, build_rows
 from batchjob.output.provenance import PartFooter, ShardResult
 from batchjob.output.schema import build_row_schema
+from batchjob.plan.contract import Contract, put_or_read
 from batchjob.plan.head import is_discarded, read_current_head
 from batchjob.plan.reader import PlanReader
 from batchjob.storage.store import Store, open_store
@@ -212,6 +213,8 @@ class ScriptedPool:
         number, head = read_current_head(self._store)
         assert head is not None
         assert number == self._plan
+        schema, files_id = pa.schema([pa.field("score", pa.float64())]), self.setup.files_id if self.setup else ""
+        put_or_read(self._store, head, Contract(schema, "m", None, files_id=files_id))
         with tempfile.TemporaryDirectory() as folder:
             writer, footer = make_part(Path(folder) / "part", self._store, self._job, key)
             examples = writer.examples

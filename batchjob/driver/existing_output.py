@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from batchjob.concurrency import parallel_map, run_in_background
+from batchjob.driver.job_files import JobFiles, check_files
 from batchjob.errors import CheckFailed, InvalidJob, NotFound, Temporary
 from batchjob.job.fingerprint import diff_fingerprints
 from batchjob.job.job import Job
@@ -79,7 +80,7 @@ def find_finished_result(store: Store, job: Job, repair: bool, retry: bool) -> R
         retry: Error rows are to be retried.
 
     Raises:
-        InvalidJob: The output belongs to another job, or there is no plan to retry.
+        InvalidJob: The output belongs to another job, was made with other files, or there is no plan to retry.
         CheckFailed: `_SUCCESS` is there, but parts that it lists are missing or others are there; not if `repair`.
     """
     number, head = read_current_head(store)
@@ -103,6 +104,8 @@ def find_finished_result(store: Store, job: Job, repair: bool, retry: bool) -> R
             f"added ({', '.join(mismatches[:3])}); restore what was there, or make again what is gone with "
             "`batchjob run --repair`"
         )
+    # A retry reads images that the plan names, whatever names them now.
+    check_files(store, head, JobFiles(job), with_input=not (retry or repair))
     counts = summary["counts"]
     if retry and counts["failed"]:
         return None

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
+from batchjob.concurrency import DaemonThreadPool, run_in_background
 from batchjob.driver.control_loop import TICK_SECONDS, ControlLoop
 from batchjob.driver.dispatcher import Dispatcher, MakePool
 from batchjob.driver.existing_output import apply_plan_defaults, delete_stale_parts, no_plan_to_retry_error
 from batchjob.driver.finalize import RunSummary, finalize_run
+from batchjob.driver.job_files import JobFiles, check_files
 from batchjob.driver.plan_prefetcher import PlanPrefetcher
 from batchjob.driver.planner import Planner
 from batchjob.driver.progress import ProgressReporter
@@ -54,6 +57,10 @@ class JobRun:
         control_loop.collect_events = self._dispatcher.collect_events
         control_loop.on_stop = lambda: self._dispatcher.drain(control_loop.heartbeat)
         self._stopped_early = False
+        self._files = JobFiles(self._job)
+        self._file_thread = DaemonThreadPool(1, "job-files")
+        self._file_record: Future[bytes] | None = None  # made while the workers load
+        self._is_record_put = False
         self._retry = retry
         # The `_SUCCESS` that a retry or a repair has found, and its version.
         self._success: tuple[Mapping[str, Any], str] | None = None
@@ -104,6 +111,7 @@ class JobRun:
             stopped_early=self._stopped_early,
             accepted_failures=state.accepted_failures,
         )
+        self._put_file_record(head)
         # A driver that was suspended may have lost its lease, and must not write the result then.
         self._control_loop.confirm_lease()
         return finalize_run(
@@ -131,7 +139,17 @@ class JobRun:
         delete_stale = partial(delete_stale_parts, self._store)
         return self._planner.freeze(self._plan_number, preview, self._dispatcher.pool_size, row_bytes, delete_stale)
 
+    def _put_file_record(self, head: PlanHead) -> None:
+        """Put the record of the job's files once; wait for it with heartbeats, for the workers may be gone."""
+        if not self._is_record_put:
+            pending = self._file_record
+            make_record = self._files.make_record if pending is None else pending.result
+            put = partial(self._files.put_record, self._store, head, make_record)
+            run_in_background(put, self._control_loop.heartbeat)
+            self._is_record_put = True
+
     def _resume(self, head: PlanHead, repair: bool) -> None:
+        self._control_loop.run_blocking(lambda: check_files(self._store, head, self._files, with_input=False))
         self._progress.note(f"resuming plan {head.plan}: {format_count(self._state.part_count, 'part')} committed")
         self._state.accepted_failures = self._control_loop.run_blocking(lambda: self._read_acceptance(head, repair))
         if repair:
@@ -152,6 +170,9 @@ class JobRun:
                 self._stopped_early = True
                 dispatcher.drain(self._control_loop.heartbeat)
                 return
+            # A part that is there was made by a worker that has put the contract.
+            if self._state.new_parts and self._file_record is not None and self._file_record.done():
+                self._put_file_record(head)
             if scheduler.waiting:
                 self._dispatch_shards(head)
             elif prefetcher.finished:
@@ -211,6 +232,8 @@ class JobRun:
             self._control_loop.run_blocking(lambda: delete_success(self._store, version))
 
     def _start_workers(self, preview: InputPreview) -> None:
+        files_id = self._control_loop.run_blocking(lambda: self._files.id)
+        self._file_record = self._file_thread.submit(self._files.make_record)
         self._dispatcher.start(
             WorkerSetup(
                 job=self._job.serialize(),
@@ -218,5 +241,6 @@ class JobRun:
                 visibility_check=self._control_loop.visibility_check,
                 sample=preview.sample,
                 small_input_bytes=preview.image_bytes if preview.complete else None,
+                files_id=files_id,
             )
         )

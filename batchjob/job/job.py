@@ -17,7 +17,7 @@ from batchjob.job.fingerprint import DECIDING_SECTIONS, complete_defaults, compu
 from batchjob.job.job_file import read_job_file
 from batchjob.job.parameters import Param
 from batchjob.job.runtime import ErrorBudget, Output, Runtime
-from batchjob.job.serialization import fill_unset_fields, serialize_all_fields, serialize_set_fields
+from batchjob.job.serialization import fill_unset_fields, make_relative, serialize_all_fields, serialize_set_fields
 from batchjob.job.validation_errors import add_validation_errors
 from batchjob.models.checkpoint import CheckpointModel
 from batchjob.models.exported import ExportedModel
@@ -43,7 +43,7 @@ from batchjob.tasks.python import PythonTask
 from batchjob.tasks.raw import RawTask
 from batchjob.tasks.regression import RegressionTask
 from batchjob.tasks.segmentation import SegmentationTask
-from batchjob.uris import expand_home, local_path
+from batchjob.uris import expand_home, is_local, local_path
 
 __all__ = ["AnyModel", "AnySource", "AnyTask", "Job"]
 
@@ -223,6 +223,10 @@ class Job(Settings):
             if changed:
                 differing[name] = changed
         return self._fill_unset(differing) if differing else self
+
+    def shorten_path(self, uri: str) -> str:
+        """Return a path in the job's folder as `./path`, as the job is stored; any other path or URI unchanged."""
+        return make_relative(uri, self._data_folder or self.folder) if is_local(uri) else uri
 
     def _deciding_sections(self) -> Iterator[tuple[str, Settings]]:
         for name in DECIDING_SECTIONS:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator
 from batchjob.settings import Settings
 from batchjob.uris import is_local
 
-__all__ = ["fill_unset_fields", "serialize_all_fields", "serialize_set_fields"]
+__all__ = ["fill_unset_fields", "make_relative", "serialize_all_fields", "serialize_set_fields"]
 
 
 def serialize_set_fields(settings: BaseModel, folder: Path) -> dict[str, Any]:
@@ -63,13 +63,14 @@ def _serialize(value: Any, folder: Path, is_path: bool) -> Any:
         case list() | tuple():
             return [_serialize(item, folder, is_path) for item in value]
         case str() if is_path and is_local(value):
-            return _make_relative(value, folder)
+            return make_relative(value, folder)
         case str():
             return str(value)
     return value
 
 
-def _make_relative(path: str, folder: Path) -> str:
+def make_relative(path: str, folder: Path) -> str:
+    """Return a path in a folder as `./path`; any other path unchanged."""
     if path.rstrip("/") == str(folder):
         return "./"
     return f"./{path[len(str(folder)) + 1 :]}" if path.startswith(f"{str(folder).rstrip('/')}/") else path

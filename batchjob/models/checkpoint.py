@@ -16,7 +16,7 @@ from batchjob.models.trusted_file import WeightsFile, verify_digest
 from batchjob.models.weights import check_file_exists, load_weights, parse_state_dict, read_file
 from batchjob.settings import Target, Uri
 from batchjob.text import with_article
-from batchjob.user_code import source_digest
+from batchjob.user_code import list_argument_files, list_sources, source_digest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,6 +68,11 @@ class CheckpointModel(WeightsFile, OutputSelection):
         if ":" in self.architecture:
             source_digest(self.architecture, folder)
         check_file_exists(reader, self.weights, "model.weights")
+
+    def list_files(self, reader: Reader, folder: Path) -> list[str]:  # noqa: ARG002
+        """Return the URIs of the weights and of the sources of the user's architecture."""
+        sources = list_sources(self.architecture, folder) if ":" in self.architecture else []
+        return [self.weights, *map(str, [*sources, *list_argument_files(self.arguments, folder)])]
 
     def load(self, reader: Reader, folder: Path) -> LoadedModel:
         """Build the architecture and load the weights. A checkpoint brings neither preprocessing nor labels.

@@ -86,6 +86,13 @@ class HuggingfaceModel(WeightsFile, OutputSelection):
         if not self._is_on_hub:
             self._choose_kind(list_model_files(reader, self.model))
 
+    def list_files(self, reader: Reader, folder: Path) -> list[str]:  # noqa: ARG002
+        """Return the URIs of weights and configuration; none for a model on the Hub."""
+        if self._is_on_hub:
+            return []
+        files = list_model_files(reader, self.model)
+        return [files.folder + name for name in (*files.weights, *files.other_files)]
+
     def load(self, reader: Reader, folder: Path) -> LoadedModel:  # noqa: ARG002
         """Build the model and load its weights.
 

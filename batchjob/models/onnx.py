@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OnnxModel"]
 
+_MAX_GRAPH_BYTES = 64 << 20
+
 
 class OnnxModel(WeightsFile, OutputSelection):
     """Graph that onnxruntime runs. It is data, not code: libraries of custom operators are not loaded.
@@ -58,6 +60,15 @@ class OnnxModel(WeightsFile, OutputSelection):
         """
         require_packages("onnx", "onnxruntime", model_type="onnx", extra="onnx")
         check_file_exists(reader, self.weights, "model.weights")
+
+    def list_files(self, reader: Reader, folder: Path) -> list[str]:  # noqa: ARG002
+        """Return the URIs of the graph and of its external data."""
+        # A graph with external data is small; a larger file holds its weights itself, and is not read for this.
+        if reader.stat(self.weights).size > _MAX_GRAPH_BYTES:
+            return [self.weights]
+        data, where = read_file(reader, self.weights, "model.weights"), f"model.weights: {self.weights}"
+        parent = self.weights.rpartition("/")[0]
+        return [self.weights, *(f"{parent}/{name}" for name in list_external_files(parse_onnx(data, where), where))]
 
     def load(self, reader: Reader, folder: Path) -> LoadedModel:  # noqa: ARG002
         """Open the graph. It brings neither preprocessing nor labels.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import pickletools
+import re
+import zipfile
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +19,7 @@ from batchjob.models.loaded_model import LoadedModel, detect_input_kind, isolate
 from batchjob.models.output_selection import select_output
 from batchjob.models.trusted_file import TrustedFileModel
 from batchjob.text import with_article
-from batchjob.user_code import is_user_module, load_target, source_digest
+from batchjob.user_code import is_user_module, list_sources, load_target, source_digest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PickleModel"]
 
+_MODULE_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _ADVICE = "save its state_dict and use model.type: checkpoint"
 
 
@@ -52,6 +56,13 @@ class PickleModel(TrustedFileModel):
         if self.main is not None and not is_user_module(self.main, folder):
             raise InvalidJob(f"model.main: there is no module {self.main} in {folder}; name the file without its '.py'")
         super().check(reader, folder)
+
+    def list_files(self, reader: Reader, folder: Path) -> list[str]:
+        """Return the URIs of the weights and of the sources beside the job file that the pickle names."""
+        modules = {self.main} if self.main is not None else set()
+        modules |= {name for name in _list_pickled_names(reader, self.weights) if is_user_module(name, folder)}
+        sources = {str(path) for module in modules for path in list_sources(module, folder)}
+        return [*super().list_files(reader, folder), *sorted(sources)]
 
     def load(self, reader: Reader, folder: Path) -> LoadedModel:
         """Unpickle the module. It brings neither preprocessing nor labels.
@@ -113,6 +124,18 @@ class PickleModel(TrustedFileModel):
             # The wrapper stores GPU indices of the machine it was saved on.
             return self._unwrap_module(content.module)
         return content
+
+
+def _list_pickled_names(reader: Reader, uri: str) -> set[str]:
+    """Return the modules that a file of torch.save names, and other words in its pickle; nothing is unpickled."""
+    with reader.open(uri) as file:
+        if not zipfile.is_zipfile(file):  # The format of torch before 1.6.
+            return set()
+        with zipfile.ZipFile(file) as archive:
+            pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
+    words = (argument for data in pickles for _, argument, _ in pickletools.genops(data) if isinstance(argument, str))
+    # The argument of an opcode GLOBAL is `module class`.
+    return {word.partition(" ")[0] for word in words if _MODULE_NAME.fullmatch(word.partition(" ")[0])}
 
 
 class _ClassFinder:

@@ -19,7 +19,7 @@ from batchjob.models.weights import hash_state_dict
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.settings import Target
 from batchjob.text import with_article
-from batchjob.user_code import list_names, load_target, source_digest
+from batchjob.user_code import list_argument_files, list_names, list_sources, load_target, source_digest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,6 +58,10 @@ class PythonModel(OutputSelection):
             InvalidJob: It does not exist, or does not parse.
         """
         source_digest(self.target, folder)
+
+    def list_files(self, reader: Reader, folder: Path) -> list[str]:  # noqa: ARG002
+        """Return the URIs of the sources of the target, and of the files that its arguments name."""
+        return [*map(str, [*list_sources(self.target, folder), *list_argument_files(self.arguments, folder)])]
 
     def load(self, reader: Reader, folder: Path) -> LoadedModel:  # noqa: ARG002
         """Call the function. The digest covers its source and the state dict of the module it returns.

@@ -88,6 +88,10 @@ class TimmModel(WeightsFile, OutputSelection):
         if self.weights is not None:
             check_file_exists(reader, self.weights, "model.weights")
 
+    def list_files(self, reader: Reader, folder: Path) -> list[str]:  # noqa: ARG002
+        """Return the URI of the weights, if they are the user's own file."""
+        return [] if self.weights is None else [self.weights]
+
     def load(self, reader: Reader, folder: Path) -> LoadedModel:  # noqa: ARG002
         """Build the model and load its weights.
 

@@ -102,6 +102,10 @@ class TorchvisionModel(WeightsFile, OutputSelection):
             if first is None:
                 raise InvalidJob(f"model.mirror: {self.mirror} is empty; put the published weight files there")
 
+    def list_files(self, reader: Reader, folder: Path) -> list[str]:  # noqa: ARG002
+        """Return the URI of the weights, if they are the user's own file."""
+        return [str(self.weights)] if self._has_file else []
+
     def load(self, reader: Reader, folder: Path) -> LoadedModel:  # noqa: ARG002
         """Build the model and load its weights.
 

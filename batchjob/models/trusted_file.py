@@ -72,6 +72,10 @@ class TrustedFileModel(WeightsFile, OutputSelection):
             # It will be refused. Read it all the same, so that the message can state its digest.
             self.read_trusted(reader)
 
+    def list_files(self, reader: Reader, folder: Path) -> list[str]:  # noqa: ARG002
+        """Return the URIs of the files that decide the outputs of the model."""
+        return [self.weights]
+
     def read_trusted(self, reader: Reader) -> tuple[bytes, str, FileFormat]:
         """Read the file if the job trusts it.
 

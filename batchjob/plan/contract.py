@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from batchjob.errors import InvalidJob
+from batchjob.errors import InvalidJob, NotFound
 from batchjob.plan.head import PlanHead, report_damage
 from batchjob.storage.store import Store, put_or_get
 
-__all__ = ["Contract", "put_or_read", "verify"]
+__all__ = ["Contract", "put_or_read", "read_contract", "verify"]
 
 _METADATA_KEY = b"batchjob.contract"
 
@@ -27,12 +27,15 @@ class Contract:
         image_shape: Shape `(c, h, w)` of a preprocessed image; None if images differ in shape.
         decisions: Values found for settings that the job leaves at `auto`, by dotted name, such as
             `{"task.activation": "softmax"}`; empty in plans of versions that decided nothing.
+        files_id: Id of the record of the files that the job names, such as weights and code (see
+            `driver/job_files.py`); empty in plans of versions that kept none.
     """
 
     schema: pa.Schema
     model_digest: str
     image_shape: tuple[int, ...] | None
     decisions: Mapping[str, str] = field(default_factory=dict)
+    files_id: str = ""
 
 
 def put_or_read(store: Store, head: PlanHead, contract: Contract) -> Contract:
@@ -44,11 +47,27 @@ def put_or_read(store: Store, head: PlanHead, contract: Contract) -> Contract:
         contract: Contract as this worker would have it.
     """
     key = f"{head.folder}schema.arrow"
-    metadata = {"model": contract.model_digest, "size": contract.image_shape, "decisions": dict(contract.decisions)}
+    metadata = {
+        "model": contract.model_digest,
+        "size": contract.image_shape,
+        "decisions": dict(contract.decisions),
+        "files": contract.files_id,
+    }
     body = contract.schema.with_metadata({_METADATA_KEY: json.dumps(metadata)}).serialize().to_pybytes()
     stored_body = put_or_get(store, key, body)
     with report_damage(store, key):
         return _parse_contract(stored_body)
+
+
+def read_contract(store: Store, head: PlanHead) -> Contract | None:
+    """Return the contract of a plan; None if no worker has begun it yet."""
+    key = f"{head.folder}schema.arrow"
+    try:
+        data = store.read(key).data
+    except NotFound:
+        return None
+    with report_damage(store, key):
+        return _parse_contract(data)
 
 
 def verify(stored: Contract, contract: Contract, uri: str) -> None:
@@ -85,4 +104,5 @@ def _parse_contract(data: bytes) -> Contract:
     metadata = json.loads(schema.metadata[_METADATA_KEY])
     image_shape = tuple(metadata["size"]) if metadata["size"] else None
     decisions = {str(name): str(value) for name, value in metadata.get("decisions", {}).items()}
-    return Contract(schema.remove_metadata(), metadata["model"], image_shape, decisions)
+    files_id = str(metadata.get("files", ""))
+    return Contract(schema.remove_metadata(), metadata["model"], image_shape, decisions, files_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator
@@ -9,6 +10,7 @@ from pydantic import AfterValidator, Field, field_validator
 from batchjob.errors import InvalidJob
 from batchjob.preprocessing.image_formats import DEFAULT_FORMATS, FORMATS, ImageFormat, unavailable_reason
 from batchjob.settings import Settings, Target
+from batchjob.user_code import list_sources
 
 __all__ = ["DecodeSettings", "Preprocess", "merge_preprocess"]
 
@@ -92,6 +94,10 @@ class Preprocess(Settings):
     transform_input: Literal["auto", "pil", "tensor"] = "auto"
     sizes: Literal["one", "group"] = "one"
     pad: int | None = Field(default=None, ge=1, le=4096)
+
+    def list_files(self, folder: Path) -> list[str]:
+        """Return the paths of the sources of the user's transform. Raises InvalidJob if it cannot be found."""
+        return [] if self.transform is None else [str(path) for path in list_sources(self.transform, folder)]
 
 
 def merge_preprocess(job: Preprocess | None, own: Preprocess | None) -> Preprocess:

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from batchjob.errors import InvalidJob, Temporary
 from batchjob.sources.skipped_files import SkippedFiles
 from batchjob.sources.source import BATCH_ROWS, Source
+from batchjob.storage.objects import ObjectInfo
 from batchjob.storage.reader import Reader
 from batchjob.text import format_count
 from batchjob.types import Cursor
@@ -85,6 +86,11 @@ class SourceListing:
     def version(self) -> str | None:
         """Digest of the manifest; None for a source without a version."""
         return self._source.version(self._reader, self._output_uri)
+
+    @property
+    def files(self) -> list[ObjectInfo]:
+        """Files that name the images: those of a manifest. Raises InvalidJob if they are not there."""
+        return self._source.list_files(self._reader, self._output_uri)
 
     def refs(self, after: Cursor) -> Iterator[pa.RecordBatch]:
         """Yield the images after a cursor in batches; one empty batch if there are none. Raises Temporary if closed."""

@@ -121,8 +121,12 @@ class ManifestSource(Settings):
 
     def version(self, reader: Reader, excluded_folder: str | None = None) -> str | None:
         """Return the SHA-256 over URI, size and tag of each file, hexadecimal."""
-        files = [[info.uri, info.size, info.etag] for info, _ in self._list_files(reader, excluded_folder)]
+        files = [[info.uri, info.size, info.etag] for info in self.list_files(reader, excluded_folder)]
         return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+    def list_files(self, reader: Reader, excluded_folder: str | None = None) -> list[ObjectInfo]:
+        """Return the files of the manifest, in the order in which they are read. Raises InvalidJob."""
+        return [info for info, _ in self._list_files(reader, excluded_folder)]
 
     def refs(
         self,

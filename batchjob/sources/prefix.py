@@ -93,6 +93,10 @@ class PrefixSource(Settings):
         """Return None: only a new listing tells."""
         return None
 
+    def list_files(self, reader: Reader, excluded_folder: str | None = None) -> list[ObjectInfo]:  # noqa: ARG002
+        """Return no files: the images are listed."""
+        return []
+
     def refs(
         self, reader: Reader, after: Cursor, excluded_folder: str | None = None, skipped: SkippedFiles | None = None
     ) -> Iterator[pa.RecordBatch]:

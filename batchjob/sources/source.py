@@ -13,6 +13,7 @@ from batchjob.sources.locations import explain_missing_input
 
 if TYPE_CHECKING:
     from batchjob.sources.skipped_files import SkippedFiles
+    from batchjob.storage.objects import ObjectInfo
     from batchjob.storage.reader import Reader
     from batchjob.types import Cursor
 
@@ -75,6 +76,9 @@ class Source(Protocol):
 
     def version(self, reader: Reader, excluded_folder: str | None = None) -> str | None:
         """Return a digest that changes when the list of images may have changed; None if only a new listing tells."""
+
+    def list_files(self, reader: Reader, excluded_folder: str | None = None) -> list[ObjectInfo]:
+        """Return the files that name the images; none if a listing finds them."""
 
     def refs(
         self, reader: Reader, after: Cursor, excluded_folder: str | None = None, skipped: SkippedFiles | None = None

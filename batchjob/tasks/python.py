@@ -25,7 +25,7 @@ from batchjob.tasks.postprocess import Postprocess
 from batchjob.tasks.settings import TaskSettings
 from batchjob.tasks.user_postprocess import UserFunctions, UserPostprocess, infer_structure
 from batchjob.text import with_article
-from batchjob.user_code import catch_exit, describe_fault, load_target, source_digest
+from batchjob.user_code import catch_exit, describe_fault, list_argument_files, list_sources, load_target, source_digest
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
@@ -72,6 +72,10 @@ class PythonTask(TaskSettings):
     def check(self, reader: Reader, folder: Path) -> None:  # noqa: ARG002
         """Check that the module of the target exists, without running it. Raises InvalidJob."""
         source_digest(self.target, folder)
+
+    def list_files(self, folder: Path) -> list[str]:
+        """Return the URIs of the sources of the target, and of the files that its arguments name. Raises InvalidJob."""
+        return [*map(str, [*list_sources(self.target, folder), *list_argument_files(self.arguments, folder)])]
 
     def digest(self, folder: Path) -> str | None:
         """Return the sha256 of the target's module and all it imports from the job's folder. Raises InvalidJob."""

@@ -82,6 +82,15 @@ class TaskSettings(Settings):
             Unavailable: If the store of a file cannot be reached.
         """
 
+    def list_files(self, folder: Path) -> list[str]:  # noqa: ARG002 - not every task runs the user's code
+        """Return the URIs of the files that decide the columns, beside those of the model: labels and code.
+
+        Raises:
+            InvalidJob: If the code cannot be found.
+        """
+        labels = getattr(self, "labels", None)
+        return [labels] if isinstance(labels, str) else []
+
     def check_truth_columns(self, columns: Sequence[pa.Field]) -> None:
         """Check that the source provides the ground truth columns, with a type that this task can compare.
 

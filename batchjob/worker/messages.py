@@ -37,6 +37,7 @@ class WorkerSetup:
         small_input_bytes: Encoded size of all images, as far as it is known, in bytes, if the input is so small that a
             worker may take longer to start than to work; None for any larger input.
         reserved_gpus: GPUs that the pool has reserved for the worker; 0 for none.
+        files_id: Id of the driver's record of the files that the job names; the plan's contract keeps it.
     """
 
     job: Mapping[str, Any]
@@ -45,6 +46,7 @@ class WorkerSetup:
     sample: tuple[str, ...] = ()
     small_input_bytes: int | None = None
     reserved_gpus: float = 0.0
+    files_id: str = ""
 
 
 @dataclass(frozen=True)

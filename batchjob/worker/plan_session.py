@@ -138,7 +138,7 @@ def _make_contract(loaded: LoadedWorker, reader: PlanReader) -> Contract:
         list(reader.passthrough_schema), engine.postprocess.fields, has_id=loaded.job.input.has_id
     )
     image_shape = None if engine.variable_size else loaded.loader_setup.image_shape
-    return Contract(schema, engine.digest, image_shape, engine.decided_values)
+    return Contract(schema, engine.digest, image_shape, engine.decided_values, loaded.setup.files_id)
 
 
 def _choose_execution_config(

@@ -1,0 +1,221 @@
+"""Files that a job names: weights, code, labels, manifest. A plan keeps tags and digests, to notice other files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from batchjob.errors import InvalidJob, NotFound, StorageError, Unavailable
+from batchjob.job.job import Job
+from batchjob.plan.contract import read_contract
+from batchjob.plan.head import PlanHead, report_damage
+from batchjob.sources.listing import SourceListing
+from batchjob.storage.reader import Reader
+from batchjob.storage.store import Store, put_or_get
+from batchjob.uris import is_local
+
+__all__ = ["FileFacts", "JobFiles", "check_files", "find_changed_files"]
+
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """A file that a job names.
+
+    Attributes:
+        size: Size in bytes.
+        etag: Tag of its store; on a local disk, time stamp and size. None if the store has no tags.
+        sha256: Digest of its content, in hex; None if it was not computed, as for files in a bucket.
+        is_input: True for a file that names images.
+    """
+
+    size: int
+    etag: str | None
+    sha256: str | None = None
+    is_input: bool = False
+
+
+class JobFiles:
+    """Files that a job names, as they are now. Published weights, which are named by their names, are none.
+
+    The record of a plan is bound to the rows in two steps, so that no kill can separate them:
+
+        driver    looks at the files, and gives their id (a digest of the tags) to its workers
+        worker    loads the model; the first one puts digest of the model and id of the files into the contract
+        driver    hashes the files meanwhile, and puts the record under this id before it puts `_SUCCESS`
+
+    Args:
+        job: The job.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._reader = job, Reader(job.storage)
+        self._listing = SourceListing(job.input, self._reader, job.output.uri)
+        self._uris: dict[str, str] = {}  # by name
+
+    @cached_property
+    def facts(self) -> Mapping[str, FileFacts]:
+        """Size and tag of each file, by its path from the job's folder or its URI; without digests.
+
+        Raises:
+            InvalidJob: A file that names others (an index, a source) is not there.
+            Unavailable: A store cannot be reached.
+        """
+        found = {}
+        for uri in dict.fromkeys(self._list_uris()):
+            if (facts := self._look_at(uri)) is not None:
+                found[self._name(uri)] = facts
+        # A plan that is complete needs its manifest no more.
+        with suppress(InvalidJob):
+            for info in self._listing.files:
+                found[self._name(info.uri)] = FileFacts(info.size, info.etag, is_input=True)
+        return found
+
+    @cached_property
+    def id(self) -> str:
+        """Digest of all names, sizes and tags; empty if the job names no file."""
+        tags = [[name, facts.size, facts.etag] for name, facts in sorted(self.facts.items())]
+        return hashlib.sha256(json.dumps(tags).encode()).hexdigest()[:32] if tags else ""
+
+    def look_again(self, name: str) -> FileFacts | None:
+        """Return the facts of a file that a record names, used or not by now; None if it is not there."""
+        return self.facts.get(name) or self._look_at(str(self._job.folder / name) if is_local(name) else name)
+
+    def add_digest(self, name: str, facts: FileFacts) -> FileFacts:
+        """Return the facts with the digest of a local file; without one if the file has changed or is not there."""
+        uri = self._uris.get(name) or str(self._job.folder / name)
+        if not is_local(name):
+            return facts
+        digest = hashlib.sha256()
+        with suppress(StorageError, Unavailable), self._reader.open(uri) as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+            if self._reader.stat(uri).etag == facts.etag:
+                return replace(facts, sha256=digest.hexdigest())
+        return facts
+
+    def make_record(self) -> bytes:
+        """Return the record of these files: facts and digests by name. Reads all local ones."""
+        facts = {name: asdict(self.add_digest(name, found)) for name, found in self.facts.items()}
+        return json.dumps(facts, indent=1).encode()
+
+    def put_record(self, store: Store, head: PlanHead, make_record: Callable[[], bytes]) -> None:
+        """Put the record beside the plan if the plan's rows were made with these files and it has none.
+
+        Args:
+            store: The output.
+            head: Head of the plan.
+            make_record: Returns the record; called only if it is needed.
+        """
+        contract = read_contract(store, head)
+        is_ours = contract is not None and contract.files_id and contract.files_id == self.id
+        if is_ours and _read_record(store, head, self.id) is None:
+            put_or_get(store, _record_key(head, self.id), make_record())
+
+    def _list_uris(self) -> Iterator[str]:
+        job = self._job
+        # A file that is gone is found by its name in the record.
+        with suppress(StorageError):
+            yield from job.model.list_files(self._reader, job.folder)
+        yield from job.task.list_files(job.folder)
+        if job.preprocess is not None:
+            yield from job.preprocess.list_files(job.folder)
+
+    def _look_at(self, uri: str) -> FileFacts | None:
+        try:
+            info = self._reader.stat(uri)
+        except StorageError:
+            return None
+        return FileFacts(info.size, info.etag)
+
+    def _name(self, uri: str) -> str:
+        name = self._job.shorten_path(uri)
+        self._uris[name] = uri
+        return name
+
+
+def find_changed_files(store: Store, head: PlanHead, files: JobFiles, *, with_input: bool) -> list[str]:
+    """Compare the files that a plan's rows were made with to those that are there now, by tag, then by digest.
+
+    Args:
+        store: The output.
+        head: Head of the plan.
+        files: The job's files now.
+        with_input: Compare the files that name images, too.
+
+    Returns:
+        One line for each file that differs; none if the plan has no record, as those of earlier versions.
+
+    Raises:
+        InvalidJob, Unavailable: See `JobFiles.facts`.
+    """
+    contract = read_contract(store, head)
+    if contract is None or not contract.files_id:
+        return []
+    record = _read_record(store, head, contract.files_id)
+    if record is None or contract.files_id == files.id:
+        return []
+    lines = []
+    for name in sorted({*record, *files.facts}):
+        there, here = record.get(name), files.look_again(name)
+        if not with_input and any(facts is not None and facts.is_input for facts in (there, here)):
+            continue
+        if there is not None and here is not None:
+            if there.size == here.size and there.etag == here.etag:
+                continue
+            here = files.add_digest(name, here)
+            if _is_same_content(there, here):
+                continue
+        lines.append(f"{name}: {_describe(there)} there, {_describe(here)} here")
+    return lines
+
+
+def check_files(store: Store, head: PlanHead, files: JobFiles, *, with_input: bool) -> None:
+    """Check that the plan's rows were made with the files that the job names now; see `find_changed_files`.
+
+    Raises:
+        InvalidJob: They were made with others; the message shows the difference.
+    """
+    if lines := find_changed_files(store, head, files, with_input=with_input):
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise InvalidJob(
+            f"{store.uri} was made with other files than those that the job names now:\n{listed}\nrestore them, choose "
+            "another output.uri, or start anew with `batchjob run --fresh`, which throws these rows away"
+        )
+
+
+def _is_same_content(there: FileFacts, here: FileFacts) -> bool:
+    """Return True if two files of other tags are the same: by digest, or by size where the store has no tags."""
+    if there.size != here.size:
+        return False
+    if there.sha256 is not None and here.sha256 is not None:
+        return there.sha256 == here.sha256
+    return there.etag is None or here.etag is None
+
+
+def _describe(facts: FileFacts | None) -> str:
+    if facts is None:
+        return "not"
+    tag = f"sha256 {facts.sha256[:12]}" if facts.sha256 else f"tag {facts.etag}" if facts.etag else "no tag"
+    return f"{facts.size:,} bytes, {tag},"
+
+
+def _record_key(head: PlanHead, files_id: str) -> str:
+    return f"{head.folder}files/{files_id}.json"
+
+
+def _read_record(store: Store, head: PlanHead, files_id: str) -> dict[str, FileFacts] | None:
+    key = _record_key(head, files_id)
+    try:
+        data = store.read(key).data
+    except NotFound:
+        return None
+    with report_damage(store, key):
+        document: dict[str, dict[str, Any]] = json.loads(data)
+        return {name: FileFacts(**facts) for name, facts in document.items()}
