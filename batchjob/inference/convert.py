@@ -136,7 +136,9 @@ def _temporary_path(file: Path) -> Iterator[Path]:
 def _export(engine: Engine, options: ConversionOptions, inputs: torch.Tensor, path: Path) -> str:
     if options.to == "pruned":
         return export_pruned(engine.model.module, options.amount, options.structured, path)
-    return export_model(engine.model.module, options.to, inputs, path)
+    # A classifier whose features are taken is exported without its last layer, as a graph cannot leave it out later.
+    module = engine.task_module if "task.layer" in engine.decisions else engine.model.module
+    return export_model(module, options.to, inputs, path)
 
 
 # -- comparison with the original ------------------------------------------------------------------------------

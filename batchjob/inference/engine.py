@@ -230,6 +230,11 @@ class Engine:
         example = self._example_batch()
         return is_stateful(self._module, lambda: self.build_forward(self.loaded_config).run_example(example))
 
+    @property
+    def task_module(self) -> nn.Module:
+        """Module whose output the task reads: the model, or a form of it without layers that the task leaves out."""
+        return self._module
+
     # -- parts of the data path --------------------------------------------------------------------------------
 
     def load_images(self, locations: Iterable[str]) -> Iterator[torch.Tensor]:

@@ -27,6 +27,7 @@ _DEFAULTS_BEFORE_FIELD: dict[str, dict[str, Any]] = {
     "input": {"hidden": True},
     "preprocess": {"transform_input": "tensor"},
     "task.classification": {"activation": "softmax"},
+    "task.embedding": {"layer": None},
     "task.multilabel": {"activation": "sigmoid"},
 }
 _MAX_CHARACTERS = 80  # of a value in a line of differences

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import ValidationInfo, ValidatorFunctionWrapHandler, WrapValidator
 
 from batchjob.errors import InvalidJob
+from batchjob.models.class_layers import find_huggingface_layers
 from batchjob.models.huggingface_files import ModelFiles, download_from_hub, list_model_files, local_copy
 from batchjob.models.huggingface_hub import hub_offline, silence_hub_libraries
 from batchjob.models.huggingface_preprocessing import convert_image_processor
@@ -119,8 +120,15 @@ class HuggingfaceModel(WeightsFile, OutputSelection):
         module = _make_module(model, kind, is_pooler_trained, self._where)
         module = prepare_for_inference(module, "model.model")
         labels = None if kind == "features" else _find_labels(model.config)
-        headless = f"{type(model).__name__} has no classification head" if kind == "features" else None
-        return LoadedModel(select_output(module, self.output), preprocess, labels, digest, gives_features=headless)
+        is_classifier = kind == "classification" and self.output is None
+        return LoadedModel(
+            select_output(module, self.output),
+            preprocess,
+            labels,
+            digest,
+            class_layers=tuple(f"model.{name}" for name in find_huggingface_layers(model)) if is_classifier else (),
+            gives_features=f"{type(model).__name__} has no classification head" if kind == "features" else None,
+        )
 
     @property
     def _is_on_hub(self) -> bool:

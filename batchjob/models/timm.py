@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from batchjob.errors import InvalidJob
+from batchjob.models.class_layers import find_timm_layers
 from batchjob.models.huggingface_hub import convert_hub_error, silence_hub_libraries
 from batchjob.models.loaded_model import LoadedModel, isolated_torch_state, prepare_for_inference
 from batchjob.models.output_selection import OutputSelection, select_output
@@ -115,6 +116,7 @@ class TimmModel(WeightsFile, OutputSelection):
             preprocess,
             labels,
             digest,
+            class_layers=find_timm_layers(module) if self.output is None else (),
             gives_features=headless if self.num_classes == 0 else None,
         )
 

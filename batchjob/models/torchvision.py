@@ -10,6 +10,7 @@ from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, model_v
 
 from batchjob.errors import InvalidJob, StorageError
 from batchjob.models.architecture import build_torchvision, check_torchvision_name
+from batchjob.models.class_layers import find_torchvision_layers
 from batchjob.models.loaded_model import LoadedModel, detect_input_kind, isolated_torch_state, prepare_for_inference
 from batchjob.models.output_selection import OutputSelection, select_output
 from batchjob.models.torchvision_weights import (
@@ -169,7 +170,12 @@ class TorchvisionModel(WeightsFile, OutputSelection):
         self, module: nn.Module, preprocess: Preprocess | None, labels: tuple[str, ...] | None, digest: str
     ) -> LoadedModel:
         return LoadedModel(
-            select_output(module, self.output), preprocess, labels, digest, input_kind=detect_input_kind(module)
+            select_output(module, self.output),
+            preprocess,
+            labels,
+            digest,
+            input_kind=detect_input_kind(module),
+            class_layers=find_torchvision_layers(module) if self.output is None else (),
         )
 
     def _build_module(self, arguments: dict[str, Any], seed: int = 0) -> nn.Module:

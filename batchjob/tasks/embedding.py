@@ -1,4 +1,4 @@
-"""`type: embedding`: the output of the model, or of a layer in it, as one float32 vector per row."""
+"""`type: embedding`: the features of the model, its output, or a layer's, as one float32 vector per row."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import pyarrow as pa
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
+from batchjob.settings import Decision
+from batchjob.tasks.feature_layer import MODEL_OUTPUT, decide_layer, parse_left_out, remove_layers
 from batchjob.tasks.model_output import check_row_shape, require_float_output
 from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess, PostprocessDefaults, finite_mask
-from batchjob.tasks.settings import TaskSettings
+from batchjob.tasks.settings import RunModel, TaskModel, TaskSettings
 
 if TYPE_CHECKING:
     import torch
@@ -34,14 +36,16 @@ class EmbeddingTask(TaskSettings):
     """A vector for each image.
 
     Attributes:
-        layer: Layer whose output is taken, by its name in `named_modules()` (`avgpool`, `encoder.ln`). If not given,
-            the output of the model.
+        layer: Layer whose output is taken, by its name in `named_modules()` (`avgpool`, `encoder.ln`). `auto` takes the
+            features of a classifier, before the layer that turns them into class scores, where it is sure which one
+            that is, else the model's output; `output` takes the model's output; `before:fc` leaves out the last layer,
+            here `fc`.
         normalize: True scales each vector to length 1.
         allow_nan: True keeps vectors that hold NaN or infinity; else they are error rows.
     """
 
     type: Literal["embedding"] = "embedding"
-    layer: str | None = Field(default=None, min_length=1)
+    layer: str | None = Field(default="auto", min_length=1)
     normalize: bool = False
     allow_nan: bool = False
 
@@ -50,22 +54,30 @@ class EmbeddingTask(TaskSettings):
         """Bytes of a vector of 4096 numbers, a usual maximum: the model is not known yet."""
         return 4 * _TYPICAL_DIMENSIONS
 
+    def decide(self, model: TaskModel, run_model: RunModel) -> dict[str, Decision]:
+        """Choose the layer, if it is `auto` and no layer has that name. Raises InvalidJob if the model fails."""
+        if self.layer != "auto" or "auto" in dict(model.module.named_modules()):
+            return {}
+        return {"layer": decide_layer(model, run_model)}
+
     def adapt(self, module: nn.Module) -> nn.Module:
         """Return a module whose output is that of `layer`.
 
         Raises:
             InvalidJob: If there is no such layer; the message has the nearest names.
         """
+        layers = dict(module.named_modules())
         if self.layer is None:
             return module
-        layers = dict(module.named_modules())
-        if self.layer not in layers:
-            names = [name for name in layers if name]
-            matches = difflib.get_close_matches(self.layer, names, n=4, cutoff=0.5)
-            top = [name for name, _ in module.named_children()]
-            hint = f"did you mean {' or '.join(matches)}?" if matches else f"at the top it has {', '.join(top[:20])}"
-            raise InvalidJob(f"task.layer: the model has no layer {self.layer!r}; {hint}")
-        return _wrap_layer_output(module, layers[self.layer], self.layer)
+        if self.layer in layers:
+            return _wrap_layer_output(module, layers[self.layer], self.layer)
+        if self.layer in {"auto", MODEL_OUTPUT}:
+            return module
+        left_out = parse_left_out(self.layer)
+        for name in left_out or (self.layer,):
+            if name not in layers:
+                raise _missing_layer(name, module)
+        return remove_layers(module, left_out)
 
     def build_postprocess(
         self,
@@ -85,7 +97,8 @@ class EmbeddingTask(TaskSettings):
         Raises:
             InvalidJob: If the output is not a vector for each image.
         """
-        source = f"task.layer {self.layer}" if self.layer else "the model"
+        is_output = self.layer in {None, "auto", MODEL_OUTPUT}
+        source = "the model" if is_output else f"task.layer {self.layer}"
         vectors = require_float_output(output, _EXPECTED, _ADVICE)
         shape = list(vectors.shape)
         if (vectors.ndim == 4 and shape[2:] == [1, 1]) or (vectors.ndim == 2 and shape[1] > 0):
@@ -126,6 +139,14 @@ class _EmbeddingPostprocess(PostprocessDefaults):
         flat = pa.array(tensors["embedding"].contiguous().view(-1).numpy())
         mask = None if self.allow_nan else pa.array(~finite_mask(tensors))
         return [pa.FixedSizeListArray.from_arrays(flat, self._dimensions, mask=mask)]
+
+
+def _missing_layer(name: str, module: nn.Module) -> InvalidJob:
+    names = [each for each, _ in module.named_modules() if each]
+    matches = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
+    top = [each for each, _ in module.named_children()]
+    hint = f"did you mean {' or '.join(matches)}?" if matches else f"at the top it has {', '.join(top[:20])}"
+    return InvalidJob(f"task.layer: the model has no layer {name!r}; {hint}")
 
 
 def _wrap_layer_output(module: nn.Module, layer: nn.Module, name: str) -> nn.Module:
