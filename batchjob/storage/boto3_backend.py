@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any, TypeVar
 
+from batchjob.errors import InvalidJob
 from batchjob.storage.backend import LIST_PAGE_SIZE, READ_THREADS, unquote_etag
 from batchjob.storage.client_errors import check_etag, check_size, translate_errors, treat_416_as_empty
+from batchjob.storage.listing_filter import ListingFilter
 from batchjob.storage.objects import ObjectData, ObjectInfo
 from batchjob.storage.options import StorageOptions
 from batchjob.storage.retry_policy import CONNECT_TIMEOUT, RetryPolicy
@@ -82,14 +84,18 @@ class Boto3Backend:
         arguments = {"Bucket": self._bucket, "Prefix": prefix, "MaxKeys": LIST_PAGE_SIZE, **self._payer}
         arguments |= {"StartAfter": after} if after else {}
         arguments |= {} if recursive else {"Delimiter": "/"}
-        while True:
+        new_objects: ListingFilter[Any] = ListingFilter(after, lambda found: str(found["Key"]))
+        is_last = False
+        while not is_last:
             page = self._send(prefix, lambda: self.client.list_objects_v2(**arguments))
-            for found in page.get("Contents", ()):
+            is_last = not page.get("IsTruncated")
+            for found in [*new_objects.feed(page.get("Contents", ())), *(new_objects.finish() if is_last else ())]:
                 if found["Size"] or not found["Key"].endswith("/"):
                     yield ObjectInfo(found["Key"], found["Size"], unquote_etag(found["ETag"]), found["ETag"])
-            if not page.get("IsTruncated"):
-                return
-            arguments["ContinuationToken"] = page["NextContinuationToken"]
+            token = page.get("NextContinuationToken")
+            if not is_last and token in (None, arguments.get("ContinuationToken")):
+                raise InvalidJob(f"{self._base}{prefix}: the store's listing never ends; name the images in a manifest")
+            arguments["ContinuationToken"] = token
 
     def _send(self, key: str, request: Callable[[], T]) -> T:
         return self._policy.send(self._base + key, request, unaddressable_on_400=True)

@@ -17,6 +17,7 @@ from batchjob.storage.backend import LIST_PAGE_SIZE, Backend, is_plain_key, unqu
 from batchjob.storage.boto3_backend import Boto3Backend
 from batchjob.storage.client_errors import check_etag, check_size, translate_errors, treat_416_as_empty
 from batchjob.storage.fsspec_backend import FsspecBackend
+from batchjob.storage.listing_filter import ListingFilter
 from batchjob.storage.objects import ObjectData, ObjectInfo
 from batchjob.storage.options import StorageOptions
 from batchjob.storage.retry_policy import CONNECT_TIMEOUT, FIRST_BACKOFF, MAX_BACKOFF, RetryPolicy, upload_timeout
@@ -101,35 +102,58 @@ class ObstoreBackend:
         return self._send(key, lambda: self._object_info(self._client().head(key)))
 
     def list(self, prefix: str, after: str | None, recursive: bool) -> Iterator[ObjectInfo]:
-        """Yield the objects below a prefix, page by page. Objects of size 0 that stand for a folder are left out."""
-        # obstore streams recursive listings only. At the root of a bucket it would drop a leading slash; only S3 gets
-        # a listing without that fault, because through fsspec a whole bucket would be held in memory.
+        """Yield the objects below a prefix, page by page. Objects of size 0 that stand for a folder are left out.
+
+        One level of GCS or Azure is listed at once, which holds it in memory.
+        """
+        from obstore.exceptions import InvalidPathError
+
+        # At the root of a bucket obstore would drop a leading slash; only S3 gets a listing without that fault, because
+        # through fsspec a whole bucket would be held in memory.
         nameable = is_plain_key(prefix.removesuffix("/")) or (not prefix and self._provider != "s3")
-        if not recursive or not nameable or not is_plain_key(after or "any"):
+        # obstore streams recursive listings only; boto3 streams one level, too.
+        obstore_lists = nameable and is_plain_key(after or "any") and (recursive or self._provider != "s3")
+        try:
+            for meta in self._list_metas(prefix, after, recursive) if obstore_lists else ():
+                after = meta["path"]
+                if meta["size"] or self._exists(after):
+                    yield self._object_info(meta)
+        except InvalidPathError:
+            obstore_lists = False
+        if not obstore_lists:
             yield from self._fallback.list(prefix, after, recursive)
-            return
+
+    def _list_metas(self, prefix: str, after: str | None, recursive: bool) -> Iterator[Any]:
+        """Yield the objects after a key as obstore describes them. Raises InvalidPathError for one it cannot name."""
         from obstore.exceptions import InvalidPathError
 
         pages: Iterator[Any] | None = None
+        new_objects = _listing_filter(after)
 
         def next_page() -> Any:
-            nonlocal pages
+            nonlocal pages, new_objects
             try:
-                pages = pages or iter(self._client().list(prefix, offset=after, chunk_size=LIST_PAGE_SIZE))
+                if pages is None:
+                    pages, new_objects = self._iter_pages(prefix, after, recursive), _listing_filter(after)
                 return next(pages, None)
             except Exception:
                 # A listing that broke off is started again after the last object that it returned.
                 pages = None
                 raise
 
-        try:
-            while (page := self._send(prefix, next_page, reraise=InvalidPathError)) is not None:
-                for meta in page:
-                    after = meta["path"]
-                    if meta["size"] or self._exists(after):
-                        yield self._object_info(meta)
-        except InvalidPathError:
-            yield from self._fallback.list(prefix, after, recursive)
+        while (page := self._send(prefix, next_page, reraise=InvalidPathError)) is not None:
+            for meta in new_objects.feed(page):
+                after = meta["path"]
+                yield meta
+        yield from new_objects.finish()
+
+    def _iter_pages(self, prefix: str, after: str | None, recursive: bool) -> Iterator[Any]:
+        if recursive:
+            # Azure's servers differ in what they make of "start after": some ignore it, some answer with nothing.
+            offset = None if self._provider == "az" else after
+            return iter(self._client().list(prefix, offset=offset, chunk_size=LIST_PAGE_SIZE))
+        found = self._client().list_with_delimiter(prefix)["objects"]
+        return iter([sorted(found, key=lambda meta: meta["path"])])
 
     def put(self, key: str, body: bytes | Path, mode: PutMode) -> ObjectInfo:
         """Write an object in one conditional PUT, never multipart.
@@ -190,6 +214,10 @@ class ObstoreBackend:
             return self._clients[timeout]
 
 
+def _listing_filter(after: str | None) -> ListingFilter[Any]:
+    return ListingFilter(after, lambda meta: str(meta["path"]))
+
+
 def open_bucket(scheme: str, bucket: str, options: StorageOptions, policy: RetryPolicy) -> ObstoreBackend:
     """Return the backend of a bucket, without a request.
 
@@ -248,12 +276,22 @@ def _aws_credentials(fallback: Boto3Backend, base: str) -> Any:
         ) from error
 
 
-def _prepare_gs(bucket: str, base: str, options: StorageOptions, policy: RetryPolicy) -> tuple[ConnectClient, Backend]:
-    from obstore.auth.google import GoogleCredentialProvider
+def _prepare_gs(
+    bucket: str,
+    base: str,  # noqa: ARG001 - all providers share this signature
+    options: StorageOptions,
+    policy: RetryPolicy,
+) -> tuple[ConnectClient, Backend]:
     from obstore.store import GCSStore
 
-    credentials = None if options.anonymous else GoogleCredentialProvider()
+    # Only credentials need a package of Google's. obstore signs a PUT all the same, and without a provider of ours it
+    # would ask the machine's metadata address for a token.
+    credentials: Any = _anonymous_token
+    if not options.anonymous:
+        credentials = import_module("obstore.auth.google").GoogleCredentialProvider()
     endpoint = {"base_url": options.endpoint} if options.endpoint else {}
+    fallback_arguments: dict[str, Any] = {"token": "anon"} if options.anonymous else {}
+    fallback_arguments |= {"endpoint_url": options.endpoint} if options.endpoint else {}
 
     def connect(config: ClientConfig, retries: RetryConfig) -> CloudClient:
         config = {**config, "allow_http": (options.endpoint or "").startswith("http://")}
@@ -266,7 +304,11 @@ def _prepare_gs(bucket: str, base: str, options: StorageOptions, policy: RetryPo
             **endpoint,  # type: ignore[arg-type]
         )
 
-    return connect, FsspecBackend(base, {"token": "anon"} if options.anonymous else {}, policy)
+    return connect, FsspecBackend(f"gs://{bucket}/", fallback_arguments, policy)
+
+
+def _anonymous_token() -> dict[str, Any]:
+    return {"token": "anonymous", "expires_at": None}
 
 
 def _prepare_azure(
@@ -298,7 +340,20 @@ def _prepare_azure(
             **account,  # type: ignore[arg-type]
         )
 
-    return connect, FsspecBackend(base, {"anon": options.anonymous}, policy)
+    return connect, FsspecBackend(f"abfs://{container}/", _adlfs_arguments(host, options), policy)
+
+
+def _adlfs_arguments(host: str, options: StorageOptions) -> dict[str, Any]:
+    """Return the arguments of adlfs for an account, by its host or by the endpoint of the storage options."""
+    account = host.partition(".")[0] or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME", "")
+    if not options.endpoint:
+        return {"anon": options.anonymous} | ({"account_name": account} if host else {})
+    # adlfs takes an endpoint, such as that of an emulator, in a connection string only.
+    names = {"AccountKey": _AZURE_KEY_VARIABLES[:2], "SharedAccessSignature": _AZURE_KEY_VARIABLES[2:]}
+    fields = {"BlobEndpoint": options.endpoint, "AccountName": account} | {
+        field: next(filter(None, map(os.environ.get, variables)), "") for field, variables in names.items()
+    }
+    return {"connection_string": ";".join(f"{name}={value}" for name, value in fields.items() if value)}
 
 
 def _client_config(upload_seconds: int, policy: RetryPolicy) -> ClientConfig:

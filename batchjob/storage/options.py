@@ -24,7 +24,8 @@ class StorageOptions(Settings):
     """Access to a store; never credentials.
 
     Attributes:
-        endpoint: URL of an S3-compatible server; default AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the profile's.
+        endpoint: URL of an S3-compatible server; default AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the profile's. On gs://
+            and az:// the URL of another server, with the account in its path if Azure's names it there.
         region: Region of the bucket; default AWS_REGION or the profile's, else us-east-1.
         anonymous: Send no credentials (public buckets).
         requester_pays: Agree to pay for the requests (S3).
