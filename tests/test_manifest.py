@@ -235,7 +235,12 @@ class TestCsv:
             ("image,n\na.jpg,1\n,2\n", "row 2: no image in column 'image'; fill it, or drop the row"),
             ("image,n\na.jpg,1\n  ,2\n", "row 2: no image in column 'image'"),
             ("image,n,n\na.jpg,1,2\n", "has 2 columns called 'n'; rename all but one"),
-            ("image;n\na.jpg;1\n", "has no column 'image' (did you mean 'image;n'?); it has: image;n"),
+            ("image;m\na.jpg;1\n", "has no column 'n'; it has: image, m"),
+            ("x.jpg,1\na.jpg,2\n", "begins with a row of images, not with the names of its columns; give it a first"),
+            (b"PK\x03\x04\0\0", "is a zip archive or an Excel sheet; save it as CSV"),
+            (b"PAR1\0\0", "is Parquet; give input.format: parquet"),
+            ("<!DOCTYPE html>\n<html>", "is a web page; download the file itself"),
+            ("image,n\na.jpg,1\n".encode("utf-16")[:-1], "cannot be read as csv"),
         ],
     )
     def test_damaged_csv_is_reported(self, tmp_path: Path, text: str | bytes, expected: str) -> None:
@@ -247,7 +252,6 @@ class TestCsv:
     def test_damaged_gzip_is_reported(self, tmp_path: Path) -> None:
         whole = gzip.compress(b"image\n" + repr(list(range(4000))).encode() + b"\n")
         assert "cannot be read as csv" in error_of(make_source(write_file(tmp_path / "a.csv.gz", whole[:-9])))
-        assert "cannot be read as csv" in error_of(make_source(write_file(tmp_path / "b.csv.gz", "image\na.jpg\n")))
         assert "cannot be read as jsonl" in error_of(make_source(write_file(tmp_path / "c.jsonl.gz", whole[:-9])))
 
 
@@ -269,7 +273,10 @@ class TestJsonLines:
         ("text", "expected"),
         [
             ('{"image": "a.jpg"}\n\n{"image": \n', "line 3: not JSON"),
-            ('[\n{"image": "a.jpg"}\n]\n', "line 1: not JSON .*a JSON array must become one object a line"),
+            (
+                '[\n{"image": "a.jpg"}\n]\n',
+                "line 1: not JSON .*write one object a line, as `jq -c .*` does of an array",
+            ),
             ('[{"image": "a.jpg"}]\n', "line 1: not a JSON object; write one object a line"),
             ('{"image": "a.jpg"}\n{"image": null}\n', "row 2: no image"),
             ('{"image": "a.jpg"}\n{"imag": "b.jpg"}\n', "row 2: no image"),
@@ -589,6 +596,12 @@ class TestErrors:
             ({"passthrough": [""]}, "at least 1 character"),
             ({"uri_column": ""}, "at least 1 character"),
             ({"format": "tsv"}, "'auto', 'parquet', 'csv' or 'jsonl'"),
+            ({"delimiter": "::"}, "'::' is no delimiter; give one character, such as ';' or"),
+            ({"delimiter": '"'}, "is no delimiter"),
+            ({"passthrough": {"a": {"as": "uri"}}}, "'uri' is what batchjob calls .* as in passthrough: {uri: {as: my"),
+            ({"passthrough": {"a": {"as": "b"}, "b": {}}}, "names 'b' twice"),
+            ({"passthrough": {"a": {"name": "b"}}}, "Input should be 'as' or 'type'"),
+            ({"passthrough": {"a": {"type": "int46"}}}, "'int46' is not a type"),
         ],
     )
     def test_invalid_settings_are_refused(self, settings: dict[str, Any], expected: str) -> None:

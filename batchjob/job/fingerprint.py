@@ -24,7 +24,7 @@ _IGNORED_FIELDS = {"input": ("require",), "model": ("trust", "sha256")}
 # (`task.multilabel`): plans of these versions keep it. Add a field here whenever its default is not what the versions
 # before it did.
 _DEFAULTS_BEFORE_FIELD: dict[str, dict[str, Any]] = {
-    "input": {"hidden": True},
+    "input": {"hidden": True, "delimiter": ","},
     "preprocess": {"transform_input": "tensor"},
     "task.classification": {"activation": "softmax"},
     "task.embedding": {"layer": None},

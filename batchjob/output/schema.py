@@ -67,7 +67,7 @@ def _check_names(passthrough_fields: Sequence[pa.Field], fields: Sequence[pa.Fie
     for field in fields:
         name = field.name
         folder = folders.get(name.casefold())
-        advice = "leave it out of passthrough, or give it another name in the manifest"
+        advice = f"rename it, as in passthrough: {{{name}: {{as: my_{name}}}}}, or leave it out"
         if name in passthrough_names and name_counts[name.casefold()] > 1:
             raise InvalidJob(f"input.passthrough: there would be two columns {name!r} in the output; {advice}")
         if folder is not None:

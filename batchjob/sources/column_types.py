@@ -12,7 +12,16 @@ import pyarrow.compute as pc
 
 from batchjob.errors import InvalidJob
 
-__all__ = ["can_cast", "cast_column", "is_text", "parse_type", "plain_type", "require_column", "require_known_type"]
+__all__ = [
+    "can_cast",
+    "cast_column",
+    "holds_image_files",
+    "is_text",
+    "parse_type",
+    "plain_type",
+    "require_column",
+    "require_known_type",
+]
 
 _TYPE_NAMES = [
     *("string", "binary", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -23,6 +32,8 @@ _ZONED_TIMESTAMP = re.compile(r"timestamp\[(s|ms|us|ns), ?tz=([\w/+:-]+)\]")
 _DECIMAL = re.compile(r"decimal128\((\d+), ?(-?\d+)\)")
 _MAX_LISTED_COLUMNS = 30
 _MAX_VALUE_LENGTH = 80  # characters of a value in a message
+# Beginnings of image files: JPEG, PNG, GIF, WebP, BMP, TIFF.
+_IMAGE_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 
 
 def parse_type(name: str) -> pa.DataType:
@@ -111,6 +122,28 @@ def is_text(stored: pa.DataType) -> bool:
     return any(test(stored) for test in tests)
 
 
+def holds_image_files(stored: pa.DataType, values: pa.Array | None = None) -> bool:
+    """Return True for a column of encoded images: binary values that begin like one, or a struct that has its bytes.
+
+    Args:
+        stored: Type of the column.
+        values: Its first values, if they are known.
+    """
+    stored = plain_type(stored)
+    if pa.types.is_struct(stored):
+        return any(_is_binary(field.type) for field in stored)
+    if not _is_binary(stored) or values is None:
+        return False
+    first = next((value for value in values.slice(0, 100).to_pylist() if value), b"")
+    # A path may begin with such letters too, but it holds no zero byte and is text.
+    return bool(first.startswith(_IMAGE_BEGINNINGS) and (b"\0" in first or first[0] > 0x7F))
+
+
+def _is_binary(stored: pa.DataType) -> bool:
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return any(test(stored) for test in tests)
+
+
 def can_cast(stored: pa.DataType, target: pa.DataType) -> bool:
     """Return True if Arrow can cast the plain form of one type to the other."""
     try:
@@ -121,7 +154,7 @@ def can_cast(stored: pa.DataType, target: pa.DataType) -> bool:
 
 
 def cast_column(values: pa.Array, target: pa.DataType, file: str, column: str, first_row: int) -> pa.Array:
-    """Cast values without changing any of them. Empty text is null in any type but text.
+    """Cast values without changing any of them. Empty text is null in any type but text, and so is NaN in integers.
 
     Args:
         values: Values of the column.
@@ -142,6 +175,8 @@ def cast_column(values: pa.Array, target: pa.DataType, file: str, column: str, f
         if is_text(values.type) and not is_text(target):
             values = pc.utf8_trim_whitespace(values.cast(pa.string()))
             values = pc.if_else(pc.equal(values, pa.scalar("")), pa.scalar(None, pa.string()), values)
+        if pa.types.is_integer(target):
+            values = _nan_to_null(values)
         return values.cast(target)
     except pa.ArrowNotImplementedError as error:
         raise InvalidJob(f"{file}: column {column!r} is {values.type} here and cannot become {target}") from error
@@ -152,6 +187,17 @@ def cast_column(values: pa.Array, target: pa.DataType, file: str, column: str, f
             f"{file}, row {first_row + row + 1}: {_format_value(values[row])} in column {column!r} is no "
             f"{target}{hint}; correct it, or give the column another type"
         ) from error
+
+
+def _nan_to_null(values: pa.Array) -> pa.Array:
+    """Prepare integers as pandas writes them where some are missing: NaN becomes null, and the text `3.0` is 3."""
+    if pa.types.is_floating(values.type):
+        return pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
+    if pa.types.is_string(values.type):
+        is_nan = pc.equal(pc.utf8_lower(values), pa.scalar("nan"))
+        values = pc.if_else(is_nan, pa.scalar(None, pa.string()), values)
+        return pc.replace_substring_regex(values, r"^([+-]?[0-9]+)\.0*$", r"\1")
+    return values
 
 
 def _find_misfit(values: pa.Array, target: pa.DataType) -> int:

@@ -6,26 +6,29 @@ import hashlib
 import json
 import re
 from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator
 
 from batchjob.errors import InvalidJob
 from batchjob.settings import Settings, Uri
 from batchjob.sources.column_types import (
     can_cast,
     cast_column,
+    holds_image_files,
     is_text,
-    parse_type,
     plain_type,
     require_column,
     require_known_type,
 )
+from batchjob.sources.hive_folders import HiveFolders
 from batchjob.sources.locations import normalize_uri, parent_folder, with_trailing_slash
 from batchjob.sources.manifest_files import list_manifest_files
-from batchjob.sources.source import REF_FIELDS, Require, skip_empty_batches
+from batchjob.sources.passthrough import ColumnName, Passthrough, parse_passthrough
+from batchjob.sources.source import IMAGE_EXTENSIONS, REF_FIELDS, Require, skip_empty_batches
 from batchjob.sources.table_files import TableFile, TableFormat, open_table
 from batchjob.storage.objects import ObjectInfo
 from batchjob.text import explain_uri_secret, redact_queries
@@ -45,23 +48,18 @@ _USER_OR_QUERY = r"^[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*@|(?s:.)*\?)"
 # A scalar, because pyarrow would import pandas to look at a bare string.
 _EMPTY = pa.scalar("")
 _REF_NAMES = frozenset(field.name for field in REF_FIELDS) - {"location"}
-_RESERVED_NAMES = {"uri", "location", "size", "etag", "id"}
+_RESERVED_NAMES = {"uri", "size", "etag", "id"}
+_DELIMITER_WORDS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
 
 
-def _check_type(name: str) -> str:
-    parse_type(name)
-    return name
+def _check_delimiter(delimiter: str) -> str:
+    delimiter = _DELIMITER_WORDS.get(delimiter, delimiter)
+    if len(delimiter) != 1 or not delimiter.isascii() or delimiter.isalnum() or delimiter in '"\r\n':
+        raise ValueError(f"{delimiter!r} is no delimiter; give one character, such as ';' or '|', or the word 'tab'")
+    return delimiter
 
 
-def _refuse_duplicates(names: tuple[str, ...]) -> tuple[str, ...]:
-    if duplicates := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"names {', '.join(map(repr, duplicates))} twice")
-    return names
-
-
-_ColumnName = Annotated[str, Field(min_length=1)]
-_ColumnNames = Annotated[tuple[_ColumnName, ...], AfterValidator(_refuse_duplicates)]
-_TypedColumns = dict[_ColumnName, Annotated[str, AfterValidator(_check_type)]]
+_Delimiter = Annotated[str, AfterValidator(_check_delimiter)]
 
 
 class ManifestSource(Settings):
@@ -70,12 +68,16 @@ class ManifestSource(Settings):
     Attributes:
         uri: A file, or a folder or glob of part files, which are read in the order of their names. Names that begin
             with `_` or `.` are not read, and neither are the folders below a folder (a glob with `**` reaches them).
-        format: Format of the files; `auto` goes by the name of each file. CSV and JSON Lines may be gzipped (`.gz`).
+        format: Format of the files; `auto` goes by the name of each file. CSV and JSON Lines may be in UTF-8 or UTF-16,
+            and compressed with gzip, bzip2, xz, zstd or LZ4, by whichever name.
+        delimiter: Character between the columns of CSV files, or `tab`; `auto` takes the comma, `;`, tab or `|` with
+            which the first line names the columns of the job.
         uri_column: Column with each image's location: a URI, an absolute path, or a path relative to the manifest's own
             folder. Web hosts, and protocols other than those of buckets and of the manifest itself, are read only if
             `storage` names them.
-        passthrough: Columns to copy to the output: names, or names with types. Without types, Parquet columns keep
-            theirs, and columns of CSV and JSON Lines are text.
+        passthrough: Columns to copy to the output: names; or names with types, `{sku: int64}`; or with a new name and
+            perhaps a type, `{label: {as: label_true, type: int64}}`. Without types, Parquet columns keep theirs, and
+            columns of CSV and JSON Lines are text. A column may also be a folder of the file's path, `dt=2026-11-30/`.
         size_column: Column with the size of each image in bytes; null if unknown.
         etag_column: Column with the store's tag of each image; null if unknown.
         id_column: Column that becomes the output's column `id`.
@@ -85,21 +87,13 @@ class ManifestSource(Settings):
     type: Literal["manifest"] = "manifest"
     uri: Uri
     format: Literal["auto", "parquet", "csv", "jsonl"] = "auto"
-    uri_column: _ColumnName
-    passthrough: _ColumnNames | _TypedColumns = ()
-    size_column: _ColumnName | None = None
-    etag_column: _ColumnName | None = None
-    id_column: _ColumnName | None = None
+    delimiter: Literal["auto"] | _Delimiter = "auto"
+    uri_column: ColumnName
+    passthrough: Passthrough = ()
+    size_column: ColumnName | None = None
+    etag_column: ColumnName | None = None
+    id_column: ColumnName | None = None
     require: Require | None = None
-
-    @model_validator(mode="after")
-    def _check_reserved_names(self) -> ManifestSource:
-        if reserved := sorted(_RESERVED_NAMES.intersection(self.passthrough)):
-            raise ValueError(
-                f"passthrough: {', '.join(map(repr, reserved))} is what batchjob calls a column of its own; "
-                f"rename it in the manifest, or leave it out (uri, size, etag and id have keys of their own here)"
-            )
-        return self
 
     def check(self, reader: Reader) -> None:
         """Check that the manifest exists and has the columns that the settings name. Raises InvalidJob."""
@@ -159,16 +153,21 @@ class ManifestSource(Settings):
     def _columns(self) -> dict[str, str]:
         """Column of the refs → column of the manifest."""
         named = {"uri": self.uri_column, "size": self.size_column, "etag": self.etag_column, "id": self.id_column}
-        return {name: column for name, column in named.items() if column} | {name: name for name in self.passthrough}
+        copied = {column.name: column.column for column in parse_passthrough(self.passthrough)}
+        return {name: column for name, column in named.items() if column} | copied
 
     def _list_files(self, reader: Reader, excluded_folder: str | None) -> list[tuple[ObjectInfo, TableFormat]]:
         return list_manifest_files(reader, self.uri, None if self.format == "auto" else self.format, excluded_folder)
+
+    def _open(self, reader: Reader, uri: str, table_format: TableFormat) -> AbstractContextManager[TableFile]:
+        delimiter = None if self.delimiter == "auto" else self.delimiter
+        return open_table(reader, uri, table_format, tuple(self._columns.values()), delimiter)
 
     def _read_fields(self, reader: Reader, files: list[tuple[ObjectInfo, TableFormat]]) -> list[pa.Field]:
         """Return the fields after `REF_FIELDS`, by the first file that has columns at all."""
         names = [name for name in self._columns if name not in _REF_NAMES]
         for info, table_format in files:
-            with open_table(reader, info.uri, table_format) as file:
+            with self._open(reader, info.uri, table_format) as file:
                 if file.schema.names:
                     self._check_columns(file, info.uri)
                     return [pa.field(name, self._target_type(file, info.uri, name)) for name in names]
@@ -179,15 +178,34 @@ class ManifestSource(Settings):
 
     def _check_columns(self, file: TableFile, uri: str) -> None:
         described = uri if file.schema_is_complete else f"{uri} (in its first rows)"
+        names = file.schema.names
+        folders = HiveFolders(uri).names
+        if self.uri_column not in names and any(name.lower().endswith(IMAGE_EXTENSIONS) for name in names):
+            raise InvalidJob(
+                f"input.uri: {uri} begins with a row of images, not with the names of its columns; "
+                f"give it a first line with them, such as: {self.uri_column}"
+            )
         for name, column in self._columns.items():
-            require_column(file.schema.names, column, described, self._job_key(name))
-        stored = plain_type(file.schema.field(self.uri_column).type)
+            if name == "uri" or column in names or column not in folders:
+                available = names if name == "uri" else [*names, *(folder for folder in folders if folder not in names)]
+                require_column(available, column, described, self._job_key(name))
+        stored = file.schema.field(self.uri_column).type
+        if holds_image_files(stored):
+            raise self._image_files_error(uri)
+        stored = plain_type(stored)
         if not is_text(stored) and not pa.types.is_null(stored):
             raise InvalidJob(f"input.uri_column: column {self.uri_column!r} of {uri} is {stored}; it must be text")
 
+    def _image_files_error(self, uri: str) -> InvalidJob:
+        return InvalidJob(
+            f"input.uri_column: column {self.uri_column!r} of {uri} holds the bytes of images, but batchjob reads them "
+            f"from files; write each row's bytes to a file or object, and name a column with their paths"
+        )
+
     def _target_type(self, file: TableFile, uri: str, name: str) -> pa.DataType:
         column = self._columns[name]
-        stored = file.schema.field(column).type
+        is_in_file = column in file.schema.names
+        stored = file.schema.field(column).type if is_in_file else pa.string()
         target = self._type_in_job(name)
         if target is None:
             require_known_type(stored, uri, column, self._job_key(name))
@@ -199,11 +217,10 @@ class ManifestSource(Settings):
         return target
 
     def _type_in_job(self, name: str) -> pa.DataType | None:
-        typed = self.passthrough if isinstance(self.passthrough, dict) else {}
-        return parse_type(typed[name]) if name in typed else None
+        return next((column.type for column in parse_passthrough(self.passthrough) if column.name == name), None)
 
     def _job_key(self, name: str) -> str:
-        return "input.passthrough" if name in self.passthrough else f"input.{name}_column"
+        return f"input.{name}_column" if name in _RESERVED_NAMES else "input.passthrough"
 
     def _read_files(
         self,
@@ -228,10 +245,13 @@ class ManifestSource(Settings):
         excluded_folder: str | None,
     ) -> Generator[pa.RecordBatch, None, int]:
         """Yield the rows of a file after the first `skip`; return the number of all its rows."""
-        with open_table(reader, uri, table_format) as file:
+        with self._open(reader, uri, table_format) as file:
             if file.schema_is_complete and file.schema.names:
                 self._check_columns(file, uri)
-            batches = file.read_rows(list(dict.fromkeys(self._columns.values())), skip)
+            columns = list(dict.fromkeys(self._columns.values()))
+            if file.schema_is_complete and file.schema.names:
+                columns = [column for column in columns if column in file.schema.names]
+            batches = file.read_rows(columns, skip)
             while True:
                 try:
                     first_row, batch = next(batches)
@@ -245,11 +265,20 @@ class ManifestSource(Settings):
         self, batch: pa.RecordBatch, schema: pa.Schema, uri: str, first_row: int, excluded_folder: str | None
     ) -> pa.RecordBatch:
         arrays = {}
+        columns, folders = self._columns, HiveFolders(uri)
+        if holds_image_files(batch.schema.field(self.uri_column).type, batch.column(self.uri_column)):
+            raise self._image_files_error(uri)
         for field in schema:
-            if (column := self._columns.get(field.name)) is not None:
-                arrays[field.name] = cast_column(batch.column(column), field.type, uri, column, first_row)
-            else:
+            if (column := columns.get(field.name)) is None:
                 arrays[field.name] = pa.nulls(batch.num_rows, field.type)
+                continue
+            if column in batch.schema.names:
+                arrays[field.name] = cast_column(batch.column(column), field.type, uri, column, first_row)
+            if field.name != "uri" and column in folders.names:
+                in_folder = folders.column(column, field.type, batch.num_rows)
+                if column in batch.schema.names:
+                    folders.check_agrees(column, in_folder, arrays[field.name], first_row)
+                arrays[field.name] = in_folder
         self._check_values(arrays, uri, first_row)
         arrays["etag"] = pc.utf8_trim(arrays["etag"], '"')
         arrays["location"] = _resolve_locations(arrays["uri"], parent_folder(uri))

@@ -42,7 +42,8 @@ def list_manifest_files(
             (info, requested_format) for info in infos if location.file or guess_table_format(info.uri) in accepted
         ]
     else:
-        files = [(info, found) for info in infos if (found := guess_table_format(info.uri))]
+        alone = location.file is not None
+        files = [(info, found) for info in infos if (found := guess_table_format(info.uri, alone))]
     if location.file and not files:
         raise InvalidJob(f"input.uri {location.uri}: no known ending; give input.format: parquet, csv or jsonl")
     if not files:

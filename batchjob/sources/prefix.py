@@ -15,7 +15,7 @@ from batchjob.sources.file_selection import FileSelection
 from batchjob.sources.glob_patterns import glob_to_regex
 from batchjob.sources.locations import list_location, require_location
 from batchjob.sources.skipped_files import SkippedFiles
-from batchjob.sources.source import BATCH_ROWS, REF_FIELDS, Require, skip_empty_batches
+from batchjob.sources.source import BATCH_ROWS, IMAGE_EXTENSIONS, REF_FIELDS, Require, skip_empty_batches
 from batchjob.storage.objects import ObjectInfo
 from batchjob.types import Cursor
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["PrefixSource"]
 
 _SCHEMA = pa.schema(REF_FIELDS)
-_IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # Arrow holds UTF-8 only: the other bytes of a local name stand as `\udcff` in the plan, and are decoded to resume.
 _ESCAPED_BYTE = re.compile(r"\\udc([89a-f][0-9a-f])")
 
@@ -70,7 +69,7 @@ class PrefixSource(Settings):
     type: Literal["prefix"] = "prefix"
     uri: Uri
     recursive: bool = True
-    extensions: Literal["all"] | _Extensions = _IMAGE_EXTENSIONS
+    extensions: Literal["all"] | _Extensions = IMAGE_EXTENSIONS
     include: tuple[_Glob, ...] = ()
     exclude: tuple[_Glob, ...] = ()
     hidden: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import pyarrow as pa
@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
     from batchjob.types import Cursor
 
-__all__ = ["BATCH_ROWS", "REF_FIELDS", "Require", "Source", "skip_empty_batches"]
+__all__ = ["BATCH_ROWS", "IMAGE_EXTENSIONS", "REF_FIELDS", "Require", "RowBatches", "Source", "skip_empty_batches"]
 
 BATCH_ROWS = 8192  # rows in a batch of image refs, at most
+RowBatches = Generator[tuple[int, pa.RecordBatch], None, int]
+"""Batches of a table file, each with its first row in the file, from 0; returns the number of rows of the file."""
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 REF_FIELDS: tuple[pa.Field, ...] = (
     pa.field("uri", pa.string(), nullable=False),
     pa.field("location", pa.string(), nullable=False),

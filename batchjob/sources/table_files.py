@@ -3,48 +3,44 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import itertools
 import json
+import lzma
 import re
 import zlib
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
 from batchjob.errors import AddressRefused, InvalidJob, NotFound, Unavailable
-from batchjob.sources.source import BATCH_ROWS
+from batchjob.sources.csv_file import CsvFile
+from batchjob.sources.locations import split_chain
+from batchjob.sources.source import BATCH_ROWS, RowBatches
+from batchjob.sources.text_stream import open_text
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
 
-__all__ = ["RowBatches", "TableFile", "TableFormat", "guess_table_format", "open_table"]
+__all__ = ["TableFile", "TableFormat", "guess_table_format", "open_table"]
 
 TableFormat = Literal["parquet", "csv", "jsonl"]
-RowBatches = Generator[tuple[int, pa.RecordBatch], None, int]
-"""Batches, each with its first row in the file, from 0; returns the number of rows of the file."""
-
 _FORMAT_BY_ENDING: dict[str, TableFormat] = {
     ".parquet": "parquet",
     ".pq": "parquet",
     ".csv": "csv",
-    ".csv.gz": "csv",
+    ".tsv": "csv",
     ".jsonl": "jsonl",
-    ".jsonl.gz": "jsonl",
     ".ndjson": "jsonl",
-    ".ndjson.gz": "jsonl",
     ".json": "jsonl",
-    ".json.gz": "jsonl",
 }
+_COMPRESSED_ENDING = re.compile(r"\.(gz|bz2|zst|xz|lz4)$")
 # Bytes read ahead in each column of a Parquet file: pages stream in, never a whole column chunk.
 _PARQUET_BUFFER_BYTES = 4 << 20
-_CSV_BLOCK_BYTES = 1 << 20  # also the longest row
 _JSON_BLOCK_BYTES = 1 << 20
 _MAX_JSON_LINE_BYTES = 64 << 20
 _SCHEMA_ROWS = 1000  # lines of a JSON Lines file that are read for its columns
@@ -72,34 +68,51 @@ class TableFile(Protocol):
         """
 
 
-def guess_table_format(uri: str) -> TableFormat | None:
-    """Return the format by the ending of a name; None if the ending is unknown."""
-    name = uri.lower()
-    return next((found for ending, found in _FORMAT_BY_ENDING.items() if name.endswith(ending)), None)
+def guess_table_format(uri: str, alone: bool = False) -> TableFormat | None:
+    """Return the format by the ending of a name; None if the ending is unknown.
+
+    Args:
+        uri: URI of the file.
+        alone: True if it is the only file: in a folder, `.txt` files are rarely tables.
+    """
+    name = split_chain(uri)[0].lower()
+    ending = PurePosixPath(plain := _COMPRESSED_ENDING.sub("", name)).suffix
+    if ending == ".txt" and alone:
+        return "csv"
+    found = _FORMAT_BY_ENDING.get(ending)
+    return found if found != "parquet" or plain == name else None
 
 
 @contextmanager
-def open_table(reader: Reader, uri: str, table_format: TableFormat) -> Iterator[TableFile]:
+def open_table(
+    reader: Reader, uri: str, table_format: TableFormat, columns: Sequence[str], delimiter: str | None = None
+) -> Iterator[TableFile]:
     """Open a table file; each fault of the file, also while rows are read, is an InvalidJob that names it.
+
+    Args:
+        reader: Reader with the job's storage options.
+        uri: URI of the file.
+        table_format: Its format.
+        columns: Columns that will be read.
+        delimiter: Delimiter of a CSV file; None goes by its header.
 
     Raises:
         InvalidJob: The file is gone, or cannot be read in this format.
         Unavailable: The store or the disk fails.
     """
-    is_gzipped = uri.lower().endswith(".gz")
     try:
         with reader.open(uri) as stream:
             if table_format == "parquet":
                 yield _ParquetFile(stream)
             elif table_format == "csv":
-                yield _CsvFile(stream, is_gzipped)
+                yield CsvFile(stream, uri, delimiter, columns)
             else:
-                yield _JsonLinesFile(stream, uri, is_gzipped)
+                yield _JsonLinesFile(stream, uri)
     except NotFound as error:
         raise InvalidJob(f"input.uri: {uri} is gone since it was listed; run again when it is written") from error
     except AddressRefused as error:
         raise InvalidJob(f"input.uri {error.message}") from error
-    except (pa.ArrowException, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
+    except (pa.ArrowException, EOFError, zlib.error, lzma.LZMAError, csv.Error, UnicodeDecodeError) as error:
         raise _unreadable_file_error(uri, table_format, error) from error
     except OSError as error:
         # An error of the disk has a number; the one that Arrow raises for damaged bytes has none.
@@ -139,65 +152,13 @@ class _ParquetFile:
         return int(metadata.num_rows)
 
 
-class _CsvFile:
-    """A CSV file as text: an empty value is null, a quoted empty value is empty text."""
-
-    schema_is_complete = True
-
-    def __init__(self, stream: BinaryIO, is_gzipped: bool) -> None:
-        self._stream, self._is_gzipped = stream, is_gzipped
-        self.schema: pa.Schema = pa.schema([pa.field(name, pa.string()) for name in self._read_header()])
-
-    def read_rows(self, names: Sequence[str], skip: int) -> RowBatches:
-        block_start = 0
-        for block in self._read_blocks(list(names)):
-            block_end = block_start + block.num_rows
-            for row in range(max(block_start, skip), block_end, BATCH_ROWS):
-                yield row, block.slice(row - block_start, BATCH_ROWS)
-            block_start = block_end
-        return block_start
-
-    def _read_header(self) -> list[str]:
-        # Not by Arrow: its reader goes on reading in the background, and would move the stream under the next reader.
-        beginning = self._open_bytes().read(_CSV_BLOCK_BYTES).decode("utf-8-sig", "replace")
-        return next(filter(None, csv.reader(io.StringIO(beginning, newline=""))), [])
-
-    def _read_blocks(self, names: list[str]) -> Iterator[pa.RecordBatch]:
-        self._stream.seek(0)
-        try:
-            blocks = self._open_csv(names)
-        except pa.ArrowInvalid as error:
-            if "Empty CSV" in str(error):  # The file is empty, or has a header without a line end.
-                return
-            raise
-        with blocks:
-            yield from blocks
-
-    def _open_csv(self, names: list[str]) -> pyarrow.csv.CSVStreamingReader:
-        return pyarrow.csv.open_csv(
-            self._open_bytes(),
-            pyarrow.csv.ReadOptions(block_size=_CSV_BLOCK_BYTES),
-            pyarrow.csv.ParseOptions(newlines_in_values=True),
-            pyarrow.csv.ConvertOptions(
-                default_column_type=pa.string(),
-                include_columns=names,
-                strings_can_be_null=True,
-                quoted_strings_can_be_null=False,
-                null_values=[""],
-            ),
-        )
-
-    def _open_bytes(self) -> Any:
-        return gzip.GzipFile(fileobj=self._stream) if self._is_gzipped else self._stream
-
-
 class _JsonLinesFile:
     """A JSON Lines file as text: numbers as they are written, `true`, `false`, and nested values as JSON."""
 
     schema_is_complete = False
 
-    def __init__(self, stream: BinaryIO, uri: str, is_gzipped: bool) -> None:
-        self._stream, self._uri, self._is_gzipped = stream, uri, is_gzipped
+    def __init__(self, stream: BinaryIO, uri: str) -> None:
+        self._stream, self._uri = stream, uri
         self._decode = json.JSONDecoder(
             object_pairs_hook=_to_row, parse_int=str, parse_float=str, parse_constant=str
         ).decode
@@ -237,10 +198,13 @@ class _JsonLinesFile:
         try:
             row = self._decode(line.decode())
         except (ValueError, RecursionError) as error:
-            advice = "a JSON array must become one object a line" if line.startswith(b"[") else "correct it"
+            whole = line.startswith(b"[") or line == b"{"
+            advice = "write one object a line, as `jq -c .[]` does of an array" if whole else "correct it"
             raise self._line_error(number, f"not JSON ({error}); {advice}") from error
         if not isinstance(row, dict):
-            raise self._line_error(number, "not a JSON object; write one object a line")
+            raise self._line_error(
+                number, "not a JSON object; write one object a line, as `jq -c .[]` does of an array"
+            )
         return row
 
     def _line_error(self, number: int, problem: str) -> InvalidJob:
@@ -248,10 +212,8 @@ class _JsonLinesFile:
 
     def _read_lines(self) -> Iterator[tuple[int, bytes]]:
         """Yield the lines that are not blank, with their number from 1."""
-        self._stream.seek(0)
-        source: Any = gzip.GzipFile(fileobj=self._stream) if self._is_gzipped else self._stream
-        number, rest = 0, source.read(3)
-        rest = b"" if rest == b"\xef\xbb\xbf" else rest
+        source = open_text(self._stream, self._uri)
+        number, rest = 0, b""
         while block := source.read(_JSON_BLOCK_BYTES):
             *lines, rest = (rest + block).split(b"\n")
             for line in lines:
