@@ -1,7 +1,8 @@
-"""Output on a local disk, or one mounted on every machine: commits by hard link, replacements under a lock."""
+"""Output on a disk, local or mounted on every machine: commits by hard link or renameat2, replacements under a lock."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -38,15 +39,23 @@ __all__ = ["DiskStore"]
 _TMP = "_batchjob/tmp/"
 _STALE_SECONDS = 24 * 3600  # age at which a temporary file belongs to a writer that died
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
-_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK}
+_NOT_SUPPORTED = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+_UNWRITABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *_NOT_SUPPORTED,
+}
+# Answers to a hard link on file systems that have none. FUSE and the shared folders of Docker Desktop answer EIO, too.
+_NO_HARD_LINKS = {*_NOT_SUPPORTED, errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK, errno.EIO}
+_NO_LOCKS = {*_NOT_SUPPORTED, errno.ENOLCK, errno.EIO}
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 
 
 class DiskStore:
     """A `Store` in a folder.
 
-    An object is created by a hard link to a synced temporary file and replaced by a rename under `flock`. So readers
-    see whole objects only, and of two writers one wins, also across processes.
+    An object is created by a hard link to a synced temporary file, or without hard links (vfat, many FUSE file systems)
+    by a rename that replaces nothing. It is replaced by a rename under `flock`. So readers see whole objects only, and
+    of two writers one wins, also across processes.
 
     Args:
         root: Folder of the output.
@@ -92,17 +101,16 @@ class DiskStore:
         """Create an object. Raises AlreadyExists; InvalidJob on a read-only disk, AttemptFailed on a full one."""
         target = self._root / key
         with self._translate_write_errors(key):
-            if os.path.lexists(target):
+            # Saves the copy of a part. Small objects show what the file system does: the probe of an output is one.
+            if isinstance(body, Path) and os.path.lexists(target):
                 raise AlreadyExists(f"{target}: already there")
             with self._temporary_file(body) as temporary:
                 self._make_folder(target.parent)
+                status = temporary.stat()
                 try:
-                    os.link(temporary, target)
+                    _move_to_free_name(temporary, target)
                 except FileExistsError as error:
                     raise AlreadyExists(f"{target}: already there") from error
-                except OSError as error:
-                    raise _no_hard_links(error, target) if error.errno in _NO_HARD_LINKS else error from error
-                status = temporary.stat()
             _sync_folder(target.parent)
         return file_info(key, status)
 
@@ -170,7 +178,10 @@ class DiskStore:
         folder = self._root / _TMP
         self._make_folder(folder)
         with (folder / "lock").open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                raise _no_locks(error, folder) if error.errno in _NO_LOCKS else error from error
             yield
 
     @contextmanager
@@ -211,9 +222,49 @@ def _translate_write_error(error: OSError, path: str) -> BatchjobError:
     return Unavailable(f"{path}: the disk failed ({error.strerror}); check it, then run again")
 
 
-def _no_hard_links(error: OSError, target: Path) -> InvalidJob:
+def _move_to_free_name(temporary: Path, target: Path) -> None:
+    """Give a file a name that no other file has; its old name may stay.
+
+    Raises:
+        FileExistsError: There is a file of this name.
+        InvalidJob: The file system has neither hard links nor a rename that replaces nothing.
+    """
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError as no_link:
+        if no_link.errno not in _NO_HARD_LINKS:
+            raise
+        try:
+            _rename_to_free_name(temporary, target)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if error.errno in {*_FULL, errno.EACCES, errno.EROFS}:
+                raise
+            raise InvalidJob(
+                f"{target}: this file system has neither hard links ({no_link.strerror}) nor a rename that replaces "
+                f"nothing ({error.strerror}), one of which a safe commit needs; choose an output on another disk or on "
+                "s3://"
+            ) from no_link
+
+
+def _rename_to_free_name(source: Path, target: Path) -> None:
+    """Rename a file by renameat2(RENAME_NOREPLACE). Raises OSError."""
+    # Python has no function for it, and glibc has one since 2.28.
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    names = ctypes.c_char_p(os.fsencode(source)), ctypes.c_char_p(os.fsencode(target))
+    if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], ctypes.c_uint(_RENAME_NOREPLACE)):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), os.fspath(target))
+
+
+def _no_locks(error: OSError, folder: Path) -> InvalidJob:
     return InvalidJob(
-        f"{target}: this file system has no hard links ({error.strerror}), which a safe commit needs; "
+        f"{folder}: this file system has no locks ({error.strerror}), which replacing an object safely needs; "
         "choose an output on another disk or on s3://"
     )
 
