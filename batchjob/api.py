@@ -135,6 +135,7 @@ def validate(job: Job) -> list[str]:
         *(f"          {line}" for line in preview.skipped),
         f"model     {worker.model} on {worker.device}, {worker.precision}, in {worker.seconds:.1f} s",
         *(f"decided   {line}" for line in worker.decision_lines),
+        *(f"          {sentence}" for sentence in worker.notes),
         f"columns   {', '.join(worker.columns)}",
         *(f"images    {note}" for note in notes),
         f"output    {store.uri}: {_describe_output(store, head)}",

@@ -183,7 +183,11 @@ def make_changed(*removed: str, **added: torch.Tensor) -> dict[str, Any]:
         (lambda: make_small().state_dict(), {"arguments": {"width": 5}}, ["of another shape", "model.arguments"]),
         (lambda: {f"layer{n}.weight": torch.ones(1) for n in range(50)}, {}, ["layer5.weight and 44 more"]),
         (lambda: {"other": torch.ones(1)}, {"strict": False}, ["unknown to the model: other"]),
-        (lambda: make_prefixed("") | make_prefixed("module."), {}, ["holds both 0.weight and module.0.weight"]),
+        (
+            lambda: make_prefixed("") | make_prefixed("_orig_mod."),
+            {},
+            ["holds both 0.weight and _orig_mod.0.weight"],
+        ),
     ],
 )
 def test_keys_that_do_not_fit_are_named(
@@ -237,17 +241,18 @@ def save_safetensors(tmp_path: Path) -> bytes:
             lambda tmp: save_with_torch({"state_dict": MaliciousObject()}),
             "holds code (print) beside tensors: no code is loaded",
         ),
-        (lambda tmp: save_with_torch(make_small()), "holds code (torch.nn.modules.container.Sequential)"),
+        (lambda tmp: save_with_torch(make_small()), "holds a whole module (torch.nn.modules.container.Sequential, "),
         (lambda tmp: pickle.dumps({"weights": MaliciousObject()}), "holds Python objects beside tensors"),
         (lambda tmp: make_torchscript(), "is a TorchScript archive"),
         (lambda tmp: b"", "is empty"),
         (lambda tmp: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS pointer"),
-        (lambda tmp: b"<!DOCTYPE html><html><title>Not found</title></html>", "is not a weight file"),
-        (lambda tmp: save_with_torch(make_small().state_dict())[:900], "is not a weight file"),
+        (lambda tmp: b"<!DOCTYPE html><html><title>Not found</title></html>", "is a web page (Not found) and not a st"),
+        (lambda tmp: save_with_torch(make_small().state_dict())[:900], "is a zip archive that is not whole"),
         (lambda tmp: save_safetensors(tmp)[:-100], "is no whole safetensors file"),
         (lambda tmp: save_with_torch(torch.ones(3)), "holds a Tensor and no state dict"),
         (lambda tmp: save_with_torch([torch.ones(3)]), "holds a list and no state dict"),
-        (lambda tmp: save_with_torch({"epoch": 3, "net": {"weight": torch.ones(1)}}), "its keys are epoch, net"),
+        (lambda tmp: save_with_torch({"epoch": 3, "net": {"lr": 0.1}}), "at no depth; its keys are epoch, net"),
+        (lambda tmp: save_with_torch({"epoch": 3, "net": {"weight": torch.ones(1)}}), "to the model: net.weight"),
     ],
 )
 def test_file_without_weights_is_explained(

@@ -271,7 +271,7 @@ def test_malicious_object_is_malicious(tmp_path: Path) -> None:
         ("checkpoint-pth", "pickle", "is a file of tensors and not a pickled module; write model.type: checkpoint"),
         ("checkpoint-safetensors", "exported", "is a safetensors file and not a program of torch.export or a package"),
         ("pickle", "torchscript", "is a pickle of Python objects and not a TorchScript archive; write model.type: pic"),
-        ("pickle", "checkpoint", "holds code (net.Net) beside tensors: no code is loaded; save its state_dict, or a "),
+        ("pickle", "checkpoint", "holds a whole module (net.Net, "),
     ],
 )
 def test_file_of_another_format_names_its_type(
@@ -295,8 +295,9 @@ def test_file_of_another_format_names_its_type(
     [
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "is a Git LFS pointer"),
-        (b"<!DOCTYPE html><html></html>", "or not a whole one"),
-        (b"PK\x03\x04 and nothing more", "or not a whole one"),
+        (b"<!DOCTYPE html><html></html>", "is a web page and not .*; download the file itself"),
+        (b"PK\x03\x04 and nothing more", "is a zip archive that is not whole"),
+        (b"\x00\x01 and nothing more", "or not a whole one"),
     ],
 )
 def test_file_without_a_model_is_refused(model_type: str, data: bytes, message: str, tmp_path: Path) -> None:

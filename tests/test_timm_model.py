@@ -208,7 +208,7 @@ def test_missing_timm_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     model = TimmModel(name=NAME, seed=1)
     for call in (model.check, model.load):
-        with pytest.raises(InvalidJob, match=r"timm needs timm; pip install 'batchjob\[timm\]'"):
+        with pytest.raises(InvalidJob, match=r"timm needs timm; pip install 'timm>="):
             call(READER, Path())
 
 

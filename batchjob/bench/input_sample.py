@@ -17,9 +17,7 @@ from batchjob.sources.listing import SourceListing
 from batchjob.storage.reader import Reader
 from batchjob.types import Cursor
 
-__all__ = ["DEFAULT_IMAGES", "InputSample", "repeat_rows", "sample_input"]
-
-DEFAULT_IMAGES = 1000
+__all__ = ["InputSample", "repeat_rows", "sample_input"]
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,7 @@ class Dispatcher:
     def _handle_event(self, event: WorkerEvent) -> None:
         match event:
             case WorkerReady(worker, info):
+                said = {note for other in self.workers for note in other.notes}
                 self.workers.append(info)
                 self.on_starting()
                 self._progress.note(
@@ -123,6 +124,9 @@ class Dispatcher:
                 if len(self.workers) == 1:
                     for line in info.decision_lines:
                         self._progress.note(line)
+                for sentence in info.notes:
+                    if sentence not in said:
+                        self._progress.note(sentence)
             case ShardCommitted(result):
                 self._unavailable_in_a_row = 0
                 if self.scheduler.finish(result.key):

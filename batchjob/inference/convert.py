@@ -200,7 +200,8 @@ def _model_settings(job: Job, options: ConversionOptions, digest: str, images: i
         raise InvalidJob(
             "--to pruned keeps the architecture: the job's model must be of type torchvision or checkpoint"
         )
-    return {key: value for key, value in model.items() if key not in {"weights", "seed", "sha256", "mirror"}}
+    of_the_file = {"weights", "seed", "sha256", "mirror", "checkpoint"}
+    return {key: value for key, value in model.items() if key not in of_the_file}
 
 
 def _build_run(engine: Engine, pixels: torch.Tensor) -> Callable[[], Any]:

@@ -29,6 +29,8 @@ _DEFAULTS_BEFORE_FIELD: dict[str, dict[str, Any]] = {
     "task.classification": {"activation": "softmax"},
     "task.embedding": {"layer": None},
     "task.multilabel": {"activation": "sigmoid"},
+    # Weights were looked for under state_dict, model_state_dict and model, even where the file held averaged ones, too.
+    "model": {"checkpoint": {"prefer": "plain"}},
 }
 _MAX_CHARACTERS = 80  # of a value in a line of differences
 _CONTEXT_CHARACTERS = 30  # before the first difference of two long values

@@ -12,8 +12,8 @@ from batchjob.errors import InvalidJob
 from batchjob.models.architecture import build_torchvision, call_target
 from batchjob.models.loaded_model import LoadedModel, detect_input_kind, isolated_torch_state, prepare_for_inference
 from batchjob.models.output_selection import OutputSelection, select_output
-from batchjob.models.trusted_file import WeightsFile, verify_digest
-from batchjob.models.weights import check_file_exists, load_weights, parse_state_dict, read_file
+from batchjob.models.trusted_file import StateDictFile, verify_digest
+from batchjob.models.weights import check_file_exists, load_weights, read_file
 from batchjob.settings import Target, Uri
 from batchjob.text import with_article
 from batchjob.user_code import list_argument_files, list_sources, source_digest
@@ -28,7 +28,7 @@ __all__ = ["CheckpointModel"]
 _TARGET: TypeAdapter[str] = TypeAdapter(Target)
 
 
-class CheckpointModel(WeightsFile, OutputSelection):
+class CheckpointModel(StateDictFile, OutputSelection):
     """Weights from a file, loaded into an architecture.
 
     Attributes:
@@ -85,17 +85,19 @@ class CheckpointModel(WeightsFile, OutputSelection):
         data = read_file(reader, self.weights, "model.weights")
         digest = verify_digest(data, self.weights, self.sha256)
         with isolated_torch_state():
-            state = parse_state_dict(data, self.weights)
-            del data
             module = self._build_module(folder)
-            load_weights(
+            loaded = load_weights(
                 module,
-                state,
-                where=f"model.weights: {self.weights} does not fit {self.architecture}",
+                data,
+                self.weights,
+                self.selection,
+                model=self.architecture,
                 advice="correct model.architecture, model.num_classes or model.arguments"
                 + (", or set model.strict: false to let missing and unknown keys pass" if self.strict else ""),
                 strict=self.strict,
             )
+            del data
+        digest = loaded.complete_digest(digest)
         if ":" in self.architecture:
             digest = hashlib.sha256(f"{digest} {source_digest(self.architecture, folder)}".encode()).hexdigest()
         module = prepare_for_inference(module, "model.architecture")
@@ -105,6 +107,7 @@ class CheckpointModel(WeightsFile, OutputSelection):
             labels=None,
             digest=digest,
             input_kind=detect_input_kind(module),
+            notes=loaded.notes,
         )
 
     def _build_module(self, folder: Path) -> nn.Module:

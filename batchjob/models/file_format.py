@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _compat_pickle
 import pickletools
 import zipfile
 from collections.abc import Iterator
@@ -9,8 +10,9 @@ from io import BytesIO
 from typing import Literal
 
 from batchjob.errors import InvalidJob
+from batchjob.models.foreign_file import find_onnx_graph, identify_foreign_file
 
-__all__ = ["FileFormat", "detect_format", "require_format"]
+__all__ = ["FileFormat", "detect_format", "is_tensor_global", "list_pickled_globals", "require_format"]
 
 FileFormat = Literal[
     "state_dict", "safetensors", "pickled_module", "torchscript", "exported", "aot_inductor", "onnx", "unknown"
@@ -46,6 +48,8 @@ _STATE_DICT_MODULES = {
 }
 # First bytes of a file by torch.save before torch 1.6, which introduced the zip archive.
 _LEGACY_TORCH_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
+# Members of the tar archives that torch 0.1 wrote.
+_OLD_TORCH_MEMBERS = (b"pickle\0", b"sys_info\0", b"storages\0", b"tensors\0")
 
 
 def require_format(data: bytes, where: str, *accepted: FileFormat, expected: str) -> FileFormat:
@@ -61,10 +65,12 @@ def require_format(data: bytes, where: str, *accepted: FileFormat, expected: str
         The detected format.
 
     Raises:
-        InvalidJob: The file has another format. If that format is known, the message names the `type` to write.
+        InvalidJob: The file has another format. If that format is known, the message names the `type` to write, or
+            what to do with a file that no type reads.
     """
-    _check_not_placeholder(data, where)
     detected = detect_format(data)
+    if detected == "unknown" and (foreign := identify_foreign_file(data)):
+        raise InvalidJob(f"{where} is {foreign.description} and not {expected}; {foreign.advice}")
     if detected in accepted:
         return detected
     if detected == "unknown":
@@ -82,17 +88,38 @@ def detect_format(data: bytes) -> FileFormat:
     if data.startswith(b"PK\x03\x04"):
         return _detect_zip_format(data)
     # Pickle protocol 2 and later, pickle protocol 0, and the tar archives of torch 0.1.
-    if data.startswith((b"\x80", b"ccopy_reg")) or data[257:262] == b"ustar":
+    is_old_torch = data[257:262] == b"ustar" and data.startswith(_OLD_TORCH_MEMBERS)
+    if data.startswith((b"\x80", b"ccopy_reg")) or is_old_torch:
         return "state_dict" if _names_only_tensors(data) else "pickled_module"
-    # ONNX: protobuf field 1 (ir_version, one byte), then field 2, 3, 7 or 8 of ModelProto.
-    return "onnx" if data[:1] == b"\x08" and data[2:3] in {b"\x12", b"\x1a", b"\x3a", b"\x42"} else "unknown"
+    return "onnx" if find_onnx_graph(data) else "unknown"
 
 
-def _check_not_placeholder(data: bytes, where: str) -> None:
-    if not data:
-        raise InvalidJob(f"{where} is empty; copy the weights there again")
-    if data.startswith(b"version https://git-lfs"):
-        raise InvalidJob(f"{where} is a Git LFS pointer and not the weights; run 'git lfs pull' where it came from")
+def list_pickled_globals(data: bytes) -> set[str]:
+    """List the classes and functions named in a file by torch.save, as `module.name`; nothing is unpickled.
+
+    Names of Python 2 are those of Python 3: `__builtin__.list` is `builtins.list`.
+    """
+    try:
+        if data.startswith(b"PK\x03\x04"):
+            with zipfile.ZipFile(BytesIO(data)) as archive:
+                pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+        else:
+            pickles = [data]
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, NotImplementedError):
+        return set()
+    names: set[str] = set()
+    for content in pickles:
+        try:
+            for module, name in _iterate_pickled_globals(content):
+                names.add(".".join(_rename_python2_global(module, name)))
+        except (ValueError, IndexError, UnicodeDecodeError):  # not a pickle, or not a whole one
+            continue
+    return names
+
+
+def is_tensor_global(name: str) -> bool:
+    """Return True if a class or function, as `module.name`, is one that the pickle of a state dict names."""
+    return name.rpartition(".")[0] in _STATE_DICT_MODULES
 
 
 def _detect_zip_format(data: bytes) -> FileFormat:
@@ -115,18 +142,25 @@ def _detect_zip_format(data: bytes) -> FileFormat:
 def _names_only_tensors(data: bytes) -> bool:
     """Check that pickles name no classes except those that tensors need."""
     try:
-        return all(module in _STATE_DICT_MODULES for module in _list_pickled_modules(data))
+        return all(module in _STATE_DICT_MODULES for module, _ in _iterate_pickled_globals(data))
     except (ValueError, IndexError, UnicodeDecodeError):  # not a pickle
         return False
 
 
-def _list_pickled_modules(data: bytes) -> Iterator[str]:
-    """Yield the modules named in pickles, "?" for a module that is known only when the pickle runs."""
+def _iterate_pickled_globals(data: bytes) -> Iterator[tuple[str, str]]:
+    """Yield module and name of the globals in pickles, "?" for a module that is known only when the pickle runs."""
     stream = BytesIO(data)
     # A legacy file by torch.save starts with four pickles: magic number, protocol version, system facts, content.
     for _ in range(4 if _LEGACY_TORCH_MAGIC in data[:16] else 1):
         for opcode, argument, _position in pickletools.genops(stream):
             if opcode.name == "GLOBAL":
-                yield str(argument).partition(" ")[0]
+                module, _, name = str(argument).partition(" ")
+                yield module, name
             elif opcode.name in {"STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}:
-                yield "?"
+                yield "?", "?"
+
+
+def _rename_python2_global(module: str, name: str) -> tuple[str, str]:
+    if (module, name) in _compat_pickle.NAME_MAPPING:
+        return _compat_pickle.NAME_MAPPING[module, name]
+    return _compat_pickle.IMPORT_MAPPING.get(module, module), name

@@ -16,7 +16,14 @@ from batchjob.preprocessing.settings import Preprocess
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["LoadedModel", "detect_input_kind", "has_lazy_weights", "isolated_torch_state", "prepare_for_inference"]
+__all__ = [
+    "LoadedModel",
+    "describe_random_weights",
+    "detect_input_kind",
+    "has_lazy_weights",
+    "isolated_torch_state",
+    "prepare_for_inference",
+]
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class LoadedModel:
             None if it may be class scores.
         transform: Function from an image to the module's input, where the model brings it as an object; it is then
             used in place of the one that `preprocess.transform` names. None for all others.
+        notes: Sentences about how it was loaded, for the log of the run, `validate` and the report.
     """
 
     module: nn.Module
@@ -76,6 +84,7 @@ class LoadedModel:
     class_layers: tuple[str, ...] = ()
     gives_features: str | None = None
     transform: Callable[[Any], Any] | None = None
+    notes: tuple[str, ...] = ()
 
     def materialize(self, run: Callable[[nn.Module], object]) -> LoadedModel:
         """Return the model with weights in its lazy layers, the same ones in every process.
@@ -120,6 +129,11 @@ def isolated_torch_state(seed: int = 0) -> Iterator[None]:
         finally:
             torch.set_default_dtype(dtype)
             torch.set_grad_enabled(grad)
+
+
+def describe_random_weights(seed: int | None) -> tuple[str, ...]:
+    """Return the note on a model with random weights; none if the job gives no seed."""
+    return () if seed is None else (f"weights: random (model.seed: {seed}); its predictions mean nothing",)
 
 
 def prepare_for_inference(module: nn.Module, where: str) -> nn.Module:

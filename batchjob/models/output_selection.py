@@ -9,6 +9,7 @@ from pydantic import Field
 
 from batchjob.errors import InvalidJob
 from batchjob.settings import Settings
+from batchjob.text import with_article
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +23,8 @@ class OutputSelection(Settings):
     """Settings of a model that may return more than one output.
 
     Attributes:
-        output: Output that the task gets: a key of a dict, or an index from 0 of a tuple; null for a model with one.
+        output: Output that the task gets: a key of a dict, an attribute of an object (a dataclass, a named tuple), or
+            an index from 0 of a tuple; null for a model with one.
     """
 
     output: OutputKey | None = None
@@ -64,7 +66,18 @@ def _get_output(outputs: Any, key: str | int) -> Any:
         return outputs[key]
     if isinstance(key, str) and key in getattr(outputs, "_fields", ()):  # a named tuple
         return getattr(outputs, key)
+    if isinstance(key, str) and _has_own_attribute(outputs, key):
+        return getattr(outputs, key)
     raise InvalidJob(f"model.output is {key!r}, but the model returns {_describe_outputs(outputs)}")
+
+
+def _has_own_attribute(outputs: Any, name: str) -> bool:
+    """Check that an object, such as a dataclass, has a value of this name: no method, and no attribute of a tensor."""
+    import torch
+
+    if isinstance(outputs, torch.Tensor | Mapping | tuple | list) or not hasattr(outputs, name):
+        return False
+    return not callable(getattr(outputs, name))
 
 
 def _describe_outputs(outputs: Any) -> str:
@@ -75,5 +88,18 @@ def _describe_outputs(outputs: Any) -> str:
     if isinstance(outputs, tuple | list):
         fields = getattr(outputs, "_fields", None)
         names = f" ({', '.join(fields)})" if fields else ""
-        return f"a {type(outputs).__name__} of {len(outputs)}{names}; write a number from 0 to {len(outputs) - 1}"
+        kind = with_article(type(outputs).__name__)
+        return f"{kind} of {len(outputs)}{names}; write a number from 0 to {len(outputs) - 1}"
+    attributes = _list_tensor_attributes(outputs)
+    if attributes:
+        return f"{with_article(type(outputs).__name__)} with the attributes {', '.join(attributes)}; name one of them"
     return f"one {type(outputs).__name__}; leave model.output out"
+
+
+def _list_tensor_attributes(outputs: Any) -> list[str]:
+    """List the attributes that hold tensors, of an object such as a dataclass."""
+    import torch
+
+    if isinstance(outputs, torch.Tensor):
+        return []
+    return [name for name, value in getattr(outputs, "__dict__", {}).items() if isinstance(value, torch.Tensor)]

@@ -13,10 +13,15 @@ from pydantic import Field, model_validator
 from batchjob.errors import InvalidJob
 from batchjob.models.class_layers import find_timm_layers
 from batchjob.models.huggingface_hub import convert_hub_error, silence_hub_libraries
-from batchjob.models.loaded_model import LoadedModel, isolated_torch_state, prepare_for_inference
+from batchjob.models.loaded_model import (
+    LoadedModel,
+    describe_random_weights,
+    isolated_torch_state,
+    prepare_for_inference,
+)
 from batchjob.models.output_selection import OutputSelection, select_output
-from batchjob.models.trusted_file import WeightsFile, verify_digest
-from batchjob.models.weights import check_file_exists, hash_state_dict, load_weights, parse_state_dict, read_file
+from batchjob.models.trusted_file import StateDictFile, verify_digest
+from batchjob.models.weights import LoadedWeights, check_file_exists, hash_state_dict, load_weights, read_file
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.settings import Uri
 from batchjob.system import require_packages
@@ -31,10 +36,12 @@ __all__ = ["TimmModel"]
 _log = logging.getLogger(__name__)
 # Arguments of `timm.create_model` with a job key of their own, and those that would load weights unseen by the job.
 _JOB_KEYS = ("num_classes", "pretrained")
+# Keys of a checkpoint in the order in which timm's own `load_checkpoint` looks for them.
+_CHECKPOINT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _WEIGHTS_ARGUMENTS = ("cache_dir", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
-class TimmModel(WeightsFile, OutputSelection):
+class TimmModel(StateDictFile, OutputSelection):
     """Model of timm. It brings its evaluation preprocessing, and ImageNet's labels if it was trained for them.
 
     Attributes:
@@ -64,6 +71,8 @@ class TimmModel(WeightsFile, OutputSelection):
             raise ValueError("one of weights (a file), pretrained: true and seed (random weights) must be given")
         if self.sha256 is not None and self.weights is None:
             raise ValueError("sha256 is that of a file; name the file under weights")
+        if self.checkpoint != "auto" and self.weights is None:
+            raise ValueError("checkpoint is a place in a file; name the file under weights")
         for key in self.arguments:
             if key in _JOB_KEYS:
                 raise ValueError(f"{key} does not belong in arguments; write model.{key}")
@@ -104,11 +113,13 @@ class TimmModel(WeightsFile, OutputSelection):
         require_packages("timm", model_type="timm", extra="timm")
         if self.weights is None:
             module = self._build_module(self.seed or 0)
-            digest = hash_state_dict(module)
+            digest, notes = hash_state_dict(module), describe_random_weights(self.seed)
         else:
             data = read_file(reader, self.weights, "model.weights")
             digest = verify_digest(data, self.weights, self.sha256)
-            module = self._load_file(data, self.weights)
+            module = self._build_module()
+            loaded = self._load_file(module, data, self.weights)
+            digest, notes = loaded.complete_digest(digest), loaded.notes
         preprocess, labels = self._make_preprocess(module), self._find_labels(module)
         headless = f"timm's {self.name} was built without its last layer (model.num_classes: 0)"
         return LoadedModel(
@@ -118,6 +129,7 @@ class TimmModel(WeightsFile, OutputSelection):
             digest,
             class_layers=find_timm_layers(module) if self.output is None else (),
             gives_features=headless if self.num_classes == 0 else None,
+            notes=notes,
         )
 
     def _build_module(self, seed: int = 0) -> nn.Module:
@@ -170,17 +182,21 @@ class TimmModel(WeightsFile, OutputSelection):
                 "leave num_classes out, or give the file of weights trained for yours under model.weights"
             )
 
-    def _load_file(self, data: bytes, uri: str) -> nn.Module:
-        module = self._build_module()
+    def _load_file(self, module: nn.Module, data: bytes, uri: str) -> LoadedWeights:
+        known = module.state_dict()
+        heads = _list_heads(module) if self.num_classes == 0 else ()
         with isolated_torch_state():
-            state = parse_state_dict(data, uri)
-            load_weights(
+            return load_weights(
                 module,
-                _remove_head(state, module) if self.num_classes == 0 else state,
-                where=f"model.weights: {uri} does not fit timm's {self.name}",
+                data,
+                uri,
+                self.selection,
+                model=f"timm's {self.name}",
                 advice="correct model.name, model.num_classes or model.arguments",
+                first_keys=_CHECKPOINT_KEYS,
+                # The model was built without its last layer.
+                is_ignored=lambda key: key not in known and any(f"{head}." in key for head in heads),
             )
-        return module
 
     def _make_preprocess(self, module: nn.Module) -> Preprocess | None:
         """Convert timm's evaluation transform to settings; log and return None if settings cannot express it."""
@@ -233,10 +249,8 @@ class TimmModel(WeightsFile, OutputSelection):
         return None
 
 
-def _remove_head(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """Remove the last layer from a state dict, for a model that was built without it."""
+def _list_heads(module: nn.Module) -> tuple[str, ...]:
+    """List the names of the last layers."""
     config: Any = getattr(module, "pretrained_cfg", None) or {}
     classifier = config.get("classifier") or ()
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    known = module.state_dict()
-    return {key: value for key, value in state.items() if key in known or not any(f"{head}." in key for head in heads)}
+    return (classifier,) if isinstance(classifier, str) else tuple(classifier)

@@ -11,7 +11,13 @@ from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, model_v
 from batchjob.errors import InvalidJob, StorageError
 from batchjob.models.architecture import build_torchvision, check_torchvision_name
 from batchjob.models.class_layers import find_torchvision_layers
-from batchjob.models.loaded_model import LoadedModel, detect_input_kind, isolated_torch_state, prepare_for_inference
+from batchjob.models.loaded_model import (
+    LoadedModel,
+    describe_random_weights,
+    detect_input_kind,
+    isolated_torch_state,
+    prepare_for_inference,
+)
 from batchjob.models.output_selection import OutputSelection, select_output
 from batchjob.models.torchvision_weights import (
     PublishedWeights,
@@ -19,13 +25,12 @@ from batchjob.models.torchvision_weights import (
     find_weights_by_file,
     find_weights_by_name,
 )
-from batchjob.models.trusted_file import WeightsFile, verify_digest
-from batchjob.models.weights import check_file_exists, hash_state_dict, load_weights, parse_state_dict, read_file
+from batchjob.models.trusted_file import StateDictFile, verify_digest
+from batchjob.models.weights import check_file_exists, hash_state_dict, load_weights, read_file
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.settings import Uri
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from batchjob.storage.reader import Reader
@@ -51,7 +56,7 @@ def _resolve_unless_name(value: Any, resolve: ValidatorFunctionWrapHandler) -> A
     return str(value) if isinstance(value, str) and value and not _FILE_PATTERN.search(value) else resolve(value)
 
 
-class TorchvisionModel(WeightsFile, OutputSelection):
+class TorchvisionModel(StateDictFile, OutputSelection):
     """Model of torchvision for classification, detection or segmentation.
 
     Attributes:
@@ -139,7 +144,8 @@ class TorchvisionModel(WeightsFile, OutputSelection):
             arguments["init_weights"] = True
         module = self._build_module(arguments, self.seed or 0)
         labels = published.labels if self.num_classes in {None, len(published.labels or ())} else None
-        return self._wrap_module(module, published.preprocess, labels, hash_state_dict(module))
+        notes = describe_random_weights(self.seed)
+        return self._wrap_module(module, published.preprocess, labels, hash_state_dict(module), notes)
 
     def _load_file(self, data: bytes, uri: str, published: PublishedWeights | None) -> LoadedModel:
         digest = verify_digest(data, uri, self.sha256)
@@ -153,21 +159,30 @@ class TorchvisionModel(WeightsFile, OutputSelection):
             arguments["num_classes"] = self.num_classes
         module = self._build_module(arguments)
         with isolated_torch_state():
-            state = parse_state_dict(data, uri)
-            load_weights(
+            loaded = load_weights(
                 module,
-                self._convert_keys(state),
-                where=f"model.weights: {uri} does not fit torchvision's {self.name}",
+                data,
+                uri,
+                self.selection,
+                model=f"torchvision's {self.name}",
                 advice="correct model.name or model.num_classes, or use type checkpoint for another architecture",
+                rename=self._rename_key,
+                is_ignored=self._is_unused_key,
             )
+        digest = loaded.complete_digest(digest)
         _remove_auxiliary_heads(module)
         if published is None:
-            return self._wrap_module(module, None, None, digest)
+            return self._wrap_module(module, None, None, digest, loaded.notes)
         _restore_batch_norm_epsilon(module, published.name)
-        return self._wrap_module(module, published.preprocess, published.labels, digest)
+        return self._wrap_module(module, published.preprocess, published.labels, digest, loaded.notes)
 
     def _wrap_module(
-        self, module: nn.Module, preprocess: Preprocess | None, labels: tuple[str, ...] | None, digest: str
+        self,
+        module: nn.Module,
+        preprocess: Preprocess | None,
+        labels: tuple[str, ...] | None,
+        digest: str,
+        notes: tuple[str, ...],
     ) -> LoadedModel:
         return LoadedModel(
             select_output(module, self.output),
@@ -176,6 +191,7 @@ class TorchvisionModel(WeightsFile, OutputSelection):
             digest,
             input_kind=detect_input_kind(module),
             class_layers=find_torchvision_layers(module) if self.output is None else (),
+            notes=notes,
         )
 
     def _build_module(self, arguments: dict[str, Any], seed: int = 0) -> nn.Module:
@@ -183,16 +199,16 @@ class TorchvisionModel(WeightsFile, OutputSelection):
             module = build_torchvision(self.name, "model.name", arguments | self.arguments)
             return prepare_for_inference(module, "model.name")
 
-    def _convert_keys(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Convert the keys of published files to those of today's architecture, built for inference."""
-        if self.name.startswith("densenet"):
-            # Published with keys such as `norm.1`, which names of modules no longer allow.
-            # Example: "denseblock1.denselayer1.norm.1.weight" → "denseblock1.denselayer1.norm1.weight".
-            return {_OLD_DENSENET_KEY.sub(r"\1\2.", key): value for key, value in state.items()}
-        if self.name.startswith(("fcn_", "deeplabv3_")) and not self.arguments.get("aux_loss"):
-            # The file holds a second head, which only training uses.
-            return {key: value for key, value in state.items() if "aux_classifier." not in key}
-        return state
+    def _rename_key(self, key: str) -> str:
+        """Convert a key of a published file to that of today's architecture."""
+        # Densenets were published with keys such as `norm.1`, which names of modules no longer allow.
+        # Example: "denseblock1.denselayer1.norm.1.weight" → "denseblock1.denselayer1.norm1.weight".
+        return _OLD_DENSENET_KEY.sub(r"\1\2.", key) if self.name.startswith("densenet") else key
+
+    def _is_unused_key(self, key: str) -> bool:
+        """Return True for keys of the second head of segmentation models, which only training uses."""
+        has_second_head = self.name.startswith(("fcn_", "deeplabv3_")) and not self.arguments.get("aux_loss")
+        return has_second_head and "aux_classifier." in key
 
 
 def _restore_batch_norm_epsilon(module: nn.Module, weights: str) -> None:

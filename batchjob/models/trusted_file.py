@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
 from batchjob.errors import InvalidJob
 from batchjob.models.file_format import FileFormat, require_format
 from batchjob.models.output_selection import OutputSelection
+from batchjob.models.state_dict_selection import StateDictSelection
 from batchjob.models.weights import check_file_exists, read_file
 from batchjob.settings import Settings, Uri
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
 
-__all__ = ["TrustedFileModel", "WeightsFile", "verify_digest"]
+__all__ = ["StateDictFile", "TrustedFileModel", "WeightsFile", "verify_digest"]
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$")]
 
@@ -30,6 +31,21 @@ class WeightsFile(Settings):
     """
 
     sha256: Sha256 | None = None
+
+
+class StateDictFile(WeightsFile):
+    """Settings of a model whose weights are a state dict in a file.
+
+    Attributes:
+        checkpoint: Place of the weights in the file. `auto` finds the one dict and the one prefix that fit the model.
+    """
+
+    checkpoint: Literal["auto"] | StateDictSelection = "auto"
+
+    @property
+    def selection(self) -> StateDictSelection:
+        """Place of the weights, with nulls for what is to be found."""
+        return self.checkpoint if isinstance(self.checkpoint, StateDictSelection) else StateDictSelection()
 
 
 class TrustedFileModel(WeightsFile, OutputSelection):
