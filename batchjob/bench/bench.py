@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import gettempdir
 
 from batchjob import system
-from batchjob.bench.input_sample import sample_input
+from batchjob.bench.input_sample import DEFAULT_IMAGES, sample_input
 from batchjob.bench.machine_stats import calibrate
 from batchjob.bench.results import BenchResult
 from batchjob.errors import AttemptFailed, Temporary
@@ -29,11 +29,12 @@ class BenchOptions:
     """Options of a bench.
 
     Attributes:
-        images: Images of a run; if the job has fewer, they are repeated.
+        images: Images of a run; if the job has fewer, they are repeated. None takes 1,000, or four batches if these
+            are more.
         profile: Folder for torch's table and a Chrome trace; None writes neither.
     """
 
-    images: int = 1000
+    images: int | None = None
     profile: Path | None = None
 
 
@@ -47,7 +48,7 @@ def bench(job: Job, options: BenchOptions) -> BenchResult:
     """
     with _detect_full_disk():
         calibration_ms = calibrate()
-        sample = sample_input(job, options.images)
+        sample = sample_input(job, options.images or DEFAULT_IMAGES)
         started = time.perf_counter()
         # These import torch, as the first thing a worker does; the fork server imports it at the same time.
         start_loader_forkserver(job)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from batchjob import __version__
-from batchjob.bench.input_sample import InputSample, repeat_rows
+from batchjob.bench.input_sample import DEFAULT_IMAGES, InputSample, repeat_rows
 from batchjob.bench.machine_stats import read_cpu_seconds
 from batchjob.driver.planner import choose_shard_size
 from batchjob.errors import AttemptFailed, InvalidJob
@@ -34,6 +34,7 @@ from batchjob.worker.worker import Worker
 __all__ = ["BenchWorker", "RunRecord", "open_bench_worker"]
 
 _SETUP_LOCATIONS = 256
+_MIN_BATCHES = 4  # of a run whose number of images is not given
 _SAMPLE_BYTES = 256 << 20  # of prepared pixels, held in memory
 _SAMPLE_BATCHES = 8
 _COMMIT_TIMEOUT_SECONDS = 600.0
@@ -75,13 +76,13 @@ class RunRecord:
 
 @contextmanager
 def open_bench_worker(
-    job: Job, images: int, cores: int, sample: InputSample, started: float | None = None
+    job: Job, images: int | None, cores: int, sample: InputSample, started: float | None = None
 ) -> Iterator[BenchWorker]:
     """Start a worker for measurements; it and its folder are removed at the end.
 
     Args:
         job: Job to measure; its output is not touched.
-        images: Images of a run.
+        images: Images of a run; None takes as many as the batches need, 1,000 at least.
         cores: Cores that the worker may use.
         sample: First images of the job.
         started: Time at which loading began, imports included, by `time.perf_counter`; None for now.
@@ -94,8 +95,11 @@ def open_bench_worker(
         output = job.output.model_copy(update={"uri": str(scratch.path / "out")})
         job = job.model_copy(update={"output": output})
         started = time.perf_counter() if started is None else started
-        with closing(load(job, _build_setup(job, images, sample), cores)) as loaded:
-            _require_two_batches(job, loaded.info.batch_size, images, sample.rows)
+        with closing(load(job, _build_setup(job, images or DEFAULT_IMAGES, sample), cores)) as resources:
+            loaded = _limit_batch_size(resources, images, sample.rows)
+            batch_size = loaded.info.batch_size
+            images = images or max(DEFAULT_IMAGES, _MIN_BATCHES * batch_size)
+            _require_two_batches(job, batch_size, images, sample.rows)
             keys = _write_plan(job, loaded.info.row_bytes, images, sample)
             session = PlanSession.join(loaded, 0)
             shards = tuple(session.read_shard(key) for key in keys)
@@ -222,6 +226,18 @@ def _build_setup(job: Job, images: int, sample: InputSample) -> WorkerSetup:
     input_bytes = estimate_encoded_bytes(table.column("size")) * rows // sample.rows
     small_input_bytes = input_bytes if rows <= SMALL_INPUT_IMAGES else None
     return WorkerSetup(job.serialize(), str(job.folder), None, locations, small_input_bytes)
+
+
+def _limit_batch_size(loaded: LoadedWorker, images: int | None, listed: int) -> LoadedWorker:
+    """Make a batch size that the worker chose itself so small that two batches can be measured.
+
+    Example: a GPU has room for batches of 1,024. With `--images 600`, or 600 images in the job, batches have 300.
+    """
+    limit = max(1, min(images or listed, listed) // 2)
+    if not loaded.loader_setup.chooses_batch_size or loaded.info.batch_size <= limit:
+        return loaded
+    loaded.loader_setup.set_batch_size(limit)
+    return replace(loaded, info=replace(loaded.info, batch_size=limit))
 
 
 def _require_two_batches(job: Job, batch_size: int, images: int, listed: int) -> None:

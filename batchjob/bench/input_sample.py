@@ -17,7 +17,9 @@ from batchjob.sources.listing import SourceListing
 from batchjob.storage.reader import Reader
 from batchjob.types import Cursor
 
-__all__ = ["InputSample", "repeat_rows", "sample_input"]
+__all__ = ["DEFAULT_IMAGES", "InputSample", "repeat_rows", "sample_input"]
+
+DEFAULT_IMAGES = 1000
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,10 @@ def bench(
     job: JobFile,
     overrides: Overrides = None,
     param: Params = None,
-    images: Annotated[int, typer.Option(min=1, help="Images in a run; where there are fewer they come again.")] = 1000,
+    images: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images in a run, 1,000 or four batches; where there are fewer they come again."),
+    ] = None,
     profile: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write torch's table and a Chrome trace of a few batches there.")
     ] = None,

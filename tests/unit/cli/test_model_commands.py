@@ -122,9 +122,9 @@ def test_interrupted_conversion_is_temporary(
 @pytest.mark.parametrize(
     ("flags", "options"),
     [
-        ([], BenchOptions(1000, None)),
+        ([], BenchOptions(None, None)),
         (["--images", "24"], BenchOptions(24, None)),
-        (["--profile", "traces"], BenchOptions(1000, Path("traces"))),
+        (["--profile", "traces"], BenchOptions(None, Path("traces"))),
     ],
 )
 def test_flags_reach_the_bench(
