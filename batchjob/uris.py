@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from batchjob.errors import UnaddressableKey
 
 __all__ = [
     "CLOUD_SCHEMES",
+    "encode_path",
     "expand_home",
     "explain_bad_file_uri",
     "is_below",
@@ -65,6 +66,18 @@ def local_path(uri: str) -> Path:
         raise UnaddressableKey(f"{uri} {reason}")
     path = "/" + _split_file_uri(uri)[1].lstrip("/")
     return Path(os.fsdecode(unquote_to_bytes(os.fsencode(path))) if "%" in path else path)
+
+
+def encode_path(path: str) -> str:
+    """Return a local path as it is, or as a `file:` URI if it is not UTF-8, which Arrow and Parquet cannot hold.
+
+    For example, the bytes `/in/a\\xff.png` are `file:///in/a%FF.png`, of which `local_path` makes these bytes again.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return "file://" + quote_from_bytes(os.fsencode(path))
+    return path
 
 
 def local_spelling(name: str, folder: str) -> str:

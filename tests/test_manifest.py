@@ -6,6 +6,7 @@ import datetime
 import gzip
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -424,6 +425,18 @@ class TestLocations:
         table = read_table(make_source(f"file://{uri}"))
         assert table.column("uri").to_pylist() == ["plain.jpg", given]
         assert table.column("location").to_pylist() == [f"{tmp_path}/plain.jpg", expected]
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+    def test_folder_that_is_not_utf8_is_read(self, tmp_path: Path) -> None:
+        folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff%"))
+        uri = write_file(folder / "m.csv", "image\na%20b.jpg\n../c.jpg\n/data/50%.jpg\n")
+        for name in (folder / "a%20b.jpg", tmp_path / "c.jpg"):
+            write_file(name, name.name)
+        glob = f"{tmp_path}/?%/*.csv"
+        assert write_file(folder / "m.csv", Path(uri).read_bytes()) == uri
+        locations = read_table(make_source(glob)).column("location").to_pylist()
+        assert locations == [f"file://{tmp_path}/%FF%25/a%2520b.jpg", f"file://{tmp_path}/c.jpg", "/data/50%.jpg"]
+        assert [READER.read(location).data for location in locations[:2]] == [b"a%20b.jpg", b"c.jpg"]
 
     def test_relative_locations_on_s3(self, s3: Seaweed) -> None:
         root = s3.bucket("sources")

@@ -122,14 +122,29 @@ class TestListing:
         source.check(READER)
 
     @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
-    def test_name_that_is_not_utf8_is_listed_once_after_resuming(self, tmp_path: Path) -> None:
-        for name in (b"a.jpg", b"a\xff.jpg", b"a\xffb.jpg", b"b.jpg"):
-            Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b"x")
+    def test_name_that_is_not_utf8_is_listed_once_and_read(self, tmp_path: Path) -> None:
+        names = [b"a%FF.jpg", b"a.jpg", b"a\\udcff.jpg", b"a\xff.jpg", b"a\xffb%.jpg", b"b.jpg", b"c\xe9/\xc3\xa9.jpg"]
+        for name in names:
+            path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(name)
         source = PrefixSource(uri=str(tmp_path))
-        whole = list_names(source)
-        assert whole == ["a.jpg", "a\\udcff.jpg", "a\\udcffb.jpg", "b.jpg"]
-        for count in range(1, 5):
-            assert list_names(source, Cursor(count, f"{tmp_path}/{whole[count - 1]}")) == whole[count:]
+        found = locations_of(source.refs(READER, Cursor()))
+        plain = [f"{tmp_path}/{name}" for name in ("a%FF.jpg", "a.jpg", "a\\udcff.jpg", "b.jpg")]
+        encoded = [f"file://{tmp_path}/{name}" for name in ("a%FF.jpg", "a%FFb%25.jpg", "c%E9/%C3%A9.jpg")]
+        assert found == [*plain[:3], *encoded[:2], plain[3], encoded[2]]
+        assert [READER.read(location).data for location in found] == names
+        for count, location in enumerate(found, 1):
+            assert locations_of(source.refs(READER, Cursor(count, location))) == found[count:]
+            assert locations_of(PrefixSource(uri=location).refs(READER, Cursor())) == [location]
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+    def test_plan_of_version_0_1_goes_on_after_a_name_that_is_not_utf8(self, tmp_path: Path) -> None:
+        for name in (b"a\xff.jpg", b"a\xffb.jpg", b"b.jpg"):
+            Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b"x")
+        after = Cursor(1, f"{tmp_path}/a\\udcff.jpg")
+        found = locations_of(PrefixSource(uri=str(tmp_path)).refs(READER, after))
+        assert found == [f"file://{tmp_path}/a%FFb.jpg", f"{tmp_path}/b.jpg"]
 
 
 class TestGlobs:

@@ -33,7 +33,7 @@ from batchjob.sources.table_files import TableFile, TableFormat, open_table
 from batchjob.storage.objects import ObjectInfo
 from batchjob.text import explain_uri_secret, redact_queries
 from batchjob.types import Cursor
-from batchjob.uris import CLOUD_SCHEMES, is_below, is_local
+from batchjob.uris import CLOUD_SCHEMES, encode_path, is_below, is_local
 
 if TYPE_CHECKING:
     from batchjob.sources.skipped_files import SkippedFiles
@@ -325,6 +325,8 @@ def _resolve_locations(uris: pa.StringArray, folder: str) -> pa.StringArray:
     For example, `../a.jpg` below `s3://lake/index/` is `s3://lake/a.jpg`.
     """
     is_absolute = pc.match_substring_regex(uris, _ABSOLUTE)
+    if (encoded := encode_path(folder)) != folder:  # The folder's path is not UTF-8; in a URI, `%` begins a byte.
+        folder, uris = encoded, pc.if_else(is_absolute, uris, pc.replace_substring(uris, "%", "%25"))
     joined = pc.if_else(is_absolute, uris, pc.binary_join_element_wise(pa.scalar(folder), uris, _EMPTY))
     has_dots = pc.and_not(pc.match_substring_regex(uris, _DOT_SEGMENT), is_absolute)
     if not pc.any(has_dots).as_py():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -18,6 +19,7 @@ from batchjob.sources.skipped_files import SkippedFiles
 from batchjob.sources.source import BATCH_ROWS, IMAGE_EXTENSIONS, REF_FIELDS, Require, skip_empty_batches
 from batchjob.storage.objects import ObjectInfo
 from batchjob.types import Cursor
+from batchjob.uris import encode_path, is_local, local_path
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["PrefixSource"]
 
 _SCHEMA = pa.schema(REF_FIELDS)
-# Arrow holds UTF-8 only: the other bytes of a local name stand as `\udcff` in the plan, and are decoded to resume.
 _ESCAPED_BYTE = re.compile(r"\\udc([89a-f][0-9a-f])")
 
 
@@ -99,7 +100,7 @@ class PrefixSource(Settings):
     def refs(
         self, reader: Reader, after: Cursor, excluded_folder: str | None = None, skipped: SkippedFiles | None = None
     ) -> Iterator[pa.RecordBatch]:
-        """Yield batches of `REF_FIELDS`, at least one; `uri` and `location` are the listed URI.
+        """Yield batches of `REF_FIELDS`, at least one; `uri` and `location` are the listed URI (see `encode_path`).
 
         Args:
             reader: Reader with the job's storage options.
@@ -111,7 +112,7 @@ class PrefixSource(Settings):
             InvalidJob: The input does not exist, lies in `excluded_folder`, or a folder below it cannot be read.
         """
         location = require_location(reader, self.uri)
-        last = None if after.last is None else _unescape_bytes(after.last)
+        last = None if after.last is None else _decode_location(after.last)
         selection = FileSelection(
             location,
             extensions=None if self.extensions == "all" else self.extensions,
@@ -130,9 +131,13 @@ class PrefixSource(Settings):
         return self.require.explain_missing(reader, self.uri) if self.require else None
 
 
-def _unescape_bytes(location: str) -> str:
-    """Return a location of the plan as listings spell it: the six characters `\\udcff` become one surrogate."""
-    return _ESCAPED_BYTE.sub(lambda byte: chr(0xDC00 + int(byte[1], 16)), location)
+def _decode_location(location: str) -> str:
+    """Return a location of the plan as listings spell it: a local one as a path, with surrogates for its other bytes."""
+    if not is_local(location):
+        return location
+    path = str(local_path(location))
+    # Plans of version 0.1 have six characters, `\udcff`, for such a byte.
+    return path if os.path.lexists(path) else _ESCAPED_BYTE.sub(lambda byte: chr(0xDC00 + int(byte[1], 16)), path)
 
 
 def _to_batch(images: list[ObjectInfo]) -> pa.RecordBatch:
@@ -146,4 +151,4 @@ def _to_arrow(uris: list[str]) -> pa.StringArray:
     try:
         return pa.array(uris, pa.string())
     except UnicodeEncodeError:
-        return pa.array([uri.encode("utf-8", "backslashreplace").decode() for uri in uris], pa.string())
+        return pa.array(list(map(encode_path, uris)), pa.string())
