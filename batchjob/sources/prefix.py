@@ -132,7 +132,7 @@ class PrefixSource(Settings):
 
 
 def _decode_location(location: str) -> str:
-    """Return a location of the plan as listings spell it: a local one as a path, with surrogates for its other bytes."""
+    """Return a location of the plan as listings spell it: of a local one its path, with surrogates for odd bytes."""
     if not is_local(location):
         return location
     path = str(local_path(location))
