@@ -24,7 +24,7 @@ from batchjob.report import output_status
 from batchjob.report.output_status import OutputStatus
 from batchjob.report.plan_summary import PlanSummary
 from batchjob.report.run_result import RunResult
-from batchjob.sources.listing import SMALL_INPUT_IMAGES, InputPreview, SourceListing, preview_listing
+from batchjob.sources.listing import SMALL_INPUT_IMAGES, InputPreview, SourceListing, draw_locations, preview_listing
 from batchjob.storage.options import OptionsByPrefix
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import Store, open_store
@@ -143,7 +143,7 @@ def validate(job: Job) -> list[str]:
 
 
 def convert(job: Job, options: ConversionOptions) -> ConversionResult:
-    """Write a job's model as another format, and compare it with the original on the job's first images.
+    """Write a job's model as another format, and compare it with the original on images drawn from the whole input.
 
     Args:
         job: The job; its model is converted.
@@ -161,7 +161,7 @@ def convert(job: Job, options: ConversionOptions) -> ConversionResult:
     from batchjob.inference.convert import convert_model
 
     listing = SourceListing(job.input, Reader(job.storage), job.output.uri)
-    return convert_model(job, options, preview_listing(listing, options.images).sample)
+    return convert_model(job, options, draw_locations(listing, options.images_to_draw))
 
 
 def status(output: OutputLocation, storage: OptionsByPrefix | None = None) -> OutputStatus:

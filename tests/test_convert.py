@@ -12,7 +12,9 @@ import pytest
 import yaml
 from PIL import Image
 
+import batchjob
 from batchjob.cli.main import main
+from batchjob.errors import InvalidJob
 
 NET = """
 import torch
@@ -111,7 +113,7 @@ def test_converted_file_runs_in_a_job(to: str, max_difference: float, capsys: py
 def test_text_output_holds_the_sections_for_a_job(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "job.yaml", "--to", "exported", "-o", "net.pt2", "--images", "4"]) == 0
     said = capsys.readouterr().err
-    assert "on 4 images of the job it agrees on 100.0%" in said
+    assert "on 4 images of the job: it deviates by" in said
     block = yaml.safe_load(said.split("in a job:\n")[1])
     assert block["model"] | {"sha256": None, "weights": None} == {
         "type": "exported",
@@ -139,7 +141,7 @@ def test_deviating_model_is_not_written(capsys: pytest.CaptureFixture[str]) -> N
             "it cannot be converted to exported",
         ),
         (("--to", "tensorrt", "-o", "x.ep"), "tensorrt needs"),
-        (("input.include=[none]", "--to", "exported", "-o", "x.pt2"), "none of the job's first images can be decoded"),
+        (("input.include=[none]", "--to", "exported", "-o", "x.pt2"), "it has not an image that decodes"),
     ],
 )
 def test_unconvertible_model_is_reported(
@@ -159,3 +161,65 @@ def test_existing_file_is_replaced_only_with_force(capsys: pytest.CaptureFixture
     Path("old.pt2").write_bytes(b"old")
     assert run_convert(capsys, "--to", "exported", "-o", "old.pt2", "--force")["exit_code"] == 0
     assert Path("old.pt2").stat().st_size > 1000
+
+
+@pytest.fixture
+def classifier_job(capsys: pytest.CaptureFixture[str]) -> Path:
+    """Job of a classifier whose classes are so close that pruning moves most of them; its first folder is all black."""
+    text = "\nclass Classes(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+    text += "        torch.manual_seed(0)\n        self.conv = torch.nn.Conv2d(3, 40, 16)\n"
+    text += "    def forward(self, x):\n        return 1000 + self.conv(x).flatten(1)\n"
+    text += "def classes():\n    return Classes()\n"
+    Path("net.py").write_text(NET + text)
+    scope: dict[str, Any] = {}
+    exec(NET + text, scope)
+    import torch
+
+    torch.save(scope["classes"]().state_dict(), "net.pth")
+    Path("images/0-black").mkdir()
+    for number in range(40):
+        Image.new("RGB", (20, 20)).save(f"images/0-black/{number:02}.png")
+    job = yaml.safe_load(JOB)
+    job["model"]["architecture"], job["task"] = "net:classes", {"type": "classification"}
+    Path("job.yaml").write_text(yaml.safe_dump(job))
+    return Path("job.yaml")
+
+
+def test_agreement_counts_all_images_of_the_whole_listing(
+    classifier_job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run_convert(capsys, "--images", "30", "--to", "pruned", "--amount", "0.9", "-o", "made.safetensors")
+    agreement = result["agreement"]
+    assert agreement["things"] == "image"
+    assert agreement["compared"] + agreement["undecided"] == result["images"] == 30
+    assert result["likeness"]["agreement"] == agreement["same"] / agreement["compared"] < 1
+    # Of 52 images 12 are noise; the first 40 of the listing are black and all keep one class, or all change it.
+    assert 0 < agreement["same"] < agreement["compared"]
+
+
+def test_int8_is_judged_by_other_images_than_it_is_calibrated_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from batchjob import api
+    from batchjob.inference import convert
+    from batchjob.inference.conversion_options import ConversionOptions
+
+    inputs: list[Any] = []
+
+    def export(engine: Any, options: Any, calibration: Any, path: Path) -> str:
+        inputs.append(calibration)
+        raise InvalidJob("far enough")
+
+    pixels: list[Any] = []
+    load = convert._load_batches
+
+    def load_batches(*arguments: Any) -> Any:
+        pixels.append(load(*arguments))
+        return pixels[0]
+
+    monkeypatch.setattr(convert, "_export", export)
+    monkeypatch.setattr(convert, "_load_batches", load_batches)
+    job = batchjob.Job.from_file("job.yaml")
+    with pytest.raises(InvalidJob, match="far enough"):
+        api.convert(job, ConversionOptions("int8", Path("made.pt2").absolute(), 8))
+    judged, others = pixels[0]
+    assert (len(judged), len(others), len(inputs[0])) == (6, 6, 6)
+    assert not any((one == other).all() for one in judged for other in others)

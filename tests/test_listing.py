@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from batchjob.errors import InvalidJob, Temporary
-from batchjob.sources.listing import DEFAULT_IMAGE_BYTES, SourceListing, preview_listing
+from batchjob.sources.listing import DEFAULT_IMAGE_BYTES, SourceListing, draw_locations, preview_listing
 from batchjob.sources.manifest import ManifestSource
 from batchjob.sources.prefix import PrefixSource
 from batchjob.storage.reader import Reader
@@ -106,3 +106,16 @@ def test_folder_has_no_version_and_may_grow(tmp_path: Path) -> None:
     assert planned_version is None
     write_images(tmp_path, 3)
     listing.check_unchanged(planned_version)
+
+
+def test_images_are_drawn_from_the_whole_listing_and_alike_each_time(tmp_path: Path) -> None:
+    names = [f"{folder}/{number:03}.jpg" for folder in "abcd" for number in range(100)]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    listing = SourceListing(PrefixSource(uri=str(tmp_path)), Reader(), "out")
+    drawn = draw_locations(listing, 40)
+    assert len(set(drawn)) == 40
+    assert {Path(location).parent.name for location in drawn} == set("abcd")
+    assert draw_locations(listing, 40) == drawn
+    assert len(draw_locations(listing, 1000)) == 400

@@ -21,7 +21,7 @@ def convert(  # noqa: PLR0913, PLR0917 - typer makes a parameter of each flag
     param: Params = None,
     to: Annotated[TargetFormat, typer.Option("--to", help="The format to write.")] = TargetFormat.exported,
     file: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to.")] = Path("model.pt2"),
-    images: Annotated[int, typer.Option(min=2, help="Images of the job to calibrate on and to compare.")] = 32,
+    images: Annotated[int, typer.Option(min=2, help="Images of the job to compare; int8 learns on others.")] = 32,
     tolerance: Annotated[float | None, typer.Option(min=0, help="Largest deviation, of the largest output.")] = None,
     amount: Annotated[float, typer.Option(min=0, max=1, help="For pruned: share of the weights.")] = 0.5,
     structured: Annotated[bool, typer.Option("--structured", help="For pruned: whole channels.")] = False,

@@ -20,7 +20,7 @@ class ConversionOptions:
     Attributes:
         to: Format of the file; `int8` is a quantised AOTInductor package, `pruned` a state dict with zeros in it.
         file: File to write.
-        images: Images of the job on which the model is calibrated and compared.
+        images: Images of the job on which the model is compared; `int8` is calibrated on as many others.
         tolerance: Largest deviation to accept, as a share of the largest output; None takes the format's default.
         amount: For `pruned`: share of the weights of each layer that become zero, from 0 to 1.
         structured: For `pruned`: whole channels in place of single weights.
@@ -34,6 +34,11 @@ class ConversionOptions:
     amount: float = 0.5
     structured: bool = False
     force: bool = False
+
+    @property
+    def images_to_draw(self) -> int:
+        """Images to draw from the input, with some to spare for those that cannot be used."""
+        return 4 * self.images
 
     def check_file(self) -> None:
         """Check that the file can be written. Raises InvalidJob."""

@@ -21,7 +21,7 @@ from batchjob.inference.autotune.trials import measure_seconds
 from batchjob.inference.conversion_options import ConversionOptions
 from batchjob.inference.engine import Engine
 from batchjob.inference.export_formats import export_model, export_pruned, exporter_output_ignored
-from batchjob.inference.output_comparison import OutputComparison, compare_outputs
+from batchjob.inference.output_comparison import Agreement, OutputComparison, compare_outputs, measure_agreement
 from batchjob.job.job import Job
 from batchjob.storage.reader import Reader
 
@@ -44,7 +44,8 @@ class ConversionResult:
     Attributes:
         file: File that was written.
         sha256: Digest of the file.
-        comparison: Comparison of its outputs with those of the original.
+        comparison: Distance of its outputs from those of the original.
+        agreement: Classes, boxes or integers that are the same; None if the outputs hold none.
         images: Images on which they were compared.
         before: Images per second of the original, forward pass alone.
         after: Images per second of the file, forward pass alone.
@@ -56,6 +57,7 @@ class ConversionResult:
     file: str
     sha256: str
     comparison: OutputComparison
+    agreement: Agreement | None
     images: int
     before: float
     after: float
@@ -66,11 +68,12 @@ class ConversionResult:
     def lines(self) -> list[str]:
         """Return lines for a person: the comparison, the speeds, and the sections for a job file."""
         comparison = self.comparison
+        agreement = f"{self.agreement.describe()}, " if self.agreement is not None else ""
         job = yaml.safe_dump({"model": self.model, "preprocess": self.preprocess}, sort_keys=False)
         return [
             (
-                f"{self.file}: on {self.images} images of the job it agrees on {comparison.agreement:.1%}, deviates by "
-                f"{comparison.deviation:.1e} of the largest output at most, cosine {comparison.cosine:.6f}"
+                f"{self.file}: on {self.images} images of the job: {agreement}it deviates by "
+                f"{comparison.deviation:.1e} of the largest output at most, cosine {comparison.cosine:.6f} at least"
             ),
             f"{self.after:,.1f} images/s, the original {self.before:,.1f} (in turn, forward pass alone)",
             *([self.note] if self.note else []),
@@ -79,8 +82,14 @@ class ConversionResult:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON, with the comparison under the key `likeness`."""
-        return {"likeness" if name == "comparison" else name: value for name, value in asdict(self).items()}
+        """Return the fields for JSON, with the comparison under the key `likeness`.
+
+        Its `agreement` is the share that was measured; null if there was nothing to measure.
+        """
+        fields = asdict(self)
+        share = None if self.agreement is None else self.agreement.share
+        likeness = fields.pop("comparison") | {"agreement": share}
+        return {**fields, "likeness": likeness}
 
 
 def convert_model(job: Job, options: ConversionOptions, sample_locations: Sequence[str]) -> ConversionResult:
@@ -89,7 +98,7 @@ def convert_model(job: Job, options: ConversionOptions, sample_locations: Sequen
     Args:
         job: Job that names the model.
         options: Format, file and limits.
-        sample_locations: First images of the job; at least `options.images` of them if there are so many.
+        sample_locations: Images drawn from the input; `options.images_to_draw` of them if there are so many.
 
     Raises:
         InvalidJob: The model cannot be converted, a package is missing, or the folder of the file does not exist.
@@ -101,10 +110,15 @@ def convert_model(job: Job, options: ConversionOptions, sample_locations: Sequen
     engine.check_task()
     if engine.model.input_kind != "batch" or engine.variable_size:
         raise InvalidJob("model: it takes images of different sizes, which cannot be converted; run it as it is")
-    pixels = _load_batch(engine, sample_locations, options.images)
+    if engine.model.transform is not None:
+        raise InvalidJob(
+            "model: its transform has no name by which the job of the file could find it; assign it to a name in the "
+            "module, outside the function"
+        )
+    pixels, others = _load_batches(engine, sample_locations, options)
     forward = engine.build_forward(engine.loaded_config)
     with forward.disable_gradients():
-        inputs = forward.prepare_inputs(pixels)
+        inputs = forward.prepare_inputs(others)
     with _temporary_path(options.file) as path, exporter_output_ignored():
         note = _export(engine, options, inputs, path)
         result = _check(job, engine, options, path, pixels, note)
@@ -112,12 +126,24 @@ def convert_model(job: Job, options: ConversionOptions, sample_locations: Sequen
     return result
 
 
-def _load_batch(engine: Engine, locations: Sequence[str], images: int) -> torch.Tensor:
+def _load_batches(
+    engine: Engine, locations: Sequence[str], options: ConversionOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the images to compare on, and those to export with, on which `int8` is calibrated.
+
+    These are the same ones unless the model is calibrated: a model is not judged by images that have formed it. Of few
+    images half are for each.
+    """
+    is_calibrated = options.to == "int8"
     same_shape = (pixels for pixels in engine.load_images(locations) if pixels.shape == engine.example_image.shape)
-    batch = list(islice(same_shape, images))
-    if not batch:
-        raise InvalidJob("input: none of the job's first images can be decoded, and a conversion is checked on them")
-    return torch.stack(batch)
+    loaded = list(islice(same_shape, options.images * (2 if is_calibrated else 1)))
+    if len(loaded) < (2 if is_calibrated else 1):
+        needed = "two images, one to calibrate on," if is_calibrated else "an image"
+        raise InvalidJob(f"input: a conversion is checked on images of the job, and it has not {needed} that decodes")
+    if not is_calibrated:
+        return torch.stack(loaded), torch.stack(loaded)
+    middle = len(loaded) - len(loaded) // 2
+    return torch.stack(loaded[:middle]), torch.stack(loaded[middle:])
 
 
 @contextmanager
@@ -155,14 +181,17 @@ def _check(
     document = {**job.serialize(), "model": {**model, "weights": str(path)}, "preprocess": preprocess}
     converted = Engine(Job.deserialize(document, job.folder, job.folder), Reader(job.storage), ())
     run_original, run_converted = (_build_run(each, pixels) for each in (engine, converted))
-    comparison = compare_outputs(run_original(), run_converted(), argmax_is_class=engine.argmax_is_class)
-    _check_tolerance(options, comparison, len(pixels))
+    expected, actual = run_original(), run_converted()
+    comparison = compare_outputs(expected, actual, argmax_is_class=engine.argmax_is_class)
+    agreement = measure_agreement(expected, actual, argmax_is_class=engine.argmax_is_class)
+    _check_tolerance(options, comparison, agreement, len(pixels))
     # Timed in turn, so that a change of the machine's speed affects both.
     timings = [(measure_seconds(run_original), measure_seconds(run_converted)) for _ in range(_TIMING_PAIRS)]
     return ConversionResult(
         file=str(options.file),
         sha256=digest,
         comparison=comparison,
+        agreement=agreement,
         images=len(pixels),
         before=len(pixels) / median(seconds for seconds, _ in timings),
         after=len(pixels) / median(seconds for _, seconds in timings),
@@ -172,14 +201,18 @@ def _check(
     )
 
 
-def _check_tolerance(options: ConversionOptions, comparison: OutputComparison, images: int) -> None:
+def _check_tolerance(
+    options: ConversionOptions, comparison: OutputComparison, agreement: Agreement | None, images: int
+) -> None:
     tolerance = options.tolerance if options.tolerance is not None else _TOLERANCES.get(options.to)
-    if tolerance is None or (comparison.deviation <= tolerance and comparison.agreement >= _MIN_AGREEMENT):
+    share = None if agreement is None else agreement.share
+    agrees = share is None or share >= _MIN_AGREEMENT
+    if tolerance is None or (comparison.deviation <= tolerance and agrees):
         return
+    counts = "" if agreement is None else f"; {agreement.describe()}, {_MIN_AGREEMENT:.0%} are needed"
     raise CheckFailed(
         f"{options.file}: not written: on {images} images of the job it deviates by {comparison.deviation:.1e} "
-        f"of the largest output, {tolerance:.0e} is allowed, and agrees on {comparison.agreement:.1%}; "
-        "--tolerance allows more"
+        f"of the largest output, {tolerance:.0e} is allowed{counts}; --tolerance allows a larger deviation"
     )
 
 

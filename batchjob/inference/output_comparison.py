@@ -10,7 +10,7 @@ import torch
 
 from batchjob.inference.execution_config import ExecutionConfig, Precision
 
-__all__ = ["OutputComparison", "compare_outputs"]
+__all__ = ["Agreement", "OutputComparison", "compare_outputs", "measure_agreement"]
 
 # Limits of each precision: the largest deviation and the smallest cosine similarity.
 _MAX_DEVIATION: dict[Precision, float] = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2, "fp64": 1e-3}
@@ -22,6 +22,8 @@ _MIN_AGREEMENT = 0.99
 _ZERO_NORM = 1e-6
 # Distance of the two largest values, relative to the largest value, below which rounding decides the class.
 _UNDECIDED_MARGIN = 0.01
+# Distance of the two largest values of a row, relative to its range, below which they count as equal.
+_NEAR_TIE = 1e-3
 # Detections: boxes of an image that must be found again even if no score is high.
 _TOP_BOXES = 5
 # Detections: intersection over union from which two boxes are the same.
@@ -57,6 +59,58 @@ class OutputComparison:
         if self.agreement < _MIN_AGREEMENT:
             return f"agrees on {self.agreement:.1%}, at least {_MIN_AGREEMENT:.0%} is wanted"
         return None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Things in two outputs that can only be equal or not, counted over all images.
+
+    Attributes:
+        things: Noun of what is compared: `image` (its class), `box`, or `value` (integers).
+        same: Things that are equal.
+        compared: Things that were compared.
+        undecided: Images left out, whose two largest outputs are nearly equal, so that rounding decides their class.
+    """
+
+    things: str
+    same: int
+    compared: int
+    undecided: int = 0
+
+    @property
+    def share(self) -> float | None:
+        """Share of equal things from 0 to 1; None if nothing could be compared."""
+        return self.same / self.compared if self.compared else None
+
+    def describe(self) -> str:
+        """Return the counts in words: `29 of 31 images keep their class (93.5%), 1 is undecided`."""
+        plural = {"box": "boxes"}.get(self.things, f"{self.things}s")
+        verb = "keep their class" if self.things == "image" else "are the same"
+        share = "" if self.share is None else f" ({self.share:.1%})"
+        undecided = f", {self.undecided} undecided (two classes nearly equal)" if self.undecided else ""
+        return f"{self.same} of {self.compared} {plural} {verb}{share}{undecided}"
+
+
+def measure_agreement(reference: Any, output: Any, *, argmax_is_class: bool) -> Agreement | None:
+    """Count classes, boxes or integers that are equal in two outputs; None if the outputs hold nothing of that kind.
+
+    Args:
+        reference: Output of the model run in the plain way.
+        output: Output of the model run in another way, for the same images.
+        argmax_is_class: See `compare_outputs`.
+    """
+    if _is_detections(reference):
+        boxes, matched, _ = _count_matches(reference, output)
+        return Agreement("box", matched, boxes)
+    pairs = list(zip(_tensors_of(reference), _tensors_of(output), strict=True))
+    for expected, actual in pairs:
+        if argmax_is_class and expected.is_floating_point() and expected.ndim == 2 and expected.shape[1] > 1:
+            return _count_classes(expected.detach().cpu().float(), actual.detach().cpu().float())
+    integers = [(expected, actual) for expected, actual in pairs if not expected.is_floating_point()]
+    if not integers:
+        return None
+    same = sum(int((expected == actual).sum()) for expected, actual in integers)
+    return Agreement("value", same, sum(expected.numel() for expected, _ in integers))
 
 
 def compare_outputs(reference: Any, output: Any, *, argmax_is_class: bool = True) -> OutputComparison:
@@ -138,6 +192,18 @@ def _class_agreement(reference: torch.Tensor, output: torch.Tensor, noise: float
     return float(same[decided].float().mean()) if bool(decided.any()) else 1.0
 
 
+def _count_classes(reference: torch.Tensor, output: torch.Tensor) -> Agreement:
+    """Count the images that keep their class.
+
+    Example: the row `[0.9, 0.1, 0.0]` is decided; `[0.5, 0.4999, 0.0]` is not, its margin is 0.0002 of its range.
+    """
+    largest = reference.topk(2, dim=1).values
+    spread = (reference.amax(1) - reference.amin(1)).clamp_min(torch.finfo(torch.float32).tiny)
+    decided = (largest[:, 0] - largest[:, 1]) > _NEAR_TIE * spread
+    same = reference.argmax(1) == output.argmax(1)
+    return Agreement("image", int(same[decided].sum()), int(decided.sum()), int((~decided).sum()))
+
+
 def _is_detections(output: Any) -> bool:
     return isinstance(output, list | tuple) and all(
         isinstance(image, Mapping) and {"boxes", "labels", "scores"} <= image.keys() for image in output
@@ -148,11 +214,18 @@ def _compare_detections(
     reference: Sequence[Mapping[str, Any]], output: Sequence[Mapping[str, Any]]
 ) -> OutputComparison:
     """Look for the boxes of each side on the other one, so that missing and additional boxes both count."""
+    boxes, matched, score_difference = _count_matches(reference, output)
+    return OutputComparison(score_difference, 1.0, matched / boxes if boxes else 1.0)
+
+
+def _count_matches(
+    reference: Sequence[Mapping[str, Any]], output: Sequence[Mapping[str, Any]]
+) -> tuple[int, int, float]:
+    """Return the boxes of both sides, those found on the other side, and the largest difference of their scores."""
     pairs = list(zip(reference, output, strict=True))
     matches = [_match_boxes(*pair) for pair in pairs] + [_match_boxes(*pair[::-1]) for pair in pairs]
     boxes, matched = sum(count for count, _, _ in matches), sum(count for _, count, _ in matches)
-    score_difference = max(difference for _, _, difference in matches)
-    return OutputComparison(score_difference, 1.0, matched / boxes if boxes else 1.0)
+    return boxes, matched, max(difference for _, _, difference in matches)
 
 
 def _match_boxes(reference: Mapping[str, Any], output: Mapping[str, Any]) -> tuple[int, int, float]:

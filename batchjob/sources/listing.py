@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ __all__ = [
     "SMALL_INPUT_IMAGES",
     "InputPreview",
     "SourceListing",
+    "draw_locations",
     "estimate_encoded_bytes",
     "preview_listing",
 ]
@@ -32,6 +34,7 @@ SMALL_INPUT_IMAGES = 256
 # Assumed size of an encoded image when neither the listing nor the manifest gives it.
 DEFAULT_IMAGE_BYTES = 1 << 18
 _SAMPLE_LOCATIONS = 256
+_MAX_ROWS_TO_DRAW = 200_000
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,31 @@ def preview_listing(listing: SourceListing, min_rows: int) -> InputPreview:
             break
     skipped = tuple(line if complete else f"{line}, so far" for line in listing.skipped.describe())
     return InputPreview(rows, complete, tuple(sample), size // max(1, rows), image_bytes, skipped)
+
+
+def draw_locations(listing: SourceListing, count: int) -> list[str]:
+    """Draw images at random from the whole listing, the same ones in each call, in random order.
+
+    A reservoir keeps `count` of them: image number i takes the place of one of those with probability count / i. Of a
+    long listing the first `_MAX_ROWS_TO_DRAW` are drawn from, which takes about half a minute on object storage.
+
+    Args:
+        listing: Listing of the input.
+        count: Images to draw; all are returned if there are fewer.
+    """
+    generator, drawn, rows = random.Random(0), list[str](), 0
+    for batch in listing.refs(Cursor()):
+        places = ((row, generator.randrange(rows + row + 1)) for row in range(batch.num_rows))
+        for row, place in places:
+            if len(drawn) < count:
+                drawn.append(batch.column("location")[row].as_py())
+            elif place < count:
+                drawn[place] = batch.column("location")[row].as_py()
+        rows += batch.num_rows
+        if rows >= _MAX_ROWS_TO_DRAW:
+            break
+    generator.shuffle(drawn)
+    return drawn
 
 
 def estimate_encoded_bytes(sizes: pa.Array | pa.ChunkedArray) -> int:
