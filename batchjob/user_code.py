@@ -41,6 +41,7 @@ __all__ = [
     "list_names",
     "list_sources",
     "load_target",
+    "name_fault",
     "source_digest",
 ]
 
@@ -169,6 +170,11 @@ def catch_exit() -> Iterator[None]:
         raise ExitCalled(*error.args).with_traceback(error.__traceback__) from None
 
 
+def name_fault(error: BaseException) -> str:
+    """Return the name of an exception's class, `SystemExit` for `ExitCalled`."""
+    return "SystemExit" if isinstance(error, ExitCalled) else type(error).__name__
+
+
 def describe_fault(error: BaseException, *, in_library: bool = False) -> str:
     """Return the type and text of an exception that the user's code raised, and the line of that code.
 
@@ -179,8 +185,7 @@ def describe_fault(error: BaseException, *, in_library: bool = False) -> str:
         error: Exception with its traceback.
         in_library: Where no line of the user's code is involved, name the innermost line outside this package.
     """
-    name = "SystemExit" if isinstance(error, ExitCalled) else type(error).__name__
-    text = f"{name}: {' '.join(str(error).split())[:_MAX_FAULT_TEXT]}".rstrip(": ")
+    text = f"{name_fault(error)}: {' '.join(str(error).split())[:_MAX_FAULT_TEXT]}".rstrip(": ")
     frames = [
         (frame.f_globals, frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)
     ]

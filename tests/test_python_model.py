@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
+import batchjob
 from batchjob.errors import InvalidJob, Unavailable
 from batchjob.models.loaded_model import LoadedModel
 from batchjob.models.python import PythonModel
@@ -130,3 +134,48 @@ def test_module_is_ready_and_torch_state_is_restored(load: Callable[[str], Loade
     assert torch.is_grad_enabled()
     assert not any(layer.training for layer in module.modules())
     assert not any(parameter.requires_grad or parameter.is_inference() for parameter in module.parameters())
+
+
+PAIR = """
+import torch
+from torch import nn
+from torchvision import transforms as T
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 6, 32)
+
+    def forward(self, x):
+        return self.conv(x).squeeze()
+
+
+def build():
+    steps = T.Compose([T.Resize(40), T.CenterCrop(32), T.ToTensor(), T.Normalize([0.5] * 3, [0.25] * 3)])
+    return Net(), steps
+"""
+
+
+def test_run_with_the_tutorials_own_compose_equals_the_plain_loop(test_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(PAIR)
+    paths = sorted((test_data / "imagenet-sample").glob("*.JPEG"))[:5]
+    (tmp_path / "images.csv").write_text("\n".join(["image", *map(str, paths)]) + "\n")
+    (tmp_path / "job.yaml").write_text(
+        "input: {type: manifest, uri: images.csv, uri_column: image}\n"
+        "model: {type: python, target: 'net:build'}\n"
+        "task: {type: embedding}\n"
+        "runtime: {pool: local, device: cpu, batch_size: 4, loader: {processes: 0}}\n"
+        "output: {uri: out}\n"
+    )
+    result = batchjob.run(batchjob.Job.from_file(tmp_path / "job.yaml"))
+    assert (result.status, result.predicted) == ("complete", 5)
+    scope: dict[str, Any] = {}
+    exec(PAIR, scope)
+    module, steps = scope["build"]()
+    rows = pq.read_table(tmp_path / "out" / "predictions")["embedding"].to_pylist()
+    for path, row in zip(paths, rows, strict=True):
+        with Image.open(path) as image, torch.inference_mode():
+            expected = module(steps(image.convert("RGB"))[None])
+        assert torch.allclose(torch.tensor(row), expected, atol=1e-6)

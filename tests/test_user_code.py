@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from batchjob.errors import InvalidJob
-from batchjob.user_code import load_target, source_digest
+from batchjob.user_code import describe_fault, load_target, source_digest
 
 
 def write_modules(folder: Path, **files: str) -> Path:
@@ -157,3 +157,36 @@ def test_source_that_may_not_be_read_is_an_error(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(InvalidJob, match=r"mine.py: cannot be read \(Permission denied\); give this user access"):
         source_digest("mine:x", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("import argparse\nargparse.ArgumentParser().parse_args(['--lr'])\n", "net.py:2: does not load: SystemExit: 2"),
+        ("import sys\nif True:\n    sys.exit('no licence')\n", "net.py:3: does not load: SystemExit: no licence"),
+        ("exit()\n", "net.py:1: does not load: SystemExit"),
+    ],
+)
+def test_exit_at_import_is_an_invalid_job_with_its_line(tmp_path: Path, source: str, words: str) -> None:
+    (tmp_path / "net.py").write_text(source)
+    with pytest.raises(InvalidJob) as caught:
+        load_target("net:build", tmp_path)
+    assert words in caught.value.message
+    assert "below `if __name__ == '__main__':`" in caught.value.message
+
+
+def test_keyboard_interrupt_in_user_code_passes(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        load_target("net:build", tmp_path)
+
+
+def test_fault_names_the_innermost_line_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "blocks").mkdir()
+    (tmp_path / "blocks" / "__init__.py").touch()
+    (tmp_path / "blocks" / "stem.py").write_text("import json\n\ndef parse(text):\n    return json.loads(text)\n")
+    (tmp_path / "net.py").write_text("from blocks.stem import parse\n\ndef build():\n    return parse('{')\n")
+    with pytest.raises(ValueError, match="Expecting property name") as caught:
+        load_target("net:build", tmp_path)()
+    assert describe_fault(caught.value).endswith("(blocks/stem.py:4)")
+    assert describe_fault(ValueError("made here")) == "ValueError: made here"

@@ -65,6 +65,7 @@ def _run_command_line(arguments: list[str]) -> int:
     # Whoever sees an error types the option behind the command that they have just run.
     if _DEBUG_OPTION in arguments:
         arguments = [_DEBUG_OPTION, *(argument for argument in arguments if argument != _DEBUG_OPTION)]
+    before = os.environ.get(DEBUG_VARIABLE)
     try:
         code = app(arguments, prog_name="batchjob", standalone_mode=False)
     except UsageError as error:
@@ -72,6 +73,9 @@ def _run_command_line(arguments: list[str]) -> int:
         if "--json" in arguments:
             print(RunResult("invalid", exit_code=2, message=error.format_message()).to_json())
         return 2
+    finally:
+        if before is None:
+            os.environ.pop(DEBUG_VARIABLE, None)
     return code if isinstance(code, int) else 0
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from batchjob.errors import DEBUG_VARIABLE, ImageError, InvalidJob
 from batchjob.text import with_article
-from batchjob.user_code import catch_exit, describe_fault, enable_unpickling, load_target
+from batchjob.user_code import catch_exit, describe_fault, enable_unpickling, load_target, name_fault
 
 __all__ = ["TransformInput", "UserTransform", "find_input"]
 
@@ -89,7 +89,7 @@ class UserTransform:
             raise ImageError("transform", "memory", "there was not enough memory to transform it") from None
         except Exception as error:  # noqa: BLE001 - the user's code failed on this image, which becomes an error row
             _print_traceback_once()
-            raise ImageError("transform", type(error).__name__, describe_fault(error, in_library=True)) from None
+            raise ImageError("transform", name_fault(error), describe_fault(error, in_library=True)) from None
         return _check_result(result, self._target)
 
     def with_input(self, image_kind: TransformInput) -> UserTransform:

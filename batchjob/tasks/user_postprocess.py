@@ -14,7 +14,7 @@ from batchjob.tasks.model_output import describe_output, widen_half_precision
 from batchjob.tasks.postprocess import EXAMPLE_ROWS, PostprocessDefaults, finite_mask, nonfinite_errors
 from batchjob.tasks.user_columns import InvalidColumns, build_user_columns
 from batchjob.types import ErrorRecord
-from batchjob.user_code import catch_exit, describe_fault
+from batchjob.user_code import catch_exit, describe_fault, name_fault
 
 if TYPE_CHECKING:
     import torch
@@ -238,4 +238,4 @@ class UserPostprocess(PostprocessDefaults):
         where = self._functions.where
         if isinstance(error, InvalidColumns):
             return ErrorRecord("task", "misfit", f"{where} {error}")
-        return ErrorRecord("task", type(error).__name__, f"{where} raised {describe_fault(error)}")
+        return ErrorRecord("task", name_fault(error), f"{where} raised {describe_fault(error)}")
