@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 UV := VIRTUAL_ENV=$(VENV) $(BIN)/uv
+TEST_PROCESSES ?= 2
 TREES := batchjob benchmarks docs jobs tests
 
 # The lock is made for Linux; other systems resolve the same requirements without it.
@@ -59,8 +60,8 @@ format: $(INSTALLED)  ## fix and format the code with ruff
 architecture: $(INSTALLED)  ## write docs/internals/architecture.md again
 	$(BIN)/python docs/internals/architecture.py
 
-test: $(INSTALLED)  ## run the tests, about ten minutes; longer ones below
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## run the tests in TEST_PROCESSES=2 processes, about six minutes; longer ones below
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 test-long: $(INSTALLED)  ## run end-to-end tests that take minutes each
 	$(BIN)/python -m pytest tests/long

@@ -188,7 +188,8 @@ def install_command(extra: str, *packages: str) -> str:
         packages: Packages to install if the extra is unknown, as where batchjob itself is not installed.
     """
     requirements = _extra_requirements(extra) or packages or (f"batchjob[{extra}]",)
-    installer = "pip" if find_spec("pip") else "uv pip"  # an environment of uv has no pip
+    # An environment of uv has no pip. It is not asked for by `find_spec`, at which setuptools replaces distutils.
+    installer = "pip" if _package_version("pip") else "uv pip"
     return shlex.join([*installer.split(), "install", *requirements])
 
 

@@ -106,7 +106,7 @@ def test_compile_whole_module_and_regions(net: nn.Module, monkeypatch: pytest.Mo
         optimize(nn.Sequential(nn.Linear(3, 3)), ExecutionConfig(compile="regional"), PIXELS)
 
 
-def test_missing_package_is_named_with_its_extra(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named_with_its_installation(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torchao", None)
-    with pytest.raises(InvalidJob, match=r"pip install 'batchjob\[quant\]'"):
+    with pytest.raises(InvalidJob, match=r"pip install 'torchao"):
         optimize(net, ExecutionConfig(quantize="int8-dynamic"), PIXELS)
