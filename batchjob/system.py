@@ -22,6 +22,7 @@ from typing import Any
 from batchjob.errors import InvalidJob
 
 __all__ = [
+    "SHARED_MEMORY",
     "available_cores",
     "available_memory",
     "cgroup_cpu_quota",
@@ -31,6 +32,7 @@ __all__ = [
     "free_shared_memory",
     "import_torchvision",
     "install_command",
+    "is_shared_memory_writable",
     "require_packages",
     "working_directory",
 ]
@@ -53,7 +55,7 @@ _PACKAGES = (
 _JOB_EXTRAS = ("s3", "gcs", "azure", "timm", "hf", "onnx", "quant", "heif", "iceberg", "delta", "query")
 # Modules of the compiler that torchvision imports.
 _COMPILER_MODULES = ("torch._dynamo", "torch._dynamo.utils")
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - its size is read, nothing is written
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - its size is read, nothing is written
 # Run in a process of its own: a broken driver may crash or hang the process that loads it.
 _DEVICE_QUERY = """
 import json, torch
@@ -85,7 +87,7 @@ def collect_environment() -> dict[str, Any]:
         },
         "cores": {"machine": os.cpu_count(), "allowed": _affinity_cores(), "quota": cgroup_cpu_quota()},
         "memory": {"machine": _machine_memory(), "limit": cgroup_memory_limit()},
-        "shared_memory": shutil.disk_usage(_SHARED_MEMORY).total if _SHARED_MEMORY.is_dir() else None,
+        "shared_memory": shutil.disk_usage(SHARED_MEMORY).total if SHARED_MEMORY.is_dir() else None,
         "torch": _query_torch(),
         "ray": {"address_given": bool(os.environ.get("RAY_ADDRESS")), "inside_ray_job": "RAY_JOB_ID" in os.environ},
     }
@@ -150,7 +152,7 @@ def available_memory() -> int | None:
 
 def free_shared_memory() -> int | None:
     """Return the free bytes of shared memory; None if unknown."""
-    return shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None
+    return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None
 
 
 def working_directory() -> Path:
@@ -165,6 +167,11 @@ def working_directory() -> Path:
         raise InvalidJob(
             "the working directory of this process has been deleted; cd into a folder that is there and run again"
         ) from None
+
+
+def is_shared_memory_writable() -> bool:
+    """Return False if shared memory is there and read-only, as in some hardened containers."""
+    return not SHARED_MEMORY.is_dir() or os.access(SHARED_MEMORY, os.W_OK)
 
 
 def require_packages(*packages: str, model_type: str, extra: str) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
+from batchjob.errors import InvalidJob
 from batchjob.inference.engine import Engine
 from batchjob.job.job import Job
 from batchjob.loader.loader import Loader
-from batchjob.loader.settings import resolve_loader_settings
+from batchjob.loader.settings import LoaderConfig, LoaderSettings, resolve_loader_settings
 from batchjob.storage.reader import Reader
-from batchjob.system import available_memory, free_shared_memory
+from batchjob.system import SHARED_MEMORY, available_memory, free_shared_memory, is_shared_memory_writable
 
 __all__ = ["LoaderSetup"]
 
 _DEFAULT_BATCH_SIZES = {"cuda": 128}
 _DEFAULT_BATCH_SIZE = 32
 _MAX_BATCH_SIZE = 1024
+# Rather fewer processes than still smaller batches.
+_MIN_BATCH_SIZE = 8
 
 
 class LoaderSetup:
@@ -30,6 +35,10 @@ class LoaderSetup:
         batch_size: Images per batch.
         image_shape: `(c, h, w)` of an image as the model gets it.
         loader: The loader.
+        notes: Lines for the user about what limits the loader.
+
+    Raises:
+        InvalidJob: The job asks for loader processes, and shared memory is read-only.
     """
 
     def __init__(
@@ -43,6 +52,8 @@ class LoaderSetup:
         self._job, self._engine, self._reader = job, engine, reader
         self._cores, self._small_input_bytes = cores, small_input_bytes
         self._is_closed = False
+        self.notes: tuple[str, ...] = ()
+        self._settings = self._writable_settings()
         self.batch_size = self._initial_batch_size()
         self.image_shape = tuple(engine.example_image.shape)
         self.loader = self._build_loader()
@@ -102,19 +113,73 @@ class LoaderSetup:
         if requested != "auto":
             return requested
         fixed_by_model = self._engine.model.batch_size
-        return fixed_by_model or _DEFAULT_BATCH_SIZES.get(self._engine.device.type, _DEFAULT_BATCH_SIZE)
+        if fixed_by_model:
+            return fixed_by_model
+        return self._fit_batch_size(_DEFAULT_BATCH_SIZES.get(self._engine.device.type, _DEFAULT_BATCH_SIZE))
 
-    def _build_loader(self) -> Loader:
-        config = resolve_loader_settings(
-            self._job.runtime.loader,
+    def _fit_batch_size(self, wanted: int) -> int:
+        """Make batches smaller where shared memory is small, so that each process has room for one.
+
+        Example: Docker's 64 MiB and 16 processes, half of the memory and 150,528 bytes per image leave room for 13
+        images in each batch. With batches of 128 there would be one process.
+        """
+        free, config = free_shared_memory(), self._resolve(wanted, None)
+        if free is None or not config.processes:
+            return wanted
+        prefetch = 1 if self._settings.prefetch == "auto" else config.prefetch
+        fitting = free // 2 // (config.processes * prefetch * self._engine.example_image.nbytes)
+        return min(wanted, max(fitting, _MIN_BATCH_SIZE))
+
+    def _writable_settings(self) -> LoaderSettings:
+        """Return the job's settings; without loader processes, which share memory, where that is read-only."""
+        settings = self._job.runtime.loader
+        if is_shared_memory_writable() or settings.processes == 0:
+            return settings
+        if settings.processes != "auto":
+            raise InvalidJob(
+                f"runtime.loader.processes is {settings.processes}, but {SHARED_MEMORY} is read-only here; mount it "
+                f"writable (`docker run --tmpfs {SHARED_MEMORY}`), or write runtime.loader.processes=0"
+            )
+        line = (
+            f"{SHARED_MEMORY} is read-only, so images are loaded in the worker itself, without processes of their own; "
+            f"mount it writable to have them (`docker run --tmpfs {SHARED_MEMORY}`)"
+        )
+        self.notes = (line,)
+        return settings.model_copy(update={"processes": 0})
+
+    def _resolve(self, batch_size: int, shared_memory_bytes: int | None) -> LoaderConfig:
+        return resolve_loader_settings(
+            self._settings,
             cores=self._cores,
             small_input_bytes=self._small_input_bytes,
             cuda=self._engine.device.type == "cuda",
             memory_bytes=available_memory(),
             max_pixels=self._job.decode.max_pixels,
-            batch_bytes=self.batch_size * self._engine.example_image.nbytes,
-            shared_memory_bytes=free_shared_memory(),
+            batch_bytes=batch_size * self._engine.example_image.nbytes,
+            shared_memory_bytes=shared_memory_bytes,
         )
+
+    def _describe_limit(self, config: LoaderConfig, free: int | None) -> tuple[str, ...]:
+        """Say how shared memory limits the loader, if it does, and which flag gives more of it."""
+        usual = _DEFAULT_BATCH_SIZES.get(self._engine.device.type, _DEFAULT_BATCH_SIZE)
+        batch_size = usual if self.chooses_batch_size else self.batch_size
+        wanted = self._resolve(batch_size, None)
+        if free is None or (config.processes >= wanted.processes and self.batch_size >= batch_size):
+            return ()
+        needed = 2 * wanted.processes * wanted.prefetch * batch_size * self._engine.example_image.nbytes
+        gib = math.ceil(needed / (1 << 30))
+        line = (
+            f"{SHARED_MEMORY} has {free >> 20:,} MiB free, which limits the loader to {config.processes} of "
+            f"{wanted.processes} processes and batches of {self.batch_size} images; give it {gib} GiB (`docker run "
+            f"--shm-size={gib}g` or `--ipc=host`; on Kubernetes an emptyDir with `medium: Memory` at {SHARED_MEMORY})"
+        )
+        return (line,)
+
+    def _build_loader(self) -> Loader:
+        free = free_shared_memory()
+        config = self._resolve(self.batch_size, free)
+        if config.processes:
+            self.notes = self._describe_limit(config, free)
         return Loader(
             reader=self._reader,
             transform=self._engine.image_transform,

@@ -63,7 +63,7 @@ class WorkerInfo:
         ahead: Images that the loader keeps in flight; 0 if unknown.
         row_bytes: Upper bound for the size of the task's columns in one row, in bytes; 0 if only the settings say.
         decisions: Decisions on settings that the job leaves at `auto`, by dotted name (`task.activation`).
-        notes: Sentences about how the model was loaded.
+        notes: Sentences about how the model was loaded, and about what limits the loader.
     """
 
     device: str
@@ -75,13 +75,13 @@ class WorkerInfo:
     ahead: int = 0
     row_bytes: int = 0
     decisions: Mapping[str, Decision] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def decision_lines(self) -> list[str]:
         """Decisions in words, such as `task.activation: none, since the model itself ends in a softmax`."""
         return [f"{name}: {found.value}, since {found.reason}" for name, found in self.decisions.items()]
 
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

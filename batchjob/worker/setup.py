@@ -184,5 +184,5 @@ def _describe(engine: Engine, loader_setup: LoaderSetup, device: str, model: str
         ahead=loader_setup.images_in_flight,
         row_bytes=getattr(engine.postprocess, "row_bytes", 0),
         decisions=dict(engine.decisions),
-        notes=engine.model.notes,
+        notes=(*engine.model.notes, *loader_setup.notes),
     )

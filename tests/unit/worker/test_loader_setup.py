@@ -10,6 +10,7 @@ import pytest
 from loaded_worker import write_job
 from saved_models import FORMATS
 
+from batchjob.errors import InvalidJob
 from batchjob.inference.engine import Engine
 from batchjob.job.job import Job
 from batchjob.loader.shard_queue import ShardQueue
@@ -121,6 +122,68 @@ def test_cores_input_and_shared_memory_limit_the_processes(
     setup = make_setup(write_job(tmp_path, "runtime.loader.processes=auto"), cores, small_input_bytes)
     assert setup.loader.config.processes == processes
     assert setup.images_in_flight == in_flight
+
+
+# -- little shared memory --------------------------------------------------------------------------------------------
+
+LOADER_AUTO = "runtime.loader.processes=auto"
+
+
+@pytest.mark.parametrize(
+    ("free", "batch_size", "processes"),
+    [
+        (None, 32, 16),
+        (2 * 16 * 32 * IMAGE_BYTES, 32, 16),
+        (2 * 16 * 13 * IMAGE_BYTES, 13, 16),  # smaller batches first
+        (2 * 5 * 8 * IMAGE_BYTES, 8, 5),  # then fewer processes
+        (0, 8, 1),
+    ],
+)
+def test_small_shared_memory_makes_batches_smaller_before_it_takes_processes(
+    free: int | None, batch_size: int, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_free_shared_memory(monkeypatch, free)
+    setup = make_setup(write_job(tmp_path, AUTO, LOADER_AUTO), cores=16)
+    assert (setup.batch_size, setup.loader.config.processes) == (batch_size, processes)
+    is_limited = batch_size < 32 or processes < 16
+    assert len(setup.notes) == is_limited
+    if is_limited:
+        limit = f"limits the loader to {processes} of 16 processes and batches of {batch_size} images; "
+        assert limit in setup.notes[0]
+        assert "docker run --shm-size=1g" in setup.notes[0]
+        assert "emptyDir" in setup.notes[0]
+
+
+def test_small_shared_memory_never_changes_the_batch_size_of_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_free_shared_memory(monkeypatch, 2 * 2 * 4 * IMAGE_BYTES)
+    setup = make_setup(write_job(tmp_path, LOADER_AUTO), cores=16)
+    assert (setup.batch_size, setup.loader.config.processes) == (4, 2)
+    assert "2 of 16 processes and batches of 4 images" in setup.notes[0]
+
+
+@pytest.fixture
+def read_only_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchjob.worker.loader_setup.is_shared_memory_writable", lambda: False)
+
+
+@pytest.mark.usefixtures("read_only_shared_memory")
+def test_read_only_shared_memory_loads_in_the_worker_and_says_so(tmp_path: Path) -> None:
+    setup = make_setup(write_job(tmp_path, LOADER_AUTO), cores=4)
+    assert setup.loader.config.processes == 0
+    assert "is read-only, so images are loaded in the worker itself" in setup.notes[0]
+
+
+@pytest.mark.usefixtures("read_only_shared_memory")
+def test_loader_processes_without_shared_memory_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidJob, match=r"runtime\.loader\.processes is 2, but .* is read-only here; mount it"):
+        make_setup(write_job(tmp_path, "runtime.loader.processes=2"))
+
+
+@pytest.mark.usefixtures("read_only_shared_memory")
+def test_job_without_loader_processes_needs_no_shared_memory(tmp_path: Path) -> None:
+    assert make_setup(write_job(tmp_path, "runtime.loader.processes=0")).notes == ()
 
 
 # -- another shape ---------------------------------------------------------------------------------------------------
