@@ -83,7 +83,6 @@ class WorkerInfo:
         return [f"{name}: {found.value}, since {found.reason}" for name, found in self.decisions.items()]
 
 
-
 @dataclass(frozen=True)
 class Assignment:
     """A shard for one worker.
