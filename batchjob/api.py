@@ -47,6 +47,8 @@ def run(
     address: str | None = None,
     allow_empty: bool = False,
     repair: bool = False,
+    fresh: bool = False,
+    check_input: bool = False,
     progress: ProgressReporter | None = None,
 ) -> RunResult:
     """Run a job to its end. Committed shards are not computed again; a finished job is left as it is.
@@ -56,6 +58,10 @@ def run(
         address: Address of a Ray cluster. None: `RAY_ADDRESS`, else a Ray that is started here and ends with the run.
         allow_empty: Accept an input without images and write one part without rows. False: InvalidJob.
         repair: Make parts again that are gone from a finished output. False: CheckFailed.
+        fresh: Discard a finished output, or another job's, and make every row anew; an unfinished plan of this very
+            job is resumed, so that the same call may be repeated until it succeeds. False: nothing is ever discarded.
+        check_input: List the input of an output that was planned before again, and raise InvalidJob if images were
+            added, are gone or have changed. False: a finished output's input is not listed.
         progress: Gets the progress of the run; None shows nothing.
 
     Returns:
@@ -65,7 +71,15 @@ def run(
         JobError: The run could not go on. The class says why, and holds the exit code.
     """
     reporter = progress or NoProgress()
-    return driver.run(job, _choose_pool(job, address), allow_empty=allow_empty, progress=reporter, repair=repair)
+    return driver.run(
+        job,
+        _choose_pool(job, address),
+        allow_empty=allow_empty,
+        progress=reporter,
+        repair=repair,
+        fresh=fresh,
+        check_input=check_input,
+    )
 
 
 def retry(job: Job, *, address: str | None = None, progress: ProgressReporter | None = None) -> RunResult:

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from memory_store import Fault, Killed, MemoryStore
 from scripted_pool import (
     WORKER_INFO,
     AttemptScript,
@@ -101,10 +102,20 @@ def run_job(
     *,
     allow_empty: bool = False,
     repair: bool = False,
+    fresh: bool = False,
+    check_input: bool = False,
     progress: ProgressReporter | None = None,
 ) -> RunResult:
     make_pool: Callable[[], Pool] = no_pool if pool is None else lambda: pool
-    return driver.run(job, make_pool, allow_empty=allow_empty, repair=repair, progress=progress or NoProgress())
+    return driver.run(
+        job,
+        make_pool,
+        allow_empty=allow_empty,
+        repair=repair,
+        fresh=fresh,
+        check_input=check_input,
+        progress=progress or NoProgress(),
+    )
 
 
 def read_positions(output: Path) -> list[int]:
@@ -1127,3 +1138,170 @@ def test_discard_of_a_mistyped_output_leaves_no_trace(tmp_path: Path) -> None:
     with pytest.raises(InvalidJob, match="nothing to discard"):
         driver.discard(str(tmp_path / "mistyped"))
     assert not (tmp_path / "mistyped").exists()
+
+
+# -- fresh runs and checks of the input
+
+
+def make_other_job(folder: Path) -> Job:
+    return make_job(folder, IMAGES, task={"type": "embedding", "normalize": True})
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_fresh_run_replaces_a_finished_or_foreign_output(tmp_path: Path, output: Path, other: bool) -> None:
+    run_job(make_job(tmp_path, IMAGES), ScriptedPool())
+    before = set(read_parts(output))
+    job = make_other_job(tmp_path) if other else make_job(tmp_path, [*IMAGES, "new.png"])
+    progress, pool = RecordingProgress(), ScriptedPool()
+    result = run_job(job, pool, fresh=True, progress=progress)
+    assert result.status == "complete"
+    assert result.planned == (12 if other else 13)
+    assert read_positions(output) == list(range(result.planned))
+    assert not before & set(read_parts(output))
+    assert list_heads(output) == ["0000", "0001"]
+    assert any("discarded plan" in note for note in progress.notes)
+    assert run_job(job).status == "already_complete"
+
+
+def test_fresh_run_on_an_empty_output_is_a_run(tmp_path: Path, output: Path) -> None:
+    assert run_job(make_job(tmp_path, IMAGES), ScriptedPool(), fresh=True).status == "complete"
+    assert list_heads(output) == ["0000"]
+
+
+def test_fresh_run_resumes_its_own_unfinished_plan(tmp_path: Path, output: Path) -> None:
+    job = make_job(tmp_path, IMAGES)
+    run_job(job, ScriptedPool())
+    with pytest.raises(Temporary):
+        run_job(job, ScriptedPool({3: [fail_worker(Temporary("Ray is gone"))]}), fresh=True)
+    committed = set(read_parts(output))
+    assert committed
+    pool = ScriptedPool()
+    assert run_job(job, pool, fresh=True).status == "complete"
+    assert committed < set(read_parts(output))
+    assert len(pool.submitted) == 6 - len(committed)
+    assert list_heads(output) == ["0000", "0001"]
+
+
+def test_fresh_run_discards_an_unfinished_plan_made_with_other_code(tmp_path: Path, output: Path) -> None:
+    job = make_job(tmp_path, IMAGES)
+    run_job(job, ScriptedPool())
+    (output / "_SUCCESS").unlink()
+    (tmp_path / "net.py").write_text("def build():\n    return 1\n")
+    with pytest.raises(InvalidJob, match="other files"):
+        run_job(job)
+    assert run_job(job, ScriptedPool(), fresh=True).status == "complete"
+    assert list_heads(output) == ["0000", "0001"]
+
+
+@pytest.mark.parametrize("fault", ["no images", "no code", "worker"])
+def test_fresh_run_that_cannot_begin_discards_nothing(tmp_path: Path, output: Path, fault: str) -> None:
+    job = make_job(tmp_path, IMAGES)
+    run_job(job, ScriptedPool())
+    before = read_parts(output)
+    pool = ScriptedPool()
+    if fault == "no images":
+        shutil.rmtree(tmp_path / "images")
+        (tmp_path / "images").mkdir()
+    elif fault == "no code":
+        (tmp_path / "net.py").unlink()
+    else:
+        pool = ScriptedPool(ready=[WorkerFailed(InvalidJob("the weights do not fit"))])
+    with pytest.raises(InvalidJob):
+        run_job(job, pool, fresh=True)
+    assert read_parts(output) == before
+    assert (output / "_SUCCESS").exists()
+    assert list_heads(output) == ["0000"]
+
+
+@pytest.mark.parametrize(("repair", "check_input"), [(True, False), (False, True)])
+def test_fresh_excludes_what_keeps_rows(tmp_path: Path, repair: bool, check_input: bool) -> None:
+    with pytest.raises(InvalidJob, match=r"--fresh makes every row anew.*give one of them"):
+        run_job(make_job(tmp_path, IMAGES), fresh=True, repair=repair, check_input=check_input)
+
+
+@pytest.mark.parametrize("fault", [Fault.KILLED_BEFORE, Fault.KILLED_AFTER])
+@pytest.mark.parametrize(
+    ("method", "pattern"),
+    [
+        ("put_if_absent", "*/0000/discarded"),
+        ("delete_if_match", "_SUCCESS"),
+        ("delete", "predictions/*"),
+        ("put_if_absent", "*/0001/head.json"),
+        ("put_if_absent", "*/0001/chunk-0000000.arrow"),
+        ("put_if_absent", "predictions/*"),
+    ],
+)
+def test_killed_fresh_run_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, pattern: str, fault: Fault
+) -> None:
+    store = MemoryStore()
+    for module in ("batchjob.driver.driver", "scripted_pool"):
+        monkeypatch.setattr(f"{module}.open_store", lambda *_, **__: store)
+    run_job(make_job(tmp_path, IMAGES), ScriptedPool())
+    job = make_other_job(tmp_path)
+    store.inject(method, pattern, fault)
+    with pytest.raises(Killed):
+        run_job(job, ScriptedPool(), fresh=True)
+    parts, success = list_parts(store), "_SUCCESS" in store.stored_keys()
+    # A reader never sees rows of both plans under a `_SUCCESS`.
+    assert not success or len(parts) == 6
+    assert run_job(job, ScriptedPool(), fresh=True).status == "complete"
+    assert len(list_parts(store)) == 6
+    number, head = read_current_head(store)
+    assert head is not None
+    assert (number, head.fingerprint) == (1, job.fingerprint())
+    assert run_job(job).status == "already_complete"
+
+
+def test_driver_that_lost_its_lease_discards_nothing(tmp_path: Path, output: Path) -> None:
+    job, rival = make_job(tmp_path, IMAGES), RivalDriver(str(output))
+    run_job(job, ScriptedPool())
+
+    def take_over() -> Iterator[WorkerEvent | None]:
+        rival.take_over()
+        yield WorkerReady("0", WORKER_INFO)
+
+    with pytest.raises(Temporary, match="another driver"):
+        run_job(job, ScriptedPool(ready=take_over()), fresh=True)
+    assert (output / "_SUCCESS").exists()
+    assert list_heads(output) == ["0000"]
+    assert rival.lease is not None
+    rival.lease.release()
+
+
+def test_check_of_an_unchanged_input_says_so(tmp_path: Path, output: Path) -> None:
+    job = make_job(tmp_path, IMAGES)
+    assert run_job(job, ScriptedPool(), check_input=True).message == ""  # it was listed just now
+    before = list_files(output)
+    result = run_job(job, check_input=True)
+    assert (result.status, result.exit_code) == ("already_complete", 0)
+    assert "listed again, and has the images of the plan and no others" in result.message
+    assert list_files(output) == before
+
+
+def test_check_of_a_changed_input_counts_and_names_the_images(tmp_path: Path, output: Path) -> None:
+    job = make_job(tmp_path, IMAGES)
+    run_job(job, ScriptedPool())
+    images = tmp_path / "images"
+    for number in range(4):
+        (images / f"new{number}.png").write_bytes(b"new")
+    (images / "003.png").unlink()
+    (images / "005.png").write_bytes(b"another image")
+    assert run_job(job).status == "already_complete"
+    with pytest.raises(InvalidJob) as raised:
+        run_job(job, check_input=True)
+    message = raised.value.message
+    assert re.search(r"4 images added \(\S+new0.png, \S+new1.png, \S+new2.png, …\)", message)
+    assert re.search(r"1 image gone \(\S+003.png\), 1 image changed \(\S+005.png\)", message)
+    assert "`batchjob run --fresh`" in message
+    assert raised.value.counts == (12, 12, 0)
+
+
+def test_check_after_a_resumed_run_looks_at_the_input(tmp_path: Path) -> None:
+    job = make_job(tmp_path, IMAGES)
+    with pytest.raises(Temporary):
+        run_job(job, ScriptedPool({3: [fail_worker(Temporary("Ray is gone"))]}))
+    (tmp_path / "images" / "new.png").write_bytes(b"new")
+    with pytest.raises(InvalidJob, match=r"is complete, but input.uri .* 1 image added"):
+        run_job(job, ScriptedPool(), check_input=True)
+    assert run_job(job).status == "already_complete"

@@ -42,6 +42,13 @@ def run(  # noqa: PLR0913, PLR0917 - typer makes a parameter of each flag
     repair: Annotated[
         bool, typer.Option("--repair", help="Make parts again that are gone from a finished output.")
     ] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="Discard a finished output, or another job's; an unfinished one is resumed."),
+    ] = False,
+    check_input: Annotated[
+        bool, typer.Option("--check-input", help="List a finished output's input again: exit 2 if it has changed.")
+    ] = False,
     as_json: AsJson = False,
     quiet: QuietFlag = False,
 ) -> int:
@@ -53,7 +60,15 @@ def run(  # noqa: PLR0913, PLR0917 - typer makes a parameter of each flag
     def work(loaded: Job, progress: ProgressReporter) -> RunResult:
         from batchjob import api
 
-        return api.run(loaded, address=address, allow_empty=allow_empty, repair=repair, progress=progress)
+        return api.run(
+            loaded,
+            address=address,
+            allow_empty=allow_empty,
+            repair=repair,
+            fresh=fresh,
+            check_input=check_input,
+            progress=progress,
+        )
 
     return report_run(work, lambda: read_job(job, param, _with_pool(overrides, pool)), as_json, quiet)
 

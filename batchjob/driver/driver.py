@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
+from batchjob.concurrency import run_in_background
 from batchjob.driver.control_loop import TICK_SECONDS, ControlLoop, StopSignals, acquire_lease
 from batchjob.driver.dispatcher import MakePool
 from batchjob.driver.existing_output import (
@@ -18,21 +20,26 @@ from batchjob.driver.existing_output import (
     find_plan_to_discard,
     list_stale_parts,
 )
-from batchjob.driver.job_run import JobRun
+from batchjob.driver.input_check import compare_input
+from batchjob.driver.job_run import JobRun, RunOptions
 from batchjob.driver.plan_prefetcher import PlanPrefetcher
 from batchjob.driver.planner import Planner
 from batchjob.driver.progress import ProgressReporter
 from batchjob.driver.run_state import RunState
-from batchjob.errors import BatchjobError
+from batchjob.errors import BatchjobError, InvalidJob
 from batchjob.job.job import Job
 from batchjob.output.commit import delete_objects
 from batchjob.plan.chunks import read_chunks
 from batchjob.plan.head import PlanHead, read_current_head
+from batchjob.plan.reader import PlanReader
 from batchjob.report.plan_summary import PlanSummary
 from batchjob.report.run_result import RunResult
+from batchjob.sources.listing import SourceListing
 from batchjob.storage.options import OptionsByPrefix
+from batchjob.storage.reader import Reader
 from batchjob.storage.store import Store, open_store
 from batchjob.text import format_count
+from batchjob.types import Cursor
 
 __all__ = ["discard", "make_plan", "run"]
 
@@ -45,6 +52,8 @@ def run(
     progress: ProgressReporter,
     repair: bool = False,
     retry: bool = False,
+    fresh: bool = False,
+    check_input: bool = False,
 ) -> RunResult:
     """Run a job to its end, or as far as it can go. What is committed already is not done again.
 
@@ -55,22 +64,57 @@ def run(
         progress: Gets counts and lines for the user.
         repair: Make parts again that are missing from a finished output.
         retry: Read the images of error rows again, and replace their parts.
+        fresh: Discard a finished output, or another job's; an unfinished plan of this very job is resumed.
+        check_input: List the input of a plan that was made before again, once its rows are there, and compare.
 
     Raises:
         BatchjobError: Every planned ending but success. Its class gives the exit code, and it carries the counts.
     """
     started = time.monotonic()
+    options = RunOptions(allow_empty, repair, retry, fresh)
+    if fresh and (repair or retry or check_input):
+        raise InvalidJob(
+            "--fresh makes every row anew; --repair, --check-input and `retry` keep what is there: give one of them"
+        )
     store = open_store(job.output.uri, job.storage)
-    if (result := find_finished_result(store, job, repair, retry)) is not None:
-        return result
-    with _hold_lease(store, progress, job.errors.outage_seconds) as control_loop:
-        driver = JobRun(job, _open_outage_tolerant_store(job), control_loop, make_pool, progress, retry)
-        try:
-            head = driver.run_shards(allow_empty, repair)
-            return driver.finalize(head, started)
-        except BatchjobError as error:
-            error.counts = driver.counts
-            raise
+    result, is_resumed = None if fresh else find_finished_result(store, job, repair, retry), True
+    if result is None:
+        with _hold_lease(store, progress, job.errors.outage_seconds) as control_loop:
+            driver = JobRun(job, _open_outage_tolerant_store(job), control_loop, make_pool, progress, options)
+            try:
+                head = driver.run_shards()
+                result, is_resumed = driver.finalize(head, started), driver.is_resumed
+            except BatchjobError as error:
+                error.counts = driver.counts
+                raise
+    # A plan that was made just now lists what is there now.
+    if check_input and is_resumed and result.exit_code == 0:
+        return _check_input(store, job, result, progress)
+    return result
+
+
+def _check_input(store: Store, job: Job, result: RunResult, progress: ProgressReporter) -> RunResult:
+    """List the input again and compare it with the plan; raise InvalidJob if it has changed."""
+    _, head = read_current_head(store)
+    assert head is not None
+    progress.note(f"listing {job.input.uri} again, to compare it with plan {head.plan}")
+    listing = SourceListing(job.input, Reader(job.storage), job.output.uri)
+    reader = PlanReader(store, head)
+    with StopSignals() as signals:
+        difference = run_in_background(
+            lambda: compare_input(reader.iterate_chunks, lambda: listing.refs(Cursor())),
+            lambda: signals.raise_if_stopping(store.uri),
+        )
+    if not difference:
+        text = "the input was listed again, and has the images of the plan and no others"
+        return replace(result, message=f"{result.describe_counts()}; {text}")
+    error = InvalidJob(
+        f"{store.uri} is complete, but input.uri {job.input.uri} has changed since its plan was made "
+        f"({head.created}): {difference.describe()}; `batchjob run --fresh` makes all rows anew, or choose another "
+        "output.uri"
+    )
+    error.counts = result.planned, result.predicted, result.failed
+    raise error
 
 
 def make_plan(job: Job, *, allow_empty: bool, progress: ProgressReporter) -> PlanSummary:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from batchjob.concurrency import parallel_map, run_in_background
-from batchjob.driver.job_files import JobFiles, check_files
+from batchjob.driver.job_files import JobFiles, check_files, find_changed_files
 from batchjob.errors import CheckFailed, InvalidJob, NotFound, Temporary
 from batchjob.job.fingerprint import diff_fingerprints
 from batchjob.job.job import Job
@@ -27,6 +28,7 @@ __all__ = [
     "discard_current_plan",
     "find_finished_result",
     "find_plan_to_discard",
+    "is_to_be_replaced",
     "list_stale_parts",
     "no_plan_to_retry_error",
     "read_present_footers",
@@ -49,7 +51,7 @@ def check_fingerprint(store: Store, job: Job, head: PlanHead) -> None:
         listed = "\n".join(f"  {line}" for line in lines)
         raise InvalidJob(
             f"{store.uri} belongs to another job:\n{listed}\nchoose another output.uri, restore these settings, or "
-            f"`batchjob discard {store.uri} --yes` to throw its rows away"
+            f"`batchjob discard {store.uri} --yes` (or `batchjob run --fresh`) to throw its rows away"
         )
 
 
@@ -109,15 +111,21 @@ def find_finished_result(store: Store, job: Job, repair: bool, retry: bool) -> R
     counts = summary["counts"]
     if retry and counts["failed"]:
         return None
-    return RunResult(
+    result = RunResult(
         "already_complete",
         counts["planned"],
         counts["predicted"],
         counts["failed"],
         output=store.uri,
-        message=f"{store.uri}: no row holds an error, so there is nothing to retry" if retry else "",
         truth=summary.get("truth", {}),
     )
+    if retry:
+        return replace(result, message=f"{store.uri}: no row holds an error, so there is nothing to retry")
+    # A manifest was compared with the other files. Listing a folder would take long, and tell nothing most times.
+    if head.source_version is None:
+        text = "new files below the input are not looked for: `batchjob run --check-input` does"
+        return replace(result, message=f"{result.describe_counts()}; {text}")
+    return result
 
 
 def no_plan_to_retry_error(store: Store, number: int) -> InvalidJob:
@@ -141,6 +149,19 @@ def _are_retried(store: Store, head: PlanHead, names: Iterable[str]) -> bool:
         return all(footer.plan == head.plan and footer.revision for footer in footers)
     except (NotFound, CheckFailed):
         return False
+
+
+def is_to_be_replaced(store: Store, job: Job, head: PlanHead) -> bool:
+    """Return True if a fresh run discards the plan: it is another job's, of other files, or finished.
+
+    An unfinished plan of this very job is what an earlier try of the same fresh run has left.
+    """
+    if diff_fingerprints(head.fingerprint, job.fingerprint()):
+        return True
+    success, files = read_success(store), JobFiles(job)
+    if success is not None and success[0].get("plan") == head.plan:
+        return True
+    return files.is_other_input(store, head) or bool(find_changed_files(store, head, files, with_input=True))
 
 
 # -- Which parts are stale? --------------------------------------------------------------------------------------------

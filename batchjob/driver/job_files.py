@@ -118,6 +118,14 @@ class JobFiles:
         if is_ours and _read_record(store, head, self.id) is None:
             put_or_get(store, _record_key(head, self.id), make_record())
 
+    def is_other_input(self, store: Store, head: PlanHead) -> bool:
+        """Return True if a plan that no worker has begun lists a manifest in another version."""
+        return (
+            head.source_version is not None
+            and read_contract(store, head) is None
+            and head.source_version != self._listing.version
+        )
+
     def _list_uris(self) -> Iterator[str]:
         job = self._job
         # A file that is gone is found by its name in the record.

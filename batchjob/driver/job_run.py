@@ -5,13 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from batchjob.concurrency import DaemonThreadPool, run_in_background
 from batchjob.driver.control_loop import TICK_SECONDS, ControlLoop
 from batchjob.driver.dispatcher import Dispatcher, MakePool
-from batchjob.driver.existing_output import apply_plan_defaults, delete_stale_parts, no_plan_to_retry_error
+from batchjob.driver.existing_output import (
+    apply_plan_defaults,
+    delete_stale_parts,
+    discard_current_plan,
+    is_to_be_replaced,
+    no_plan_to_retry_error,
+)
 from batchjob.driver.finalize import RunSummary, finalize_run
 from batchjob.driver.job_files import JobFiles, check_files
 from batchjob.driver.plan_prefetcher import PlanPrefetcher
@@ -28,10 +35,27 @@ from batchjob.storage.store import Store
 from batchjob.text import format_count
 from batchjob.worker.messages import WorkerSetup
 
-__all__ = ["JobRun"]
+__all__ = ["JobRun", "RunOptions"]
 
 # While this many shards wait, no further chunk of the plan is taken in: the driver's memory stays bounded.
 _MAX_WAITING_SHARDS = 10_000
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of one run, which are no part of the job.
+
+    Attributes:
+        allow_empty: Accept an input without images.
+        repair: Make parts again that are missing from a finished output.
+        retry: Read the images of error rows again, and replace their parts.
+        fresh: Discard a finished output, or another job's; an unfinished plan of this very job is resumed.
+    """
+
+    allow_empty: bool
+    repair: bool = False
+    retry: bool = False
+    fresh: bool = False
 
 
 class JobRun:
@@ -44,12 +68,18 @@ class JobRun:
         control_loop: ControlLoop,
         make_pool: MakePool,
         progress: ProgressReporter,
-        retry: bool,
+        options: RunOptions,
     ) -> None:
         # The parts are listed before the plan is read, so that none of them can be of a later plan.
-        self._state = RunState(store, control_loop.heartbeat, retry)
-        self._plan_number, self._resumed_head = control_loop.run_blocking(lambda: read_current_head(store))
-        self._job = apply_plan_defaults(job, store, self._resumed_head)
+        self._state = RunState(store, control_loop.heartbeat, options.retry)
+        self._plan_number, head = control_loop.run_blocking(lambda: read_current_head(store))
+        self._replaced_head: PlanHead | None = None  # of the plan that a fresh run discards
+        if head is not None and options.fresh:
+            is_replaced = control_loop.run_blocking(partial(is_to_be_replaced, store, job, head))
+            if is_replaced:
+                self._replaced_head, head, self._plan_number = head, None, self._plan_number + 1
+        self._resumed_head = head
+        self._job = apply_plan_defaults(job, store, head)
         self._store, self._control_loop, self._progress = store, control_loop, progress
         self._planner = Planner(self._job, store, control_loop, progress.note)
         self._dispatcher = Dispatcher(job.errors.attempts, make_pool, progress, self._state.record_commit)
@@ -61,7 +91,7 @@ class JobRun:
         self._file_thread = DaemonThreadPool(1, "job-files")
         self._file_record: Future[bytes] | None = None  # made while the workers load
         self._is_record_put = False
-        self._retry = retry
+        self._options = options
         # The `_SUCCESS` that a retry or a repair has found, and its version.
         self._success: tuple[Mapping[str, Any], str] | None = None
 
@@ -70,17 +100,22 @@ class JobRun:
         """Images planned so far, rows predicted, error rows."""
         return self._state.counts
 
-    def run_shards(self, allow_empty: bool, repair: bool) -> PlanHead:
+    @property
+    def is_resumed(self) -> bool:
+        """True if the plan was there before this run."""
+        return self._resumed_head is not None
+
+    def run_shards(self) -> PlanHead:
         """Make or resume the plan and do every shard that is left; return the head of the plan."""
         self._progress.start(None)
         try:
             if self._resumed_head is not None:
                 head = self._resumed_head
-                self._resume(head, repair)
-            elif self._retry:
+                self._resume(head)
+            elif self._options.retry:
                 raise no_plan_to_retry_error(self._store, self._plan_number)
             else:
-                head = self._make_plan(allow_empty)
+                head = self._make_plan()
             prefetcher = PlanPrefetcher(self._planner.iter_chunks(head))
             try:
                 self._process_chunks(prefetcher, head)
@@ -123,9 +158,9 @@ class JobRun:
             heartbeat=self._control_loop.heartbeat,
         )
 
-    def _make_plan(self, allow_empty: bool) -> PlanHead:
+    def _make_plan(self) -> PlanHead:
         """Freeze a plan, but only once the input is known to be there and a worker has loaded the model."""
-        preview = self._planner.preview_input(allow_empty)
+        preview = self._planner.preview_input(self._options.allow_empty)
         self._start_workers(preview)
         preview = self._planner.extend_preview(preview, self._dispatcher.pool_size)
         while not (workers := self._dispatcher.workers):
@@ -133,11 +168,25 @@ class JobRun:
         # The number of workers may be known only now.
         preview = self._planner.extend_preview(preview, self._dispatcher.pool_size)
         self._planner.check_columns(name for worker in workers for name in worker.columns)
+        self._discard_replaced_plan()
         self._state.delete_stale_parts(self._control_loop.heartbeat)
         row_bytes = max(worker.row_bytes for worker in workers)
         # A worker of a discarded plan may commit a part even now.
         delete_stale = partial(delete_stale_parts, self._store)
         return self._planner.freeze(self._plan_number, preview, self._dispatcher.pool_size, row_bytes, delete_stale)
+
+    def _discard_replaced_plan(self) -> None:
+        """Discard the plan that a fresh run replaces, now that nothing but a kill can keep the new one from being made.
+
+        kill before the tombstone    the old output is as it was; the same command begins again
+        kill after the tombstone     there is no plan; any run deletes the parts left over and makes the next plan
+        kill after the new head      the plan is this job's and unfinished; the same command resumes it
+        """
+        if (head := self._replaced_head) is not None:
+            # A driver that was suspended may have lost its lease, and would discard what another one has finished.
+            self._control_loop.confirm_lease()
+            self._control_loop.run_blocking(lambda: discard_current_plan(self._store, head))
+            self._progress.note(f"discarded plan {head.plan} (number {head.number}), to begin anew")
 
     def _put_file_record(self, head: PlanHead) -> None:
         """Put the record of the job's files once; wait for it with heartbeats, for the workers may be gone."""
@@ -148,14 +197,14 @@ class JobRun:
             run_in_background(put, self._control_loop.heartbeat)
             self._is_record_put = True
 
-    def _resume(self, head: PlanHead, repair: bool) -> None:
+    def _resume(self, head: PlanHead) -> None:
         self._control_loop.run_blocking(lambda: check_files(self._store, head, self._files, with_input=False))
         self._progress.note(f"resuming plan {head.plan}: {format_count(self._state.part_count, 'part')} committed")
-        self._state.accepted_failures = self._control_loop.run_blocking(lambda: self._read_acceptance(head, repair))
-        if repair:
+        self._state.accepted_failures = self._control_loop.run_blocking(lambda: self._read_acceptance(head))
+        if self._options.repair:
             self._delete_success()
         self._state.read_existing_parts(head, self._control_loop.heartbeat)
-        if self._retry:
+        if self._options.retry:
             self._progress.note(f"to be retried: {format_count(self._state.rows_to_retry, 'error row')}")
         if self._state.failed:
             # Their images are counted when the plan is read.
@@ -211,9 +260,9 @@ class JobRun:
             image_bytes=sum(DEFAULT_IMAGE_BYTES if ref.size is None else ref.size for ref in refs),
         )
 
-    def _read_acceptance(self, head: PlanHead, repair: bool) -> int | None:
+    def _read_acceptance(self, head: PlanHead) -> int | None:
         """Return the error rows with which the output was complete; keep the `_SUCCESS` that is to be deleted."""
-        if (repair or self._retry) and (found := read_success(self._store)):
+        if (self._options.repair or self._options.retry) and (found := read_success(self._store)):
             summary, info = found
             self._success = summary, info.version or ""
             if summary.get("plan") == head.plan:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pyarrow as pa
 
-from batchjob.plan.chunks import REF_COLUMNS, broken_chunk_error, chunk_key
+from batchjob.plan.chunks import REF_COLUMNS, broken_chunk_error, chunk_key, read_chunks
 from batchjob.plan.head import PlanHead, report_damage
 from batchjob.storage.store import Store
 from batchjob.types import ImageRef, Shard, ShardKey
@@ -35,6 +37,11 @@ class PlanReader:
     def read_first_refs(self, count: int) -> tuple[ImageRef, ...]:
         """Read the first images of the plan, `count` or as many as its first chunk holds: the same for every worker."""
         return _to_refs(self._read_rows(0).slice(0, count), 0)
+
+    def iterate_chunks(self) -> Iterator[pa.Table]:
+        """Yield the rows of each chunk of a complete plan, in order, with one chunk in memory at a time."""
+        for chunk in read_chunks(self._store, self._head):
+            yield self._read_rows(chunk.number)
 
     @property
     def passthrough_schema(self) -> pa.Schema:

@@ -70,9 +70,8 @@ class RunResult:
 
     def to_text(self) -> str:
         """Return the last words of a run to a person: the message, or else the counts; then the metrics."""
-        text = self.message or self._format_counts()
-        metrics = _format_metrics(self.truth)
-        return f"{text}\n{metrics}" if metrics else text
+        lines = [self.message or self.describe_counts(), _format_metrics(self.truth), self._describe_next_step()]
+        return "\n".join(line for line in lines if line)
 
     @classmethod
     def of_error(cls, error: BaseException, output: str | None = None, seconds: float = 0.0) -> RunResult:
@@ -90,9 +89,17 @@ class RunResult:
         _warn_renamed("sentence", "to_text")
         return self.to_text()
 
-    def _format_counts(self) -> str:
+    def describe_counts(self) -> str:
+        """Describe status and counts in one line, such as `OUT: complete: 3 images, 2 predicted, 1 failed`."""
         counts = f"{format_count(self.planned, 'image')}, {self.predicted:,} predicted, {self.failed:,} failed"
         return f"{self.output}: {self.status.replace('_', ' ')}: {counts}{self._format_speed()}"
+
+    def _describe_next_step(self) -> str:
+        """Return where the rows of a complete output are, and what to type next; empty for any other."""
+        if self.exit_code or self.output is None:
+            return ""
+        command = f"batchjob errors {self.output}" if self.failed else f"batchjob status {self.output}"
+        return f"rows: {self.output.rstrip('/')}/predictions/*.parquet; next: `{command}`"
 
     def _format_speed(self) -> str:
         """Return time and images/s of this run; empty if it committed nothing."""

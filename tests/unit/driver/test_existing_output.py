@@ -179,7 +179,13 @@ def test_finished_output_gives_the_counts_of_its_success(output: Output) -> None
     output.put_part(head.plan, 1)
     output.finish(head, failed=1)
     uri = output.store.uri
-    assert output.find_result() == RunResult("already_complete", 4, 3, 1, output=uri, truth={"accuracy": 0.5})
+    result = output.find_result()
+    assert result is not None
+    assert replace(result, message="") == RunResult("already_complete", 4, 3, 1, output=uri, truth={"accuracy": 0.5})
+    assert result.message == (
+        f"{uri}: already complete: 4 images, 3 predicted, 1 failed; new files below the input are not looked for: "
+        "`batchjob run --check-input` does"
+    )
 
 
 @pytest.mark.parametrize(
