@@ -291,13 +291,32 @@ def test_message_over_budget_names_the_most_frequent_error(output: FakeOutput) -
     message = output.finalize().message
     assert message == (
         "3 of 10 images failed, errors.max_rate allows 1.00%; most often fetch/not_found (2, such as 0.png: ends too "
-        "early); see `batchjob errors memory://out`"
+        "early)\n"
+        "all 10 rows, error rows among them, can be read in memory://out/predictions/*.parquet; there is no _SUCCESS\n"
+        "next: `batchjob errors memory://out` lists what failed; mend it and `batchjob retry`, or raise "
+        "errors.max_rate: then a run ends at once"
     )
+
+
+@pytest.mark.parametrize(
+    ("errors", "text"),
+    [
+        ({"decode/a": 1, "fetch/b": 1}, "; decode/a (1), fetch/b (1)\n"),
+        ({"decode/a": 2, "fetch/b": 2, "predict/c": 1}, "; decode/a (2), fetch/b (2) and 1 more kind\n"),
+        ({"a/1": 1, "a/2": 1, "a/3": 1, "a/4": 1, "a/5": 1}, "; a/1 (1), a/2 (1), a/3 (1) and 2 more kinds\n"),
+        ({"decode/a": 2, "fetch/b": 1}, "; most often decode/a (2)\n"),
+    ],
+)
+def test_message_over_budget_says_most_often_of_one_kind_only(
+    output: FakeOutput, errors: dict[str, int], text: str
+) -> None:
+    output.put_part(0, failed=sum(errors.values()), in_this_run=False, footer_fields={"errors": errors})
+    assert text in output.finalize().message
 
 
 def test_message_over_budget_without_an_example(output: FakeOutput) -> None:
     output.put_part(0, failed=1, in_this_run=False)
-    assert "most often decode/truncated (1); see" in output.finalize().message
+    assert "most often decode/truncated (1)\n" in output.finalize().message
 
 
 def test_max_count_limits_error_rows(output: FakeOutput) -> None:
@@ -362,7 +381,7 @@ def test_truth_is_summed_over_the_parts(output: FakeOutput) -> None:
 )
 def test_truth_is_formatted_in_one_line(truth: dict[str, Any], text: str | None) -> None:
     read_json = RunResult("complete", 1, 1, 0, output="out", truth=truth).to_text().splitlines()
-    assert read_json[1:] == ([] if text is None else [text])
+    assert read_json[1:-1] == ([] if text is None else [text])
 
 
 # --- results as text and JSON ---------------------------------------------------------------------------------------
@@ -423,7 +442,23 @@ def test_run_result_is_one_line_of_json() -> None:
     ],
 )
 def test_run_result_without_a_message_shows_its_counts(result: RunResult, text: str) -> None:
-    assert result.to_text() == text
+    assert result.to_text().splitlines()[0] == text
+
+
+@pytest.mark.parametrize(
+    ("result", "last"),
+    [
+        (RunResult("complete", 3, 2, 1, output="out"), "rows: out/predictions/*.parquet; next: `batchjob errors out`"),
+        (
+            RunResult("already_complete", 3, 3, 0, output="s3://b/out/", truth={"accuracy": 0.5, "images": 3}),
+            "rows: s3://b/out/predictions/*.parquet; next: `batchjob status s3://b/out/`",
+        ),
+        (RunResult("incomplete", 3, 2, 0, output="out", exit_code=4, message="run again"), "run again"),
+        (RunResult("complete", 3, 3, 0), "None: complete: 3 images, 3 predicted, 0 failed"),
+    ],
+)
+def test_last_line_says_where_the_rows_are_and_what_to_type_next(result: RunResult, last: str) -> None:
+    assert result.to_text().splitlines()[-1] == last
 
 
 def test_plan_summary_as_text() -> None:

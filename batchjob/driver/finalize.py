@@ -26,6 +26,8 @@ from batchjob.worker.messages import WorkerInfo
 
 __all__ = ["RunSummary", "finalize_run"]
 
+_MAX_TIED_ERRORS = 3
+
 # Computes a task's metrics from its sums over all parts.
 Summarize = Callable[[Mapping[str, float]], dict[str, Any]]
 
@@ -164,14 +166,7 @@ def _build_result(store: Store, run: RunSummary, totals: Totals, budget: ErrorBu
     if run.given_up and not is_unfinished:
         status, exit_code, message = Incomplete.status, Incomplete.exit_code, _describe_abandoned(run)
     elif exceeded_limit:
-        counts = (
-            f"stopped early: {totals.failed:,} of {totals.rows:,} images failed so far, of {planned:,} planned"
-            if is_unfinished
-            else f"{totals.failed:,} of {format_count(planned, 'image')} failed"
-        )
-        advice = f"see `batchjob errors {store.uri}`"
-        advice += "; errors.abort_early=false does the rest all the same" if is_unfinished else ""
-        message = f"{counts}, {exceeded_limit}; {_describe_top_error(totals)}; {advice}"
+        message = _describe_excess(store, totals, planned, exceeded_limit, is_unfinished)
         status, exit_code = CheckFailed.status, CheckFailed.exit_code
     images = sum(result.key.images_to_read for result in run.new_parts.values())
     return RunResult(
@@ -195,7 +190,35 @@ def _describe_abandoned(run: RunSummary) -> str:
     )
 
 
+def _describe_excess(store: Store, totals: Totals, planned: int, exceeded_limit: str, is_unfinished: bool) -> str:
+    """Describe a run over its error budget in three lines: what failed, where the rows are, and what to type."""
+    if is_unfinished:
+        counts = f"stopped early: {totals.failed:,} of {totals.rows:,} images failed so far, of {planned:,} planned"
+        rows = f"the {format_count(totals.rows, 'row')} done so far"
+        advice = ", or set errors.abort_early=false, which does the rest all the same"
+    else:
+        counts = f"{totals.failed:,} of {format_count(planned, 'image')} failed"
+        rows = f"all {format_count(totals.rows, 'row')}, error rows among them,"
+        advice = ": then a run ends at once"
+    return (
+        f"{counts}, {exceeded_limit}; {_describe_top_error(totals)}\n"
+        f"{rows} can be read in {store.uri.rstrip('/')}/predictions/*.parquet; there is no _SUCCESS\n"
+        f"next: `batchjob errors {store.uri}` lists what failed; mend it and `batchjob retry`, or raise errors.max_rate"
+        f"{advice}"
+    )
+
+
 def _describe_top_error(totals: Totals) -> str:
-    error_type, count = totals.errors.most_common(1)[0]
+    """Describe the most frequent kind of error, or the first ones where several are equally frequent."""
+    ranking = totals.errors.most_common()
+    top = [error_type for error_type, count in ranking if count == ranking[0][1]]
+    described = [_describe_error(error_type, totals) for error_type in top[:_MAX_TIED_ERRORS]]
+    if len(top) == 1:
+        return f"most often {described[0]}"
+    more = len(ranking) - len(described)
+    return " and ".join([", ".join(described), *([format_count(more, "more kind")] if more else [])])
+
+
+def _describe_error(error_type: str, totals: Totals) -> str:
     example = totals.examples.get(error_type)
-    return f"most often {error_type} ({count:,}{f', such as {example}' if example else ''})"
+    return f"{error_type} ({totals.errors[error_type]:,}{f', such as {example}' if example else ''})"
