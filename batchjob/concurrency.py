@@ -5,24 +5,31 @@ from __future__ import annotations
 import atexit
 import contextlib
 import multiprocessing
+import multiprocessing.connection
+import multiprocessing.util
 import os
 import queue
 import signal
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
+from multiprocessing.process import BaseProcess
 from types import ModuleType
 from typing import Any, Generic, TypeVar, cast
+
+from batchjob.errors import InvalidJob
 
 __all__ = [
     "DaemonThreadPool",
     "clean_process_start",
     "exit_past_daemon_threads",
     "exit_with_parent",
+    "join_child_process",
     "kill_child_processes",
     "parallel_map",
     "run_in_background",
@@ -43,6 +50,10 @@ _CALLS_PER_THREAD = 4
 # survive a fork.
 _PRELOADED_MODULES = ["torch", "PIL.ImageFile"]
 _PROCESS_START_LOCK = threading.RLock()
+# A socket's path on Linux has 107 bytes; macOS allows three less.
+_MAX_SOCKET_BYTES = 103
+_SOCKET_FOLDER, _SOCKET = "/pymp-12345678", "/listener-12345678"
+_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - `multiprocessing` makes a private folder there
 # Before all child processes are killed, the start of one is waited for this long.
 _PROCESS_START_SECONDS = 3.0
 
@@ -209,9 +220,13 @@ def start_forkserver(*modules: str) -> None:
     """Start the fork server from which loader processes are forked; if it runs already, it stays as it is.
 
     This returns at once, while the fork server imports torch and the named modules.
+
+    Raises:
+        InvalidJob: The path of temporary files is too long for a socket, and so is every other one.
     """
     from multiprocessing import forkserver, resource_tracker
 
+    _choose_socket_folder()
     multiprocessing.get_context("forkserver").set_forkserver_preload([*_PRELOADED_MODULES, *modules])
     # Started here, because within the start of the fork server its own start would unblock SIGINT.
     with terminal_signals_blocked():
@@ -224,16 +239,22 @@ def start_forkserver(*modules: str) -> None:
 def clean_process_start() -> Iterator[None]:
     """Start processes that do not import the main program of this process.
 
-    It may be a script without `if __name__ == "__main__"`, or Ray's worker. One process is started at a time, from any
-    thread.
+    It may be a script without `if __name__ == "__main__"`, or Ray's worker. This process may be a daemonic one, of
+    `multiprocessing.Pool` or Celery, to which `multiprocessing` allows no children because they would outlive it: ours
+    end with it (`exit_with_parent`). One process is started at a time, from any thread.
     """
     with _PROCESS_START_LOCK:
-        main = sys.modules["__main__"]
+        main, current = sys.modules["__main__"], multiprocessing.current_process()
         method = cast("str | None", multiprocessing.get_start_method(allow_none=True))
         sys.modules["__main__"] = _MainWithoutFile(main)
+        is_daemonic = current.daemon
+        if is_daemonic:
+            current.daemon = False
         try:
             yield
         finally:
+            if is_daemonic:
+                current.daemon = True
             sys.modules["__main__"] = main
             # The first start of a process fixes the start method of the whole program. The program chooses it, not this
             # package.
@@ -252,6 +273,19 @@ def terminal_signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def join_child_process(process: BaseProcess, timeout: float | None = None) -> int | None:
+    """Wait for the end of a child process, for so many seconds; return its exit code, None if it still runs.
+
+    The exit code of a child of the fork server can be read only once, and the start of any process reads those of all
+    that have ended; so no process is started while it is read here.
+    """
+    if not multiprocessing.connection.wait([process.sentinel], timeout):
+        return None
+    with _PROCESS_START_LOCK:
+        process.join()
+    return process.exitcode
 
 
 def kill_child_processes() -> None:
@@ -288,3 +322,34 @@ class _MainWithoutFile(ModuleType):
         if name in {"__file__", "__path__"}:
             raise AttributeError(name)
         return getattr(self.__dict__["_main"], name)
+
+
+def _choose_socket_folder() -> None:
+    """Let `multiprocessing` put its sockets into a folder whose path is short enough.
+
+    It uses the folder for temporary files (TMPDIR), which batch systems name after the task, but the path of a socket
+    has about 107 bytes at most. Child processes get the same folder.
+
+    Example: a TMPDIR of 90 characters gives sockets `TMPDIR/pymp-12345678/listener-12345678` of 122, so `/tmp` is used.
+
+    Raises:
+        InvalidJob: No folder with a short path can be written.
+    """
+    own = tempfile.gettempdir()
+    with _PROCESS_START_LOCK:
+        for folder in (own, *_SHORT_FOLDERS):
+            if len(os.fsencode(folder)) + len(_SOCKET_FOLDER) + len(_SOCKET) > _MAX_SOCKET_BYTES:
+                continue
+            tempfile.tempdir = folder
+            try:
+                made = multiprocessing.util.get_temp_dir()  # made once, then always the same
+            except OSError:
+                continue
+            finally:
+                tempfile.tempdir = own
+            if len(os.fsencode(made)) + len(_SOCKET) <= _MAX_SOCKET_BYTES:
+                return
+    raise InvalidJob(
+        f"TMPDIR: {own} is too long a path for the sockets of loader processes; set TMPDIR to a folder with a short "
+        "path, or write runtime.loader.processes: 0"
+    )

@@ -174,7 +174,7 @@ def test_image_that_never_ends_is_an_error_and_a_slow_store_or_batch_is_not(tmp_
 
 def test_kernel_limits_cpu_time_without_the_workers_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop the worker's clock, so that the kernel ends the process. Waiting uses no CPU time."""
-    monkeypatch.setattr("batchjob.loader.worker_progress.WorkerProgress.is_overdue", lambda self, seconds: False)
+    monkeypatch.setattr("batchjob.loader.worker_limits.WorkerProgress.is_overdue", lambda self, seconds: False)
     store, images = open_store(str(tmp_path / "out")), tmp_path / "images"
     images.mkdir()
     loader = make_loader(images, seconds=0.2)

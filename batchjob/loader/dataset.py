@@ -1,22 +1,41 @@
-"""Dataset: turns a request for images into a batch: fetch, decode, transform, collate. A bad image keeps its row."""
+"""Dataset of torch's DataLoader: fetch, decode, transform, collate of a batch. A bad image keeps its row."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from batchjob.errors import BatchjobError, ImageError, Unavailable, is_out_of_memory
+from torch.utils.data import Dataset, get_worker_info
+
+from batchjob.errors import AttemptFailed, BatchjobError, ImageError, Unavailable, is_out_of_memory
 from batchjob.loader.collate import RaggedBatch, StackedBatch
 from batchjob.loader.fetch import Fetcher, check_file_size, group_refs
+from batchjob.loader.worker_context import get_progress
+from batchjob.loader.worker_limits import SkippedRequests, WorkerCallback, WorkerProgress, limit_process
+from batchjob.loader.worker_process import OUT_OF_MEMORY_CODE
 from batchjob.storage.objects import ObjectData
 from batchjob.types import Batch, ErrorRecord, ImageInfo, ImageRef, PreparedImage, StageTiming
 
-__all__ = ["BatchRequest", "ImageDataset", "LoadCallback", "TransformFn"]
+__all__ = [
+    "BatchRequest",
+    "ImageDataset",
+    "IsolatedDataset",
+    "LoadCallback",
+    "LoadResult",
+    "LoadedBatch",
+    "NumberedRequest",
+    "TransformFn",
+    "load_or_fail",
+    "start_worker",
+]
+
+LoadResult = Batch | BatchjobError
 
 TransformFn = Callable[[bytes], PreparedImage]
 """Function from an encoded image to its tensor. Raises ImageError."""
@@ -107,7 +126,7 @@ class ImageDataset:
 
     def load_batch(
         self, request: BatchRequest, callback: LoadCallback | None = None, shared: bool = False
-    ) -> Batch | BatchjobError:
+    ) -> LoadResult:
         """Load one batch.
 
         Args:
@@ -183,6 +202,95 @@ class ImageDataset:
         except Exception as error:  # noqa: BLE001 - a fault of one image becomes the error of its row
             error_record = _convert_image_error(error)
         return ImageInfo(etag, error=error_record)
+
+
+@dataclass(frozen=True)
+class NumberedRequest:
+    """Index into `IsolatedDataset`.
+
+    Attributes:
+        number: Number of the request, unique in its loader.
+        request: Images to load.
+    """
+
+    number: int
+    request: BatchRequest
+
+
+@dataclass(frozen=True)
+class LoadedBatch:
+    """Item of `IsolatedDataset`.
+
+    Attributes:
+        number: Number of the request.
+        result: Batch or error; None if the request was skipped.
+    """
+
+    number: int
+    result: LoadResult | None
+
+    def pin_memory(self) -> LoadedBatch:
+        """Return the batch in page-locked memory; called by DataLoader."""
+        return replace(self, result=self.result.pin_memory()) if isinstance(self.result, Batch) else self
+
+
+class IsolatedDataset(Dataset[LoadedBatch]):
+    """Map-style dataset of whole batches: an index is a numbered request.
+
+    Args:
+        images: Dataset that loads the batches.
+        skipped: Requests that are not loaded any more.
+        memory_bytes: Memory of each process in bytes; None without a limit.
+        image_seconds: CPU seconds that one image may take.
+    """
+
+    def __init__(
+        self, images: ImageDataset, skipped: SkippedRequests, memory_bytes: int | None, image_seconds: float
+    ) -> None:
+        self.images, self._skipped = images, skipped
+        self._memory_bytes, self._image_seconds = memory_bytes, image_seconds
+        self._progress: WorkerProgress | None = None
+        self._callback: WorkerCallback | None = None
+
+    def start(self, progress: WorkerProgress) -> None:
+        """Set the limits of this process, and record from now on what it does."""
+        self._progress = progress
+        self._callback = limit_process(progress, self._memory_bytes, self._image_seconds)
+
+    def __getitems__(self, requests: Sequence[NumberedRequest]) -> list[LoadedBatch]:
+        """Load a batch for each request; DataLoader calls this once for each list of its batch sampler."""
+        return [self._load(request.number, request.request) for request in requests]
+
+    def _load(self, number: int, request: BatchRequest) -> LoadedBatch:
+        assert self._progress is not None, "the process has been started"
+        if number in self._skipped:
+            return LoadedBatch(number, None)
+        self._progress.start_request(number)
+        result = load_or_fail(self.images, request, self._callback)
+        self._progress.set_idle()
+        return LoadedBatch(number, result)
+
+
+def load_or_fail(images: ImageDataset, request: BatchRequest, callback: LoadCallback | None) -> LoadResult:
+    """Load a batch for another process, without raising anything."""
+    try:
+        return images.load_batch(request, callback, shared=True)
+    except MemoryError:  # not one image's fault: a new process, and smaller batches, get further than this one
+        os._exit(OUT_OF_MEMORY_CODE)
+    except Exception as error:  # noqa: BLE001 - fails the attempt, at the place of the batch
+        text = " ".join(str(error).split())[:500]
+        return AttemptFailed(f"the loader failed: {type(error).__name__}: {text}")
+
+
+def start_worker(_: int) -> None:
+    """Prepare a process that a DataLoader has started: the `worker_init_fn`."""
+    info = get_worker_info()
+    assert info is not None
+    assert isinstance(info.dataset, IsolatedDataset)
+    # DataLoader's handlers print a line about each crash, which the worker reports anyway.
+    for kind in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE):
+        signal.signal(kind, signal.SIG_DFL)
+    info.dataset.start(get_progress())
 
 
 def _convert_image_error(error: Exception) -> ErrorRecord:

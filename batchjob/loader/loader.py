@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from operator import itemgetter
 
 import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from batchjob.concurrency import start_forkserver
 from batchjob.errors import AttemptFailed, BatchjobError
-from batchjob.loader.dataset import BatchRequest, ImageDataset, TransformFn
+from batchjob.loader.dataset import BatchRequest, ImageDataset, LoadResult, TransformFn
 from batchjob.loader.fetch import Fetcher
-from batchjob.loader.isolation import LoaderProcessPool
+from batchjob.loader.isolation import IsolatedLoader
 from batchjob.loader.quarantine import Quarantine
 from batchjob.loader.settings import LoaderConfig
 from batchjob.loader.shard_queue import ShardQueue
@@ -39,13 +39,14 @@ class Loader:
         variable_size: True if images may differ in size; `size` is then ignored.
         max_bytes: Images known to be larger, in bytes, are not fetched; None for no limit.
         retries: Further reads of an image that cannot be read while its store answers.
+        device: Index of the GPU for which batches are pinned; None for the current one.
 
     Attributes:
         batch_size: Images in a batch; a new value counts from the next shard on.
         quarantine: Images that are known to kill a process. The initial one lasts as long as the loader.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - keyword only, and called in few places
         self,
         *,
         reader: Reader,
@@ -56,11 +57,12 @@ class Loader:
         variable_size: bool = False,
         max_bytes: int | None = None,
         retries: int = 2,
+        device: int | None = None,
     ) -> None:
         fetcher = Fetcher(reader, max_bytes, retries)
         self._dataset = ImageDataset(fetcher, transform, size, variable_size)
-        self._config = config
-        self._starting_pool: Future[LoaderProcessPool] | None = None
+        self._config, self._device = config, device
+        self._isolated: IsolatedLoader | None = None
         self._deaths_before, self._callback = 0, _TimestampCallback()
         self.batch_size = batch_size
         self.quarantine = Quarantine()
@@ -80,20 +82,18 @@ class Loader:
     @property
     def process_deaths(self) -> int:
         """Processes that have died so far, those of trials included."""
-        pool = self._find_pool()
-        return self._deaths_before + (pool.process_deaths if pool is not None else 0)
+        isolated = self._isolated
+        return self._deaths_before + (0 if isolated is None else isolated.process_deaths)
 
     def last_progress(self) -> float:
         """Return the time of the last step of loading, on the monotonic clock; 0 before the first."""
-        pool = self._find_pool()
-        return self._callback.last_progress if pool is None else pool.last_progress
+        isolated = self._isolated
+        return self._callback.last_progress if isolated is None else isolated.last_progress
 
     def start(self) -> None:
         """Start the processes in the background. Repeated calls do nothing."""
-        if self._config.processes and self._starting_pool is None:
-            executor = ThreadPoolExecutor(1, thread_name_prefix="batchjob-loader")
-            self._starting_pool = executor.submit(self._start_pool)
-            executor.shutdown(wait=False)
+        if self._config.processes and self._isolated is None:
+            self._isolated = IsolatedLoader(self._dataset, self._config, self.quarantine, self._device)
 
     def batches(self, queue: ShardQueue) -> Iterator[Batch]:
         """Load one epoch: the batches of the queue's shards, in order, until it returns None.
@@ -107,7 +107,7 @@ class Loader:
             Unavailable: The output, in which a deadly image has to be recorded, cannot be reached.
             InvalidJob: The images cannot be read with this job, for one because an extra is missing.
         """
-        with closing(self._load_in_pool(queue) if self._config.processes else self._load_here(queue)) as results:
+        with closing(self._load_in_processes(queue) if self._config.processes else self._load_here(queue)) as results:
             for result in results:
                 if isinstance(result, BatchjobError):
                     raise result
@@ -115,22 +115,30 @@ class Loader:
 
     def close(self) -> None:
         """End the processes. The loader may be started again."""
-        starting_pool, self._starting_pool = self._starting_pool, None
-        if starting_pool is not None and starting_pool.exception() is None:
-            pool = starting_pool.result()
-            pool.close()
-            self._deaths_before += pool.process_deaths
+        isolated, self._isolated = self._isolated, None
+        if isolated is not None:
+            isolated.close()
+            self._deaths_before += isolated.process_deaths
 
-    def _load_here(self, queue: ShardQueue) -> Generator[Batch | BatchjobError, None, None]:
-        for request in self._make_requests(queue):
-            result = self._dataset.load_batch(request, self._callback)
-            yield result.pin_memory() if self._config.pin_memory and isinstance(result, Batch) else result
+    def _load_here(self, queue: ShardQueue) -> Generator[LoadResult, None, None]:
+        yield from DataLoader(
+            _DatasetHere(self._dataset, self._callback),
+            batch_sampler=_QueueSampler(self._make_requests(queue)),
+            collate_fn=itemgetter(0),
+            pin_memory=self._config.pin_memory,
+            generator=torch.Generator(),
+        )
 
-    def _load_in_pool(self, queue: ShardQueue) -> Generator[Batch | BatchjobError, None, None]:
-        pool = self._wait_for_pool()
-        pool.quarantine = self.quarantine
+    def _load_in_processes(self, queue: ShardQueue) -> Generator[LoadResult, None, None]:
+        if self._isolated is not None and not self._isolated.healthy:
+            self.close()
+        self.start()
+        assert self._isolated is not None
+        self._isolated.quarantine = self.quarantine
         try:
-            yield from pool.batches(self._make_requests(queue))
+            yield from self._isolated.batches(
+                self._make_requests(queue), lambda request: queue.is_wanted(request.attempt_number)
+            )
         except BatchjobError:
             self.close()
             raise
@@ -142,35 +150,11 @@ class Loader:
         while (shard := queue.next_shard()) is not None:
             batch_size = self.batch_size
             for start in range(0, len(shard.refs), batch_size):
-                if not queue.is_wanted(shard):
+                if not queue.is_wanted(shard.attempt_number):
                     break
                 refs = shard.refs[start : start + batch_size]
                 known_errors = self.quarantine.errors_by_row(ref.position for ref in refs)
                 yield BatchRequest(shard.key.index, shard.attempt_number, start, refs, known_errors)
-
-    def _start_pool(self) -> LoaderProcessPool:
-        start_forkserver(__name__)
-        return LoaderProcessPool(self._dataset, self._config, self.quarantine)
-
-    def _wait_for_pool(self) -> LoaderProcessPool:
-        """Return a usable pool, started now if need be."""
-        try:
-            pool = self._find_pool()
-            if pool is not None and not pool.healthy:
-                self.close()
-            self.start()
-            assert self._starting_pool is not None
-            return self._starting_pool.result()
-        except Exception:  # the processes could not be started: the next call tries again
-            self._starting_pool = None
-            raise
-
-    def _find_pool(self) -> LoaderProcessPool | None:
-        """Return the pool, if it has started by now."""
-        starting = self._starting_pool
-        if starting is None or not starting.done() or starting.exception() is not None:
-            return None
-        return starting.result()
 
 
 class _TimestampCallback:
@@ -186,3 +170,23 @@ class _TimestampCallback:
 
     def on_send(self) -> None:
         self.last_progress = time.monotonic()
+
+
+class _DatasetHere(Dataset[LoadResult]):
+    """Dataset of a DataLoader without processes: an index is a request, an item a whole batch."""
+
+    def __init__(self, images: ImageDataset, callback: _TimestampCallback) -> None:
+        self._images, self._callback = images, callback
+
+    def __getitems__(self, requests: Sequence[BatchRequest]) -> list[LoadResult]:
+        return [self._images.load_batch(request, self._callback) for request in requests]
+
+
+class _QueueSampler(Sampler[list[BatchRequest]]):
+    """Batch sampler of a DataLoader without processes: one request after the other."""
+
+    def __init__(self, requests: Iterator[BatchRequest]) -> None:
+        self._requests = requests
+
+    def __iter__(self) -> Iterator[list[BatchRequest]]:
+        return ([request] for request in self._requests)

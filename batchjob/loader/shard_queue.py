@@ -29,10 +29,10 @@ class ShardQueue:
     Example:
         >>> queue = ShardQueue.of([first, second])
         >>> shard = queue.next_shard()  # `first`, with attempt number 7
-        >>> queue.is_wanted(shard)
+        >>> queue.is_wanted(shard.attempt_number)
         True
         >>> queue.drop(shard)  # its last batch has arrived, or its attempt has failed
-        >>> queue.is_wanted(shard)
+        >>> queue.is_wanted(shard.attempt_number)
         False
 
     Args:
@@ -62,9 +62,9 @@ class ShardQueue:
             self._empty.append(shard)
         return shard
 
-    def is_wanted(self, shard: Shard) -> bool:
-        """Return True if more batches of an attempt are needed. The loader asks before each request."""
-        return shard.attempt_number in self._in_flight and self._is_open()
+    def is_wanted(self, attempt_number: int) -> bool:
+        """Return True if more batches of an attempt are needed. The loader asks for each request."""
+        return attempt_number in self._in_flight and self._is_open()
 
     def find_shard(self, batch: Batch) -> Shard | None:
         """Return the shard that a batch belongs to, None if its attempt is no longer wanted."""

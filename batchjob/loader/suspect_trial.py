@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
+
+import torch
 
 from batchjob.errors import AttemptFailed
-from batchjob.loader.dataset import BatchRequest
-from batchjob.loader.worker_process import LoaderProcess, LoadResult, WorkerExit
+from batchjob.loader.dataset import BatchRequest, ImageDataset, LoadResult, load_or_fail
+from batchjob.loader.settings import LoaderConfig
+from batchjob.loader.worker_limits import WorkerProgress, limit_process
+from batchjob.loader.worker_process import LoaderProcess, WorkerExit, run_beside_parent
 from batchjob.types import Batch, ErrorRecord, ImageInfo
 
-__all__ = ["TrialResult", "try_image_alone"]
+__all__ = ["TrialResult", "start_trial", "wait_for_trial"]
 
 
 @dataclass(frozen=True)
@@ -26,22 +30,25 @@ class TrialResult:
     exit: WorkerExit | None = None
 
 
-def try_image_alone(process: LoaderProcess, request: BatchRequest, seconds: float) -> TrialResult:
-    """Load one image in a process that does nothing else. The caller's clock kills the process if it takes too long.
+def start_trial(dataset: ImageDataset, request: BatchRequest, config: LoaderConfig) -> LoaderProcess:
+    """Start a process that loads a request for one image and does nothing else."""
+    return LoaderProcess(_run_trial, dataset, request, config.memory_bytes, config.image_seconds)
+
+
+def wait_for_trial(process: LoaderProcess, seconds: float) -> TrialResult:
+    """Wait for the result of a trial. The caller's clock kills the process if it takes too long.
 
     Args:
-        process: New process.
-        request: Request for one image.
+        process: Process of the trial.
         seconds: Limit of the caller's clock, for the error message.
 
     Raises:
         AttemptFailed: The process ended before it was ready.
     """
-    process.send(0, request)
     while True:
-        ready = wait([process.pipe, process.sentinel])
+        ready = wait([process.connection, process.sentinel])
         if (received := process.receive()) is not None:
-            return TrialResult(_find_image_error(received[1]))
+            return TrialResult(received[0])
         if process.sentinel in ready:
             break
     process_exit = process.wait_for_exit()
@@ -51,6 +58,22 @@ def try_image_alone(process: LoaderProcess, request: BatchRequest, seconds: floa
     if snapshot is None or snapshot.row is None:  # it did not die over the image
         return TrialResult(None, process_exit)
     return TrialResult(ImageInfo(snapshot.etag, error=_make_error(process_exit, seconds)), process_exit)
+
+
+def _run_trial(
+    connection: Connection,
+    progress: WorkerProgress,
+    dataset: ImageDataset,
+    request: BatchRequest,
+    memory_bytes: int | None,
+    seconds: float,
+) -> None:
+    run_beside_parent()
+    torch.set_num_threads(1)
+    callback = limit_process(progress, memory_bytes, seconds)
+    progress.start_request(0)
+    connection.send(_find_image_error(load_or_fail(dataset, request, callback)))
+    progress.set_idle()
 
 
 def _find_image_error(result: LoadResult) -> ImageInfo | None:

@@ -30,9 +30,9 @@ def test_attempts_at_the_same_shard_have_different_numbers() -> None:
     first, second = take(queue), take(queue)
     assert first.attempt_number != second.attempt_number
     queue.drop(first)
-    assert not queue.is_wanted(first)
+    assert not queue.is_wanted(first.attempt_number)
     assert queue.find_shard(batch_of(first)) is None
-    assert queue.is_wanted(second)
+    assert queue.is_wanted(second.attempt_number)
     assert queue.find_shard(batch_of(second)) == second
     assert queue.in_flight() == [second]
 
@@ -55,7 +55,7 @@ def test_queue_may_be_empty_for_a_while() -> None:
 def test_shard_without_images_is_never_in_flight() -> None:
     queue = ShardQueue.of([make_shard(0, images=0), make_shard(1)])
     empty, _ = take(queue), take(queue)
-    assert not queue.is_wanted(empty)
+    assert not queue.is_wanted(empty.attempt_number)
     assert [shard.key.index for shard in queue.in_flight()] == [1]
     assert queue.take_empty_shards() == [empty]
     assert queue.take_empty_shards() == []
@@ -65,10 +65,10 @@ def test_closed_queue_has_no_shards_and_wants_no_batches() -> None:
     is_open = True
     queue = ShardQueue.of([make_shard(0), make_shard(1)], is_open=lambda: is_open)
     shard = take(queue)
-    assert queue.is_wanted(shard)
+    assert queue.is_wanted(shard.attempt_number)
     is_open = False
     assert queue.next_shard() is None
-    assert not queue.is_wanted(shard)
+    assert not queue.is_wanted(shard.attempt_number)
     assert queue.find_shard(batch_of(shard)) is None
 
 
@@ -102,7 +102,7 @@ def test_second_drop_of_an_attempt_does_nothing() -> None:
 def test_shard_that_no_queue_has_handed_out_is_not_wanted() -> None:
     queue = ShardQueue.of([make_shard(0)])
     take(queue)
-    assert not queue.is_wanted(make_shard(0))
+    assert not queue.is_wanted(make_shard(0).attempt_number)
     assert queue.find_shard(batch_of(make_shard(0))) is None
 
 
@@ -110,4 +110,4 @@ def test_attempt_is_wanted_only_by_its_own_queue() -> None:
     shard = take(ShardQueue.of([make_shard(0)]))
     other = ShardQueue.of([make_shard(0)])
     take(other)
-    assert not other.is_wanted(shard)
+    assert not other.is_wanted(shard.attempt_number)

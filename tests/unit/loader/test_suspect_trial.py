@@ -19,7 +19,8 @@ from batchjob.concurrency import start_forkserver
 from batchjob.errors import AttemptFailed, ImageError, StorageError, Unavailable
 from batchjob.loader.dataset import BatchRequest, ImageDataset, TransformFn
 from batchjob.loader.fetch import Fetcher
-from batchjob.loader.suspect_trial import TrialResult, try_image_alone
+from batchjob.loader.settings import LoaderConfig
+from batchjob.loader.suspect_trial import TrialResult, start_trial, wait_for_trial
 from batchjob.loader.worker_process import LoaderProcess
 from batchjob.storage.objects import ObjectData
 from batchjob.storage.reader import Reader
@@ -55,13 +56,6 @@ class DieOnArrival:
         return os._exit, (3,)
 
 
-class DieWhenCalled:
-    """Transform for images that a GPU decodes; the CPU of a trial must not call it."""
-
-    def __call__(self, data: bytes) -> PreparedImage:
-        os._exit(4)
-
-
 class CrashingReader(Reader):
     """Storage client that crashes."""
 
@@ -83,9 +77,9 @@ def forkserver() -> None:
 
 
 @contextmanager
-def run_process(transform: TransformFn = DECODE_BY_WORD, reader: Reader = READER) -> Iterator[LoaderProcess]:
+def run_trial(path: Path, transform: TransformFn = DECODE_BY_WORD, reader: Reader = READER) -> Iterator[LoaderProcess]:
     dataset = ImageDataset(Fetcher(reader), transform, None, False)
-    process = LoaderProcess(dataset, None, 60.0)
+    process = start_trial(dataset, make_request(str(path)), LoaderConfig(1, 1, False))
     try:
         yield process
     finally:
@@ -95,8 +89,8 @@ def run_process(transform: TransformFn = DECODE_BY_WORD, reader: Reader = READER
 def try_word(folder: Path, word: str) -> TrialResult:
     """Try a file that holds a word."""
     (folder / "image").write_text(word)
-    with run_process() as process:
-        return try_image_alone(process, make_request(str(folder / "image")), 60.0)
+    with run_trial(folder / "image") as process:
+        return wait_for_trial(process, 60.0)
 
 
 def test_image_that_decodes_alone_is_not_to_blame(tmp_path: Path) -> None:
@@ -112,8 +106,8 @@ def test_ordinary_error_of_the_image_is_found_without_a_death(tmp_path: Path) ->
 
 
 def test_image_that_is_gone_by_now_has_the_error_of_its_fetch(tmp_path: Path) -> None:
-    with run_process() as process:
-        trial = try_image_alone(process, make_request(str(tmp_path / "absent")), 60.0)
+    with run_trial(tmp_path / "absent") as process:
+        trial = wait_for_trial(process, 60.0)
     assert trial.info is not None
     assert trial.info.error is not None
     assert (trial.info.error.stage, trial.info.error.type) == ("fetch", "not_found")
@@ -138,7 +132,7 @@ def test_image_that_kills_again_gets_the_cause_as_its_error(tmp_path: Path, word
 
 def test_image_that_the_callers_clock_ends_gets_the_limit_in_its_error(tmp_path: Path) -> None:
     (tmp_path / "image").write_text("hang")
-    with run_process() as process:
+    with run_trial(tmp_path / "image") as process:
 
         def kill_in_decoder() -> None:
             while (snapshot := process.progress.snapshot) is None or snapshot.row is None:
@@ -147,7 +141,7 @@ def test_image_that_the_callers_clock_ends_gets_the_limit_in_its_error(tmp_path:
 
         clock = threading.Thread(target=kill_in_decoder)
         clock.start()
-        trial = try_image_alone(process, make_request(str(tmp_path / "image")), 2.5)
+        trial = wait_for_trial(process, 2.5)
         clock.join()
     assert trial.info is not None
     assert trial.info.error is not None
@@ -157,8 +151,8 @@ def test_image_that_the_callers_clock_ends_gets_the_limit_in_its_error(tmp_path:
 
 def test_death_while_the_image_is_fetched_is_not_the_images_fault(tmp_path: Path) -> None:
     (tmp_path / "image").write_text("good")
-    with run_process(reader=CrashingReader()) as process:
-        trial = try_image_alone(process, make_request(str(tmp_path / "image")), 60.0)
+    with run_trial(tmp_path / "image", reader=CrashingReader()) as process:
+        trial = wait_for_trial(process, 60.0)
     assert trial.info is None
     assert trial.exit is not None
     assert trial.exit.description == "ended with exit code 11"
@@ -166,7 +160,7 @@ def test_death_while_the_image_is_fetched_is_not_the_images_fault(tmp_path: Path
 
 def test_process_that_never_starts_fails_the_attempt(tmp_path: Path) -> None:
     with (
-        run_process(DieOnArrival()) as process,
+        run_trial(tmp_path / "image", DieOnArrival()) as process,
         pytest.raises(AttemptFailed, match="a loader process ended with exit code 3 as it started"),
     ):
-        try_image_alone(process, make_request(str(tmp_path / "image")), 60.0)
+        wait_for_trial(process, 60.0)

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from batchjob.loader.worker_limits import WorkerCallback
-from batchjob.loader.worker_progress import ProgressSnapshot, WorkerProgress
+from batchjob.loader.worker_limits import ProgressSnapshot, WorkerCallback, WorkerProgress
 
 MIB = 1 << 20
 LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits data and has oom_score_adj")
@@ -24,7 +23,7 @@ LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="only Linux limi
 PRELUDE = """
 import json, multiprocessing, os, resource, signal, sys
 from batchjob.loader.worker_limits import WorkerCallback, apply_process_limits
-from batchjob.loader.worker_progress import WorkerProgress
+from batchjob.loader.worker_limits import WorkerProgress
 
 progress = WorkerProgress(multiprocessing.get_context())
 progress.start_request(1)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from batchjob.concurrency import clean_process_start
-from batchjob.loader.worker_progress import ProgressSnapshot, WorkerProgress
+from batchjob.loader.worker_limits import ProgressSnapshot, WorkerProgress
 
 Step = Callable[[WorkerProgress], None]
 
