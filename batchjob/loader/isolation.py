@@ -140,8 +140,11 @@ class IsolatedLoader:
         """End all processes. Each has a few seconds to finish its batch."""
         seconds = _CLOSE_SECONDS if self.healthy else 0.0
         self._closed.set()
-        self._skip(lambda request: True)
         self._fail(AttemptFailed("the loader was closed"))
+        with self._changed:
+            self._unsent.clear()
+            for number in self._sent:
+                self._skipped.add(number)
         for trial in tuple(self._trials):
             trial.kill("closing")
         self._puller.join(seconds)
