@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 
-from batchjob.concurrency import DaemonThreadPool, parallel_map, run_in_background
+from batchjob.concurrency import (
+    DaemonThreadPool,
+    clean_process_start,
+    join_child_process,
+    parallel_map,
+    run_in_background,
+)
 
 TIMEOUT = 60.0  # seconds, for events that another thread sets at once
 
@@ -131,3 +143,101 @@ def test_results_before_a_failure_of_the_items_are_yielded() -> None:
     assert [next(results), next(results)] == [10, 20]
     with pytest.raises(LookupError, match="no more"):
         next(results)
+
+
+# -- child processes -------------------------------------------------------------------------------------------------
+
+_SOCKET_SCRIPT = """
+import multiprocessing.connection, os, sys, tempfile
+from batchjob import concurrency
+from batchjob.errors import InvalidJob
+concurrency._SHORT_FOLDERS = tuple(sys.argv[1:])
+try:
+    concurrency._choose_socket_folder()
+except InvalidJob as error:
+    sys.exit(error.message)
+listener = multiprocessing.connection.Listener(family="AF_UNIX")
+print(os.path.dirname(os.path.dirname(listener.address)), tempfile.gettempdir())
+listener.close()
+"""
+
+
+def choose_socket_folder(temporary: Path, *others: Path) -> subprocess.CompletedProcess[str]:
+    """Choose in a process of its own, whose folder for temporary files is given."""
+    command = [sys.executable, "-c", _SOCKET_SCRIPT, *map(str, others)]
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="b", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("length", [90, 150])
+def test_sockets_lie_in_a_short_folder_where_that_of_temporary_files_is_too_long(
+    length: int, short_folder: Path
+) -> None:
+    temporary = short_folder / ("t" * (length - len(str(short_folder)) - 1))
+    temporary.mkdir()
+    absent, other = short_folder / "absent", short_folder / "o"
+    other.mkdir()
+    done = choose_socket_folder(temporary, absent, other)
+    assert (done.returncode, done.stdout.split()) == (0, [str(other), str(temporary)]), done.stderr
+    assert list(other.iterdir()) == [], "removed at the exit"
+
+
+def test_short_folder_of_temporary_files_is_used_for_sockets_too(short_folder: Path) -> None:
+    done = choose_socket_folder(short_folder, Path("/absent"))
+    assert done.stdout.split() == [str(short_folder)] * 2, done.stderr
+
+
+def test_without_any_short_folder_the_job_is_refused_with_a_sentence(short_folder: Path) -> None:
+    temporary = short_folder / ("t" * 90)
+    temporary.mkdir()
+    done = choose_socket_folder(temporary, short_folder / "absent")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"TMPDIR: {temporary} is too long a path for the sockets of loader processes; set")
+
+
+_DAEMONIC_SCRIPT = """
+import multiprocessing, os
+from batchjob.concurrency import clean_process_start, join_child_process
+
+def start_child(context):
+    child = context.Process(target=os._exit, args=(7,), daemon=True)
+    with clean_process_start():
+        child.start()
+    assert multiprocessing.current_process().daemon
+    print(join_child_process(child), flush=True)
+
+if __name__ == "__main__":
+    for method in ("fork", "spawn"):
+        context = multiprocessing.get_context(method)
+        daemon = context.Process(target=start_child, args=(multiprocessing.get_context("spawn"),), daemon=True)
+        daemon.start()
+        daemon.join()
+"""
+
+
+def test_daemonic_process_may_start_a_process_that_ends_with_it(tmp_path: Path) -> None:
+    (tmp_path / "daemonic.py").write_text(_DAEMONIC_SCRIPT)
+    command = [sys.executable, "daemonic.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "7\n7\n", done.stderr
+
+
+def test_exit_code_of_a_child_is_known_even_if_other_processes_are_started_meanwhile() -> None:
+    context = multiprocessing.get_context("spawn")
+    child = context.Process(target=os._exit, args=(5,), daemon=True)
+    with clean_process_start():
+        child.start()
+    assert join_child_process(child, 60.0) == 5
+    assert join_child_process(child) == 5
+    endless = context.Process(target=time.sleep, args=(600,), daemon=True)
+    with clean_process_start():
+        endless.start()
+    assert join_child_process(endless, 0.01) is None
+    endless.kill()
+    assert join_child_process(endless) == -signal.SIGKILL

@@ -209,7 +209,7 @@ class IsolatedLoader:
 
     def _make_data_loader(self) -> DataLoader[LoadedBatch]:
         config = self._config
-        return DataLoader(
+        return _DataLoader(
             IsolatedDataset(self._dataset, self._skipped, config.memory_bytes, config.image_seconds),
             batch_sampler=_RequestSampler(self._next_request),
             collate_fn=itemgetter(0),  # each list of the sampler holds one request
@@ -371,6 +371,12 @@ class IsolatedLoader:
         with self._changed:
             self._failure = self._failure or error
             self._changed.notify_all()
+
+
+class _DataLoader(DataLoader[LoadedBatch]):
+    """DataLoader that does not warn of more processes than cores: their number is the job's decision."""
+
+    def check_worker_number_rationality(self) -> None: ...
 
 
 class _RequestSampler(Sampler[list[NumberedRequest]]):

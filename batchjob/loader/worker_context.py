@@ -20,6 +20,8 @@ from batchjob.loader.worker_process import OUT_OF_MEMORY_CODE, LoaderProcess, ru
 
 __all__ = ["ReplaceableWorker", "WorkerContext", "get_progress"]
 
+_CLOSED_SECONDS = 0.02
+
 
 class WorkerContext(ForkServerContext):
     """Context with which a DataLoader starts its processes; it knows them, and what each of them has in hand.
@@ -40,12 +42,12 @@ class WorkerContext(ForkServerContext):
 
     Attributes:
         workers: Workers of the DataLoader.
-        closed: True once no process is needed any more.
+        closed: Set once no process is needed any more.
     """
 
     def __init__(self, on_death: Callable[[ReplaceableWorker, LoaderProcess], None]) -> None:
         super().__init__()
-        self.on_death, self.closed = on_death, False
+        self.on_death, self.closed = on_death, threading.Event()
         self.workers: list[ReplaceableWorker] = []
         self._events: list[SharedFlag] = []
         # Ends a wait for results, so that it looks at the new processes.
@@ -73,7 +75,7 @@ class WorkerContext(ForkServerContext):
 
     def end_processes(self) -> None:
         """Ask all processes to end; no death is reported and none is replaced from now on."""
-        self.closed = True
+        self.closed.set()
         for event in self._events:
             event.set()
         self.wake()
@@ -83,7 +85,7 @@ class WorkerContext(ForkServerContext):
 
     def kill_processes(self) -> None:
         """Kill all processes; no death is reported and none is replaced from now on."""
-        self.closed = True
+        self.closed.set()
         self.wake()
         for worker in self.workers:
             if (process := worker.process) is not None:
@@ -131,7 +133,7 @@ class ReplaceableWorker:
             for item in self._unanswered:
                 process.send(item)
             self._pid, self.process = process.pid, process
-        if self._context.closed:
+        if self._context.closed.is_set():
             process.kill("closing")
         self._context.wake()
 
@@ -166,7 +168,7 @@ class ReplaceableWorker:
 
     def is_alive(self) -> bool:
         """Return True until the context is closed: a process that has died is replaced."""
-        return not self._context.closed
+        return not self._context.closed.is_set()
 
     def join(self, timeout: float | None = None) -> None:
         if self.process is not None:
@@ -191,7 +193,7 @@ class WorkerQueue:
 
     def put(self, item: object) -> None:
         """Send an item to the process; after the end, when DataLoader puts its last items, do nothing."""
-        if not self._context.closed:
+        if not self._context.closed.is_set():
             for worker in self.workers:
                 worker.send(item)
 
@@ -203,12 +205,17 @@ class WorkerQueue:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._arrived:
+            if self._context.closed.is_set():
+                time.sleep(_CLOSED_SECONDS)  # DataLoader's thread for pinning asks again until it is told to end
+                raise queue.Empty
             running = [(worker, process) for worker in self.workers if (process := worker.process) is not None]
             sources = [source for _, process in running for source in (process.connection, process.sentinel)]
             wakeup = self._context.wakeup_reader
             ready = wait([*sources, wakeup], None if deadline is None else max(0.0, deadline - time.monotonic()))
-            if not ready or self._context.closed:
+            if not ready:
                 raise queue.Empty
+            if self._context.closed.is_set():
+                continue
             if wakeup in ready:
                 wakeup.recv()
             for worker, process in running:

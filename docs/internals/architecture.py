@@ -25,7 +25,8 @@ PACKAGES = {
     "driver": "The process that plans a run, hands shards to workers, and finishes the output.",
     "pool": "Workers in this process or on a Ray cluster, behind one protocol. Only `ray_*.py` imports ray.",
     "worker": "Composition root of the data path: one loaded model, one plan, one loop over shards.",
-    "loader": "Turns shards into pinned uint8 batches, in loader processes that an image may kill.",
+    "loader": "Turns shards into pinned uint8 batches by torch's DataLoader, whose processes an image may kill "
+    "([how](crash-isolation.md)).",
     "preprocessing": "Turns encoded bytes into pixels, and pixels into what the model was trained on.",
     "models": "Turns weights into a ready module. Extension point: one file per format (copy `checkpoint.py`).",
     "inference": "Turns batches into predictions; `autotune/` chooses the execution config.",
@@ -41,8 +42,8 @@ INTRODUCTION = """\
 <!-- Written by `python docs/internals/architecture.py`; do not edit. -->
 
 A **source** lists images; a **plan** cuts them into **shards**; the **driver** hands shards to **workers** in a
-**pool** (this process, or Ray actors). A worker holds one loaded **model** and turns a shard into rows: batches from
-**loader** processes, **inference**, a **task**, one **part**. One conditional PUT **commits** the part. A **report**
+**pool** (this process, or Ray actors). A worker holds one loaded **model** and turns a shard into rows: batches of a
+**loader** (torch's DataLoader), **inference**, a **task**, one **part**. One conditional PUT **commits** the part. A **report**
 adds it up.
 
 ```
@@ -56,7 +57,7 @@ adds it up.
                                    └────────┬────────┘                    │
                                          worker/   composition root of the data path
   storage/ ─► loader/ ──────────► inference/ ───────► tasks/ ─► output/ ──┘
-  bytes       loader processes    inference_mode      Arrow     one Parquet part,
+  bytes       torch DataLoader    inference_mode      Arrow     one Parquet part,
               preprocessing/      autocast, streams   columns   one conditional PUT
               pinned batches      models/
 ```
