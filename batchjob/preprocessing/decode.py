@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -21,12 +21,14 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from batchjob.errors import ImageError
 from batchjob.preprocessing.image_formats import ImageFormat, format_list, pillow_names, register_decoders, sniff_format
 from batchjob.preprocessing.jpeg import MinSize, choose_scale_denominator, decode_jpeg, read_jpeg_size
+from batchjob.preprocessing.png_chunks import keep_pixel_chunks
 from batchjob.preprocessing.settings import DecodeSettings
+from batchjob.preprocessing.tiff_samples import TiffSamples, read_tiff_samples
 
 __all__ = ["DecodedImage", "decode"]
 
 _ORIENTATION_TAG = 0x0112  # EXIF
-_BITS_PER_SAMPLE_TAG = 258  # TIFF
+_BITS_PER_SAMPLE_TAG, _PHOTOMETRIC_TAG, _SAMPLE_FORMAT_TAG = 258, 262, 339  # TIFF
 _LAST_UNSWAPPED = 4  # orientations above it swap width and height
 _TRUNCATION_WORDS = ("truncated", "unexpected end", "premature", "not enough")  # in Pillow's messages
 
@@ -77,7 +79,8 @@ def decode(
 
     The result is that of `Image.open(...).convert("RGB")`: alpha is dropped, palettes and CMYK are converted. 16-bit
     grey is scaled to 8 bits. 32-bit integers count as 16-bit if any value is over 255; floats count as 0-1 if no
-    value is over 1, else as 0-255.
+    value is over 1, else as 0-255; higher values have no known white and are refused. Text, colour profiles and other
+    parts of a PNG file on which no pixel depends may be damaged or too large.
 
     Args:
         data: Encoded file.
@@ -104,15 +107,32 @@ def decode(
         if decoded is not None:
             return decoded
     is_tiff = sniff_format(data[:64])[0] == "tiff"
+    tiff = read_tiff_samples(data) if is_tiff else None
+    if tiff is not None and tiff.is_misread and "tiff" in settings.formats:
+        raise _unread_samples(tiff)
     with _limit_pillow(settings), _silence_stderr() if is_tiff else contextlib.nullcontext():
-        try:
-            return _decode_with_pillow(data, settings, channels, apply_exif)
-        except ImageError:
-            raise
-        except MemoryError:
-            raise _decode_error("memory", "there was not enough memory to decode it") from None
-        except Exception as error:  # noqa: BLE001 - any exception of Pillow over a file is a fault of that file
-            raise _classify_error(error, data, settings) from None
+        result = _try_pillow(data, settings, channels, apply_exif, tiff)
+        if isinstance(result, ImageError) and result.type not in {"too_large", "memory"}:
+            pixel_chunks = keep_pixel_chunks(data)
+            if pixel_chunks is not None:
+                result = _try_pillow(pixel_chunks, settings, channels, apply_exif)
+    if isinstance(result, ImageError):
+        raise result
+    return result
+
+
+def _try_pillow(
+    data: bytes, settings: DecodeSettings, channels: str, apply_exif: bool, tiff: TiffSamples | None = None
+) -> DecodedImage | ImageError:
+    """Decode by Pillow, and return the error of a file that cannot be decoded."""
+    try:
+        return _decode_with_pillow(data, settings, channels, apply_exif)
+    except ImageError as error:
+        return error
+    except MemoryError:
+        return _decode_error("memory", "there was not enough memory to decode it")
+    except Exception as error:  # noqa: BLE001 - any exception of Pillow over a file is a fault of that file
+        return _classify_error(error, data, settings, tiff)
 
 
 def _read_jpeg_orientation(data: bytes, settings: DecodeSettings) -> int:
@@ -183,12 +203,21 @@ def _scale_to_8_bits(image: Image.Image) -> Image.Image:
     """Scale grey samples of more than 8 bits to 8 bits."""
     samples = np.asarray(image)
     if samples.dtype.kind == "f":
-        samples = np.nan_to_num(samples, nan=0.0, posinf=np.inf, neginf=0.0)
+        samples = np.nan_to_num(samples, nan=0.0, posinf=0.0, neginf=0.0)
+        if samples.max(initial=0.0) > 255.0:
+            raise _no_known_white(f"floating point samples up to {samples.max():,.6g}")
         scaled = samples * 255.0 if samples.max(initial=0.0) <= 1.0 else samples
         return Image.fromarray(np.rint(scaled.clip(0, 255)).astype(np.uint8))
+    if image.mode == "I" and _get_tag(image, _SAMPLE_FORMAT_TAG, (1,))[0] == 1 and hasattr(image, "tag_v2"):
+        samples = samples.view(np.uint32)  # Pillow holds unsigned samples as signed ones
+        if samples.max(initial=0) > 65535:
+            raise _no_known_white(f"unsigned samples of 32 bits up to {samples.max():,}")
     # Rounded and not shifted, so that white stays white at every depth.
     white = _find_white_level(image, int(samples.max(initial=0)))
     wide = samples.clip(0, white).astype(np.uint32)
+    # Pillow inverts 8 bits itself.
+    if image.mode.startswith("I;16") and _get_tag(image, _PHOTOMETRIC_TAG, 1) == 0:
+        wide = white - wide
     return Image.fromarray(((wide * 255 + white // 2) // white).astype(np.uint8))
 
 
@@ -196,9 +225,18 @@ def _find_white_level(image: Image.Image, largest: int) -> int:
     """Find the sample value that means white: the largest of the file's depth."""
     if image.mode == "I":
         return 65535 if largest > 255 else 255
-    tags = getattr(image, "tag_v2", None)
-    bits = tags.get(_BITS_PER_SAMPLE_TAG, (16,)) if tags is not None else (16,)
+    bits = _get_tag(image, _BITS_PER_SAMPLE_TAG, (16,))
     return (1 << bits[0]) - 1 if bits[0] in {9, 10, 12, 14} and largest < 1 << bits[0] else 65535
+
+
+def _get_tag(image: Image.Image, tag: int, default: Any) -> Any:
+    """Return a tag of a TIFF image; the default for images of other formats."""
+    tags = getattr(image, "tag_v2", None)
+    return default if tags is None else tags.get(tag, default)
+
+
+def _no_known_white(samples: str) -> ImageError:
+    return _decode_error("unsupported", f"{samples}, of which none is known to be white; convert it to 8 bits")
 
 
 def _turn_upright(image: Image.Image, orientation: int) -> Image.Image:
@@ -284,22 +322,39 @@ def _silence_stderr() -> Iterator[None]:
 # -- errors ------------------------------------------------------------------------------------------------------
 
 
-def _classify_error(error: Exception, data: bytes, settings: DecodeSettings) -> ImageError:
+def _classify_error(
+    error: Exception, data: bytes, settings: DecodeSettings, tiff: TiffSamples | None = None
+) -> ImageError:
     """Convert an exception of Pillow into one of our error types."""
     text = " ".join(str(error).split())[:200]
     if isinstance(error, UnidentifiedImageError):
+        if tiff is not None and "tiff" in settings.formats:
+            return _unread_samples(tiff)
         return _classify_unidentified(data, settings.formats)
     if isinstance(error, Image.DecompressionBombError):
         size = re.search(r"\d+", text)
         pixels = f"{int(size[0]):,} pixels" if size else "an image"
         return _decode_error("too_large", f"{pixels}, over decode.max_pixels {settings.max_pixels:,}")
-    if any(word in text.lower() for word in _TRUNCATION_WORDS):
-        return _decode_error("truncated", f"the file ends too early: {text}")
-    if isinstance(error, EOFError):
-        return _decode_error("truncated", "the file ends too early")
+    if isinstance(error, EOFError) or any(word in text.lower() for word in _TRUNCATION_WORDS):
+        return _decode_error("truncated", f"the file ends too early{_quote_detail(text)}")
     if isinstance(error, NotImplementedError) or "not supported" in text or "unsupported" in text.lower():
         return _decode_error("unsupported", f"a variant that is not read: {text}")
     return _decode_error("corrupt", f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+def _quote_detail(text: str) -> str:
+    """Return ` (…)` with the words of a message that say more than that a file is truncated; else nothing.
+
+    Example: "Truncated File Read" says nothing more; "image file is truncated (12 bytes not processed)" does.
+    """
+    detail = re.search(r"\(([^()]*\d[^()]*)\)", text)
+    return f" ({detail[1]})" if detail else ""
+
+
+def _unread_samples(samples: TiffSamples) -> ImageError:
+    return _decode_error(
+        "unsupported", f"a TIFF of {samples.description}, which is not read; convert it to 8 bits, or grey to 16"
+    )
 
 
 def _classify_unidentified(data: bytes, formats: Sequence[ImageFormat]) -> ImageError:

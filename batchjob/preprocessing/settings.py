@@ -15,6 +15,7 @@ from batchjob.user_code import list_sources
 __all__ = ["DecodeSettings", "Preprocess", "merge_preprocess"]
 
 _STEPS = ("resize", "crop", "mean", "std")
+_MAX_UNIT_STD = 2.0  # of pixels of 0-1, which deviate by 0.5 at most
 _ALLOWED_WITH_TRANSFORM = {"transform", "transform_input", "exif", "sizes"}
 
 
@@ -67,7 +68,8 @@ class Preprocess(Settings):
         resize: Length of the shorter side in pixels, or `[height, width]`; null keeps the size.
         crop: Centre crop: side of a square, or `[height, width]`, in pixels; null keeps everything.
         interpolation: Filter of the resize; always antialiased.
-        mean: Mean of each channel, after scaling, given with `std`; null skips normalisation.
+        mean: Mean of each channel, after scaling, given with `std`; null skips normalisation. Values of another scale
+            than `scale` are refused.
         std: Standard deviation of each channel.
         channels: Order and number of the channels that the model gets.
         scale: `unit` divides by 255, `none` leaves 0-255.
@@ -155,12 +157,30 @@ def _check_merged(merged: Preprocess) -> None:
             )
     if std is not None and not all(value > 0 for value in std):
         raise InvalidJob(f"preprocess.std: {list(std)} must be above 0 in every channel")
+    if mean is not None and std is not None:
+        _check_scale(merged.scale, mean, std)
     if merged.pad is not None and merged.sizes == "one":
         raise InvalidJob("preprocess.pad: it makes groups of images of one size; write preprocess.sizes: group with it")
     for name in ("resize", "crop"):
         size = getattr(merged, name)
         if size is not None and min(size if isinstance(size, tuple) else (size,)) < 1:
             raise InvalidJob(f"preprocess.{name}: {size} must be at least 1 pixel")
+
+
+def _check_scale(scale: str, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Raise InvalidJob if mean and deviation are for pixels of another scale. Mean 0 and deviation 1 suit both."""
+    largest_mean, largest_std = max(mean), max(std)
+    moments = f"mean {list(mean)} and std {list(std)}"
+    if scale == "unit" and (largest_mean > 1 or largest_std > _MAX_UNIT_STD):
+        raise InvalidJob(
+            f"preprocess: {moments} are for pixels of 0-255, but scale: unit brings them to 0-1, and all images would "
+            "look nearly the same; write preprocess.scale: none, or divide mean and std by 255"
+        )
+    if scale == "none" and (0 < largest_mean < 1 or largest_std < 1):
+        raise InvalidJob(
+            f"preprocess: {moments} are for pixels of 0-1, but scale: none leaves them at 0-255; write "
+            "preprocess.scale: unit, or multiply mean and std by 255"
+        )
 
 
 def _join_names(names: list[str]) -> str:
