@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import quote_from_bytes, unquote_to_bytes
+from urllib.parse import quote_from_bytes, unquote, unquote_to_bytes
 
 from batchjob.errors import UnaddressableKey
 
@@ -23,6 +23,7 @@ __all__ = [
     "explain_bad_file_uri",
     "is_below",
     "is_local",
+    "is_within",
     "local_path",
     "local_spelling",
     "lower_scheme",
@@ -129,6 +130,23 @@ def split_chain(uri: str) -> tuple[str, str]:
         return uri, ""
     inner, link, chain = uri.partition("::")
     return inner, link + chain
+
+
+def is_within(uri: str, prefixes: Sequence[str]) -> bool:
+    """Return True if a URI lies below one of the prefixes once its links, `.` and `..` are resolved.
+
+    Of a file in an archive, the archive itself must. In a bucket a key with `.` or `..` never does: clients differ in
+    what they make of it.
+    """
+    place = uri.rpartition("::")[2] if split_chain(uri)[1] else uri
+    if is_local(place):
+        try:
+            place = os.path.realpath(local_path(place))
+        except (ValueError, UnaddressableKey):  # Nothing has this name.
+            return False
+        return any(is_below(place, os.path.realpath(local_path(one))) for one in prefixes if is_local(one))
+    segments = unquote(place).split("/") if uri_scheme(place) in ("http", "https") else place.split("/")
+    return not {".", ".."} & set(segments) and any(is_below(place, one) for one in prefixes if not is_local(one))
 
 
 def suggest_scheme(scheme: str, known: Sequence[str] = ()) -> str:

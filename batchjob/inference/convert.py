@@ -106,7 +106,7 @@ def convert_model(job: Job, options: ConversionOptions, sample_locations: Sequen
         Unavailable: A store cannot be reached.
     """
     options.check_file()
-    engine = Engine(job, Reader(job.storage), sample_locations)
+    engine = Engine(job, Reader(job.storage, within=job.input.prefixes), sample_locations)
     engine.check_task()
     if engine.model.input_kind != "batch" or engine.variable_size:
         raise InvalidJob("model: it takes images of different sizes, which cannot be converted; run it as it is")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from batchjob.errors import InvalidJob
 from batchjob.settings import Settings, Uri
@@ -81,6 +81,9 @@ class ManifestSource(Settings):
         size_column: Column with the size of each image in bytes; null if unknown.
         etag_column: Column with the store's tag of each image; null if unknown.
         id_column: Column that becomes the output's column `id`.
+        within: Folder or URI prefix, or several, in which the images must lie, for manifests that others write: a row
+            that names another place, also by `..` or a symbolic link, becomes an error row (`refused`). Null allows all
+            local paths and buckets.
         require: Conditions under which the input is planned.
     """
 
@@ -93,6 +96,7 @@ class ManifestSource(Settings):
     size_column: ColumnName | None = None
     etag_column: ColumnName | None = None
     id_column: ColumnName | None = None
+    within: Uri | Annotated[tuple[Uri, ...], Field(min_length=1)] | None = None
     require: Require | None = None
 
     def check(self, reader: Reader) -> None:
@@ -103,6 +107,11 @@ class ManifestSource(Settings):
     def has_id(self) -> bool:
         """True if the first field of `fields` is the user's own `id`."""
         return self.id_column is not None
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """URI prefixes outside of which no image is read; empty for no such limit."""
+        return (self.within,) if isinstance(self.within, str) else self.within or ()
 
     def fields(self, reader: Reader, excluded_folder: str | None = None) -> list[pa.Field]:
         """Return `id` if there is one, then the passthrough columns, all nullable.

@@ -85,6 +85,11 @@ class PrefixSource(Settings):
         """False: a listing has no column `id`."""
         return False
 
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """No prefixes: what is listed may be read."""
+        return ()
+
     def fields(self, reader: Reader, excluded_folder: str | None = None) -> list[pa.Field]:  # noqa: ARG002 - Source
         """Return no fields: a listing has no columns after `REF_FIELDS`."""
         return []

@@ -62,6 +62,7 @@ class Source(Protocol):
         uri: URI of the input, as the job names it.
         require: Conditions under which the input is planned, if any.
         has_id: True if the first field of `fields` is the user's own `id`.
+        prefixes: URI prefixes outside of which no image is read; empty for no such limit.
     """
 
     @property
@@ -70,6 +71,8 @@ class Source(Protocol):
     def require(self) -> Require | None: ...
     @property
     def has_id(self) -> bool: ...
+    @property
+    def prefixes(self) -> tuple[str, ...]: ...
 
     def check(self, reader: Reader) -> None:
         """Check that the input exists and has the columns that the settings name. Raises InvalidJob."""

@@ -39,7 +39,16 @@ class FsspecBackend:
             info = self._send(key, lambda: filesystem.info(path))
             check_etag(etag, _object_info(key, info, 0).etag, self._base + key)
             check_size(limit, info.get("size") or 0, self._base + key)
+            if limit is not None and not info.get("size"):
+                return ObjectData(self._send(key, lambda: self._read_at_most(filesystem, path, limit)), etag)
         return ObjectData(self._send(key, lambda: bytes(filesystem.cat_file(path))), etag)
+
+    def _read_at_most(self, filesystem: Any, path: str, limit: int) -> bytes:
+        """Read an object whose size nobody tells. Raises ObjectTooLarge."""
+        with filesystem.open(path, "rb") as file:
+            data = bytes(file.read(limit + 1))
+        check_size(limit, len(data), path)
+        return data
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
         """Return the bytes from `start` up to `end`."""

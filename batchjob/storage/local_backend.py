@@ -43,7 +43,12 @@ def read_file(path: str | os.PathLike[str], etag: str | None = None, limit: int 
         check_etag(etag, _file_etag(status), os.fspath(path))
         check_size(limit, status.st_size, os.fspath(path))
         with translate_read_errors(path):
-            return ObjectData(file.read(), _file_etag(status), file_version(status))
+            # Files of /proc say that they have no bytes, and may have any number of them.
+            data = file.read(-1 if limit is None else limit + 1)
+        if data is None:
+            raise NotFound(f"{os.fspath(path)}: has nothing to read now; name a file")
+        check_size(limit, len(data), os.fspath(path))
+        return ObjectData(data, _file_etag(status), file_version(status))
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:

@@ -25,6 +25,7 @@ from batchjob.uris import (
     CLOUD_SCHEMES,
     explain_bad_file_uri,
     is_local,
+    is_within,
     local_path,
     local_spelling,
     uri_scheme,
@@ -44,12 +45,17 @@ class Reader:
             30.
         outage_timeout: Seconds for which a store that does not answer is waited for, by all requests together; 0 does
             not wait longer than `retry_timeout`. `read_many` does not wait: its caller does.
+        within: URI prefixes outside of which `read_many` reads nothing; empty for no such limit.
     """
 
     def __init__(
-        self, options: OptionsByPrefix | None = None, retry_timeout: float | None = None, outage_timeout: float = 0.0
+        self,
+        options: OptionsByPrefix | None = None,
+        retry_timeout: float | None = None,
+        outage_timeout: float = 0.0,
+        within: tuple[str, ...] = (),
     ) -> None:
-        self._options = dict(options or {})
+        self._options, self._within = dict(options or {}), within
         self._retry_timeout = resolve_retry_timeout(retry_timeout, outage_timeout)
         self._outage_timeout = outage_timeout
         self._create_clients()
@@ -62,11 +68,11 @@ class Reader:
         self._pool: DaemonThreadPool | None = None
         self._lock = Lock()
 
-    def __getstate__(self) -> tuple[dict[str, StorageOptions], float, float]:
-        return self._options, self._retry_timeout, self._outage_timeout
+    def __getstate__(self) -> tuple[dict[str, StorageOptions], float, float, tuple[str, ...]]:
+        return self._options, self._retry_timeout, self._outage_timeout, self._within
 
-    def __setstate__(self, state: tuple[dict[str, StorageOptions], float, float]) -> None:
-        self._options, self._retry_timeout, self._outage_timeout = state
+    def __setstate__(self, state: tuple[dict[str, StorageOptions], float, float, tuple[str, ...]]) -> None:
+        self._options, self._retry_timeout, self._outage_timeout, self._within = state
         self._create_clients()
 
     def read(self, uri: str, etag: str | None = None) -> ObjectData:
@@ -202,6 +208,8 @@ class Reader:
         self, uri: str, retry_timeout: float, etag: str | None, limit: int | None
     ) -> ObjectData | StorageError | Unavailable:
         """Read an object under a retry timeout of its own, without waiting for the end of an outage."""
+        if self._within and not is_within(uri, self._within):
+            return AddressRefused(f"{uri}: lies outside of input.within")
         result: ObjectData | StorageError | Unavailable
         try:
             if is_local(uri):

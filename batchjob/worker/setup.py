@@ -92,7 +92,7 @@ def load(job: Job, setup: WorkerSetup, cores: int, started: float | None = None)
     started = time.monotonic() if started is None else started
     start_loader_forkserver(job)
     watchdog = Watchdog()
-    reader = Reader(job.storage, outage_timeout=job.errors.outage_seconds)
+    reader = Reader(job.storage, outage_timeout=job.errors.outage_seconds, within=job.input.prefixes)
     # Images and output share one outage clock if they lie in one bucket.
     outage = reader.outage(job.output.uri)
     store = MonitoredStore(open_store(job.output.uri, job.storage, outage=outage), watchdog)

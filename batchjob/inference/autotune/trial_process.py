@@ -172,7 +172,7 @@ def _send_trials(spec: TrialSpec, configs: tuple[ExecutionConfig, ...], connecti
     retain_freed_memory()
     torch.set_num_threads(spec.threads)
     job = Job.deserialize(spec.job, spec.job_folder, spec.data_folder)
-    engine = Engine(job, Reader(job.storage), spec.sample_locations)
+    engine = Engine(job, Reader(job.storage, within=job.input.prefixes), spec.sample_locations)
     engine.adopt(spec.decisions)
     for trial in run_trials(EngineTrialModel(engine, spec.sample_locations, spec.batch_size), configs):
         connection.send(trial)
