@@ -147,7 +147,7 @@ def fetch_images(rows: list[dict[str, Any]]) -> list[ObjectData | ErrorRecord]:
 def test_odd_file_names_are_read_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     there = write_to_disk(tmp_path / "in")
-    listed = list_images(PrefixSource.model_validate({"uri": str(tmp_path / "in")}))
+    listed = list_images(PrefixSource.model_validate({"uri": str(tmp_path / "in"), "hidden": True}))
     assert {row["uri"].removeprefix(f"{tmp_path}/in/") for row in listed} == set(there)
     named = list_images(write_manifest(tmp_path / "in", list(there)))
     absolute = list_images(write_manifest(tmp_path / "in", [f"{tmp_path}/in/{name}" for name in there]))
@@ -163,7 +163,7 @@ def test_odd_bucket_keys_are_read_as_they_are(s3: Seaweed, tmp_path: Path) -> No
     root = s3.bucket("guards")
     there = write_to_bucket(s3, f"{root}in/")
     stored = {key.removeprefix("in/"): key for key in s3.keys(root)}
-    listed = list_images(PrefixSource.model_validate({"uri": f"{root}in/"}))
+    listed = list_images(PrefixSource.model_validate({"uri": f"{root}in/", "hidden": True}))
     assert {row["uri"].removeprefix(root) for row in listed} == {
         key for key in stored.values() if key.startswith("in/")
     }
@@ -221,7 +221,7 @@ def ran(s3: Seaweed, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
     s3.put(f"{root}in/\x1b]0;owned\x07\nbatchjob: all is well.png", b"no image at all")
     (folder / "net.py").write_text(NET)
     (folder / "job.yaml").write_text(
-        f'input: {{type: prefix, uri: "{root}in/"}}\n'
+        f'input: {{type: prefix, uri: "{root}in/", hidden: true}}\n'
         'model: {type: python, target: "net:mean"}\n'
         "preprocess: {resize: null, crop: null, mean: null, std: null}\n"
         "task: {type: embedding}\n"
