@@ -113,3 +113,12 @@ def test_folder_that_cannot_be_created_is_named(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(tempfile, "tempdir", str(temporary / "not there"))
     with pytest.raises(InvalidJob, match=r"not there: cannot be written .* set TMPDIR"):
         ScratchFolder()
+
+
+def test_no_temporary_folder_at_all_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp', '/var/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", find_none)
+    with pytest.raises(InvalidJob, match="set TMPDIR"):
+        ScratchFolder()

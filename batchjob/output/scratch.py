@@ -37,7 +37,13 @@ class ScratchFolder:
     """
 
     def __init__(self) -> None:
-        _delete_abandoned_folders(Path(tempfile.gettempdir()))
+        try:
+            parent = tempfile.gettempdir()
+        except FileNotFoundError as error:  # Python has tried TMPDIR, /tmp and others.
+            raise InvalidJob(
+                "no temporary folder can be written; set TMPDIR to one with room, and write access"
+            ) from error
+        _delete_abandoned_folders(Path(parent))
         try:
             self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
             self._lock: int | None = os.open(self.path / _LOCK_FILE, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
