@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from batchjob.errors import InvalidJob
 from batchjob.sources.column_types import cast_column
-from batchjob.sources.locations import split_chain
+from batchjob.uris import split_chain
 
 __all__ = ["HiveFolders"]
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from batchjob.concurrency import parallel_map
 from batchjob.errors import InvalidJob, NotFound, Unavailable
-from batchjob.sources.locations import InputLocation, child_uri, name_slice, split_chain
+from batchjob.sources.locations import InputLocation, child_uri, name_slice
 from batchjob.storage.objects import ObjectInfo
+from batchjob.uris import split_chain
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader

@@ -31,7 +31,6 @@ __all__ = [
     "normalize_uri",
     "parent_folder",
     "require_location",
-    "split_chain",
     "with_trailing_slash",
 ]
 

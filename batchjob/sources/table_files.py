@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 
 from batchjob.errors import AddressRefused, InvalidJob, NotFound, Unavailable
 from batchjob.sources.csv_file import CsvFile
-from batchjob.sources.locations import split_chain
 from batchjob.sources.source import BATCH_ROWS, RowBatches
 from batchjob.sources.text_stream import open_text
+from batchjob.uris import split_chain
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
