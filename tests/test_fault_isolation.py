@@ -199,7 +199,7 @@ def test_model_error_is_isolated_to_its_image(tmp_path: Path) -> None:
         4: ("predict", "error"),  # of those that have pixels
         5: ("predict", "error"),
     }
-    assert prediction.errors[4].message == "ValueError: a shade that I do not know"
+    assert prediction.errors[4].message == "ValueError: a shade that I do not know second line"
 
 
 def test_model_error_at_every_image_fails_the_attempt(tmp_path: Path) -> None:

@@ -139,5 +139,5 @@ def test_image_on_which_the_model_raises_is_an_error_row(tmp_path: Path, monkeyp
     assert (result.status, result.predicted, result.failed) == ("complete", 21, 3)
     rows = read_rows(tmp_path / "out").to_pylist()
     assert {row["position"]: row["error_message"] for row in rows if row["error_stage"] == "predict"} == dict.fromkeys(
-        [0, 13, 14], "RuntimeError: not this one"
+        [0, 13, 14], "RuntimeError: not this one (net.py:15)"
     )

@@ -175,6 +175,16 @@ def test_exit_at_import_is_an_invalid_job_with_its_line(tmp_path: Path, source: 
     assert "below `if __name__ == '__main__':`" in caught.value.message
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_fault_of_torchscript_is_its_cause() -> None:
+    import torch
+
+    module = torch.jit.trace(torch.nn.Linear(3, 2), torch.rand(1, 3))
+    with pytest.raises(RuntimeError) as caught:
+        module(torch.rand(1, 4))
+    assert describe_fault(caught.value) == "RuntimeError: mat1 and mat2 shapes cannot be multiplied (1x4 and 3x2)"
+
+
 def test_keyboard_interrupt_in_user_code_passes(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text("raise KeyboardInterrupt\n")
     with pytest.raises(KeyboardInterrupt):
