@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -234,7 +234,7 @@ class PartBuilder:
         started = time.perf_counter()
         if item.prediction is not None:
             prediction = item.prediction.wait()
-            geometries = [self._get_geometry(info) for info in batch.image_infos if info.error is None]
+            geometries = self._get_geometries(batch, part.shard)
             started, waited = time.perf_counter(), time.perf_counter() - started
             part.add_seconds({"forward": item.forward_seconds + waited})
             columns, errors = self._build_columns(prediction, geometries)
@@ -253,6 +253,18 @@ class PartBuilder:
             good_rows = rows.filter(pc.is_null(rows.column("error_stage")))
             part.truth.update(self._postprocess.sum_metrics(good_rows))
         part.add_seconds({"write": record_timing(self._timing_sink, "write", started, rows.num_rows)})
+
+    def _get_geometries(self, batch: Batch, shard: Shard) -> list[ImageGeometry]:
+        """Return the geometries of the images without error, with their names if the task asks for these."""
+        good = [index for index, info in enumerate(batch.image_infos) if info.error is None]
+        geometries = [self._get_geometry(batch.image_infos[index]) for index in good]
+        if not getattr(self._postprocess, "names_images", False):
+            return geometries
+        columns = shard.passthrough.slice(batch.start, len(batch.image_infos)).to_pylist()
+        return [
+            replace(geometry, uri=shard.refs[batch.start + index].uri, passthrough=columns[index] if columns else {})
+            for index, geometry in zip(good, geometries, strict=True)
+        ]
 
     def _build_columns(
         self, prediction: Prediction, geometries: Sequence[ImageGeometry]

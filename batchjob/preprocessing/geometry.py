@@ -5,7 +5,9 @@ This file imports no torch: tasks and output read it to place boxes and masks in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from batchjob.preprocessing.settings import Preprocess
 from batchjob.types import ImageInfo
@@ -42,6 +44,8 @@ class ImageGeometry:
         top: Input pixels that the crop removed at the top; negative where it padded.
         pad_right: Input pixels that `preprocess.pad` added on the right.
         pad_below: Input pixels that `preprocess.pad` added at the bottom.
+        uri: Location of the image, as its row has it; set for the user's own task only, like the next one.
+        passthrough: Values of the passthrough columns by name.
     """
 
     width: int
@@ -54,6 +58,8 @@ class ImageGeometry:
     top: float = 0.0
     pad_right: int = 0
     pad_below: int = 0
+    uri: str = ""
+    passthrough: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 def compute_image_geometry(preprocess: Preprocess, info: ImageInfo) -> ImageGeometry:

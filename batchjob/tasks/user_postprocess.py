@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
 
@@ -115,6 +115,19 @@ def _match_structure(output: Any) -> OutputStructure | None:
     return None
 
 
+class _UnknownColumns(dict[str, Any]):
+    """Passthrough columns of the example batch: every value is None, and `are_read` tells if one was asked for."""
+
+    are_read = False
+
+    def __missing__(self, key: str) -> None:
+        self.are_read = True
+
+    def get(self, key: str, default: Any = None) -> Any:  # noqa: ARG002
+        self.are_read = True
+        return default
+
+
 class UserPostprocess(PostprocessDefaults):
     """Postprocess that calls the user's code.
 
@@ -128,6 +141,8 @@ class UserPostprocess(PostprocessDefaults):
         self._functions, self._structure, self.allow_nan = functions, structure, allow_nan
         # The tensors of the last batch, and the errors of the user's code on them, for find_errors.
         self._last_batch: tuple[object, list[ErrorRecord | None]] = (None, [])
+
+    names_images: ClassVar[bool] = True
 
     @property
     def fields(self) -> list[pa.Field]:
@@ -148,7 +163,8 @@ class UserPostprocess(PostprocessDefaults):
 
         tensors = [widen_half_precision(part.detach().cpu()) for part in self._structure.flatten(copied)]
         for row_count in (EXAMPLE_ROWS, 1):
-            geometries = [ImageGeometry(224, 224, 224, 224)] * row_count
+            columns = _UnknownColumns()
+            geometries = [ImageGeometry(224, 224, 224, 224, passthrough=columns)] * row_count
             try:
                 with torch.inference_mode():
                     self._call([tensor[:row_count] for tensor in tensors], geometries)
@@ -157,6 +173,9 @@ class UserPostprocess(PostprocessDefaults):
             except InvalidColumns as error:
                 raise InvalidJob(f"{self._functions.where} {error}") from error
             except Exception as error:  # the user's code can raise anything
+                if columns.are_read:  # it may well work with the values of a real image
+                    _log.info("%s is not tried: it reads passthrough columns", self._functions.where)
+                    return
                 message = f"raised {describe_fault(error)} on an example batch of {row_count}"
                 raise InvalidJob(f"{self._functions.where} {message}; correct it") from error
 
