@@ -69,8 +69,10 @@ class Autoscaler:
 NO_AUTOSCALER = Autoscaler(is_active=False)
 
 
-def read_autoscaling_status(status: Mapping[str, Any], groups: tuple[NodeGroup, ...] | None) -> Autoscaler:
+def read_autoscaling_status(status: Mapping[str, Any], groups: tuple[NodeGroup, ...] | None) -> Autoscaler | None:
     """Return the autoscaler of a status that Ray's monitor has written (`__autoscaling_status`, autoscaler v1).
+
+    None is a status of a cluster's first seconds, which tells of no nodes yet.
 
     Example:
         A cluster without an autoscaler has active nodes such as `{"node_7478a6…": 1}`; one with an autoscaler has the
@@ -84,5 +86,7 @@ def read_autoscaling_status(status: Mapping[str, Any], groups: tuple[NodeGroup, 
     pending = Counter[str](report.get("pending_launches") or {})
     pending.update(node_type for _, node_type, *_ in report.get("pending_nodes") or ())
     types = [*(report.get("active_nodes") or ()), *pending]
+    if not types:
+        return None
     is_active = any(not node_type.startswith(_TYPE_OF_MANUAL_NODE) for node_type in types)
     return Autoscaler(is_active, groups, tuple(sorted(pending.items()))) if is_active else NO_AUTOSCALER

@@ -16,8 +16,8 @@ __all__ = ["check_machine_gpus", "find_gpus"]
 
 _POLL_SECONDS = 2.0
 _NOTICE_SECONDS = 30.0
-# Ray's monitor reports every 5 s; in a cluster's first seconds it has not reported yet.
-_REPORT_SECONDS = 8.0
+# Ray's monitor reports every 5 s, but not in a cluster's first seconds. A run must not take that for "no autoscaler".
+_REPORT_SECONDS = 30.0
 
 
 def check_machine_gpus(job: Job) -> None:

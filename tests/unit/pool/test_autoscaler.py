@@ -15,9 +15,14 @@ def report(**values: Any) -> dict[str, Any]:
     return {"autoscaler_report": {"active_nodes": {}, "pending_nodes": [], "pending_launches": {}, **values}}
 
 
-@pytest.mark.parametrize("status", [{}, report(), report(active_nodes={"node_7478a6e571fe": 1, "node_0123": 1})])
-def test_cluster_of_nodes_started_by_hand_has_no_autoscaler(status: dict[str, Any]) -> None:
+def test_cluster_of_nodes_started_by_hand_has_no_autoscaler() -> None:
+    status = report(active_nodes={"node_7478a6e571fe": 1, "node_0123": 1})
     assert read_autoscaling_status(status, None) == NO_AUTOSCALER
+
+
+@pytest.mark.parametrize("status", [{}, {"autoscaler_report": None}, report()])
+def test_status_without_nodes_tells_nothing_yet(status: dict[str, Any]) -> None:
+    assert read_autoscaling_status(status, None) is None
 
 
 def test_cluster_with_node_types_has_an_autoscaler() -> None:
@@ -29,6 +34,7 @@ def test_nodes_that_are_launched_and_that_start_are_pending() -> None:
         active_nodes={"head": 1}, pending_launches={"gpu": 2}, pending_nodes=[["10.0.0.7", "gpu", "setting-up"]]
     )
     autoscaler = read_autoscaling_status(status, (NodeGroup(1.0, 8),))
+    assert autoscaler is not None
     assert autoscaler.pending == (("gpu", 3),)
     assert autoscaler.describe() == "its autoscaler is starting 3 nodes of type gpu, at most 8 GPUs may come"
 
