@@ -282,6 +282,9 @@ class JobRun:
 
     def _start_workers(self, preview: InputPreview) -> None:
         files_id = self._control_loop.run_blocking(lambda: self._files.id)
+        # A plan that is resumed, or small, is counted by the workers themselves.
+        known_images = 0 if self.is_resumed or preview.complete else self._planner.count_images()
+        is_small = preview.complete and preview.rows <= SMALL_INPUT_IMAGES
         self._file_record = self._file_thread.submit(self._files.make_record)
         self._dispatcher.start(
             WorkerSetup(
@@ -289,7 +292,8 @@ class JobRun:
                 job_folder=str(self._job.folder),
                 visibility_check=self._control_loop.visibility_check,
                 sample=preview.sample,
-                small_input_bytes=preview.image_bytes if preview.complete else None,
+                small_input_bytes=preview.image_bytes if is_small else None,
+                known_images=known_images,
                 files_id=files_id,
             )
         )

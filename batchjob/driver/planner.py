@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cached_property
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pyarrow as pa
 from batchjob import __version__
 from batchjob.driver.control_loop import ControlLoop
 from batchjob.driver.existing_output import check_fingerprint
-from batchjob.errors import InvalidJob
+from batchjob.errors import InvalidJob, StorageError, Unavailable
 from batchjob.job.job import Job
 from batchjob.job.runtime import Workers
 from batchjob.output.schema import build_row_schema
@@ -75,6 +76,17 @@ class Planner:
         if preview.rows == 0 and not allow_empty:
             raise no_images_error(self._job, preview)
         return preview
+
+    def count_images(self) -> int:
+        """Return the images of the input if a manifest tells before it is read; 0 if it does not, or cannot be read."""
+
+        def count() -> int:
+            # It is a hint only: whatever is wrong with the input is reported where it is read.
+            with suppress(InvalidJob, StorageError, Unavailable, OSError, pa.ArrowException):
+                return self._listing.count_images() or 0
+            return 0
+
+        return self._control_loop.run_blocking(count)
 
     def extend_preview(self, preview: InputPreview, workers: int) -> InputPreview:
         """List as many images as it takes to choose the shard size.

@@ -28,6 +28,7 @@ __all__ = [
     "Chunk",
     "broken_chunk_error",
     "chunk_key",
+    "count_planned_images",
     "extend_plan",
     "read_chunks",
 ]
@@ -79,6 +80,32 @@ def read_chunks(store: Store, head: PlanHead) -> Iterator[Chunk]:
             raise broken_chunk_error(store, head, number)
         yield chunk
         rows, number = chunk.end_cursor.rows, number + 1
+
+
+def count_planned_images(store: Store, head: PlanHead) -> tuple[int, bool]:
+    """Return the images planned so far, and True if these are all; reads a few objects, however many chunks there are.
+
+    Chunks are numbered without gaps. With 1,500 of them, the numbers 0, 1, 3, 7, … 2047 are tried until one is absent,
+    then the gap between the last that is there and the first that is not is halved: 22 requests.
+    """
+    last, absent = -1, 0
+    while _has_chunk(store, head, absent):
+        last, absent = absent, 2 * absent + 1
+    while absent - last > 1:
+        middle = (last + absent) // 2
+        last, absent = (middle, absent) if _has_chunk(store, head, middle) else (last, middle)
+    if last < 0:
+        return 0, False
+    chunk = _read_chunk(store, head, last)
+    return chunk.end_cursor.rows, chunk.is_last
+
+
+def _has_chunk(store: Store, head: PlanHead, number: int) -> bool:
+    try:
+        store.stat(chunk_key(head, number))
+    except NotFound:
+        return False
+    return True
 
 
 def extend_plan(

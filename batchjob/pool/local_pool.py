@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from batchjob.pool.placement import Placement
@@ -31,7 +32,7 @@ class LocalPool:
         self._placement = Placement()
 
     def start(self, setup: WorkerSetup) -> None:
-        self._thread = WorkerThread(_WORKER, setup, Path(setup.job_folder), self._cores)
+        self._thread = WorkerThread(_WORKER, replace(setup, pool_size=self.size), Path(setup.job_folder), self._cores)
 
     def free_slots(self) -> int:
         return self._placement.free_slots()

@@ -216,7 +216,10 @@ class RayPool:
         job_folder = remote_job_dir(self._job) if self._address else None
         with self._ray_errors_as_temporary():
             actor: Any = ray.remote(**options)(RayWorker).remote(
-                name, replace(self._setup, reserved_gpus=sizing.gpus), job_folder, max(1, int(sizing.cpus))
+                name,
+                replace(self._setup, reserved_gpus=sizing.gpus, pool_size=sizing.workers),
+                job_folder,
+                max(1, int(sizing.cpus)),
             )
             return _ActorState(name, actor, actor.wait.remote(_POLL_SECONDS))
 

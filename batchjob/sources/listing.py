@@ -90,6 +90,10 @@ class SourceListing:
         """Digest of the manifest; None for a source without a version."""
         return self._source.version(self._reader, self._output_uri)
 
+    def count_images(self) -> int | None:
+        """Return the number of images if it is known without listing them, else None."""
+        return self._source.count_images(self._reader, self._output_uri)
+
     @property
     def files(self) -> list[ObjectInfo]:
         """Files that name the images: those of a manifest. Raises InvalidJob if they are not there."""

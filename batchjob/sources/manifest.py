@@ -48,6 +48,7 @@ _USER_OR_QUERY = r"^[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*@|(?s:.)*\?)"
 # A scalar, because pyarrow would import pandas to look at a bare string.
 _EMPTY = pa.scalar("")
 _REF_NAMES = frozenset(field.name for field in REF_FIELDS) - {"location"}
+_MAX_FOOTERS_READ = 64
 _RESERVED_NAMES = {"uri", "size", "etag", "id"}
 _DELIMITER_WORDS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
 
@@ -126,6 +127,19 @@ class ManifestSource(Settings):
         """Return the SHA-256 over URI, size and tag of each file, hexadecimal."""
         files = [[info.uri, info.size, info.etag] for info in self.list_files(reader, excluded_folder)]
         return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+    def count_images(self, reader: Reader, excluded_folder: str | None = None) -> int | None:
+        """Return the rows that the footers of Parquet files state; None for other formats and for very many files."""
+        import pyarrow.parquet as pq
+
+        files = self._list_files(reader, excluded_folder)
+        if len(files) > _MAX_FOOTERS_READ or any(table_format != "parquet" for _, table_format in files):
+            return None
+        rows = 0
+        for info, _ in files:
+            with reader.open(info.uri) as file, pq.ParquetFile(file) as table:
+                rows += table.metadata.num_rows
+        return rows
 
     def list_files(self, reader: Reader, excluded_folder: str | None = None) -> list[ObjectInfo]:
         """Return the files of the manifest, in the order in which they are read. Raises InvalidJob."""

@@ -98,6 +98,10 @@ class PrefixSource(Settings):
         """Return None: only a new listing tells."""
         return None
 
+    def count_images(self, reader: Reader, excluded_folder: str | None = None) -> int | None:  # noqa: ARG002
+        """Return None: only a listing tells."""
+        return None
+
     def list_files(self, reader: Reader, excluded_folder: str | None = None) -> list[ObjectInfo]:  # noqa: ARG002
         """Return no files: the images are listed."""
         return []

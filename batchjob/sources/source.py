@@ -83,6 +83,9 @@ class Source(Protocol):
     def version(self, reader: Reader, excluded_folder: str | None = None) -> str | None:
         """Return a digest that changes when the list of images may have changed; None if only a new listing tells."""
 
+    def count_images(self, reader: Reader, excluded_folder: str | None = None) -> int | None:
+        """Return the number of images if it is known without listing them, else None."""
+
     def list_files(self, reader: Reader, excluded_folder: str | None = None) -> list[ObjectInfo]:
         """Return the files that name the images; none if a listing finds them."""
 

@@ -37,6 +37,8 @@ class WorkerSetup:
         small_input_bytes: Encoded size of all images, as far as it is known, in bytes, if the input is so small that a
             worker may take longer to start than to work; None for any larger input.
         reserved_gpus: GPUs that the pool has reserved for the worker; 0 for none.
+        known_images: Images of the whole input, if that is known before it is listed; 0 if it is not.
+        pool_size: Workers that share the images; 0 if the pool does not know it.
         files_id: Id of the driver's record of the files that the job names; the plan's contract keeps it.
     """
 
@@ -46,6 +48,8 @@ class WorkerSetup:
     sample: tuple[str, ...] = ()
     small_input_bytes: int | None = None
     reserved_gpus: float = 0.0
+    known_images: int = 0
+    pool_size: int = 0
     files_id: str = ""
 
 

@@ -14,12 +14,11 @@ from batchjob.inference.autotune.autotuner import Autotuner
 from batchjob.inference.autotune.trial_process import TrialSpec
 from batchjob.inference.execution_config import ExecutionConfig
 from batchjob.inference.predictor import Predictor
-from batchjob.job.runtime import Runtime
 from batchjob.loader.quarantine import Quarantine
 from batchjob.output import retry
 from batchjob.output.part_builder import PartMetadata
 from batchjob.output.schema import build_row_schema
-from batchjob.plan.chunks import CHUNK_ROWS
+from batchjob.plan.chunks import count_planned_images
 from batchjob.plan.contract import Contract, put_or_read, verify
 from batchjob.plan.head import PlanHead, is_discarded, read_current_head
 from batchjob.plan.reader import PlanReader
@@ -30,6 +29,8 @@ __all__ = ["PlanSession"]
 
 _log = logging.getLogger(__name__)
 _TRIAL_IMAGES = 128  # images that a tuning trial may look at
+# Size of an input, relative to what is planned of it, that is expected while it is still being listed.
+_GROWTH = 10
 
 
 @dataclass(frozen=True)
@@ -146,12 +147,12 @@ def _choose_execution_config(
 ) -> tuple[ExecutionConfig, Predictor]:
     """Use the config that the plan holds for this kind of device, or find one by trials."""
     job, parallelism = loaded.job, loaded.cpu_parallelism
-    refs = reader.read_first_refs(CHUNK_ROWS)
+    refs = reader.read_first_refs(_TRIAL_IMAGES)
     spec = TrialSpec(
         job=loaded.setup.job,
         job_folder=job.folder,
         data_folder=Path(loaded.setup.job_folder),
-        sample_locations=tuple(ref.location for ref in refs[:_TRIAL_IMAGES]),
+        sample_locations=tuple(ref.location for ref in refs),
         batch_size=loaded.loader_setup.batch_size,
         threads=parallelism.threads_per_batch,
         decisions=loaded.engine.decided_values,
@@ -162,7 +163,7 @@ def _choose_execution_config(
         task_fingerprint=head.fingerprint.get("task"),
         engine=loaded.engine,
         trial_spec=spec,
-        expected_images=len(refs) / _expected_workers(job.runtime),
+        expected_images=_expect_images(loaded, head) / _expect_workers(loaded),
         seconds_per_image=loaded.seconds_per_image,
         is_stopped=is_stopped,
         parallel_batches=parallelism.parallel_batches,
@@ -172,9 +173,21 @@ def _choose_execution_config(
     return decision.config, predictor
 
 
-def _expected_workers(runtime: Runtime) -> int:
-    """Return the number of workers that share the images, as far as the job says."""
-    workers = runtime.workers
-    if workers == "auto":
-        return 1
-    return workers if isinstance(workers, int) else workers.max
+def _expect_images(loaded: LoadedWorker, head: PlanHead) -> int:
+    """Return the images that all workers of the plan together may expect.
+
+    They are those of the input, where its size is known, else those of the plan. While the input is still being listed
+    the plan holds fewer than there are, and several times as many are expected: needless trials cost a short run half
+    a minute, missed ones cost a long run hours.
+    """
+    planned, is_complete = count_planned_images(loaded.store, head)
+    if is_complete or loaded.setup.known_images:
+        return max(planned, loaded.setup.known_images)
+    return planned * _GROWTH
+
+
+def _expect_workers(loaded: LoadedWorker) -> int:
+    """Return the number of workers that share the images: the pool's, or what the job asks for."""
+    workers = loaded.job.runtime.workers
+    asked = workers if isinstance(workers, int) else 1 if workers == "auto" else workers.max
+    return loaded.setup.pool_size or asked

@@ -13,6 +13,9 @@ from PIL import Image
 
 import batchjob
 from batchjob.errors import InvalidJob, Temporary
+from batchjob.inference.autotune.autotuner import Autotuner
+from batchjob.inference.autotune.decision import TuningDecision
+from batchjob.inference.execution_config import ExecutionConfig
 from batchjob.loader.quarantine import Quarantine
 from batchjob.loader.shard_queue import ShardQueue
 from batchjob.settings import Decision
@@ -166,3 +169,43 @@ def test_records_of_a_retry_are_its_own(tmp_path: Path) -> None:
         session = PlanSession.join(loaded, 0)
         (ref,) = session.read_shard(replace(key, revision=1, error_rows=1)).refs
         assert session.quarantine.errors_by_row([ref.position]) == {}
+
+
+# -- the size of the job ---------------------------------------------------------------------------------------------
+
+
+def write_chunks(job: batchjob.Job, *, last: int, complete: bool) -> None:
+    """Plan chunks of one shard each, and take the last one away if the plan is not to be complete."""
+    plan_shards(job)
+    if not complete:
+        (path,) = sorted(Path(job.output.uri).glob(f"_batchjob/plans/0000/chunk-{last:07d}.arrow"))
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("complete", "known", "pool_size", "expected"),
+    [(True, 0, 1, 26), (True, 0, 2, 13), (False, 0, 1, 240), (False, 1000, 4, 250), (False, 1000, 0, 1000)],
+)
+def test_trials_are_decided_by_the_size_of_the_plan_or_the_input(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    complete: bool,
+    known: int,
+    pool_size: int,
+    expected: int,
+) -> None:
+    """No trial is made here: the decision is scripted, and records what it was told."""
+    monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", 4)
+    job = write_job(tmp_path, images=26)
+    write_chunks(job, last=3, complete=complete)
+    told: list[float] = []
+
+    def decide(autotuner: Autotuner) -> TuningDecision:
+        told.append(autotuner.expected_images)
+        return TuningDecision("cpu", "0", ExecutionConfig(), "scripted")
+
+    monkeypatch.setattr(Autotuner, "decide", decide)
+    with load_worker(job) as loaded:
+        setup = replace(loaded.setup, known_images=known, pool_size=pool_size)
+        PlanSession.join(replace(loaded, setup=setup), 0)
+    assert told == [expected]
