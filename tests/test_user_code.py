@@ -175,7 +175,7 @@ def test_exit_at_import_is_an_invalid_job_with_its_line(tmp_path: Path, source: 
     assert "below `if __name__ == '__main__':`" in caught.value.message
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")
 def test_fault_of_torchscript_is_its_cause() -> None:
     import torch
 
