@@ -70,6 +70,8 @@ __all__ = [
 # Environment variable that `batchjob --debug` sets: tracebacks are shown where one sentence would do.
 DEBUG_VARIABLE = "BATCHJOB_DEBUG"
 _OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
+# Start of an exception's text that holds the traceback of TorchScript's interpreter.
+_TORCHSCRIPT = "in the TorchScript interpreter"
 _MAX_TEXT = 500
 
 
@@ -282,8 +284,14 @@ def with_traceback(error: BatchjobError, trace: str) -> BatchjobError:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the type of an exception and the first 500 characters of its text, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:_MAX_TEXT]}"
+    """Return the type of an exception and the first 500 characters of its text, in one line.
+
+    Of an exception in the TorchScript interpreter, whose text is its own traceback, the last line counts: the cause.
+    """
+    text = str(error).strip()
+    if _TORCHSCRIPT in text:
+        text = text.splitlines()[-1].removeprefix(f"{type(error).__name__}: ").removeprefix("builtins.")
+    return f"{type(error).__name__}: {' '.join(text.split())[:_MAX_TEXT]}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -47,6 +47,9 @@ class Wrapper(nn.Module):
 def fixed():
     return nn.Linear(2, 2)
 
+def sized(classes=2):
+    return nn.Linear(2, classes)
+
 def raises():
     return {}["no such key"]
 
@@ -326,6 +329,18 @@ def test_unknown_architecture_is_explained(
     assert caught.value.message.startswith("model.architecture")
 
 
-def test_num_classes_is_not_passed_to_a_function_without_it(job_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("net:fixed", "takes no num_classes; it takes (nothing); leave model.num_classes out"),
+        ("net:sized", "takes no num_classes; it takes (classes=2); leave model.num_classes out"),
+        ("net:READY", "is a module and takes no model.num_classes"),
+    ],
+)
+def test_num_classes_that_the_architecture_does_not_take_is_refused(
+    architecture: str, message: str, job_folder: Path, tmp_path: Path
+) -> None:
     weights = save(nn.Linear(2, 2).state_dict(), tmp_path / "w.pt")
-    make_settings(weights, "net:fixed", num_classes=2).load(READER, job_folder)
+    with pytest.raises(InvalidJob) as caught:
+        make_settings(weights, architecture, num_classes=2).load(READER, job_folder)
+    assert message in caught.value.message

@@ -485,3 +485,32 @@ def test_boxes_in_the_padding_are_dropped_and_others_clipped() -> None:
     assert rows is not None
     corners = [[row["x_min"], row["y_min"], row["x_max"], row["y_max"]] for row in rows]
     assert corners == [[90, 10, 100, 40], [0, 0, 30, 20]]
+
+
+def test_keypoints_are_not_dropped_in_silence() -> None:
+    image = {
+        "boxes": torch.tensor([[1.0, 2.0, 3.0, 4.0]]),
+        "labels": torch.ones(1, dtype=torch.int64),
+        "scores": torch.ones(1),
+        "keypoints": torch.zeros(1, 17, 3),
+        "keypoints_scores": torch.zeros(1, 17),
+    }
+    with pytest.raises(
+        InvalidJob, match=r"gives keypoints beside its boxes, .* or task\.keypoints: drop for the boxes"
+    ):
+        DetectionTask().build_postprocess([image, image], None, READER, Path.cwd())
+    DetectionTask(keypoints="drop").build_postprocess([image, image], None, READER, Path.cwd())
+
+
+def test_plans_of_earlier_versions_go_on_without_keypoints(tmp_path: Path) -> None:
+    document = {
+        "input": {"type": "prefix", "uri": str(tmp_path)},
+        "model": {"type": "torchvision", "name": "keypointrcnn_resnet50_fpn", "seed": 0},
+        "task": {"type": "detection"},
+        "output": {"uri": str(tmp_path / "out")},
+    }
+    job = batchjob.Job.model_validate(document)
+    for defaults, keypoints in (({}, "drop"), (job.resolved_settings(), "refuse")):
+        task = job.with_defaults(defaults).task
+        assert isinstance(task, DetectionTask)
+        assert task.keypoints == keypoints

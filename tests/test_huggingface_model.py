@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -365,3 +366,67 @@ def test_transformers_is_silent_and_its_settings_are_restored(
     assert (logger.level, are_progress_bars_disabled(), constants.HF_HUB_OFFLINE) == before[:3]
     assert torch.get_rng_state().equal(before[3])
     assert torch.get_default_dtype() is torch.float32
+
+
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def projection_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a vision tower of CLIP with its projection to 12 numbers."""
+    torch.manual_seed(4)
+    config = transformers.CLIPVisionConfig(**VISION, projection_dim=12)
+    folder = tmp_path_factory.mktemp("projection")
+    net: Any = transformers.CLIPVisionModelWithProjection(config)
+    net.save_pretrained(folder)
+    return folder
+
+
+def test_features_of_a_vision_tower_with_projection_are_projected(projection_folder: Path) -> None:
+    model = load(str(projection_folder))
+    theirs: Any = transformers.CLIPVisionModelWithProjection.from_pretrained(projection_folder)
+    theirs.eval()
+    pixels = make_pixels()
+    with torch.inference_mode():
+        expected = theirs(pixel_values=pixels).image_embeds
+        torch.testing.assert_close(model.module(pixels), expected)
+    assert expected.shape == (2, 12)
+
+
+def change_architecture(folder: Path, architecture: str) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
+    return str(folder)
+
+
+def test_weights_that_the_class_does_not_use_are_refused(projection_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(projection_folder, tmp_path / "net")
+    with pytest.raises(InvalidJob, match=r"that CLIPVisionModel does not use: visual_projection\.weight"):
+        load(change_architecture(tmp_path / "net", "CLIPVisionModel"))
+
+
+def test_a_projection_that_is_missing_is_refused(tmp_path: Path) -> None:
+    config = transformers.CLIPVisionConfig(**VISION, projection_dim=12)
+    transformers.CLIPVisionModel(config).save_pretrained(tmp_path / "net")
+    with pytest.raises(InvalidJob, match=r"has no weights for visual_projection\.weight"):
+        load(change_architecture(tmp_path / "net", "CLIPVisionModelWithProjection"))
+
+
+def test_a_text_tower_is_let_pass_as_unused(tmp_path: Path) -> None:
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.SiglipConfig(vision_config=VISION, text_config=text | {"vocab_size": 50})
+    transformers.SiglipForImageClassification(config).save_pretrained(tmp_path / "net")
+    assert load(str(tmp_path / "net"), kind="features").module(make_pixels()).shape == (2, 16)
+
+
+def test_a_body_with_a_pooler_is_no_classifier(tmp_path: Path) -> None:
+    folder = save(make_vit("ViTModel"), tmp_path / "net")
+    with pytest.raises(InvalidJob, match=r"was saved as ViTModel and has no weights for classifier\.bias"):
+        load(folder, kind="classification")

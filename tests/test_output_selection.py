@@ -14,10 +14,21 @@ from batchjob.storage.reader import Reader
 
 NET_SOURCE = """
 from collections import namedtuple
+from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 Outputs = namedtuple("Outputs", "logits features")
+
+
+@dataclass
+class Record:
+    logits: torch.Tensor
+    features: torch.Tensor
+
+    def loss(self):
+        return 0
 
 
 class Net(nn.Module):
@@ -33,6 +44,7 @@ class Net(nn.Module):
             "dict": {"logits": logits, "features": features},
             "tuple": (logits, features),
             "named": Outputs(logits, features),
+            "dataclass": Record(logits, features),
             "none": None,
         }[self.kind]
 
@@ -55,7 +67,8 @@ def run_model(job_folder: Path, kind: str, output: str | int | None) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "output"), [("dict", "logits"), ("tuple", 0), ("named", "logits"), ("named", 0), ("one", None)]
+    ("kind", "output"),
+    [("dict", "logits"), ("tuple", 0), ("named", "logits"), ("named", 0), ("dataclass", "logits"), ("one", None)],
 )
 def test_one_output_is_selected(kind: str, output: str | int | None, job_folder: Path) -> None:
     assert run_model(job_folder, kind, output).shape == (4, 2)
@@ -68,8 +81,11 @@ def test_one_output_is_selected(kind: str, output: str | int | None, job_folder:
         ("dict", 0, "a dict with the keys 'logits', 'features'; name one of them"),
         ("tuple", 2, "a tuple of 2; write a number from 0 to 1"),
         ("tuple", "logits", "a tuple of 2; write a number from 0 to 1"),
-        ("named", "logit", r"a Outputs of 2 \(logits, features\); write a number from 0 to 1"),
+        ("named", "logit", r"an Outputs of 2 \(logits, features\); write a number from 0 to 1"),
+        ("dataclass", "logit", "a Record with the attributes logits, features; name one of them"),
+        ("dataclass", "loss", "a Record with the attributes logits, features; name one of them"),
         ("one", "logits", "one Tensor; leave model.output out"),
+        ("one", "shape", "one Tensor; leave model.output out"),
         ("none", 0, "None"),
     ],
 )

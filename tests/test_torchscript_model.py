@@ -11,6 +11,7 @@ import torch
 from saved_models import catch_load_error, make_net, make_pixels, repack_archive, run_in_batches, with_trust
 from torch import nn
 
+from batchjob.errors import describe_error
 from batchjob.models.loaded_model import LoadedModel
 from batchjob.models.torchscript import TorchScriptModel
 from batchjob.storage.reader import Reader
@@ -56,3 +57,14 @@ def test_broken_archive_is_refused(tmp_path: Path) -> None:
     whole = save_torchscript(make_net(tmp_path, 1), tmp_path / "net.pt")
     broken = repack_archive(whole, tmp_path / "broken.pt", "/data.pkl", lambda data: data[:20])
     assert "that this torch does not load" in catch_load_error(load, broken)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is:FutureWarning")
+def test_an_error_of_the_interpreter_is_told_by_its_cause(tmp_path: Path) -> None:
+    model = load(save_torchscript(make_net(tmp_path, 1), tmp_path / "net.pt"))
+    with pytest.raises(RuntimeError) as caught:
+        model.module(torch.ones(2, 4, 8, 8))
+    described = describe_error(caught.value)
+    assert described.startswith("RuntimeError: ")
+    assert "to have 3 channels, but got 4 channels instead" in described
+    assert "interpreter" not in described

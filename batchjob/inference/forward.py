@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from batchjob.errors import InvalidJob, is_out_of_memory
+from batchjob.errors import InvalidJob, describe_error, is_out_of_memory
 from batchjob.inference.execution_config import ExecutionConfig
 from batchjob.inference.float32_precision import float32_precision
 from batchjob.user_code import catch_exit, describe_fault
@@ -172,5 +172,4 @@ def _move_to_device(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _summarize(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    return describe_error(error)[:320]

@@ -26,6 +26,7 @@ _IGNORED_FIELDS = {"input": ("require",), "model": ("trust", "sha256")}
 _DEFAULTS_BEFORE_FIELD: dict[str, dict[str, Any]] = {
     "input": {"hidden": True, "delimiter": ","},
     "preprocess": {"transform_input": "tensor"},
+    "task.detection": {"keypoints": "drop"},
     "task.classification": {"activation": "softmax"},
     "task.embedding": {"layer": None},
     "task.multilabel": {"activation": "sigmoid"},

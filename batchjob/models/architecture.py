@@ -81,7 +81,7 @@ def call_target(
         folder: Folder of the job file.
         key: Job key that holds the target, for error messages.
         arguments: Keyword arguments of the function.
-        num_classes: Passed on if the function has a parameter of this name; None if the job does not state it.
+        num_classes: Passed on as a keyword argument; None if the job does not state it.
 
     Raises:
         InvalidJob: There is no such module or function, it does not take these arguments, or it raised an exception.
@@ -92,6 +92,8 @@ def call_target(
     function = load_target(target, folder)
     where = f"{key}: {target} in {folder}"
     if isinstance(function, torch.nn.Module):
+        if num_classes is not None:
+            raise InvalidJob(f"{where} is a module and takes no model.num_classes; leave it out, or name a function")
         if arguments:
             raise InvalidJob(f"{where} is a module and takes no model.arguments; name a function that builds it")
         return function
@@ -100,9 +102,14 @@ def call_target(
             f"{where} is {with_article(type(function).__name__)}; name a function that returns a torch.nn.Module"
         )
     keywords = dict(arguments)
-    if num_classes is not None and _has_parameter(function, "num_classes"):
+    if num_classes is not None:
         if "num_classes" in keywords:
             raise InvalidJob(f"{where}: num_classes stands both in the model and in model.arguments; keep one")
+        if not _has_parameter(function, "num_classes"):
+            raise InvalidJob(
+                f"{where} takes no num_classes; it takes ({_describe_signature(function)}); leave model.num_classes "
+                "out, or write what it takes in model.arguments"
+            )
         keywords["num_classes"] = num_classes
     _check_arguments(function, keywords, where)
     try:
@@ -139,10 +146,13 @@ def _check_arguments(function: Callable[..., Any], keywords: Mapping[str, Any], 
     try:
         inspect.signature(function).bind(**keywords)
     except (TypeError, ValueError) as error:
-        signature = ", ".join(str(parameter) for parameter in parameters) or "nothing"
         raise InvalidJob(
-            f"{where} cannot be called: {error}; it takes ({signature}); correct model.arguments"
+            f"{where} cannot be called: {error}; it takes ({_describe_signature(function)}); correct model.arguments"
         ) from error
+
+
+def _describe_signature(function: Callable[..., Any]) -> str:
+    return ", ".join(str(parameter) for parameter in _list_parameters(function)) or "nothing"
 
 
 def _is_network_error(error: Exception) -> bool:

@@ -35,7 +35,7 @@ class CheckpointModel(StateDictFile, OutputSelection):
         architecture: Name of a torchvision model, or `module:attribute` beside the job file.
         weights: Local path or URI of a `.pt`, `.pth`, `.th` or `.safetensors` file; it may have been saved on any
             device.
-        num_classes: Number of classes, passed to the architecture if it has a parameter of this name.
+        num_classes: Number of classes, for an architecture that has a parameter of this name.
         arguments: Further keyword arguments of the architecture.
         strict: False allows keys that only the file or only the model has; a tensor of another shape is always an
             error.

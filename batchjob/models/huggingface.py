@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import ValidationInfo, ValidatorFunctionWrapHandler, WrapValidator
 
 from batchjob.errors import InvalidJob
+from batchjob.models.checkpoint_tensors import list_names
 from batchjob.models.class_layers import find_huggingface_layers
 from batchjob.models.huggingface_files import ModelFiles, download_from_hub, list_model_files, local_copy
 from batchjob.models.huggingface_hub import hub_offline, silence_hub_libraries
@@ -34,6 +36,12 @@ __all__ = ["HuggingfaceModel"]
 
 _log = logging.getLogger(__name__)
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+# Weights that features of images, and classes, can do without: of the text tower of a model of images and text, and
+# constants, masks and poolers that other versions of transformers saved, too.
+_TEXT_KEY = re.compile(r"text_|logit_(scale|bias)")
+_UNUSED_KEY = re.compile(
+    r"^text_|^logit_(scale|bias)|(^|\.)pooler\.|(^|\.)(position_ids|mask_token|relative_position_index|num_batches_tracked)$"
+)
 _AUTO_CLASSES = {
     "classification": "AutoModelForImageClassification",
     "detection": "AutoModelForObjectDetection",
@@ -109,7 +117,7 @@ class HuggingfaceModel(WeightsFile, OutputSelection):
         files = list_model_files(reader, model_folder)
         kind = self._choose_kind(files)
         with (
-            local_copy(reader, files) as (local_folder, digest, weights_digest),
+            local_copy(reader, files) as (local_folder, files_digest, weights_digest),
             hub_offline(),
             silence_hub_libraries(),
             isolated_torch_state(),
@@ -117,6 +125,9 @@ class HuggingfaceModel(WeightsFile, OutputSelection):
             self._check_digest(weights_digest, files)
             model, is_pooler_trained = self._load_pretrained(local_folder, files, kind)
             preprocess = self._load_preprocess(local_folder, files)
+        # Earlier versions dropped the projection: none of their plans goes on with other features.
+        projected = kind == "features" and _finds_projection(files)
+        digest = hashlib.sha256(f"{files_digest} projected".encode()).hexdigest() if projected else files_digest
         module = _make_module(model, kind, is_pooler_trained, self._where)
         module = prepare_for_inference(module, "model.model")
         labels = None if kind == "features" else _find_labels(model.config)
@@ -171,7 +182,10 @@ class HuggingfaceModel(WeightsFile, OutputSelection):
         import torch
         import transformers
 
-        auto_class: Any = getattr(transformers, _AUTO_CLASSES[kind])
+        class_name = _AUTO_CLASSES[kind]
+        if kind == "features" and _finds_projection(files):
+            class_name = files.config["architectures"][0]  # AutoModel would load the body alone.
+        auto_class: Any = getattr(transformers, class_name)
         try:
             model, info = auto_class.from_pretrained(
                 folder,
@@ -185,17 +199,35 @@ class HuggingfaceModel(WeightsFile, OutputSelection):
             raise
         except Exception as error:  # Anything in the folder may be wrong, from JSON to tensors.
             raise InvalidJob(f"{self._where} {self._explain_load_error(error, files, kind)}") from error
+        return model, self._check_loading_info(model, info, files, kind)
+
+    def _check_loading_info(self, model: Any, info: Mapping[str, Any], files: ModelFiles, kind: ModelKind) -> bool:
+        """Refuse missing and left-over weights; return False if the pooler is missing, which features can do without.
+
+        transformers fills missing weights with random numbers, and drops those that its class does not use.
+        """
         missing = sorted(map(str, info["missing_keys"]))
-        # transformers fills missing weights with random numbers. Features can do without a pooler, nothing else.
         pooler = [key for key in missing if kind == "features" and key.split(".")[0] == "pooler"]
-        if len(missing) > len(pooler):
-            keys = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
-            architecture = next(iter(files.config.get("architectures") or ()), "something else")
+        # Features of images do not need the text tower of a model of images and text.
+        text = [key for key in missing if hasattr(model, "get_image_features") and _TEXT_KEY.match(key)]
+        needed = [key for key in missing if key not in pooler and (kind != "features" or key not in text)]
+        architecture = next(iter(files.config.get("architectures") or ()), "something else")
+        if needed:
             raise InvalidJob(
-                f"{self._where} was saved as {architecture} and has no weights for {keys}; correct model.kind (it is "
-                f"{kind}), or save the whole model"
+                f"{self._where} was saved as {architecture} and has no weights for {list_names(needed)}; correct "
+                f"model.kind (it is {kind}), or save the whole model"
             )
-        return model, not pooler
+        # Whoever asks for the features of a model with a head does without the head.
+        if kind == "features" and self.kind == "features" and type(model).__name__ != architecture:
+            return not pooler
+        unused = [key for key in sorted(map(str, info["unexpected_keys"])) if not _UNUSED_KEY.search(key)]
+        if unused:
+            raise InvalidJob(
+                f"{self._where} was saved as {architecture} and holds weights that {type(model).__name__} does not "
+                f"use: {list_names(unused)}; correct model.kind (it is {kind}), or build the model with model.type: "
+                "python"
+            )
+        return not pooler
 
     def _explain_load_error(self, error: Exception, files: ModelFiles, kind: ModelKind) -> str:
         text = " ".join(str(error).split())
@@ -220,6 +252,15 @@ class HuggingfaceModel(WeightsFile, OutputSelection):
             _log.warning("%s: its image processor cannot be loaded (%s)", self._where, error)
             return None
         return convert_image_processor(processor, self._where)
+
+
+def _finds_projection(files: ModelFiles) -> bool:
+    """Check if the model was saved as a vision tower with its projection, such as `CLIPVisionModelWithProjection`."""
+    import transformers
+
+    architecture = next(iter(files.config.get("architectures") or ()), "")
+    model_class = getattr(transformers, str(architecture), None) if "ModelWithProjection" in architecture else None
+    return getattr(model_class, "main_input_name", None) == "pixel_values"
 
 
 def _find_labels(config: Any) -> tuple[str, ...] | None:
@@ -264,6 +305,9 @@ def _make_feature_function(
         # Models of images and text (CLIP, SigLIP) have a method for images alone.
         forward = getattr(body, "get_image_features", body)
         outputs = forward(pixel_values=pixels)
+        projected = getattr(outputs, "image_embeds", None)
+        if projected is not None:
+            return projected.flatten(1)  # type: ignore[no-any-return]
         pooled = getattr(outputs, "pooler_output", None)
         if is_pooler_trained and pooled is not None:
             return pooled.flatten(1)  # type: ignore[no-any-return]

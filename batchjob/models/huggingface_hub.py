@@ -66,12 +66,19 @@ def convert_hub_error(error: Exception, what: str, advice: str) -> JobError | No
         reason = "there is none of that name, or it is private (then set HF_TOKEN)"
         return InvalidJob(f"{problem}: {reason}; correct it, or {advice}")
     unreachable = Unavailable(f"{problem} (it cannot be reached, and the local cache has not got it): {advice}")
+    answer = error.__cause__
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(answer, errors.HfHubHTTPError):
+        # The Hub has answered, and its client looked into the local cache all the same.
+        return convert_hub_error(answer, what, advice)
     if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError | TimeoutError):
         return unreachable
     if isinstance(error, errors.EntryNotFoundError):
         return InvalidJob(f"{problem}: it lacks a file that is needed; {advice}")
     if isinstance(error, errors.HfHubHTTPError):
         code = error.response.status_code
+        if code in {401, 403}:
+            reason = "access is refused; a token in HF_TOKEN that may read it"
+            return InvalidJob(f"{problem} (HTTP {code}): {reason}, or {advice}")
         error_type = Unavailable if code == 429 or code >= 500 else InvalidJob
         return error_type(f"{problem} (HTTP {code}): {advice}")
     # The error class of the HTTP client that this version of huggingface_hub uses: requests or httpx.

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 from pydantic import Field
 
+from batchjob.errors import InvalidJob
 from batchjob.tasks.boxes import BOX_FIELDS, BoxSelector, build_box_columns, filled_slots, map_boxes_to_image
-from batchjob.tasks.detector_output import DetrBoxReader, TorchvisionBoxReader, choose_box_reader
+from batchjob.tasks.detector_output import DetrBoxReader, TorchvisionBoxReader, choose_box_reader, gives_keypoints
 from batchjob.tasks.labels import Labels, max_label_bytes, read_labels, resolve_class_names
 from batchjob.tasks.list_columns import build_list_column
 from batchjob.tasks.postprocess import Postprocess, PostprocessDefaults, finite_mask
@@ -41,6 +42,7 @@ class DetectionTask(TaskSettings):
         format: `torchvision`, a list of dicts with boxes in pixels; or `detr`, logits and relative boxes of queries.
         scores: Meaning of the logits of `detr`: `softmax`, the last class being "no object", or `sigmoid`, a score of
             its own for each class.
+        keypoints: `refuse` a model that gives keypoints beside its boxes, for which there is no column, or `drop` them.
         allow_nan: True accepts rows whose output holds NaN, without the boxes that do.
     """
 
@@ -51,6 +53,7 @@ class DetectionTask(TaskSettings):
     labels: Labels = None
     format: Literal["auto", "torchvision", "detr"] = "auto"
     scores: Literal["auto", "softmax", "sigmoid"] = "auto"
+    keypoints: Literal["refuse", "drop"] = "refuse"
     allow_nan: bool = False
 
     @property
@@ -84,6 +87,11 @@ class DetectionTask(TaskSettings):
         """
         names = resolve_class_names(self.labels, None, labels, reader)
         box_reader = choose_box_reader(output, self.format, self.scores, len(names) if names is not None else None)
+        if self.keypoints == "refuse" and gives_keypoints(output):
+            raise InvalidJob(
+                "the model gives keypoints beside its boxes, for which detection has no column; write the columns "
+                "yourself (task.type: python), or task.keypoints: drop for the boxes alone"
+            )
         if isinstance(box_reader, DetrBoxReader):
             class_count = output["logits"].shape[2] - (not box_reader.sigmoid)
             names = resolve_class_names(self.labels, class_count, labels, reader)

@@ -18,6 +18,7 @@ __all__ = [
     "DetrBoxReader",
     "TorchvisionBoxReader",
     "choose_box_reader",
+    "gives_keypoints",
     "is_torchvision_output",
 ]
 
@@ -148,6 +149,12 @@ def is_torchvision_output(output: Any, *extra_keys: str) -> bool:
         and all(image["boxes"].ndim == 2 and image["boxes"].shape[1] == 4 for image in output)
         and all(len({len(image[key]) for key in keys}) == 1 for image in output)
     )
+
+
+def gives_keypoints(output: Any) -> bool:
+    """Return True if a detector gives keypoints beside its boxes, as torchvision's Keypoint R-CNN does."""
+    images = output if isinstance(output, list | tuple) else [output]
+    return any(isinstance(image, Mapping) and any("keypoints" in str(key) for key in image) for image in images)
 
 
 def _is_detr_output(output: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import transformers.utils.logging
 from http_server import HttpServer, Response, run_http_server
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from batchjob.errors import InvalidJob, JobError, Unavailable
@@ -47,7 +47,8 @@ def catch_hub_error(endpoint: str, name: str = "me/net") -> Exception:
         (404, "RevisionNotFound", InvalidJob, "there is none of that name, or it is private"),
         (404, "EntryNotFound", InvalidJob, "it lacks a file that is needed; use a copy"),
         (400, "", InvalidJob, "(HTTP 400): use a copy"),
-        (403, "", InvalidJob, "(HTTP 403): use a copy"),
+        (403, "", InvalidJob, "(HTTP 403): access is refused; a token in HF_TOKEN that may read it, or use a copy"),
+        (401, "", InvalidJob, "(HTTP 401): access is refused; a token in HF_TOKEN that may read it, or use a copy"),
         (429, "", Unavailable, "(HTTP 429): use a copy"),
         (500, "", Unavailable, "(HTTP 500): use a copy"),
         (503, "", Unavailable, "(HTTP 503): use a copy"),
@@ -61,6 +62,19 @@ def test_http_error_of_the_hub_is_an_invalid_job_or_unavailable(
     assert type(error) is error_type
     assert error.message.startswith("the model me/net cannot be had from the Hugging Face Hub")
     assert reason in error.message
+
+
+@pytest.mark.parametrize(("status", "error_type"), [(403, InvalidJob), (503, Unavailable)])
+def test_answer_of_the_hub_counts_where_the_local_cache_has_nothing(
+    hub: HttpServer, status: int, error_type: type[JobError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.responses[f"{MODEL_PATH}/revision/main"] = Response(status=status)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - its type is what this test is about
+        snapshot_download("me/net", endpoint=hub.url, cache_dir=tmp_path, token=False)
+    error = convert_hub_error(caught.value, "the model me/net", "use a copy")
+    assert type(error) is error_type
+    assert f"(HTTP {status})" in error.message
 
 
 def test_impossible_model_name_is_an_invalid_job(hub: HttpServer) -> None:
