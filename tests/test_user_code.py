@@ -182,7 +182,10 @@ def test_fault_of_torchscript_is_its_cause() -> None:
     module = torch.jit.trace(torch.nn.Linear(3, 2), torch.rand(1, 3))
     with pytest.raises(RuntimeError) as caught:
         module(torch.rand(1, 4))
-    assert describe_fault(caught.value) == "RuntimeError: mat1 and mat2 shapes cannot be multiplied (1x4 and 3x2)"
+    told = describe_fault(caught.value)
+    assert told.startswith("RuntimeError: ")
+    assert told.endswith("mat1 and mat2 shapes cannot be multiplied (1x4 and 3x2)")
+    assert len(told) < 100
 
 
 def test_keyboard_interrupt_in_user_code_passes(tmp_path: Path) -> None:
