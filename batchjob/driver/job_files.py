@@ -151,6 +151,8 @@ class JobFiles:
 def find_changed_files(store: Store, head: PlanHead, files: JobFiles, *, with_input: bool) -> list[str]:
     """Compare the files that a plan's rows were made with to those that are there now, by tag, then by digest.
 
+    A file that is gone is no difference.
+
     Args:
         store: The output.
         head: Head of the plan.
@@ -174,7 +176,10 @@ def find_changed_files(store: Store, head: PlanHead, files: JobFiles, *, with_in
         there, here = record.get(name), files.look_again(name)
         if not with_input and any(facts is not None and facts.is_input for facts in (there, here)):
             continue
-        if there is not None and here is not None:
+        # A complete output outlives weights and manifests that were put up for its run and deleted since.
+        if here is None:
+            continue
+        if there is not None:
             if there.size == here.size and there.etag == here.etag:
                 continue
             here = files.add_digest(name, here)
