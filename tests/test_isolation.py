@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import time
@@ -68,6 +69,14 @@ class DeadlyTransform(HarmfulTransform):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os._exit, (3,)
+
+
+@dataclass(frozen=True)
+class UnimportableTransform(HarmfulTransform):
+    """Transform that needs a module which the process does not have."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, ("a_module_that_is_not_there",)
 
 
 class SlowReader(Reader):
@@ -270,9 +279,15 @@ def test_quarantine_is_listed_once_and_again_for_a_shard_that_was_tried_before()
     assert Counter(call.method for call in store.calls) == {"list": 2, "read": 1}
 
 
-def test_processes_that_die_at_their_start_fail_the_attempt(tmp_path: Path) -> None:
-    loader = make_loader(tmp_path, transform=DeadlyTransform(tmp_path))
-    with pytest.raises(AttemptFailed, match=r"loader process \d+ ended with exit code 3 as it started"):
+@pytest.mark.parametrize(
+    ("transform", "words"),
+    [(DeadlyTransform, "ended with exit code 3"), (UnimportableTransform, "ended with exit code 1")],
+)
+def test_processes_that_die_at_their_start_fail_the_attempt(
+    tmp_path: Path, transform: type[HarmfulTransform], words: str
+) -> None:
+    loader = make_loader(tmp_path, transform=transform(tmp_path))
+    with pytest.raises(AttemptFailed, match=rf"loader process \d+ {words} as it started"):
         load_infos(loader, write_shard(tmp_path, 4))
     loader.close()
 

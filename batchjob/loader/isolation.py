@@ -39,6 +39,7 @@ _log = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 0.1
 _CLOSE_SECONDS = 5.0
+_LOST_SECONDS = 1.0
 # A process that dies again and again without any result does so over something else than an image.
 _MAX_FRUITLESS_DEATHS = 5
 
@@ -365,6 +366,8 @@ class IsolatedLoader:
                     process.kill("hang")
                 elif process.stopped_longer_than(self._config.image_seconds):
                     process.kill("halt")
+                elif process.lost_longer_than(_LOST_SECONDS):
+                    process.kill("lost")
 
     def _fail(self, error: Exception) -> None:
         """Make the loader unusable; the first error is raised in the thread that asks for batches."""

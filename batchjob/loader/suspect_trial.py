@@ -46,7 +46,7 @@ def wait_for_trial(process: LoaderProcess, seconds: float) -> TrialResult:
         AttemptFailed: The process ended before it was ready.
     """
     while True:
-        ready = wait([process.connection, process.sentinel])
+        ready = wait(process.sources)
         if (received := process.receive()) is not None:
             return TrialResult(received[0])
         if process.sentinel in ready:

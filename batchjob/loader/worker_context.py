@@ -209,7 +209,7 @@ class WorkerQueue:
                 time.sleep(_CLOSED_SECONDS)  # DataLoader's thread for pinning asks again until it is told to end
                 raise queue.Empty
             running = [(worker, process) for worker in self.workers if (process := worker.process) is not None]
-            sources = [source for _, process in running for source in (process.connection, process.sentinel)]
+            sources = [source for _, process in running for source in process.sources]
             wakeup = self._context.wakeup_reader
             ready = wait([*sources, wakeup], None if deadline is None else max(0.0, deadline - time.monotonic()))
             if not ready:

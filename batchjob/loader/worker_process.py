@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +67,7 @@ class LoaderProcess:
         )
         self._kill_reason: str | None = None
         self._stopped_since: float | None = None
+        self._lost_since: float | None = None
         try:
             with clean_process_start():
                 self._process.start()
@@ -81,6 +83,11 @@ class LoaderProcess:
         """File descriptor that becomes readable once the process has ended."""
         return self._process.sentinel
 
+    @property
+    def sources(self) -> list[Connection | int]:
+        """All that becomes readable with a result or at the end; for `multiprocessing.connection.wait`."""
+        return [self.sentinel] if self._lost_since is not None else [self.connection, self.sentinel]
+
     def send(self, item: object) -> None:
         """Send one more item. A process that has died ignores it."""
         with suppress(OSError):
@@ -89,11 +96,15 @@ class LoaderProcess:
     def receive(self) -> tuple[Any] | None:
         """Return the next result that has arrived completely, in a tuple; None if there is none."""
         try:
-            if self.connection.poll():
+            if self._lost_since is None and self.connection.poll():
                 return (self.connection.recv(),)
-        except (EOFError, ConnectionError, FileNotFoundError):  # it died, maybe after it had announced a result
-            self._process.kill()
+        except (EOFError, ConnectionError, FileNotFoundError):  # it dies, maybe after it had announced a result
+            self._lost_since = time.monotonic()
         return None
+
+    def lost_longer_than(self, seconds: float) -> bool:
+        """Return True if nothing can come from the process any more, for so long, although it may still run."""
+        return self._lost_since is not None and time.monotonic() - self._lost_since > seconds
 
     def stopped_longer_than(self, seconds: float) -> bool:
         """Return True if SIGSTOP has held the process for so long, counted from the first call that saw it."""
@@ -103,7 +114,7 @@ class LoaderProcess:
         self._stopped_since = time.monotonic() if self._stopped_since is None else self._stopped_since
         return time.monotonic() - self._stopped_since > seconds
 
-    def kill(self, reason: Literal["hang", "halt", "done", "closing"]) -> None:
+    def kill(self, reason: Literal["hang", "halt", "lost", "done", "closing"]) -> None:
         """Kill the process at once; the first reason decides what `wait_for_exit` reports."""
         self._kill_reason = self._kill_reason or reason
         self._process.kill()
@@ -115,6 +126,8 @@ class LoaderProcess:
             return WorkerExit("hang", "took too long over one image or batch and was killed", snapshot)
         if self._kill_reason == "halt":
             return WorkerExit("crash", "was stopped by a signal, did not go on and was killed", snapshot)
+        if self._kill_reason == "lost":
+            return WorkerExit("crash", "closed its connection, did not end and was killed", snapshot)
         kind = "memory" if code in {-signal.SIGKILL, OUT_OF_MEMORY_CODE} else "crash"
         return WorkerExit(kind, _describe_exit_code(code), snapshot)
 
