@@ -267,12 +267,8 @@ class IsolatedLoader:
                 when = "again and again" if process.progress.started else "as it started"
                 raise AttemptFailed(f"loader process {process.pid} {process_exit.description} {when}")
             in_work = self._take_back(process_exit)
-            _log.warning(
-                "loader process %s %s%s",
-                process.pid,
-                process_exit.description,
-                _describe_consequence(in_work, process_exit),
-            )
+            consequence = _describe_consequence(in_work, process_exit)
+            _log.warning("loader process %s %s%s", process.pid, process_exit.description, consequence)
             if not self._closed.is_set():
                 worker.start()
                 if in_work is not None:
