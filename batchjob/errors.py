@@ -63,6 +63,7 @@ __all__ = [
     "as_batchjob_error",
     "as_crash_error",
     "describe_error",
+    "extract_cause",
     "is_out_of_memory",
     "with_traceback",
 ]
@@ -284,14 +285,23 @@ def with_traceback(error: BatchjobError, trace: str) -> BatchjobError:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the type of an exception and the first 500 characters of its text, in one line.
+    """Return the type of an exception and the first 500 characters of its text, in one line."""
+    return f"{type(error).__name__}: {' '.join(extract_cause(error).split())[:_MAX_TEXT]}"
 
-    Of an exception in the TorchScript interpreter, whose text is its own traceback, the last line counts: the cause.
+
+def extract_cause(error: BaseException) -> str:
+    """Return the text of an exception; of one in the TorchScript interpreter, whose text is a traceback, the cause.
+
+    The cause is the last line, or the operation that failed where torch says no more.
     """
     text = str(error).strip()
-    if _TORCHSCRIPT in text:
-        text = text.splitlines()[-1].removeprefix(f"{type(error).__name__}: ").removeprefix("builtins.")
-    return f"{type(error).__name__}: {' '.join(text.split())[:_MAX_TEXT]}"
+    if _TORCHSCRIPT not in text:
+        return text
+    name = type(error).__name__
+    cause = text.rpartition("\n")[2].removeprefix(f"{name}:").strip()
+    # Example: "    input0 = torch._convolution(input, …)\n             ~~~~~~ <--- HERE"
+    failed = re.findall(r"^ *(.+)\n *~+ *<--- HERE", text, re.MULTILINE)
+    return cause or (f"it fails at {failed[-1]}; do its weights have the dtype of the input?" if failed else name)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -28,7 +28,7 @@ from threading import Lock
 from types import ModuleType
 from typing import Any
 
-from batchjob.errors import InvalidJob
+from batchjob.errors import InvalidJob, extract_cause
 from batchjob.text import closest_match
 
 __all__ = [
@@ -48,7 +48,6 @@ __all__ = [
 _PACKAGE_PREFIX = "_batchjob_folder_"
 _PACKAGE_LOCK = Lock()
 _MAX_FAULT_TEXT = 300
-_TORCHSCRIPT_PREAMBLE = "operation failed in the TorchScript interpreter"
 # Lines of this package in a traceback are not the user's.
 _THIS_PACKAGE = Path(__file__).resolve().parent
 
@@ -186,11 +185,7 @@ def describe_fault(error: BaseException, *, in_library: bool = False) -> str:
         error: Exception with its traceback.
         in_library: Where no line of the user's code is involved, name the innermost line outside this package.
     """
-    message = str(error)
-    if _TORCHSCRIPT_PREAMBLE in message:
-        # Many lines of serialized code come before the cause.
-        message = message.strip().rpartition("\n")[2].removeprefix(f"{type(error).__name__}: ")
-    text = f"{name_fault(error)}: {' '.join(message.split())[:_MAX_FAULT_TEXT]}".rstrip(": ")
+    text = f"{name_fault(error)}: {' '.join(extract_cause(error).split())[:_MAX_FAULT_TEXT]}".rstrip(": ")
     frames = [
         (frame.f_globals, frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)
     ]

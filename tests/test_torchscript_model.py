@@ -68,3 +68,14 @@ def test_an_error_of_the_interpreter_is_told_by_its_cause(tmp_path: Path) -> Non
     assert described.startswith("RuntimeError: ")
     assert "to have 3 channels, but got 4 channels instead" in described
     assert "interpreter" not in described
+
+
+def test_an_error_of_the_interpreter_without_words_names_the_operation() -> None:
+    lines = [
+        "The following operation failed in the TorchScript interpreter.",
+        "    input0 = torch._convolution(input, weight)",
+        "             ~~~~~~~~~~~~~~~~~~ <--- HERE",
+        "RuntimeError: ",
+    ]
+    described = describe_error(RuntimeError("\n".join(lines)))
+    assert described.startswith("RuntimeError: it fails at input0 = torch._convolution(input, weight); ")
