@@ -299,9 +299,11 @@ def extract_cause(error: BaseException) -> str:
         return text
     name = type(error).__name__
     cause = text.rpartition("\n")[2].removeprefix(f"{name}:").strip()
-    # Example: "    input0 = torch._convolution(input, …)\n             ~~~~~~ <--- HERE"
+    # The operation stands above a line of tildes that ends in an arrow: `~~~~~~ <--- HERE`.
     failed = re.findall(r"^ *(.+)\n *~+ *<--- HERE", text, re.MULTILINE)
-    return cause or (f"it fails at {failed[-1]}; do its weights have the dtype of the input?" if failed else name)
+    return cause or (
+        f"it fails at {failed[-1]}; perhaps its weights have not the dtype of the input" if failed else name
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
