@@ -1297,6 +1297,19 @@ def test_check_of_a_changed_input_counts_and_names_the_images(tmp_path: Path, ou
     assert raised.value.counts == (12, 12, 0)
 
 
+def test_check_of_an_earlier_versions_output_lists_as_that_version_did(tmp_path: Path, output: Path) -> None:
+    asked = make_job(tmp_path, IMAGES)
+    (tmp_path / "images" / ".hidden.png").write_bytes(b"hidden")
+    run_job(asked.model_copy(update={"input": asked.input.model_copy(update={"hidden": True})}), ScriptedPool())
+    # Earlier versions took hidden names, and had no field for that.
+    head_file = output / "_batchjob/plans/0000/head.json"
+    head = json.loads(head_file.read_text())
+    for fields in (head["fingerprint"]["input"], head["job"]["input"], head["defaults"]["input"]):
+        fields.pop("hidden", None)
+    head_file.write_text(json.dumps(head))
+    assert run_job(asked, check_input=True).planned == 13
+
+
 def test_check_after_a_resumed_run_looks_at_the_input(tmp_path: Path) -> None:
     job = make_job(tmp_path, IMAGES)
     with pytest.raises(Temporary):

@@ -98,7 +98,9 @@ def _check_input(store: Store, job: Job, result: RunResult, progress: ProgressRe
     _, head = read_current_head(store)
     assert head is not None
     progress.note(f"listing {job.input.uri} again, to compare it with plan {head.plan}")
-    listing = SourceListing(job.input, Reader(job.storage), job.output.uri)
+    # A plan of an earlier version was listed by that version's rules.
+    planned_job = apply_plan_defaults(job, store, head)
+    listing = SourceListing(planned_job.input, Reader(planned_job.storage), planned_job.output.uri)
     reader = PlanReader(store, head)
     with StopSignals() as signals:
         difference = run_in_background(
