@@ -26,7 +26,7 @@ def float32_precision(tf32: bool) -> Iterator[None]:
     before = _Flags.read()
     operator = "tf32" if tf32 else "ieee"
     # A precision of "none" would be inherited from the user's `torch.backends.fp32_precision`.
-    _Flags("high" if tf32 else "highest", tf32, operator, operator, operator, operator if tf32 else "ieee").write()
+    _Flags("high" if tf32 else "highest", tf32, operator, operator, operator, operator).write()
     try:
         yield
     finally:

@@ -180,10 +180,10 @@ def _expect_images(loaded: LoadedWorker, head: PlanHead) -> int:
     the plan holds fewer than there are, and several times as many are expected: needless trials cost a short run half
     a minute, missed ones cost a long run hours.
     """
+    if loaded.setup.known_images:
+        return loaded.setup.known_images
     planned, is_complete = count_planned_images(loaded.store, head)
-    if is_complete or loaded.setup.known_images:
-        return max(planned, loaded.setup.known_images)
-    return planned * _GROWTH
+    return planned if is_complete else planned * _GROWTH
 
 
 def _expect_workers(loaded: LoadedWorker) -> int:
