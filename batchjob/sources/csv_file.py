@@ -6,11 +6,12 @@ import csv
 import io
 import re
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.csv
 
+from batchjob.errors import InvalidJob
 from batchjob.sources.source import BATCH_ROWS, RowBatches
 from batchjob.sources.text_stream import open_text
 
@@ -18,6 +19,7 @@ __all__ = ["DELIMITERS", "CsvFile"]
 
 DELIMITERS = (",", ";", "\t", "|")
 _BLOCK_BYTES = 1 << 20  # also the longest row
+_END = "\x1eend of the file\x1e"  # value of each column in the row that is added
 # Excel writes the delimiter into a line of its own before the header.
 _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?\n')
 
@@ -59,18 +61,34 @@ class CsvFile:
         return block_start
 
     def _read_blocks(self, names: list[str]) -> Iterator[pa.RecordBatch]:
-        try:
-            blocks = self._open_csv(names)
-        except pa.ArrowInvalid as error:
-            if "Empty CSV" in str(error):  # The file is empty, or has a header without a line end.
-                return
-            raise
-        with blocks:
-            yield from blocks
+        """Yield the rows of the file. Raises InvalidJob if a quote is opened and not closed."""
+        if not self.schema.names:
+            return
+        with self._open_csv(names) as blocks:
+            held = None
+            for block in blocks:
+                if held is not None:
+                    yield held
+                held = block if block.num_rows else held
+            if held is None or held.column(0)[-1].as_py() != _END:
+                raise self._unclosed_quote_error(held)
+            yield held.slice(0, held.num_rows - 1)
+
+    def _unclosed_quote_error(self, last_block: pa.RecordBatch | None) -> InvalidJob:
+        values = [] if last_block is None else [column[-1].as_py() for column in last_block.columns]
+        row = next((value for value in values if value), "").partition("\n")[0][:60]
+        near = f", perhaps in the row of {row!r}" if row else ""
+        return InvalidJob(
+            f"input.uri: {self._uri}: a quote is opened and not closed{near}, so that the rows behind it would be lost; "
+            "close it, and write a quote within quotes twice"
+        )
 
     def _open_csv(self, names: list[str]) -> pyarrow.csv.CSVStreamingReader:
+        # Arrow takes the end of the file for that of an open quote, which may hold any number of rows. A last row of
+        # our own is not seen then.
+        end = b"\n" + self._delimiter.encode().join([_END.encode()] * len(self.schema.names)) + b"\n"
         return pyarrow.csv.open_csv(
-            open_text(self._stream, self._uri),
+            pa.PythonFile(_Continued(open_text(self._stream, self._uri), end), mode="r"),
             pyarrow.csv.ReadOptions(block_size=_BLOCK_BYTES, skip_rows=self._skipped_lines),
             pyarrow.csv.ParseOptions(delimiter=self._delimiter, newlines_in_values=True),
             pyarrow.csv.ConvertOptions(
@@ -81,6 +99,27 @@ class CsvFile:
                 null_values=[""],
             ),
         )
+
+
+class _Continued:
+    """A stream with some bytes behind its end, which its reader cannot close."""
+
+    closed = False
+
+    def __init__(self, stream: Any, end: bytes) -> None:
+        self._stream, self._end = stream, end
+
+    def read(self, size: int) -> bytes:
+        """Return `size` bytes, or what is left; none at the end. Arrow needs a header and its line end at once."""
+        data = bytearray()
+        while len(data) < size and (block := self._stream.read(size - len(data))):
+            data += block
+        rest = size - len(data)
+        data, self._end = data + self._end[:rest], self._end[rest:]
+        return bytes(data)
+
+    def close(self) -> None:
+        """Do nothing: the file is read again."""
 
 
 def _choose_delimiter(beginning: str, uri: str, columns: Sequence[str]) -> str:

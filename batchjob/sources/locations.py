@@ -299,7 +299,7 @@ def _find_file(reader: Reader, uri: str) -> ObjectInfo | None:
     except NotFound:
         return None
     except UnaddressableKey as error:
-        raise InvalidJob(f"input.uri {uri}: no client can address this ({error.message}); correct it") from error
+        raise InvalidJob(f"input.uri {error.message}; correct it, or write it there again") from error
     except AddressRefused as error:
         raise InvalidJob(f"input.uri {error.message}") from error
     # A store with real folders answers for a folder like for an empty object.

@@ -123,7 +123,14 @@ def open_table(
 
 def _unreadable_file_error(uri: str, table_format: TableFormat, error: Exception) -> InvalidJob:
     reason = re.sub(r"\s+", " ", str(error)).strip(" .")[:200]
-    advice = "save it as UTF-8" if "UTF8" in reason else "write it again, or give its format in input.format"
+    advices = (
+        ("UTF8", "save it as UTF-8"),
+        ("Expected", "put a value that holds the delimiter into quotes, or give another input.delimiter"),
+        ("straddling", "a row may have 1 MiB; close the quote that is open there"),
+        ("end-of-stream", "it is cut off: copy it there again"),
+        ("", "write it again, or give its format in input.format"),
+    )
+    advice = next(advice for word, advice in advices if word in reason)
     return InvalidJob(f"input.uri: {uri} cannot be read as {table_format} ({reason}); {advice}")
 
 

@@ -18,6 +18,7 @@ from batchjob.errors import (
     UnaddressableKey,
     Unavailable,
 )
+from batchjob.storage.archives import is_archive_fault
 
 __all__ = ["check_etag", "check_size", "error_code", "error_status", "translate_errors", "treat_416_as_empty"]
 
@@ -72,8 +73,8 @@ def _translate(error: Exception, uri: str, writing: bool, unaddressable_on_400: 
     refused = status in (401, 403) or _CREDENTIALS.search(f"{code} {' '.join(classes)}")
     if bare_400 or refused or "PermissionError" in classes:
         return AccessDenied(f"{uri}: access denied ({reason}); renew or correct the credentials, then run again")
-    if classes & {"BadZipFile", "TarError"}:
-        return UnaddressableKey(f"{uri}: the archive cannot be opened ({reason})")
+    if is_archive_fault(error, uri):
+        return UnaddressableKey(f"{uri}: the archive cannot be read ({reason})")
     invalid_key = classes & {"InvalidPathError", "ValueError", "ParamValidationError"}
     if invalid_key or (unaddressable_on_400 and status == 400):
         return UnaddressableKey(f"{uri}: no client can name this key ({reason})")

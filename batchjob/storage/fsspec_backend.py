@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, BinaryIO, TypeVar
 
 from batchjob.errors import InvalidJob, NotFound
+from batchjob.storage.archives import archive_arguments, check_archive_is_whole, find_member
 from batchjob.storage.backend import unquote_etag
 from batchjob.storage.client_errors import check_etag, check_size, translate_errors
 from batchjob.storage.objects import ObjectData, ObjectInfo
@@ -67,6 +69,7 @@ class FsspecBackend:
     def list(self, prefix: str, after: str | None, recursive: bool) -> Iterator[ObjectInfo]:
         """Yield the objects below a prefix, in the byte order of their keys; all of them are held in memory."""
         filesystem, root = self._resolve(prefix)
+        check_archive_is_whole(filesystem, self._base + prefix)
         depth = None if recursive else 1
         with suppress(NotFound):
             found: dict[str, Any] = self._send(prefix, lambda: filesystem.find(root, maxdepth=depth, detail=True))
@@ -76,7 +79,11 @@ class FsspecBackend:
         """Return an object as a seekable file; one that fsspec cannot seek in is read whole."""
         filesystem, path = self._resolve(key)
         file: BinaryIO = self._send(key, lambda: filesystem.open(path, "rb"))
-        return file if file.seekable() else io.BytesIO(self.get(key).data)
+        if not file.seekable():
+            return io.BytesIO(self.get(key).data)
+        # A file system of an archive closes the archive when it is collected; it lives as long as the file does.
+        weakref.finalize(file, _release, filesystem).atexit = False
+        return file
 
     def _resolve(self, key: str) -> tuple[Any, str]:
         """Return the fsspec file system of a key, and the key's path in it. Raises InvalidJob without a reader."""
@@ -85,15 +92,19 @@ class FsspecBackend:
         uri = self._base + key
         try:
             with translate_errors(uri, reraise=ValueError):
-                filesystem, path = url_to_fs(uri, **self._arguments)
+                filesystem, path = url_to_fs(uri, **{**archive_arguments(uri), **self._arguments})
         except (ImportError, ValueError) as error:  # The protocol is unknown, or its package is missing.
             scheme = uri_scheme(uri)
             raise InvalidJob(f"{uri}: no reader for {scheme}:// ({error}){suggest_protocol(scheme)}") from error
         filesystem.invalidate_cache()
-        return filesystem, path
+        return filesystem, find_member(filesystem, path)
 
     def _send(self, key: str, request: Callable[[], T]) -> T:
         return self._policy.send(self._base + key, request, unaddressable_on_400=True)
+
+
+def _release(filesystem: Any) -> None:
+    """Do nothing: that a finalizer holds the file system is enough."""
 
 
 def suggest_protocol(scheme: str) -> str:

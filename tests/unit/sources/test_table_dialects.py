@@ -185,3 +185,35 @@ def test_paths_as_binary_are_no_images(tmp_path: Path) -> None:
     names = ["BMW/1.jpg", "GIF89/2.gif", "RIFF.webp", "II*.tif"]
     pq.write_table(pa.table({"path": pa.array(names).cast(pa.binary())}), tmp_path / "m.parquet")
     assert [row["path"] for row in read_rows(f"{tmp_path}/m.parquet")] == names
+
+
+class TestRowsThatCannotBeToldApart:
+    @pytest.mark.parametrize("size", [1, 300_000])
+    @pytest.mark.parametrize("columns", ["path", "path,label", "label,path,more"])
+    def test_open_quote_is_an_error_and_not_one_long_value(self, tmp_path: Path, columns: str, size: int) -> None:
+        names = columns.split(",")
+        rows = [[f"in/{number}.png" if name == "path" else "x" for name in names] for number in range(size + 2)]
+        text = "\n".join(",".join(row) for row in [names, *rows]) + "\n"
+        assert len(read_rows(write(tmp_path / "m.csv", text))) == size + 2
+        rows[size][-1] = '"' + rows[size][-1]
+        text = "\n".join(",".join(row) for row in [names, *rows]) + "\n"
+        with pytest.raises(InvalidJob, match="a quote is opened and not closed"):
+            read_rows(write(tmp_path / "m.csv", text))
+
+    @pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n", "\r", "\n\r\n\n"])
+    def test_end_of_a_file_is_no_row(self, tmp_path: Path, end: str) -> None:
+        for text, count in (("path", 0), ("path\nin/a.png", 1), ('path\nin/a.png\n"in/b.png"', 2)):
+            for encoding in ("utf-8", "utf-16"):
+                uri = write(tmp_path / "m.csv", (text + end).encode(encoding))
+                assert len(read_rows(uri)) == count
+                assert len(read_rows(uri, 1)) == max(0, count - 1)
+
+    def test_row_with_a_delimiter_too_many_says_what_to_do(self, tmp_path: Path) -> None:
+        uri = write(tmp_path / "m.csv", "path,label\nin/a.png,x,y\n")
+        with pytest.raises(InvalidJob, match="Expected 2 columns, got 3.*into quotes"):
+            read_rows(uri)
+
+    def test_open_quote_before_much_text_says_what_to_do(self, tmp_path: Path) -> None:
+        uri = write(tmp_path / "m.csv", 'path,label\nin/a.png,"x\n' + "in/b.png,y\n" * 200_000)
+        with pytest.raises(InvalidJob, match="close the quote"):
+            read_rows(uri)
