@@ -79,7 +79,7 @@ class CsvFile:
         row = next((value for value in values if value), "").partition("\n")[0][:60]
         near = f", perhaps in the row of {row!r}" if row else ""
         return InvalidJob(
-            f"input.uri: {self._uri}: a quote is opened and not closed{near}, so that the rows behind it would be lost; "
+            f"input.uri: {self._uri}: a quote is opened and not closed{near}, and the rows behind it would be lost; "
             "close it, and write a quote within quotes twice"
         )
 

@@ -210,7 +210,7 @@ class TestRowsThatCannotBeToldApart:
 
     def test_row_with_a_delimiter_too_many_says_what_to_do(self, tmp_path: Path) -> None:
         uri = write(tmp_path / "m.csv", "path,label\nin/a.png,x,y\n")
-        with pytest.raises(InvalidJob, match="Expected 2 columns, got 3.*into quotes"):
+        with pytest.raises(InvalidJob, match=r"Expected 2 columns, got 3.*into quotes"):
             read_rows(uri)
 
     def test_open_quote_before_much_text_says_what_to_do(self, tmp_path: Path) -> None:
