@@ -20,6 +20,7 @@ from batchjob.models.loaded_model import (
     prepare_for_inference,
 )
 from batchjob.models.output_selection import OutputSelection, select_output
+from batchjob.models.state_dict_selection import StateDictSelection
 from batchjob.models.trusted_file import StateDictFile, verify_digest
 from batchjob.models.weights import LoadedWeights, check_file_exists, hash_state_dict, load_weights, read_file
 from batchjob.preprocessing.settings import Preprocess
@@ -71,7 +72,8 @@ class TimmModel(StateDictFile, OutputSelection):
             raise ValueError("one of weights (a file), pretrained: true and seed (random weights) must be given")
         if self.sha256 is not None and self.weights is None:
             raise ValueError("sha256 is that of a file; name the file under weights")
-        if self.checkpoint != "auto" and self.weights is None:
+        # Plans of earlier versions prefer plain weights, whether or not the job names a file.
+        if self.weights is None and self.selection not in (StateDictSelection(), StateDictSelection(prefer="plain")):
             raise ValueError("checkpoint is a place in a file; name the file under weights")
         for key in self.arguments:
             if key in _JOB_KEYS:

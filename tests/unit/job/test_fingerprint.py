@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from batchjob.job.fingerprint import compute_fingerprint, diff_fingerprints, select_deciding_fields
+from batchjob.job.job import Job
 
 LONG = "s3://models/" + "a" * 80
 
@@ -84,3 +86,30 @@ def test_fields_that_do_not_decide_the_predictions_are_left_out(
 def test_sections_without_a_deciding_field_are_left_out() -> None:
     document = {"model": {"name": "x"}, "runtime": {"workers": 4}, "preprocess": None, "output": {"uri": "out"}}
     assert compute_fingerprint(document) == {"model": {"name": "x"}}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "timm", "name": "resnet18", "pretrained": True},
+        {"type": "timm", "name": "resnet18", "seed": 1},
+        {"type": "timm", "name": "resnet18", "weights": "net.pth"},
+        {"type": "torchvision", "name": "resnet18", "seed": 1},
+        {"type": "torchvision", "name": "resnet18", "weights": "DEFAULT"},
+        {"type": "checkpoint", "architecture": "resnet18", "weights": "net.pth"},
+        {"type": "python", "target": "net:build"},
+        {"type": "huggingface", "model": "owner/name"},
+        {"type": "pickle", "weights": "net.pth"},
+        {"type": "torchscript", "weights": "net.pt"},
+        {"type": "exported", "weights": "net.pt2"},
+        {"type": "onnx", "weights": "net.onnx"},
+    ],
+    ids=lambda model: "-".join(map(str, model.values())),
+)
+@pytest.mark.parametrize("task", ["classification", "detection", "embedding", "multilabel", "raw", "segmentation"])
+@pytest.mark.parametrize("kind", ["prefix", "manifest"])
+def test_plans_of_the_oldest_versions_fit_every_job(model: dict[str, Any], task: str, kind: str) -> None:
+    source = {"type": kind, "uri": "in", **({"uri_column": "path"} if kind == "manifest" else {})}
+    sections = {"input": source, "model": model, "task": {"type": task}, "output": {"uri": "out"}}
+    job = Job.model_validate(sections | {"preprocess": {"resize": 8}}, context={"base": Path("/jobs")})
+    assert job.with_defaults({}).fingerprint() == job.fingerprint()
