@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = ["LakeTable", "is_log_folder", "refuse_lake_tables"]
 
-_LOG_FOLDERS = {"_delta_log": "Delta", ".hoodie": "Hudi", "_spark_metadata": "Spark streaming"}
-_ICEBERG_FOLDER = "metadata"
-_ICEBERG_ENDING = ".metadata.json"
+# Kind of table -> folder of its log, and the ending of a file in it that tells it from other folders of that name.
+_LOGS = {
+    "Delta": ("_delta_log", ""),
+    "Hudi": (".hoodie", ""),
+    "Spark streaming": ("_spark_metadata", ""),
+    "Iceberg": ("metadata", ".metadata.json"),
+}
+_HUDI_PARTITION_FILE = ".hoodie_partition_metadata"
 _EXPORTS = {
     "Delta": "in DuckDB: COPY (FROM delta_scan('{}')) TO 'manifest.parquet'",
     "Iceberg": "in DuckDB: COPY (FROM iceberg_scan('{}')) TO 'manifest.parquet'",
@@ -47,7 +53,7 @@ class LakeTable:
 
 def is_log_folder(folder: str) -> bool:
     """Return True for the name of a folder in which a table may keep its log: `_delta_log`, `.hoodie`, `metadata`."""
-    return folder in _LOG_FOLDERS or folder == _ICEBERG_FOLDER
+    return any(folder == log_folder for log_folder, _ in _LOGS.values())
 
 
 def refuse_lake_tables(
@@ -82,9 +88,8 @@ def _find_around(reader: Reader, folder: str) -> LakeTable | None:
     """Find the table that a folder is, or whose partition it is."""
     head, chain = split_chain(folder)
     root = _BELOW_TABLE.sub("", head)
-    candidates = dict.fromkeys([head, root, *([root.removesuffix("data/")] if root.endswith(_DATA_FOLDER) else [])])
-    found = parallel_map(lambda candidate: _find_at(reader, candidate + chain), candidates)
-    return next(filter(None, list(found)), None)
+    candidates = [head, root, *([root.removesuffix("data/")] if root.endswith(_DATA_FOLDER) else [])]
+    return _find_first(reader, [candidate + chain for candidate in candidates])
 
 
 def _find_below(
@@ -92,30 +97,28 @@ def _find_below(
 ) -> LakeTable | None:
     """Find a table below a glob's folder: a folder that holds both a log, such as `t/_delta_log/`, and files."""
     names = [file.uri[name_slice(location.folder)] for file in files]
-    tables = dict.fromkeys(folder[: folder.rfind("/", 0, -1) + 1] for folder in log_folders)
-    used = [table for table in tables if any(name.startswith(table) for name in names)]
-    found = parallel_map(lambda table: _find_at(reader, child_uri(location.folder, table)), used)
-    return next(filter(None, list(found)), None)
+    tables = {folder[: folder.rfind("/", 0, -1) + 1] for folder in log_folders}
+    used = sorted(table for table in tables if any(name.startswith(table) for name in names))
+    return _find_first(reader, [child_uri(location.folder, table) for table in used])
 
 
-def _find_at(reader: Reader, folder: str) -> LakeTable | None:
-    for name, kind in _LOG_FOLDERS.items():
-        if _has_files(reader, child_uri(folder, f"{name}/"), ""):
-            return LakeTable(kind, folder)
-    if _has_files(reader, child_uri(folder, f"{_ICEBERG_FOLDER}/"), _ICEBERG_ENDING):
-        return LakeTable("Iceberg", folder)
-    # Hudi marks its partitions, whose names say nothing.
-    try:
-        reader.stat(child_uri(folder, ".hoodie_partition_metadata"))
-    except (NotFound, Unavailable):
-        return None
-    return LakeTable("Hudi", folder)
+def _find_first(reader: Reader, folders: Iterable[str]) -> LakeTable | None:
+    """Return the first of these folders that is a table. The requests run side by side."""
+    probes = [LakeTable(kind, folder) for folder in dict.fromkeys(folders) for kind in _LOGS]
+    answers = list(parallel_map(lambda probe: _is_there(reader, probe), probes))
+    return next((probe for probe, is_there in zip(probes, answers, strict=True) if is_there), None)
 
 
-def _has_files(reader: Reader, folder: str, ending: str) -> bool:
-    names = name_slice(folder)
-    try:
-        found = itertools.islice(reader.list(folder), _MAX_METADATA_FILES)
-        return any(one.uri[names].endswith(ending) for one in found)
-    except (NotFound, Unavailable):  # This user may read the files, but not look around.
-        return False
+def _is_there(reader: Reader, table: LakeTable) -> bool:
+    """Return True if a folder holds a table's log; False also if this user may read the files, but not look around."""
+    log_folder, ending = _LOGS[table.kind]
+    log = child_uri(table.folder, f"{log_folder}/")
+    with suppress(NotFound, Unavailable):
+        found = itertools.islice(reader.list(log), _MAX_METADATA_FILES)
+        if any(one.uri[name_slice(log)].endswith(ending) for one in found):
+            return True
+    if table.kind == "Hudi":  # It marks its partitions, whose names say nothing.
+        with suppress(NotFound, Unavailable):
+            reader.stat(child_uri(table.folder, _HUDI_PARTITION_FILE))
+            return True
+    return False

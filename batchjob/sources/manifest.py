@@ -121,7 +121,7 @@ class ManifestSource(Settings):
             InvalidJob: The manifest does not exist or cannot be read; or a column does not exist, has no type, or
                 cannot have the type that the job gives it.
         """
-        return self._read_fields(reader, self._list_files(reader, excluded_folder))
+        return self._read_fields(reader, self._list_files(reader, excluded_folder, refuse_tables=True))
 
     def version(self, reader: Reader, excluded_folder: str | None = None) -> str | None:
         """Return the SHA-256 over URI, size and tag of each file, hexadecimal."""
@@ -164,7 +164,7 @@ class ManifestSource(Settings):
         Raises:
             InvalidJob: As `fields()`; or a row has no URI, or a value that does not fit its type.
         """
-        files = self._list_files(reader, excluded_folder)
+        files = self._list_files(reader, excluded_folder, refuse_tables=True)
         schema = pa.schema([*REF_FIELDS, *self._read_fields(reader, files)])
         return skip_empty_batches(self._read_files(reader, files, schema, after.rows, excluded_folder), schema)
 
@@ -179,8 +179,11 @@ class ManifestSource(Settings):
         copied = {column.name: column.column for column in parse_passthrough(self.passthrough)}
         return {name: column for name, column in named.items() if column} | copied
 
-    def _list_files(self, reader: Reader, excluded_folder: str | None) -> list[tuple[ObjectInfo, TableFormat]]:
-        return list_manifest_files(reader, self.uri, None if self.format == "auto" else self.format, excluded_folder)
+    def _list_files(
+        self, reader: Reader, excluded_folder: str | None, *, refuse_tables: bool = False
+    ) -> list[tuple[ObjectInfo, TableFormat]]:
+        requested_format = None if self.format == "auto" else self.format
+        return list_manifest_files(reader, self.uri, requested_format, excluded_folder, refuse_tables=refuse_tables)
 
     def _open(self, reader: Reader, uri: str, table_format: TableFormat) -> AbstractContextManager[TableFile]:
         delimiter = None if self.delimiter == "auto" else self.delimiter

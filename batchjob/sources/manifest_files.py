@@ -19,7 +19,12 @@ __all__ = ["list_manifest_files"]
 
 
 def list_manifest_files(
-    reader: Reader, uri: str, requested_format: TableFormat | None, excluded_folder: str | None
+    reader: Reader,
+    uri: str,
+    requested_format: TableFormat | None,
+    excluded_folder: str | None,
+    *,
+    refuse_tables: bool,
 ) -> list[tuple[ObjectInfo, TableFormat]]:
     """List the files of a manifest in the order of their names, each with its format.
 
@@ -28,6 +33,7 @@ def list_manifest_files(
         uri: A file, folder or glob. Names that begin with `_` or `.` are left out of folders and globs.
         requested_format: Format that the job asks for; None goes by the name of each file.
         excluded_folder: URI of a folder that is never read.
+        refuse_tables: Look for the log of a Delta table or its like, by some requests more.
 
     Raises:
         InvalidJob: There are no such files, they are of two formats, or they belong to a Delta table or its like.
@@ -55,7 +61,8 @@ def list_manifest_files(
         raise InvalidJob(
             f"input.uri {location.uri}: both {' and '.join(formats)} files; choose with a glob or input.format"
         )
-    refuse_lake_tables(reader, location, [info for info, _ in files], folders.log_folders)
+    if refuse_tables:
+        refuse_lake_tables(reader, location, [info for info, _ in files], folders.log_folders)
     return files
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from seaweed import Seaweed
 
 from batchjob.errors import InvalidJob
 from batchjob.sources.manifest import ManifestSource
+from batchjob.storage.objects import ObjectInfo
 from batchjob.storage.reader import Reader
 from batchjob.types import Cursor
 
@@ -88,6 +91,25 @@ def test_empty_log_folder_is_no_table(tmp_path: Path) -> None:
     write_files(tmp_path / "t", "a.csv")
     (tmp_path / "t/_delta_log").mkdir()
     assert read_uris(f"{tmp_path}/t/**") == ["a.jpg"]
+
+
+def test_looking_for_a_log_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(tmp_path / "t", "a.csv")
+    listed: list[str] = []
+
+    def count(reader: Reader, uri: str, *args: Any, **keywords: Any) -> Iterator[ObjectInfo]:
+        listed.append(uri)
+        return list_objects(reader, uri, *args, **keywords)
+
+    list_objects = Reader.list
+    monkeypatch.setattr(Reader, "list", count)
+    source = ManifestSource(uri=f"{tmp_path}/t", uri_column="path", format="csv")
+    source.check(READER)
+    assert len(listed) > 1
+    listed.clear()
+    assert source.version(READER)
+    assert [info.uri for info in source.list_files(READER)] == [f"{tmp_path}/t/a.csv"]
+    assert listed == [f"{tmp_path}/t/"] * 2
 
 
 @pytest.mark.parametrize("uri", ["t", "t/dt=1/hour=2", "t/**/*.csv", "*/dt=*/*/*.csv"])
