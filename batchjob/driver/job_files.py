@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from batchjob.concurrency import DaemonThreadPool, run_in_background
 from batchjob.errors import InvalidJob, NotFound, StorageError, Unavailable
 from batchjob.job.job import Job
 from batchjob.plan.contract import read_contract
@@ -19,7 +21,7 @@ from batchjob.storage.reader import Reader
 from batchjob.storage.store import Store, put_or_get
 from batchjob.uris import is_local
 
-__all__ = ["FileFacts", "JobFiles", "check_files", "find_changed_files"]
+__all__ = ["FileFacts", "FileRecorder", "JobFiles", "check_files", "find_changed_files", "has_record"]
 
 _BLOCK_BYTES = 1 << 20
 
@@ -148,6 +150,46 @@ class JobFiles:
         return name
 
 
+class FileRecorder:
+    """Recorder of a job's files for one run: hashes them while the workers load, and puts the record once.
+
+    Args:
+        files: The job's files.
+    """
+
+    def __init__(self, files: JobFiles) -> None:
+        self._files, self._thread = files, DaemonThreadPool(1, "job-files")
+        self._pending: Future[bytes] | None = None
+        self._is_done = False
+
+    @property
+    def is_ready(self) -> bool:
+        """True if the files are hashed, and their record is still to be put."""
+        return not self._is_done and self._pending is not None and self._pending.done()
+
+    def start(self) -> None:
+        """Hash the files in a thread of their own, unless the plan has their record."""
+        if not self._is_done:
+            self._pending = self._thread.submit(self._files.make_record)
+
+    def skip(self) -> None:
+        """Make no record: the plan has one."""
+        self._is_done = True
+
+    def put(self, store: Store, head: PlanHead, heartbeat: Callable[[], object]) -> None:
+        """Put the record once, after the plan's contract; wait for it with heartbeats, for the workers may be gone."""
+        if self._is_done:
+            return
+        make_record = self._files.make_record if self._pending is None else self._pending.result
+        run_in_background(lambda: self._files.put_record(store, head, make_record), heartbeat)
+        self._is_done = True
+
+
+def has_record(store: Store, head: PlanHead) -> bool:
+    """Return True if the plan has a record of the files that its rows are made with."""
+    return _read_plan_record(store, head) is not None
+
+
 def find_changed_files(store: Store, head: PlanHead, files: JobFiles, *, with_input: bool) -> list[str]:
     """Compare the files that a plan's rows were made with to those that are there now, by tag, then by digest.
 
@@ -165,13 +207,10 @@ def find_changed_files(store: Store, head: PlanHead, files: JobFiles, *, with_in
     Raises:
         InvalidJob, Unavailable: See `JobFiles.facts`.
     """
-    contract = read_contract(store, head)
-    if contract is None or not contract.files_id:
+    found = _read_plan_record(store, head)
+    if found is None or found[0] == files.id:
         return []
-    record = _read_record(store, head, contract.files_id)
-    if record is None or contract.files_id == files.id:
-        return []
-    lines = []
+    record, lines = found[1], []
     for name in sorted({*record, *files.facts}):
         there, here = record.get(name), files.look_again(name)
         if not with_input and any(facts is not None and facts.is_input for facts in (there, here)):
@@ -221,6 +260,15 @@ def _describe(facts: FileFacts | None) -> str:
 
 def _record_key(head: PlanHead, files_id: str) -> str:
     return f"{head.folder}files/{files_id}.json"
+
+
+def _read_plan_record(store: Store, head: PlanHead) -> tuple[str, dict[str, FileFacts]] | None:
+    """Return id and facts of the files that the plan's rows are made with; None if the plan has no record yet."""
+    contract = read_contract(store, head)
+    if contract is None or not contract.files_id:
+        return None
+    record = _read_record(store, head, contract.files_id)
+    return None if record is None else (contract.files_id, record)
 
 
 def _read_record(store: Store, head: PlanHead, files_id: str) -> dict[str, FileFacts] | None:

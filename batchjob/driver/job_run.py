@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from batchjob.concurrency import DaemonThreadPool, run_in_background
 from batchjob.driver.control_loop import TICK_SECONDS, ControlLoop
 from batchjob.driver.dispatcher import Dispatcher, MakePool
 from batchjob.driver.existing_output import (
@@ -20,7 +18,7 @@ from batchjob.driver.existing_output import (
     no_plan_to_retry_error,
 )
 from batchjob.driver.finalize import RunSummary, finalize_run
-from batchjob.driver.job_files import JobFiles, check_files
+from batchjob.driver.job_files import FileRecorder, JobFiles, check_files, has_record
 from batchjob.driver.plan_prefetcher import PlanPrefetcher
 from batchjob.driver.planner import Planner
 from batchjob.driver.progress import ProgressReporter
@@ -88,9 +86,7 @@ class JobRun:
         control_loop.on_stop = lambda: self._dispatcher.drain(control_loop.heartbeat)
         self._stopped_early = False
         self._files = JobFiles(self._job)
-        self._file_thread = DaemonThreadPool(1, "job-files")
-        self._file_record: Future[bytes] | None = None  # made while the workers load
-        self._is_record_put = False
+        self._file_recorder = FileRecorder(self._files)
         self._options = options
         # The `_SUCCESS` that a retry or a repair has found, and its version.
         self._success: tuple[Mapping[str, Any], str] | None = None
@@ -146,7 +142,7 @@ class JobRun:
             stopped_early=self._stopped_early,
             accepted_failures=state.accepted_failures,
         )
-        self._put_file_record(head)
+        self._file_recorder.put(self._store, head, self._control_loop.heartbeat)
         # A driver that was suspended may have lost its lease, and must not write the result then.
         self._control_loop.confirm_lease()
         return finalize_run(
@@ -188,17 +184,10 @@ class JobRun:
             self._control_loop.run_blocking(lambda: discard_current_plan(self._store, head))
             self._progress.note(f"discarded plan {head.plan} (number {head.number}), to begin anew")
 
-    def _put_file_record(self, head: PlanHead) -> None:
-        """Put the record of the job's files once; wait for it with heartbeats, for the workers may be gone."""
-        if not self._is_record_put:
-            pending = self._file_record
-            make_record = self._files.make_record if pending is None else pending.result
-            put = partial(self._files.put_record, self._store, head, make_record)
-            run_in_background(put, self._control_loop.heartbeat)
-            self._is_record_put = True
-
     def _resume(self, head: PlanHead) -> None:
         self._control_loop.run_blocking(lambda: check_files(self._store, head, self._files, with_input=False))
+        if self._control_loop.run_blocking(lambda: has_record(self._store, head)):
+            self._file_recorder.skip()
         self._progress.note(f"resuming plan {head.plan}: {format_count(self._state.part_count, 'part')} committed")
         self._state.accepted_failures = self._control_loop.run_blocking(lambda: self._read_acceptance(head))
         if self._options.repair:
@@ -220,8 +209,8 @@ class JobRun:
                 dispatcher.drain(self._control_loop.heartbeat)
                 return
             # A part that is there was made by a worker that has put the contract.
-            if self._state.new_parts and self._file_record is not None and self._file_record.done():
-                self._put_file_record(head)
+            if self._state.new_parts and self._file_recorder.is_ready:
+                self._file_recorder.put(self._store, head, self._control_loop.heartbeat)
             if scheduler.waiting:
                 self._dispatch_shards(head)
             elif prefetcher.finished:
@@ -285,7 +274,7 @@ class JobRun:
         # A plan that is resumed, or small, is counted by the workers themselves.
         known_images = 0 if self.is_resumed or preview.complete else self._planner.count_images()
         is_small = preview.complete and preview.rows <= SMALL_INPUT_IMAGES
-        self._file_record = self._file_thread.submit(self._files.make_record)
+        self._file_recorder.start()
         self._dispatcher.start(
             WorkerSetup(
                 job=self._job.serialize(),

@@ -123,6 +123,17 @@ def test_half_done_output_is_resumed_with_its_files_only(tmp_path: Path, job: Jo
         run(job)
 
 
+def test_resumed_run_does_not_hash_again_what_the_plan_has_recorded(
+    tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Temporary):
+        run(job, ScriptedPool({1: [fail_worker_late]}))
+    calls: list[JobFiles] = []
+    monkeypatch.setattr(JobFiles, "make_record", calls.append)
+    assert run(job, ScriptedPool()) == "complete"
+    assert calls == []
+
+
 def test_output_that_lacks_only_success_is_finished_with_its_files_only(tmp_path: Path, job: Job) -> None:
     run(job, ScriptedPool())
     (tmp_path / "out" / "_SUCCESS").unlink()
