@@ -14,7 +14,15 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Val
 
 from batchjob.system import working_directory
 from batchjob.text import explain_uri_secret
-from batchjob.uris import expand_home, explain_bad_file_uri, is_local, local_path, lower_scheme, uri_scheme
+from batchjob.uris import (
+    expand_home,
+    explain_bad_file_uri,
+    explain_broken_scheme,
+    is_local,
+    local_path,
+    lower_scheme,
+    uri_scheme,
+)
 
 __all__ = ["CommandLineText", "Decision", "Settings", "Target", "Uri", "resolve_path"]
 
@@ -92,13 +100,18 @@ def resolve_path(path: str, base: Path | None = None) -> Path:
         base: Folder in which a relative path starts; None takes the working directory.
 
     Raises:
-        ValueError: The URI names another host, or no path.
+        ValueError: The URI names another host, or no path; or the path is probably a bucket's URI with a slash too few.
         InvalidJob: The path is relative, and the working directory has been deleted.
     """
     if reason := explain_bad_file_uri(path):
         raise ValueError(reason)
     expanded = Path(expand_home(str(local_path(path))))
-    return Path(os.path.normpath(expanded if expanded.is_absolute() else (base or working_directory()) / expanded))
+    if expanded.is_absolute():
+        return Path(os.path.normpath(expanded))
+    resolved = Path(os.path.normpath((base or working_directory()) / expanded))
+    if (reason := explain_broken_scheme(path)) and not os.path.lexists(resolved):
+        raise ValueError(reason)
+    return resolved
 
 
 def _resolve_uri(value: Any, info: ValidationInfo) -> Any:

@@ -21,6 +21,7 @@ __all__ = [
     "encode_path",
     "expand_home",
     "explain_bad_file_uri",
+    "explain_broken_scheme",
     "is_below",
     "is_local",
     "is_within",
@@ -40,6 +41,10 @@ CLOUD_SCHEMES = {
     **dict.fromkeys(("az", "abfs", "abfss", "wasb", "wasbs"), "az"),
 }
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+# `s3:/lake`, `s3:lake`, `s3//lake`.
+_BROKEN_SCHEME = re.compile(
+    rf"({'|'.join((*CLOUD_SCHEMES, 'https', 'http', 'hdfs', 'hf'))})(?::/?(?!/)|//)", re.IGNORECASE
+)
 _FILE = re.compile(r"file:", re.IGNORECASE)
 # Web address of an object in a bucket -> its URI.
 _BUCKET_URLS = (
@@ -102,6 +107,19 @@ def explain_bad_file_uri(uri: str) -> str | None:
     if not path.startswith("/"):
         return "names no absolute path; write file:///folder/name, or a path without file:"
     return None
+
+
+def explain_broken_scheme(path: str) -> str | None:
+    """Return the reason why a plain path is probably a URI with a slash too few, as the rest of a sentence, else None.
+
+    For example, `s3:/lake/in` and `s3//lake/in` are probably `s3://lake/in`. As paths they would be folders here, which
+    an output would write to without a word.
+    """
+    match = _BROKEN_SCHEME.match(path)
+    if match is None:
+        return None
+    scheme, rest = match[1].lower(), path[match.end() :]
+    return f"begins like a URI; write {scheme}://{rest}, or ./{path} if a folder here is meant"
 
 
 def expand_home(path: str) -> str:

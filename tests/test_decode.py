@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import importlib.util
 import io
 import os
@@ -133,6 +135,36 @@ def test_all_eight_orientations_become_upright(test_data: Path) -> None:
             other = decode_pixels((test_data / "hostile" / "exif" / f"{shape}_{number}.jpg").read_bytes(), exif=True)
             assert other.shape == first.shape
             assert np.abs(other.astype(int) - first).mean() < 12, f"{shape}_{number}"
+
+
+def test_files_under_the_name_of_an_image_are_named() -> None:
+    jpeg, png = encode(make_noise("RGB"), "JPEG"), encode(make_noise("RGB"), "PNG")
+    for data, words in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer; run `git lfs pull`"),
+        (b"\xef\xbb\xbf\n<!DOCTYPE html><html>", "a web page"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a store (AccessDenied)"),
+        (b'{"error": "not found"}', "a JSON document"),
+        (base64.b64encode(jpeg), "base64"),
+        (base64.b64encode(png), "base64"),
+        (png.replace(b"\r\n", b"\n"), "copied as text"),
+        (jpeg.decode("utf-8", "replace").encode(), "copied as text"),
+        (jpeg.decode("latin-1").encode(), "copied as text"),
+        (gzip.compress(jpeg), "compressed by gzip"),
+        (bytes(5000), "nothing but zeros"),
+        (b"PK\3\4" + jpeg, "zip://::FILE"),
+    ):
+        error = decode_error(data)
+        assert error.type == "not_an_image"
+        assert words in error.message
+    for data, words in (
+        (bytes(128) + b"DICM" + jpeg, "DICOM"),
+        (b"\0\0\0\x20ftypisom" + bytes(100), "a video"),
+        (b"\0\0\0\x18ftypheic" + bytes(100), "HEIF, which is not among decode.formats"),
+    ):
+        error = decode_error(data)
+        assert error.type == "unsupported"
+        assert words in error.message
+    assert "SVG" in decode_error(b'<?xml version="1.0"?>\n<svg width="1"/>').message
 
 
 def test_bad_files_have_one_of_the_error_types() -> None:

@@ -536,6 +536,9 @@ class TestPartFiles:
             error_of(make_source(uri)) == f"input.uri {uri}: no known ending; give input.format: parquet, csv or jsonl"
         )
         assert "no manifest files in it (1 others)" in error_of(make_source(tmp_path))
+        (tmp_path / "photos").mkdir()
+        (tmp_path / "photos/A.JPG").write_bytes(b"")
+        assert "for the images themselves write input.type: prefix" in error_of(make_source(tmp_path / "photos"))
         assert read_table(make_source(uri, format="csv")).num_rows == 1
         assert read_table(make_source(tmp_path, format="csv")).num_rows == 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -224,6 +225,24 @@ def test_plan_tells_which_files_were_skipped(tmp_path: Path) -> None:
 def test_input_whose_files_are_all_skipped_tells_why(tmp_path: Path) -> None:
     with pytest.raises(InvalidJob, match=r"no images there \(2 files skipped by extension: .txt \(2\)\); put some"):
         make_plan(make_job(tmp_path, ["0.txt", "1.txt"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("photos.zip", "write input.uri: zip://::"),
+        ("photos.TAR.gz", "write input.uri: tar://::"),
+        ("list.csv", "write input.type: manifest"),
+        ("list.parquet", "write input.type: manifest"),
+        ("list.csv.gz", "write input.type: manifest"),
+        ("film.mp4", "put some there"),
+    ],
+)
+def test_file_that_names_or_holds_images_tells_what_to_write(tmp_path: Path, name: str, words: str) -> None:
+    job = make_job(tmp_path, [name])
+    uri = f"{str(job.input.uri).rstrip('/')}/{name}"
+    with pytest.raises(InvalidJob, match=f"no images there .*{re.escape(words)}"):
+        make_plan(job.model_copy(update={"input": job.input.model_copy(update={"uri": uri})}))
 
 
 def test_default_unknown_to_this_version_is_refused(tmp_path: Path) -> None:

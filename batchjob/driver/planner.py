@@ -19,6 +19,7 @@ from batchjob.output.success import delete_orphaned_success
 from batchjob.plan.chunks import CHUNK_BYTES, Chunk, extend_plan
 from batchjob.plan.head import PlanHead, new_head, put_head, read_current_head
 from batchjob.sources.listing import SMALL_INPUT_IMAGES, InputPreview, SourceListing, preview_listing
+from batchjob.sources.prefix import suggest_input
 from batchjob.storage.probe import probe_store
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import Store
@@ -173,10 +174,9 @@ class Planner:
 def no_images_error(job: Job, preview: InputPreview) -> InvalidJob:
     """Make the error of an input without images."""
     reasons = "; ".join(preview.skipped) or "input.uri, its extensions, include and exclude"
-    return InvalidJob(
-        f"{job.input.uri}: no images there ({reasons}); "
-        "put some there, or run with --allow-empty for an output of no rows"
-    )
+    other = suggest_input(job.input.uri) if job.input.type == "prefix" else None
+    advice = other or "put some there, or run with --allow-empty for an output of no rows"
+    return InvalidJob(f"{job.input.uri}: no images there ({reasons}); {advice}")
 
 
 def check_columns(job: Job, listing: SourceListing, task_columns: Iterable[str] = ()) -> None:

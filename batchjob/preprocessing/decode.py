@@ -19,7 +19,14 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from batchjob.errors import ImageError
-from batchjob.preprocessing.image_formats import ImageFormat, format_list, pillow_names, register_decoders, sniff_format
+from batchjob.preprocessing.image_formats import (
+    ImageFormat,
+    explain_non_image,
+    format_list,
+    pillow_names,
+    register_decoders,
+    sniff_format,
+)
 from batchjob.preprocessing.jpeg import MinSize, choose_scale_denominator, decode_jpeg, read_jpeg_size
 from batchjob.preprocessing.png_chunks import keep_pixel_chunks
 from batchjob.preprocessing.settings import DecodeSettings
@@ -27,6 +34,7 @@ from batchjob.preprocessing.tiff_samples import TiffSamples, read_tiff_samples
 
 __all__ = ["DecodedImage", "decode"]
 
+_SIGNATURE_BYTES = 160  # from the beginning of a file, to recognise its format
 _ORIENTATION_TAG = 0x0112  # EXIF
 _BITS_PER_SAMPLE_TAG, _PHOTOMETRIC_TAG, _SAMPLE_FORMAT_TAG = 258, 262, 339  # TIFF
 _LAST_UNSWAPPED = 4  # orientations above it swap width and height
@@ -106,7 +114,7 @@ def decode(
         )
         if decoded is not None:
             return decoded
-    is_tiff = sniff_format(data[:64])[0] == "tiff"
+    is_tiff = sniff_format(data[:_SIGNATURE_BYTES])[0] == "tiff"
     tiff = read_tiff_samples(data) if is_tiff else None
     if tiff is not None and tiff.is_misread and "tiff" in settings.formats:
         raise _unread_samples(tiff)
@@ -358,7 +366,7 @@ def _unread_samples(samples: TiffSamples) -> ImageError:
 
 
 def _classify_unidentified(data: bytes, formats: Sequence[ImageFormat]) -> ImageError:
-    readable, unreadable = sniff_format(data[:64])
+    readable, unreadable = sniff_format(data[:_SIGNATURE_BYTES])
     if readable in formats:
         return _decode_error("corrupt", "the header of the file is damaged")
     if readable is not None:
@@ -368,6 +376,8 @@ def _classify_unidentified(data: bytes, formats: Sequence[ImageFormat]) -> Image
         )
     if unreadable is not None:
         return _decode_error("unsupported", f"the file is {unreadable}; {format_list(formats)} are read")
+    if (found := explain_non_image(data)) is not None:
+        return _decode_error("not_an_image", f"the file is {found}")
     return _decode_error("not_an_image", f"no image in any of the formats that are read: {format_list(formats)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Sequence
 from importlib import import_module
@@ -14,6 +15,7 @@ __all__ = [
     "DEFAULT_FORMATS",
     "FORMATS",
     "ImageFormat",
+    "explain_non_image",
     "format_list",
     "pillow_names",
     "register_decoders",
@@ -55,10 +57,46 @@ _OTHER_SIGNATURES = (
     (0, b"\xc5\xd0\xd3\xc6", "PostScript"),
     (0, b"SIMPLE  =", "FITS"),
     (0, b"qoif", "QOI"),
+    (128, b"DICM", "DICOM"),
+    (0, b"\x89HDF\r\n\x1a\n", "HDF5"),
+    (0, b"\x93NUMPY", "a NumPy array"),
+    (0, b"PAR1", "Parquet"),
+    (0, b"\x76\x2f\x31\x01", "OpenEXR"),
+    (0, b"FUJIFILMCCD-RAW", "a raw photograph"),
+    (4, b"ftypcrx", "a raw photograph"),
+    *((0, b"II" + mark, "a raw photograph") for mark in (b"RO", b"RS", b"U\x00")),
+    *((4, b"ftyp" + brand, "a video") for brand in (b"isom", b"iso2", b"mp4", b"avc1", b"qt  ", b"M4V", b"3gp")),
+    (8, b"AVI LIST", "a video"),
+    (0, b"\x1a\x45\xdf\xa3", "a video"),
     (0, b"\x01\xda", "SGI"),
     (0, b"<svg", "SVG"),
     *((0, b"P" + digit, "Netpbm") for digit in (b"1\n", b"2\n", b"3\n", b"4\n", b"5\n", b"6\n")),
 )
+
+_AS_TEXT = "an image that was copied as text, which changed its bytes; copy it there again, as binary"
+# First bytes of files that are often found under the name of an image -> what they are, and what to do.
+_NON_IMAGES = {
+    b"version https://git-lfs": "a Git LFS pointer; run `git lfs pull` where it came from",
+    b"\x89PNG\n": _AS_TEXT,
+    b"\x89PNG\r\r\n": _AS_TEXT,
+    b"\xef\xbf\xbdPNG": _AS_TEXT,
+    b"\xef\xbf\xbd" * 3: _AS_TEXT,
+    b"\xc3\xbf\xc3\x98\xc3\xbf": _AS_TEXT,
+    b"\xc2\x89PNG": _AS_TEXT,
+    b"/9j/": "an image in base64; decode it",
+    b"iVBORw0KGgo": "an image in base64; decode it",
+    b"data:image/": "an image as a data: URL; decode it",
+    b"\x00\x05\x16\x07": "an AppleDouble file of a Mac; leave it out",
+    b"\x00\x05\x16\x00": "an AppleDouble file of a Mac; leave it out",
+    b"PK\x03\x04": "a zip archive; name what is in it, as in zip://::FILE",
+    b"\x1f\x8b": "compressed by gzip; unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it",
+    b"\xfd7zXZ\x00": "compressed by xz; unpack it",
+    b"BZh": "compressed by bzip2; unpack it",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
+    b"Rar!": "a RAR archive; unpack it",
+}
+_TEXT_BYTES = 1024  # looked at for a web page and the like
 
 _registration_lock = threading.Lock()
 
@@ -72,6 +110,28 @@ def format_list(formats: Sequence[ImageFormat]) -> str:
     """Write formats as part of a sentence: `JPEG, PNG and WebP`."""
     *most, last = [_DISPLAY_NAMES.get(name, name.upper()) for name in formats]
     return f"{', '.join(most)} and {last}" if most else last
+
+
+def explain_non_image(data: bytes) -> str | None:
+    """Say what a file is that holds no image, as the rest of `the file is …`, with what to do; None if unknown."""
+    if not data.strip(b"\0"):
+        return "nothing but zeros; copy it there again"
+    for prefix, found in _NON_IMAGES.items():
+        if data.startswith(prefix):
+            return found
+    if data[257:262] == b"ustar":
+        return "a tar archive; name what is in it, as in tar://::FILE"
+    start = data[:_TEXT_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip()
+    lower = start.lower()
+    if lower.startswith(b"<") and b"<svg" in lower:
+        return "SVG; draw it as PNG"
+    if lower.startswith((b"<!doctype html", b"<html")):
+        return "a web page; download the file itself"
+    if lower.startswith((b"<?xml", b"<error")):
+        code = re.search(rb"<Code>(\w{1,60})</Code>", start)
+        named = f"an error answer of a store ({code[1].decode()})" if code else "an XML document"
+        return f"{named}; download the file itself"
+    return "a JSON document; download the file itself" if re.match(rb'[\[{]\s*["{}\[\]]', start) else None
 
 
 def sniff_format(data: bytes) -> tuple[ImageFormat | None, str | None]:

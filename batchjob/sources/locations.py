@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 import stat
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,12 +31,14 @@ __all__ = [
     "normalize_uri",
     "parent_folder",
     "require_location",
+    "require_places",
     "with_trailing_slash",
 ]
 
 
 # Character behind that of almost every name: a listing after `a/` with it begins behind the folder `a/`.
 _LAST_CHARACTER = "\ufffd"
+_ARCHIVES = {"zip", "tar"}  # schemes of names inside an archive
 # Stores whose listings may begin after any key, and do so in the order of keys.
 _ORDERED_STORES = {"s3", "gs"}
 
@@ -81,9 +83,20 @@ def find_location(reader: Reader, uri: str) -> InputLocation | None:
 def require_location(reader: Reader, uri: str) -> InputLocation:
     """Return the location like `find_location`. Raises InvalidJob if there is nothing."""
     location = find_location(reader, uri)
+    if location is None and uri_scheme(uri) in _ARCHIVES and not split_chain(uri)[1]:
+        archive = uri.partition("://")[2]
+        raise InvalidJob(
+            f"input.uri {uri}: names no archive, which stands behind '::'; write {uri_scheme(uri)}://::{archive}"
+        )
     if location is None:
         raise InvalidJob(f"input.uri {uri}: nothing there; check its spelling, or what should have written it")
     return location
+
+
+def require_places(prefixes: Sequence[str]) -> None:
+    """Check that the local folders of `input.within` exist: below a misspelt one no image lies. Raises InvalidJob."""
+    if absent := [one for one in prefixes if is_local(one) and not local_path(one).exists()]:
+        raise InvalidJob(f"input.within: {absent[0]} is not there, so every row would be refused; correct it")
 
 
 def explain_missing_input(reader: Reader, uri: str, marker: str | None) -> str | None:

@@ -25,7 +25,7 @@ from batchjob.sources.column_types import (
     require_known_type,
 )
 from batchjob.sources.hive_folders import HiveFolders
-from batchjob.sources.locations import normalize_uri, parent_folder, with_trailing_slash
+from batchjob.sources.locations import normalize_uri, parent_folder, require_places, with_trailing_slash
 from batchjob.sources.manifest_files import list_manifest_files
 from batchjob.sources.passthrough import ColumnName, Passthrough, parse_passthrough
 from batchjob.sources.source import IMAGE_EXTENSIONS, REF_FIELDS, Require, skip_empty_batches
@@ -121,6 +121,7 @@ class ManifestSource(Settings):
             InvalidJob: The manifest does not exist or cannot be read; or a column does not exist, has no type, or
                 cannot have the type that the job gives it.
         """
+        require_places(self.prefixes)
         return self._read_fields(reader, self._list_files(reader, excluded_folder, refuse_tables=True))
 
     def version(self, reader: Reader, excluded_folder: str | None = None) -> str | None:
@@ -178,6 +179,8 @@ class ManifestSource(Settings):
         named = {"uri": self.uri_column, "size": self.size_column, "etag": self.etag_column, "id": self.id_column}
         copied = {column.name: column.column for column in parse_passthrough(self.passthrough)}
         return {name: column for name, column in named.items() if column} | copied
+
+        require_places(self.prefixes)
 
     def _list_files(
         self, reader: Reader, excluded_folder: str | None, *, refuse_tables: bool = False
@@ -237,9 +240,8 @@ class ManifestSource(Settings):
             require_known_type(stored, uri, column, self._job_key(name))
             return plain_type(stored)
         if not can_cast(stored, target):
-            raise InvalidJob(
-                f"{self._job_key(name)}: column {column!r} of {uri} is {stored} and cannot become {target}"
-            )
+            key = self._job_key(name)
+            raise InvalidJob(f"{key}: column {column!r} of {uri} is {stored} and cannot become {target}")
         return target
 
     def _type_in_job(self, name: str) -> pa.DataType | None:

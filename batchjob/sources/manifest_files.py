@@ -9,6 +9,7 @@ from batchjob.errors import InvalidJob
 from batchjob.sources.glob_patterns import make_folder_filter
 from batchjob.sources.lake_tables import is_log_folder, refuse_lake_tables
 from batchjob.sources.locations import InputLocation, list_location, name_slice, require_location
+from batchjob.sources.source import IMAGE_EXTENSIONS
 from batchjob.sources.table_files import TableFormat, guess_table_format
 from batchjob.storage.objects import ObjectInfo
 
@@ -53,9 +54,11 @@ def list_manifest_files(
     if location.file and not files:
         raise InvalidJob(f"input.uri {location.uri}: no known ending; give input.format: parquet, csv or jsonl")
     if not files:
+        has_images = any(info.uri.lower().endswith(IMAGE_EXTENSIONS) for info in infos)
+        images = "; for the images themselves write input.type: prefix" if has_images else ""
         raise InvalidJob(
             f"input.uri {location.uri}: no manifest files in it ({len(infos)} others); name a file, give "
-            f"input.format, or reach into folders below with '**/*.parquet'"
+            f"input.format, or reach into folders below with '**/*.parquet'{images}"
         )
     if len(formats := sorted({table_format for _, table_format in files})) > 1:
         raise InvalidJob(

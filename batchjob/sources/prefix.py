@@ -17,16 +17,18 @@ from batchjob.sources.glob_patterns import glob_to_regex
 from batchjob.sources.locations import list_location, require_location
 from batchjob.sources.skipped_files import SkippedFiles
 from batchjob.sources.source import BATCH_ROWS, IMAGE_EXTENSIONS, REF_FIELDS, Require, skip_empty_batches
+from batchjob.sources.table_files import guess_table_format
 from batchjob.storage.objects import ObjectInfo
 from batchjob.types import Cursor
-from batchjob.uris import encode_path, is_local, local_path
+from batchjob.uris import encode_path, is_local, local_path, split_chain
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
 
-__all__ = ["PrefixSource"]
+__all__ = ["PrefixSource", "suggest_input"]
 
 _SCHEMA = pa.schema(REF_FIELDS)
+_ARCHIVES = {"zip": (".zip",), "tar": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")}
 _ESCAPED_BYTE = re.compile(r"\\udc([89a-f][0-9a-f])")
 
 
@@ -138,6 +140,17 @@ class PrefixSource(Settings):
     def explain_missing(self, reader: Reader) -> str | None:
         """Return a sentence that says which condition of `require` does not hold yet; None if all hold."""
         return self.require.explain_missing(reader, self.uri) if self.require else None
+
+
+def suggest_input(uri: str) -> str | None:
+    """Return what to write in place of a file that holds no image by its name, but names or holds images, else None."""
+    inner, chain = split_chain(uri)
+    name = inner.lower()
+    if not chain and (kind := next((kind for kind, ends in _ARCHIVES.items() if name.endswith(ends)), None)):
+        return f"for the images in this archive write input.uri: {kind}://::{uri}"
+    if guess_table_format(uri, alone=True) is not None:
+        return "for the images that this table names write input.type: manifest and input.uri_column"
+    return None
 
 
 def _decode_location(location: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,31 @@ def resolve(uri: str, base: Path = Path("/job")) -> str:
 def test_local_uris_name_one_path(uri: str, path: str) -> None:
     assert is_local(uri)
     assert str(local_path(uri)) == resolve(uri) == path
+
+
+@pytest.mark.parametrize(
+    ("path", "uri"),
+    [
+        ("s3:/lake/out", "s3://lake/out"),
+        ("s3//lake/out", "s3://lake/out"),
+        ("GS:lake/out", "gs://lake/out"),
+        ("abfss:/c@a.dfs.core.windows.net/x", "abfss://c@a.dfs.core.windows.net/x"),
+        ("https:/host/x.csv", "https://host/x.csv"),
+    ],
+)
+def test_uri_with_a_slash_too_few_is_no_folder_here(tmp_path: Path, path: str, uri: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"write {uri}, or ./{path} if")):
+        resolve(path, tmp_path)
+    with pytest.raises(InvalidJob, match=re.escape(uri)):
+        resolve_output(path, None, None, None, None)
+    assert resolve(f"./{path}", tmp_path) == os.path.normpath(tmp_path / path)
+    (tmp_path / path).mkdir(parents=True)
+    assert resolve(path, tmp_path) == os.path.normpath(tmp_path / path)
+
+
+@pytest.mark.parametrize("path", ["s3/lake", "s3", "s3.csv", "gs-data//x", "https", "data/s3:/x", "azure:x"])
+def test_names_that_begin_like_a_scheme_are_paths(path: str) -> None:
+    assert resolve(path) == os.path.normpath(f"/job/{path}")
 
 
 def test_file_uri_names_bytes_that_are_not_utf8() -> None:

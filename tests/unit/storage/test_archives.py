@@ -161,3 +161,9 @@ def test_manifest_in_an_archive_is_read(tmp_path: Path) -> None:
             "in/a.png",
             "in/b.png",
         ]
+
+
+def test_archive_without_its_link_is_explained(archives: Path) -> None:
+    for kind in ("zip", "tar"):
+        with pytest.raises(InvalidJob, match=f"write {kind}://::{archives}/x.{kind}"):
+            list_images(f"{kind}://{archives}/x.{kind}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from batchjob.errors import AddressRefused, ObjectTooLarge
+from batchjob.errors import AddressRefused, InvalidJob, ObjectTooLarge
 from batchjob.loader.fetch import Fetcher
 from batchjob.sources.manifest import ManifestSource
 from batchjob.storage.objects import ObjectData
@@ -146,3 +146,10 @@ def test_manifest_rows_outside_are_error_rows_of_their_own(lake: Path) -> None:
     (batch,) = source.refs(Reader(), Cursor())
     answers = fetch(*batch.column("location").to_pylist(), within=source.prefixes)
     assert [getattr(answer, "type", None) for answer in answers] == [None, "refused", "refused"]
+
+
+def test_folder_that_is_not_there_is_an_error_of_the_job(lake: Path) -> None:
+    (lake / "m.csv").write_text("path\nin/a b.png\n")
+    source = ManifestSource(uri=f"{lake}/m.csv", uri_column="path", within=(f"{lake}/in", f"{lake}/inn"))
+    with pytest.raises(InvalidJob, match=r"input.within: .*/inn is not there"):
+        source.check(Reader())
