@@ -180,8 +180,6 @@ class ManifestSource(Settings):
         copied = {column.name: column.column for column in parse_passthrough(self.passthrough)}
         return {name: column for name, column in named.items() if column} | copied
 
-        require_places(self.prefixes)
-
     def _list_files(
         self, reader: Reader, excluded_folder: str | None, *, refuse_tables: bool = False
     ) -> list[tuple[ObjectInfo, TableFormat]]:
