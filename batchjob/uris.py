@@ -20,6 +20,7 @@ __all__ = [
     "CLOUD_SCHEMES",
     "encode_path",
     "expand_home",
+    "explain_bad_bucket",
     "explain_bad_file_uri",
     "explain_broken_scheme",
     "is_below",
@@ -41,6 +42,8 @@ CLOUD_SCHEMES = {
     **dict.fromkeys(("az", "abfs", "abfss", "wasb", "wasbs"), "az"),
 }
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+# With `:` for access points, `$` and `@` for containers of Azure.
+_BUCKET = re.compile(r"[A-Za-z0-9._$@:-]+")
 # `s3:/lake`, `s3:lake`, `s3//lake`.
 _BROKEN_SCHEME = re.compile(
     rf"({'|'.join((*CLOUD_SCHEMES, 'https', 'http', 'hdfs', 'hf'))})(?::/?(?!/)|//)", re.IGNORECASE
@@ -107,6 +110,18 @@ def explain_bad_file_uri(uri: str) -> str | None:
     if not path.startswith("/"):
         return "names no absolute path; write file:///folder/name, or a path without file:"
     return None
+
+
+def explain_bad_bucket(bucket: str) -> str | None:
+    """Return the reason why a bucket or container cannot have this name, as the rest of a sentence, else None.
+
+    Clients put the name into a host or path as it is, and one of them ends the process over a space.
+    """
+    if not bucket:
+        return "names no bucket"
+    if _BUCKET.fullmatch(bucket):
+        return None
+    return f"names the bucket {bucket!r}, but buckets have only a-z, digits and . - _ in their names; correct it"
 
 
 def explain_broken_scheme(path: str) -> str | None:

@@ -109,6 +109,8 @@ def test_float_and_32_bit_samples_are_scaled_by_their_values() -> None:
     np.testing.assert_array_equal(
         decode_pixels(encode(Image.fromarray(integers * 257), "TIFF"))[0, :, 0], [0, 100, 255]
     )
+    error = decode_error(encode(Image.fromarray(integers * 258), "TIFF"))
+    assert (error.type, "up to 65,790" in error.message) == ("unsupported", True)
 
 
 def test_first_frame_of_an_animation_is_decoded() -> None:

@@ -321,3 +321,13 @@ def test_deadly_samples_give_their_errors(tmp_path: Path) -> None:
     )
     told = [sample.type if isinstance(sample, ErrorRecord) else int(sample[0, 0, 0]) for sample in samples]
     assert told == ["crash", 1, "crash", 3]
+
+
+def test_samples_end_at_the_limit_of_the_run(tmp_path: Path) -> None:
+    refs = write_shard(tmp_path, 2).refs
+    Path(refs[0].location).write_bytes(bytes(10_000))
+    samples = load_samples(
+        Reader(), HarmfulTransform(tmp_path), [ref.location for ref in refs], LoaderConfig(0, 2, False), max_bytes=9_999
+    )
+    told = [sample.type if isinstance(sample, ErrorRecord) else int(sample[0, 0, 0]) for sample in samples]
+    assert told == ["too_large", 1]

@@ -167,7 +167,7 @@ def _load_samples(
     config = resolve_loader_settings(
         job.runtime.loader, cores=1, memory_bytes=available_memory(), max_pixels=job.decode.max_pixels
     )
-    return load_samples(reader, transform, locations, config)
+    return load_samples(reader, transform, locations, config, job.decode.max_bytes)
 
 
 def _first_decodable(job: Job, reader: Reader, transform: ImageTransform, locations: Sequence[str]) -> torch.Tensor:

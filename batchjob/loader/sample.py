@@ -20,7 +20,11 @@ __all__ = ["load_samples"]
 
 
 def load_samples(
-    reader: Reader, transform: TransformFn, locations: Iterable[str], config: LoaderConfig
+    reader: Reader,
+    transform: TransformFn,
+    locations: Iterable[str],
+    config: LoaderConfig,
+    max_bytes: int | None = None,
 ) -> Iterator[torch.Tensor | ErrorRecord]:
     """Load images one by one, prepared for a batch; an image that fails gives the error that its row would hold.
 
@@ -29,6 +33,7 @@ def load_samples(
         transform: Decode, resize and crop of one image; picklable.
         locations: URIs of images.
         config: Loader settings; at most one process is used.
+        max_bytes: Images that are larger, in bytes, are not read, as in the run; None for no limit.
 
     Raises:
         Unavailable: The store cannot be reached.
@@ -36,7 +41,9 @@ def load_samples(
     """
     refs = tuple(ImageRef(position, location, location) for position, location in enumerate(locations))
     one_process = replace(config, processes=min(config.processes, 1), prefetch=1, pin_memory=False)
-    loader = Loader(reader=reader, transform=transform, batch_size=1, config=one_process, size=None)
+    loader = Loader(
+        reader=reader, transform=transform, batch_size=1, config=one_process, size=None, max_bytes=max_bytes
+    )
     shard = Shard(ShardKey(0, "", len(refs), 0, 0), refs, pa.table({}))
     try:
         for batch in loader.batches(ShardQueue.of([shard])):

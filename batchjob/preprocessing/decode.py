@@ -218,8 +218,9 @@ def _scale_to_8_bits(image: Image.Image) -> Image.Image:
         return Image.fromarray(np.rint(scaled.clip(0, 255)).astype(np.uint8))
     if image.mode == "I" and _get_tag(image, _SAMPLE_FORMAT_TAG, (1,))[0] == 1 and hasattr(image, "tag_v2"):
         samples = samples.view(np.uint32)  # Pillow holds unsigned samples as signed ones
-        if samples.max(initial=0) > 65535:
-            raise _no_known_white(f"unsigned samples of 32 bits up to {samples.max():,}")
+    if image.mode == "I" and samples.max(initial=0) > 65535:
+        kind = "signed" if samples.dtype.kind == "i" else "unsigned"
+        raise _no_known_white(f"{kind} samples of 32 bits up to {samples.max():,}")
     # Rounded and not shifted, so that white stays white at every depth.
     white = _find_white_level(image, int(samples.max(initial=0)))
     wide = samples.clip(0, white).astype(np.uint32)

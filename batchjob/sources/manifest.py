@@ -43,7 +43,8 @@ __all__ = ["ManifestSource"]
 
 _ABSOLUTE = r"^(/|(?i:file):|[A-Za-z][A-Za-z0-9+.-]*://)"
 _DOT_SEGMENT = r"(^|/)\.\.?(/|$)"
-_LOCAL_OR_CLOUD = rf"^(/|(?i:{'|'.join(CLOUD_SCHEMES)})://)"
+# A bucket whose name is odd is looked at.
+_LOCAL_OR_CLOUD = rf"^(/|(?i:{'|'.join(CLOUD_SCHEMES)})://[A-Za-z0-9._@-]+(/|$))"
 _USER_OR_QUERY = r"^[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*@|(?s:.)*\?)"
 # A scalar, because pyarrow would import pandas to look at a bare string.
 _EMPTY = pa.scalar("")

@@ -22,7 +22,7 @@ from batchjob.storage.objects import ObjectData, ObjectInfo
 from batchjob.storage.options import StorageOptions
 from batchjob.storage.retry_policy import CONNECT_TIMEOUT, FIRST_BACKOFF, MAX_BACKOFF, RetryPolicy, upload_timeout
 from batchjob.system import install_command
-from batchjob.uris import CLOUD_SCHEMES
+from batchjob.uris import CLOUD_SCHEMES, explain_bad_bucket
 
 if TYPE_CHECKING:
     from obstore import PutMode
@@ -228,6 +228,8 @@ def open_bucket(scheme: str, bucket: str, options: StorageOptions, policy: Retry
     provider, base = CLOUD_SCHEMES[scheme.lower()], f"{scheme}://{bucket}/"
     if not bucket:
         raise InvalidJob(f"{scheme}://: names no bucket; write {scheme}://bucket/prefix")
+    if reason := explain_bad_bucket(bucket):
+        raise InvalidJob(f"{base} {reason}")
     if options.requester_pays and provider != "s3":
         raise InvalidJob(f"{base}: requester_pays is known on s3:// only; remove it")
     prepare = {"s3": _prepare_s3, "gs": _prepare_gs, "az": _prepare_azure}[provider]

@@ -23,6 +23,7 @@ from batchjob.storage.ranged_file import open_ranged
 from batchjob.storage.retry_policy import RetryPolicy, resolve_retry_timeout
 from batchjob.uris import (
     CLOUD_SCHEMES,
+    explain_bad_bucket,
     explain_bad_file_uri,
     is_local,
     is_within,
@@ -144,6 +145,8 @@ class Reader:
                 return explain_url_refusal(uri, self._options)
             return None
         if reason := explain_bad_file_uri(uri):
+            return reason
+        if uri_scheme(uri) in CLOUD_SCHEMES and (reason := explain_bad_bucket(uri.split("/", 3)[2])):
             return reason
         chain = [uri] if uri_scheme(uri) in CLOUD_SCHEMES else uri.split("::")
         if any(map(is_http_uri, chain)):

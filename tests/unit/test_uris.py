@@ -13,10 +13,20 @@ from batchjob.cli.options import resolve_output
 from batchjob.errors import InvalidJob, UnaddressableKey
 from batchjob.job.job import Job
 from batchjob.settings import Settings, Uri
+from batchjob.sources.manifest import ManifestSource
 from batchjob.storage.options import StorageOptions, options_for
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import open_store
-from batchjob.uris import is_below, is_local, local_path, split_chain, suggest_bucket_uri, suggest_scheme
+from batchjob.types import Cursor
+from batchjob.uris import (
+    explain_bad_bucket,
+    is_below,
+    is_local,
+    local_path,
+    split_chain,
+    suggest_bucket_uri,
+    suggest_scheme,
+)
 
 
 class Place(Settings):
@@ -66,6 +76,23 @@ def test_uri_with_a_slash_too_few_is_no_folder_here(tmp_path: Path, path: str, u
     assert resolve(f"./{path}", tmp_path) == os.path.normpath(tmp_path / path)
     (tmp_path / path).mkdir(parents=True)
     assert resolve(path, tmp_path) == os.path.normpath(tmp_path / path)
+
+
+@pytest.mark.parametrize("bucket", ["My Bucket", "a\tb", "m\u00fcnchen", "a{b}", "buck*", "a%20b", "a?b"])
+def test_buckets_that_no_store_has_are_refused_before_a_client_sees_them(tmp_path: Path, bucket: str) -> None:
+    for scheme in ("s3", "gs", "az"):
+        with pytest.raises(InvalidJob, match="names the bucket"):
+            Reader().read(f"{scheme}://{bucket}/a.png")
+        (tmp_path / "m.csv").write_text(f"path\na.png\n{scheme}://{bucket}/a.png\n")
+        source = ManifestSource(uri=f"{tmp_path}/m.csv", uri_column="path")
+        with pytest.raises(InvalidJob, match=r"row 2: .* names the bucket"):
+            list(source.refs(Reader(), Cursor()))
+
+
+@pytest.mark.parametrize("bucket", ["lake", "my.lake-1", "Old_Bucket", "$web", "c@account.dfs.core.windows.net"])
+def test_buckets_with_every_name_that_stores_allow_are_read(bucket: str) -> None:
+    assert explain_bad_bucket(bucket) is None
+    assert Reader().explain_refusal(f"az://{bucket}/a.png", "/m.csv") is None
 
 
 @pytest.mark.parametrize("path", ["s3/lake", "s3", "s3.csv", "gs-data//x", "https", "data/s3:/x", "azure:x"])
