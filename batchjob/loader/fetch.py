@@ -165,7 +165,9 @@ def _convert_answer(ref: ImageRef, answer: _Answer) -> ObjectData | ErrorRecord:
         return ErrorRecord("fetch", "unreadable", f"{problem}; {others} can be read")
     types = ((NotFound, "not_found"), (AddressRefused, "refused"), (UnaddressableKey, "unaddressable"))
     error_type = next((name for kind, name in types if isinstance(answer, kind)), "storage")
-    return ErrorRecord("fetch", error_type, answer.message)
+    # A space around a value of a table is seen by nobody.
+    is_padded = error_type == "not_found" and ref.uri != ref.uri.strip()
+    return ErrorRecord("fetch", error_type, answer.message + ("; a space begins or ends its name" if is_padded else ""))
 
 
 def _too_large_error(size: int, limit: int) -> ErrorRecord:

@@ -73,6 +73,9 @@ def _translate(error: Exception, uri: str, writing: bool, unaddressable_on_400: 
     refused = status in (401, 403) or _CREDENTIALS.search(f"{code} {' '.join(classes)}")
     if bare_400 or refused or "PermissionError" in classes:
         return AccessDenied(f"{uri}: access denied ({reason}); renew or correct the credentials, then run again")
+    if isinstance(error, OSError) and error.errno is None and "Unable to load lib" in reason:
+        # Arrow's HDFS client without Java or Hadoop: no later try finds them.
+        return InvalidJob(f"{uri}: this machine lacks a library of its client ({reason}); install it")
     if is_archive_fault(error, uri):
         return UnaddressableKey(f"{uri}: the archive cannot be read ({reason})")
     invalid_key = classes & {"InvalidPathError", "ValueError", "ParamValidationError"}

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from batchjob.errors import AddressRefused, InvalidJob, ObjectTooLarge
+from batchjob.errors import AddressRefused, InvalidJob, ObjectTooLarge, Unavailable
 from batchjob.loader.fetch import Fetcher
 from batchjob.sources.manifest import ManifestSource
+from batchjob.storage.client_errors import translate_errors
 from batchjob.storage.objects import ObjectData
 from batchjob.storage.reader import Reader
 from batchjob.types import Cursor, ErrorRecord, ImageRef
@@ -153,3 +154,20 @@ def test_folder_that_is_not_there_is_an_error_of_the_job(lake: Path) -> None:
     source = ManifestSource(uri=f"{lake}/m.csv", uri_column="path", within=(f"{lake}/in", f"{lake}/inn"))
     with pytest.raises(InvalidJob, match=r"input.within: .*/inn is not there"):
         source.check(Reader())
+
+
+def test_space_around_an_absent_name_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.png ").write_bytes(b"a")
+    padded, plain, present = fetch(f"{tmp_path}/b.png ", f"{tmp_path}/b.png", f"{tmp_path}/a.png ")
+    assert isinstance(padded, ErrorRecord)
+    assert padded.message.endswith("a space begins or ends its name")
+    assert isinstance(plain, ErrorRecord)
+    assert "a space" not in plain.message
+    assert isinstance(present, ObjectData)
+
+
+def test_client_without_its_library_is_no_outage() -> None:
+    with pytest.raises(InvalidJob, match="lacks a library"), translate_errors("hdfs://name-node/x"):
+        raise OSError("Unable to load libjvm: /usr/lib/libjvm.so: cannot open shared object file")
+    with pytest.raises(Unavailable), translate_errors("hdfs://name-node/x"):
+        raise OSError("connection reset")
