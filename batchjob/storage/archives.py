@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from batchjob.errors import UnaddressableKey
+from batchjob.errors import InvalidJob
 from batchjob.uris import split_chain, uri_scheme
 
 __all__ = ["archive_arguments", "check_archive_is_whole", "find_member", "is_archive_fault"]
@@ -46,7 +46,7 @@ def find_member(filesystem: Any, path: str) -> str:
 
 
 def check_archive_is_whole(filesystem: Any, uri: str) -> None:
-    """Raise UnaddressableKey for a tar archive without its end.
+    """Raise InvalidJob for a tar archive without its end.
 
     Python's tarfile takes the first header that it cannot read for the end, so the members behind it would be missing
     without a word.
@@ -57,9 +57,9 @@ def check_archive_is_whole(filesystem: Any, uri: str) -> None:
     archive.fileobj.seek(archive.offset)
     if archive.fileobj.read(tarfile.BLOCKSIZE) != _END_BLOCK:
         count = len(archive.getnames())
-        raise UnaddressableKey(
+        raise InvalidJob(
             f"{uri}: the archive is cut off or damaged after {count:,} member{'' if count == 1 else 's'}: its end, "
-            "blocks of zeros, is not there"
+            "blocks of zeros, is not there; write it there again"
         )
 
 

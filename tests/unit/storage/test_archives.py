@@ -109,17 +109,17 @@ def test_archives_that_were_cut_off_are_refused(archives: Path, tmp_path: Path) 
     # Between two members, in a header, in the bytes of a member.
     for size in (members[2], members[2] + 100, members[2] + 515):
         cut.write_bytes(whole[:size])
-        with pytest.raises((InvalidJob, StorageError), match="archive"):
+        with pytest.raises(InvalidJob, match="archive"):
             list_images(f"tar://::{cut}")
     cut.write_bytes(whole[: members[2]] + b"?" * 512 + whole[members[2] + 512 :])
-    with pytest.raises((InvalidJob, StorageError), match="after 2 members"):
+    with pytest.raises(InvalidJob, match="after 2 members"):
         list_images(f"tar://::{cut}")
     for compression in ("gz", "bz2", "xz"):
         packed = tmp_path / f"x.tar.{compression}"
         with tarfile.open(packed, f"w:{compression}") as archive:  # type: ignore[call-overload]
             archive.add(archives / "src", ".")
         packed.write_bytes(packed.read_bytes()[: packed.stat().st_size // 2])
-        with pytest.raises((InvalidJob, StorageError), match="archive"):
+        with pytest.raises(InvalidJob, match="archive"):
             list_images(f"tar://::{packed}")
 
 
