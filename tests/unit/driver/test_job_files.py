@@ -129,7 +129,12 @@ def test_resumed_run_does_not_hash_again_what_the_plan_has_recorded(
     with pytest.raises(Temporary):
         run(job, ScriptedPool({1: [fail_worker_late]}))
     calls: list[JobFiles] = []
-    monkeypatch.setattr(JobFiles, "make_record", calls.append)
+
+    def make_record(files: JobFiles) -> bytes:
+        calls.append(files)
+        return b"{}"
+
+    monkeypatch.setattr(JobFiles, "make_record", make_record)
     assert run(job, ScriptedPool()) == "complete"
     assert calls == []
 
