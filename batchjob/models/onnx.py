@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -63,8 +64,9 @@ class OnnxModel(WeightsFile, OutputSelection):
 
     def list_files(self, reader: Reader, folder: Path) -> list[str]:  # noqa: ARG002
         """Return the URIs of the graph and of its external data."""
-        # A graph with external data is small; a larger file holds its weights itself, and is not read for this.
-        if reader.stat(self.weights).size > _MAX_GRAPH_BYTES:
+        # A graph with external data is small; a larger file holds its weights itself, and is not read for this. A
+        # complete output is looked at where onnx may not be installed: its record names the external data.
+        if reader.stat(self.weights).size > _MAX_GRAPH_BYTES or find_spec("onnx") is None:
             return [self.weights]
         data, where = read_file(reader, self.weights, "model.weights"), f"model.weights: {self.weights}"
         parent = self.weights.rpartition("/")[0]

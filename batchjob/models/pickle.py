@@ -7,8 +7,11 @@ import pickle
 import pickletools
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -128,14 +131,18 @@ class PickleModel(TrustedFileModel):
 
 def _list_pickled_names(reader: Reader, uri: str) -> set[str]:
     """Return the modules that a file of torch.save names, and other words in its pickle; nothing is unpickled."""
-    with reader.open(uri) as file:
-        if not zipfile.is_zipfile(file):  # The format of torch before 1.6.
-            return set()
-        with zipfile.ZipFile(file) as archive:
+    try:
+        with reader.open(uri) as file, zipfile.ZipFile(file) as archive:
             pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
-    words = (argument for data in pickles for _, argument, _ in pickletools.genops(data) if isinstance(argument, str))
-    # The argument of an opcode GLOBAL is `module class`.
-    return {word.partition(" ")[0] for word in words if _MODULE_NAME.fullmatch(word.partition(" ")[0])}
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError):
+        return set()  # The format of torch before 1.6, or a damaged file.
+    words: set[str] = set()
+    # A damaged pickle is reported where it is loaded.
+    with suppress(ValueError, IndexError, UnicodeDecodeError):
+        for _, argument, _ in chain.from_iterable(map(pickletools.genops, pickles)):
+            if isinstance(argument, str):
+                words.add(argument.partition(" ")[0])  # The argument of an opcode GLOBAL is `module class`.
+    return set(filter(_MODULE_NAME.fullmatch, words))
 
 
 class _ClassFinder:

@@ -21,6 +21,7 @@ from batchjob.driver.progress import NoProgress
 from batchjob.errors import InvalidJob, Temporary
 from batchjob.job.job import Job
 from batchjob.models.huggingface import HuggingfaceModel
+from batchjob.models.onnx import OnnxModel
 from batchjob.models.pickle import PickleModel
 from batchjob.plan.head import read_current_head
 from batchjob.storage.reader import Reader
@@ -222,6 +223,23 @@ def test_pickled_module_names_its_sources(tmp_path: Path, module: str, main: str
     model = PickleModel(weights=str(tmp_path / "net.pt"), main=main, trust=True, sha256="0" * 64)
     files = model.list_files(Reader(), tmp_path)
     assert files == [str(tmp_path / name) for name in ["net.pt", *expected]]
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04 cut off", b"\x80\x02K\x01."])
+def test_damaged_pickle_is_left_to_whoever_loads_it(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "net.pt").write_bytes(content)
+    model = PickleModel(weights=str(tmp_path / "net.pt"), trust=True, sha256="0" * 64)
+    assert model.list_files(Reader(), tmp_path) == [str(tmp_path / "net.pt")]
+    with zipfile.ZipFile(tmp_path / "net.pt", "w") as archive:
+        archive.writestr("net/data.pkl", b"junk")
+    assert model.list_files(Reader(), tmp_path) == [str(tmp_path / "net.pt")]
+
+
+def test_graph_counts_where_onnx_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "net.onnx").write_bytes(b"graph")
+    monkeypatch.setattr("batchjob.models.onnx.find_spec", lambda _: None)
+    model = OnnxModel(weights=str(tmp_path / "net.onnx"))
+    assert model.list_files(Reader(), tmp_path) == [str(tmp_path / "net.onnx")]
 
 
 def test_model_folder_counts_its_files(tmp_path: Path) -> None:
