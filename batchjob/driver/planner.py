@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import cached_property
 
 import pyarrow as pa
 
@@ -46,16 +45,10 @@ class Planner:
 
     def __init__(self, job: Job, store: Store, control_loop: ControlLoop, note: Callable[[str], None]) -> None:
         self._job, self._store, self._control_loop, self._note = job, store, control_loop, note
-
-    @cached_property
-    def _listing(self) -> SourceListing:
-        return SourceListing(self._job.input, Reader(self._job.storage), self._job.output.uri)
-
-    @cached_property
-    def _outage_tolerant_listing(self) -> SourceListing:
-        """The listing for writing chunks. By then the input is known to be there, so an outage is waited out."""
-        reader = Reader(self._job.storage, outage_timeout=self._job.errors.outage_seconds)
-        return SourceListing(self._job.input, reader, self._job.output.uri)
+        self._listing = SourceListing(job.input, Reader(job.storage), job.output.uri)
+        # For writing chunks. By then the input is known to be there, so an outage is waited out.
+        reader = Reader(job.storage, outage_timeout=job.errors.outage_seconds)
+        self._outage_tolerant_listing = SourceListing(job.input, reader, job.output.uri)
 
     def preview_input(self, allow_empty: bool) -> InputPreview:
         """Check everything that can be checked without a model, and list the first images. Writes no plan.
@@ -146,17 +139,14 @@ class Planner:
     def iter_chunks(self, head: PlanHead) -> Iterator[Chunk]:
         """Yield the chunks of the plan: first those that are there, then those that are written now. May block."""
         yield from extend_plan(self._store, head, self._read_refs, lambda: self._check_unchanged(head))
-        # Only a listing that was read to its end, by this driver, has counted all files.
-        if "_outage_tolerant_listing" in self.__dict__:
-            for line in self._outage_tolerant_listing.skipped.describe():
-                self._note(line)
+        # None if the whole plan was there.
+        for line in self._outage_tolerant_listing.skipped.describe():
+            self._note(line)
 
     def close(self) -> None:
         """End listings that are still running in other threads."""
-        for name in {"_listing", "_outage_tolerant_listing"} & self.__dict__.keys():
-            getattr(self, name).close()
-
-    # The outage-tolerant listing is made only if something is left to be planned.
+        self._listing.close()
+        self._outage_tolerant_listing.close()
 
     def _read_refs(self, after: Cursor) -> Iterator[pa.RecordBatch]:
         return self._outage_tolerant_listing.refs(after)
