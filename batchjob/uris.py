@@ -177,7 +177,7 @@ def is_within(uri: str, prefixes: Sequence[str]) -> bool:
             place = os.path.realpath(local_path(place))
         except (ValueError, UnaddressableKey):  # Nothing has this name.
             return False
-        return any(is_below(place, os.path.realpath(local_path(one))) for one in prefixes if is_local(one))
+        return any(is_below(place, _resolve_prefix(one)) for one in prefixes if is_local(one))
     segments = unquote(place).split("/") if uri_scheme(place) in ("http", "https") else place.split("/")
     return not {".", ".."} & set(segments) and any(is_below(place, one) for one in prefixes if not is_local(one))
 
@@ -246,6 +246,12 @@ def _take_apart(uri: str) -> _UriParts:
 
 
 _parse_prefix = lru_cache(maxsize=256)(_take_apart)
+
+
+@lru_cache(maxsize=256)
+def _resolve_prefix(prefix: str) -> str:
+    """Return the real path of a local prefix; kept, because each image of a run is compared with it."""
+    return os.path.realpath(local_path(prefix))
 
 
 def _is_file_uri(uri: str) -> bool:

@@ -33,7 +33,7 @@ from batchjob.sources.table_files import TableFile, TableFormat, open_table
 from batchjob.storage.objects import ObjectInfo
 from batchjob.text import explain_uri_secret, redact_queries
 from batchjob.types import Cursor
-from batchjob.uris import CLOUD_SCHEMES, encode_path, is_below, is_local
+from batchjob.uris import CLOUD_SCHEMES, encode_path, is_below, is_local, uri_scheme
 
 if TYPE_CHECKING:
     from batchjob.sources.skipped_files import SkippedFiles
@@ -368,7 +368,10 @@ def _are_below(locations: pa.StringArray, folder: str) -> pa.BooleanArray:
     if is_local(folder):
         others = pc.match_substring_regex(locations, "^(?i:file):")
     else:
-        others = pc.invert(pc.starts_with(locations, folder[: folder.index("://") + 3]))
+        scheme = uri_scheme(folder)
+        spellings = [one for one, store in CLOUD_SCHEMES.items() if store == CLOUD_SCHEMES.get(scheme)] or [scheme]
+        is_of_store = pc.match_substring_regex(locations, f"^(?i:{'|'.join(map(re.escape, spellings))})://")
+        others = pc.and_not(is_of_store, pc.starts_with(locations, f"{scheme}://"))
     if not pc.any(others).as_py():
         return same_spelling
     return pa.array([is_below(location, folder) for location in locations.to_pylist()], pa.bool_())
