@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -27,13 +26,14 @@ from batchjob.sources.column_types import (
 from batchjob.sources.hive_folders import HiveFolders
 from batchjob.sources.locations import normalize_uri, parent_folder, require_places, with_trailing_slash
 from batchjob.sources.manifest_files import list_manifest_files
+from batchjob.sources.manifest_locations import are_below, resolve_locations
 from batchjob.sources.passthrough import ColumnName, Passthrough, parse_passthrough
 from batchjob.sources.source import IMAGE_EXTENSIONS, REF_FIELDS, Require, skip_empty_batches
 from batchjob.sources.table_files import TableFile, TableFormat, open_table
 from batchjob.storage.objects import ObjectInfo
 from batchjob.text import explain_uri_secret, redact_queries
 from batchjob.types import Cursor
-from batchjob.uris import CLOUD_SCHEMES, encode_path, is_below, is_local, uri_scheme
+from batchjob.uris import CLOUD_SCHEMES, is_local
 
 if TYPE_CHECKING:
     from batchjob.sources.skipped_files import SkippedFiles
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ManifestSource"]
 
-_ABSOLUTE = r"^(/|(?i:file):|[A-Za-z][A-Za-z0-9+.-]*://)"
-_DOT_SEGMENT = r"(^|/)\.\.?(/|$)"
 # A bucket whose name is odd is looked at.
 _LOCAL_OR_CLOUD = rf"^(/|(?i:{'|'.join(CLOUD_SCHEMES)})://[A-Za-z0-9._@-]+(/|$))"
 _USER_OR_QUERY = r"^[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*@|(?s:.)*\?)"
@@ -308,9 +306,9 @@ class ManifestSource(Settings):
                 arrays[field.name] = in_folder
         self._check_values(arrays, uri, first_row)
         arrays["etag"] = pc.utf8_trim(arrays["etag"], '"')
-        arrays["location"] = _resolve_locations(arrays["uri"], parent_folder(uri))
+        arrays["location"] = resolve_locations(arrays["uri"], parent_folder(uri))
         if excluded_folder is not None:
-            is_excluded = _are_below(arrays["location"], with_trailing_slash(normalize_uri(excluded_folder)))
+            is_excluded = are_below(arrays["location"], with_trailing_slash(normalize_uri(excluded_folder)))
             if (row := _first_true(is_excluded)) >= 0:
                 raise InvalidJob(
                     f"{uri}, row {first_row + row + 1}: {arrays['uri'][row]} lies in the output {excluded_folder}, "
@@ -344,52 +342,6 @@ class ManifestSource(Settings):
                 refusals[host] = reader.explain_refusal(location, self.uri)
             if reason := refusals[host]:
                 raise InvalidJob(f"{uri}, row {first_row + row + 1}: {location} {reason}")
-
-
-def _resolve_locations(uris: pa.StringArray, folder: str) -> pa.StringArray:
-    """Return each image's location: an absolute URI unchanged, a relative one below `folder`, which ends with `/`.
-
-    For example, `../a.jpg` below `s3://lake/index/` is `s3://lake/a.jpg`.
-    """
-    is_absolute = pc.match_substring_regex(uris, _ABSOLUTE)
-    if (encoded := encode_path(folder)) != folder:  # The folder's path is not UTF-8; in a URI, `%` begins a byte.
-        folder, uris = encoded, pc.if_else(is_absolute, uris, pc.replace_substring(uris, "%", "%25"))
-    joined = pc.if_else(is_absolute, uris, pc.binary_join_element_wise(pa.scalar(folder), uris, _EMPTY))
-    has_dots = pc.and_not(pc.match_substring_regex(uris, _DOT_SEGMENT), is_absolute)
-    if not pc.any(has_dots).as_py():
-        return joined
-    resolved = [_resolve_dots(uri.as_py()) for uri in joined.filter(has_dots)]
-    return pc.replace_with_mask(joined, has_dots, pa.array(resolved, pa.string()))
-
-
-def _are_below(locations: pa.StringArray, folder: str) -> pa.BooleanArray:
-    """Return which locations lie in a folder, whatever the spelling of their schemes."""
-    same_spelling = pc.starts_with(locations, folder)
-    if is_local(folder):
-        others = pc.match_substring_regex(locations, "^(?i:file):")
-    else:
-        scheme = uri_scheme(folder)
-        spellings = [one for one, store in CLOUD_SCHEMES.items() if store == CLOUD_SCHEMES.get(scheme)] or [scheme]
-        is_of_store = pc.match_substring_regex(locations, f"^(?i:{'|'.join(map(re.escape, spellings))})://")
-        others = pc.and_not(is_of_store, pc.starts_with(locations, f"{scheme}://"))
-    if not pc.any(others).as_py():
-        return same_spelling
-    return pa.array([is_below(location, folder) for location in locations.to_pylist()], pa.bool_())
-
-
-def _resolve_dots(uri: str) -> str:
-    """Return a URI without `.` and `..`, which no object store knows; unchanged if it climbs out of the bucket."""
-    match = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://[^/]*/|/", uri)
-    root = match[0] if match else ""
-    kept: list[str] = []
-    for segment in uri.removeprefix(root).split("/"):
-        if segment == ".." and not kept and not is_local(uri):
-            return uri
-        if segment == "..":
-            kept = kept[:-1]
-        elif segment != ".":
-            kept.append(segment)
-    return root + "/".join(kept)
 
 
 def _true_rows(flags: pa.BooleanArray) -> list[int]:
