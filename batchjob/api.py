@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from batchjob.driver.progress import NoProgress, ProgressReporter
 from batchjob.inference.conversion_options import ConversionOptions
 from batchjob.job.job import Job
 from batchjob.output.commit import list_parts
+from batchjob.plan.contract import read_contract
 from batchjob.plan.head import PlanHead, read_current_head
 from batchjob.pool.pool import Pool
 from batchjob.pool.ray_address import check_address
@@ -140,7 +141,8 @@ def validate(job: Job) -> list[str]:
     preview = preview_listing(listing, SMALL_INPUT_IMAGES)
     if head is None and not preview.rows:
         raise no_images_error(job, preview)
-    worker, notes = _load_worker(job, preview)
+    contract = None if head is None else read_contract(store, head)
+    worker, notes = _load_worker(job, preview, {} if contract is None else contract.decisions)
     check_columns(job, listing, worker.columns)
     if head is None:
         choose_shard_size(job, preview, 0, worker.row_bytes)
@@ -266,14 +268,16 @@ def _count_cores(job: Job) -> int:
     return system.available_cores() if cores == "auto" else max(1, int(cores))
 
 
-def _load_worker(job: Job, preview: InputPreview) -> tuple[WorkerInfo, list[str]]:
+def _load_worker(job: Job, preview: InputPreview, decisions: Mapping[str, str]) -> tuple[WorkerInfo, list[str]]:
     """Load a worker as a run does, and try the preprocessing on the first images; return lines about these."""
     started = time.monotonic()
     # The fork server and this process import torch at the same time.
     start_loader_forkserver(job)
     from batchjob.worker.setup import load
 
-    setup = WorkerSetup(job.serialize(), str(job.folder), None, preview.sample, small_input_bytes=0)
+    setup = WorkerSetup(
+        job.serialize(), str(job.folder), None, preview.sample, small_input_bytes=0, decisions=decisions
+    )
     with closing(load(job, setup, _count_cores(job), started)) as loaded:
         return loaded.info, loaded.engine.check_images(preview.sample)
 

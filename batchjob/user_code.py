@@ -11,6 +11,7 @@ import ast
 import builtins
 import hashlib
 import importlib
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from importlib.machinery import (
     ExtensionFileLoader,
     FileFinder,
     ModuleSpec,
+    PathFinder,
     SourceFileLoader,
 )
 from pathlib import Path
@@ -185,14 +187,16 @@ def describe_fault(error: BaseException, *, in_library: bool = False) -> str:
         error: Exception with its traceback.
         in_library: Where no line of the user's code is involved, name the innermost line outside this package.
     """
-    text = f"{name_fault(error)}: {' '.join(extract_cause(error).split())[:_MAX_FAULT_TEXT]}".rstrip(": ")
+    cause = extract_cause(error)
+    text = f"{name_fault(error)}: {' '.join(_name_as_imported(cause).split())[:_MAX_FAULT_TEXT]}".rstrip(": ")
+    shadow = _explain_shadow(cause)
     frames = [
         (frame.f_globals, frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)
     ]
     own = [(_relative_path(names, path), line) for names, path, line in frames if _is_own_code(names)]
     others = [(path, line) for _, path, line in frames if not Path(path).is_relative_to(_THIS_PACKAGE)]
     places = own or [(path.rpartition("site-packages/")[2], line) for path, line in others if in_library]
-    return f"{text} ({places[-1][0]}:{places[-1][1]})" if places else text
+    return (f"{text} ({places[-1][0]}:{places[-1][1]})" if places else text) + shadow
 
 
 def _is_own_code(names: Mapping[str, Any]) -> bool:
@@ -225,7 +229,28 @@ def _import_module(name: str, folder: Path, path: Path) -> ModuleType:
         advice = ""
         if isinstance(error, SystemExit):
             advice = "; what parses arguments or ends the process belongs below `if __name__ == '__main__':`"
-        raise InvalidJob(f"{where}: does not load: {type(error).__name__}: {error}{advice}") from error
+        text = f"{type(error).__name__}: {error}"
+        raise InvalidJob(f"{where}: does not load: {_name_as_imported(text)}{advice}{_explain_shadow(text)}") from error
+
+
+def _name_as_imported(text: str) -> str:
+    """Return a message with the modules of a job folder under the names by which they are imported."""
+    return re.sub(rf"{_PACKAGE_PREFIX}\w+\.", "", text)
+
+
+def _explain_shadow(text: str) -> str:
+    """Return the end of a message on a fault in a module of the job's folder that hides an installed one.
+
+    Example: a file `torch.py` beside the job, of which `from torch import nn` asks what only the package torch has.
+    """
+    found = re.search(rf"({_PACKAGE_PREFIX}\w+)\.(\w+)", text)
+    if found is None:
+        return ""
+    name, package = found[2], sys.modules.get(found[1])
+    path = None if package is None else _find_source(Path(package.__path__[0]), name)
+    if path is None or not (name in sys.stdlib_module_names or name in sys.modules or PathFinder.find_spec(name)):
+        return ""
+    return f"; {path} hides the installed module {name}, as in any script beside it: give it another name"
 
 
 def _ensure_package(folder: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -185,7 +186,11 @@ def make_changed(*removed: str, **added: torch.Tensor) -> dict[str, Any]:
         ),
         (lambda: make_small().state_dict(), {"arguments": {"width": 5}}, ["of another shape", "model.arguments"]),
         (lambda: {f"layer{n}.weight": torch.ones(1) for n in range(50)}, {}, ["layer5.weight and 44 more"]),
-        (lambda: {"other": torch.ones(1)}, {"strict": False}, ["unknown to the model: other"]),
+        (
+            lambda: {"other": torch.ones(1)},
+            {"strict": False},
+            ["no key is known to the model: the file has other, and the model 0.weight"],
+        ),
         (
             lambda: make_prefixed("") | make_prefixed("_orig_mod."),
             {},
@@ -254,8 +259,13 @@ def save_safetensors(tmp_path: Path) -> bytes:
         (lambda tmp: save_safetensors(tmp)[:-100], "is no whole safetensors file"),
         (lambda tmp: save_with_torch(torch.ones(3)), "holds a Tensor and no state dict"),
         (lambda tmp: save_with_torch([torch.ones(3)]), "holds a list and no state dict"),
-        (lambda tmp: save_with_torch({"epoch": 3, "net": {"lr": 0.1}}), "at no depth; its keys are epoch, net"),
-        (lambda tmp: save_with_torch({"epoch": 3, "net": {"weight": torch.ones(1)}}), "to the model: net.weight"),
+        (
+            lambda tmp: save_with_torch({"epoch": 3, "net": {"lr": 0.1}}),
+            "at no depth; its keys are epoch (int), net (dict); save",
+        ),
+        (lambda tmp: save_with_torch({"epoch": 3, "net": {"weight": torch.ones(1)}}), "file has net.weight, and"),
+        (lambda tmp: save_with_torch({"0.weight": "tensor([1.])"}), "0.weight (str); save tensors: torch.save("),
+        (lambda tmp: save_with_torch({"0.weight": np.ones(3)}), "0.weight (no tensor); save tensors: torch.save("),
     ],
 )
 def test_file_without_weights_is_explained(
@@ -344,3 +354,22 @@ def test_num_classes_that_the_architecture_does_not_take_is_refused(
     with pytest.raises(InvalidJob) as caught:
         make_settings(weights, architecture, num_classes=2).load(READER, job_folder)
     assert message in caught.value.message
+
+
+def test_head_of_another_size_names_what_the_function_takes(job_folder: Path, tmp_path: Path) -> None:
+    weights = save(nn.Linear(2, 7).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(InvalidJob, match=r"build it with 7 classes: by model\.arguments"):
+        make_settings(weights, architecture="net:sized").load(READER, job_folder)
+
+
+def test_a_folder_in_place_of_the_file_lists_its_files(job_folder: Path, tmp_path: Path) -> None:
+    save(make_small().state_dict(), tmp_path / "model.pt")
+    with pytest.raises(InvalidJob, match=r"is a folder; name a file; it holds model\.pt"):
+        make_settings(str(tmp_path)).check(READER, job_folder)
+
+
+def test_class_layer_of_a_torchvision_architecture_is_known(job_folder: Path, tmp_path: Path) -> None:
+    module = torchvision.models.resnet18(num_classes=7)
+    weights = save(module.state_dict(), tmp_path / "w.pt")
+    model = make_settings(weights, architecture="resnet18", num_classes=7)
+    assert model.load(READER, job_folder).class_layers == ("fc",)

@@ -110,6 +110,26 @@ def test_converted_file_runs_in_a_job(to: str, max_difference: float, capsys: py
     assert not [path.name for path in Path().iterdir() if path.name.startswith(".")], "no temporary file is left"
 
 
+@pytest.mark.parametrize(("cast", "to"), [("half", "exported"), ("double", "exported"), ("half", "onnx")])
+def test_file_of_a_half_or_double_module_takes_float32(cast: str, to: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("net.py").write_text(NET.replace("    return Net()", f"    return Net().{cast}()"))
+    result = run_convert(capsys, "--to", to, "-o", "made.bin")
+    job = yaml.safe_load(JOB) | {"model": result["model"], "output": {"uri": "made"}}
+    Path("made.yaml").write_text(yaml.safe_dump(job))
+    assert main(["run", "job.yaml", "--quiet"]) == 0
+    assert main(["run", "made.yaml", "--quiet"]) == 0
+    assert np.abs(embeddings("out") - embeddings("made")).max() <= 2e-3
+
+
+def test_file_that_a_job_could_not_run_is_not_written(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("net.py").write_text(NET.replace("    return Net()", "    return Net().double()"))
+    assert main(["convert", "job.yaml", "--to", "onnx", "-o", "made.onnx"]) == 2
+    said = capsys.readouterr().err
+    assert "--to onnx: not written, since a job could not run the file: model.weights: " in said
+    assert "/made.onnx cannot be opened by onnxruntime" in said
+    assert not Path("made.onnx").exists()
+
+
 def test_text_output_holds_the_sections_for_a_job(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "job.yaml", "--to", "exported", "-o", "net.pt2", "--images", "4"]) == 0
     said = capsys.readouterr().err

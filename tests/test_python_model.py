@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,3 +180,10 @@ def test_run_with_the_tutorials_own_compose_equals_the_plain_loop(test_data: Pat
         with Image.open(path) as image, torch.inference_mode():
             expected = module(steps(image.convert("RGB"))[None])
         assert torch.allclose(torch.tensor(row), expected, atol=1e-6)
+
+
+def test_argument_that_the_function_does_not_take_is_named(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text("def build(classes, *, width=1): pass\n")
+    for arguments, advice in (({"clases": 5}, "did you mean 'classes'?"), ({"seed": 5}, "leave it out of")):
+        with pytest.raises(InvalidJob, match=rf"takes no '\w+'; it takes \(classes, width=1\); {re.escape(advice)}"):
+            PythonModel(target="user:build", arguments=arguments).load(READER, tmp_path)

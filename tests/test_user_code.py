@@ -30,6 +30,25 @@ def test_loads_attributes_and_nested_attributes(tmp_path: Path) -> None:
     assert load_target("net:Net", base) is load_target("net:Net", base)
 
 
+@pytest.mark.parametrize("source", ["from torch import nn\n", "import torch\nLINEAR = torch.nn.Linear\n"])
+def test_a_module_that_hides_an_installed_one_is_named(source: str, tmp_path: Path) -> None:
+    base = write_modules(tmp_path, net=source, torch="VERSION = 1\n")
+    with pytest.raises(InvalidJob) as caught:
+        load_target("net:make", base)
+    assert "torch.py hides the installed module torch" in caught.value.message
+    assert "_batchjob_folder_" not in caught.value.message
+
+
+def test_a_hidden_module_is_named_where_a_function_uses_it(tmp_path: Path) -> None:
+    base = write_modules(tmp_path, net="import json\ndef make(): return json.loads('1')\n", json="VERSION = 1\n")
+    with pytest.raises(AttributeError) as caught:
+        load_and_call("net:make", base)
+    assert describe_fault(caught.value).startswith(
+        "AttributeError: module 'json' has no attribute 'loads' (net.py:2); "
+    )
+    assert "json.py hides the installed module json" in describe_fault(caught.value)
+
+
 def test_modules_of_two_folders_never_mix(tmp_path: Path) -> None:
     one = write_modules(tmp_path / "one", net="import other\ndef make(): return other.NAME\n", other="NAME = 'one'\n")
     two = write_modules(tmp_path / "two", net="import other\ndef make(): return other.NAME\n", other="NAME = 'two'\n")

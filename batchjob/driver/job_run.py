@@ -25,6 +25,7 @@ from batchjob.driver.progress import ProgressReporter
 from batchjob.driver.run_state import RunState
 from batchjob.job.job import Job
 from batchjob.output.success import delete_success, read_accepted_failures, read_success, record_acceptance
+from batchjob.plan.contract import read_contract
 from batchjob.plan.head import PlanHead, read_current_head
 from batchjob.plan.reader import PlanReader
 from batchjob.report.run_result import RunResult
@@ -269,6 +270,10 @@ class JobRun:
                 self._control_loop.run_blocking(lambda: record_acceptance(self._store, summary))
             self._control_loop.run_blocking(lambda: delete_success(self._store, version))
 
+    def _read_decisions(self) -> Mapping[str, str]:
+        contract = None if self._resumed_head is None else read_contract(self._store, self._resumed_head)
+        return {} if contract is None else contract.decisions
+
     def _start_workers(self, preview: InputPreview) -> None:
         files_id = self._control_loop.run_blocking(lambda: self._files.id)
         # A plan that is resumed, or small, is counted by the workers themselves.
@@ -284,5 +289,6 @@ class JobRun:
                 small_input_bytes=preview.image_bytes if is_small else None,
                 known_images=known_images,
                 files_id=files_id,
+                decisions=self._control_loop.run_blocking(self._read_decisions),
             )
         )

@@ -179,9 +179,14 @@ def _check(
     preprocess = engine.preprocess.model_dump(mode="json", exclude_defaults=True)
     preprocess = {"resize": None, "crop": None, "mean": None, "std": None, **preprocess}
     document = {**job.serialize(), "model": {**model, "weights": str(path)}, "preprocess": preprocess}
-    converted = Engine(Job.deserialize(document, job.folder, job.folder), Reader(job.storage), ())
-    run_original, run_converted = (_build_run(each, pixels) for each in (engine, converted))
-    expected, actual = run_original(), run_converted()
+    run_original = _build_run(engine, pixels)
+    try:
+        converted = Engine(Job.deserialize(document, job.folder, job.folder), Reader(job.storage), ())
+        run_converted = _build_run(converted, pixels)
+        expected, actual = run_original(), run_converted()
+    except InvalidJob as error:
+        reason = str(error).replace(str(path), str(options.file))
+        raise InvalidJob(f"--to {options.to}: not written, since a job could not run the file: {reason}") from error
     comparison = compare_outputs(expected, actual, argmax_is_class=engine.argmax_is_class)
     agreement = measure_agreement(expected, actual, argmax_is_class=engine.argmax_is_class)
     _check_tolerance(options, comparison, agreement, len(pixels))

@@ -23,6 +23,7 @@ from batchjob.inference.devices import (
     pick_device,
     pick_model_device,
 )
+from batchjob.inference.doubts import doubt_model, doubt_transform
 from batchjob.inference.example_images import (
     TransformFailed,
     check_images,
@@ -183,6 +184,16 @@ class Engine:
         code = [self._job.task.digest(folder), source_digest(transform, folder) if transform else None]
         digests = [self.model.digest, *(digest for digest in code if digest)]
         return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the log, `validate` and the report: how the model was loaded, and what can hardly be meant."""
+        doubts = list[str]()
+        if self.model.eager and self.model.input_kind == "batch":
+            doubts += doubt_model(self.model.module, self._run_example(self._module).output)
+        if self.image_transform.resize_crop.user_transform is not None:
+            doubts += doubt_transform([*self.load_images([*self._sample_locations[:1], *self._sample_locations[:1]])])
+        return (*self.model.notes, *doubts)
 
     @property
     def variable_size(self) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -28,10 +29,13 @@ _MAX_BATCH = 4096
 def export_model(module: nn.Module, to: ConversionFormat, inputs: torch.Tensor, path: Path) -> str:
     """Write a module as a file of another format; it takes batches of any size, except with TensorRT.
 
+    A file takes images in float32, also where the module's weights have another dtype.
+
     Args:
         module: Module in eval mode.
         to: Any format but `pruned`, see `export_pruned`.
-        inputs: Example inputs `[n, c, h, w]` to trace, and for `int8` to calibrate, the module on.
+        inputs: Example inputs `[n, c, h, w]`, in the dtype of the weights, to trace, and for `int8` to calibrate, the
+            module on.
         path: File to write.
 
     Returns:
@@ -41,7 +45,20 @@ def export_model(module: nn.Module, to: ConversionFormat, inputs: torch.Tensor, 
         InvalidJob: The module cannot be converted, or a package is missing.
     """
     with _conversion_errors(to):
-        return _WRITERS[to](module, inputs.clone(), path)
+        if inputs.dtype != torch.float32:
+            module = _InputCast(module, inputs.dtype).eval()
+        return _WRITERS[to](module, inputs.to(torch.float32, copy=True), path)
+
+
+class _InputCast(nn.Module):
+    """Module that takes images in float32 and gives them to another in the dtype of its weights."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.dtype = module, dtype
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.module(images.to(self.dtype))
 
 
 def export_pruned(module: nn.Module, amount: float, structured: bool, path: Path) -> str:

@@ -104,7 +104,7 @@ class ForwardPass:
         shape = "x".join(map(str, pixels.shape))
         return InvalidJob(
             f"model: it fails on an example batch of shape {shape} on {self.device}: {describe_fault(error)}; "
-            "look at model and preprocess"
+            f"{_explain_layout(pixels)}"
         )
 
     def call_example(self, pixels: torch.Tensor) -> Any:
@@ -173,3 +173,13 @@ def _move_to_device(module: nn.Module, device: torch.device) -> nn.Module:
 
 def _summarize(error: BaseException) -> str:
     return describe_error(error)[:320]
+
+
+def _explain_layout(pixels: torch.Tensor) -> str:
+    """Return the end of a message on a batch that a model fails on: what its shape says about the transform."""
+    channels = {1, 3, 4}
+    if pixels.ndim == 4 and pixels.shape[1] not in channels and pixels.shape[3] in channels:
+        return "the transform puts channels last, and most models want them first: end it with .permute(2, 0, 1)"
+    if pixels.ndim == 5 and pixels.shape[1] == 1:
+        return "the transform makes a batch of each image: let it return the one image in it, [0]"
+    return "look at model and preprocess"

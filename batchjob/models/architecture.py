@@ -16,7 +16,7 @@ from batchjob.user_code import catch_exit, describe_fault, load_target
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["build_torchvision", "call_target", "check_torchvision_name"]
+__all__ = ["build_torchvision", "call_target", "check_torchvision_name", "has_parameter"]
 
 
 def build_torchvision(name: str, key: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -105,7 +105,7 @@ def call_target(
     if num_classes is not None:
         if "num_classes" in keywords:
             raise InvalidJob(f"{where}: num_classes stands both in the model and in model.arguments; keep one")
-        if not _has_parameter(function, "num_classes"):
+        if not has_parameter(function, "num_classes"):
             raise InvalidJob(
                 f"{where} takes no num_classes; it takes ({_describe_signature(function)}); leave model.num_classes "
                 "out, or write what it takes in model.arguments"
@@ -124,7 +124,8 @@ def call_target(
         raise InvalidJob(f"{text}; correct it, or model.arguments") from error
 
 
-def _has_parameter(function: Callable[..., Any], name: str) -> bool:
+def has_parameter(function: Callable[..., Any], name: str) -> bool:
+    """Return True if a function takes a keyword argument of this name."""
     keyword_kinds = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
     return any(
         parameter.kind is inspect.Parameter.VAR_KEYWORD or (parameter.name == name and parameter.kind in keyword_kinds)
@@ -143,6 +144,11 @@ def _check_arguments(function: Callable[..., Any], keywords: Mapping[str, Any], 
     parameters = _list_parameters(function)
     if not parameters and not keywords:
         return
+    unknown = next((name for name in keywords if not has_parameter(function, name)), None)
+    if parameters and unknown is not None:
+        match = difflib.get_close_matches(unknown, [parameter.name for parameter in parameters], 1)
+        hint = f"did you mean {match[0]!r}?" if match else "leave it out of model.arguments"
+        raise InvalidJob(f"{where} takes no {unknown!r}; it takes ({_describe_signature(function)}); {hint}")
     try:
         inspect.signature(function).bind(**keywords)
     except (TypeError, ValueError) as error:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, TypeAdapter, field_validator
 
 from batchjob.errors import InvalidJob
-from batchjob.models.architecture import build_torchvision, call_target
+from batchjob.models.architecture import build_torchvision, call_target, has_parameter
+from batchjob.models.class_layers import find_torchvision_layers
 from batchjob.models.loaded_model import LoadedModel, detect_input_kind, isolated_torch_state, prepare_for_inference
 from batchjob.models.output_selection import OutputSelection, select_output
 from batchjob.models.trusted_file import StateDictFile, verify_digest
 from batchjob.models.weights import check_file_exists, load_weights, read_file
 from batchjob.settings import Target, Uri
 from batchjob.text import with_article
-from batchjob.user_code import list_argument_files, list_sources, source_digest
+from batchjob.user_code import list_argument_files, list_sources, load_target, source_digest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,20 +96,31 @@ class CheckpointModel(StateDictFile, OutputSelection):
                 advice="correct model.architecture, model.num_classes or model.arguments"
                 + (", or set model.strict: false to let missing and unknown keys pass" if self.strict else ""),
                 strict=self.strict,
+                takes_num_classes=self._takes_num_classes(folder),
             )
             del data
         digest = loaded.complete_digest(digest)
         if ":" in self.architecture:
             digest = hashlib.sha256(f"{digest} {source_digest(self.architecture, folder)}".encode()).hexdigest()
         module = prepare_for_inference(module, "model.architecture")
+        is_torchvision = ":" not in self.architecture and self.output is None
         return LoadedModel(
             select_output(module, self.output),
             preprocess=None,
             labels=None,
             digest=digest,
             input_kind=detect_input_kind(module),
+            class_layers=find_torchvision_layers(module) if is_torchvision else (),
             notes=loaded.notes,
         )
+
+    def _takes_num_classes(self, folder: Path) -> bool:
+        import torch
+
+        if ":" not in self.architecture:
+            return True
+        target = load_target(self.architecture, folder)
+        return not isinstance(target, torch.nn.Module) and has_parameter(target, "num_classes")
 
     def _build_module(self, folder: Path) -> nn.Module:
         import torch

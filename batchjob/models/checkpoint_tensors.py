@@ -80,8 +80,11 @@ class CheckpointTensors:
             for path, entry in versions.items() if isinstance(versions, Mapping) else ():
                 metadata[remove_parts(_join(node, str(path)), WRAPPERS)] = entry
         if not leaves:
-            keys = list_names(map(str, content))
-            raise InvalidJob(f"{where} holds no tensors by name, at no depth; its keys are {keys}")
+            keys = list_names(f"{key} ({_name_kind(value)})" for key, value in content.items())
+            raise InvalidJob(
+                f"{where} holds no tensors by name, at no depth; its keys are {keys}; save tensors: "
+                "torch.save(module.state_dict(), FILE)"
+            )
         conventional = ""
         while key := next((key for key in _CONVENTIONAL_KEYS if _join(conventional, key) in nodes), None):
             conventional = _join(conventional, key)
@@ -117,6 +120,12 @@ def _iterate_dicts(items: Mapping[Any, Any], path: str, depth: int, seen: set[in
     for key, value in items.items():
         if isinstance(value, Mapping):
             yield from _iterate_dicts(value, _join(path, str(key)), depth + 1, seen)
+
+
+def _name_kind(value: Any) -> str:
+    # Values that are not read are stand-ins of a private class.
+    name = type(value).__name__
+    return "no tensor" if name.startswith("_") else name
 
 
 def _is_leaf(key: str, value: Any) -> bool:

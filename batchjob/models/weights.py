@@ -13,6 +13,7 @@ from batchjob.models.checkpoint_reader import read_checkpoint
 from batchjob.models.checkpoint_tensors import CheckpointTensors, list_names
 from batchjob.models.state_dict_search import StateDictMatch, find_state_dict
 from batchjob.text import format_count
+from batchjob.uris import is_local, local_path
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +91,7 @@ def load_weights(  # noqa: PLR0913 - what the formats know of their files
     first_keys: Sequence[str] = (),
     rename: Callable[[str], str] = str,
     is_ignored: Callable[[str], bool] = lambda _: False,
+    takes_num_classes: bool = True,
 ) -> LoadedWeights:
     """Load the one state dict of a file that fits a module into it.
 
@@ -105,6 +107,7 @@ def load_weights(  # noqa: PLR0913 - what the formats know of their files
         first_keys: Outermost keys of the file that win, the first that fits, where the job does not say which.
         rename: Function from names in the file to those of today's modules.
         is_ignored: True for names of the file that the module need not have.
+        takes_num_classes: False for a function of the user that has no such parameter.
 
     Raises:
         InvalidJob: The file has another format, is incomplete, holds code, or holds no state dict; two fit; or keys are
@@ -126,7 +129,9 @@ def load_weights(  # noqa: PLR0913 - what the formats know of their files
     shapes = {key: (found.matched[key].value, expected[key]) for key in found.misshaped}
     missing = [key for key in missing if key not in shapes]
     if shapes or (strict and (missing or unexpected)) or not found.matched:
-        class_hint = _suggest_num_classes(shapes) if not missing and not unexpected else None
+        if not found.matched and not shapes:
+            raise InvalidJob(f"{where}: {_describe_strangers(tensors, expected)}")
+        class_hint = _suggest_num_classes(shapes, takes_num_classes) if not missing and not unexpected else None
         raise InvalidJob(f"{where}: {_describe_differences(missing, unexpected, shapes)}; {class_hint or advice}")
     if missing or unexpected:
         _log.warning("%s, let pass by strict: false: %s", where, _describe_differences(missing, unexpected, {}))
@@ -176,6 +181,10 @@ def hash_state_dict(module: nn.Module) -> str:
 
 def _convert_storage_error(error: StorageError, uri: str, key: str) -> InvalidJob:
     if isinstance(error, NotFound):
+        if is_local(uri) and local_path(uri).is_dir():
+            files = sorted(path.name for path in local_path(uri).iterdir() if path.is_file())
+            inside = f"; it holds {list_names(files)}" if files else ""
+            return InvalidJob(f"{key}: {uri} is a folder; name a file{inside}")
         return InvalidJob(f"{key}: there is no file {uri}; correct the path, or put the weights there")
     return InvalidJob(f"{key}: {uri} cannot be read: {error.message}")
 
@@ -188,14 +197,28 @@ class _VersionedStateDict(dict[str, Any]):
         self._metadata = dict(metadata)
 
 
-def _suggest_num_classes(shapes: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> str | None:
+def _suggest_num_classes(
+    shapes: Mapping[str, tuple[torch.Tensor, torch.Tensor]], takes_num_classes: bool
+) -> str | None:
     """Suggest the file's number of classes if only weight and bias of one layer differ, and only in their rows."""
     counts = {(file.shape[:1], model.shape[:1]) for file, model in shapes.values()}
     only_rows_differ = all(file.shape[1:] == model.shape[1:] for file, model in shapes.values())
     if len(shapes) > 2 or len(counts) != 1 or not only_rows_differ:
         return None
     ((classes, _),) = counts
-    return f"set model.num_classes: {classes[0]}" if classes else None
+    if not classes:
+        return None
+    if takes_num_classes:
+        return f"set model.num_classes: {classes[0]}"
+    return f"build it with {classes[0]} classes: by model.arguments, or in the function that model.architecture names"
+
+
+def _describe_strangers(tensors: CheckpointTensors, expected: Mapping[str, Any]) -> str:
+    names = list_names(leaf.name for leaf in tensors.leaves)
+    return (
+        f"no key is known to the model: the file has {names}, and the model {list_names(expected)}; name the file of "
+        "its weights, or correct the architecture"
+    )
 
 
 def _describe_differences(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -159,10 +159,16 @@ def _may_be_transform(value: Any) -> bool:
 
 
 def _load_transform(target: str, folder: Path) -> Callable[[Any], Any]:
-    transform = load_target(target, folder)
+    transform, attribute = load_target(target, folder), target.partition(":")[2]
     if isinstance(transform, type):
         raise InvalidJob(
             f"preprocess.transform: {target} is a class; name an object of it, like `steps = {transform.__name__}()`"
+        )
+    if type(transform).__module__.partition(".")[0] == "albumentations":
+        raise InvalidJob(
+            f"preprocess.transform: {target} is of albumentations, which takes image=… and gives a dict; name a "
+            f"function beside it, `def prepare(image): return torch.from_numpy({attribute}(image=np.asarray(image))"
+            "['image']).permute(2, 0, 1)`, with preprocess.transform_input: pil"
         )
     if not callable(transform):
         raise InvalidJob(
@@ -213,6 +219,8 @@ def _advise(result: Any) -> str:
         return "; end it with ToTensor()"
     if isinstance(result, np.ndarray):
         return "; end it with torch.from_numpy(…), channels first"
+    if isinstance(result, Mapping):
+        return f"; return the value that the model gets, one of {', '.join(map(str, result))}, and no batch of one"
     if isinstance(result, tuple | list) and result and isinstance(result[0], torch.Tensor):
         return "; return its first item alone"
     return ""

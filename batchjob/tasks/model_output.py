@@ -45,11 +45,11 @@ def require_float_output(output: Any, expected: str, advice: str) -> torch.Tenso
     if output is None:
         raise InvalidJob(f"{message}; return something from its forward(), or {advice}")
     if not isinstance(output, torch.Tensor):
-        raise InvalidJob(f"{message}; pick one of several with model.output, or {advice}")
+        raise InvalidJob(f"{message}; {_suggest_output(output)}, or {advice}")
     if not output.is_floating_point():
         raise InvalidJob(f"{message} of floating point numbers; {advice}")
     if output.ndim == 0 or output.shape[0] != EXAMPLE_ROWS:
-        raise InvalidJob(f"{message}, a row for each image; {advice}")
+        raise InvalidJob(f"{message}; {_explain_rows(output, advice)}")
     return output
 
 
@@ -65,7 +65,7 @@ def refuse_features(model: TaskModel) -> None:
 def output_format_error(output: Any, expected: str) -> InvalidJob:
     """Build the error for an output in none of the formats that detection or segmentation reads."""
     message = f"the model gives {_describe_nested(output)} for a batch of {EXAMPLE_ROWS}, but {expected}"
-    advice = "return something from its forward()" if output is None else "pick one of several with model.output"
+    advice = "return something from its forward()" if output is None else _suggest_output(output)
     return InvalidJob(f"{message}; {advice}, or wrap the model (model.type: python), or use another task")
 
 
@@ -101,6 +101,41 @@ def describe_output(output: Any) -> str:
     if isinstance(output, tuple | list):
         return f"{name} of {len(output)} ({', '.join(describe_output(part) for part in output[:_SHOWN_ITEMS])})"
     return name
+
+
+def _suggest_output(output: Any) -> str:
+    """Return the advice on an output that is no tensor: the values of `model.output` that select one."""
+    import torch
+
+    names = [
+        name
+        for name, value in _list_parts(output)
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[:1] == (EXAMPLE_ROWS,)
+    ]
+    if not names:
+        return "pick one of several with model.output"
+    return f"write model.output: {' or '.join(map(str, names[:_SHOWN_KEYS]))}"
+
+
+def _list_parts(output: Any) -> list[tuple[Any, Any]]:
+    """List the values of an output by what `model.output` calls them: keys, fields, attributes, or indexes."""
+    if isinstance(output, Mapping):
+        return list(output.items())
+    if isinstance(output, tuple | list):
+        fields = getattr(output, "_fields", range(len(output)))
+        return list(zip(fields, output, strict=True))
+    return list(getattr(output, "__dict__", {}).items())
+
+
+def _explain_rows(output: torch.Tensor, advice: str) -> str:
+    """Return the advice on an output whose first dimension is not that of the images."""
+    rows = output.shape[0] if output.ndim else 0
+    if rows > EXAMPLE_ROWS and rows % EXAMPLE_ROWS == 0:
+        return (
+            f"it makes {rows // EXAMPLE_ROWS} rows of one image: where it flattens with view(-1, …), give preprocess "
+            f"the size of image that it was trained on (resize, crop), else {advice}"
+        )
+    return f"it must give a row for each image; {advice}"
 
 
 def widen_half_precision(tensor: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,7 @@ class WorkerSetup:
         known_images: Images of the whole input, if that is known before it is listed; 0 if it is not.
         pool_size: Workers that share the images; 0 if the pool does not know it.
         files_id: Id of the driver's record of the files that the job names; the plan's contract keeps it.
+        decisions: Decisions of the plan that is resumed, by dotted name; empty for a new one.
     """
 
     job: Mapping[str, Any]
@@ -51,6 +52,7 @@ class WorkerSetup:
     known_images: int = 0
     pool_size: int = 0
     files_id: str = ""
+    decisions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

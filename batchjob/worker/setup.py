@@ -105,6 +105,7 @@ def load(job: Job, setup: WorkerSetup, cores: int, started: float | None = None)
         check_visibility(store, setup.visibility_check)
         with report_device_faults(job.runtime.device):
             engine = Engine(job, reader, setup.sample, setup.reserved_gpus)
+            engine.adopt(setup.decisions)
         device = identify_device(engine.device)
         with report_device_faults(device):
             loader_setup = resources.enter_context(
@@ -184,5 +185,5 @@ def _describe(engine: Engine, loader_setup: LoaderSetup, device: str, model: str
         ahead=loader_setup.images_in_flight,
         row_bytes=getattr(engine.postprocess, "row_bytes", 0),
         decisions=dict(engine.decisions),
-        notes=(*engine.model.notes, *loader_setup.notes),
+        notes=(*engine.notes, *loader_setup.notes),
     )

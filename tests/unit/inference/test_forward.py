@@ -11,6 +11,7 @@ from torch import nn
 
 from batchjob.errors import InvalidJob
 from batchjob.inference.execution_config import ExecutionConfig
+from batchjob.inference.float32_precision import float32_precision
 from batchjob.inference.forward import ForwardOptions, ForwardPass
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -149,9 +150,10 @@ def test_gradient_mode_of_one_call_replaces_that_of_the_options() -> None:
 def cuda_settings() -> Iterator[tuple[Any, ...]]:
     """Settings of the user's program that differ from those of every config below."""
     before = read_cuda_settings()
-    write_cuda_settings("tf32", "none", False)
-    yield read_cuda_settings()
-    write_cuda_settings(*before)
+    with float32_precision(tf32=False):  # restores the flags of both of torch's APIs
+        write_cuda_settings("tf32", "none", False)
+        yield read_cuda_settings()
+        write_cuda_settings(*before)
 
 
 @pytest.mark.parametrize(
@@ -210,3 +212,18 @@ def test_error_while_moving_the_module_is_explained_only_if_memory_ran_out() -> 
 
     with pytest.raises(RuntimeError, match="driver version is insufficient"):
         make_forward(Immovable())
+
+
+@pytest.mark.parametrize(
+    ("shape", "advice"),
+    [
+        ((2, 32, 32, 3), "the transform puts channels last"),
+        ((2, 1, 3, 32, 32), "the transform makes a batch of each image"),
+        ((2, 3, 32, 3), "look at model and preprocess"),
+        ((2, 4, 4), "look at model and preprocess"),
+    ],
+)
+def test_shape_of_a_batch_tells_what_is_wrong_with_the_transform(shape: tuple[int, ...], advice: str) -> None:
+    forward = ForwardPass(nn.Conv2d(7, 1, 3), halve, CPU, ForwardOptions())
+    with pytest.raises(InvalidJob, match=advice):
+        forward.run_example(torch.zeros(shape, dtype=torch.uint8))

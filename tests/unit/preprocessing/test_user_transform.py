@@ -223,3 +223,19 @@ def test_input_can_be_named_and_earlier_plans_keep_tensors() -> None:
     filled = Preprocess(transform="net:f").model_copy(update={"transform_input": "tensor"})
     unset = Preprocess.model_construct(filled.model_fields_set - {"transform_input"}, **dict(filled))
     assert merge_preprocess(unset, None).transform_input == "tensor"
+
+
+def test_pipeline_of_albumentations_is_told_how_to_call_it(tmp_path: Path) -> None:
+    (tmp_path / "steps.py").write_text(
+        "class Compose:\n    __module__ = 'albumentations.core.composition'\n"
+        "    def __call__(self, *, image): return {'image': image}\n"
+        "train = Compose()\n"
+    )
+    with pytest.raises(InvalidJob, match=r"torch\.from_numpy\(train\(image=np\.asarray\(image\)\)\['image'\]\)"):
+        UserTransform("steps:train", tmp_path)
+
+
+def test_transform_that_returns_a_dict_is_told_its_keys(tmp_path: Path) -> None:
+    (tmp_path / "steps.py").write_text("def processor(image): return {'pixel_values': [image], 'mask': None}\n")
+    with pytest.raises(ImageError, match="return the value that the model gets, one of pixel_values, mask, and no"):
+        UserTransform("steps:processor", tmp_path)(torch.zeros(3, 4, 4, dtype=torch.uint8))

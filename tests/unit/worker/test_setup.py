@@ -12,6 +12,7 @@ from loaded_worker import load_worker, write_job
 
 from batchjob.errors import AttemptFailed, DeviceFault, InvalidJob
 from batchjob.inference.cpu_parallelism import CpuParallelism
+from batchjob.settings import Decision
 from batchjob.storage.store import open_store
 from batchjob.worker.setup import report_device_faults
 
@@ -61,6 +62,12 @@ def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 # -- facts for the driver --------------------------------------------------------------------------------------------
+
+
+def test_driver_learns_the_decisions_of_the_plan_that_is_resumed(tmp_path: Path) -> None:
+    job = write_job(tmp_path, "task.type=classification")
+    with load_worker(job, decisions={"task.activation": "sigmoid"}) as loaded:
+        assert loaded.info.decisions == {"task.activation": Decision("sigmoid", "the plan was begun so")}
 
 
 def test_driver_learns_device_model_columns_and_batch_size(tmp_path: Path) -> None:
