@@ -140,6 +140,16 @@ def test_many_extensions_are_cut_to_five() -> None:
     assert line == "8 files skipped by extension: .e0 (1), .e1 (1), .e2 (1), .e3 (1), .e4 (1), 3 more"
 
 
+def test_files_with_an_extension_each_are_counted_in_bounded_memory() -> None:
+    skipped = SkippedFiles()
+    for number in range(5000):
+        skipped.add_extension(f"scans/scan.{number:07}")
+    (line,) = skipped.describe()
+    assert line.startswith("5,000 files skipped by extension: .0000000 (1), ")
+    assert line.endswith(", over 995 more")
+    assert len(skipped.extensions) == 1000
+
+
 class RecordingReader(Reader):
     """A reader that keeps from where each listing began."""
 
