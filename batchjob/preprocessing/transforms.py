@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import pad
 
 from batchjob.errors import ImageError
 from batchjob.preprocessing.decode import DecodedImage, decode
@@ -172,17 +172,6 @@ def _refuse_sliver(resize: int | tuple[int, int] | None, width: int, height: int
         if pixels > MAX_RESIZED_PIXELS:
             message = f"{width}x{height} is too narrow: with a shorter side of {resize} it would have {pixels:,} pixels"
             raise ImageError("transform", "too_large", message)
-
-
-def _resize_in_float(
-    image: torch.Tensor, size: tuple[int, int], box: CropBox, interpolation: Interpolation
-) -> torch.Tensor:
-    """Resize in a few large steps, which suits a GPU, and leave the result in float32."""
-    top, left, height, width = box
-    values = image[None].float()
-    if tuple(values.shape[2:]) != size:
-        values = interpolate(values, size=size, mode=interpolation, align_corners=False, antialias=True)
-    return values[0, :, top : top + height, left : left + width]
 
 
 # torchvision takes seconds to import. Most jobs need none of it, so the two functions below import it when called.
