@@ -188,7 +188,7 @@ def test_imagenet_logits_equal_those_of_the_documented_loop(test_data: Path, tmp
         {
             "input": {"type": "prefix", "uri": str(test_data / "imagenet-sample"), "include": ["**/n0209*"]},
             "model": {"type": "torchvision", "name": "resnet18", "seed": 0},
-            "task": {"type": "embedding"},
+            "task": {"type": "embedding", "layer": "output"},
             "runtime": {"pool": "local"},
             "output": {"uri": str(tmp_path / "out")},
         }

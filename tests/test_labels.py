@@ -44,7 +44,7 @@ def test_read_labels_from_each_form_of_file(file: str, tmp_path: Path) -> None:
         (b"", "is empty"),
         (b"\xff\xfe", "is not UTF-8"),
         (b"[1, 2", "is not JSON"),
-        (b"7", "holds a int"),
+        (b"7", "holds an int"),
         (b'{"0": "a", "2": "c"}', "none for id 1"),
         (b'{"a": "x"}', "keys that are not ids"),
         (b'["a", {}]', "in place of a label"),

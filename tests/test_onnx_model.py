@@ -275,8 +275,9 @@ def test_custom_operators_are_refused(weights: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is empty; copy the weights there again"),
-        (b"rubbish", "is no whole ONNX file"),
+        (b"", "is empty and not an ONNX model; copy the weights there again"),
+        (b"rubbish", r"is a text file \(rubbish\) and not an ONNX model"),
+        (b"\x00\x9frubbish", "is no whole ONNX file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS pointer"),
     ],
 )

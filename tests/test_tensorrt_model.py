@@ -20,7 +20,7 @@ READER = Reader()
 def engine(tmp_path: Path) -> Path:
     """File that stands for an engine."""
     path = tmp_path / "net.ep"
-    path.write_bytes(b"compiled elsewhere")
+    path.write_bytes(b"\x00\x9fcompiled elsewhere")
     return path
 
 

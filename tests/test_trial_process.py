@@ -241,7 +241,7 @@ def test_decision_that_fails_here_falls_back_with_a_warning(caplog: pytest.LogCa
 
 
 def test_named_option_that_fails_is_reported_before_the_first_shard() -> None:
-    with pytest.raises(InvalidJob, match=r"channels_last fails with this model: RuntimeError: not like this"):
+    with pytest.raises(InvalidJob, match=r"channels_last fails with this model on cpu: RuntimeError: not like this"):
         batchjob.run(make_job("out", "raise", channels_last="on", fold="off"))
     assert not list(Path("out/predictions").glob("*"))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,9 +27,10 @@ _ENDS_IN_LOGITS = {
     "log_softmax", "logsoftmax", "matmul", "mm", "native_batch_norm", "native_layer_norm", "special_log_softmax",
 }  # fmt: skip
 _KEEPS_VALUES = {
-    "alias", "as_strided", "cast", "clone", "contiguous", "detach", "expand", "flatten", "getitem", "identity", "index",
-    "permute", "reshape", "select", "slice", "squeeze", "t", "to", "to_copy", "transpose", "unsqueeze", "unsafe_view",
-    "view", "reshape_alias",
+    "alias", "as_strided", "bfloat16", "cast", "clone", "contiguous", "cpu", "cuda", "detach", "double", "expand",
+    "flatten", "float", "get", "getitem", "half", "identity", "index", "permute", "reshape", "reshape_alias", "select",
+    "slice", "squeeze", "t", "to", "to_copy", "transpose", "type", "type_as", "unflatten", "unsafe_view", "unsqueeze",
+    "view",
 }  # fmt: skip
 # Operations that average, limit or join the scores of several models or classes.
 _COMBINES_SCORES = {
@@ -64,7 +66,7 @@ def decide_activation(model: TaskModel, run_model: RunModel, usual: Literal["sof
     import torch
 
     outputs = run_model(model.module)
-    with trace_operations() as find_operation:
+    with trace_operations(python_only=model.eager) as find_operation:
         output = next(outputs)
     if not isinstance(output, torch.Tensor) or output.ndim != 2 or not output.is_floating_point():
         return None
@@ -81,32 +83,57 @@ def decide_activation(model: TaskModel, run_model: RunModel, usual: Literal["sof
 
 
 @contextmanager
-def trace_operations() -> Iterator[Callable[[torch.Tensor], str | None]]:
+def trace_operations(*, python_only: bool) -> Iterator[Callable[[torch.Tensor], str | None]]:
     """Watch torch's operations; yield a function that returns the name of the one that made a tensor's values.
 
     Views, casts and copies do not count. The function returns None for a tensor that another runtime has made.
+
+    Args:
+        python_only: Watch the operations that Python code calls, as in an eager module, and not those of a graph.
     """
     import torch
+    from torch.overrides import TorchFunctionMode
+
+    # The second item tells the tensor from a later one with the same id.
+    operations: dict[int, tuple[str | None, weakref.ref[torch.Tensor]]] = {}
+
+    def find(tensor: object) -> str | None:
+        operation, known = operations.get(id(tensor), (None, None))
+        return operation if known is not None and known() is tensor else None
+
+    def record(name: str, args: Sequence[Any], result: Any) -> None:
+        operation: str | None = _simplify(name)
+        if operation in _KEEPS_VALUES:
+            operation = find(args[0]) if args else None
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                operations[id(tensor)] = operation, weakref.ref(tensor)
+
+    class FunctionTrace(TorchFunctionMode):
+        """Record the function of torch that made each tensor."""
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            record(getattr(func, "__name__", ""), args, result)
+            return result
+
+    if python_only:
+        with FunctionTrace():
+            yield find
+        return
+    # Its first use imports torch's compiler, which takes two seconds. Therefore it is not used for eager modules.
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    # By id: an id that is used again belongs to a newer tensor, which takes the entry over.
-    operations: dict[int, str | None] = {}
-
-    class OperationTrace(TorchDispatchMode):
-        """Record the operation that made each tensor."""
+    class OperatorTrace(TorchDispatchMode):
+        """Record the operator that made each tensor, also one that a graph calls."""
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
-            operation: str | None = _simplify(func.overloadpacket.__name__)
-            if operation in _KEEPS_VALUES:
-                operation = operations.get(id(args[0])) if args else None
-            for tensor in result if isinstance(result, tuple | list) else (result,):
-                if isinstance(tensor, torch.Tensor):
-                    operations[id(tensor)] = operation
+            record(func.overloadpacket.__name__, args, result)
             return result
 
-    with OperationTrace():  # type: ignore[no-untyped-call]
-        yield lambda tensor: operations.get(id(tensor))
+    with OperatorTrace():  # type: ignore[no-untyped-call]
+        yield find
 
 
 def _simplify(operation: str) -> str:

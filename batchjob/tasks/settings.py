@@ -32,6 +32,10 @@ class TaskModel(Protocol):
         """Class names that the weights bring."""
 
     @property
+    def eager(self) -> bool:
+        """True if Python code computes the output, and no graph that was compiled or exported."""
+
+    @property
     def output_operation(self) -> str | None:
         """Operation that makes the output, such as `Softmax`, if the model's file says it."""
 

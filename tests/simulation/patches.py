@@ -22,6 +22,7 @@ from batchjob.driver.scheduler import Scheduler
 from batchjob.job.job import Job
 from batchjob.plan import chunks as chunks_module
 from batchjob.plan.chunks import Chunk
+from batchjob.sources.skipped_files import SkippedFiles
 from batchjob.sources.source import REF_FIELDS
 from batchjob.storage.outage import Outage
 from batchjob.storage.store import Store
@@ -128,6 +129,7 @@ class SimulatedListing:
 
     def __init__(self, source: Any, reader: Any, output_uri: str) -> None:
         self._images = _driver().images
+        self.skipped = SkippedFiles()
 
     def check_requirements(self, note: Callable[[str], None]) -> None:
         pass
