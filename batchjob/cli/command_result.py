@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -49,7 +49,8 @@ def report_run(
     try:
         job = read_job()
         output = job.output.uri
-        result = work(job, pick_progress(quiet))
+        with redirect_stdout(sys.stderr):  # what the user's code prints is no part of the result
+            result = work(job, pick_progress(quiet))
     except UsageError:
         raise
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # explained, and turned into an exit code
@@ -78,7 +79,8 @@ def report_query(work: Callable[[], tuple[Mapping[str, Any], Iterable[str]]], as
         The exit code.
     """
     try:
-        answer, lines = work()
+        with redirect_stdout(sys.stderr):
+            answer, lines = work()
     except (UsageError, BrokenPipeError):
         raise
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # explained, and turned into an exit code

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from itertools import islice
 from typing import Annotated, Any
@@ -52,6 +53,7 @@ def errors(
 
     With --json a line each, and the counts last.
     """
+    stdout = sys.stdout
 
     def work() -> tuple[dict[str, Any], list[str]]:
         from batchjob.report.output_status import count_errors, read_errors
@@ -60,7 +62,7 @@ def errors(
         store = open_store(*resolve_output(where, param, overrides, endpoint, region))
         for row in islice(read_errors(store), limit or None):
             if as_json:
-                print(json.dumps(row, default=str))
+                print(json.dumps(row, default=str), file=stdout)
             else:
                 line = f"{row['uri']}: {row['error_stage']}/{row['error_type']}: {row['error_message']}"
                 print_text(line.replace("\n", "\\n"))
