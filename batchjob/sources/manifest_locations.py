@@ -13,8 +13,6 @@ __all__ = ["are_below", "resolve_locations"]
 
 _ABSOLUTE = r"^(/|(?i:file):|[A-Za-z][A-Za-z0-9+.-]*://)"
 _DOT_SEGMENT = r"(^|/)\.\.?(/|$)"
-# A scalar, because pyarrow would import pandas to look at a bare string.
-_EMPTY = pa.scalar("")
 
 
 def resolve_locations(uris: pa.StringArray, folder: str) -> pa.StringArray:
@@ -25,7 +23,7 @@ def resolve_locations(uris: pa.StringArray, folder: str) -> pa.StringArray:
     is_absolute = pc.match_substring_regex(uris, _ABSOLUTE)
     if (encoded := encode_path(folder)) != folder:  # The folder's path is not UTF-8; in a URI, `%` begins a byte.
         folder, uris = encoded, pc.if_else(is_absolute, uris, pc.replace_substring(uris, "%", "%25"))
-    joined = pc.if_else(is_absolute, uris, pc.binary_join_element_wise(pa.scalar(folder), uris, _EMPTY))
+    joined = pc.if_else(is_absolute, uris, pc.binary_join_element_wise(pa.scalar(folder), uris, pa.scalar("")))
     has_dots = pc.and_not(pc.match_substring_regex(uris, _DOT_SEGMENT), is_absolute)
     if not pc.any(has_dots).as_py():
         return joined
