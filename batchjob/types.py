@@ -31,6 +31,7 @@ __all__ = [
     "StalledStep",
     "StepMonitor",
     "TimingSink",
+    "is_stray_key",
     "no_monitor",
     "overlaps",
     "record_timing",
@@ -360,6 +361,15 @@ class StalledStep:
     seconds: float
     storage: bool = False
     model: bool = False
+
+
+def is_stray_key(key: str) -> bool:
+    """Return True for a file that a file browser or a copy leaves beside parts: `.DS_Store`, `.part-0.parquet.Xy12ab`.
+
+    Readers of Parquet folders skip these, too.
+    """
+    name = key.rpartition("/")[2]
+    return name.startswith(".") and not name.endswith(".parquet")
 
 
 def overlaps(one: range, other: range) -> bool:

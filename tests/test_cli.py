@@ -73,6 +73,42 @@ def test_run_whose_output_cannot_be_written_goes_on(folder: Path, stream: str) -
     assert (folder / "out/_SUCCESS").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "stream"), [("status out --json", "1>"), ("status out", "2>"), ("env --json", "1>")]
+)
+def test_answer_that_cannot_be_written_is_temporary(folder: Path, arguments: str, stream: str) -> None:
+    assert main(["plan", "job.yaml"]) == 0
+    command = f"exec {shlex.quote(sys.executable)} -m batchjob {arguments} {stream} /dev/full"
+    done = subprocess.run(["sh", "-c", command], cwd=folder, check=False, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 75
+    told = "the JSON object could not be written to stdout: No space left on device\n"
+    assert done.stderr == (told if stream == "1>" else "")
+
+
+def test_result_that_cannot_be_written_is_said(folder: Path) -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m batchjob run no.yaml --json > /dev/full"
+    done = subprocess.run(["sh", "-c", command], cwd=folder, check=False, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "the JSON object could not be written to stdout: No space left on device" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["status", "errors", "discard"])
+def test_empty_name_of_an_output_is_not_the_working_directory(
+    folder: Path, command: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`discard "$OUT" --yes` has it where OUT is not set."""
+    assert main(["plan", "job.yaml", "output.uri=."]) == 0
+    assert main([command, "", *(["--yes"] if command == "discard" else [])]) == 2
+    assert "the output's name is empty" in capfd.readouterr().err
+    assert main(["status", "."]) == 0
+
+
+def test_status_of_a_file_says_that_it_is_one(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "weights.pt").touch()
+    assert main(["status", "weights.pt"]) == 2
+    assert "weights.pt is a file; name a job file (.yaml), or the folder" in capfd.readouterr().err
+
+
 def test_run_whose_reader_is_gone_goes_on(folder: Path) -> None:
     command = [sys.executable, "-m", "batchjob", "run", "job.yaml"]
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE) as running:

@@ -721,7 +721,7 @@ def test_foreign_part_stops_a_resume(tmp_path: Path, output: Path, kind: str) ->
 def test_foreign_part_without_a_plan_stops_a_run(tmp_path: Path, output: Path, kind: str) -> None:
     message = put_foreign_file(output) if kind == "foreign" else put_part_of_other_output(output, tmp_path)
     with pytest.raises(JobError, match=message):
-        run_job(make_job(tmp_path, IMAGES), ScriptedPool())
+        run_job(make_job(tmp_path, IMAGES))  # found before a pool is made
     assert list_heads(output) == []
 
 
@@ -836,7 +836,9 @@ def test_changed_part_of_the_same_size_is_found_in_a_copy(
     copied = make_job(tmp_path, [], output={"uri": "copy"})
     with pytest.raises(CheckFailed, match=rf"1 part gone, changed or added \(predictions/{part.name}\)"):
         run_job(copied)
-    assert read_status(open_store(copied.output.uri)).status == "damaged"
+    status = read_status(open_store(copied.output.uri))
+    assert (status.status, len(status.mismatches)) == ("damaged", 1)
+    assert f"1 part gone, changed or added since _SUCCESS: {status.mismatches[0]}; restore" in status.lines()[-1]
 
 
 def test_repair_makes_missing_parts_again(tmp_path: Path, output: Path) -> None:
@@ -878,8 +880,9 @@ def test_repair_deletes_no_foreign_file(tmp_path: Path, output: Path) -> None:
     message = put_foreign_file(output)
     with pytest.raises(CheckFailed, match=message):
         run_job(job, repair=True)
+    assert (output / "_SUCCESS").exists()
     (output / "predictions/part-0000000-stranger.parquet").unlink()
-    assert run_job(job, repair=True).status == "complete"
+    assert run_job(job, repair=True).status == "already_complete"
 
 
 # --- resume ---------------------------------------------------------------------------------------------------------
@@ -1191,6 +1194,49 @@ def test_fresh_run_discards_an_unfinished_plan_made_with_other_code(tmp_path: Pa
         run_job(job)
     assert run_job(job, ScriptedPool(), fresh=True).status == "complete"
     assert list_heads(output) == ["0000", "0001"]
+
+
+@pytest.mark.parametrize("kind", ["foreign", "other output"])
+def test_fresh_run_beside_a_foreign_part_discards_nothing(tmp_path: Path, output: Path, kind: str) -> None:
+    job = make_job(tmp_path, IMAGES)
+    run_job(job, ScriptedPool())
+    message = put_foreign_file(output) if kind == "foreign" else put_part_of_other_output(output, tmp_path)
+    with pytest.raises(CheckFailed, match=message):
+        run_job(job, fresh=True)
+    assert (output / "_SUCCESS").exists()
+    assert list_heads(output) == ["0000"]
+
+
+@pytest.mark.parametrize("name", [".DS_Store", ".part-0000000-ab.parquet.Xy12ab"])
+def test_stray_file_beside_parts_changes_nothing(tmp_path: Path, output: Path, name: str) -> None:
+    (output / "predictions").mkdir(parents=True)
+    (output / "predictions" / name).touch()
+    job = make_job(tmp_path, IMAGES)
+    assert run_job(job, ScriptedPool()).status == "complete"
+    assert run_job(job).status == "already_complete"
+    assert run_job(job, ScriptedPool(), fresh=True).status == "complete"
+    assert (output / "predictions" / name).exists()
+
+
+@pytest.mark.parametrize("was_there", [False, True])
+def test_refused_run_leaves_the_output_as_it_was(tmp_path: Path, output: Path, was_there: bool) -> None:
+    if was_there:
+        output.mkdir()
+    for fault in (InvalidJob("the weights do not fit"), Temporary("no Ray answers")):
+        with pytest.raises(type(fault)):
+            run_job(make_job(tmp_path, IMAGES), ScriptedPool(ready=[WorkerFailed(fault)]))
+        assert output.exists() == was_there
+    assert not was_there or not list(output.iterdir())
+
+
+def test_refused_run_leaves_what_others_have_put_there(tmp_path: Path, output: Path) -> None:
+    (output / "_batchjob").mkdir(parents=True)
+    (output / "notes.txt").touch()
+    (output / "_batchjob/notes.txt").touch()
+    with pytest.raises(InvalidJob):
+        run_job(make_job(tmp_path, []), ScriptedPool())
+    assert {path.name for path in output.rglob("*.txt")} == {"notes.txt"}
+    assert list(output.glob("_batchjob/lease")) == list(output.glob("_batchjob/probe")) == []
 
 
 @pytest.mark.parametrize("fault", ["no images", "no code", "worker"])

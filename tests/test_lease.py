@@ -319,3 +319,23 @@ def test_suspended_newcomer_does_not_recreate_a_deleted_epoch(memory_store: Memo
     with pytest.raises(Temporary, match="another driver"):
         acquire(late_store)
     assert memory_store.stored_keys() == [epoch_key(3), epoch_key(4)]
+
+
+def test_lease_of_an_unused_output_leaves_no_trace(store: Store) -> None:
+    acquire(store).release(is_unused=lambda: True)
+    assert list(store.list("")) == []
+    assert acquire(store).epoch == 1
+
+
+def test_newcomer_takes_over_from_an_owner_that_left_no_trace(store: Store) -> None:
+    owner = acquire(store)
+    clock = FakeClock(lambda: owner.release(is_unused=lambda: True) if clock.now == 1003 else None)
+    assert acquire(store, clock).epoch == 2
+    assert clock.now < 1004
+
+
+def test_lost_lease_is_not_deleted(memory_store: MemoryStore) -> None:
+    suspended = acquire(memory_store)
+    follower = acquire(memory_store)
+    suspended.release(is_unused=lambda: True)
+    follower.confirm_ownership()

@@ -63,8 +63,8 @@ def report_run(
         with _unwritable_ignored():
             print_text(result.to_text())
     if as_json:
-        with _unwritable_ignored():
-            print(result.to_json(), flush=True)
+        # The exit code says how the run ended, whether its result is read or not.
+        _print_answer(result.to_json())
     return result.exit_code
 
 
@@ -76,7 +76,7 @@ def report_query(work: Callable[[], tuple[Mapping[str, Any], Iterable[str]]], as
         as_json: True prints the object on stdout, False the lines on stderr.
 
     Returns:
-        The exit code.
+        The exit code; 75 if the answer cannot be written.
     """
     try:
         with redirect_stdout(sys.stderr):
@@ -86,17 +86,21 @@ def report_query(work: Callable[[], tuple[Mapping[str, Any], Iterable[str]]], as
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # explained, and turned into an exit code
         if isinstance(error, KeyboardInterrupt):
             error = Temporary("interrupted; nothing is lost, the same command begins again")
-        _print_error(error)
+        with _unwritable_ignored():
+            _print_error(error)
         result = RunResult.from_error(error)
         if as_json:
             failure = {"status": result.status, "exit_code": result.exit_code, "message": result.message}
-            print(json.dumps(failure), flush=True)
+            _print_answer(json.dumps(failure))
         return result.exit_code
     if as_json:
-        print(json.dumps({**answer, "exit_code": 0}, default=str), flush=True)
-    else:
+        is_written = _print_answer(json.dumps({**answer, "exit_code": 0}, default=str))
+        return 0 if is_written else Temporary.exit_code
+    try:
         for line in lines:
             print_text(line)
+    except (OSError, ValueError):
+        return Temporary.exit_code
     return 0
 
 
@@ -104,6 +108,18 @@ def print_text(text: str) -> None:
     """Print text for people on stderr, without secrets and terminal controls; nothing where it is empty."""
     if text:
         print(sanitize(text), file=sys.stderr, flush=True)
+
+
+def _print_answer(document: str) -> bool:
+    """Print a JSON object on stdout; if it cannot be written, say so on stderr and return False."""
+    try:
+        print(document, flush=True)
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
+        with _unwritable_ignored():
+            print_text(f"the JSON object could not be written to stdout: {reason}")
+        return False
+    return True
 
 
 def _unwritable_ignored() -> suppress:

@@ -111,12 +111,14 @@ def resolve_output(
         region: Region of the store; used where `where` is a URI.
 
     Raises:
-        BadParameter: Parameters or overrides are given and `where` is no job file.
+        BadParameter: `where` is empty; or parameters or overrides are given and it is no job file.
         InvalidJob: The job file is not there, or has faults.
     """
     from batchjob.settings import resolve_path
     from batchjob.uris import is_local
 
+    if not where.strip():  # such as "$OUT" where that variable is not set
+        raise typer.BadParameter("the output's name is empty; name a job file, or an output's folder or URI")
     path: Path | None = None
     if is_local(where):
         try:

@@ -113,11 +113,16 @@ class ControlLoop:
         """
         run_in_background(lambda: self._outage.retry_until_answered(self._lease.confirm_ownership), self.heartbeat)
 
-    def release_lease(self) -> None:
-        """Give the lease back; if that takes more than 3 s, let it expire instead."""
+    def release_lease(self, is_unused: Callable[[], bool] = lambda: False) -> None:
+        """Give the lease back; if that takes more than 3 s, let it expire instead.
+
+        Args:
+            is_unused: See `Lease.release`.
+        """
         deadline = time.monotonic() + _RELEASE_SECONDS
         if self._pending_heartbeat is None or wait([self._pending_heartbeat], _RELEASE_SECONDS).done:
-            wait([self._lease_thread.submit(self._lease.release)], max(0.0, deadline - time.monotonic()))
+            released = self._lease_thread.submit(lambda: self._lease.release(is_unused=is_unused))
+            wait([released], max(0.0, deadline - time.monotonic()))
         self._lease_thread.shutdown()
 
     def _renew_lease(self) -> None:

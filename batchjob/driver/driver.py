@@ -206,7 +206,8 @@ def _hold_lease(store: Store, progress: ProgressReporter | None, outage_seconds:
         try:
             yield control_loop
         finally:
-            control_loop.release_lease()
+            # A job that was refused before its plan leaves the output as it was.
+            control_loop.release_lease(lambda: read_current_head(store) == (0, None))
 
 
 def _open_outage_tolerant_store(job: Job) -> Store:

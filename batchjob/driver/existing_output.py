@@ -28,6 +28,7 @@ __all__ = [
     "discard_current_plan",
     "find_finished_result",
     "find_plan_to_discard",
+    "find_stale_parts",
     "is_to_be_replaced",
     "list_stale_parts",
     "no_plan_to_retry_error",
@@ -196,27 +197,44 @@ def are_stale_parts(store: Store, names: Iterable[str]) -> bool:
     return all(is_plan_id_discarded(store, plan_id) for plan_id in sorted(plan_ids))
 
 
-def delete_stale_parts(store: Store, names: Iterable[str], heartbeat: Heartbeat = lambda: None) -> None:
-    """Delete parts that discarded plans left; delete none of them if one belongs to another plan.
+def find_stale_parts(
+    store: Store, names: Iterable[str], heartbeat: Heartbeat, replaced: PlanHead | None = None
+) -> list[str]:
+    """Return those of these parts that are there, if all of them belong to discarded plans.
+
+    Args:
+        store: The output.
+        names: Keys of parts.
+        heartbeat: Called while that takes time, to keep the lease.
+        replaced: Head of a plan whose parts count as those of a discarded one.
 
     Raises:
-        CheckFailed: A part belongs to a plan that this output does not have.
+        CheckFailed: A part belongs to a plan that this output does not have, or was not written by batchjob.
         Temporary: A part belongs to the plan in force, which another driver has made meanwhile.
     """
     footers = read_present_footers(store, names, heartbeat)
     plan_by_part = {name: footer.plan for name, footer in footers if footer is not None}
-    plan_ids = sorted(set(plan_by_part.values()))
+    plan_ids = sorted(set(plan_by_part.values()) - {replaced.plan if replaced else ""})
     discarded = parallel_map(lambda plan_id: is_plan_id_discarded(store, plan_id), plan_ids, heartbeat)
     is_discarded = dict(zip(plan_ids, discarded, strict=True))
     for name, plan_id in plan_by_part.items():
-        if not is_discarded[plan_id]:
+        if not is_discarded.get(plan_id, True):
             _, head = run_in_background(lambda: read_current_head(store), heartbeat)
             if head is not None and head.plan == plan_id:
                 raise Temporary(f"{store.uri}: another driver has begun plan {plan_id} meanwhile; run again")
             raise CheckFailed(
                 f"{store.uri}/{name} is a part of plan {plan_id}, not of this output's; remove it and run again"
             )
-    delete_objects(store, plan_by_part, heartbeat)
+    return list(plan_by_part)
+
+
+def delete_stale_parts(store: Store, names: Iterable[str], heartbeat: Heartbeat = lambda: None) -> None:
+    """Delete parts that discarded plans left; delete none of them if one belongs to another plan.
+
+    Raises:
+        CheckFailed, Temporary: See `find_stale_parts`.
+    """
+    delete_objects(store, find_stale_parts(store, names, heartbeat), heartbeat)
 
 
 # -- What is there to discard? -----------------------------------------------------------------------------------------

@@ -158,6 +158,8 @@ class JobRun:
     def _make_plan(self) -> PlanHead:
         """Freeze a plan, but only once the input is known to be there and a worker has loaded the model."""
         preview = self._planner.preview_input(self._options.allow_empty)
+        # Foreign parts are told before a model is loaded, and before a plan that is replaced is discarded.
+        self._state.check_parts(self._replaced_head, self._control_loop.heartbeat)
         self._start_workers(preview)
         preview = self._planner.extend_preview(preview, self._dispatcher.pool_size)
         while not (workers := self._dispatcher.workers):
@@ -191,9 +193,9 @@ class JobRun:
             self._file_recorder.skip()
         self._progress.note(f"resuming plan {head.plan}: {format_count(self._state.part_count, 'part')} committed")
         self._state.accepted_failures = self._control_loop.run_blocking(lambda: self._read_acceptance(head))
+        self._state.read_existing_parts(head, self._control_loop.heartbeat)
         if self._options.repair:
             self._delete_success()
-        self._state.read_existing_parts(head, self._control_loop.heartbeat)
         if self._options.retry:
             self._progress.note(f"to be retried: {format_count(self._state.rows_to_retry, 'error row')}")
         if self._state.failed:

@@ -66,6 +66,7 @@ class Lease:
 
         epoch 3 changes while it watches                        → another driver is at work: Temporary
         epoch 3 is unchanged for 20 s of reads, or is released  → create epoch 4; who loses that race: Temporary
+        epoch 3 is gone: its owner has ended without a plan     → create epoch 4, as above
         the owner of epoch 3 comes back and sees epoch 4        → it has lost the lease: Temporary
 
     Attributes:
@@ -146,10 +147,17 @@ class Lease:
         if newest is None or newest.epoch != self.epoch or newest.owner != self._owner:
             raise _busy_error(self._store, newest)
 
-    def release(self) -> None:
-        """Mark the epoch as released, so that the next driver starts at once; do nothing if the lease is lost."""
+    def release(self, *, is_unused: Callable[[], bool] = lambda: False) -> None:
+        """Mark the epoch as released, so that the next driver starts at once; do nothing if the lease is lost.
+
+        Args:
+            is_unused: Returns True if there is nothing in the output that a lease is for; then the epoch is deleted.
+        """
         with suppress(BatchjobError):
-            self._rewrite_epoch(released=True)
+            if is_unused():
+                self._store.delete_if_match(_epoch_key(self.epoch), self._version)
+            else:
+                self._rewrite_epoch(released=True)
 
     def _rewrite_epoch(self, released: bool) -> None:
         body = _encode_epoch(self.epoch, self._owner, self._heartbeats, released)
@@ -214,8 +222,10 @@ def _wait_for_expiry(
         sleep(_POLL_SECONDS)
         read_started = clock()
         newest = _read_newest_epoch(store)
-        if newest is None or newest.epoch != owned.epoch or newest.version != owned.version:
-            if newest is not None and newest.epoch == owned.epoch and newest.released:
+        if newest is None:  # deleted by its owner, which has left nothing in the output
+            return
+        if newest.epoch != owned.epoch or newest.version != owned.version:
+            if newest.epoch == owned.epoch and newest.released:
                 return
             raise _busy_error(store, newest)
         # A slow read is no evidence that the owner is gone, so the time that it took does not count.

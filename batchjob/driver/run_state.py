@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from batchjob.concurrency import run_in_background
-from batchjob.driver.existing_output import Heartbeat, delete_stale_parts, read_present_footers
+from batchjob.driver.existing_output import (
+    Heartbeat,
+    delete_stale_parts,
+    find_stale_parts,
+    read_present_footers,
+)
 from batchjob.job.runtime import ErrorBudget
 from batchjob.output.commit import list_parts
 from batchjob.output.provenance import PartFooter, ShardResult
@@ -103,6 +108,14 @@ class RunState:
         unplanned = self._listing.keys() - self.expected_rows.keys()
         delete_stale_parts(self._store, unplanned, heartbeat)
         self._listing = {name: info for name, info in self._listing.items() if name not in unplanned}
+
+    def check_parts(self, replaced: PlanHead | None, heartbeat: Heartbeat) -> None:
+        """Check that a new plan may be made: all parts belong to discarded plans or to the one that is replaced.
+
+        Raises:
+            CheckFailed, Temporary: See `existing_output.delete_stale_parts`.
+        """
+        find_stale_parts(self._store, self._listing, heartbeat, replaced)
 
     def find_exceeded_limit(self, budget: ErrorBudget) -> str:
         """Return the limit of the error budget that this run is certain to exceed; empty if there is none yet."""

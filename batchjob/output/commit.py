@@ -24,7 +24,7 @@ from batchjob.output.provenance import PartFooter
 from batchjob.output.success import SUCCESS
 from batchjob.storage.objects import ObjectInfo
 from batchjob.storage.store import Store
-from batchjob.types import ShardKey
+from batchjob.types import ShardKey, is_stray_key
 
 __all__ = [
     "CommitResult",
@@ -170,8 +170,8 @@ def check_owner(store: Store, key: ShardKey, found: PartFooter, expected: PartFo
 
 
 def list_parts(store: Store) -> dict[str, ObjectInfo]:
-    """List the objects in `predictions/`, by key."""
-    return {info.uri: info for info in store.list("predictions/")}
+    """List the objects in `predictions/`, by key, without stray files."""
+    return {info.uri: info for info in store.list("predictions/") if not is_stray_key(info.uri)}
 
 
 def read_footer(store: Store, key: str) -> PartFooter:

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from batchjob.errors import InvalidJob, NotFound
 from batchjob.storage.store import Store, put_or_get
+from batchjob.types import is_stray_key
 
 __all__ = [
     "FORMAT_VERSION",
@@ -102,7 +103,7 @@ def put_head(store: Store, head: PlanHead, delete_stale_parts: Callable[[list[st
         InvalidJob: Parts lie there without a plan.
     """
     key = _head_key(head.number)
-    parts = [found.uri for found in store.list("predictions/")]
+    parts = [found.uri for found in store.list("predictions/") if not is_stray_key(found.uri)]
     # If there is a head, another driver has begun meanwhile, and the parts are its own.
     if parts and _read_if_present(store, key) is None:
         if delete_stale_parts is None:

@@ -58,9 +58,15 @@ def check_cluster(address: str) -> None:
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
     from ray.exceptions import AuthenticationError
 
-    found = canonicalize_bootstrap_address(address)
+    try:
+        found = canonicalize_bootstrap_address(address)
+    except ConnectionError:
+        found = None
     if found is None:
-        raise Temporary("no Ray runs on this machine (--address auto); `ray start --head` starts one")
+        raise Temporary(
+            "no Ray runs on this machine (--address or RAY_ADDRESS is auto); `ray start --head` starts one, and "
+            "`--address local` one for this run alone"
+        )
     if address == "auto":
         _use_token_file()
     try:

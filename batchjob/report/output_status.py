@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ from batchjob.plan.chunks import read_chunks
 from batchjob.plan.head import PlanHead, read_current_head
 from batchjob.storage.store import Store
 from batchjob.text import format_count
+from batchjob.uris import is_local
 
 __all__ = ["ErrorCounts", "OutputStatus", "count_errors", "read_errors", "read_status"]
 
 # Reading more footers than this would take longer than a status command may take.
 _MAX_FOOTERS_READ = 2_000
+_MAX_MISMATCHES_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class OutputStatus:
         rows: Rows in the committed parts.
         failed: Error rows among them; None if too many parts would have to be read.
         accepted: Error rows with which the output was complete before a retry or repair; None if it never was.
+        mismatches: Names of the parts that are gone, changed or added since `_SUCCESS` was written.
     """
 
     status: str
@@ -53,6 +57,7 @@ class OutputStatus:
     rows: int
     failed: int | None
     accepted: int | None = None
+    mismatches: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """Return the status as lines of text for a person."""
@@ -63,8 +68,18 @@ class OutputStatus:
             f"{self.output}: {self.status}",
             f"plan      {self.plan} of {self.created}: {planned}",
             f"committed {format_count(self.rows, 'row')} in {format_count(self.parts, 'part')}{failed}",
+            *self._describe_damage(),
             *([self._next_step] if self._lacks_only_success else []),
         ]
+
+    def _describe_damage(self) -> list[str]:
+        if not self.mismatches:
+            return []
+        listed = ", ".join(self.mismatches[:_MAX_MISMATCHES_SHOWN])
+        more = ", …" if len(self.mismatches) > _MAX_MISMATCHES_SHOWN else ""
+        count = format_count(len(self.mismatches), "part")
+        advice = "restore what was there, or delete what is left of it and `batchjob run --repair`"
+        return [f"damaged   {count} gone, changed or added since _SUCCESS: {listed}{more}; {advice}"]
 
     @property
     def _lacks_only_success(self) -> bool:
@@ -105,9 +120,10 @@ def read_status(store: Store) -> OutputStatus:
     chunks = list(read_chunks(store, head))
     planned_rows = {key.part_key: key.rows for chunk in chunks for key in chunk.shards}
     committed = [name for name in listing if name in planned_rows]
-    success, accepted = read_success(store), None
+    success, accepted, mismatches = read_success(store), None, []
     if success is not None and success[0].get("plan") == head.plan:
-        state = "damaged" if find_part_mismatches(store, success[0], listing) else "complete"
+        mismatches = find_part_mismatches(store, success[0], listing)
+        state = "damaged" if mismatches else "complete"
         failed: int | None = success[0]["counts"]["failed"]
     else:
         state = "incomplete"
@@ -125,6 +141,7 @@ def read_status(store: Store) -> OutputStatus:
         rows=sum(planned_rows[name] for name in committed),
         failed=failed,
         accepted=accepted,
+        mismatches=tuple(mismatches),
     )
 
 
@@ -161,6 +178,8 @@ def _require_head(store: Store) -> PlanHead:
         return head
     if number:
         raise InvalidJob(f"{store.uri}: its plan was discarded and nothing was planned since; run the job again")
+    if is_local(store.uri) and os.path.isfile(store.uri):  # noqa: PTH113 - Path.is_file raises for a name too long
+        raise InvalidJob(f"{store.uri} is a file; name a job file (.yaml), or the folder that output.uri names")
     raise InvalidJob(f"{store.uri}: no plan here (yet); `batchjob run` makes one, in the folder that output.uri names")
 
 

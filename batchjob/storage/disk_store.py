@@ -10,7 +10,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,7 +36,9 @@ from batchjob.storage.objects import ObjectData, ObjectInfo
 
 __all__ = ["DiskStore"]
 
-_TMP = "_batchjob/tmp/"
+_CONTROL = "_batchjob/"
+_TMP = f"{_CONTROL}tmp/"
+_VANISHED_FOLDER_RETRIES = 3
 _STALE_SECONDS = 24 * 3600  # age at which a temporary file belongs to a writer that died
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_SUPPORTED = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
@@ -64,7 +66,7 @@ class DiskStore:
     def __init__(self, root: Path) -> None:
         self.uri = str(root)
         self._root = root
-        self._swept = False
+        self._swept = self._made_root = False
 
     def read(self, key: str) -> ObjectData:
         """Return an object. Raises NotFound, Unavailable."""
@@ -104,15 +106,15 @@ class DiskStore:
             # Saves the copy of a part. Small objects show what the file system does: the probe of an output is one.
             if isinstance(body, Path) and os.path.lexists(target):
                 raise AlreadyExists(f"{target}: already there")
-            with self._temporary_file(body) as temporary:
-                self._make_folder(target.parent)
-                status = temporary.stat()
+            for last_try in (False,) * _VANISHED_FOLDER_RETRIES + (True,):
                 try:
-                    _move_to_free_name(temporary, target)
+                    return self._create(key, body)
                 except FileExistsError as error:
                     raise AlreadyExists(f"{target}: already there") from error
-            _sync_folder(target.parent)
-        return file_info(key, status)
+                except FileNotFoundError:  # another process has removed an empty folder meanwhile
+                    if last_try:
+                        raise
+        raise AssertionError("not reached")
 
     def replace_if_match(self, key: str, body: bytes | Path, version: str) -> ObjectInfo:
         """Replace an object. Raises PreconditionFailed if it is absent or has another version; else as for a create."""
@@ -139,6 +141,7 @@ class DiskStore:
         if os.path.lexists(target):
             with self._translate_write_errors(key), self._locked(), suppress(FileNotFoundError):
                 target.unlink()
+                self._remove_empty_folders(target.parent)
 
     def delete_if_match(self, key: str, version: str) -> None:
         """Delete an object, if it exists. Raises PreconditionFailed if it has another version."""
@@ -148,6 +151,17 @@ class DiskStore:
                 if stat_file(target, key).version != version:
                     raise PreconditionFailed(f"{target}: replaced by another writer")
                 target.unlink()
+                self._remove_empty_folders(target.parent)
+
+    def _create(self, key: str, body: bytes | Path) -> ObjectInfo:
+        """Create an object. Raises OSError."""
+        target = self._root / key
+        with self._temporary_file(body) as temporary:
+            self._make_folder(target.parent)
+            status = temporary.stat()
+            _move_to_free_name(temporary, target)
+        _sync_folder(target.parent)
+        return file_info(key, status)
 
     @contextmanager
     def _temporary_file(self, body: bytes | Path) -> Iterator[Path]:
@@ -175,14 +189,25 @@ class DiskStore:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        while (file := self._open_lock()) is None:
+            pass
+        with file:
+            yield
+
+    def _open_lock(self) -> BinaryIO | None:
+        """Open and lock the lock file; return None if another process has removed it meanwhile."""
         folder = self._root / _TMP
         self._make_folder(folder)
-        with (folder / "lock").open("ab") as file:
+        with ExitStack() as resources, suppress(FileNotFoundError):
+            file = resources.enter_context((folder / "lock").open("ab"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
                 raise _no_locks(error, folder) if error.errno in _NO_LOCKS else error from error
-            yield
+            if os.path.samestat(os.fstat(file.fileno()), (folder / "lock").stat()):
+                resources.pop_all()
+                return file
+        return None
 
     @contextmanager
     def _translate_write_errors(self, key: str) -> Iterator[None]:
@@ -199,9 +224,32 @@ class DiskStore:
         try:
             with suppress(FileExistsError):
                 folder.mkdir()
-        except FileNotFoundError as error:  # Below a folder that exists: a file system such as /proc.
+                self._made_root |= folder == self._root
+        except FileNotFoundError as error:
+            if not folder.parent.is_dir():  # removed meanwhile, since it was empty
+                raise
+            # Below a folder that exists: a file system such as /proc.
             raise InvalidJob(f"{folder}: no folder can be made there; choose another output") from error
         _sync_folder(folder.parent)
+
+    def _remove_empty_folders(self, folder: Path) -> None:
+        """Remove a folder of control files and its parents while they are empty; needs the lock.
+
+        If nothing is left but the lock, that goes too, and the output's folder if this object has made it.
+        """
+        control, temporary = self._root / _CONTROL, self._root / _TMP
+        with suppress(OSError):  # a folder that is not empty ends it
+            while control in folder.parents:
+                folder.rmdir()
+                folder = folder.parent
+            if folder != control or list(control.iterdir()) != [temporary]:
+                return
+            if [path.name for path in temporary.iterdir()] == ["lock"]:
+                (temporary / "lock").unlink()
+                temporary.rmdir()
+                control.rmdir()
+                if self._made_root:
+                    self._root.rmdir()
 
     def _delete_stale_files(self, folder: Path) -> None:
         """Delete what writers that died have left, once per process."""

@@ -129,8 +129,8 @@ def trace_operations(*, python_only: bool) -> Iterator[Callable[[torch.Tensor], 
 
         @classmethod
         def _should_skip_dynamo(cls) -> bool:
-            # Otherwise torch imports its compiler at the first operation, for a second of CPU time in every worker. A mode is
-            # not compiled here anyway.
+            # Otherwise torch imports its compiler at the first operation, which takes each worker a second of CPU time
+            # and fixes the folder of its kernels. Nothing is compiled under this mode.
             return False
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

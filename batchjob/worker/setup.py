@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from batchjob.errors import DeviceFault, describe_error
+from batchjob.inference.autotune.cache import use_compile_cache
 from batchjob.inference.cpu_parallelism import (
     CpuParallelism,
     choose_cpu_parallelism,
@@ -90,6 +91,8 @@ def load(job: Job, setup: WorkerSetup, cores: int, started: float | None = None)
         DeviceFault: The device is broken.
     """
     started = time.monotonic() if started is None else started
+    # Before the user's code may import torch's compiler, which makes a folder of its own otherwise.
+    use_compile_cache()
     start_loader_forkserver(job)
     watchdog = Watchdog()
     reader = Reader(job.storage, outage_timeout=job.errors.outage_seconds, within=job.input.prefixes)

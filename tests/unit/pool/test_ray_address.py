@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -79,3 +80,16 @@ def test_port_without_a_server_is_temporary(capfd: pytest.CaptureFixture[str]) -
 
 def test_error_of_a_token_says_where_it_belongs() -> None:
     assert "export RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token" in token_error("h:1").message
+
+
+def test_no_ray_on_this_machine_is_told_with_the_way_to_start_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray._private import services
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # Other tests may have one running.
+    monkeypatch.setattr(services, "find_gcs_addresses", set)
+    monkeypatch.setattr("ray._common.utils.get_ray_address_file", lambda _: str(tmp_path / "none"))
+    with pytest.raises(Temporary, match=r"no Ray runs on this machine .*`ray start --head` starts one"):
+        check_cluster("auto")

@@ -101,3 +101,33 @@ def test_names_that_are_too_long_are_refused(tmp_path: Path, name: str) -> None:
         DiskStore(tmp_path / name).put_if_absent("a", b"x")
     with pytest.raises(InvalidJob, match="too long"):
         DiskStore(tmp_path).put_if_absent(name, b"x")
+
+
+def test_last_control_file_takes_its_folders_along(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    store = DiskStore(out)
+    probe_store(store)
+    assert not out.exists()
+    out.mkdir()
+    probe_store(DiskStore(out))
+    assert list(out.iterdir()) == []  # a folder that it has not made stays
+    store.put_if_absent("_batchjob/plans/0000/head.json", b"{}")
+    store.put_if_absent("_batchjob/lease/1", b"{}")
+    store.delete("_batchjob/lease/1")
+    assert sorted(path.name for path in (out / "_batchjob").iterdir()) == ["plans", "tmp"]
+
+
+def test_folders_that_vanish_under_writers_are_made_again(tmp_path: Path) -> None:
+    def come_and_go(number: int) -> None:
+        store, key = DiskStore(tmp_path / "out"), f"_batchjob/lease/{number % 4}"
+        for _ in range(20):
+            try:
+                info = store.put_if_absent(key, b"%d" % number)
+            except AlreadyExists:
+                continue
+            assert store.read(key).data == b"%d" % number
+            store.delete_if_match(key, info.version or "")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(come_and_go, range(8)))
+    assert not (tmp_path / "out/_batchjob").exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,3 +158,12 @@ def test_saved_models_show_their_last_operation(name: str, tmp_path: Path) -> No
     document = {**job.serialize(), "model": saved.settings, "preprocess": preprocess}
     engine = Engine(Job.deserialize(document, tmp_path, tmp_path), Reader(), ())
     assert "by its last operation" in engine.decisions["task.activation"].reason
+
+
+def test_tracing_imports_no_compiler() -> None:
+    program = (
+        "import sys, torch\nfrom batchjob.tasks.activation import trace_operations\n"
+        "with trace_operations() as find:\n    print(find(torch.ones(2, 2).softmax(1)), 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["softmax", "False"]
