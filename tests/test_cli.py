@@ -94,10 +94,11 @@ def test_result_that_cannot_be_written_is_said(folder: Path) -> None:
 
 @pytest.mark.parametrize("command", ["status", "errors", "discard"])
 def test_empty_name_of_an_output_is_not_the_working_directory(
-    folder: Path, command: str, capfd: pytest.CaptureFixture[str]
+    folder: Path, command: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`discard "$OUT" --yes` has it where OUT is not set."""
-    assert main(["plan", "job.yaml", "output.uri=."]) == 0
+    assert main(["plan", "job.yaml"]) == 0
+    monkeypatch.chdir(folder / "out")
     assert main([command, "", *(["--yes"] if command == "discard" else [])]) == 2
     assert "the output's name is empty" in capfd.readouterr().err
     assert main(["status", "."]) == 0
