@@ -15,7 +15,7 @@ import pyarrow as pa
 from memory_store import Killed
 
 from batchjob import concurrency, text
-from batchjob.driver import control_loop, dispatcher, driver, lease, planner
+from batchjob.driver import control_loop, dispatcher, driver, job_files, job_run, lease, planner
 from batchjob.driver.control_loop import StopSignals
 from batchjob.driver.lease import Lease
 from batchjob.driver.scheduler import Scheduler
@@ -24,6 +24,7 @@ from batchjob.plan import chunks as chunks_module
 from batchjob.plan.chunks import Chunk
 from batchjob.sources.skipped_files import SkippedFiles
 from batchjob.sources.source import REF_FIELDS
+from batchjob.storage.objects import ObjectInfo
 from batchjob.storage.outage import Outage
 from batchjob.storage.store import Store
 from batchjob.types import Cursor
@@ -54,6 +55,11 @@ def simulated() -> Iterator[None]:
         (driver, "time", SimulatedTime),
         (driver, "open_store", lambda *_, **__: _driver().store),
         (driver, "PlanPrefetcher", SynchronousPrefetcher),
+        (driver, "SourceListing", SimulatedListing),
+        (job_run, "PlanPrefetcher", SynchronousPrefetcher),
+        (job_run, "time", SimulatedTime),
+        (job_files, "DaemonThreadPool", SynchronousThreadPool),
+        (job_files, "SourceListing", SimulatedListing),
         (control_loop, "Lease", SimulatedLease),
         (driver, "StopSignals", SimulatedSignals),
         (planner, "SourceListing", SimulatedListing),
@@ -126,6 +132,7 @@ class SimulatedListing:
 
     fields: tuple[pa.Field, ...] = ()
     version = None
+    files: tuple[ObjectInfo, ...] = ()
 
     def __init__(self, source: Any, reader: Any, output_uri: str) -> None:
         self._images = _driver().images
