@@ -127,12 +127,6 @@ def trace_operations(*, python_only: bool) -> Iterator[Callable[[torch.Tensor], 
     class OperatorTrace(TorchDispatchMode):
         """Record the operator that made each tensor, also one that a graph calls."""
 
-        @classmethod
-        def _should_skip_dynamo(cls) -> bool:
-            # Otherwise torch imports its compiler at the first operation, which takes each worker a second of CPU time
-            # and fixes the folder of its kernels. Nothing is compiled under this mode.
-            return False
-
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
             record(func.overloadpacket.__name__, args, result)
