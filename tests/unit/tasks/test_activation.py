@@ -163,7 +163,8 @@ def test_saved_models_show_their_last_operation(name: str, tmp_path: Path) -> No
 def test_tracing_an_eager_module_imports_no_compiler() -> None:
     program = (
         "import sys, torch\nfrom batchjob.tasks.activation import trace_operations\n"
-        "with trace_operations(python_only=True) as find:\n    print(find(torch.ones(2, 2).softmax(1)), 'torch._dynamo' in sys.modules)"
+        "with trace_operations(python_only=True) as find:\n"
+        "    print(find(torch.ones(2, 2).softmax(1)), 'torch._dynamo' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["softmax", "False"]
