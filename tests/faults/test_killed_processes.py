@@ -64,10 +64,13 @@ class KilledRun:
                 break
             if victim == "loader":
                 loaders = sorted(find_loader_processes(driver))
-                # A driver that is finishing its run has closed its loader.
+                # A driver that is finishing its run has closed its loader, or closes it just now.
                 if not loaders:
                     break
-                os.kill(random_numbers.choice(loaders), signal.SIGKILL)
+                try:
+                    os.kill(random_numbers.choice(loaders), signal.SIGKILL)
+                except ProcessLookupError:
+                    break
             else:
                 process_ids |= driver.kill()
                 driver = self.start()
