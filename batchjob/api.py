@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from batchjob import system
 from batchjob.driver import driver
 from batchjob.driver.existing_output import check_fingerprint
+from batchjob.driver.job_files import JobFiles, check_files
 from batchjob.driver.planner import check_columns, choose_shard_size, no_images_error
 from batchjob.driver.progress import NoProgress, ProgressReporter
 from batchjob.inference.conversion_options import ConversionOptions
@@ -135,6 +136,7 @@ def validate(job: Job) -> list[str]:
     if head is not None:
         check_fingerprint(store, job, head)
         job = job.with_defaults(head.defaults)
+        check_files(store, head, JobFiles(job), with_input=False)
     listing = SourceListing(job.input, Reader(job.storage), job.output.uri)
     listing.check_requirements()
     check_columns(job, listing)

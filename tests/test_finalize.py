@@ -294,7 +294,7 @@ def test_message_over_budget_names_the_most_frequent_error(output: FakeOutput) -
         "early)\n"
         "all 10 rows, error rows among them, can be read in memory://out/predictions/*.parquet; there is no _SUCCESS\n"
         "next: `batchjob errors memory://out` lists what failed; mend it and `batchjob retry`, or raise "
-        "errors.max_rate: then a run ends at once"
+        "errors.max_rate: the next run then completes at once"
     )
 
 

@@ -199,7 +199,7 @@ def _describe_excess(store: Store, totals: Totals, planned: int, exceeded_limit:
     else:
         counts = f"{totals.failed:,} of {format_count(planned, 'image')} failed"
         rows = f"all {format_count(totals.rows, 'row')}, error rows among them,"
-        advice = ": then a run ends at once"
+        advice = ": the next run then completes at once"
     return (
         f"{counts}, {exceeded_limit}; {_describe_top_error(totals)}\n"
         f"{rows} can be read in {store.uri.rstrip('/')}/predictions/*.parquet; there is no _SUCCESS\n"

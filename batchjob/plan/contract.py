@@ -84,8 +84,8 @@ def verify(stored: Contract, contract: Contract, uri: str) -> None:
     if stored.model_digest != contract.model_digest:
         raise InvalidJob(
             f"the model loaded here has digest {contract.model_digest[:12]}, the plan at {uri} was begun with "
-            f"{stored.model_digest[:12]}: weights or model code changed meanwhile; restore them, or `batchjob discard "
-            f"{uri} --yes` and run again"
+            f"{stored.model_digest[:12]}: weights or model code changed meanwhile; restore them, or start anew "
+            f"with `batchjob run --fresh` or `batchjob discard {uri} --yes`"
         )
     if not stored.schema.equals(contract.schema):
         raise InvalidJob(

@@ -92,7 +92,7 @@ class OutputStatus:
             return "all of it is done; the run that writes _SUCCESS is at work, or run again"
         return (
             f"all of it is done, but for _SUCCESS too many may have failed: see `batchjob errors {self.output}`; "
-            "mend them and `batchjob retry`, or raise errors.max_rate: then a run ends at once, and does nothing again"
+            "mend them and `batchjob retry`, or raise errors.max_rate: the next run then completes at once"
         )
 
 

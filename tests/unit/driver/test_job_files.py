@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from scripted_pool import ScriptedPool, make_job
 
+from batchjob import api
 from batchjob.driver import driver
 from batchjob.driver.job_files import JobFiles, find_changed_files
 from batchjob.driver.progress import NoProgress
@@ -85,6 +86,13 @@ def test_finished_output_made_with_another_file_is_refused(tmp_path: Path, job: 
     replace_content(tmp_path / name)
     with pytest.raises(InvalidJob, match=rf"other files.*\n  \./{name}: .* bytes, sha256 .* there, .* here\n.*--fresh"):
         run(job)
+
+
+def test_validate_notices_another_file_before_it_loads_the_model(tmp_path: Path, job: Job) -> None:
+    run(job, ScriptedPool())
+    replace_content(tmp_path / "net.py")
+    with pytest.raises(InvalidJob, match=r"other files.*\n  \./net\.py: "):
+        api.validate(job)
 
 
 @pytest.mark.parametrize("name", NAMES)
