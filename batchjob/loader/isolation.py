@@ -170,6 +170,8 @@ class IsolatedLoader:
 
     def _wait_for_next(self) -> LoadResult:
         with self._changed:
+            # Another batch is due than before, so a new epoch may be due as well.
+            self._changed.notify_all()
             while (result := self._undelivered[0].result) is None:
                 if self._failure is not None:
                     raise self._failure

@@ -214,6 +214,35 @@ def load_all(loader: Loader, shards: list[Shard], rng: random.Random) -> None:
     assert rows_of == {shard.key.index: len(shard.refs) for shard in shards if shard.refs}
 
 
+def test_request_that_is_halved_between_two_epochs_begins_the_next_one(worlds: Callable[[int], World]) -> None:
+    # Two halves are fewer requests than processes, and more than the window has room for: nothing new is asked for when
+    # the batch before them is delivered, so that only its delivery can begin an epoch.
+    world, gate = worlds(0), threading.Event()
+    first, is_first = next(positions), world.is_first
+    world.is_first = lambda location: gate.wait(10) and is_first(location)  # type: ignore[method-assign]
+    words = ["fetch" if row == 4 else "picture" for row in range(40)]
+    refs = tuple(ImageRef(first + row, word, f"{first + row}-{word}") for row, word in enumerate(words))
+    shard = Shard(ShardKey(0, "0" * 16, len(refs), 0, 0), refs, pa.table({}))
+    config = LoaderConfig(3, 1, False, IMAGE_SECONDS)
+    loader = Loader(reader=Reader(), transform=do_nothing, batch_size=2, config=config, size=None)
+    starts: list[int] = []
+
+    def load() -> None:
+        for batch in loader.batches(ShardQueue.of([shard])):
+            if not starts:
+                time.sleep(0.3)  # all other requests of the window are loaded, and the epoch has no more
+                gate.set()
+                time.sleep(0.3)  # the process is dead, and its request halved
+            starts.append(batch.start)
+
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    thread.join(20)
+    loader.close()
+    assert world.deaths == 1
+    assert starts == [0, 2, 4, 5, *range(6, 40, 2)]
+
+
 @pytest.mark.parametrize("part", range(4))
 def test_every_batch_comes_once_and_in_order(part: int, worlds: Callable[[int], World]) -> None:
     deaths = 0
