@@ -253,9 +253,8 @@ class IsolatedLoader:
     # -- in a thread for each death ----------------------------------------------------------------------------
 
     def _on_death(self, worker: ReplaceableWorker, process: LoaderProcess) -> None:
-        thread = threading.Thread(
-            target=self._handle_death, args=(worker, process), name="batchjob-loader-death", daemon=True
-        )
+        name, both = "batchjob-loader-death", (worker, process)
+        thread = threading.Thread(target=self._handle_death, args=both, name=name, daemon=True)
         self._death_threads = [*(other for other in self._death_threads if other.is_alive()), thread]
         thread.start()
 
@@ -271,10 +270,12 @@ class IsolatedLoader:
             in_work = self._take_back(process_exit)
             consequence = _describe_consequence(in_work, process_exit)
             _log.warning("loader process %s %s%s", process.pid, process_exit.description, consequence)
-            if not self._closed.is_set():
-                worker.start()
-                if in_work is not None:
-                    self._examine(in_work, process_exit)
+            if self._closed.is_set():
+                self._context.end_processes()  # otherwise DataLoader would wait for what this process does not answer
+                return
+            worker.start()
+            if in_work is not None:
+                self._examine(in_work, process_exit)
         except Exception as error:  # noqa: BLE001 - raised in the thread that asks for batches
             self._fail(error)
 

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection, wait
@@ -21,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from batchjob.errors import AttemptFailed
 from batchjob.loader.dataset import LoadedBatch, NumberedRequest
 from batchjob.loader.loader import Loader
 from batchjob.loader.settings import LoaderConfig
@@ -165,6 +167,7 @@ def worlds(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], World]:
     monkeypatch.setattr("multiprocessing.get_context", lambda method: SimulatedContext)
     monkeypatch.setattr("batchjob.loader.isolation.start_forkserver", lambda *modules: None)
     monkeypatch.setattr("batchjob.loader.isolation._WATCH_SECONDS", 0.01)
+    monkeypatch.setattr("batchjob.loader.isolation._CLOSE_SECONDS", 0.2)
     return make_world
 
 
@@ -183,6 +186,12 @@ def make_shards(rng: random.Random) -> list[Shard]:
         refs = tuple(ImageRef(first + row, word, f"{first + row}-{word}") for row, word in enumerate(words))
         shards.append(Shard(ShardKey(index, "0" * 16, len(refs), 0, 0), refs, pa.table({})))
     return shards
+
+
+def load_until_closed(loader: Loader, shard: Shard) -> None:
+    """Load a shard with a loader that is closed meanwhile."""
+    with suppress(AttemptFailed):
+        list(loader.batches(ShardQueue.of([shard])))
 
 
 def check_row(ref: ImageRef, info: ImageInfo) -> None:
@@ -241,6 +250,32 @@ def test_request_that_is_halved_between_two_epochs_begins_the_next_one(worlds: C
     loader.close()
     assert world.deaths == 1
     assert starts == [0, 2, 4, 5, *range(6, 40, 2)]
+
+
+def test_close_does_not_wait_for_the_answers_of_a_process_that_dies_meanwhile(
+    worlds: Callable[[int], World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, gate, is_blocked = worlds(0), threading.Event(), threading.Event()
+    monkeypatch.setattr("batchjob.loader.isolation._CLOSE_SECONDS", 60.0)
+
+    def block(location: str) -> bool:
+        is_blocked.set()
+        return gate.wait(20)
+
+    world.is_first = block  # type: ignore[method-assign]
+    refs = tuple(ImageRef(next(positions), "fetch", "x") for _ in range(4))
+    shard = Shard(ShardKey(0, "0" * 16, len(refs), 0, 0), refs, pa.table({}))
+    config = LoaderConfig(1, 1, False, IMAGE_SECONDS)
+    loader = Loader(reader=Reader(), transform=do_nothing, batch_size=2, config=config, size=None)
+    threading.Thread(target=lambda: load_until_closed(loader, shard), daemon=True).start()
+    assert is_blocked.wait(20)
+    closing = threading.Thread(target=loader.close, daemon=True)
+    closing.start()
+    time.sleep(0.1)
+    gate.set()
+    closing.join(20)
+    assert not closing.is_alive()
+    assert world.deaths == 1
 
 
 @pytest.mark.parametrize("part", range(4))
