@@ -43,8 +43,8 @@ INTRODUCTION = """\
 
 A **source** lists images; a **plan** cuts them into **shards**; the **driver** hands shards to **workers** in a
 **pool** (this process, or Ray actors). A worker holds one loaded **model** and turns a shard into rows: batches of a
-**loader** (torch's DataLoader), **inference**, a **task**, one **part**. One conditional PUT **commits** the part. A **report**
-adds it up.
+**loader** (torch's DataLoader), **inference**, a **task**, one **part**. One conditional PUT **commits** the part. A
+**report** adds it up.
 
 ```
  job file ─► job/ ─► api, cli/ ─► driver/                                     (control: who runs what, when)
