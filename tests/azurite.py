@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import urllib3
+from loopback import find_free_port
 
 __all__ = ["ACCOUNT", "Azurite", "azure_environment", "find_azurite", "run_azurite"]
 
@@ -89,9 +90,7 @@ def azure_environment() -> dict[str, str]:
 @contextmanager
 def run_azurite(command: list[str], folder: Path) -> Iterator[Azurite]:
     """Run a server that keeps its objects in memory."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_free_port()
     arguments = ["--disableTelemetry", "--skipApiVersionCheck", "--inMemoryPersistence", "--blobHost", "127.0.0.1"]
     log = (folder / "azurite.log").open("wb")
     process = subprocess.Popen(

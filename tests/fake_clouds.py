@@ -16,6 +16,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
+from loopback import serve_in_thread
+
 __all__ = ["FakeCloud", "run_fake_cloud"]
 
 _DATE = "Sat, 21 Nov 2026 01:00:00 GMT"
@@ -188,13 +190,6 @@ def run_fake_cloud(provider: str) -> Iterator[FakeCloud]:
     cloud = FakeCloud(provider)
     request_class = type("Request", (_CloudRequest,), {"cloud": cloud})
     server = ThreadingHTTPServer(("127.0.0.1", 0), request_class)
-    server.daemon_threads = True
-    cloud.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
+    cloud.endpoint = f"http://127.0.0.1:{server.server_port}"
+    with serve_in_thread(server):
         yield cloud
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from loopback import serve_in_thread
+
 __all__ = ["HttpServer", "Response", "run_http_server"]
 
 
@@ -84,16 +86,11 @@ def run_http_server(tls: ssl.SSLContext | None = None) -> Iterator[HttpServer]:
             """Log nothing."""
 
     listener = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    listener.daemon_threads = True
     if tls is not None:
         listener.socket = tls.wrap_socket(listener.socket, server_side=True)
     server = HttpServer(listener.server_port)
-    thread = threading.Thread(target=listener.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        stopped.set()
-        listener.shutdown()
-        listener.server_close()
-        thread.join()
+    with serve_in_thread(listener):
+        try:
+            yield server
+        finally:
+            stopped.set()

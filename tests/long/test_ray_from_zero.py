@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from batchjob_process import ROOT, CompletedCommand, read_rows, start_program, wait_until, write_slow_job
+from loopback import find_free_port, is_listening
 
 RAY = Path(sys.executable).with_name("ray")
 IMAGES = 8
@@ -53,17 +53,6 @@ class Cluster:
 
     address: str
     environment: dict[str, str]
-
-
-def find_free_port() -> int:
-    with closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def is_listening(port: int) -> bool:
-    with closing(socket.socket()) as caller:
-        return caller.connect_ex(("127.0.0.1", port)) == 0
 
 
 def write_autoscaling_config(path: Path, port: int) -> None:

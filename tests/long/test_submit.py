@@ -6,30 +6,18 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from batchjob_process import ROOT, count_correct_labels, read_rows, wait_until
+from loopback import find_free_port, is_listening
 
 RAY = Path(sys.executable).with_name("ray")
 BATCHJOB = Path(sys.executable).with_name("batchjob")
-
-
-def find_free_port() -> int:
-    with closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def is_listening(port: int) -> bool:
-    with closing(socket.socket()) as caller:
-        return caller.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture
