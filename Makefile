@@ -16,7 +16,7 @@ REQUIREMENTS := --extra dev --requirements pyproject.toml
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install architecture lint audit format test test-long test-faults demo bench lock wheel clean
+.PHONY: help install architecture lint audit format test test-slow test-faults demo bench lock wheel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -63,8 +63,8 @@ architecture: $(INSTALLED)  ## write docs/internals/architecture.md again
 test: $(INSTALLED)  ## run the tests in TEST_PROCESSES=2 processes, about six minutes; longer ones below
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
-test-long: $(INSTALLED)  ## run end-to-end tests that take minutes each
-	$(BIN)/python -m pytest tests/long
+test-slow: $(INSTALLED)  ## run end-to-end tests that take minutes each
+	$(BIN)/python -m pytest tests/slow
 
 test-faults: $(INSTALLED)  ## inject faults and measure every promise; BATCHJOB_SEED=1, about 25 minutes
 	$(BIN)/python -m pytest tests/faults --timeout 900

@@ -194,8 +194,7 @@ def _run_once(case: str, system: str, workload: Workload, work: Path, when: str)
 @contextmanager
 def _serve_from_s3(workload: Workload, folder: Path, seconds: float, work: Path) -> Iterator[Workload]:
     """Copy the images to an S3 server and yield the workload on it; each request takes so many seconds longer."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from seaweed import run_seaweed, s3_environment
+    from tests.support.seaweed import run_seaweed, s3_environment
 
     with tempfile.TemporaryDirectory(dir=work) as data, run_seaweed(Path(data)) as server:
         bucket = server.bucket("bench")

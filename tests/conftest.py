@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+from tests.support.driver_server import DriverServer
+from tests.support.seaweed import Seaweed, find_weed, run_seaweed, s3_environment
 
-from driver_server import DriverServer
-from seaweed import Seaweed, find_weed, run_seaweed, s3_environment
-
-pytest_plugins = ("figures",)  # fixtures `figure`, `seed` and `full_clocks`
+pytest_plugins = ("tests.support.figures",)  # fixtures `figure`, `seed` and `full_clocks`
 
 
 @pytest.fixture(scope="session")

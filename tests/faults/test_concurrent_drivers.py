@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from batchjob_process import CompletedCommand, kill_on_exit, start_batchjob
-from color_coded_job import (
+
+from tests.support.batchjob_process import CompletedCommand, kill_on_exit, start_batchjob
+from tests.support.color_coded_job import (
     OutputCheck,
     check_output,
     format_overrides,
@@ -16,9 +17,9 @@ from color_coded_job import (
     upload_job,
     write_job,
 )
-from driver_server import DriverServer
-from figures import Figure
-from seaweed import Seaweed
+from tests.support.driver_server import DriverServer
+from tests.support.figures import Figure
+from tests.support.seaweed import Seaweed
 
 IMAGE_COUNT = 120
 MAX_LOSER_SECONDS = 10

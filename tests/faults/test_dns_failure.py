@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from batchjob_process import (
+
+from batchjob.output import commit
+from tests.support.batchjob_process import (
     Command,
     delete_lease,
     kill_on_exit,
@@ -16,12 +18,10 @@ from batchjob_process import (
     start_program,
     wait_until,
 )
-from color_coded_job import check_output, format_overrides, format_range, list_committed_parts, upload_job
-from fault_proxy import RESET, run_fault_proxy
-from figures import Figure
-from seaweed import Seaweed
-
-from batchjob.output import commit
+from tests.support.color_coded_job import check_output, format_overrides, format_range, list_committed_parts, upload_job
+from tests.support.fault_proxy import RESET, run_fault_proxy
+from tests.support.figures import Figure
+from tests.support.seaweed import Seaweed
 
 IMAGES, SHARD, NAME = 120, 10, "store.batchjob.test"
 # At most so many connections are open when the name is removed; each sends one more request. With the name, the driver

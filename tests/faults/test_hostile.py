@@ -8,9 +8,9 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from batchjob_process import cifar_arguments, read_all_footers, read_rows
-from driver_server import DriverServer
-from figures import Figure
+from tests.support.batchjob_process import cifar_arguments, read_all_footers, read_rows
+from tests.support.driver_server import DriverServer
+from tests.support.figures import Figure
 
 KNOWN = {"corrupt", "truncated", "not_an_image", "unsupported", "too_large", "empty"}
 

@@ -10,11 +10,19 @@ from dataclasses import dataclass
 from functools import partial
 
 import pytest
-from batchjob_process import filter_alive, find_descendants, wait_until
-from color_coded_job import OutputCheck, check_output, format_overrides, format_range, run_parallel, upload_job
-from driver_server import DriverProcess, DriverServer, LoaderOrigin
-from figures import Figure
-from seaweed import Seaweed
+
+from tests.support.batchjob_process import filter_alive, find_descendants, wait_until
+from tests.support.color_coded_job import (
+    OutputCheck,
+    check_output,
+    format_overrides,
+    format_range,
+    run_parallel,
+    upload_job,
+)
+from tests.support.driver_server import DriverProcess, DriverServer, LoaderOrigin
+from tests.support.figures import Figure
+from tests.support.seaweed import Seaweed
 
 RUN_COUNT, RUNS_WITH_LOADERS = 25, 6
 IMAGE_COUNT = 240

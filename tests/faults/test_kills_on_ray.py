@@ -18,8 +18,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from batchjob_process import filter_alive, find_descendants, read_command_line, wait_until
-from color_coded_job import (
+
+from tests.support.batchjob_process import filter_alive, find_descendants, read_command_line, wait_until
+from tests.support.color_coded_job import (
     OutputCheck,
     check_output,
     format_overrides,
@@ -28,10 +29,10 @@ from color_coded_job import (
     run_parallel,
     upload_job,
 )
-from driver_server import DriverProcess, DriverServer
-from figures import Figure
-from loopback import find_free_port
-from seaweed import Seaweed
+from tests.support.driver_server import DriverProcess, DriverServer
+from tests.support.figures import Figure
+from tests.support.loopback import find_free_port
+from tests.support.seaweed import Seaweed
 
 RUNS, IMAGES = 5, 240
 # Victims of a run, in order. Each list is used at least once.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
-from figures import Figure
-from simulation import play_on_two_cores
+
+from tests.simulation import play_on_two_cores
+from tests.support.figures import Figure
 
 SCHEDULES = int(os.environ.get("BATCHJOB_SCHEDULES") or 10_000)
 

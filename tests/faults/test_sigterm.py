@@ -11,8 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from batchjob_process import CompletedCommand, delete_lease, kill_on_exit, open_output, start_batchjob, wait_until
-from color_coded_job import (
+
+from tests.support.batchjob_process import (
+    CompletedCommand,
+    delete_lease,
+    kill_on_exit,
+    open_output,
+    start_batchjob,
+    wait_until,
+)
+from tests.support.color_coded_job import (
     OutputCheck,
     check_output,
     format_overrides,
@@ -22,10 +30,10 @@ from color_coded_job import (
     upload_job,
     write_job,
 )
-from driver_server import DriverServer, LoaderOrigin
-from fault_proxy import RESET, Decide, Delay, run_fault_proxy
-from figures import Figure
-from seaweed import Seaweed
+from tests.support.driver_server import DriverServer, LoaderOrigin
+from tests.support.fault_proxy import RESET, Decide, Delay, run_fault_proxy
+from tests.support.figures import Figure
+from tests.support.seaweed import Seaweed
 
 IMAGE_COUNT, LONG_SHARD, MAX_SECONDS = 120, 100, 20
 OUTAGES: dict[str, Decide] = {

@@ -17,7 +17,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute
 import pytest
-from batchjob_process import (
+
+from batchjob.output import commit
+from batchjob.storage.store import open_store
+from tests.support.batchjob_process import (
     Command,
     CompletedCommand,
     cifar_arguments,
@@ -29,12 +32,9 @@ from batchjob_process import (
     start_batchjob,
     wait_until,
 )
-from fault_proxy import RESET, FaultProxy, RandomFaults, Reply, run_fault_proxy
-from figures import Figure
-from seaweed import Seaweed
-
-from batchjob.output import commit
-from batchjob.storage.store import open_store
+from tests.support.fault_proxy import RESET, FaultProxy, RandomFaults, Reply, run_fault_proxy
+from tests.support.figures import Figure
+from tests.support.seaweed import Seaweed
 
 SHARD = 50
 PARTS = 1000 // SHARD

@@ -8,7 +8,8 @@ import threading
 from dataclasses import dataclass
 
 import pytest
-from color_coded_job import (
+
+from tests.support.color_coded_job import (
     OutputCheck,
     check_output,
     format_overrides,
@@ -17,10 +18,10 @@ from color_coded_job import (
     run_parallel,
     upload_job,
 )
-from driver_server import DriverProcess, DriverServer
-from fault_proxy import FaultProxy, run_fault_proxy
-from figures import Figure
-from seaweed import Seaweed
+from tests.support.driver_server import DriverProcess, DriverServer
+from tests.support.fault_proxy import FaultProxy, run_fault_proxy
+from tests.support.figures import Figure
+from tests.support.seaweed import Seaweed
 
 DRIVER_COUNT, IMAGE_COUNT, SHARD_SIZE = 20, 60, 5
 SLOW_BATCHES = {"BATCHJOB_TEST_NAP": "0.1"}

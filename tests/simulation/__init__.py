@@ -6,6 +6,6 @@ its own. `patches.py` replaces threads, clocks, signals and the input; all other
 
 from __future__ import annotations
 
-from simulation.schedules import play, play_on_two_cores
+from tests.simulation.schedules import play, play_on_two_cores
 
 __all__ = ["play", "play_on_two_cores"]

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import ClassVar, cast
 
-from memory_store import Call, Fault, Killed, MemoryStore
+from tests.support.memory_store import Call, Fault, Killed, MemoryStore
 
 __all__ = ["KILLS", "REST", "Actor", "Client"]
 

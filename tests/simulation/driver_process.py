@@ -6,8 +6,6 @@ import json
 import threading
 from collections.abc import Iterator
 
-from memory_store import MemoryStore
-
 from batchjob.driver import driver
 from batchjob.driver.lease import Lease
 from batchjob.driver.progress import NoProgress
@@ -15,8 +13,9 @@ from batchjob.errors import BatchjobError
 from batchjob.job.job import Job
 from batchjob.report.run_result import RunResult
 from batchjob.storage.objects import ObjectInfo
-from simulation.actor import Actor, Client
-from simulation.simulated_pool import SimulatedPool
+from tests.simulation.actor import Actor, Client
+from tests.simulation.simulated_pool import SimulatedPool
+from tests.support.memory_store import MemoryStore
 
 __all__ = ["SimulatedDriver"]
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from memory_store import Call
 
 from batchjob.storage.objects import ObjectData
+from tests.support.memory_store import Call
 
 __all__ = ["InvariantViolation", "Invariants", "read_positions"]
 

@@ -12,7 +12,6 @@ from typing import Any, Self, TypeVar, cast
 from unittest import mock
 
 import pyarrow as pa
-from memory_store import Killed
 
 from batchjob import concurrency, text
 from batchjob.driver import control_loop, dispatcher, driver, job_files, job_run, lease, planner
@@ -28,8 +27,9 @@ from batchjob.storage.objects import ObjectInfo
 from batchjob.storage.outage import Outage
 from batchjob.storage.store import Store
 from batchjob.types import Cursor
-from simulation.actor import Actor
-from simulation.driver_process import SimulatedDriver
+from tests.simulation.actor import Actor
+from tests.simulation.driver_process import SimulatedDriver
+from tests.support.memory_store import Killed
 
 __all__ = ["CHUNK_ROWS", "simulated"]
 

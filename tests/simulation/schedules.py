@@ -9,8 +9,8 @@ from concurrent.futures import ProcessPoolExecutor
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from simulation.patches import simulated
-from simulation.state_machine import DriversMachine
+from tests.simulation.patches import simulated
+from tests.simulation.state_machine import DriversMachine
 
 __all__ = ["play", "play_on_two_cores"]
 

@@ -10,7 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
-from memory_store import Call, MemoryStore
 
 from batchjob.driver.lease import HEARTBEAT_SECONDS
 from batchjob.errors import AttemptFailed, AttemptInterrupted, BatchjobError, Temporary
@@ -33,7 +32,8 @@ from batchjob.worker.messages import (
     WorkerReady,
     WorkerSetup,
 )
-from simulation.actor import REST, Actor, Client
+from tests.simulation.actor import REST, Actor, Client
+from tests.support.memory_store import Call, MemoryStore
 
 __all__ = ["SimulatedPool", "SimulatedWorker"]
 

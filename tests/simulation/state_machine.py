@@ -11,15 +11,15 @@ from typing import ClassVar, Literal
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from memory_store import WRITE_METHODS, Call, Fault, MemoryStore
-from scripted_pool import make_job
 
 from batchjob.errors import BatchjobError, CheckFailed, InvalidJob, Temporary
 from batchjob.job.job import Job
-from simulation.actor import KILLS, Actor
-from simulation.driver_process import SimulatedDriver
-from simulation.invariants import Invariants
-from simulation.simulated_pool import SimulatedWorker
+from tests.simulation.actor import KILLS, Actor
+from tests.simulation.driver_process import SimulatedDriver
+from tests.simulation.invariants import Invariants
+from tests.simulation.simulated_pool import SimulatedWorker
+from tests.support.memory_store import WRITE_METHODS, Call, Fault, MemoryStore
+from tests.support.scripted_pool import make_job
 
 __all__ = ["DriversMachine"]
 

@@ -6,12 +6,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from small_bench import IMAGES, write_small_job
 
 from batchjob.bench.bench_worker import open_bench_worker
 from batchjob.bench.input_sample import DEFAULT_IMAGES, sample_input
 from batchjob.errors import InvalidJob
 from batchjob.job.job import Job
+from tests.support.small_bench import IMAGES, write_small_job
 
 AUTO = ["runtime.batch_size=auto"]
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from small_bench import IMAGES, write_small_job
 
 from batchjob.bench.input_sample import repeat_rows, sample_input
 from batchjob.errors import InvalidJob
 from batchjob.job.job import Job
 from batchjob.plan import chunks
+from tests.support.small_bench import IMAGES, write_small_job
 
 
 def make_batches(*sizes: int) -> list[pa.RecordBatch]:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small_bench import IMAGES, open_small_bench_worker, write_small_job
 
 from batchjob.bench.bench_worker import BenchWorker
 from batchjob.bench.io_rates import NullTransform, measure_disk_rate, measure_fetch_rate
+from tests.support.small_bench import IMAGES, open_small_bench_worker, write_small_job
 
 RUN_IMAGES = 24
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
-from small_bench import open_small_bench_worker, write_small_job
 
 from batchjob.bench.bench_worker import BenchWorker, RunRecord
 from batchjob.bench.results import StageUtilization
@@ -14,6 +13,7 @@ from batchjob.bench.run_metrics import compute_run_metrics, compute_steady_rate
 from batchjob.inference.cpu_parallelism import CpuParallelism
 from batchjob.output.provenance import PartFooter, ShardResult
 from batchjob.types import ShardKey, StageTiming
+from tests.support.small_bench import open_small_bench_worker, write_small_job
 
 WORKER_PID, FIRST_LOADER, SECOND_LOADER = 1, 2, 3
 

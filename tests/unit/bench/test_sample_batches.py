@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_bench import IMAGES, open_small_bench_worker, write_small_job
 
 from batchjob.bench.sample_batches import count_good_images, move_to_device, require_pixels, select_full_batches
 from batchjob.errors import InvalidJob
+from tests.support.small_bench import IMAGES, open_small_bench_worker, write_small_job
 
 
 def write_job_with_broken_images(folder: Path, broken: Sequence[int]) -> Path:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_bench import IMAGES, open_small_bench_worker, write_small_job
 
 from batchjob.bench.bench_worker import BenchWorker
 from batchjob.bench.results import RunMetrics, ThroughputStep
 from batchjob.bench.throughput import measure_throughput_steps
+from tests.support.small_bench import IMAGES, open_small_bench_worker, write_small_job
 
 RUN_IMAGES = 24  # each image twice
 METRICS = RunMetrics(RUN_IMAGES, 0, 123.5, True, 1.0, 2.0, 3.0, None, None, None, {})

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_bench import write_small_job
 
 import batchjob
 from batchjob.cli.main import main
+from tests.support.small_bench import write_small_job
 
 
 def test_schema_accepts_a_job_file_and_refuses_an_unknown_field(

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_bench import write_small_job
 
 from batchjob.bench.bench import BenchOptions
 from batchjob.cli.main import main
 from batchjob.errors import CheckFailed
 from batchjob.inference.conversion_options import ConversionOptions
 from batchjob.job.job import Job
+from tests.support.small_bench import write_small_job
 
 
 @pytest.fixture

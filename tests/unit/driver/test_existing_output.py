@@ -10,7 +10,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from scripted_pool import make_job
 
 from batchjob.driver.existing_output import (
     apply_plan_defaults,
@@ -31,6 +30,7 @@ from batchjob.output.success import SUCCESS, Part, read_success, write_success
 from batchjob.plan.head import PlanHead, discard_plan, new_head, put_head, read_current_head
 from batchjob.report.run_result import RunResult
 from batchjob.storage.store import Store, open_store
+from tests.support.scripted_pool import make_job
 
 
 class Output:

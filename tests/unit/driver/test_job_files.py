@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_pool import ScriptedPool, make_job
 
 from batchjob import api
 from batchjob.driver import driver
@@ -29,6 +28,7 @@ from batchjob.storage.reader import Reader
 from batchjob.storage.store import open_store
 from batchjob.types import ShardKey
 from batchjob.worker.messages import WorkerEvent, WorkerFailed
+from tests.support.scripted_pool import ScriptedPool, make_job
 
 IMAGES = ["0.png", "1.png", "bad.png"]
 SECTIONS: dict[str, Any] = {

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from loaded_worker import load_worker, write_job
 from torch import nn
 
 from batchjob.inference.doubts import doubt_model, doubt_transform
+from tests.support.loaded_worker import load_worker, write_job
 
 IMAGES = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1, -1)
 

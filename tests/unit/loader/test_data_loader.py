@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from harmful_job import write_harmful_job
 from torch.utils.data import DataLoader
 
 from batchjob import Job, run
@@ -21,6 +20,7 @@ from batchjob.loader.settings import LoaderConfig
 from batchjob.loader.shard_queue import ShardQueue
 from batchjob.storage.reader import Reader
 from batchjob.types import Batch, ImageRef, PreparedImage, Shard, ShardKey
+from tests.support.harmful_job import write_harmful_job
 
 IMAGES = 10
 

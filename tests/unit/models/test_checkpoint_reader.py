@@ -159,7 +159,7 @@ class TrainConfig:
 def test_a_class_of_the_user_is_named_with_the_lines_that_rewrite_the_file() -> None:
     with pytest.raises(InvalidJob) as caught:
         read_checkpoint(save({"model": TENSORS, "config": TrainConfig(), "args": argparse.Namespace()}), "w.pth")
-    assert "test_checkpoint_reader.TrainConfig) beside tensors: no code is loaded." in caught.value.message
+    assert f"{__name__}.TrainConfig) beside tensors: no code is loaded." in caught.value.message
     assert "file = torch.load(FILE, map_location='cpu', weights_only=False); torch.save(" in caught.value.message
     assert "Namespace" not in caught.value.message
 

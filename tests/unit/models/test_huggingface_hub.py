@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import transformers.utils.logging
-from http_server import HttpServer, Response, run_http_server
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from batchjob.errors import InvalidJob, JobError, Unavailable
 from batchjob.models.huggingface_hub import convert_hub_error, hub_offline, silence_hub_libraries
+from tests.support.http_server import HttpServer, Response, run_http_server
 
 transformers_logging: Any = transformers.utils.logging  # partly without types
 MODEL_PATH = "/api/models/me/net"

@@ -8,11 +8,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from memory_store import MemoryStore
 
 from batchjob.errors import CheckFailed, NotFound
 from batchjob.output.error_rows import read_error_positions, read_error_rows
 from batchjob.output.provenance import PartFooter
+from tests.support.memory_store import MemoryStore
 
 KEY = "predictions/part-0000000-x.parquet"
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_pool import make_job
 
 from batchjob.errors import InvalidJob
 from batchjob.job.job import Job
@@ -15,6 +14,7 @@ from batchjob.pool import ray_gpu_request
 from batchjob.pool.autoscaler import Autoscaler
 from batchjob.pool.ray_gpu_request import check_machine_gpus, find_gpus
 from batchjob.pool.worker_sizing import GpuDemand, Node
+from tests.support.scripted_pool import make_job
 
 HEAD = Node("head", 0.0, 0.0)
 GPU_NODE = Node("gpu", 8.0, 1.0)

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
-from scripted_pool import make_job
 
 from batchjob import api
 from batchjob.errors import InvalidJob
 from batchjob.job.job import Job
 from batchjob.pool.ray_job_folder import build_runtime_env, check_submission, folder_too_large_error, remote_job_dir
+from tests.support.scripted_pool import make_job
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit` in the environment of the driver
 

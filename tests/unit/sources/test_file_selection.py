@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from seaweed import Seaweed
 
 from batchjob.errors import InvalidJob
 from batchjob.sources.glob_patterns import make_folder_filter
@@ -17,6 +16,7 @@ from batchjob.sources.prefix import PrefixSource
 from batchjob.sources.skipped_files import SkippedFiles
 from batchjob.storage.reader import Reader
 from batchjob.types import Cursor
+from tests.support.seaweed import Seaweed
 
 READER = Reader()
 HIDDEN = [

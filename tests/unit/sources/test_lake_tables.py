@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from seaweed import Seaweed
 
 from batchjob.errors import InvalidJob
 from batchjob.sources.manifest import ManifestSource
 from batchjob.storage.objects import ObjectInfo
 from batchjob.storage.reader import Reader
 from batchjob.types import Cursor
+from tests.support.seaweed import Seaweed
 
 READER = Reader()
 DELTA = ("_delta_log/00000000000000000000.json", "part-0.csv", "dt=1/hour=2/part-1.csv", "notes/x.csv")

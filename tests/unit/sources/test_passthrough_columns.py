@@ -11,8 +11,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from scripted_pool import make_job
-from seaweed import Seaweed
 
 from batchjob.driver import driver
 from batchjob.driver.progress import NoProgress
@@ -24,6 +22,8 @@ from batchjob.sources.manifest import ManifestSource
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import open_store
 from batchjob.types import Cursor
+from tests.support.scripted_pool import make_job
+from tests.support.seaweed import Seaweed
 
 READER = Reader()
 

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from seaweed import Seaweed
 
 from batchjob.errors import InvalidJob
 from batchjob.sources.manifest import ManifestSource
 from batchjob.storage.reader import Reader
 from batchjob.types import Cursor
+from tests.support.seaweed import Seaweed
 
 READER = Reader()
 ROWS = [{"path": f"in/{number}.png", "label": f"é,;\t|{number}" if number % 2 else None} for number in range(50)]

@@ -6,9 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from azurite import Azurite, azure_environment, find_azurite, run_azurite
-from fake_clouds import FakeCloud, run_fake_cloud
-from fault_proxy import RESET, Reply, run_fault_proxy
 
 from batchjob.errors import AlreadyExists, NotFound, PreconditionFailed
 from batchjob.sources.prefix import PrefixSource
@@ -17,6 +14,9 @@ from batchjob.storage.probe import probe_store
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import open_store
 from batchjob.types import Cursor
+from tests.support.azurite import Azurite, azure_environment, find_azurite, run_azurite
+from tests.support.fake_clouds import FakeCloud, run_fake_cloud
+from tests.support.fault_proxy import RESET, Reply, run_fault_proxy
 
 AZURITE = find_azurite()
 

@@ -12,8 +12,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from loaded_worker import load_worker, plan_shards, write_job
-from saved_models import FORMATS
 from torch import nn
 
 import batchjob
@@ -22,6 +20,8 @@ from batchjob.job.job import Job
 from batchjob.models.loaded_model import LoadedModel
 from batchjob.storage.reader import Reader
 from batchjob.worker.plan_session import PlanSession
+from tests.support.loaded_worker import load_worker, plan_shards, write_job
+from tests.support.saved_models import FORMATS
 
 CLASSES = 10
 

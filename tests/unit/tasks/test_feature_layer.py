@@ -10,7 +10,6 @@ import timm
 import torch
 import torchvision
 import transformers
-from loaded_worker import write_job
 from torch import nn
 
 from batchjob.inference.engine import Engine
@@ -19,6 +18,7 @@ from batchjob.models.loaded_model import LoadedModel
 from batchjob.storage.reader import Reader
 from batchjob.tasks.embedding import EmbeddingTask
 from batchjob.tasks.feature_layer import parse_left_out, remove_layers
+from tests.support.loaded_worker import write_job
 
 
 class OwnNet(nn.Module):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from loaded_worker import write_job
 
 import batchjob
+from tests.support.loaded_worker import write_job
 
 TASK = """
 def read(output, frames):

@@ -12,13 +12,13 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from scripted_pool import make_job
 
 from batchjob.errors import AttemptFailed
 from batchjob.loader.shard_queue import ShardQueue
 from batchjob.types import ImageRef, Shard, ShardKey
 from batchjob.worker.messages import Assignment, ShardFailed, WorkerEvent, WorkerInfo, WorkerReady, WorkerSetup
 from batchjob.worker.worker_thread import WorkerThread
+from tests.support.scripted_pool import make_job
 
 INFO = WorkerInfo("cpu", "fp32", "net@000000000000", ("score",), batch_size=4, seconds=0.0)
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from loaded_worker import write_job
-from saved_models import FORMATS
 
 from batchjob.errors import InvalidJob
 from batchjob.inference.engine import Engine
@@ -17,6 +15,8 @@ from batchjob.loader.shard_queue import ShardQueue
 from batchjob.storage.reader import Reader
 from batchjob.types import Batch, ImageRef, Shard, ShardKey
 from batchjob.worker.loader_setup import LoaderSetup
+from tests.support.loaded_worker import write_job
+from tests.support.saved_models import FORMATS
 
 AUTO = "runtime.batch_size=auto"
 IMAGE_BYTES = 3 * 8 * 8

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from loaded_worker import load_worker, plan_shards, read_head, write_job
 from PIL import Image
 
 import batchjob
@@ -23,6 +22,7 @@ from batchjob.storage.store import open_store
 from batchjob.tasks.embedding import EmbeddingTask
 from batchjob.types import ErrorRecord, ImageInfo
 from batchjob.worker.plan_session import PlanSession
+from tests.support.loaded_worker import load_worker, plan_shards, read_head, write_job
 
 DEADLY = ImageInfo(error=ErrorRecord("decode", "crash", "a loader process was ended by SIGSEGV"))
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from harmful_job import CUDA_ASSERT, CUDA_ECC_ERROR
-from loaded_worker import load_worker, write_job
 
 from batchjob.errors import AttemptFailed, DeviceFault, InvalidJob
 from batchjob.inference.cpu_parallelism import CpuParallelism
 from batchjob.settings import Decision
 from batchjob.storage.store import open_store
 from batchjob.worker.setup import report_device_faults
+from tests.support.harmful_job import CUDA_ASSERT, CUDA_ECC_ERROR
+from tests.support.loaded_worker import load_worker, write_job
 
 GPU = "cuda:0 (NVIDIA H200, GPU-1234)"
 MEMORY_OF_A_BATCH = 3 << 29

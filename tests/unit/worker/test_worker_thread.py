@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from batchjob_process import read_rows
-from loaded_worker import plan_shards, write_job
 
 from batchjob.errors import InvalidJob, NotFound, Temporary
 from batchjob.job.job import Job
@@ -25,6 +23,8 @@ from batchjob.worker.messages import (
     WorkerSetup,
 )
 from batchjob.worker.worker_thread import WorkerThread
+from tests.support.batchjob_process import read_rows
+from tests.support.loaded_worker import plan_shards, write_job
 
 StartWorker = Callable[..., WorkerThread]
 

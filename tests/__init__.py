@@ -1,0 +1,1 @@
+"""Tests: `unit` mirrors the package; `integration`, `simulation`, `faults` and `slow` run whole jobs."""

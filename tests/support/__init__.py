@@ -1,0 +1,1 @@
+"""Parts that tests share: servers, fakes, small jobs, and reads of outputs."""
