@@ -16,7 +16,7 @@ REQUIREMENTS := --extra dev --requirements pyproject.toml
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install architecture lint audit format test test-slow test-faults demo bench lock wheel clean
+.PHONY: help install docs docs-pages docs-serve lint audit format test test-slow test-faults demo bench lock wheel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -40,12 +40,16 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(UV) pip install --offline --no-deps --no-build-isolation --editable .
 	@touch $@
 
-lint: $(INSTALLED) audit  ## run ruff and mypy, both strict
+# mkdocs-material advertises its successor otherwise.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+lint: $(INSTALLED) audit  ## run ruff and mypy, both strict; check that the documentation is whole and up to date
 	$(BIN)/ruff check $(TREES)
 	$(BIN)/ruff format --check $(TREES)
 	$(BIN)/mypy batchjob benchmarks docs tests
 	@set -e; for folder in $(sort $(dir $(wildcard jobs/*/*.py))); do \
 	  echo "$(BIN)/mypy $$folder"; $(BIN)/mypy $$folder; done
+	$(BIN)/python -m docs.generate --check
+	$(MKDOCS) build --strict --quiet
 
 audit: $(INSTALLED)  ## check the locks for known vulnerabilities, if osv.dev can be reached
 	@$(BIN)/python -c 'import urllib.request as u; u.urlopen("https://api.osv.dev/v1/vulns/PYSEC-2018-66", timeout=5)' \
@@ -57,8 +61,14 @@ format: $(INSTALLED)  ## fix and format the code with ruff
 	$(BIN)/ruff check --fix $(TREES)
 	$(BIN)/ruff format $(TREES)
 
-architecture: $(INSTALLED)  ## write docs/internals/architecture.md again
-	$(BIN)/python docs/internals/architecture.py
+docs-pages: $(INSTALLED)  ## write the pages of docs/ that come from the code: reference, architecture
+	$(BIN)/python -m docs.generate
+
+docs: docs-pages  ## build the documentation into build/docs; a dead link is an error
+	$(MKDOCS) build --strict --quiet
+
+docs-serve: $(INSTALLED)  ## show the documentation at http://127.0.0.1:8000 and follow changes
+	$(MKDOCS) serve
 
 test: $(INSTALLED)  ## run the tests in TEST_PROCESSES=2 processes, about six minutes; longer ones below
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile

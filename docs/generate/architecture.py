@@ -1,18 +1,16 @@
-"""Write docs/internals/architecture.md: the tree of batchjob/ with first docstring lines, and the import table.
-
-python docs/internals/architecture.py            # write the page
-python docs/internals/architecture.py --check    # exit 1 if the page is out of date
-"""
+"""Page of the architecture: the tree of batchjob/ with first docstring lines, and the import table."""
 
 from __future__ import annotations
 
 import ast
 import runpy
-import sys
 from pathlib import Path
 
+from docs.generate.markdown import notice
+
+__all__ = ["first_line", "import_table", "page", "tree"]
+
 ROOT = Path(__file__).parents[2]
-PAGE = Path(__file__).with_suffix(".md")
 PACKAGE = ROOT / "batchjob"
 RULES = ROOT / "tests" / "unit" / "test_architecture.py"
 
@@ -37,17 +35,13 @@ PACKAGES = {
     "bench": "`batchjob bench`: the ceiling of each stage, and the run as a share of it.",
 }
 INTRODUCTION = """\
-# Architecture
-
-<!-- Written by `python docs/internals/architecture.py`; do not edit. -->
-
 A **source** lists images; a **plan** cuts them into **shards**; the **driver** hands shards to **workers** in a
 **pool** (this process, or Ray actors). A worker holds one loaded **model** and turns a shard into rows: batches of a
 **loader** (torch's DataLoader), **inference**, a **task**, one **part**. One conditional PUT **commits** the part. A
 **report** adds it up.
 
-```
- job file ─► job/ ─► api, cli/ ─► driver/                                     (control: who runs what, when)
+```text
+ job file ─► job/ ─► api, cli/ ─► driver/                  (control: who runs what, when)
 
  URI ─► sources/ ─► plan/ ─────────────► driver/ ◄───────────────── output/ ─► report/
         ImageRef    shards, chunks       scheduler, lease           committed parts
@@ -97,16 +91,7 @@ def import_table() -> str:
 
 def page() -> str:
     """Return the text of the page."""
-    return f"{INTRODUCTION}\n## The tree\n\n### `batchjob/`\n\n{tree()}\n\n## Who may import whom\n\n{import_table()}\n"
-
-
-def main() -> int:
-    """Write the page, or check it."""
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(page())
-        return 0
-    return int(not PAGE.exists() or PAGE.read_text() != page())
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return (
+        f"# Architecture\n\n{notice('docstrings and the import rules')}\n\n{INTRODUCTION}\n"
+        f"## The tree\n\n### `batchjob/`\n\n{tree()}\n\n## Who may import whom\n\n{import_table()}\n"
+    )

@@ -1,0 +1,54 @@
+"""Page of the Python API: every public name of the package, which mkdocstrings then describes from the docstrings."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import batchjob
+from docs.generate.markdown import UndocumentedError, notice
+
+__all__ = ["page"]
+
+_INTRODUCTION = """\
+Every name that `import batchjob` gives. Nothing heavy is imported before it is used. Settings classes have the fields
+of [the job file](job-file.md), where their types and defaults are listed."""
+# Group -> first parts of the modules that its names come from; the first that fits counts.
+_GROUPS = {
+    "Functions": ("batchjob.api",),
+    "Job and result": ("batchjob.job.job", "batchjob.report"),
+    "Sources": ("batchjob.sources",),
+    "Models": ("batchjob.models",),
+    "Tasks": ("batchjob.tasks",),
+    "Other settings": ("batchjob.job", "batchjob.loader", "batchjob.preprocessing", "batchjob.storage"),
+    "Exceptions": ("batchjob.errors",),
+}
+
+
+def page() -> str:
+    """Return the text of the page.
+
+    Raises:
+        UndocumentedError: A public name has no docstring.
+    """
+    groups: dict[str, list[str]] = {group: [] for group in _GROUPS}
+    for name in batchjob.__all__:
+        if not name.startswith("__"):
+            groups[_find_group(name)].append(name)
+    parts = ["# Python API", notice("`batchjob.__all__`"), _INTRODUCTION]
+    for group, names in groups.items():
+        parts += [f"## {group}"] if names else []
+        parts += [f"::: {_locate(name)}" for name in names]
+    return "\n\n".join(parts) + "\n"
+
+
+def _find_group(name: str) -> str:
+    item: Any = getattr(batchjob, name)
+    if not inspect.getdoc(item):
+        raise UndocumentedError(f"batchjob.{name} has no docstring")
+    matches = [group for group, modules in _GROUPS.items() if item.__module__.startswith(modules)]
+    return matches[0] if matches else "Other settings"
+
+
+def _locate(name: str) -> str:
+    return f"batchjob.{name}"
