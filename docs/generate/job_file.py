@@ -70,7 +70,8 @@ def _section(path: str, field: Schema, definitions: Schema) -> list[str]:
     kinds = field.get("discriminator", {}).get("mapping", {})
     type_of = {reference.removeprefix(_REFERENCE): kind for kind, reference in kinds.items()}
     is_mapping = "additionalProperties" in field
-    parts, nested = [field["description"]] if kinds or is_mapping else [], {}
+    parts: list[str] = [field["description"]] if kinds or is_mapping else []
+    nested: dict[str, tuple[str, Schema]] = {}
     if is_mapping:
         parts.append("Fields of each entry:")
     for name in _references(field):

@@ -244,4 +244,4 @@ def describe_type(data_type: pa.DataType) -> str:
 
 
 def _is_list(data_type: pa.DataType) -> bool:
-    return pa.types.is_list(data_type) or pa.types.is_fixed_size_list(data_type)
+    return bool(pa.types.is_list(data_type) or pa.types.is_fixed_size_list(data_type))

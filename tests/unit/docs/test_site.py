@@ -16,11 +16,13 @@ ROOT = Path(__file__).parents[3]
 LOADED = re.compile(
     r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["']?([^"'\s>]+)|<link\b[^>]*\bhref=["']?([^"'\s>]+)"""
 )
+LOADED_BY_CSS = re.compile(r"""url\(["']?([^)"']+)|@import\s+["']([^"']+)""")
 EXTERNAL = re.compile(r"(?:https?:)?//")
 
 
 def build(configuration: Path, site: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", configuration, "--site-dir", site]
+    options = ["--strict", "--config-file", str(configuration), "--site-dir", str(site)]
+    command = [sys.executable, "-m", "mkdocs", "build", *options]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
@@ -35,11 +37,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def list_external(site: Path) -> Iterator[str]:
     for page in site.rglob("*.html"):
-        loaded = ("".join(groups) for groups in LOADED.findall(page.read_text()))
-        yield from (f"{page.name}: {address}" for address in loaded if EXTERNAL.match(address))
+        addresses = ["".join(groups) for groups in LOADED.findall(page.read_text())]
+        yield from (f"{page.name}: {address}" for address in addresses if EXTERNAL.match(address))
     for sheet in site.rglob("*.css"):
-        loaded = re.findall(r"""url\(["']?([^)"']+)|@import\s+["']([^"']+)""", sheet.read_text())
-        yield from (f"{sheet.name}: {one or other}" for one, other in loaded if EXTERNAL.match(one or other))
+        addresses = ["".join(groups) for groups in LOADED_BY_CSS.findall(sheet.read_text())]
+        yield from (f"{sheet.name}: {address}" for address in addresses if EXTERNAL.match(address))
 
 
 def test_site_loads_nothing_from_other_hosts(site: Path) -> None:
