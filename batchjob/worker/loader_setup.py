@@ -189,4 +189,5 @@ class LoaderSetup:
             variable_size=self._engine.variable_size,
             max_bytes=self._job.decode.max_bytes,
             retries=self._job.errors.retries,
+            device=self._engine.device.index,
         )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 
 from batchjob.errors import InvalidJob
 from batchjob.inference.engine import Engine
 from batchjob.job.job import Job
+from batchjob.loader.loader import Loader
 from batchjob.loader.shard_queue import ShardQueue
 from batchjob.storage.reader import Reader
 from batchjob.types import Batch, ImageRef, Shard, ShardKey
@@ -207,3 +210,20 @@ def test_restart_keeps_the_batch_size(tmp_path: Path) -> None:
     setup.set_batch_size(3)
     setup.restart((3, 8, 8))
     assert [len(batch.image_infos) for batch in load_images(setup, tmp_path, ["white.png"] * 4)] == [3, 1]
+
+
+def test_batches_are_pinned_for_the_gpu_of_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker on cuda:1 whose batches were pinned for cuda:0 would open a context on another worker's GPU."""
+    job, devices = write_job(tmp_path), []
+
+    class RecordingLoader(Loader):
+        def __init__(self, **arguments: Any) -> None:
+            devices.append(arguments.get("device"))
+            super().__init__(**arguments)
+
+    monkeypatch.setattr("batchjob.worker.loader_setup.Loader", RecordingLoader)
+    engine = Engine(job, Reader(), ())
+    for device in ("cpu", "cuda:1"):
+        engine.device = torch.device(device)
+        LoaderSetup(job, engine, Reader(), 1, None).close()
+    assert devices == [None, 1]
