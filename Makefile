@@ -16,7 +16,7 @@ REQUIREMENTS := --extra dev --requirements pyproject.toml
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install docs docs-pages docs-serve lint audit format test test-slow test-faults demo bench lock wheel clean
+.PHONY: help install docs docs-pages docs-serve lint audit format test test-fast test-slow test-faults demo bench lock wheel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -72,6 +72,9 @@ docs-serve: $(INSTALLED)  ## show the documentation at http://127.0.0.1:8000 and
 
 test: $(INSTALLED)  ## run the tests in TEST_PROCESSES=2 processes, about six minutes; longer ones below
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+
+test-fast: $(INSTALLED)  ## run the unit tests without S3 and heavy files, in less than two minutes
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile -m "not s3 and not ray" tests/unit
 
 test-slow: $(INSTALLED)  ## run end-to-end tests that take minutes each
 	$(BIN)/python -m pytest tests/slow

@@ -1,8 +1,10 @@
-"""Fixtures of all tests: a real S3 server, a process that starts drivers quickly, and the folder of test data."""
+"""Fixtures and markers of all tests: a real S3 server, a Ray of a test's own, a process that starts drivers quickly."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,32 @@ from tests.support.driver_server import DriverServer
 from tests.support.seaweed import Seaweed, find_weed, run_seaweed, s3_environment
 
 pytest_plugins = ("tests.support.figures",)  # fixtures `figure`, `seed` and `full_clocks`
+
+# Markers of tests that use a fixture, or have its name as a parameter (such as a store on "disk" or on "s3").
+FIXTURE_MARKERS = {"s3": "s3", "ray_environment": "ray"}
+# Folders whose tests have a marker of the same name.
+MARKED_FOLDERS = ("slow", "faults")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests: `s3` and `ray` by their fixtures, `slow` and `faults` by their folders."""
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        names = {*item.fixturenames, *(value for value in parameters if isinstance(value, str))}
+        for marker in {FIXTURE_MARKERS[name] for name in names & FIXTURE_MARKERS.keys()}:
+            item.add_marker(marker)
+        for folder in set(MARKED_FOLDERS) & set(item.path.parts):
+            item.add_marker(folder)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that needs a GPU on a machine without one."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device here")
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +53,14 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
         for name, value in s3_environment(server.endpoint).items():
             patch.setenv(name, value)
         yield server
+
+
+@pytest.fixture
+def ray_environment() -> Iterator[dict[str, str]]:
+    """Environment in which a driver starts its own Ray, in a folder with a path short enough for sockets."""
+    folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")
+    yield {"RAY_TMPDIR": folder, "RAY_ADDRESS": ""}
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,8 @@ RUNS, IMAGES = 5, 240
 # Victims of a run, in order. Each list is used at least once.
 ORDERS = [["driver"], ["driver", "worker"], ["worker", "driver"]]
 NAP = "0.3"  # seconds per batch; a run has 48 batches
+pytestmark = pytest.mark.ray
+
 RAY = Path(sys.executable).with_name("ray")
 
 

@@ -31,6 +31,8 @@ from tests.support.batchjob_process import (
 from tests.support.figures import Figure
 from tests.support.harmful_job import CUDA_ASSERT, CUDA_ECC_ERROR, write_harmful_job
 
+pytestmark = pytest.mark.ray
+
 IMAGES, SHARD = 240, 4
 STALL_SECONDS = 6
 LOADER_STOPPED_SECONDS = 4  # after which a stopped loader process is replaced

@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.support.batchjob_process import ray_environment
 from tests.support.figures import Figure
 from tests.support.http_server import HttpServer, Response, run_http_server
 from tests.support.seaweed import Seaweed, find_weed, run_seaweed, s3_environment
@@ -313,22 +312,23 @@ REDACTED = "https://…@db/x?X-Amz-Signature=…&y=1".encode()
 
 
 @pytest.mark.parametrize("pool", ["local", "ray"])
-def test_crashes_leave_no_secret(pool: str, guarded: Seaweed, tmp_path: Path, scratch: Path, figure: Figure) -> None:
+def test_crashes_leave_no_secret(
+    pool: str, guarded: Seaweed, tmp_path: Path, scratch: Path, figure: Figure, ray_environment: dict[str, str]
+) -> None:
     """Crashes with secrets in their messages: a failing image, an exiting process, bugs in a worker and its actor."""
     left: dict[str, bytes] = {}
-    with ray_environment() as own:
-        for broken, code in EXIT_CODES.items():
-            kept = Artefacts()
-            one = JobFolder(tmp_path / f"{pool}-{broken}", guarded, kept, tmp_path / "caches", scratch)
-            guarded.put(f"{one.root}in/3.png", make_picture((0, 0, 0)))
-            one.text["runtime"] = {**RUNTIME, "pool": pool, "workers": 1, "cpus_per_worker": 1}
-            more = {**own, "BREAK": broken, "PLANTED": TEXTS["signature"], "PYTHONFAULTHANDLER": "1"}
-            assert one.run("run", "run", **more) == code, kept.contents
-            if broken == "image":
-                one.run("errors", "errors")
-            one.collect()
-            assert any(REDACTED in data for data in kept.contents.values()), f"{broken}: it was said, without"
-            left |= {f"{broken}, {name}": data for name, data in kept.contents.items()}
+    for broken, code in EXIT_CODES.items():
+        kept = Artefacts()
+        one = JobFolder(tmp_path / f"{pool}-{broken}", guarded, kept, tmp_path / "caches", scratch)
+        guarded.put(f"{one.root}in/3.png", make_picture((0, 0, 0)))
+        one.text["runtime"] = {**RUNTIME, "pool": pool, "workers": 1, "cpus_per_worker": 1}
+        more = {**ray_environment, "BREAK": broken, "PLANTED": TEXTS["signature"], "PYTHONFAULTHANDLER": "1"}
+        assert one.run("run", "run", **more) == code, kept.contents
+        if broken == "image":
+            one.run("errors", "errors")
+        one.collect()
+        assert any(REDACTED in data for data in kept.contents.values()), f"{broken}: it was said, without"
+        left |= {f"{broken}, {name}": data for name, data in kept.contents.items()}
     assert Artefacts(left).find_secrets(PLANTED) == []
     figure("secrets", f"in what {len(EXIT_CODES)} crashes on {pool} leave and say: found in 0 of {len(left)} artefacts")
 

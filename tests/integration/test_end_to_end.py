@@ -208,11 +208,13 @@ def test_imagenet_logits_equal_those_of_the_documented_loop(test_data: Path, tmp
             torch.testing.assert_close(torch.tensor(row["embedding"]), model(image[None])[0], atol=1e-3, rtol=0)
 
 
-def test_run_on_ray_survives_a_killed_actor_and_a_killed_driver(test_data: Path, tmp_path: Path) -> None:
+def test_run_on_ray_survives_a_killed_actor_and_a_killed_driver(
+    test_data: Path, tmp_path: Path, ray_environment: dict[str, str]
+) -> None:
     output = str(tmp_path / "out")
     job = write_slow_cifar_job(tmp_path, test_data, output)
     command = ["run", job, "--json", "runtime.pool=ray"]
-    with kill_on_exit(start_batchjob(*command)) as first:
+    with kill_on_exit(start_batchjob(*command, env=ray_environment)) as first:
         wait_until(lambda: count_parts(output) >= 1 or first.process.poll() is not None)
         actors = find_actors(first)
         assert actors
@@ -224,7 +226,7 @@ def test_run_on_ray_survives_a_killed_actor_and_a_killed_driver(test_data: Path,
     assert "was lost" in killed.stderr
     delete_lease(output)
     committed = read_attempts(output)
-    second = run_batchjob(*command)
+    second = run_batchjob(*command, env=ray_environment)
     assert second.exit_code == 0, second.stderr
     assert sorted(read_rows(output)["position"].to_pylist()) == list(range(500))
     assert committed.items() <= read_attempts(output).items()

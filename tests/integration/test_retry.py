@@ -36,6 +36,7 @@ from tests.support.batchjob_process import open_output, read_all_footers, read_r
 from tests.support.driver_server import DriverServer
 from tests.support.fault_proxy import LOSE_ANSWER, Reply, run_fault_proxy
 from tests.support.memory_store import Fault, MemoryStore
+from tests.support.part_footers import make_footer
 from tests.support.scripted_pool import (
     AttemptScript,
     ScriptedPool,
@@ -514,7 +515,7 @@ SHARD_KEY = ShardKey(0, "s" * 16, 1, 0, 0, revision=1, error_rows=1)
 
 def write_part(folder: Path, number: int, attempt: str, plan: str = "p") -> tuple[Path, PartFooter]:
     """Write a part without rows; only its footer matters."""
-    footer = PartFooter(plan, SHARD_KEY.id, 0, attempt, number, "f", "m", 0, 0, {}, {}, {})
+    footer = make_footer(SHARD_KEY, plan=plan, attempt=attempt, revision=number, rows=0)
     path = folder / attempt
     with PartWriter(path, build_row_schema([], [pa.field("score", pa.float64())])) as writer:
         writer.close(footer)
@@ -656,8 +657,8 @@ def write_wide_part(
             writer.add(batch)
         errors = dict(writer.errors)
         attempt = f"attempt {key.revision}"
-        footer = PartFooter("p", key.id, 0, attempt, key.revision, "f", "m", len(rows), 0, {}, {"wall": 1}, {})
-        footer = dataclasses.replace(footer, failed=sum(errors.values()), errors=errors)
+        counts = {"rows": len(rows), "failed": sum(errors.values()), "errors": errors}
+        footer = make_footer(key, plan="p", attempt=attempt, seconds={"wall": 1}, **counts)
         writer.close(footer)
     return path, footer, table
 

@@ -8,10 +8,10 @@ from typing import ClassVar, cast
 
 from tests.support.memory_store import Call, Fault, Killed, MemoryStore
 
-__all__ = ["KILLS", "REST", "Actor", "Client"]
+__all__ = ["KILLS", "REST", "Actor"]
 
 _LOST_RACE_FAULTS = (Fault.REPEATED, Fault.CONFLICT)
-_CONDITIONAL_VERBS = ("put_if_absent", "replace_if_match", "delete_if_match")
+_CONDITIONAL_METHODS = ("put_if_absent", "replace_if_match", "delete_if_match")
 REST = "rest"
 KILLS = (Fault.KILLED_BEFORE, Fault.KILLED_AFTER)
 
@@ -33,7 +33,7 @@ class Actor:
     """
 
     running: ClassVar[Actor]
-    store: Client
+    store: MemoryStore
 
     def __init__(self, name: str, target: Callable[[], object]) -> None:
         self.name, self._target = name, target
@@ -90,6 +90,11 @@ class Actor:
             self._resume_lock.acquire()
         return self._take_fault(call)
 
+    def pause_before_call(self, call: Call) -> Fault | None:
+        """Stop before a call of the store, and return a fault that this call can have: `before_call` of its store."""
+        fault = self.pause(call)
+        return None if fault in _LOST_RACE_FAULTS and call.method not in _CONDITIONAL_METHODS else fault
+
     def wait(self, reason: str) -> Fault | None:
         """Stop at a point that is no call of the store, in the actor's own thread. Raises Killed."""
         fault = self.pause(Call(reason, ""))
@@ -130,15 +135,3 @@ class Actor:
         self._run_checks()
         self.stop = None
         self._stopped_lock.release()
-
-
-class Client(MemoryStore):
-    """Client of one actor to the shared objects; it stops before every call."""
-
-    def __init__(self, shared: MemoryStore, actor: Actor) -> None:
-        super().__init__(shared.state)
-        self._actor = actor
-
-    def _next_fault(self, verb: str, key: str) -> Fault | None:
-        fault = self._actor.pause(Call(verb, key))
-        return None if fault in _LOST_RACE_FAULTS and verb not in _CONDITIONAL_VERBS else fault

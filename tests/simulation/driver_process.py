@@ -13,7 +13,7 @@ from batchjob.errors import BatchjobError
 from batchjob.job.job import Job
 from batchjob.report.run_result import RunResult
 from batchjob.storage.objects import ObjectInfo
-from tests.simulation.actor import Actor, Client
+from tests.simulation.actor import Actor
 from tests.simulation.simulated_pool import SimulatedPool
 from tests.support.memory_store import MemoryStore
 
@@ -94,11 +94,11 @@ class SimulatedDriver(Actor):
             )
 
 
-class _LeaseWatchingClient(Client):
+class _LeaseWatchingClient(MemoryStore):
     """Client that remembers which epochs of the lease its driver has seen, and when."""
 
     def __init__(self, shared: MemoryStore, driver: SimulatedDriver) -> None:
-        super().__init__(shared, driver)
+        super().__init__(shared.state, driver.pause_before_call)
         self._driver = driver
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:

@@ -32,8 +32,9 @@ from batchjob.worker.messages import (
     WorkerReady,
     WorkerSetup,
 )
-from tests.simulation.actor import REST, Actor, Client
+from tests.simulation.actor import REST, Actor
 from tests.support.memory_store import Call, MemoryStore
+from tests.support.part_footers import make_footer
 
 __all__ = ["SimulatedPool", "SimulatedWorker"]
 
@@ -156,7 +157,7 @@ class SimulatedWorker(Actor):
         self.todo: list[tuple[ShardKey, int]] = []
         self.pool = pool
         self._plan: tuple[PlanHead, PlanReader] | None = None
-        self.store = Client(shared, self)
+        self.store = MemoryStore(shared.state, self.pause_before_call)
         super().__init__(name, self._run_shards)
 
     @property
@@ -259,17 +260,7 @@ _BAD_IMAGE = ErrorRecord("decode", "truncated", "ends too early")
 
 
 def _make_footer(name: str, shard: str, attempt: str, key: ShardKey, images: int, bad: int) -> PartFooter:
-    return PartFooter(
-        plan=name,
-        shard=shard,
-        index=key.index,
-        attempt=attempt,
-        revision=key.revision,
-        fingerprint="f",
-        model="m",
-        rows=images,
-        failed=bad,
-        errors={"decode/truncated": bad} if bad else {},
-        seconds={"wall": 0.5},
-        versions={},
+    errors = {"decode/truncated": bad} if bad else {}
+    return make_footer(
+        key, plan=name, shard=shard, attempt=attempt, rows=images, failed=bad, errors=errors, seconds={"wall": 0.5}
     )

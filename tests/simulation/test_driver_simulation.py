@@ -8,10 +8,10 @@ import pytest
 
 from batchjob.errors import Temporary
 from batchjob.output import commit, success
-from batchjob.output.provenance import PartFooter
 from batchjob.types import ShardKey
 from tests.simulation import play
 from tests.support.memory_store import MemoryStore
+from tests.support.part_footers import make_footer
 
 
 def test_invariants_hold_in_every_order_of_calls(seed: int) -> None:
@@ -23,7 +23,7 @@ def test_invariants_hold_in_every_order_of_calls(seed: int) -> None:
 def test_part_whose_plan_was_discarded_during_its_put_is_deleted_again(tmp_path: Path) -> None:
     store, discarded_plans, key = MemoryStore(), list[str](), ShardKey(0, "s" * 16, 1, 0, 0)
     store.inject("put_if_absent", "predictions/*", lambda: discarded_plans.append("p"))
-    footer = PartFooter("p", key.id, 0, "a", 0, "f", "m", 1, 0, {}, {}, {})
+    footer = make_footer(key, plan="p")
     (tmp_path / "part").write_bytes(b"rows")
 
     def raise_if_discarded() -> None:

@@ -23,6 +23,8 @@ import pytest
 from tests.support.batchjob_process import ROOT, CompletedCommand, read_rows, start_program, wait_until, write_slow_job
 from tests.support.loopback import find_free_port, is_listening
 
+pytestmark = pytest.mark.ray
+
 RAY = Path(sys.executable).with_name("ray")
 IMAGES = 8
 GPU_NODES = 2

@@ -18,7 +18,6 @@ from tests.support.batchjob_process import (
     kill,
     kill_on_exit,
     list_plan_heads,
-    ray_environment,
     read_all_footers,
     read_rows,
     start_batchjob,
@@ -53,27 +52,28 @@ def collect_descendants(command: Command) -> Iterator[set[tuple[int, int]]]:
         thread.join()
 
 
-def test_killed_driver_and_worker_lose_no_row_and_leave_no_process(tmp_path: Path) -> None:
+def test_killed_driver_and_worker_lose_no_row_and_leave_no_process(
+    tmp_path: Path, ray_environment: dict[str, str]
+) -> None:
     write_slow_job(tmp_path, IMAGES)
     output = tmp_path / "out"
     command = ["run", str(tmp_path / "job.yaml"), "--json", "runtime.pool=ray", "runtime.workers=2"]
     command += ["runtime.cpus_per_worker=1"]
-    with ray_environment() as env:
-        env |= {"BATCHJOB_TEST_NAP": "0.3"}
-        with kill_on_exit(start_batchjob(*command, env=env)) as driver:
-            wait_until(lambda: len(read_attempts(output)) >= 2, command=driver)
-            processes = kill(driver)
-        assert processes
-        wait_until(lambda: not filter_alive(processes), timeout=120)  # Ray's agents take 60 s
-        committed = read_attempts(output)
-        delete_lease(output)
+    env = {**ray_environment, "BATCHJOB_TEST_NAP": "0.3"}
+    with kill_on_exit(start_batchjob(*command, env=env)) as driver:
+        wait_until(lambda: len(read_attempts(output)) >= 2, command=driver)
+        processes = kill(driver)
+    assert processes
+    wait_until(lambda: not filter_alive(processes), timeout=120)  # Ray's agents take 60 s
+    committed = read_attempts(output)
+    delete_lease(output)
 
-        with kill_on_exit(start_batchjob(*command, env=env)) as driver, collect_descendants(driver) as processes:
-            wait_until(lambda: len(read_attempts(output)) >= len(committed) + 2, command=driver)
-            victim, _ = min(find_actors(driver))
-            os.kill(victim, signal.SIGKILL)
-            run = driver.wait()
-        wait_until(lambda: not filter_alive(processes), timeout=120)
+    with kill_on_exit(start_batchjob(*command, env=env)) as driver, collect_descendants(driver) as processes:
+        wait_until(lambda: len(read_attempts(output)) >= len(committed) + 2, command=driver)
+        victim, _ = min(find_actors(driver))
+        os.kill(victim, signal.SIGKILL)
+        run = driver.wait()
+    wait_until(lambda: not filter_alive(processes), timeout=120)
     assert (run.exit_code, run.json_result["status"]) == (0, "complete"), run.stderr
     assert "was lost" in run.stderr
     assert victim in {pid for pid, _ in processes}

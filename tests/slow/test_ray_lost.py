@@ -33,11 +33,11 @@ def find_process(command: Command, name: str) -> int:
 
 
 @pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
-def test_lost_ray_ends_the_run_as_temporary(tmp_path: Path, victim: str) -> None:
+def test_lost_ray_ends_the_run_as_temporary(tmp_path: Path, victim: str, ray_environment: dict[str, str]) -> None:
     write_slow_job(tmp_path, IMAGES)
     output = tmp_path / "out"
     command = ["run", str(tmp_path / "job.yaml"), "runtime.pool=ray", "--json"]
-    with kill_on_exit(start_batchjob(*command, env={"BATCHJOB_TEST_NAP": "2"})) as driver:
+    with kill_on_exit(start_batchjob(*command, env={**ray_environment, "BATCHJOB_TEST_NAP": "2"})) as driver:
         wait_until(lambda: len(commit.list_parts(open_output(str(output)))) >= 1, command=driver)
         processes = find_descendants(driver.pid)
         os.kill(find_process(driver, victim), signal.SIGKILL)
@@ -51,6 +51,6 @@ def test_lost_ray_ends_the_run_as_temporary(tmp_path: Path, victim: str) -> None
     assert "Ray" in first.json_result["message"]
     # Without a head, Ray's processes end by themselves after 60 s.
     wait_until(lambda: not filter_alive(processes), timeout=120)
-    second = run_batchjob(*command, env={"BATCHJOB_TEST_NAP": "0"})
+    second = run_batchjob(*command, env={**ray_environment, "BATCHJOB_TEST_NAP": "0"})
     assert second.exit_code == 0, second.stderr
     assert sorted(read_rows(output)["position"].to_pylist()) == list(range(IMAGES))

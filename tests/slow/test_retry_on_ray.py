@@ -6,12 +6,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.support.batchjob_process import ray_environment, read_all_footers, read_rows, run_batchjob, write_slow_job
+from tests.support.batchjob_process import read_all_footers, read_rows, run_batchjob, write_slow_job
 
 IMAGES = 16
 
 
-def test_ray_workers_replace_the_rows_of_repaired_images(tmp_path: Path) -> None:
+def test_ray_workers_replace_the_rows_of_repaired_images(tmp_path: Path, ray_environment: dict[str, str]) -> None:
     write_slow_job(tmp_path, 0)
     names = [f"{number}.png" for number in range(IMAGES)]
     (tmp_path / "manifest.csv").write_text("\n".join(["file", *names, ""]))
@@ -24,8 +24,7 @@ def test_ray_workers_replace_the_rows_of_repaired_images(tmp_path: Path) -> None
     assert (first.exit_code, first.json_result["failed"]) == (0, 1), first.stderr
     before = read_rows(tmp_path / "out").to_pylist()
     (tmp_path / "5.png").write_bytes((tmp_path / "4.png").read_bytes())
-    with ray_environment() as env:
-        retried = run_batchjob("retry", *arguments, "--pool", "ray", env=env)
+    retried = run_batchjob("retry", *arguments, "--pool", "ray", env=ray_environment)
     assert (retried.exit_code, retried.json_result["status"], retried.json_result["failed"]) == (0, "complete", 0), (
         retried.stderr
     )

@@ -29,7 +29,6 @@ from tests.support.batchjob_process import (
     kill,
     kill_on_exit,
     list_plan_heads,
-    ray_environment,
     read_all_footers,
     read_rows,
     run_batchjob,
@@ -156,7 +155,9 @@ def kill_actor(driver: Command, committed: OutputState, min_parts: int, earlier:
     return victim
 
 
-def test_ray_run_on_s3_completes_after_killed_actors_and_drivers(s3: Seaweed, data_uri: str, test_data: Path) -> None:
+def test_ray_run_on_s3_completes_after_killed_actors_and_drivers(
+    s3: Seaweed, data_uri: str, test_data: Path, ray_environment: dict[str, str]
+) -> None:
     committed = OutputState(s3.bucket() + "killed/")
     command = [
         *cifar_arguments(test_data, committed.output),
@@ -164,14 +165,13 @@ def test_ray_run_on_s3_completes_after_killed_actors_and_drivers(s3: Seaweed, da
         f"runtime.shard_size={SHARD}",
     ]
     command += ["runtime.pool=ray", "runtime.batch_size=1"]  # slow enough to be killed at work
-    with ray_environment() as env:
-        kill_driver(command, committed, lambda: list_plan_heads(committed.output), env)
-        kill_driver(command, committed, lambda: committed.count() >= 3, env)
-        with kill_on_exit(start_batchjob(*command, env=env)) as driver:
-            victims: set[int] = set()
-            for min_parts in (0, 6, 12):  # once while it loads, twice at work
-                victims.add(kill_actor(driver, committed, min_parts, victims))
-            result = driver.wait()
+    kill_driver(command, committed, lambda: list_plan_heads(committed.output), ray_environment)
+    kill_driver(command, committed, lambda: committed.count() >= 3, ray_environment)
+    with kill_on_exit(start_batchjob(*command, env=ray_environment)) as driver:
+        victims: set[int] = set()
+        for min_parts in (0, 6, 12):  # once while it loads, twice at work
+            victims.add(kill_actor(driver, committed, min_parts, victims))
+        result = driver.wait()
     assert "was lost" in result.stderr
     check_complete_output(s3, result, committed)
 

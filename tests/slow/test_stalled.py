@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.support.batchjob_process import ray_environment, read_rows, run_batchjob
+from tests.support.batchjob_process import read_rows, run_batchjob
 from tests.support.harmful_job import write_harmful_job
 
 # The first PUT of a part into this output never returns.
@@ -53,13 +53,14 @@ def test_run_resumes_past_an_image_at_which_the_model_hangs(tmp_path: Path) -> N
     }
 
 
-def test_worker_whose_store_hangs_is_replaced_without_using_up_an_attempt(tmp_path: Path) -> None:
+def test_worker_whose_store_hangs_is_replaced_without_using_up_an_attempt(
+    tmp_path: Path, ray_environment: dict[str, str]
+) -> None:
     path = write_harmful_job(tmp_path, 24, black_positions=[])
     (tmp_path / "hanging.py").write_text(HANGING_STORE)
     command = ["run", path, "--json", "runtime.pool=ray", "runtime.workers=1", "runtime.cpus_per_worker=1"]
     command += ["model.target=hanging:make", "runtime.stall_seconds=3", "errors.outage_seconds=0", "errors.attempts=1"]
-    with ray_environment() as env:
-        run = run_batchjob(*command, env=env)
+    run = run_batchjob(*command, env=ray_environment)
     print(f"with one worker replaced: {run.seconds:.0f} s")
     assert (run.exit_code, run.json_result["status"]) == (0, "complete"), run.stderr
     assert (tmp_path / "out" / "_batchjob" / "mark").exists()

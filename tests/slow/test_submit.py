@@ -17,6 +17,8 @@ import pytest
 from tests.support.batchjob_process import ROOT, count_correct_labels, read_rows, wait_until
 from tests.support.loopback import find_free_port, is_listening
 
+pytestmark = pytest.mark.ray
+
 RAY = Path(sys.executable).with_name("ray")
 BATCHJOB = Path(sys.executable).with_name("batchjob")
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,7 +37,6 @@ __all__ = [
     "kill_on_exit",
     "list_plan_heads",
     "open_output",
-    "ray_environment",
     "read_all_footers",
     "read_command_line",
     "read_rows",
@@ -182,16 +179,6 @@ def wait_until(condition: Callable[[], Any], *, command: Command | None = None, 
         assert time.monotonic() < deadline, "did not come about in time"
         time.sleep(0.05)
     return found
-
-
-@contextmanager
-def ray_environment() -> Iterator[dict[str, str]]:
-    """Yield an environment in which a driver starts its own Ray, in a folder with a path short enough for sockets."""
-    folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")
-    try:
-        yield {"RAY_TMPDIR": folder, "RAY_ADDRESS": ""}
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def cifar_arguments(data: Path, output: str | Path, *more: str) -> list[str]:

@@ -70,12 +70,23 @@ class StoreState:
 
 
 class MemoryStore:
-    """A `Store`. Several clients may share the objects; each has faults and recorded calls of its own."""
+    """A `Store`. Several clients may share the objects; each has faults and recorded calls of its own.
+
+    Args:
+        state: Objects that it shares with other clients; None for objects of its own.
+        before_call: Called before each call, without the lock; returns the fault of the call, or None.
+
+    Attributes:
+        state: Its objects.
+        calls: Its calls, in order.
+    """
 
     uri = "memory://out"
 
-    def __init__(self, state: StoreState | None = None) -> None:
-        self.state = state or StoreState()
+    def __init__(
+        self, state: StoreState | None = None, before_call: Callable[[Call], Fault | None] = lambda call: None
+    ) -> None:
+        self.state, self._before_call = state or StoreState(), before_call
         self._faults: list[_InjectedFault] = []
         self.calls: list[Call] = []
 
@@ -160,10 +171,12 @@ class MemoryStore:
         return self._carry_out(method, key, self._take_fault(method, key), action, conflict_error)
 
     def _take_fault(self, method: str, key: str) -> Fault | None:
-        fault = self._find_fault(method, key)
-        if not callable(fault):
+        if (fault := self._before_call(Call(method, key))) is not None:
             return fault
-        fault()
+        injected = self._find_injected_fault(method, key)
+        if not callable(injected):
+            return injected
+        injected()
         return None
 
     def _carry_out(
@@ -186,7 +199,7 @@ class MemoryStore:
             raise conflict_error(f"{self.uri}/{key}: lost a race, says the store")
         raise Unavailable(f"{self.uri}/{key}: the store does not answer")
 
-    def _find_fault(self, method: str, key: str) -> Fault | Callable[[], object] | None:
+    def _find_injected_fault(self, method: str, key: str) -> Fault | Callable[[], object] | None:
         for injected in self._faults:
             if injected.method == method and fnmatchcase(key, injected.pattern) and injected.times:
                 if injected.skip:

@@ -34,6 +34,7 @@ from batchjob.worker.messages import (
     WorkerReady,
     WorkerSetup,
 )
+from tests.support.part_footers import make_footer
 
 __all__ = [
     "AttemptScript",
@@ -256,20 +257,9 @@ def make_part(path: Path, store: Store, job: Job, key: ShardKey) -> tuple[PartWr
                 model_id=WORKER_INFO.model,
             )
         )
-        footer = PartFooter(
-            plan=head.plan,
-            shard=key.id,
-            index=key.index,
-            attempt=secrets.token_hex(8),
-            revision=key.revision,
-            fingerprint="f",
-            model="m",
-            rows=writer.rows,
-            failed=writer.failed,
-            errors=dict(writer.errors),
-            seconds={"wall": 0.5, "predict": 0.25},
-            versions={},
-        )
+        counts = {"rows": writer.rows, "failed": writer.failed, "errors": dict(writer.errors)}
+        seconds = {"wall": 0.5, "predict": 0.25}
+        footer = make_footer(key, plan=head.plan, attempt=secrets.token_hex(8), seconds=seconds, **counts)
         writer.close(footer)
     return writer, footer
 

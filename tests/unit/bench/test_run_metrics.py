@@ -11,8 +11,9 @@ from batchjob.bench.bench_worker import BenchWorker, RunRecord
 from batchjob.bench.results import StageUtilization
 from batchjob.bench.run_metrics import compute_run_metrics, compute_steady_rate
 from batchjob.inference.cpu_parallelism import CpuParallelism
-from batchjob.output.provenance import PartFooter, ShardResult
+from batchjob.output.provenance import ShardResult
 from batchjob.types import ShardKey, StageTiming
+from tests.support.part_footers import make_footer
 from tests.support.small_bench import open_small_bench_worker, write_small_job
 
 WORKER_PID, FIRST_LOADER, SECOND_LOADER = 1, 2, 3
@@ -37,11 +38,8 @@ def make_record(
 ) -> RunRecord:
     """Make the record of a run of one shard that began at 100 s."""
     key = ShardKey(0, "0" * 16, images, 0, 0)
-    footer = PartFooter(
-        plan="p", shard=key.id, index=0, attempt="a", revision=0, fingerprint="f", model="m", rows=images,
-        failed=failed, errors={}, seconds={}, versions={},
-    )  # fmt: skip
-    return RunRecord(100.0, ended, cpu_seconds, tuple(timings), (ShardResult(key, footer, {}, True, None),))
+    result = ShardResult(key, make_footer(key, failed=failed), {}, True, None)
+    return RunRecord(100.0, ended, cpu_seconds, tuple(timings), (result,))
 
 
 def time_stage(stage: str, started: float, ended: float, images: int = 10, pid: int = WORKER_PID) -> StageTiming:

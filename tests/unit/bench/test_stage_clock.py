@@ -82,6 +82,7 @@ def test_stage_that_no_image_reached_has_no_figures() -> None:
         StageClock().to_measurement("decode", None)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second CUDA device here")
 def test_gpu_time_is_that_of_the_clock_s_own_device() -> None:
     clock = StageClock(torch.device("cuda:1"))

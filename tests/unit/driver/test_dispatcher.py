@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 
 from batchjob.driver.dispatcher import Dispatcher
 from batchjob.driver.progress import NoProgress
 from batchjob.errors import AttemptFailed, BatchjobError, CheckFailed, Temporary, Unavailable
-from batchjob.output.provenance import PartFooter, ShardResult
+from batchjob.output.provenance import ShardResult
 from batchjob.pool.placement import Placement
 from batchjob.types import ShardKey
 from batchjob.worker.messages import ShardCommitted, ShardFailed, WorkerEvent, WorkerInfo, WorkerReady, WorkerSetup
+from tests.support.part_footers import make_footer
 
 WORKER_INFO = WorkerInfo("cpu", "fp32", "fake@000000000000", ("score",), batch_size=4, seconds=0.0)
 
@@ -82,8 +82,7 @@ class ManualPool:
 
 
 def make_result(key: ShardKey, committed_here: bool) -> ShardResult:
-    counts: dict[str, Any] = {"rows": key.rows, "failed": 1, "errors": {"decode/truncated": 1}}
-    footer = PartFooter("plan", key.id, key.index, "attempt", 0, "f", "m", seconds={}, versions={}, **counts)
+    footer = make_footer(key, failed=1, errors={"decode/truncated": 1})
     return ShardResult(key, footer, {}, committed_here, "tag")
 
 

@@ -30,6 +30,8 @@ from batchjob.output.success import SUCCESS, Part, read_success, write_success
 from batchjob.plan.head import PlanHead, discard_plan, new_head, put_head, read_current_head
 from batchjob.report.run_result import RunResult
 from batchjob.storage.store import Store, open_store
+from batchjob.types import ShardKey
+from tests.support.part_footers import make_footer
 from tests.support.scripted_pool import make_job
 
 
@@ -59,13 +61,10 @@ class Output:
 
     def put_part(self, plan: str, index: int, revision: int = 0) -> str:
         """Put a part of two rows; return its key."""
-        shard = f"{index:016x}"
-        footer = PartFooter(
-            plan=plan, shard=shard, index=index, attempt=f"attempt-{index}-{revision}", revision=revision,
-            fingerprint="f", model="m", rows=2, failed=0, errors={}, seconds={}, versions={},
-        )  # fmt: skip
+        shard = ShardKey(index, f"{index:016x}", 2, 0, 0, revision)
+        footer = make_footer(shard, plan=plan, attempt=f"attempt-{index}-{revision}")
         table = pa.table({"position": [0, 1]}).replace_schema_metadata({PartFooter.KEY: footer.to_json()})
-        key = f"predictions/part-{index:07d}-{shard}.parquet"
+        key = shard.part_key
         with tempfile.NamedTemporaryFile() as file:
             pq.write_table(table, file.name)
             self.store.delete(key)

@@ -25,6 +25,7 @@ from batchjob.report.run_result import RunResult
 from batchjob.types import ShardKey
 from batchjob.worker.messages import WorkerInfo
 from tests.support.memory_store import Fault, MemoryStore
+from tests.support.part_footers import make_footer
 
 WORKER_INFO = WorkerInfo("cpu", "fp32", "net@000000000000", ("score",), batch_size=4, seconds=1.5)
 
@@ -55,21 +56,14 @@ class FakeOutput:
     ) -> str:
         """Plan a shard and commit its part, with other `footer_fields` if given; return the part's key."""
         key = ShardKey(index, f"{index:016x}", rows, 0, 0)
-        footer = PartFooter(
-            plan=self.head.plan,
-            shard=key.id,
-            index=index,
-            attempt=f"attempt-{index}",
-            revision=0,
-            fingerprint="f",
-            model="m",
-            rows=rows,
-            failed=failed,
-            errors={"decode/truncated": failed} if failed else {},
-            seconds={"wall": 2.0, "predict": 0.25},
-            versions={},
-        )
-        footer = replace(footer, **footer_fields)
+        fields: dict[str, Any] = {
+            "plan": self.head.plan,
+            "attempt": f"attempt-{index}",
+            "failed": failed,
+            "errors": {"decode/truncated": failed} if failed else {},
+            "seconds": {"wall": 2.0, "predict": 0.25},
+        }
+        footer = make_footer(key, **fields | dict(footer_fields))
         self.expected_rows[key.part_key] = rows
         path = self._folder / key.id
         table = pa.table({"position": range(rows)}).replace_schema_metadata({PartFooter.KEY: footer.to_json()})

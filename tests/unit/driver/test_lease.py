@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from batchjob.driver.lease import EXPIRY_SECONDS, HEARTBEAT_SECONDS, Lease
 from batchjob.errors import Temporary, Unavailable
-from batchjob.storage.store import Store, open_store
+from batchjob.storage.store import Store
 from tests.support.memory_store import Fault, Killed, MemoryStore
-from tests.support.seaweed import Seaweed
 
 
 class FakeClock:
@@ -36,22 +34,6 @@ def acquire(store: Store, clock: FakeClock | None = None, note: Callable[[str], 
 
 def epoch_key(epoch: int) -> str:
     return f"_batchjob/lease/{epoch:010d}.json"
-
-
-@pytest.fixture
-def memory_store() -> MemoryStore:
-    return MemoryStore()
-
-
-@pytest.fixture(params=["memory", "disk", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """Make an empty output of each kind of store."""
-    if request.param == "memory":
-        return MemoryStore()
-    if request.param == "disk":
-        return open_store(str(tmp_path / "out"))
-    s3: Seaweed = request.getfixturevalue("s3")
-    return open_store(s3.bucket() + "out")
 
 
 # --- acquire --------------------------------------------------------------------------------------------------------
@@ -109,57 +91,53 @@ def test_release_ends_the_wait_of_a_newcomer(store: Store) -> None:
     assert clock.now == 1003
 
 
-def test_only_the_clock_of_the_newcomer_counts(memory_store: MemoryStore) -> None:
+def test_only_the_clock_of_the_newcomer_counts(memory: MemoryStore) -> None:
     owner_clock, clock = FakeClock(), FakeClock()
     owner_clock.now = 9e9
-    acquire(memory_store, owner_clock)
+    acquire(memory, owner_clock)
     clock.now = -5.0
-    assert acquire(memory_store, clock).epoch == 2
+    assert acquire(memory, clock).epoch == 2
     assert 15 <= clock.now < 16
 
 
-def test_only_successful_reads_count_for_the_expiry(memory_store: MemoryStore) -> None:
+def test_only_successful_reads_count_for_the_expiry(memory: MemoryStore) -> None:
     """Thirty seconds in which the store does not answer are no evidence about the owner."""
-    acquire(memory_store)
+    acquire(memory)
     clock = FakeClock()
 
     def slow_answer() -> None:
         clock.now += 30
 
-    memory_store.inject("list", "*", slow_answer, skip=1)
-    acquire(memory_store, clock)
+    memory.inject("list", "*", slow_answer, skip=1)
+    acquire(memory, clock)
     assert clock.now - 1000 >= 49
 
 
-def test_unavailable_store_hands_over_no_lease(memory_store: MemoryStore) -> None:
-    acquire(memory_store)
-    newcomer = memory_store.client()
+def test_unavailable_store_hands_over_no_lease(memory: MemoryStore) -> None:
+    acquire(memory)
+    newcomer = memory.client()
     newcomer.inject("list", "*", Fault.DOWN, skip=5)
     with pytest.raises(Unavailable):
         acquire(newcomer)
-    assert memory_store.stored_keys() == [epoch_key(1)]
+    assert memory.stored_keys() == [epoch_key(1)]
 
 
-def test_faster_third_driver_keeps_the_lease(memory_store: MemoryStore) -> None:
-    acquire(memory_store)
+def test_faster_third_driver_keeps_the_lease(memory: MemoryStore) -> None:
+    acquire(memory)
     clock = FakeClock(
-        lambda: (
-            memory_store.put_if_absent(epoch_key(2), memory_store.read(epoch_key(1)).data)
-            if clock.now == 1005
-            else None
-        )
+        lambda: memory.put_if_absent(epoch_key(2), memory.read(epoch_key(1)).data) if clock.now == 1005 else None
     )
     with pytest.raises(Temporary):
-        acquire(memory_store.client(), clock)
-    assert memory_store.stored_keys() == [epoch_key(1), epoch_key(2)]
+        acquire(memory.client(), clock)
+    assert memory.stored_keys() == [epoch_key(1), epoch_key(2)]
 
 
 @pytest.mark.parametrize("owned", [False, True], ids=["free", "silent"])
-def test_one_of_two_newcomers_wins(memory_store: MemoryStore, owned: bool) -> None:
+def test_one_of_two_newcomers_wins(memory: MemoryStore, owned: bool) -> None:
     if owned:
-        acquire(memory_store)
+        acquire(memory)
     epoch = 1 + owned
-    slow, fast, winners = memory_store.client(), memory_store.client(), list[Lease]()
+    slow, fast, winners = memory.client(), memory.client(), list[Lease]()
     slow.inject("put_if_absent", epoch_key(epoch), lambda: winners.append(acquire(fast)))
     with pytest.raises(Temporary, match="another driver"):
         acquire(slow)
@@ -167,10 +145,10 @@ def test_one_of_two_newcomers_wins(memory_store: MemoryStore, owned: bool) -> No
     winners[0].heartbeat()
 
 
-def test_foreign_files_among_the_epochs_are_ignored(memory_store: MemoryStore) -> None:
-    memory_store.put_if_absent("_batchjob/lease/.DS_Store", b"\0")
-    acquire(memory_store).release()
-    assert acquire(memory_store).epoch == 2
+def test_foreign_files_among_the_epochs_are_ignored(memory: MemoryStore) -> None:
+    memory.put_if_absent("_batchjob/lease/.DS_Store", b"\0")
+    acquire(memory).release()
+    assert acquire(memory).epoch == 2
 
 
 # --- heartbeat ------------------------------------------------------------------------------------------------------
@@ -182,16 +160,16 @@ def read_heartbeats(store: Store) -> int:
     return found
 
 
-def test_epoch_is_rewritten_every_two_seconds_at_most(memory_store: MemoryStore) -> None:
+def test_epoch_is_rewritten_every_two_seconds_at_most(memory: MemoryStore) -> None:
     clock = FakeClock()
-    lease = acquire(memory_store, clock)
+    lease = acquire(memory, clock)
     for _ in range(100):  # ticks of a control loop, every 0.2 s
         clock.sleep(0.2)
         lease.heartbeat()
     assert HEARTBEAT_SECONDS == 2
-    assert 9 <= read_heartbeats(memory_store) <= 10
-    assert memory_store.written_keys().count(epoch_key(1)) == 1 + read_heartbeats(memory_store)
-    assert not json.loads(memory_store.read(epoch_key(1)).data)["released"]
+    assert 9 <= read_heartbeats(memory) <= 10
+    assert memory.written_keys().count(epoch_key(1)) == 1 + read_heartbeats(memory)
+    assert not json.loads(memory.read(epoch_key(1)).data)["released"]
 
 
 def test_owner_that_sees_a_newer_epoch_stops(store: Store) -> None:
@@ -208,23 +186,23 @@ def test_owner_that_sees_a_newer_epoch_stops(store: Store) -> None:
         acquire(store, FakeClock(follower.heartbeat))
 
 
-def test_owner_whose_epoch_was_deleted_stops(memory_store: MemoryStore) -> None:
+def test_owner_whose_epoch_was_deleted_stops(memory: MemoryStore) -> None:
     clock = FakeClock()
-    suspended = acquire(memory_store, clock)
+    suspended = acquire(memory, clock)
     for _ in range(2):
-        acquire(memory_store).release()
-    assert epoch_key(1) not in memory_store.stored_keys()
+        acquire(memory).release()
+    assert epoch_key(1) not in memory.stored_keys()
     clock.now += 60
     with pytest.raises(Temporary):
         suspended.heartbeat()
     suspended.release()
-    assert epoch_key(1) not in memory_store.stored_keys()
+    assert epoch_key(1) not in memory.stored_keys()
 
 
-def test_owner_that_finds_no_epoch_stops(memory_store: MemoryStore) -> None:
+def test_owner_that_finds_no_epoch_stops(memory: MemoryStore) -> None:
     clock = FakeClock()
-    lease = acquire(memory_store, clock)
-    memory_store.delete(epoch_key(1))
+    lease = acquire(memory, clock)
+    memory.delete(epoch_key(1))
     clock.now += 60
     with pytest.raises(Temporary):
         lease.heartbeat()
@@ -234,55 +212,55 @@ def test_owner_that_finds_no_epoch_stops(memory_store: MemoryStore) -> None:
 
 
 @pytest.mark.parametrize("fault", [Fault.LOST, Fault.REPEATED, Fault.CONFLICT])
-def test_doubtful_answer_to_the_first_write_is_checked(memory_store: MemoryStore, fault: Fault) -> None:
-    memory_store.inject("put_if_absent", epoch_key(1), fault)
+def test_doubtful_answer_to_the_first_write_is_checked(memory: MemoryStore, fault: Fault) -> None:
+    memory.inject("put_if_absent", epoch_key(1), fault)
     clock = FakeClock()
-    lease = acquire(memory_store, clock)
+    lease = acquire(memory, clock)
     assert (lease.epoch, clock.now) == (1, 1000.0)
     clock.now += 5
     lease.heartbeat()
     lease.release()
-    assert acquire(memory_store, clock).epoch == 2
+    assert acquire(memory, clock).epoch == 2
 
 
 @pytest.mark.parametrize("fault", [Fault.LOST, Fault.REPEATED, Fault.CONFLICT])
-def test_doubtful_answer_to_a_heartbeat_is_checked(memory_store: MemoryStore, fault: Fault) -> None:
+def test_doubtful_answer_to_a_heartbeat_is_checked(memory: MemoryStore, fault: Fault) -> None:
     clock = FakeClock()
-    lease = acquire(memory_store, clock)
-    memory_store.inject("replace_if_match", epoch_key(1), fault, skip=1)
+    lease = acquire(memory, clock)
+    memory.inject("replace_if_match", epoch_key(1), fault, skip=1)
     for count in range(1, 5):
         clock.now += 2
         lease.heartbeat()
-        assert read_heartbeats(memory_store) == count
+        assert read_heartbeats(memory) == count
 
 
 @pytest.mark.parametrize("fault", [Fault.LOST, Fault.REPEATED, Fault.CONFLICT])
-def test_doubtful_answer_to_the_release_is_checked(memory_store: MemoryStore, fault: Fault) -> None:
-    lease = acquire(memory_store)
-    memory_store.inject("replace_if_match", epoch_key(1), fault)
+def test_doubtful_answer_to_the_release_is_checked(memory: MemoryStore, fault: Fault) -> None:
+    lease = acquire(memory)
+    memory.inject("replace_if_match", epoch_key(1), fault)
     lease.release()
     clock = FakeClock()
-    assert acquire(memory_store, clock).epoch == 2
+    assert acquire(memory, clock).epoch == 2
     assert clock.now == 1000.0
 
 
-def test_unavailable_store_is_a_temporary_error(memory_store: MemoryStore) -> None:
-    memory_store.inject("put_if_absent", epoch_key(1), Fault.DOWN)
+def test_unavailable_store_is_a_temporary_error(memory: MemoryStore) -> None:
+    memory.inject("put_if_absent", epoch_key(1), Fault.DOWN)
     with pytest.raises(Unavailable):
-        acquire(memory_store)
+        acquire(memory)
     clock = FakeClock()
-    lease = acquire(memory_store, clock)
-    memory_store.inject("replace_if_match", epoch_key(1), Fault.DOWN, times=2)
+    lease = acquire(memory, clock)
+    memory.inject("replace_if_match", epoch_key(1), Fault.DOWN, times=2)
     clock.now += 5
     with pytest.raises(Unavailable):
         lease.heartbeat()
     lease.release()  # raises nothing: the run has ended with another error, which must not be hidden
 
 
-def test_store_that_refuses_every_write_is_a_temporary_error(memory_store: MemoryStore) -> None:
-    memory_store.inject("put_if_absent", epoch_key(1), Fault.CONFLICT, times=100)
+def test_store_that_refuses_every_write_is_a_temporary_error(memory: MemoryStore) -> None:
+    memory.inject("put_if_absent", epoch_key(1), Fault.CONFLICT, times=100)
     with pytest.raises(Temporary):
-        acquire(memory_store)
+        acquire(memory)
     other = MemoryStore()
     clock = FakeClock()
     lease = acquire(other, clock)
@@ -294,31 +272,29 @@ def test_store_that_refuses_every_write_is_a_temporary_error(memory_store: Memor
 
 
 @pytest.mark.parametrize("fault", [Fault.KILLED_BEFORE, Fault.KILLED_AFTER])
-def test_driver_killed_during_acquire_delays_the_next_one_by_the_expiry(
-    memory_store: MemoryStore, fault: Fault
-) -> None:
-    acquire(memory_store).release()
-    killed = memory_store.client()
+def test_driver_killed_during_acquire_delays_the_next_one_by_the_expiry(memory: MemoryStore, fault: Fault) -> None:
+    acquire(memory).release()
+    killed = memory.client()
     killed.inject("put_if_absent", epoch_key(2), fault)
     with pytest.raises(Killed):
         acquire(killed)
     clock = FakeClock()
-    assert acquire(memory_store, clock).epoch == (3 if fault is Fault.KILLED_AFTER else 2)
+    assert acquire(memory, clock).epoch == (3 if fault is Fault.KILLED_AFTER else 2)
     assert clock.now - 1000 < 21
 
 
-def test_suspended_newcomer_does_not_recreate_a_deleted_epoch(memory_store: MemoryStore) -> None:
-    acquire(memory_store).release()
-    late_store = memory_store.client()
+def test_suspended_newcomer_does_not_recreate_a_deleted_epoch(memory: MemoryStore) -> None:
+    acquire(memory).release()
+    late_store = memory.client()
 
     def let_others_come_and_go() -> None:
         for _ in range(3):
-            acquire(memory_store).release()
+            acquire(memory).release()
 
     late_store.inject("put_if_absent", epoch_key(2), let_others_come_and_go)
     with pytest.raises(Temporary, match="another driver"):
         acquire(late_store)
-    assert memory_store.stored_keys() == [epoch_key(3), epoch_key(4)]
+    assert memory.stored_keys() == [epoch_key(3), epoch_key(4)]
 
 
 def test_lease_of_an_unused_output_leaves_no_trace(store: Store) -> None:
@@ -334,8 +310,8 @@ def test_newcomer_takes_over_from_an_owner_that_left_no_trace(store: Store) -> N
     assert clock.now < 1004
 
 
-def test_lost_lease_is_not_deleted(memory_store: MemoryStore) -> None:
-    suspended = acquire(memory_store)
-    follower = acquire(memory_store)
+def test_lost_lease_is_not_deleted(memory: MemoryStore) -> None:
+    suspended = acquire(memory)
+    follower = acquire(memory)
     suspended.release(is_unused=lambda: True)
     follower.confirm_ownership()

@@ -127,7 +127,7 @@ def test_cpu_is_not_probed() -> None:
     assert identify_device(torch.device("cpu")) == "cpu"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.gpu
 def test_gpu_has_a_unique_name_and_is_probed() -> None:
     device = torch.device("cuda:0")
     assert "GPU-" in identify_device(device)

@@ -43,7 +43,7 @@ def test_results_in_host_memory_need_no_wait() -> None:
     assert DeviceTransfer(CPU).sync() is None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.gpu
 def test_results_of_a_gpu_are_complete_after_the_wait() -> None:
     transfer = DeviceTransfer(torch.device("cuda:0"))
     pixels = torch.arange(1 << 20, dtype=torch.uint8).pin_memory()

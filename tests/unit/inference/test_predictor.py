@@ -406,7 +406,7 @@ def test_precision_is_checked_against_the_device() -> None:
     assert outputs.name.startswith("cpu ")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.gpu
 def test_each_precision_on_a_gpu() -> None:
     device = pick_device("cuda")
     assert get_device_capabilities(device).kind == "cuda"
@@ -422,7 +422,7 @@ def test_each_precision_on_a_gpu() -> None:
     assert torch.backends.cuda.matmul.fp32_precision == before
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.gpu
 def test_waiting_for_a_gpu_uses_no_cpu_time() -> None:
     class SlowNet(SmallNet):
         def forward(self, images: torch.Tensor) -> Any:
@@ -437,7 +437,7 @@ def test_waiting_for_a_gpu_uses_no_cpu_time() -> None:
     assert time.thread_time() - cpu < 0.5 * (time.perf_counter() - began)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.gpu
 def test_full_gpu_memory_halves_batches() -> None:
     class HungryNet(SmallNet):
         def forward(self, images: torch.Tensor) -> Any:

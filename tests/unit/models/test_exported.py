@@ -94,8 +94,7 @@ def test_broken_program_is_refused(tmp_path: Path) -> None:
     assert "that this torch does not load" in catch_load_error(load, broken)
 
 
+@pytest.mark.gpu
 def test_program_moves_to_a_gpu_with_its_constants(tmp_path: Path) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("this machine has no GPU")
     module = load(export_program(DeviceConstant(), tmp_path / "net.pt2", PIXELS)).module.to("cuda")
     torch.testing.assert_close(module(PIXELS.cuda()).cpu(), DeviceConstant()(PIXELS), rtol=0, atol=1e-6)

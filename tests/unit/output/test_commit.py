@@ -21,16 +21,20 @@ from batchjob.output.commit import (
     read_footers,
 )
 from batchjob.output.provenance import PartFooter
-from batchjob.storage.store import Store, open_store
+from batchjob.storage.store import Store
 from batchjob.types import ShardKey
 from tests.support.memory_store import Fault, Killed, MemoryStore
-from tests.support.seaweed import Seaweed
+from tests.support.part_footers import make_footer
 
 KEY = ShardKey(index=17, id="5eed5eed5eed5eed", rows=4, chunk=0, offset=0)
-FOOTER = PartFooter(
-    plan="plan", shard=KEY.id, index=KEY.index, attempt="ours", revision=0, fingerprint="f", model="m",
-    rows=4, failed=1, errors={"decode/truncated": 1}, seconds={"wall": 1.5}, versions={"torch": "2.15"},
-)  # fmt: skip
+FOOTER = make_footer(
+    KEY,
+    attempt="ours",
+    failed=1,
+    errors={"decode/truncated": 1},
+    seconds={"wall": 1.5},
+    versions={"torch": "2.15"},
+)
 
 
 def make_rows(footer: PartFooter) -> pa.Table:
@@ -62,22 +66,6 @@ def part(tmp_path: Path) -> Path:
 def other_part(tmp_path: Path) -> Path:
     """The part of the same shard by another attempt."""
     return write_part(tmp_path / "rivals.parquet", replace(FOOTER, attempt="rival", failed=0, errors={}))
-
-
-@pytest.fixture
-def memory() -> MemoryStore:
-    return MemoryStore()
-
-
-@pytest.fixture(params=["memory", "disk", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """An empty output of each kind."""
-    if request.param == "memory":
-        return MemoryStore()
-    if request.param == "disk":
-        return open_store(str(tmp_path / "out"))
-    s3: Seaweed = request.getfixturevalue("s3")
-    return open_store(s3.bucket() + "out")
 
 
 def plan_is_current() -> None:

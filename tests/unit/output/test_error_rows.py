@@ -12,7 +12,9 @@ import pytest
 from batchjob.errors import CheckFailed, NotFound
 from batchjob.output.error_rows import read_error_positions, read_error_rows
 from batchjob.output.provenance import PartFooter
+from batchjob.types import ShardKey
 from tests.support.memory_store import MemoryStore
+from tests.support.part_footers import make_footer
 
 KEY = "predictions/part-0000000-x.parquet"
 
@@ -20,10 +22,7 @@ KEY = "predictions/part-0000000-x.parquet"
 def write_part(folder: Path, stages: Sequence[str | None], first: int = 0) -> bytes:
     """Return a part with one row for each error stage, None for a good row."""
     failed = sum(stage is not None for stage in stages)
-    footer = PartFooter(
-        plan="plan", shard="x", index=0, attempt="a", revision=0, fingerprint="f", model="m", rows=len(stages),
-        failed=failed, errors={}, seconds={}, versions={},
-    )  # fmt: skip
+    footer = make_footer(ShardKey(0, "x", len(stages), 0, 0), failed=failed)
     rows = pa.table(
         {
             "position": pa.array(range(first, first + len(stages)), pa.int64()),

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from batchjob.errors import AttemptFailed, CheckFailed, Unavailable
 from batchjob.output.listed_parts import find_part_mismatches
-from batchjob.output.provenance import PartFooter
 from batchjob.output.success import (
     SUCCESS,
     Part,
@@ -21,35 +19,19 @@ from batchjob.output.success import (
     write_success,
 )
 from batchjob.storage.objects import ObjectInfo
-from batchjob.storage.store import Store, open_store
+from batchjob.storage.store import Store
+from batchjob.types import ShardKey
 from tests.support.memory_store import Fault, MemoryStore
-from tests.support.seaweed import Seaweed
+from tests.support.part_footers import make_footer
 
-FOOTER = PartFooter(
-    plan="plan", shard="5eed5eed5eed5eed", index=17, attempt="ours", revision=0, fingerprint="f", model="m",
-    rows=4, failed=1, errors={"decode/truncated": 1}, seconds={"wall": 1.5}, versions={"torch": "2.15"},
-)  # fmt: skip
+FOOTER = make_footer(
+    ShardKey(17, "5eed5eed5eed5eed", 4, 0, 0), failed=1, errors={"decode/truncated": 1}, seconds={"wall": 1.5}
+)
 PARTS = [Part("predictions/a", 4, 1, "etag-a", 100), Part("predictions/b", 3, 0, None, 90)]
 LISTING = {
     "predictions/a": ObjectInfo("predictions/a", 100, "etag-a", "1"),
     "predictions/b": ObjectInfo("predictions/b", 90),
 }
-
-
-@pytest.fixture
-def memory() -> MemoryStore:
-    return MemoryStore()
-
-
-@pytest.fixture(params=["memory", "disk", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """An empty output of each kind."""
-    if request.param == "memory":
-        return MemoryStore()
-    if request.param == "disk":
-        return open_store(str(tmp_path / "out"))
-    s3: Seaweed = request.getfixturevalue("s3")
-    return open_store(s3.bucket() + "out")
 
 
 def test_success_is_written_and_read_back(store: Store) -> None:

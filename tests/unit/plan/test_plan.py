@@ -31,10 +31,9 @@ from batchjob.plan.head import (
 )
 from batchjob.plan.reader import PlanReader
 from batchjob.sources.source import REF_FIELDS
-from batchjob.storage.store import Store, open_store
+from batchjob.storage.store import Store
 from batchjob.types import Cursor
 from tests.support.memory_store import Fault, Killed, MemoryStore
-from tests.support.seaweed import Seaweed
 
 SHARD_ROWS, CHUNK_ROWS = 3, 6
 SCHEMA = pa.schema([*REF_FIELDS, pa.field("sku", pa.string())])
@@ -95,22 +94,6 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make chunks of two shards in place of 65,536 rows."""
     # The additional row is not used, because chunks hold whole shards.
     monkeypatch.setattr("batchjob.plan.chunks.CHUNK_ROWS", CHUNK_ROWS + 1)
-
-
-@pytest.fixture
-def memory() -> MemoryStore:
-    return MemoryStore()
-
-
-@pytest.fixture(params=["memory", "disk", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """An empty output of each kind."""
-    if request.param == "memory":
-        return MemoryStore()
-    if request.param == "disk":
-        return open_store(str(tmp_path / "out"))
-    s3: Seaweed = request.getfixturevalue("s3")
-    return open_store(s3.bucket() + "out")
 
 
 # --- chunks and shards -----------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from batchjob.storage.probe import probe_store
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import Store, open_store, put_or_get
 from tests.support.fault_proxy import LOSE_ANSWER, RESET, TRUNCATE, FaultProxy, RandomFaults, Reply, run_fault_proxy
+from tests.support.memory_store import MemoryStore
 from tests.support.seaweed import Seaweed
 
 # Keys found in real buckets, in the order of their UTF-8 bytes. No two of them are the same file on a local disk.
@@ -234,27 +235,25 @@ def test_probe_accepts_disk_and_server_and_leaves_nothing(store: Store) -> None:
     assert list(store.list("")) == []
 
 
-class FirstWriterLosesStore:
+class FirstWriterLosesStore(MemoryStore):
     """A faulty store, as the probe must refuse it: a create succeeds although the object exists."""
 
-    def __init__(self, within: Store, times: int) -> None:
-        self.uri, self._within, self._times = within.uri, within, times
+    def __init__(self, is_correct_alone: bool) -> None:
+        super().__init__()
+        self._is_correct_alone = is_correct_alone
 
     def put_if_absent(self, key: str, body: bytes | Path) -> ObjectInfo:
-        if key.endswith("/twice") and self._times:  # correct with one writer at a time
-            return self._within.put_if_absent(key, body)
+        if self._is_correct_alone and key.endswith("/twice"):  # correct with one writer at a time
+            return super().put_if_absent(key, body)
         with suppress(AlreadyExists):
-            return self._within.put_if_absent(key, body)
+            return super().put_if_absent(key, body)
         return ObjectInfo(key, len(body) if isinstance(body, bytes) else 0)
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._within, name)
 
-
-@pytest.mark.parametrize("times", [0, 1])
-def test_probe_refuses_a_store_where_two_writers_win(tmp_path: Path, times: int) -> None:
+@pytest.mark.parametrize("is_correct_alone", [False, True])
+def test_probe_refuses_a_store_where_two_writers_win(is_correct_alone: bool) -> None:
     with pytest.raises(InvalidJob, match="two writers"):
-        probe_store(FirstWriterLosesStore(open_store(str(tmp_path)), times))  # type: ignore[arg-type]
+        probe_store(FirstWriterLosesStore(is_correct_alone))
 
 
 @pytest.mark.parametrize("uri", ["http://host/out", "memory://out", "hf://datasets/x"])
