@@ -52,7 +52,7 @@ _PACKAGES = (
     "simplejpeg",
 )
 # Extras of batchjob that bring what a job may need; the others are for development.
-_JOB_EXTRAS = ("s3", "gcs", "azure", "timm", "hf", "onnx", "quant", "heif", "iceberg", "delta", "query")
+_JOB_EXTRAS = ("s3", "gcs", "azure", "timm", "hf", "onnx", "quant", "heif", "query")
 # Modules of the compiler that torchvision imports.
 _COMPILER_MODULES = ("torch._dynamo", "torch._dynamo.utils")
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - its size is read, nothing is written

@@ -48,6 +48,7 @@ from batchjob.settings import Decision
 from batchjob.storage.reader import Reader
 from batchjob.system import import_torchvision
 from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess
+from batchjob.tasks.settings import TaskContext
 from batchjob.user_code import source_digest
 
 __all__ = ["Engine"]
@@ -260,7 +261,8 @@ class Engine:
             InvalidJob: The module fails, or its output does not fit the task.
         """
         output = self._run_example(self._module).output
-        return self._task.build_postprocess(output, self.model.labels, self._reader, self._job.folder)
+        context = TaskContext(self.model.labels, self._reader, self._job.folder)
+        return self._task.build_postprocess(output, context)
 
     def check_task(self) -> None:
         """Raise InvalidJob if the module fails on the example batch, or if its output does not fit the task."""

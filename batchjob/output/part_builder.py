@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -62,7 +62,10 @@ class ColumnBuilder(Protocol):
     Attributes:
         fields: Arrow fields of the task's columns.
         truth_columns: Passthrough columns with the ground truth; empty where the job names none.
+        names_images: True if it needs URI and passthrough columns of each image.
     """
+
+    names_images: ClassVar[bool]
 
     @property
     def fields(self) -> list[pa.Field]: ...
@@ -258,7 +261,7 @@ class PartBuilder:
         """Return the geometries of the images without error, with their names if the task asks for these."""
         good = [index for index, info in enumerate(batch.image_infos) if info.error is None]
         geometries = [self._get_geometry(batch.image_infos[index]) for index in good]
-        if not getattr(self._postprocess, "names_images", False):
+        if not self._postprocess.names_images:
             return geometries
         columns = shard.passthrough.slice(batch.start, len(batch.image_infos)).to_pylist()
         return [

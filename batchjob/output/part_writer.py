@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batchjob.arrow_types import child_fields, contains_null_type, is_text
 from batchjob.errors import BatchjobError, InvalidJob
 from batchjob.output.provenance import PartFooter
-from batchjob.output.schema import child_fields, contains_null_type
 from batchjob.types import ErrorRecord, ImageInfo, Shard
 
 __all__ = ["MAX_MESSAGE_LENGTH", "ROW_GROUP_BYTES", "ROW_GROUP_ROWS", "PartWriter", "build_rows"]
@@ -269,8 +269,8 @@ def _has_repeated_values(path: str, data_type: pa.DataType) -> bool:
     """Return True for columns that a dictionary makes smaller: texts and small integers."""
     if path in _DISTINCT or pa.types.is_floating(data_type):
         return False
-    is_text = pa.types.is_string(data_type) or pa.types.is_large_string(data_type) or pa.types.is_string_view(data_type)
-    return bool(is_text or (pa.types.is_integer(data_type) and data_type.bit_width <= 32))
+    is_small_integer = pa.types.is_integer(data_type) and data_type.bit_width <= 32
+    return is_text(data_type) or pa.types.is_string_view(data_type) or is_small_integer
 
 
 def _has_useful_statistics(path: str, data_type: pa.DataType) -> bool:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
+from batchjob.arrow_types import contains_null_type
 from batchjob.errors import InvalidJob
 
-__all__ = ["build_row_schema", "child_fields", "contains_null_type"]
+__all__ = ["build_row_schema"]
 
 _POSITION = pa.field("position", pa.int64(), nullable=False)
 _URI = pa.field("uri", pa.string(), nullable=False)
@@ -45,18 +46,6 @@ def build_row_schema(
         if contains_null_type(field.type):
             raise InvalidJob(f"input.passthrough: column {field.name!r} holds only nulls, so it has no type: drop it")
     return pa.schema(fields)
-
-
-def contains_null_type(data_type: pa.DataType) -> bool:
-    """Return True if a type, or a type nested in it, is Arrow's null type, which some readers cannot open."""
-    return pa.types.is_null(data_type) or any(contains_null_type(child.type) for child in child_fields(data_type))
-
-
-def child_fields(data_type: pa.DataType) -> list[pa.Field]:
-    """Return the fields nested in a type: of a struct, a list, or a map (key, value); none in a flat type."""
-    if pa.types.is_map(data_type):
-        return [data_type.key_field, data_type.item_field]
-    return [data_type.field(index) for index in range(data_type.num_fields)]
 
 
 def _check_names(passthrough_fields: Sequence[pa.Field], fields: Sequence[pa.Field], output_uri: str) -> None:

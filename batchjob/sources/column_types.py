@@ -1,86 +1,30 @@
-"""Column types of a manifest: their names in a job, their plain form, and casts that name the row that fails."""
+"""Columns of a manifest: checks of their names and types, and casts that name the row that fails."""
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections import Counter
 from collections.abc import Iterable
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batchjob.arrow_types import contains_null_type, is_binary, is_text, plain_type
 from batchjob.errors import InvalidJob
 
 __all__ = [
     "can_cast",
     "cast_column",
     "holds_image_files",
-    "is_text",
-    "parse_type",
-    "plain_type",
+    "is_stored_text",
     "require_column",
     "require_known_type",
 ]
 
-_TYPE_NAMES = [
-    *("string", "binary", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-    *("float16", "float32", "float64", "date32", "timestamp"),
-    *("timestamp[s]", "timestamp[ms]", "timestamp[us]", "timestamp[ns]"),
-]
-_ZONED_TIMESTAMP = re.compile(r"timestamp\[(s|ms|us|ns), ?tz=([\w/+:-]+)\]")
-_DECIMAL = re.compile(r"decimal128\((\d+), ?(-?\d+)\)")
 _MAX_LISTED_COLUMNS = 30
 _MAX_VALUE_LENGTH = 80  # characters of a value in a message
 # Beginnings of image files: JPEG, PNG, GIF, WebP, BMP, TIFF.
 _IMAGE_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
-
-
-def parse_type(name: str) -> pa.DataType:
-    """Return the Arrow type with a name such as `int64`, `timestamp[us, tz=UTC]`, `decimal128(10, 2)`.
-
-    Raises:
-        ValueError: There is no such type; names the nearest one.
-    """
-    if name == "timestamp":
-        return pa.timestamp("us")
-    if zoned := _ZONED_TIMESTAMP.fullmatch(name):
-        return pa.timestamp(zoned[1], zoned[2])
-    if decimal := _DECIMAL.fullmatch(name):
-        return pa.decimal128(int(decimal[1]), int(decimal[2]))
-    if name != "null":
-        try:
-            return pa.type_for_alias(name)
-        except ValueError:
-            pass
-    near = difflib.get_close_matches(name, _TYPE_NAMES, 1)
-    hint = f" (did you mean '{near[0]}'?)" if near else ""
-    raise ValueError(f"{name!r} is not a type{hint}; there are: {', '.join(_TYPE_NAMES)}")
-
-
-def plain_type(stored: pa.DataType) -> pa.DataType:
-    """Return a type without dictionaries, views and extensions, at every depth: the column's type in the output."""
-    if isinstance(stored, pa.BaseExtensionType):
-        return plain_type(stored.storage_type)
-    if pa.types.is_dictionary(stored):
-        return plain_type(stored.value_type)
-    if pa.types.is_string_view(stored):
-        return pa.string()
-    if pa.types.is_binary_view(stored):
-        return pa.binary()
-    return _plain_nested_type(stored) if pa.types.is_nested(stored) else stored
-
-
-def _plain_nested_type(stored: pa.DataType) -> pa.DataType:
-    if pa.types.is_struct(stored):
-        return pa.struct([field.with_type(plain_type(field.type)) for field in stored])
-    if pa.types.is_map(stored):
-        return pa.map_(plain_type(stored.key_type), plain_type(stored.item_type))
-    if pa.types.is_fixed_size_list(stored):
-        return pa.list_(plain_type(stored.value_type), stored.list_size)
-    if pa.types.is_large_list(stored):
-        return pa.large_list(plain_type(stored.value_type))
-    return pa.list_(plain_type(stored.value_type)) if pa.types.is_list(stored) else stored
 
 
 def require_column(names: Iterable[str], column: str, file: str, job_key: str) -> None:
@@ -109,17 +53,16 @@ def require_column(names: Iterable[str], column: str, file: str, job_key: str) -
 
 def require_known_type(stored: pa.DataType, file: str, column: str, job_key: str) -> None:
     """Raise InvalidJob if a part of the type is null: readers of the output could not tell what the column holds."""
-    if _contains_null_type(stored):
+    if contains_null_type(stored):
         raise InvalidJob(
             f"{job_key}: column {column!r} of {file} holds only nulls and has no type; "
             f"give it one, as in passthrough: {{{column}: string}}, or leave it out"
         )
 
 
-def is_text(stored: pa.DataType) -> bool:
+def is_stored_text(stored: pa.DataType) -> bool:
     """Return True for a type of text, also for one whose writer marked it as binary."""
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    return any(test(stored) for test in tests)
+    return is_text(stored) or is_binary(stored)
 
 
 def holds_image_files(stored: pa.DataType, values: pa.Array | None = None) -> bool:
@@ -131,17 +74,12 @@ def holds_image_files(stored: pa.DataType, values: pa.Array | None = None) -> bo
     """
     stored = plain_type(stored)
     if pa.types.is_struct(stored):
-        return any(_is_binary(field.type) for field in stored)
-    if not _is_binary(stored) or values is None:
+        return any(is_binary(field.type) for field in stored)
+    if not is_binary(stored) or values is None:
         return False
     first = next((value for value in values.slice(0, 100).to_pylist() if value), b"")
     # A path may begin with such letters too, but it holds no zero byte and is text.
     return bool(first.startswith(_IMAGE_BEGINNINGS) and (b"\0" in first or first[0] > 0x7F))
-
-
-def _is_binary(stored: pa.DataType) -> bool:
-    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-    return any(test(stored) for test in tests)
 
 
 def can_cast(stored: pa.DataType, target: pa.DataType) -> bool:
@@ -172,7 +110,7 @@ def cast_column(values: pa.Array, target: pa.DataType, file: str, column: str, f
         return values
     try:
         values = values.cast(plain_type(values.type))
-        if is_text(values.type) and not is_text(target):
+        if is_stored_text(values.type) and not is_stored_text(target):
             values = pc.utf8_trim_whitespace(values.cast(pa.string()))
             values = pc.if_else(pc.equal(values, pa.scalar("")), pa.scalar(None, pa.string()), values)
         if pa.types.is_integer(target):
@@ -219,13 +157,3 @@ def _format_value(value: pa.Scalar) -> str:
     except (ValueError, OverflowError):  # Text that is not UTF-8, or a date that Python does not have.
         text = "the value"
     return text if len(text) <= _MAX_VALUE_LENGTH else text[:_MAX_VALUE_LENGTH] + "…"
-
-
-def _contains_null_type(stored: pa.DataType) -> bool:
-    if pa.types.is_null(stored):
-        return True
-    if isinstance(stored, pa.BaseExtensionType):
-        return _contains_null_type(stored.storage_type)
-    if pa.types.is_dictionary(stored):
-        return _contains_null_type(stored.value_type)
-    return any(_contains_null_type(stored.field(index).type) for index in range(stored.num_fields))

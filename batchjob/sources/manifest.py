@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import AfterValidator, Field
 
+from batchjob.arrow_types import plain_type
 from batchjob.errors import InvalidJob
 from batchjob.settings import Settings, Uri
 from batchjob.sources.column_types import (
     can_cast,
     cast_column,
     holds_image_files,
-    is_text,
-    plain_type,
+    is_stored_text,
     require_column,
     require_known_type,
 )
@@ -217,7 +217,7 @@ class ManifestSource(Settings):
         if holds_image_files(stored):
             raise self._image_files_error(uri)
         stored = plain_type(stored)
-        if not is_text(stored) and not pa.types.is_null(stored):
+        if not is_stored_text(stored) and not pa.types.is_null(stored):
             raise InvalidJob(f"input.uri_column: column {self.uri_column!r} of {uri} is {stored}; it must be text")
 
     def _image_files_error(self, uri: str) -> InvalidJob:

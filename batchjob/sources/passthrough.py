@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 from pydantic import AfterValidator, Field
 
-from batchjob.sources.column_types import parse_type
+from batchjob.arrow_types import parse_flat_type
 
 __all__ = ["ColumnName", "Passthrough", "PassthroughColumn", "parse_passthrough"]
 
@@ -39,19 +39,19 @@ def parse_passthrough(setting: Sequence[str] | Mapping[str, Any]) -> tuple[Passt
     columns = []
     for column, rule in setting.items():
         rules = {"type": rule} if isinstance(rule, str) else rule
-        column_type = parse_type(rules["type"]) if "type" in rules else None
+        column_type = parse_flat_type(rules["type"]) if "type" in rules else None
         columns.append(PassthroughColumn(column, rules.get("as", column), column_type))
     return tuple(columns)
 
 
 def _check_type(name: str) -> str:
-    parse_type(name)
+    parse_flat_type(name)
     return name
 
 
 def _check_rule(rule: dict[str, str]) -> dict[str, str]:
     if "type" in rule:
-        parse_type(rule["type"])
+        parse_flat_type(rule["type"])
     return rule
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+from batchjob.errors import InvalidJob
 from batchjob.settings import Decision
 
 if TYPE_CHECKING:
@@ -49,16 +50,34 @@ def apply_activation(output: torch.Tensor, activation: ScoreFunction) -> torch.T
     return values.sigmoid() if activation == "sigmoid" else values.softmax(dim=1)
 
 
-def decide_activation(model: TaskModel, run_model: RunModel, usual: Literal["softmax", "sigmoid"]) -> Decision | None:
-    """Decide if a model's output are logits or already scores.
-
-    The last operation of the model decides, where it is seen and makes only one of both. Else the outputs for images
-    that look very different do: logits would hardly add up to 1 for all of them.
+def decide_activation(
+    activation: Activation, model: TaskModel, run_model: RunModel, usual: Literal["softmax", "sigmoid"]
+) -> dict[str, Decision]:
+    """Choose the activation, if it is `auto`; see `TaskSettings.decide`.
 
     Args:
+        activation: `task.activation` of the job.
         model: The model.
         run_model: Runs it.
         usual: Activation for logits.
+
+    Raises:
+        InvalidJob: The model gives features, which are no class scores.
+    """
+    if model.gives_features is not None:
+        raise InvalidJob(
+            f"model: {model.gives_features}; it gives features (task.type: embedding), so take a model with a head for "
+            "classes"
+        )
+    decision = _find_activation(model, run_model, usual) if activation == "auto" else None
+    return {} if decision is None else {"activation": decision}
+
+
+def _find_activation(model: TaskModel, run_model: RunModel, usual: Literal["softmax", "sigmoid"]) -> Decision | None:
+    """Find out if a model's output are logits or already scores.
+
+    The last operation of the model decides, where it is seen and makes only one of both. Else the outputs for images
+    that look very different do: logits would hardly add up to 1 for all of them.
 
     Returns:
         `none` for scores, else `usual`; None if the output is no tensor `[n, classes]`, which the task will refuse.

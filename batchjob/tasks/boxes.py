@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from batchjob.tasks.labels import CLASS_FIELDS, look_up_labels
+from batchjob.tasks.postprocess import Mask
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +22,6 @@ __all__ = ["BOX_FIELDS", "BoxSelector", "build_box_columns", "filled_slots", "ma
 
 BOX_FIELDS = [*CLASS_FIELDS, *(pa.field(name, pa.float32()) for name in ("x_min", "y_min", "x_max", "y_max"))]
 """Fields of a box; corners in pixels of the upright image."""
-
-_Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -90,16 +89,16 @@ class BoxSelector:
         return remaining
 
 
-def filled_slots(tensors: Mapping[str, torch.Tensor]) -> _Mask:
+def filled_slots(tensors: Mapping[str, torch.Tensor]) -> Mask:
     """Return the slots of `BoxSelector` that hold a box, bool `[n, k]`: count 2 of 4 slots is `[1, 1, 0, 0]`."""
     count, slots = tensors["count"].numpy(), tensors["score"].shape[1]
-    filled: _Mask = np.arange(slots) < count[:, None]
+    filled: Mask = np.arange(slots) < count[:, None]
     return filled
 
 
 def map_boxes_to_image(
     boxes: np.ndarray[Any, Any], geometries: Sequence[ImageGeometry], *, relative: bool
-) -> tuple[np.ndarray[Any, Any], _Mask]:
+) -> tuple[np.ndarray[Any, Any], Mask]:
     """Map boxes from the model's input to the upright image.
 
     Example: an image of 400 pixels resized to 200 (scale 0.5), of which a crop cuts 20 pixels on the left: x 30 of the
@@ -128,7 +127,7 @@ def map_boxes_to_image(
 def build_box_columns(
     tensors: Mapping[str, torch.Tensor],
     boxes: np.ndarray[Any, Any],
-    kept: _Mask,
+    kept: Mask,
     labels: tuple[str, ...] | None,
 ) -> list[pa.Array]:
     """Build the columns of `BOX_FIELDS` for the kept boxes, image after image.
@@ -139,10 +138,10 @@ def build_box_columns(
         kept: True for the slots whose boxes are written, bool `[n, k]`.
         labels: Class names by id; None if there are none.
     """
-    ids = tensors["label_id"].numpy()[kept]
+    ids = pa.array(tensors["label_id"].numpy()[kept])
     corners = boxes[kept]
     return [
-        pa.array(ids),
+        ids,
         look_up_labels(labels, ids),
         pa.array(tensors["score"].numpy()[kept]),
         *(pa.array(corners[:, side].copy()) for side in range(4)),

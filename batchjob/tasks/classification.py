@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -18,17 +17,16 @@ from batchjob.errors import InvalidJob
 from batchjob.settings import Decision
 from batchjob.tasks.activation import Activation, ScoreFunction, apply_activation, decide_activation
 from batchjob.tasks.ground_truth import UNKNOWN_CLASS, LabelIndex, is_class_type, ratio
-from batchjob.tasks.labels import CLASS_FIELDS, Labels, max_label_bytes, read_labels, resolve_class_names
-from batchjob.tasks.list_columns import build_list_column
-from batchjob.tasks.model_output import refuse_features, require_float_output
-from batchjob.tasks.postprocess import Postprocess, PostprocessDefaults, finite_mask
-from batchjob.tasks.settings import RunModel, TaskModel, TaskSettings
+from batchjob.tasks.labels import CLASS_FIELDS, Labels, look_up_labels, max_label_bytes, resolve_class_names
+from batchjob.tasks.list_columns import build_struct_lists
+from batchjob.tasks.model_output import count_classes
+from batchjob.tasks.postprocess import Postprocess
+from batchjob.tasks.settings import RunModel, TaskContext, TaskModel, TaskSettings
 
 if TYPE_CHECKING:
     import torch
 
     from batchjob.preprocessing.geometry import ImageGeometry
-    from batchjob.storage.reader import Reader
 
 __all__ = ["ClassificationTask"]
 
@@ -69,59 +67,22 @@ class ClassificationTask(TaskSettings):
         """Upper bound of the bytes of a row's columns."""
         return (self.top_k + 1) * (_CLASS_BYTES + max_label_bytes(self.labels)) + 8
 
-    @property
-    def truth_columns(self) -> tuple[str, ...]:
-        """Column with the true class."""
-        return () if self.truth is None else (self.truth,)
-
-    def check(self, reader: Reader, folder: Path) -> None:  # noqa: ARG002
-        """Read the label file, if there is one. Raises InvalidJob, Unavailable."""
-        if isinstance(self.labels, str):
-            read_labels(reader, self.labels)
-
     def decide(self, model: TaskModel, run_model: RunModel) -> dict[str, Decision]:
         """Choose the activation, if it is `auto`. Raises InvalidJob if the model gives features."""
-        refuse_features(model)
-        found = decide_activation(model, run_model, "softmax") if self.activation == "auto" else None
-        return {} if found is None else {"activation": found}
+        return decide_activation(self.activation, model, run_model, "softmax")
 
-    def build_postprocess(
-        self,
-        output: Any,
-        labels: tuple[str, ...] | None,
-        reader: Reader,
-        folder: Path,  # noqa: ARG002
-    ) -> Postprocess:
-        """Build the postprocess for a model, from its output for an example batch.
-
-        Args:
-            output: Output of the model for `EXAMPLE_ROWS` images.
-            labels: Class names that the weights bring.
-            reader: Reader for a label file.
-            folder: Not used.
-
-        Raises:
-            InvalidJob: If the output is not `[n, classes]`, the labels do not fit it, or `top_k` exceeds the classes.
-            Unavailable: If the store of the label file cannot be reached.
-        """
-        logits = require_float_output(output, _EXPECTED, _ADVICE)
-        if logits.ndim != 2:
+    def build_postprocess(self, output: Any, context: TaskContext) -> Postprocess:
+        """Build the postprocess; see `TaskSettings`. The output must be `[n, classes]`, with two classes or more."""
+        classes = count_classes(output, self.top_k, _EXPECTED, _ADVICE)
+        if classes == 1:
             raise InvalidJob(
-                f"the model gives {list(logits.shape)} for {len(logits)} images, but {_EXPECTED}; {_ADVICE}"
+                f"the model gives {list(output.shape)} for {len(output)} images: softmax over 1 class says nothing; "
+                "wrap it to give a logit for each class (model.type: python)"
             )
-        classes = logits.shape[1]
-        if classes < 2:
-            raise InvalidJob(
-                f"the model gives {list(logits.shape)} for {len(logits)} images: softmax over {classes} class says "
-                "nothing; wrap it to give a logit for each class (model.type: python)"
-            )
-        if self.top_k > classes:
-            raise InvalidJob(f"task.top_k is {self.top_k}, but the model knows {classes} classes; lower it")
-        names = resolve_class_names(self.labels, classes, labels, reader)
         return _ClassificationPostprocess(
             top_k=self.top_k,
             activation="softmax" if self.activation == "auto" else self.activation,
-            label_index=LabelIndex(classes, names),
+            label_index=LabelIndex(classes, resolve_class_names(self.labels, classes, context)),
             allow_nan=self.allow_nan,
             truth_columns=self.truth_columns,
         )
@@ -148,7 +109,7 @@ class ClassificationTask(TaskSettings):
 
 
 @dataclass(frozen=True)
-class _ClassificationPostprocess(PostprocessDefaults):
+class _ClassificationPostprocess(Postprocess):
     top_k: int
     activation: ScoreFunction
     label_index: LabelIndex
@@ -171,15 +132,14 @@ class _ClassificationPostprocess(PostprocessDefaults):
         return {"label_id": ids.to(torch.int32), "score": scores, "finite": scores.isfinite().all(dim=1)}
 
     def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:  # noqa: ARG002
-        finite = finite_mask(tensors)
+        labels, finite = self.label_index.labels, tensors["finite"].numpy()
         ids, scores = tensors["label_id"].numpy(), tensors["score"].numpy()
         best_ids = pa.array(ids[:, 0], mask=~finite)
-        best_scores = pa.array(scores[:, 0]) if self.allow_nan else pa.array(scores[:, 0], mask=~finite)
-        flat_ids = pa.array(ids[finite].reshape(-1))
-        flat_columns = [flat_ids, self.label_index.look_up(flat_ids), pa.array(scores[finite].reshape(-1))]
-        structs = pa.StructArray.from_arrays(flat_columns, fields=CLASS_FIELDS)
-        top_k = build_list_column(finite * self.top_k, structs, ~finite)
-        return [best_ids, self.label_index.look_up(best_ids), best_scores, top_k]
+        best_scores = pa.array(scores[:, 0], mask=self.null_rows(tensors))
+        flat_ids, flat_scores = pa.array(ids[finite].reshape(-1)), pa.array(scores[finite].reshape(-1))
+        flat_columns = [flat_ids, look_up_labels(labels, flat_ids), flat_scores]
+        top_k = build_struct_lists(finite * self.top_k, flat_columns, CLASS_FIELDS, ~finite)
+        return [best_ids, look_up_labels(labels, best_ids), best_scores, top_k]
 
     def sum_metrics(self, rows: pa.RecordBatch) -> dict[str, float]:
         """Count `images`, `right`, `right_in_top_k` and `unknown_truth`, and images by label under JSON lists as keys.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
@@ -13,16 +12,15 @@ from pydantic import Field
 from batchjob.errors import InvalidJob
 from batchjob.tasks.boxes import BOX_FIELDS, BoxSelector, build_box_columns, filled_slots, map_boxes_to_image
 from batchjob.tasks.detector_output import DetrBoxReader, TorchvisionBoxReader, choose_box_reader, gives_keypoints
-from batchjob.tasks.labels import Labels, max_label_bytes, read_labels, resolve_class_names
-from batchjob.tasks.list_columns import build_list_column
-from batchjob.tasks.postprocess import Postprocess, PostprocessDefaults, finite_mask
-from batchjob.tasks.settings import TaskSettings
+from batchjob.tasks.labels import Labels, max_label_bytes, resolve_class_names
+from batchjob.tasks.list_columns import build_struct_lists
+from batchjob.tasks.postprocess import Postprocess
+from batchjob.tasks.settings import TaskContext, TaskSettings
 
 if TYPE_CHECKING:
     import torch
 
     from batchjob.preprocessing.geometry import ImageGeometry
-    from batchjob.storage.reader import Reader
 
 __all__ = ["DetectionTask"]
 
@@ -61,31 +59,9 @@ class DetectionTask(TaskSettings):
         """Upper bound of the bytes of a row's columns."""
         return self.max_boxes * (_BOX_BYTES + max_label_bytes(self.labels)) + 8
 
-    def check(self, reader: Reader, folder: Path) -> None:  # noqa: ARG002
-        """Read the label file, if there is one. Raises InvalidJob, Unavailable."""
-        if isinstance(self.labels, str):
-            read_labels(reader, self.labels)
-
-    def build_postprocess(
-        self,
-        output: Any,
-        labels: tuple[str, ...] | None,
-        reader: Reader,
-        folder: Path,  # noqa: ARG002
-    ) -> Postprocess:
-        """Build the postprocess for a model, from its output for an example batch.
-
-        Args:
-            output: Output of the model for `EXAMPLE_ROWS` images.
-            labels: Class names that the weights bring.
-            reader: Reader for a label file.
-            folder: Not used.
-
-        Raises:
-            InvalidJob: If the output is not in the format, or the labels do not fit it.
-            Unavailable: If the store of the label file cannot be reached.
-        """
-        names = resolve_class_names(self.labels, None, labels, reader)
+    def build_postprocess(self, output: Any, context: TaskContext) -> Postprocess:
+        """Build the postprocess; see `TaskSettings`. The output must be in the `format`."""
+        names = resolve_class_names(self.labels, None, context)
         box_reader = choose_box_reader(output, self.format, self.scores, len(names) if names is not None else None)
         if self.keypoints == "refuse" and gives_keypoints(output):
             raise InvalidJob(
@@ -94,13 +70,13 @@ class DetectionTask(TaskSettings):
             )
         if isinstance(box_reader, DetrBoxReader):
             class_count = output["logits"].shape[2] - (not box_reader.sigmoid)
-            names = resolve_class_names(self.labels, class_count, labels, reader)
+            names = resolve_class_names(self.labels, class_count, context)
         selector = BoxSelector(self.threshold, self.nms, self.max_boxes)
         return _DetectionPostprocess(box_reader, selector, names, self.allow_nan)
 
 
 @dataclass(frozen=True)
-class _DetectionPostprocess(PostprocessDefaults):
+class _DetectionPostprocess(Postprocess):
     box_reader: TorchvisionBoxReader | DetrBoxReader
     selector: BoxSelector
     labels: tuple[str, ...] | None
@@ -117,9 +93,8 @@ class _DetectionPostprocess(PostprocessDefaults):
         return selected
 
     def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:
-        valid = finite_mask(tensors) | self.allow_nan
+        null_rows = self.null_rows(tensors)
         boxes, inside = map_boxes_to_image(tensors["boxes"].numpy(), geometries, relative=self.box_reader.relative)
-        kept = inside & filled_slots(tensors) & valid[:, None]
+        kept = inside & filled_slots(tensors) & ~null_rows[:, None]
         box_columns = build_box_columns(tensors, boxes, kept, self.labels)
-        structs = pa.StructArray.from_arrays(box_columns, fields=BOX_FIELDS)
-        return [build_list_column(kept.sum(axis=1), structs, ~valid)]
+        return [build_struct_lists(kept.sum(axis=1), box_columns, BOX_FIELDS, null_rows)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
@@ -14,16 +13,16 @@ from pydantic import Field
 from batchjob.errors import InvalidJob
 from batchjob.settings import Decision
 from batchjob.tasks.feature_layer import MODEL_OUTPUT, decide_layer, parse_left_out, remove_layers
+from batchjob.tasks.list_columns import build_vector_column
 from batchjob.tasks.model_output import check_row_shape, require_float_output
-from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess, PostprocessDefaults, finite_mask
-from batchjob.tasks.settings import RunModel, TaskModel, TaskSettings
+from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess
+from batchjob.tasks.settings import RunModel, TaskContext, TaskModel, TaskSettings
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from batchjob.preprocessing.geometry import ImageGeometry
-    from batchjob.storage.reader import Reader
 
 __all__ = ["EmbeddingTask"]
 
@@ -79,24 +78,8 @@ class EmbeddingTask(TaskSettings):
                 raise _missing_layer(name, module)
         return remove_layers(module, left_out)
 
-    def build_postprocess(
-        self,
-        output: Any,
-        labels: tuple[str, ...] | None,  # noqa: ARG002
-        reader: Reader,  # noqa: ARG002
-        folder: Path,  # noqa: ARG002
-    ) -> Postprocess:
-        """Build the postprocess for an adapted model, from its output for an example batch.
-
-        Args:
-            output: Output of the model for `EXAMPLE_ROWS` images.
-            labels: Not used.
-            reader: Not used.
-            folder: Not used.
-
-        Raises:
-            InvalidJob: If the output is not a vector for each image.
-        """
+    def build_postprocess(self, output: Any, context: TaskContext) -> Postprocess:  # noqa: ARG002
+        """Build the postprocess; see `TaskSettings`. The output must be a vector for each image."""
         is_output = self.layer in {None, "auto", MODEL_OUTPUT}
         source = "the model" if is_output else f"task.layer {self.layer}"
         vectors = require_float_output(output, _EXPECTED, _ADVICE)
@@ -111,18 +94,14 @@ class EmbeddingTask(TaskSettings):
 
 
 @dataclass(frozen=True)
-class _EmbeddingPostprocess(PostprocessDefaults):
+class _EmbeddingPostprocess(Postprocess):
     row_shape: tuple[int, ...]
     normalize: bool
     allow_nan: bool
 
     @property
     def fields(self) -> list[pa.Field]:
-        return [pa.field("embedding", pa.list_(pa.float32(), self._dimensions))]
-
-    @property
-    def _dimensions(self) -> int:
-        return self.row_shape[0]
+        return [pa.field("embedding", pa.list_(pa.float32(), self.row_shape[0]))]
 
     def on_device(self, output: torch.Tensor) -> dict[str, torch.Tensor]:
         """Flatten the output to `embedding` float32 `[n, d]`, with `finite` bool `[n]`."""
@@ -136,9 +115,7 @@ class _EmbeddingPostprocess(PostprocessDefaults):
         return {"embedding": vectors, "finite": finite}
 
     def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:  # noqa: ARG002
-        flat = pa.array(tensors["embedding"].contiguous().view(-1).numpy())
-        mask = None if self.allow_nan else pa.array(~finite_mask(tensors))
-        return [pa.FixedSizeListArray.from_arrays(flat, self._dimensions, mask=mask)]
+        return [build_vector_column(tensors["embedding"], self.null_rows(tensors))]
 
 
 def _missing_layer(name: str, module: nn.Module) -> InvalidJob:

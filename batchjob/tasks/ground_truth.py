@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batchjob.arrow_types import is_text
+
 __all__ = ["UNKNOWN_CLASS", "LabelIndex", "as_text", "is_class_type", "ratio"]
 
 UNKNOWN_CLASS = -1
@@ -44,19 +46,13 @@ class LabelIndex:
         """Return the label of an id, or the id as text if there are no labels."""
         return self.labels[class_id] if self.labels else str(class_id)
 
-    def look_up(self, ids: pa.Array) -> pa.Array:
-        """Return the label of each id as a string array; null if the id is null or there are no labels."""
-        if self.labels is None:
-            return pa.nulls(len(ids), pa.string())
-        return self._label_array.take(ids)
-
     def class_ids(self, values: pa.Array) -> _ClassIds:
         """Return the canonical id of the class that each value names, int64 `[n]`.
 
         Text names a class by its label, a number by its id. Text of digits is an id too, unless a label consists of
         digits. Values that name no class, and nulls, are UNKNOWN_CLASS.
         """
-        if not _is_text(values.type):
+        if not is_text(values.type):
             return self.canonical_ids(_to_integers(values))
         values = pc.utf8_trim_whitespace(values.cast(pa.string()))
         by_label = pc.index_in(values, pa.array(self.labels or (), pa.string()))
@@ -79,31 +75,23 @@ class LabelIndex:
         return np.array([first.setdefault(name, class_id) for class_id, name in enumerate(names)], np.int64)
 
     @cached_property
-    def _label_array(self) -> pa.Array:
-        return pa.array(self.labels, pa.string())
-
-    @cached_property
     def _digits_are_ids(self) -> bool:
         return not any(label.strip().isdecimal() for label in self.labels or ())
 
 
 def is_class_type(data_type: pa.DataType) -> bool:
     """Return True if values of this type can name classes: text and numbers."""
-    return _is_text(data_type) or pa.types.is_integer(data_type) or pa.types.is_floating(data_type)
+    return is_text(data_type) or pa.types.is_integer(data_type) or pa.types.is_floating(data_type)
 
 
 def as_text(values: pa.Array) -> pa.Array | None:
     """Return the values as a plain string array; None if they are not text."""
-    return values.cast(pa.string()) if _is_text(values.type) else None
+    return values.cast(pa.string()) if is_text(values.type) else None
 
 
 def ratio(part: float, whole: float) -> float | None:
     """Return `part / whole`; None if `whole` is 0."""
     return part / whole if whole else None
-
-
-def _is_text(data_type: pa.DataType) -> bool:
-    return bool(pa.types.is_string(data_type) or pa.types.is_large_string(data_type))
 
 
 def _to_integers(values: pa.Array) -> pa.Array:

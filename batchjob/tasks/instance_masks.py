@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from batchjob.tasks.boxes import BOX_FIELDS, BoxSelector, build_box_columns, filled_slots, map_boxes_to_image
 from batchjob.tasks.detector_output import TorchvisionBoxReader
-from batchjob.tasks.list_columns import build_list_column
+from batchjob.tasks.list_columns import build_struct_lists
 from batchjob.tasks.masks import (
     RLE_FIELDS,
     build_rle_arrays,
@@ -22,7 +22,7 @@ from batchjob.tasks.masks import (
     resample_to_image,
     unpack_mask_bits,
 )
-from batchjob.tasks.postprocess import PostprocessDefaults, finite_mask
+from batchjob.tasks.postprocess import Postprocess
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ _MASK_FIELDS = {"png": [pa.field("mask", pa.binary())], "rle": [pa.field("mask",
 
 
 @dataclass(frozen=True)
-class InstancePostprocess(PostprocessDefaults):
+class InstancePostprocess(Postprocess):
     """Postprocess of a model that gives instances.
 
     Attributes:
@@ -85,14 +85,13 @@ class InstancePostprocess(PostprocessDefaults):
         return {**selected, "masks": masks, "mask_size": mask_size, "finite": finite}
 
     def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:
-        valid = finite_mask(tensors) | self.allow_nan
+        null_rows = self.null_rows(tensors)
         boxes, inside = map_boxes_to_image(tensors["boxes"].numpy(), geometries, relative=False)
-        kept = inside & filled_slots(tensors) & valid[:, None]
+        kept = inside & filled_slots(tensors) & ~null_rows[:, None]
         masks = self._resample_masks(tensors, geometries, kept)
         area = pa.array(np.array([np.count_nonzero(mask) for mask in masks], np.int64))
         columns = [*build_box_columns(tensors, boxes, kept, self.labels), area, *self._encode_masks(masks)]
-        structs = pa.StructArray.from_arrays(columns, fields=self._struct_fields)
-        return [build_list_column(kept.sum(axis=1), structs, ~valid)]
+        return [build_struct_lists(kept.sum(axis=1), columns, self._struct_fields, null_rows)]
 
     def _resample_masks(
         self, tensors: Mapping[str, torch.Tensor], geometries: Sequence[ImageGeometry], kept: np.ndarray[Any, Any]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BeforeValidator
 
 from batchjob.errors import InvalidJob, NotFound, StorageError
@@ -15,6 +15,7 @@ from batchjob.text import with_article
 
 if TYPE_CHECKING:
     from batchjob.storage.reader import Reader
+    from batchjob.tasks.settings import TaskContext
 
 __all__ = [
     "CLASS_FIELDS",
@@ -44,24 +45,21 @@ Labels = Annotated[tuple[str, ...] | Uri | None, BeforeValidator(_integers_to_te
 """Class names by id, or the URI of a file of them."""
 
 
-def resolve_class_names(
-    labels: Labels, class_count: int | None, weight_labels: tuple[str, ...] | None, reader: Reader
-) -> tuple[str, ...] | None:
+def resolve_class_names(labels: Labels, class_count: int | None, context: TaskContext) -> tuple[str, ...] | None:
     """Return the class names by id: those of the job, else those of the weights, else None.
 
     Args:
         labels: `task.labels` of the job.
         class_count: Number of classes the model gives; None if its output does not show it.
-        weight_labels: Names that the weights bring.
-        reader: Reader for a label file.
+        context: Model, whose weights may bring names, and reader for a label file.
 
     Raises:
         InvalidJob: If there are more or fewer names than classes, or their file cannot be used.
         Unavailable: If the store of the file cannot be reached.
     """
-    names, source = weight_labels, "the weights name"
+    names, source = context.model_labels, "the weights name"
     if isinstance(labels, str):
-        names, source = read_labels(reader, labels), f"task.labels: {labels} has"
+        names, source = read_labels(context.reader, labels), f"task.labels: {labels} has"
     elif labels is not None:
         names, source = labels, "task.labels has"
     if names is not None and class_count is not None and len(names) != class_count:
@@ -107,12 +105,12 @@ def read_labels(reader: Reader, uri: str) -> tuple[str, ...]:
     return _order_by_id(content, where)
 
 
-def look_up_labels(labels: tuple[str, ...] | None, ids: np.ndarray[Any, Any]) -> pa.Array:
-    """Return the label of each id as a string array; null for ids without a label."""
+def look_up_labels(labels: tuple[str, ...] | None, ids: pa.Array) -> pa.Array:
+    """Return the label of each id as a string array; null where the id is null or has no label."""
     if labels is None:
         return pa.nulls(len(ids), pa.string())
-    unknown = (ids < 0) | (ids >= len(labels))
-    return pa.array(labels, pa.string()).take(pa.array(ids, mask=unknown))
+    has_label = pc.and_(pc.greater_equal(ids, 0), pc.less(ids, len(labels)))
+    return pa.array(labels, pa.string()).take(pc.if_else(has_label, ids, pa.scalar(None, ids.type)))
 
 
 def _parse_json(text: str, where: str, *, required: bool) -> Any:

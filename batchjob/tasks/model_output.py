@@ -12,14 +12,12 @@ from batchjob.text import with_article
 if TYPE_CHECKING:
     import torch
 
-    from batchjob.tasks.settings import TaskModel
-
 __all__ = [
     "check_row_shape",
+    "count_classes",
     "describe_mismatch",
     "describe_output",
     "output_format_error",
-    "refuse_features",
     "require_float_output",
     "widen_half_precision",
 ]
@@ -53,13 +51,25 @@ def require_float_output(output: Any, expected: str, advice: str) -> torch.Tenso
     return output
 
 
-def refuse_features(model: TaskModel) -> None:
-    """Raise InvalidJob if a model has no classification head: its features are no class scores."""
-    if model.gives_features is not None:
-        raise InvalidJob(
-            f"model: {model.gives_features}; it gives features (task.type: embedding), so take a model with a head for "
-            "classes"
-        )
+def count_classes(output: Any, top_k: int | None, expected: str, advice: str) -> int:
+    """Return the number of classes in an output `[n, classes]` of the example batch.
+
+    Args:
+        output: Output of the model.
+        top_k: Number of classes in a row that the job asks for; None if it does not say.
+        expected: The output that the task expects, for the message.
+        advice: What the user can do, for the message.
+
+    Raises:
+        InvalidJob: If it is anything else, or has less than `top_k` classes.
+    """
+    logits = require_float_output(output, expected, advice)
+    if logits.ndim != 2 or not logits.shape[1]:
+        raise InvalidJob(f"the model gives {list(logits.shape)} for {len(logits)} images, but {expected}; {advice}")
+    classes = logits.shape[1]
+    if top_k is not None and top_k > classes:
+        raise InvalidJob(f"task.top_k is {top_k}, but the model knows {classes} classes; lower it")
+    return classes
 
 
 def output_format_error(output: Any, expected: str) -> InvalidJob:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -12,21 +11,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
+from batchjob.arrow_types import is_list
 from batchjob.errors import InvalidJob
 from batchjob.settings import Decision
 from batchjob.tasks.activation import Activation, ScoreFunction, apply_activation, decide_activation
 from batchjob.tasks.ground_truth import UNKNOWN_CLASS, LabelIndex, as_text, is_class_type, ratio
-from batchjob.tasks.labels import CLASS_FIELDS, Labels, max_label_bytes, read_labels, resolve_class_names
-from batchjob.tasks.list_columns import build_list_column
-from batchjob.tasks.model_output import refuse_features, require_float_output
-from batchjob.tasks.postprocess import Postprocess, PostprocessDefaults, finite_mask
-from batchjob.tasks.settings import RunModel, TaskModel, TaskSettings
+from batchjob.tasks.labels import CLASS_FIELDS, Labels, look_up_labels, max_label_bytes, resolve_class_names
+from batchjob.tasks.list_columns import build_struct_lists, build_vector_column
+from batchjob.tasks.model_output import count_classes
+from batchjob.tasks.postprocess import Postprocess
+from batchjob.tasks.settings import RunModel, TaskContext, TaskModel, TaskSettings
 
 if TYPE_CHECKING:
     import torch
 
     from batchjob.preprocessing.geometry import ImageGeometry
-    from batchjob.storage.reader import Reader
 
 __all__ = ["MultilabelTask"]
 
@@ -72,56 +71,20 @@ class MultilabelTask(TaskSettings):
         listed = min(self.top_k or classes, classes) if known else self.top_k or classes
         return listed * (_CLASS_BYTES + max_label_bytes(self.labels)) + 8 + (4 * classes if self.scores else 0)
 
-    @property
-    def truth_columns(self) -> tuple[str, ...]:
-        """Column with the true classes."""
-        return () if self.truth is None else (self.truth,)
-
-    def check(self, reader: Reader, folder: Path) -> None:  # noqa: ARG002
-        """Read the label file, if there is one. Raises InvalidJob, Unavailable."""
-        if isinstance(self.labels, str):
-            read_labels(reader, self.labels)
-
     def decide(self, model: TaskModel, run_model: RunModel) -> dict[str, Decision]:
         """Choose the activation, if it is `auto`. Raises InvalidJob if the model gives features."""
-        refuse_features(model)
-        found = decide_activation(model, run_model, "sigmoid") if self.activation == "auto" else None
-        return {} if found is None else {"activation": found}
+        return decide_activation(self.activation, model, run_model, "sigmoid")
 
-    def build_postprocess(
-        self,
-        output: Any,
-        labels: tuple[str, ...] | None,
-        reader: Reader,
-        folder: Path,  # noqa: ARG002
-    ) -> Postprocess:
-        """Build the postprocess for a model, from its output for an example batch.
-
-        Args:
-            output: Output of the model for `EXAMPLE_ROWS` images.
-            labels: Class names that the weights bring.
-            reader: Reader for a label file.
-            folder: Not used.
-
-        Raises:
-            InvalidJob: If the output is not `[n, classes]`, or labels or thresholds are more or fewer than the classes.
-            Unavailable: If the store of the label file cannot be reached.
-        """
-        logits = require_float_output(output, _EXPECTED, _ADVICE)
-        if logits.ndim != 2 or not logits.shape[1]:
-            raise InvalidJob(
-                f"the model gives {list(logits.shape)} for {len(logits)} images, but {_EXPECTED}; {_ADVICE}"
-            )
-        classes = logits.shape[1]
+    def build_postprocess(self, output: Any, context: TaskContext) -> Postprocess:
+        """Build the postprocess; see `TaskSettings`. The output must be `[n, classes]`."""
+        classes = count_classes(output, self.top_k, _EXPECTED, _ADVICE)
         if isinstance(self.threshold, tuple) and len(self.threshold) != classes:
             raise InvalidJob(
                 f"task.threshold has {len(self.threshold)} thresholds, but the model gives {classes} classes; "
                 "give one for each class, in the order of their ids, or one number for all"
             )
-        if (self.top_k or 0) > classes:
-            raise InvalidJob(f"task.top_k is {self.top_k}, but the model knows {classes} classes; lower it")
         return _MultilabelPostprocess(
-            label_index=LabelIndex(classes, resolve_class_names(self.labels, classes, labels, reader)),
+            label_index=LabelIndex(classes, resolve_class_names(self.labels, classes, context)),
             threshold=self.threshold,
             activation="sigmoid" if self.activation == "auto" else self.activation,
             top_k=self.top_k or classes,
@@ -151,15 +114,15 @@ class MultilabelTask(TaskSettings):
         }
 
     def _expected_truth_type(self, data_type: pa.DataType) -> str | None:
-        item_type = data_type.value_type if _is_list(data_type) else data_type
+        item_type = data_type.value_type if is_list(data_type) else data_type
         is_number = pa.types.is_integer(data_type) or pa.types.is_floating(data_type)
-        if is_class_type(item_type) and (_is_list(data_type) or not is_number):
+        if is_class_type(item_type) and (is_list(data_type) or not is_number):
             return None
         return "lists of labels or ids, or text with ';' between them"
 
 
 @dataclass(frozen=True)
-class _MultilabelPostprocess(PostprocessDefaults):
+class _MultilabelPostprocess(Postprocess):
     label_index: LabelIndex
     threshold: float | tuple[float, ...]
     activation: ScoreFunction
@@ -198,18 +161,13 @@ class _MultilabelPostprocess(PostprocessDefaults):
         return tensors | {"scores": scores} if self.scores else tensors
 
     def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:  # noqa: ARG002
-        null_rows = np.zeros(len(tensors["finite"]), np.bool_) if self.allow_nan else ~finite_mask(tensors)
+        null_rows = self.null_rows(tensors)
         counts = np.where(null_rows, 0, tensors["count"].numpy())
         listed = np.arange(tensors["label_id"].shape[1]) < counts[:, None]
         ids = pa.array(tensors["label_id"].numpy()[listed])
-        flat_columns = [ids, self.label_index.look_up(ids), pa.array(tensors["score"].numpy()[listed])]
-        structs = pa.StructArray.from_arrays(flat_columns, fields=CLASS_FIELDS)
-        columns = [build_list_column(counts, structs, null_rows)]
-        if self.scores:
-            flat = pa.array(tensors["scores"].contiguous().view(-1).numpy())
-            mask = pa.array(null_rows)
-            columns.append(pa.FixedSizeListArray.from_arrays(flat, self.label_index.count, mask=mask))
-        return columns
+        flat_columns = [ids, look_up_labels(self.label_index.labels, ids), pa.array(tensors["score"].numpy()[listed])]
+        columns = [build_struct_lists(counts, flat_columns, CLASS_FIELDS, null_rows)]
+        return [*columns, build_vector_column(tensors["scores"], null_rows)] if self.scores else columns
 
     def sum_metrics(self, rows: pa.RecordBatch) -> dict[str, float]:
         """Count `images`, `unknown_truth` and `exact`; over all classes `listed`, `right` and `hits`, their overlap.
@@ -254,8 +212,3 @@ class _MultilabelPostprocess(PostprocessDefaults):
         """
         selected = counted[row]
         return np.unique(row[selected].astype(np.int64) * self.label_index.count + ids[selected])
-
-
-def _is_list(data_type: pa.DataType) -> bool:
-    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(is_kind(data_type) for is_kind in kinds)

@@ -1,9 +1,10 @@
-"""Protocol of a task at work: reduce a batch of model output on the device, then build Arrow columns on the host."""
+"""Base of a task at work: reduce a batch of model output on the device, then build Arrow columns on the host."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -15,16 +16,17 @@ if TYPE_CHECKING:
 
     from batchjob.preprocessing.geometry import ImageGeometry
 
-__all__ = ["EXAMPLE_ROWS", "Postprocess", "PostprocessDefaults", "finite_mask", "nonfinite_errors"]
+__all__ = ["EXAMPLE_ROWS", "Mask", "Postprocess"]
 
 EXAMPLE_ROWS = 2
 """Images in the example batch for `build_postprocess`: enough to tell the batch dimension from the others."""
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
 _NOT_FINITE = ErrorRecord(
     "predict", "not_finite", "the model's output for this image is NaN or infinite; task.allow_nan: true lets it pass"
 )
 
 
-class Postprocess(Protocol):
+class Postprocess(ABC):
     """A task that knows the output of its model.
 
     For each batch the worker calls `on_device`, copies the tensors to the host, and calls `columns` and then
@@ -35,22 +37,30 @@ class Postprocess(Protocol):
         on_device(logits [2, 3])     {"label_id": [[2], [0]], "score": [[0.9], [nan]], "finite": [True, False]}
         columns(tensors, geometries) label_id [2, null], label ["fish", null], score [0.9, null], top_k [[…], null]
         find_errors(tensors)         [None, ErrorRecord("predict", "not_finite", …)]
+
+    Attributes:
+        allow_nan: True accepts rows that are not finite.
+        truth_columns: Passthrough columns that hold the ground truth; empty if the job names none.
+        names_images: True if the geometries for `columns` must have URI and passthrough columns of the image.
     """
 
+    allow_nan: bool
+    truth_columns: tuple[str, ...] = ()
+    names_images: ClassVar[bool] = False
+
     @property
+    @abstractmethod
     def fields(self) -> list[pa.Field]:
         """Arrow fields of the columns it builds, all nullable; always the same."""
 
-    @property
-    def truth_columns(self) -> tuple[str, ...]:
-        """Passthrough columns that hold the ground truth; empty if the job names none."""
-
+    @abstractmethod
     def on_device(self, output: Any) -> dict[str, torch.Tensor]:
         """Reduce the output of n images to the tensors that are worth copying to the host.
 
         The first dimension of each tensor is n. `finite`, bool `[n]`, is one of them.
         """
 
+    @abstractmethod
     def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:
         """Build the columns of `fields`, n rows each. They may share memory with the tensors.
 
@@ -62,12 +72,13 @@ class Postprocess(Protocol):
         """
 
     def find_errors(self, tensors: dict[str, torch.Tensor]) -> list[ErrorRecord | None]:
-        """Return the error of each of the n rows, None for good rows.
+        """Return the error of each of the n rows, None for good rows; by default, rows that are not finite are errors.
 
         Called after `columns`, with the same tensors.
         """
+        return [_NOT_FINITE if is_null else None for is_null in self.null_rows(tensors).tolist()]
 
-    def sum_metrics(self, rows: pa.RecordBatch) -> dict[str, float]:
+    def sum_metrics(self, rows: pa.RecordBatch) -> dict[str, float]:  # noqa: ARG002 - not every task has metrics
         """Compare finished rows with their ground truth, as sums that can be added up over batches and parts.
 
         Must stay few enough for the footer of a part. Rows whose ground truth is null do not count.
@@ -75,33 +86,9 @@ class Postprocess(Protocol):
         Args:
             rows: Rows without errors: the columns of `fields` and the `truth_columns`.
         """
-
-
-class PostprocessDefaults:
-    """Methods most tasks share: only rows that are not finite are errors, and there is no ground truth."""
-
-    allow_nan: bool
-
-    @property
-    def truth_columns(self) -> tuple[str, ...]:
-        return ()
-
-    def find_errors(self, tensors: dict[str, torch.Tensor]) -> list[ErrorRecord | None]:
-        return nonfinite_errors(tensors, self.allow_nan)
-
-    def sum_metrics(self, rows: pa.RecordBatch) -> dict[str, float]:  # noqa: ARG002 - no ground truth
         return {}
 
-
-def nonfinite_errors(tensors: Mapping[str, torch.Tensor], allow_nan: bool) -> list[ErrorRecord | None]:
-    """Return an error for each row that is not finite; none at all with `allow_nan`."""
-    finite = tensors["finite"]
-    if allow_nan or bool(finite.all()):
-        return [None] * len(finite)
-    return [None if row else _NOT_FINITE for row in finite.tolist()]
-
-
-def finite_mask(tensors: Mapping[str, torch.Tensor]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Return the tensor `finite` as an array, bool `[n]`."""
-    mask: np.ndarray[Any, np.dtype[np.bool_]] = tensors["finite"].numpy()
-    return mask
+    def null_rows(self, tensors: dict[str, torch.Tensor]) -> Mask:
+        """Return the rows to leave null, bool `[n]`: those that are not finite, or none with `allow_nan`."""
+        finite: Mask = tensors["finite"].numpy()
+        return np.zeros_like(finite) if self.allow_nan else ~finite

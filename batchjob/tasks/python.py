@@ -11,19 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 from pydantic import Field, field_validator
 
+from batchjob.arrow_types import check_readable, parse_type
 from batchjob.errors import BatchjobError, InvalidJob
 from batchjob.settings import Target
-from batchjob.tasks.column_types import (
-    ColumnName,
-    TypeName,
-    check_column_name,
-    check_column_type,
-    check_distinct_names,
-    parse_arrow_type,
-)
+from batchjob.tasks.column_types import ColumnName, TypeName, check_column_name, check_distinct_names
 from batchjob.tasks.postprocess import Postprocess
-from batchjob.tasks.settings import TaskSettings
-from batchjob.tasks.user_postprocess import UserFunctions, UserPostprocess, infer_structure
+from batchjob.tasks.settings import TaskContext, TaskSettings
+from batchjob.tasks.user_postprocess import UserFunctions, UserPostprocess, infer_user_structure
 from batchjob.text import with_article
 from batchjob.user_code import catch_exit, describe_fault, list_argument_files, list_sources, load_target, source_digest
 
@@ -81,27 +75,11 @@ class PythonTask(TaskSettings):
         """Return the sha256 of the target's module and all it imports from the job's folder. Raises InvalidJob."""
         return source_digest(self.target, folder)
 
-    def build_postprocess(
-        self,
-        output: Any,
-        labels: tuple[str, ...] | None,  # noqa: ARG002
-        reader: Reader,  # noqa: ARG002
-        folder: Path,
-    ) -> Postprocess:
-        """Load the user's code and try it on the example batch, and on one image of it.
-
-        Args:
-            output: Output of the model for `EXAMPLE_ROWS` images.
-            labels: Not used.
-            reader: Not used.
-            folder: Folder of the job file.
-
-        Raises:
-            InvalidJob: If the code is missing, raises, or returns something else than it declares.
-        """
-        functions = self._load_functions(load_target(self.target, folder), f"task.target: {self.target}")
+    def build_postprocess(self, output: Any, context: TaskContext) -> Postprocess:
+        """Load the user's code and try it on the example batch, and on one image of it; see `TaskSettings`."""
+        functions = self._load_functions(load_target(self.target, context.folder), f"task.target: {self.target}")
         copied = functions.run_on_device(output)
-        postprocess = UserPostprocess(functions, infer_structure(copied, functions), self.allow_nan)
+        postprocess = UserPostprocess(functions, infer_user_structure(copied, functions), self.allow_nan)
         postprocess.validate_on_example(copied)
         return postprocess
 
@@ -109,7 +87,7 @@ class PythonTask(TaskSettings):
         if not callable(target):
             raise InvalidJob(f"{where} is {with_article(type(target).__name__)}; name a function or a class")
         if self.fields is not None:
-            fields = tuple(pa.field(name, parse_arrow_type(type_name)) for name, type_name in self.fields.items())
+            fields = tuple(pa.field(name, parse_type(type_name)) for name, type_name in self.fields.items())
             if inspect.isclass(target):
                 function = _call_target(target, self.arguments, where)
             else:
@@ -177,7 +155,7 @@ def _parse_fields(fields: Any, where: str) -> tuple[pa.Field, ...]:
     try:
         if isinstance(fields, Mapping):
             arrow_fields = [
-                pa.field(name, parse_arrow_type(data_type) if isinstance(data_type, str) else data_type)
+                pa.field(name, parse_type(data_type) if isinstance(data_type, str) else data_type)
                 for name, data_type in fields.items()
             ]
         else:
@@ -185,7 +163,7 @@ def _parse_fields(fields: Any, where: str) -> tuple[pa.Field, ...]:
         check_distinct_names(check_column_name(field.name) for field in arrow_fields)
         if not arrow_fields:
             raise ValueError("there are none")
-        return tuple(field.with_type(check_column_type(field.type)).with_nullable(True) for field in arrow_fields)
+        return tuple(field.with_type(check_readable(field.type)).with_nullable(True) for field in arrow_fields)
     except (AttributeError, TypeError, ValueError) as error:
         raise InvalidJob(
             f"{where}.fields: {error}; give a dict of names and types, such as {{'sharpness': 'float32'}}, or a list "

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
 from batchjob.tasks.column_types import check_column_name, check_distinct_names
+from batchjob.tasks.list_columns import build_vector_column
 from batchjob.tasks.model_output import check_row_shape, describe_mismatch, describe_output, widen_half_precision
-from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess, PostprocessDefaults, finite_mask
-from batchjob.tasks.settings import TaskSettings
+from batchjob.tasks.output_structure import OutputStructure, infer_structure, pack_parts, unpack_parts
+from batchjob.tasks.postprocess import EXAMPLE_ROWS, Mask, Postprocess
+from batchjob.tasks.settings import TaskContext, TaskSettings
 
 if TYPE_CHECKING:
     import torch
 
     from batchjob.preprocessing.geometry import ImageGeometry
-    from batchjob.storage.reader import Reader
 
 __all__ = ["RawTask"]
 
@@ -47,26 +46,18 @@ class RawTask(TaskSettings):
     row_bytes: int = Field(default=65_536, ge=1)
     allow_nan: bool = False
 
-    def build_postprocess(
-        self,
-        output: Any,
-        labels: tuple[str, ...] | None,  # noqa: ARG002
-        reader: Reader,  # noqa: ARG002
-        folder: Path,  # noqa: ARG002
-    ) -> Postprocess:
-        """Build the postprocess for a model, from its output for an example batch.
+    def build_postprocess(self, output: Any, context: TaskContext) -> Postprocess:  # noqa: ARG002
+        """Build the postprocess; see `TaskSettings`.
 
-        Args:
-            output: Output of the model for `EXAMPLE_ROWS` images.
-            labels: Not used.
-            reader: Not used.
-            folder: Not used.
-
-        Raises:
-            InvalidJob: If the output holds anything but tensors with a row for each image, or a key that cannot name a
-                column, or more bytes than `row_bytes`.
+        The output must be tensors with a row for each image, under keys that can name columns, within `row_bytes`.
         """
-        columns = [_TensorColumn.of(name, part, output) for name, part in _split_output(output).items()]
+        structure = infer_structure(output, describe_mismatch(output, _EXPECTED), _ADVICE)
+        try:
+            check_distinct_names(map(check_column_name, structure.names))
+        except ValueError as error:
+            raise InvalidJob(f"the model gives {describe_output(output)}: {error}; {_ADVICE}") from None
+        parts = zip(structure.names, structure.flatten(output), strict=True)
+        columns = [_TensorColumn.of(name, part, output) for name, part in parts]
         byte_count = sum(column.row_bytes for column in columns)
         if byte_count > self.row_bytes:
             shapes = ", ".join(f"{column.name} {list(column.shape)}" for column in columns)
@@ -74,7 +65,7 @@ class RawTask(TaskSettings):
                 f"a row takes {byte_count:,} bytes ({shapes}), but task.row_bytes is {self.row_bytes:,}; raise it, "
                 "which makes shards smaller, or give out less: one of several with model.output, or another task"
             )
-        return _RawPostprocess(tuple(columns), self.allow_nan)
+        return _RawPostprocess(structure, tuple(columns), self.allow_nan)
 
 
 @dataclass(frozen=True)
@@ -97,9 +88,7 @@ class _TensorColumn:
         import torch
 
         message = describe_mismatch(output, _EXPECTED)
-        if not isinstance(tensor, torch.Tensor):
-            raise InvalidJob(f"{message}, and {name} is {describe_output(tensor)}; {_ADVICE}")
-        if tensor.ndim == 0 or tensor.shape[0] != EXAMPLE_ROWS:
+        if not isinstance(tensor, torch.Tensor) or tensor.ndim == 0 or tensor.shape[0] != EXAMPLE_ROWS:
             raise InvalidJob(f"{message}, and {name} is {describe_output(tensor)}; {_ADVICE}")
         if not tensor.numel() or tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
             raise InvalidJob(f"{message} of plain numbers, and {name} is {describe_output(tensor)}; {_ADVICE}")
@@ -116,17 +105,16 @@ class _TensorColumn:
         bit_width: int = self.value_type.bit_width
         return prod(self.shape) * max(1, bit_width // 8) + 1
 
-    def build(self, tensor: torch.Tensor, null_rows: np.ndarray[Any, Any] | None) -> pa.Array:
-        """Build the column from a tensor `[n, numbers of a row]` on the host."""
-        flat = tensor.contiguous().view(-1).numpy()
-        if not self.shape:
-            return pa.array(flat, self.value_type, mask=null_rows)
-        mask = None if null_rows is None else pa.array(null_rows)
-        return pa.FixedSizeListArray.from_arrays(pa.array(flat, self.value_type), prod(self.shape), mask=mask)
+    def build(self, tensor: torch.Tensor, null_rows: Mask) -> pa.Array:
+        """Build the column from a tensor on the host."""
+        if self.shape:
+            return build_vector_column(tensor, null_rows)
+        return pa.array(tensor.contiguous().numpy(), self.value_type, mask=null_rows)
 
 
 @dataclass(frozen=True)
-class _RawPostprocess(PostprocessDefaults):
+class _RawPostprocess(Postprocess):
+    structure: OutputStructure
     tensor_columns: tuple[_TensorColumn, ...]
     allow_nan: bool
 
@@ -135,40 +123,13 @@ class _RawPostprocess(PostprocessDefaults):
         return [column.field for column in self.tensor_columns]
 
     def on_device(self, output: Any) -> dict[str, torch.Tensor]:
-        """Flatten each tensor to `[n, numbers of a row]`, under its index `0`, `1`, …; with `finite` bool `[n]`."""
-        import torch
-
-        parts = list(_split_output(output).values())
-        tensors: dict[str, torch.Tensor] = {}
-        finite = torch.ones(len(parts[0]), dtype=torch.bool, device=parts[0].device)
-        for index, (part, column) in enumerate(zip(parts, self.tensor_columns, strict=True)):
+        """Take the output apart into its tensors, see `pack_parts`."""
+        parts = self.structure.flatten(output)
+        for part, column in zip(parts, self.tensor_columns, strict=True):
             check_row_shape(part, column.shape)
-            flat = widen_half_precision(part).reshape(len(part), prod(column.shape))
-            tensors[str(index)] = flat
-            if flat.is_floating_point():
-                finite &= flat.isfinite().all(dim=1).to(finite.device)
-        return tensors | {"finite": finite}
+        return pack_parts(parts)
 
     def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:  # noqa: ARG002
-        null_rows = None if self.allow_nan else ~finite_mask(tensors)
-        return [column.build(tensors[str(index)], null_rows) for index, column in enumerate(self.tensor_columns)]
-
-
-def _split_output(output: Any) -> dict[str, Any]:
-    """Return the parts of an output by the names of their columns. Raises InvalidJob if it has none."""
-    import torch
-
-    if isinstance(output, torch.Tensor):
-        return {"output": output}
-    named = output._asdict() if hasattr(output, "_asdict") else output
-    if isinstance(named, Mapping) and named:
-        parts = {str(key): part for key, part in named.items()}
-        try:
-            check_distinct_names(map(check_column_name, parts))
-        except ValueError as error:
-            raise InvalidJob(f"the model gives {describe_output(output)}: {error}; {_ADVICE}") from None
-        return parts
-    if isinstance(output, tuple | list) and output:
-        return {f"output_{index}": part for index, part in enumerate(output)}
-    hint = "return something from its forward(), or " if output is None else ""
-    raise InvalidJob(f"{describe_mismatch(output, _EXPECTED)}; {hint}{_ADVICE}")
+        null_rows = self.null_rows(tensors)
+        parts = zip(self.tensor_columns, unpack_parts(tensors), strict=True)
+        return [column.build(part, null_rows) for column, part in parts]

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -17,14 +16,13 @@ from batchjob.errors import InvalidJob
 from batchjob.tasks.column_types import ColumnName, check_distinct_names
 from batchjob.tasks.ground_truth import ratio
 from batchjob.tasks.model_output import require_float_output
-from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess, PostprocessDefaults, finite_mask
-from batchjob.tasks.settings import TaskSettings
+from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess
+from batchjob.tasks.settings import TaskContext, TaskSettings
 
 if TYPE_CHECKING:
     import torch
 
     from batchjob.preprocessing.geometry import ImageGeometry
-    from batchjob.storage.reader import Reader
 
 __all__ = ["RegressionTask"]
 
@@ -72,26 +70,12 @@ class RegressionTask(TaskSettings):
         """Columns with the true numbers."""
         return tuple(dict.fromkeys(self._truth_by_output.values()))
 
-    def build_postprocess(
-        self,
-        output: Any,
-        labels: tuple[str, ...] | None,  # noqa: ARG002
-        reader: Reader,  # noqa: ARG002
-        folder: Path,  # noqa: ARG002
-    ) -> Postprocess:
-        """Build the postprocess for a model, from its output for an example batch.
+    def build_postprocess(self, output: Any, context: TaskContext) -> Postprocess:  # noqa: ARG002
+        """Build the postprocess; see `TaskSettings`.
 
-        Args:
-            output: Output of the model for `EXAMPLE_ROWS` images: `[n, outputs]`, `[n]` if it is one, or a dict of the
-                outputs by name, `[n]` or `[n, 1]` each.
-            labels: Not used.
-            reader: Not used.
-            folder: Not used.
-
-        Raises:
-            InvalidJob: If the output holds more or fewer numbers than `outputs`, or none by these names.
+        The output must be `[n, outputs]`, `[n]` if it is one, or a dict of the outputs by name, `[n]` or `[n, 1]` each.
         """
-        postprocess = _RegressionPostprocess(self.outputs, self._truth_by_output, self.allow_nan)
+        postprocess = _RegressionPostprocess(self.outputs, self._truth_by_output, self.allow_nan, self.truth_columns)
         expected = _describe_expected(len(self.outputs))
         parts = [require_float_output(part, expected, _ADVICE) for part in postprocess.select_parts(output)]
         shapes = [list(part.shape) for part in parts]
@@ -124,18 +108,15 @@ class RegressionTask(TaskSettings):
 
 
 @dataclass(frozen=True)
-class _RegressionPostprocess(PostprocessDefaults):
+class _RegressionPostprocess(Postprocess):
     outputs: tuple[str, ...]
     truth_by_output: Mapping[str, str]
     allow_nan: bool
+    truth_columns: tuple[str, ...]
 
     @property
     def fields(self) -> list[pa.Field]:
         return [pa.field(name, pa.float32()) for name in self.outputs]
-
-    @property
-    def truth_columns(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self.truth_by_output.values()))
 
     def select_parts(self, output: Any) -> list[Any]:
         """Return the tensors that hold the numbers, in the order of their columns."""
@@ -152,8 +133,7 @@ class _RegressionPostprocess(PostprocessDefaults):
         return {"values": values, "finite": values.isfinite().all(dim=1)}
 
     def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:  # noqa: ARG002
-        null_rows = None if self.allow_nan else ~finite_mask(tensors)
-        values = tensors["values"].numpy()
+        null_rows, values = self.null_rows(tensors), tensors["values"].numpy()
         return [pa.array(values[:, index], pa.float32(), mask=null_rows) for index in range(len(self.outputs))]
 
     def sum_metrics(self, rows: pa.RecordBatch) -> dict[str, float]:

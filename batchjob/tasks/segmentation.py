@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -11,14 +10,11 @@ from batchjob.errors import InvalidJob
 from batchjob.tasks.boxes import BoxSelector
 from batchjob.tasks.detector_output import is_torchvision_output
 from batchjob.tasks.instance_masks import InstancePostprocess
-from batchjob.tasks.labels import Labels, max_label_bytes, read_labels, resolve_class_names
+from batchjob.tasks.labels import Labels, max_label_bytes, resolve_class_names
 from batchjob.tasks.model_output import output_format_error
 from batchjob.tasks.postprocess import Postprocess
 from batchjob.tasks.semantic_masks import SemanticPostprocess, is_logit_map, select_logits
-from batchjob.tasks.settings import TaskSettings
-
-if TYPE_CHECKING:
-    from batchjob.storage.reader import Reader
+from batchjob.tasks.settings import TaskContext, TaskSettings
 
 __all__ = ["SegmentationTask"]
 
@@ -68,33 +64,11 @@ class SegmentationTask(TaskSettings):
         masks = self.max_boxes * _INSTANCE_MASK_BYTES if self.format == "instances" else _MASK_BYTES
         return instances + masks + _TYPICAL_CLASSES * (12 + label)
 
-    def check(self, reader: Reader, folder: Path) -> None:  # noqa: ARG002
-        """Read the label file, if there is one. Raises InvalidJob, Unavailable."""
-        if isinstance(self.labels, str):
-            read_labels(reader, self.labels)
-
-    def build_postprocess(
-        self,
-        output: Any,
-        labels: tuple[str, ...] | None,
-        reader: Reader,
-        folder: Path,  # noqa: ARG002
-    ) -> Postprocess:
-        """Build the postprocess for a model, from its output for an example batch.
-
-        Args:
-            output: Output of the model for `EXAMPLE_ROWS` images.
-            labels: Class names that the weights bring.
-            reader: Reader for a label file.
-            folder: Not used.
-
-        Raises:
-            InvalidJob: If the output is neither a map of logits nor instances with masks, or the labels do not fit it.
-            Unavailable: If the store of the label file cannot be reached.
-        """
+    def build_postprocess(self, output: Any, context: TaskContext) -> Postprocess:
+        """Build the postprocess; see `TaskSettings`. The output must be a map of logits, or instances with masks."""
         original_size = self.size == "original"
         if self.format != "semantic" and is_torchvision_output(output, "masks"):
-            names = resolve_class_names(self.labels, None, labels, reader)
+            names = resolve_class_names(self.labels, None, context)
             selector = BoxSelector(self.threshold, None, self.max_boxes)
             return InstancePostprocess(selector, self.mask_threshold, self.mask, names, self.allow_nan, original_size)
         logits = select_logits(output)
@@ -106,5 +80,5 @@ class SegmentationTask(TaskSettings):
         classes = max(logits.shape[1], 2)
         if classes > _MAX_CLASSES:
             raise InvalidJob(f"the model gives {classes} classes; a mask of 16 bits holds {_MAX_CLASSES} at most")
-        names = resolve_class_names(self.labels, classes, labels, reader)
+        names = resolve_class_names(self.labels, classes, context)
         return SemanticPostprocess(classes, names, self.mask, self.mask_threshold, self.allow_nan, original_size)

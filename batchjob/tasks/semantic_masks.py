@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from batchjob.tasks.labels import look_up_labels
-from batchjob.tasks.list_columns import build_list_column
+from batchjob.tasks.list_columns import build_struct_lists
 from batchjob.tasks.masks import (
     RLE_FIELDS,
     build_rle_arrays,
@@ -19,7 +19,7 @@ from batchjob.tasks.masks import (
     input_geometry,
     resample_to_image,
 )
-from batchjob.tasks.postprocess import EXAMPLE_ROWS, PostprocessDefaults, finite_mask
+from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ _Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class SemanticPostprocess(PostprocessDefaults):
+class SemanticPostprocess(Postprocess):
     """Postprocess of a model that gives logits for each pixel.
 
     Attributes:
@@ -79,11 +79,11 @@ class SemanticPostprocess(PostprocessDefaults):
         return {"ids": ids, "finite": finite_pixels.flatten(1).all(dim=1)}
 
     def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:
-        valid = (finite_mask(tensors) | self.allow_nan).tolist()
+        null_rows = self.null_rows(tensors).tolist()
         targets = geometries if self.original_size else [input_geometry(geometry) for geometry in geometries]
         maps = [
-            resample_to_image(ids, target, self._void) if is_valid else None
-            for ids, target, is_valid in zip(tensors["ids"].numpy(), targets, valid, strict=True)
+            None if is_null else resample_to_image(ids, target, self._void)
+            for ids, target, is_null in zip(tensors["ids"].numpy(), targets, null_rows, strict=True)
         ]
         class_counts = [None if ids is None else self._count_pixels(ids) for ids in maps]
         pixels = _build_class_lists(class_counts, _PIXEL_FIELDS, self._build_pixel_columns)
@@ -100,8 +100,8 @@ class SemanticPostprocess(PostprocessDefaults):
         return np.stack([order, counts[order]], axis=1)
 
     def _build_pixel_columns(self, class_counts: _Array) -> list[pa.Array]:
-        ids = class_counts[:, 0].astype("int32")
-        return [pa.array(ids), look_up_labels(self.labels, ids), pa.array(class_counts[:, 1].copy())]
+        ids = pa.array(class_counts[:, 0].astype("int32"))
+        return [ids, look_up_labels(self.labels, ids), pa.array(class_counts[:, 1].copy())]
 
 
 def select_logits(output: Any) -> Any:
@@ -151,6 +151,6 @@ def _build_class_lists(
         build_columns: Builds the structs' columns from the ids and pixels of all rows, `[total, 2]`.
     """
     flat = np.concatenate([np.zeros((0, 2), np.int64), *(counts for counts in class_counts if counts is not None)])
-    structs = pa.StructArray.from_arrays(build_columns(flat), fields=list(fields))
     null_rows = np.array([counts is None for counts in class_counts], np.bool_)
-    return build_list_column([0 if counts is None else len(counts) for counts in class_counts], structs, null_rows)
+    row_counts = [0 if counts is None else len(counts) for counts in class_counts]
+    return build_struct_lists(row_counts, build_columns(flat), fields, null_rows)

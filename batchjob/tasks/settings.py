@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -11,13 +13,15 @@ import pyarrow as pa
 
 from batchjob.errors import InvalidJob
 from batchjob.settings import Decision, Settings
+from batchjob.tasks.labels import read_labels
 
 if TYPE_CHECKING:
     from torch import nn
 
     from batchjob.storage.reader import Reader
+    from batchjob.tasks.postprocess import Postprocess
 
-__all__ = ["RunModel", "TaskModel", "TaskSettings"]
+__all__ = ["RunModel", "TaskContext", "TaskModel", "TaskSettings"]
 
 
 class TaskModel(Protocol):
@@ -59,8 +63,26 @@ class RunModel(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class TaskContext:
+    """Model and job around a task.
+
+    Attributes:
+        model_labels: Class names that the weights bring; None if they bring none.
+        reader: Reader for a label file.
+        folder: Folder of the job file, where the user's own code lies.
+    """
+
+    model_labels: tuple[str, ...] | None
+    reader: Reader
+    folder: Path
+
+
 class TaskSettings(Settings):
-    """Settings of a task. Each task adds a `type`, `row_bytes` and `build_postprocess` to the methods below.
+    """Settings of a task. Each task adds a `type`, `row_bytes` and `build_postprocess`.
+
+    A task with classes has a field `labels`, one that can be compared with the ground truth a field `truth`. A method
+    here does what all tasks with such a field do; for the others it does nothing.
 
     Attributes:
         argmax_is_class: True if the index of the largest value in an image's output is its class. A faster execution
@@ -72,9 +94,10 @@ class TaskSettings(Settings):
     @property
     def truth_columns(self) -> tuple[str, ...]:
         """Passthrough columns that hold the ground truth."""
-        return ()
+        truth = getattr(self, "truth", None)
+        return () if truth is None else (truth,)
 
-    def check(self, reader: Reader, folder: Path) -> None:
+    def check(self, reader: Reader, folder: Path) -> None:  # noqa: ARG002 - not every task runs the user's code
         """Check the files that the task names, without importing torch.
 
         Args:
@@ -85,15 +108,16 @@ class TaskSettings(Settings):
             InvalidJob: If a file is missing or cannot be used.
             Unavailable: If the store of a file cannot be reached.
         """
+        for uri in self._label_files:
+            read_labels(reader, uri)
 
-    def list_files(self, folder: Path) -> list[str]:  # noqa: ARG002 - not every task runs the user's code
+    def list_files(self, folder: Path) -> list[str]:  # noqa: ARG002
         """Return the URIs of the files that decide the columns, beside those of the model: labels and code.
 
         Raises:
             InvalidJob: If the code cannot be found.
         """
-        labels = getattr(self, "labels", None)
-        return [labels] if isinstance(labels, str) else []
+        return self._label_files
 
     def check_truth_columns(self, columns: Sequence[pa.Field]) -> None:
         """Check that the source provides the ground truth columns, with a type that this task can compare.
@@ -137,6 +161,19 @@ class TaskSettings(Settings):
         """Return the module that produces the output this task reads; by default the model itself."""
         return module
 
+    @abstractmethod
+    def build_postprocess(self, output: Any, context: TaskContext) -> Postprocess:
+        """Build the postprocess for an adapted model, from its output for an example batch.
+
+        Args:
+            output: Output of the model for `EXAMPLE_ROWS` images.
+            context: Model and job around the task.
+
+        Raises:
+            InvalidJob: If the output, the labels or the user's code do not fit the task.
+            Unavailable: If the store of the label file cannot be reached.
+        """
+
     def digest(self, folder: Path) -> str | None:
         """Return the sha256 of the user's own code that the task runs, in hex; None if it runs none.
 
@@ -151,6 +188,11 @@ class TaskSettings(Settings):
             sums: Results of `Postprocess.sum_metrics`, added up over all batches of all parts.
         """
         return {}
+
+    @property
+    def _label_files(self) -> list[str]:
+        labels = getattr(self, "labels", None)
+        return [labels] if isinstance(labels, str) else []
 
     def _expected_truth_type(self, data_type: pa.DataType) -> str | None:  # noqa: ARG002
         """Return None if a ground truth column may have this type, else the expected types in words."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchjob.tasks.column_types import format_arrow_type
+from batchjob.arrow_types import format_type
 from batchjob.tasks.model_output import describe_output, widen_half_precision
 from batchjob.text import format_count
 
@@ -71,7 +71,7 @@ def _build_column(values: Any, field: pa.Field, row_count: int) -> pa.Array:
         return _to_arrow(values, field.type)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         text = " ".join(str(error).split())
-        declared = f"{field.name}, which is declared as {format_arrow_type(field.type)}"
+        declared = f"{field.name}, which is declared as {format_type(field.type)}"
         raise InvalidColumns(
             f"returned {_describe_values(values)} as {declared}: {text}; correct one of the two"
         ) from error

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
 
 from batchjob.errors import BatchjobError, InvalidJob
-from batchjob.tasks.model_output import describe_output, widen_half_precision
-from batchjob.tasks.postprocess import EXAMPLE_ROWS, PostprocessDefaults, finite_mask, nonfinite_errors
+from batchjob.tasks.model_output import describe_output
+from batchjob.tasks.output_structure import OutputStructure, infer_structure, pack_parts, unpack_parts
+from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess
 from batchjob.tasks.user_columns import InvalidColumns, build_user_columns
 from batchjob.types import ErrorRecord
 from batchjob.user_code import catch_exit, describe_fault, name_fault
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from batchjob.preprocessing.geometry import ImageGeometry
 
-__all__ = ["OutputStructure", "UserFunctions", "UserPostprocess", "infer_structure"]
+__all__ = ["UserFunctions", "UserPostprocess", "infer_user_structure"]
 
 _log = logging.getLogger(__name__)
 
@@ -59,60 +60,26 @@ class UserFunctions:
             raise InvalidJob(f"{self.where}: {message}; correct it") from error
 
 
-@dataclass(frozen=True)
-class OutputStructure:
-    """Structure of an output: how to take it apart into tensors for the copy to the host, and put it together there.
-
-    Example: for `{"a": x, "b": y}`, `flatten` returns `[x, y]` and `unflatten([x, y])` returns the dict again.
-
-    Attributes:
-        flatten: Returns the tensors of an output.
-        unflatten: Returns the output of these tensors.
-    """
-
-    flatten: Callable[[Any], list[Any]]
-    unflatten: Callable[[list[torch.Tensor]], Any]
-
-
-def infer_structure(output: Any, functions: UserFunctions) -> OutputStructure:
-    """Infer the structure of an output from an example: a tensor, or a dict or a tuple of tensors.
+def infer_user_structure(output: Any, functions: UserFunctions) -> OutputStructure:
+    """Infer the structure of what is copied to the host from an example.
 
     Args:
         output: Output for `EXAMPLE_ROWS` images.
         functions: The user's functions; `on_device` may have made the output.
 
     Raises:
-        InvalidJob: If the output holds anything else, or a tensor without a row for each image.
+        InvalidJob: If the output holds anything but tensors with a row for each image.
     """
     import torch
 
-    structure = _match_structure(output)
     from_model = functions.on_device is None or output is None
     source = "the model gives" if from_model else f"{functions.where}: on_device returns"
     message = f"{source} {describe_output(output)} for a batch of {EXAMPLE_ROWS}, but {_EXPECTED}"
-    if structure is None:
-        hint = "return something from its forward(), or " if output is None else ""
-        raise InvalidJob(f"{message}; {hint}{_ADVICE}")
+    structure = infer_structure(output, message, _ADVICE)
     for part in structure.flatten(output):
         if not isinstance(part, torch.Tensor) or part.ndim == 0 or len(part) != EXAMPLE_ROWS:
             raise InvalidJob(f"{message}; {_ADVICE}")
     return structure
-
-
-def _match_structure(output: Any) -> OutputStructure | None:
-    import torch
-
-    if isinstance(output, torch.Tensor):
-        return OutputStructure(lambda whole: [whole], lambda parts: parts[0])
-    if isinstance(output, Mapping) and output:
-        keys = list(output)
-        return OutputStructure(
-            lambda whole: [whole[key] for key in keys], lambda parts: dict(zip(keys, parts, strict=True))
-        )
-    if isinstance(output, tuple | list) and output:
-        # A named tuple is built by its _make, other sequences by their type.
-        return OutputStructure(list, getattr(type(output), "_make", type(output)))
-    return None
 
 
 class _UnknownColumns(dict[str, Any]):
@@ -128,7 +95,7 @@ class _UnknownColumns(dict[str, Any]):
         return default
 
 
-class UserPostprocess(PostprocessDefaults):
+class UserPostprocess(Postprocess):
     """Postprocess that calls the user's code.
 
     Args:
@@ -137,12 +104,12 @@ class UserPostprocess(PostprocessDefaults):
         allow_nan: True passes rows that are not finite to the code.
     """
 
+    names_images: ClassVar[bool] = True
+
     def __init__(self, functions: UserFunctions, structure: OutputStructure, allow_nan: bool) -> None:
         self._functions, self._structure, self.allow_nan = functions, structure, allow_nan
         # The tensors of the last batch, and the errors of the user's code on them, for find_errors.
         self._last_batch: tuple[object, list[ErrorRecord | None]] = (None, [])
-
-    names_images: ClassVar[bool] = True
 
     @property
     def fields(self) -> list[pa.Field]:
@@ -161,13 +128,13 @@ class UserPostprocess(PostprocessDefaults):
 
         from batchjob.preprocessing.geometry import ImageGeometry
 
-        tensors = [widen_half_precision(part.detach().cpu()) for part in self._structure.flatten(copied)]
+        parts = unpack_parts(pack_parts([part.detach().cpu() for part in self._structure.flatten(copied)]))
         for row_count in (EXAMPLE_ROWS, 1):
             columns = _UnknownColumns()
             geometries = [ImageGeometry(224, 224, 224, 224, passthrough=columns)] * row_count
             try:
                 with torch.inference_mode():
-                    self._call([tensor[:row_count] for tensor in tensors], geometries)
+                    self._call([part[:row_count] for part in parts], geometries)
             except (BatchjobError, MemoryError):
                 raise
             except InvalidColumns as error:
@@ -180,25 +147,19 @@ class UserPostprocess(PostprocessDefaults):
                 raise InvalidJob(f"{self._functions.where} {message}; correct it") from error
 
     def on_device(self, output: Any) -> dict[str, torch.Tensor]:
-        """Take the output apart into tensors under their index `0`, `1`, …, with `finite` bool `[n]`."""
-        import torch
-
+        """Take the output apart into tensors, see `pack_parts`."""
         with catch_exit():
             parts = self._structure.flatten(self._functions.on_device(output) if self._functions.on_device else output)
-        finite = torch.ones(len(parts[0]), dtype=torch.bool, device=parts[0].device)
-        for part in parts:
-            if part.is_floating_point() and part.numel():
-                finite &= part.isfinite().reshape(len(part), -1).all(dim=1).to(finite.device)
-        return {str(index): widen_half_precision(part) for index, part in enumerate(parts)} | {"finite": finite}
+        return pack_parts(parts)
 
     def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:
         import torch
 
         row_count = len(geometries)
         rows = list(range(row_count))
-        parts = [tensors[str(index)] for index in range(len(tensors) - 1)]
-        if not self.allow_nan and not tensors["finite"].all():
-            rows = finite_mask(tensors).nonzero()[0].tolist()
+        parts, null_rows = unpack_parts(tensors), self.null_rows(tensors)
+        if null_rows.any():
+            rows = (~null_rows).nonzero()[0].tolist()
             parts = [part[rows] for part in parts]
         with torch.inference_mode():
             columns, errors = self._call_isolating_errors(parts, [geometries[row] for row in rows])
@@ -215,7 +176,7 @@ class UserPostprocess(PostprocessDefaults):
 
     def find_errors(self, tensors: dict[str, torch.Tensor]) -> list[ErrorRecord | None]:
         last_tensors, code_errors = self._last_batch
-        errors = nonfinite_errors(tensors, self.allow_nan)
+        errors = super().find_errors(tensors)
         if last_tensors is not tensors:
             return errors
         return [code_error or error for code_error, error in zip(code_errors, errors, strict=True)]

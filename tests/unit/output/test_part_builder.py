@@ -17,6 +17,7 @@ from batchjob.storage.reader import Reader
 from batchjob.storage.store import open_store
 from batchjob.tasks.embedding import EmbeddingTask
 from batchjob.tasks.postprocess import Postprocess
+from batchjob.tasks.settings import TaskContext
 from batchjob.types import Batch, ErrorRecord, ImageInfo, ImageRef, Shard, ShardKey
 
 MISSING_IMAGES = Batch(0, 0, (ImageInfo(error=ErrorRecord("fetch", "not_found", "it is not there")),) * 2, None)
@@ -33,7 +34,7 @@ def make_shard(index: int, rows: int = 4, attempt_number: int | None = None) -> 
 def make_postprocess() -> Postprocess:
     import torch
 
-    return EmbeddingTask().build_postprocess(torch.zeros(2, 3), None, Reader(), Path())
+    return EmbeddingTask().build_postprocess(torch.zeros(2, 3), TaskContext(None, Reader(), Path()))
 
 
 def start_builder(

@@ -14,6 +14,7 @@ from batchjob.errors import InvalidJob
 from batchjob.storage.reader import Reader
 from batchjob.tasks.classification import ClassificationTask
 from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess
+from batchjob.tasks.settings import TaskContext
 from batchjob.types import ErrorRecord
 from tests.support.task_rows import build_rows
 
@@ -23,7 +24,7 @@ NAN, INF = float("nan"), float("inf")
 
 def make_postprocess(classes: int = 3, weight_labels: tuple[str, ...] | None = None, **settings: Any) -> Postprocess:
     output = torch.zeros(EXAMPLE_ROWS, classes)
-    return ClassificationTask(**settings).build_postprocess(output, weight_labels, READER, BASE)
+    return ClassificationTask(**settings).build_postprocess(output, TaskContext(weight_labels, READER, BASE))
 
 
 def test_top_k_classes_match_softmax_and_topk_of_torch() -> None:
@@ -104,7 +105,7 @@ def test_accepted_nan_has_a_score_but_no_class() -> None:
 )
 def test_output_other_than_logits_is_refused_with_its_shape(output: Any, text: str) -> None:
     with pytest.raises(InvalidJob) as caught:
-        ClassificationTask().build_postprocess(output, None, READER, BASE)
+        ClassificationTask().build_postprocess(output, TaskContext(None, READER, BASE))
     assert text in caught.value.message
     assert "model.type: python" in caught.value.message
 
@@ -119,7 +120,7 @@ def test_top_k_above_the_number_of_classes_is_refused() -> None:
 def test_row_bytes_bounds_the_columns() -> None:
     labels = [f"label number {n}" for n in range(10)]
     task = ClassificationTask(top_k=5, labels=labels)
-    postprocess = task.build_postprocess(torch.zeros(EXAMPLE_ROWS, 10), None, READER, BASE)
+    postprocess = task.build_postprocess(torch.zeros(EXAMPLE_ROWS, 10), TaskContext(None, READER, BASE))
     columns = postprocess.columns(postprocess.on_device(torch.randn(1000, 10)), [])
     assert sum(column.nbytes for column in columns) / 1000 <= task.row_bytes < ClassificationTask(top_k=5).row_bytes
 

@@ -26,6 +26,7 @@ from batchjob.preprocessing.settings import Preprocess
 from batchjob.storage.reader import Reader
 from batchjob.tasks.detection import DetectionTask
 from batchjob.tasks.postprocess import Postprocess
+from batchjob.tasks.settings import TaskContext
 from tests.support.task_rows import build_rows
 
 READER = Reader()
@@ -275,7 +276,7 @@ def make_image(boxes: int, seed: int = 0, classes: int = 3) -> dict[str, torch.T
 
 
 def make_postprocess(output: Any, weight_labels: tuple[str, ...] | None = None, **settings: Any) -> Postprocess:
-    return DetectionTask(**settings).build_postprocess(output, weight_labels, READER, Path())
+    return DetectionTask(**settings).build_postprocess(output, TaskContext(weight_labels, READER, Path()))
 
 
 def test_schema_of_the_column() -> None:
@@ -466,7 +467,7 @@ def test_settings_out_of_range_are_refused(settings: Row) -> None:
 def test_row_bytes_bounds_the_column() -> None:
     task = DetectionTask(threshold=0, max_boxes=30, labels=["a", "bb", "ccc"])
     output = [make_image(50), make_image(50, 1)]
-    postprocess = task.build_postprocess(output, None, READER, Path())
+    postprocess = task.build_postprocess(output, TaskContext(None, READER, Path()))
     (column,) = postprocess.columns(postprocess.on_device(output), [ImageGeometry(1000, 1000, 1000, 1000)] * 2)
     assert column.nbytes / 2 <= task.row_bytes
 
@@ -498,8 +499,8 @@ def test_keypoints_are_not_dropped_in_silence() -> None:
     with pytest.raises(
         InvalidJob, match=r"gives keypoints beside its boxes, .* or task\.keypoints: drop for the boxes"
     ):
-        DetectionTask().build_postprocess([image, image], None, READER, Path.cwd())
-    DetectionTask(keypoints="drop").build_postprocess([image, image], None, READER, Path.cwd())
+        DetectionTask().build_postprocess([image, image], TaskContext(None, READER, Path.cwd()))
+    DetectionTask(keypoints="drop").build_postprocess([image, image], TaskContext(None, READER, Path.cwd()))
 
 
 def test_plans_of_earlier_versions_go_on_without_keypoints(tmp_path: Path) -> None:

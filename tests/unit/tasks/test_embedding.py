@@ -17,6 +17,7 @@ from batchjob.errors import InvalidJob
 from batchjob.storage.reader import Reader
 from batchjob.tasks.embedding import EmbeddingTask
 from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess
+from batchjob.tasks.settings import TaskContext
 from tests.support.task_rows import build_rows, find_error_types
 
 READER, BASE = Reader(), Path()
@@ -24,7 +25,9 @@ NAN, INF = float("nan"), float("inf")
 
 
 def make_postprocess(*shape: int, **settings: Any) -> Postprocess:
-    return EmbeddingTask(**settings).build_postprocess(torch.zeros(EXAMPLE_ROWS, *shape), None, READER, BASE)
+    return EmbeddingTask(**settings).build_postprocess(
+        torch.zeros(EXAMPLE_ROWS, *shape), TaskContext(None, READER, BASE)
+    )
 
 
 def test_each_row_has_its_vector() -> None:
@@ -77,7 +80,7 @@ def test_output_other_than_vectors_is_refused_with_its_shape(shape: tuple[int, .
     assert text in caught.value.message
     assert "task.layer" in caught.value.message
     with pytest.raises(InvalidJob, match="a tuple of 1"):
-        EmbeddingTask().build_postprocess((torch.zeros(2, 3),), None, READER, BASE)
+        EmbeddingTask().build_postprocess((torch.zeros(2, 3),), TaskContext(None, READER, BASE))
 
 
 def test_row_bytes_allow_2048_dimensions() -> None:
@@ -98,7 +101,7 @@ def test_named_layer_matches_the_truncated_model() -> None:
     adapted = task.adapt(net)
     assert not any(part.training for part in adapted.modules())
     with torch.inference_mode():
-        postprocess = task.build_postprocess(adapted(x), None, READER, BASE)
+        postprocess = task.build_postprocess(adapted(x), TaskContext(None, READER, BASE))
         rows = build_rows(postprocess, adapted(x))
     torch.testing.assert_close(torch.tensor([row["embedding"] for row in rows]), expected)
     assert EmbeddingTask().adapt(net) is net

@@ -26,6 +26,7 @@ from batchjob.tasks.embedding import EmbeddingTask
 from batchjob.tasks.multilabel import MultilabelTask
 from batchjob.tasks.postprocess import EXAMPLE_ROWS
 from batchjob.tasks.regression import RegressionTask
+from batchjob.tasks.settings import TaskContext
 from tests.support.batchjob_process import read_all_footers
 
 READER, BASE = Reader(), Path()
@@ -36,7 +37,7 @@ ANIMALS = ("cat", "dog", "fish")
 def run_metrics(task: Any, output: torch.Tensor, truths: dict[str, Any], cuts: Sequence[int] = ()) -> dict[str, Any]:
     """Return the metrics of rows that were summed in pieces and added up, as JSON gives them back."""
     example = output[:1].repeat(EXAMPLE_ROWS, *[1] * (output.ndim - 1))
-    postprocess = task.build_postprocess(example, None, READER, BASE)
+    postprocess = task.build_postprocess(example, TaskContext(None, READER, BASE))
     assert postprocess.truth_columns == task.truth_columns
     tensors = postprocess.on_device(output)
     table = pa.Table.from_arrays(postprocess.columns(tensors, []), schema=pa.schema(postprocess.fields))

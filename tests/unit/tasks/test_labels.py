@@ -14,6 +14,7 @@ from batchjob.errors import InvalidJob
 from batchjob.storage.reader import Reader
 from batchjob.tasks.classification import ClassificationTask
 from batchjob.tasks.postprocess import EXAMPLE_ROWS
+from batchjob.tasks.settings import TaskContext
 from tests.support.task_rows import build_rows
 
 READER, BASE = Reader(), Path()
@@ -33,7 +34,7 @@ def test_read_labels_from_each_form_of_file(file: str, tmp_path: Path) -> None:
     (tmp_path / file).write_bytes(LABEL_FILES[file].encode())
     task = ClassificationTask(labels=str(tmp_path / file))
     task.check(READER, BASE)
-    postprocess = task.build_postprocess(torch.zeros(EXAMPLE_ROWS, 3), ("x", "y"), READER, BASE)
+    postprocess = task.build_postprocess(torch.zeros(EXAMPLE_ROWS, 3), TaskContext(("x", "y"), READER, BASE))
     rows = build_rows(postprocess, torch.eye(3))
     assert [row["label"] for row in rows] == ["tench", "goldfish", "white shark"]
 
@@ -81,4 +82,4 @@ def test_whole_numbers_are_labels_but_booleans_are_not() -> None:
 
 def prepare_classification(classes: int, weight_labels: tuple[str, ...] | None = None, **settings: Any) -> None:
     output = torch.zeros(EXAMPLE_ROWS, classes)
-    ClassificationTask(**settings).build_postprocess(output, weight_labels, READER, BASE)
+    ClassificationTask(**settings).build_postprocess(output, TaskContext(weight_labels, READER, BASE))

@@ -14,6 +14,7 @@ from batchjob.errors import InvalidJob
 from batchjob.storage.reader import Reader
 from batchjob.tasks.multilabel import MultilabelTask
 from batchjob.tasks.postprocess import Postprocess
+from batchjob.tasks.settings import TaskContext
 from tests.support.task_rows import build_rows, find_error_types
 
 READER, BASE = Reader(), Path()
@@ -21,7 +22,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def make_postprocess(task: Any, output: Any, weight_labels: tuple[str, ...] | None = None) -> Postprocess:
-    postprocess: Postprocess = task.build_postprocess(output, weight_labels, READER, BASE)
+    postprocess: Postprocess = task.build_postprocess(output, TaskContext(weight_labels, READER, BASE))
     return postprocess
 
 

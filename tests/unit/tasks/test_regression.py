@@ -14,6 +14,7 @@ from batchjob.errors import InvalidJob
 from batchjob.storage.reader import Reader
 from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess
 from batchjob.tasks.regression import RegressionTask
+from batchjob.tasks.settings import TaskContext
 from tests.support.task_rows import build_rows, find_error_types
 
 READER, BASE = Reader(), Path()
@@ -21,7 +22,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def make_postprocess(task: Any, output: Any) -> Postprocess:
-    postprocess: Postprocess = task.build_postprocess(output, None, READER, BASE)
+    postprocess: Postprocess = task.build_postprocess(output, TaskContext(None, READER, BASE))
     return postprocess
 
 

@@ -22,6 +22,7 @@ from batchjob.preprocessing.geometry import ImageGeometry
 from batchjob.storage.reader import Reader
 from batchjob.tasks.postprocess import Postprocess
 from batchjob.tasks.segmentation import SegmentationTask
+from batchjob.tasks.settings import TaskContext
 from tests.support.task_rows import build_rows, find_error_types
 
 READER = Reader()
@@ -156,7 +157,7 @@ def test_auxiliary_training_head_is_dropped_from_the_weights(tmp_path: Path) -> 
 
 
 def make_postprocess(output: Any, weight_labels: tuple[str, ...] | None = None, **settings: Any) -> Postprocess:
-    return SegmentationTask(**settings).build_postprocess(output, weight_labels, READER, Path())
+    return SegmentationTask(**settings).build_postprocess(output, TaskContext(weight_labels, READER, Path()))
 
 
 def make_logits(classes: int, height: int = 12, width: int = 20) -> torch.Tensor:

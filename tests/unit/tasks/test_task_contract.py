@@ -28,6 +28,7 @@ from batchjob.tasks.python import PythonTask
 from batchjob.tasks.raw import RawTask
 from batchjob.tasks.regression import RegressionTask
 from batchjob.tasks.segmentation import SegmentationTask
+from batchjob.tasks.settings import TaskContext
 from batchjob.types import ErrorRecord
 
 ROWS = 8
@@ -61,7 +62,7 @@ class Case:
             (base / "post.py").write_text(self.code)
         self.task.check(Reader(), base)
         example = slice_rows(self.output, slice(0, EXAMPLE_ROWS)) if output is ... else output
-        postprocess: Postprocess = self.task.build_postprocess(example, self.labels, Reader(), base)
+        postprocess: Postprocess = self.task.build_postprocess(example, TaskContext(self.labels, Reader(), base))
         return postprocess
 
 

@@ -20,6 +20,7 @@ from batchjob.preprocessing.geometry import ImageGeometry
 from batchjob.storage.reader import Reader
 from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess
 from batchjob.tasks.python import PythonTask
+from batchjob.tasks.settings import TaskContext
 from batchjob.types import ErrorRecord
 from tests.support.task_rows import run_on_device
 
@@ -31,7 +32,9 @@ def make_postprocess(base: Path, code: str, output: Any = None, **settings: Any)
     base.mkdir(exist_ok=True)
     (base / "post.py").write_text(code)
     task = PythonTask(target="post:own", **settings)
-    return task.build_postprocess(torch.ones(EXAMPLE_ROWS, 3) if output is None else output, None, READER, base)
+    return task.build_postprocess(
+        torch.ones(EXAMPLE_ROWS, 3) if output is None else output, TaskContext(None, READER, base)
+    )
 
 
 def catch_message(base: Path, code: str, output: Any = None, **settings: Any) -> str:
