@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 
 from batchjob.arrow_types import plain_type
 from batchjob.errors import InvalidJob
-from batchjob.settings import Settings, Uri
+from batchjob.settings import Uri
 from batchjob.sources.column_types import (
     can_cast,
     cast_column,
@@ -28,7 +28,7 @@ from batchjob.sources.locations import normalize_uri, parent_folder, require_pla
 from batchjob.sources.manifest_files import list_manifest_files
 from batchjob.sources.manifest_locations import are_below, resolve_locations
 from batchjob.sources.passthrough import ColumnName, Passthrough, parse_passthrough
-from batchjob.sources.source import IMAGE_EXTENSIONS, REF_FIELDS, Require, skip_empty_batches
+from batchjob.sources.source import IMAGE_EXTENSIONS, REF_FIELDS, Require, Source, skip_empty_batches
 from batchjob.sources.table_files import TableFile, TableFormat, open_table
 from batchjob.storage.objects import ObjectInfo
 from batchjob.text import explain_uri_secret, redact_queries
@@ -60,7 +60,7 @@ def _check_delimiter(delimiter: str) -> str:
 _Delimiter = Annotated[str, AfterValidator(_check_delimiter)]
 
 
-class ManifestSource(Settings):
+class ManifestSource(Source):
     """Every image that a table names, in the table's order; an image that is named twice is two images.
 
     Attributes:
@@ -103,7 +103,7 @@ class ManifestSource(Settings):
 
     @property
     def has_id(self) -> bool:
-        """True if the first field of `fields` is the user's own `id`."""
+        """True if `id_column` names one."""
         return self.id_column is not None
 
     @property
@@ -165,10 +165,6 @@ class ManifestSource(Settings):
         files = self._list_files(reader, excluded_folder, refuse_tables=True)
         schema = pa.schema([*REF_FIELDS, *self._read_fields(reader, files)])
         return skip_empty_batches(self._read_files(reader, files, schema, after.rows, excluded_folder), schema)
-
-    def explain_missing(self, reader: Reader) -> str | None:
-        """Return a sentence that says which condition of `require` does not hold yet; None if all hold."""
-        return self.require.explain_missing(reader, self.uri) if self.require else None
 
     @property
     def _columns(self) -> dict[str, str]:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import pyarrow as pa
 from pydantic import AfterValidator, Field
 
-from batchjob.settings import Settings, Uri
+from batchjob.settings import Uri
 from batchjob.sources.file_selection import FileSelection
 from batchjob.sources.glob_patterns import glob_to_regex
 from batchjob.sources.locations import list_location, require_location
 from batchjob.sources.skipped_files import SkippedFiles
-from batchjob.sources.source import BATCH_ROWS, IMAGE_EXTENSIONS, REF_FIELDS, Require, skip_empty_batches
+from batchjob.sources.source import BATCH_ROWS, IMAGE_EXTENSIONS, REF_FIELDS, Require, Source, skip_empty_batches
 from batchjob.sources.table_files import guess_table_format
 from batchjob.storage.objects import ObjectInfo
 from batchjob.types import Cursor
@@ -52,7 +52,7 @@ _Glob = Annotated[str, AfterValidator(_check_glob)]
 _Extensions = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_normalize_extensions)]
 
 
-class PrefixSource(Settings):
+class PrefixSource(Source):
     """Every image below a folder, in the order of their keys.
 
     Attributes:
@@ -82,32 +82,6 @@ class PrefixSource(Settings):
         """Check that the folder, file or glob's folder exists. Raises InvalidJob."""
         require_location(reader, self.uri)
 
-    @property
-    def has_id(self) -> bool:
-        """False: a listing has no column `id`."""
-        return False
-
-    @property
-    def prefixes(self) -> tuple[str, ...]:
-        """No prefixes: what is listed may be read."""
-        return ()
-
-    def fields(self, reader: Reader, excluded_folder: str | None = None) -> list[pa.Field]:  # noqa: ARG002 - Source
-        """Return no fields: a listing has no columns after `REF_FIELDS`."""
-        return []
-
-    def version(self, reader: Reader, excluded_folder: str | None = None) -> str | None:  # noqa: ARG002 - Source
-        """Return None: only a new listing tells."""
-        return None
-
-    def count_images(self, reader: Reader, excluded_folder: str | None = None) -> int | None:  # noqa: ARG002
-        """Return None: only a listing tells."""
-        return None
-
-    def list_files(self, reader: Reader, excluded_folder: str | None = None) -> list[ObjectInfo]:  # noqa: ARG002
-        """Return no files: the images are listed."""
-        return []
-
     def refs(
         self, reader: Reader, after: Cursor, excluded_folder: str | None = None, skipped: SkippedFiles | None = None
     ) -> Iterator[pa.RecordBatch]:
@@ -136,10 +110,6 @@ class PrefixSource(Settings):
         listed = list_location(reader, location, last, self.recursive, excluded_folder, selection)
         images = filter(selection.takes, listed)
         return skip_empty_batches(map(_to_batch, iter(lambda: list(itertools.islice(images, BATCH_ROWS)), [])), _SCHEMA)
-
-    def explain_missing(self, reader: Reader) -> str | None:
-        """Return a sentence that says which condition of `require` does not hold yet; None if all hold."""
-        return self.require.explain_missing(reader, self.uri) if self.require else None
 
 
 def suggest_input(uri: str) -> str | None:

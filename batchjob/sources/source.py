@@ -1,9 +1,10 @@
-"""The protocol of every source: an ordered, resumable listing of images in Arrow batches."""
+"""Base of every source: an ordered, resumable listing of images in Arrow batches."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 from pydantic import Field
@@ -43,52 +44,55 @@ class Require(Settings):
     marker: str | None = Field(default=None, min_length=1)
     min_images: int | None = Field(default=None, ge=1)
 
-    def explain_missing(self, reader: Reader, uri: str) -> str | None:
-        """Return a sentence that says why the input at `uri` is not there yet; None if it is there.
 
-        `min_images` is not counted here: the driver counts while it lists.
-        """
-        required = self.marker is not None or self.min_images is not None
-        return explain_missing_input(reader, uri, self.marker) if required else None
-
-
-class Source(Protocol):
-    """An ordered list of images that can be resumed after any row.
+class Source(Settings):
+    """An ordered list of images that can be resumed after any row. Here are the answers of a source without columns.
 
     For example, a folder with `a.jpg` and `b.jpg`: `refs(reader, Cursor())` yields one batch of two rows. The cursor
     after its first row is `Cursor(rows=1, last="…/a.jpg")`; `refs` from there yields one batch with `b.jpg` only.
-
-    Attributes:
-        uri: URI of the input, as the job names it.
-        require: Conditions under which the input is planned, if any.
-        has_id: True if the first field of `fields` is the user's own `id`.
-        prefixes: URI prefixes outside of which no image is read; empty for no such limit.
     """
 
-    @property
-    def uri(self) -> str: ...
-    @property
-    def require(self) -> Require | None: ...
-    @property
-    def has_id(self) -> bool: ...
-    @property
-    def prefixes(self) -> tuple[str, ...]: ...
+    if TYPE_CHECKING:  # fields of each source
 
+        @property
+        def uri(self) -> str:
+            """URI of the input, as the job names it."""
+
+        @property
+        def require(self) -> Require | None:
+            """Conditions under which the input is planned, if any."""
+
+    @property
+    def has_id(self) -> bool:
+        """True if the first field of `fields` is the user's own `id`."""
+        return False
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """URI prefixes outside of which no image is read; empty for no such limit."""
+        return ()
+
+    @abstractmethod
     def check(self, reader: Reader) -> None:
         """Check that the input exists and has the columns that the settings name. Raises InvalidJob."""
 
-    def fields(self, reader: Reader, excluded_folder: str | None = None) -> list[pa.Field]:
+    def fields(self, reader: Reader, excluded_folder: str | None = None) -> list[pa.Field]:  # noqa: ARG002
         """Return the columns after `REF_FIELDS`: `id` if there is one, then the passthrough columns, all nullable."""
+        return []
 
-    def version(self, reader: Reader, excluded_folder: str | None = None) -> str | None:
+    def version(self, reader: Reader, excluded_folder: str | None = None) -> str | None:  # noqa: ARG002
         """Return a digest that changes when the list of images may have changed; None if only a new listing tells."""
+        return None
 
-    def count_images(self, reader: Reader, excluded_folder: str | None = None) -> int | None:
+    def count_images(self, reader: Reader, excluded_folder: str | None = None) -> int | None:  # noqa: ARG002
         """Return the number of images if it is known without listing them, else None."""
+        return None
 
-    def list_files(self, reader: Reader, excluded_folder: str | None = None) -> list[ObjectInfo]:
+    def list_files(self, reader: Reader, excluded_folder: str | None = None) -> list[ObjectInfo]:  # noqa: ARG002
         """Return the files that name the images; none if a listing finds them."""
+        return []
 
+    @abstractmethod
     def refs(
         self, reader: Reader, after: Cursor, excluded_folder: str | None = None, skipped: SkippedFiles | None = None
     ) -> Iterator[pa.RecordBatch]:
@@ -107,8 +111,11 @@ class Source(Protocol):
     def explain_missing(self, reader: Reader) -> str | None:
         """Return a sentence that says which condition of `require` does not hold yet; None if all hold.
 
-        `min_images` is counted by the caller.
+        `min_images` is not counted here: the driver counts while it lists.
         """
+        if self.require is None or self.require == Require():
+            return None
+        return explain_missing_input(reader, self.uri, self.require.marker)
 
 
 def skip_empty_batches(batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:

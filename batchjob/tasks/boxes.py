@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from batchjob.preprocessing.geometry import ImageGeometry
     from batchjob.tasks.detector_output import BoxCandidates
 
-__all__ = ["BOX_FIELDS", "BoxSelector", "build_box_columns", "filled_slots", "map_boxes_to_image"]
+__all__ = ["BOX_FIELDS", "BoxSelector", "build_box_columns", "map_boxes_to_image"]
 
 BOX_FIELDS = [*CLASS_FIELDS, *(pa.field(name, pa.float32()) for name in ("x_min", "y_min", "x_max", "y_max"))]
 """Fields of a box; corners in pixels of the upright image."""
@@ -89,13 +89,6 @@ class BoxSelector:
         return remaining
 
 
-def filled_slots(tensors: Mapping[str, torch.Tensor]) -> Mask:
-    """Return the slots of `BoxSelector` that hold a box, bool `[n, k]`: count 2 of 4 slots is `[1, 1, 0, 0]`."""
-    count, slots = tensors["count"].numpy(), tensors["score"].shape[1]
-    filled: Mask = np.arange(slots) < count[:, None]
-    return filled
-
-
 def map_boxes_to_image(
     boxes: np.ndarray[Any, Any], geometries: Sequence[ImageGeometry], *, relative: bool
 ) -> tuple[np.ndarray[Any, Any], Mask]:
@@ -126,26 +119,32 @@ def map_boxes_to_image(
 
 def build_box_columns(
     tensors: Mapping[str, torch.Tensor],
-    boxes: np.ndarray[Any, Any],
-    kept: Mask,
+    geometries: Sequence[ImageGeometry],
     labels: tuple[str, ...] | None,
-) -> list[pa.Array]:
-    """Build the columns of `BOX_FIELDS` for the kept boxes, image after image.
+    null_rows: Mask,
+    *,
+    relative: bool,
+) -> tuple[Mask, list[pa.Array]]:
+    """Build the columns of `BOX_FIELDS` for the boxes in the image, image after image.
 
     Args:
         tensors: Result of `BoxSelector`, on the host.
-        boxes: Corners in pixels of the image, float32 `[n, k, 4]`.
-        kept: True for the slots whose boxes are written, bool `[n, k]`.
+        geometries: See `map_boxes_to_image`.
         labels: Class names by id; None if there are none.
+        null_rows: Images without boxes, bool `[n]`.
+        relative: See `map_boxes_to_image`.
+
+    Returns:
+        The slots whose boxes are written, bool `[n, k]`, and the columns.
     """
-    ids = pa.array(tensors["label_id"].numpy()[kept])
-    corners = boxes[kept]
-    return [
-        ids,
-        look_up_labels(labels, ids),
-        pa.array(tensors["score"].numpy()[kept]),
-        *(pa.array(corners[:, side].copy()) for side in range(4)),
-    ]
+    boxes, inside = map_boxes_to_image(tensors["boxes"].numpy(), geometries, relative=relative)
+    scores = tensors["score"].numpy()
+    # Of 4 slots with count 2 the first two hold a box.
+    is_filled = np.arange(scores.shape[1]) < tensors["count"].numpy()[:, None]
+    kept: Mask = inside & is_filled & ~null_rows[:, None]
+    ids, corners = pa.array(tensors["label_id"].numpy()[kept]), boxes[kept]
+    sides = [pa.array(corners[:, side].copy()) for side in range(4)]
+    return kept, [ids, look_up_labels(labels, ids), pa.array(scores[kept]), *sides]
 
 
 def _pairs_for_corners(pairs: Sequence[tuple[float, float]]) -> np.ndarray[Any, Any]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
-from batchjob.tasks.boxes import BOX_FIELDS, BoxSelector, build_box_columns, filled_slots, map_boxes_to_image
+from batchjob.tasks.boxes import BOX_FIELDS, BoxSelector, build_box_columns
 from batchjob.tasks.detector_output import DetrBoxReader, TorchvisionBoxReader, choose_box_reader, gives_keypoints
 from batchjob.tasks.labels import Labels, max_label_bytes, resolve_class_names
 from batchjob.tasks.list_columns import build_struct_lists
@@ -93,8 +93,6 @@ class _DetectionPostprocess(Postprocess):
         return selected
 
     def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:
-        null_rows = self.null_rows(tensors)
-        boxes, inside = map_boxes_to_image(tensors["boxes"].numpy(), geometries, relative=self.box_reader.relative)
-        kept = inside & filled_slots(tensors) & ~null_rows[:, None]
-        box_columns = build_box_columns(tensors, boxes, kept, self.labels)
-        return [build_struct_lists(kept.sum(axis=1), box_columns, BOX_FIELDS, null_rows)]
+        null_rows, relative = self.null_rows(tensors), self.box_reader.relative
+        kept, columns = build_box_columns(tensors, geometries, self.labels, null_rows, relative=relative)
+        return [build_struct_lists(kept.sum(axis=1), columns, BOX_FIELDS, null_rows)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from batchjob.tasks.boxes import BOX_FIELDS, BoxSelector, build_box_columns, filled_slots, map_boxes_to_image
+from batchjob.tasks.boxes import BOX_FIELDS, BoxSelector, build_box_columns
 from batchjob.tasks.detector_output import TorchvisionBoxReader
 from batchjob.tasks.list_columns import build_struct_lists
 from batchjob.tasks.masks import (
@@ -86,11 +86,10 @@ class InstancePostprocess(Postprocess):
 
     def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:
         null_rows = self.null_rows(tensors)
-        boxes, inside = map_boxes_to_image(tensors["boxes"].numpy(), geometries, relative=False)
-        kept = inside & filled_slots(tensors) & ~null_rows[:, None]
+        kept, box_columns = build_box_columns(tensors, geometries, self.labels, null_rows, relative=False)
         masks = self._resample_masks(tensors, geometries, kept)
         area = pa.array(np.array([np.count_nonzero(mask) for mask in masks], np.int64))
-        columns = [*build_box_columns(tensors, boxes, kept, self.labels), area, *self._encode_masks(masks)]
+        columns = [*box_columns, area, *self._encode_masks(masks)]
         return [build_struct_lists(kept.sum(axis=1), columns, self._struct_fields, null_rows)]
 
     def _resample_masks(

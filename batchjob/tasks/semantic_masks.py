@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,29 +79,30 @@ class SemanticPostprocess(Postprocess):
         return {"ids": ids, "finite": finite_pixels.flatten(1).all(dim=1)}
 
     def columns(self, tensors: dict[str, torch.Tensor], geometries: Sequence[ImageGeometry]) -> list[pa.Array]:
-        null_rows = self.null_rows(tensors).tolist()
+        null_rows = self.null_rows(tensors)
         targets = geometries if self.original_size else [input_geometry(geometry) for geometry in geometries]
         maps = [
             None if is_null else resample_to_image(ids, target, self._void)
             for ids, target, is_null in zip(tensors["ids"].numpy(), targets, null_rows, strict=True)
         ]
-        class_counts = [None if ids is None else self._count_pixels(ids) for ids in maps]
-        pixels = _build_class_lists(class_counts, _PIXEL_FIELDS, self._build_pixel_columns)
+        # The classes of null rows are none: an array `[0, 2]`.
+        class_counts = [self._count_pixels(np.zeros(0, np.uint8) if ids is None else ids) for ids in maps]
+        row_counts, flat = list(map(len, class_counts)), np.concatenate([np.zeros((0, 2), np.int64), *class_counts])
+        class_ids, pixel_counts = pa.array(flat[:, 0].astype("int32")), pa.array(flat[:, 1].copy())
+        pixel_columns = [class_ids, look_up_labels(self.labels, class_ids), pixel_counts]
+        pixels = build_struct_lists(row_counts, pixel_columns, _PIXEL_FIELDS, null_rows)
         if self.mask == "none":
             return [pixels]
         if self.mask == "png":
             return [pixels, pa.array([None if ids is None else encode_png(ids) for ids in maps], pa.binary())]
-        return [pixels, _build_run_lists(maps, class_counts)]
+        rle_arrays = _build_rle(maps, class_counts)
+        return [pixels, build_struct_lists(row_counts, [class_ids, *rle_arrays], _RUN_FIELDS, null_rows)]
 
     def _count_pixels(self, ids: _Array) -> _Array:
         """Return the id and the pixels of each class in a map, the largest first: int64 `[c, 2]`."""
         counts = np.bincount(ids.reshape(-1), minlength=self.classes)[: self.classes]
         order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
         return np.stack([order, counts[order]], axis=1)
-
-    def _build_pixel_columns(self, class_counts: _Array) -> list[pa.Array]:
-        ids = pa.array(class_counts[:, 0].astype("int32"))
-        return [ids, look_up_labels(self.labels, ids), pa.array(class_counts[:, 1].copy())]
 
 
 def select_logits(output: Any) -> Any:
@@ -124,33 +125,12 @@ def is_logit_map(logits: Any) -> bool:
     )
 
 
-def _build_run_lists(maps: Sequence[_Array | None], class_counts: Sequence[_Array | None]) -> pa.Array:
-    """Build the column of run lengths: for each row a struct of `_RUN_FIELDS` for each class in its map."""
+def _build_rle(maps: Sequence[_Array | None], class_counts: Sequence[_Array]) -> list[pa.Array]:
+    """Build the columns of `RLE_FIELDS` for each class of each map."""
     rle_by_row = [
         (ids.shape, encode_rle(ids, counts[:, 0].tolist()))
         for ids, counts in zip(maps, class_counts, strict=True)
-        if ids is not None and counts is not None
+        if ids is not None
     ]
     sizes = [(shape[0], shape[1]) for shape, masks in rle_by_row for _ in masks]
-    rle_arrays = build_rle_arrays(sizes, [mask for _, masks in rle_by_row for mask in masks])
-    return _build_class_lists(
-        class_counts, _RUN_FIELDS, lambda flat: [pa.array(flat[:, 0].astype("int32")), *rle_arrays]
-    )
-
-
-def _build_class_lists(
-    class_counts: Sequence[_Array | None],
-    fields: Sequence[pa.Field],
-    build_columns: Callable[[_Array], list[pa.Array]],
-) -> pa.Array:
-    """Build a column with a struct for each class of a row; null for rows without a map.
-
-    Args:
-        class_counts: Id and pixels of the classes of each row, `[c, 2]`; None for null rows.
-        fields: Fields of the structs.
-        build_columns: Builds the structs' columns from the ids and pixels of all rows, `[total, 2]`.
-    """
-    flat = np.concatenate([np.zeros((0, 2), np.int64), *(counts for counts in class_counts if counts is not None)])
-    null_rows = np.array([counts is None for counts in class_counts], np.bool_)
-    row_counts = [0 if counts is None else len(counts) for counts in class_counts]
-    return build_struct_lists(row_counts, build_columns(flat), fields, null_rows)
+    return build_rle_arrays(sizes, [mask for _, masks in rle_by_row for mask in masks])
