@@ -55,7 +55,7 @@ class Dispatcher:
         on_commit: Callable[[ShardResult], object],
     ) -> None:
         self._make_pool, self._progress, self._on_commit = make_pool, progress, on_commit
-        self._pool: Pool = _EmptyPool()
+        self._pool: Pool | None = None  # before `start`
         self._unavailable_in_a_row = 0
         self.scheduler = Scheduler(max_attempts)
         self.workers: list[WorkerInfo] = []
@@ -64,12 +64,12 @@ class Dispatcher:
     @property
     def started(self) -> bool:
         """True if the pool has been started."""
-        return not isinstance(self._pool, _EmptyPool)
+        return self._pool is not None
 
     @property
     def pool_size(self) -> int:
         """Workers that the pool will have; 0 while that is unknown."""
-        return self._pool.size
+        return self._pool.size if self._pool else 0
 
     def start(self, setup: WorkerSetup) -> None:
         """Make the pool, and begin to start its workers."""
@@ -82,19 +82,22 @@ class Dispatcher:
         Raises:
             BatchjobError: An event that ends the run.
         """
+        if self._pool is None:
+            time.sleep(timeout)
+            return
         for event in self._pool.wait(timeout):
             self._handle_event(event)
-        if self.started and not self.workers:
+        if not self.workers:
             self.on_starting()
 
     def dispatch(self, plan_number: int) -> None:
         """Give the workers as many waiting shards of this plan as they take."""
-        while self._pool.free_slots() > 0 and (key := self.scheduler.take_next()) is not None:
+        while self._pool and self._pool.free_slots() > 0 and (key := self.scheduler.take_next()) is not None:
             self._pool.submit(key, plan_number)
 
     def speculate(self, plan_number: int) -> None:
         """Give idle workers a second attempt at stragglers; the first commit counts."""
-        while self._pool.idle_workers() > 0 and (key := self.scheduler.take_straggler()) is not None:
+        while self._pool and self._pool.idle_workers() > 0 and (key := self.scheduler.take_straggler()) is not None:
             self._progress.note(f"shard {key.index} is late: a second worker begins it too")
             self._pool.submit_speculative(key, plan_number)
 
@@ -109,7 +112,8 @@ class Dispatcher:
 
     def close(self) -> None:
         """Stop all workers."""
-        self._pool.close()
+        if self._pool is not None:
+            self._pool.close()
 
     def _handle_event(self, event: WorkerEvent) -> None:
         match event:
@@ -159,31 +163,3 @@ class Dispatcher:
         uses_attempt = not is_interrupted and not isinstance(error, Unavailable)
         abandoned = self.scheduler.fail(key, error.message, uses_attempt=uses_attempt, to_front=is_interrupted)
         self._progress.note(f"shard {key.index} failed{', given up' if abandoned else ''}: {error.message}")
-
-
-class _EmptyPool:
-    """Pool without workers, in place of the one that is not started yet."""
-
-    size = 0
-
-    def start(self, setup: WorkerSetup) -> None:
-        raise NotImplementedError
-
-    def free_slots(self) -> int:
-        return 0
-
-    def submit(self, key: ShardKey, plan_number: int) -> None:
-        raise NotImplementedError
-
-    def idle_workers(self) -> int:
-        return 0
-
-    def submit_speculative(self, key: ShardKey, plan_number: int) -> None:
-        raise NotImplementedError
-
-    def wait(self, timeout: float) -> list[WorkerEvent]:
-        time.sleep(timeout)
-        return []
-
-    def close(self) -> None:
-        pass

@@ -12,13 +12,13 @@ from functools import cached_property
 from typing import Any
 
 from batchjob.concurrency import DaemonThreadPool, run_in_background
-from batchjob.errors import InvalidJob, NotFound, StorageError, Unavailable
+from batchjob.errors import InvalidJob, StorageError, Unavailable
 from batchjob.job.job import Job
 from batchjob.plan.contract import read_contract
 from batchjob.plan.head import PlanHead, report_damage
 from batchjob.sources.listing import SourceListing
 from batchjob.storage.reader import Reader
-from batchjob.storage.store import Store, put_or_get
+from batchjob.storage.store import Store, put_or_get, read_if_present
 from batchjob.uris import is_local
 
 __all__ = ["FileFacts", "FileRecorder", "JobFiles", "check_files", "find_changed_files", "has_record"]
@@ -273,10 +273,8 @@ def _read_plan_record(store: Store, head: PlanHead) -> tuple[str, dict[str, File
 
 def _read_record(store: Store, head: PlanHead, files_id: str) -> dict[str, FileFacts] | None:
     key = _record_key(head, files_id)
-    try:
-        data = store.read(key).data
-    except NotFound:
+    if (stored := read_if_present(store, key)) is None:
         return None
     with report_damage(store, key):
-        document: dict[str, dict[str, Any]] = json.loads(data)
+        document: dict[str, dict[str, Any]] = json.loads(stored.data)
         return {name: FileFacts(**facts) for name, facts in document.items()}

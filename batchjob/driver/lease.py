@@ -24,7 +24,7 @@ from batchjob.errors import (
     Temporary,
     Unavailable,
 )
-from batchjob.storage.store import Store
+from batchjob.storage.store import Store, read_if_present
 
 __all__ = ["EXPIRY_SECONDS", "HEARTBEAT_SECONDS", "Lease"]
 
@@ -248,9 +248,7 @@ def _read_newest_epoch(store: Store) -> _LeaseState | None:
 
 
 def _read_epoch(store: Store, epoch: int) -> _LeaseState | None:
-    try:
-        found = store.read(_epoch_key(epoch))
-    except NotFound:
+    if (found := read_if_present(store, _epoch_key(epoch))) is None:
         return None
     try:
         fields = json.loads(found.data)

@@ -22,7 +22,6 @@ from batchjob.sources.prefix import suggest_input
 from batchjob.storage.probe import probe_store
 from batchjob.storage.reader import Reader
 from batchjob.storage.store import Store
-from batchjob.types import Cursor
 
 __all__ = ["Planner", "check_columns", "choose_shard_size", "no_images_error"]
 
@@ -138,21 +137,16 @@ class Planner:
 
     def iter_chunks(self, head: PlanHead) -> Iterator[Chunk]:
         """Yield the chunks of the plan: first those that are there, then those that are written now. May block."""
-        yield from extend_plan(self._store, head, self._read_refs, lambda: self._check_unchanged(head))
+        listing = self._outage_tolerant_listing
+        yield from extend_plan(self._store, head, listing.refs, lambda: listing.check_unchanged(head.source_version))
         # None if the whole plan was there.
-        for line in self._outage_tolerant_listing.skipped.describe():
+        for line in listing.skipped.describe():
             self._note(line)
 
     def close(self) -> None:
         """End listings that are still running in other threads."""
         self._listing.close()
         self._outage_tolerant_listing.close()
-
-    def _read_refs(self, after: Cursor) -> Iterator[pa.RecordBatch]:
-        return self._outage_tolerant_listing.refs(after)
-
-    def _check_unchanged(self, head: PlanHead) -> None:
-        self._outage_tolerant_listing.check_unchanged(head.source_version)
 
     def _check_files(self) -> None:
         """Check that weights, code and labels are there, as far as that can be seen without torch."""

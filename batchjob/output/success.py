@@ -21,7 +21,7 @@ from batchjob.errors import (
 )
 from batchjob.output.provenance import PartFooter
 from batchjob.storage.objects import ObjectInfo
-from batchjob.storage.store import Store
+from batchjob.storage.store import Store, read_if_present
 
 __all__ = [
     "SUCCESS",
@@ -105,9 +105,7 @@ def read_success(store: Store) -> tuple[dict[str, Any], ObjectInfo] | None:
     Raises:
         CheckFailed: The object was not written by batchjob.
     """
-    try:
-        stored = store.read(SUCCESS)
-    except NotFound:
+    if (stored := read_if_present(store, SUCCESS)) is None:
         return None
     try:
         success = json.loads(stored.data)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from batchjob.errors import InvalidJob, NotFound
+from batchjob.errors import InvalidJob
 from batchjob.plan.head import PlanHead, report_damage
-from batchjob.storage.store import Store, put_or_get
+from batchjob.storage.store import Store, put_or_get, read_if_present
 
 __all__ = ["Contract", "put_or_read", "read_contract", "verify"]
 
@@ -62,12 +62,10 @@ def put_or_read(store: Store, head: PlanHead, contract: Contract) -> Contract:
 def read_contract(store: Store, head: PlanHead) -> Contract | None:
     """Return the contract of a plan; None if no worker has begun it yet."""
     key = f"{head.folder}schema.arrow"
-    try:
-        data = store.read(key).data
-    except NotFound:
+    if (stored := read_if_present(store, key)) is None:
         return None
     with report_damage(store, key):
-        return _parse_contract(data)
+        return _parse_contract(stored.data)
 
 
 def verify(stored: Contract, contract: Contract, uri: str) -> None:

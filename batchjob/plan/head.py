@@ -12,8 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchjob.errors import InvalidJob, NotFound
-from batchjob.storage.store import Store, put_or_get
+from batchjob.errors import InvalidJob
+from batchjob.storage.store import Store, put_or_get, read_if_present
 from batchjob.types import is_stray_key
 
 __all__ = [
@@ -83,9 +83,9 @@ def read_current_head(store: Store) -> tuple[int, PlanHead | None]:
             have any format.
     """
     number = 0
-    while (data := _read_if_present(store, _head_key(number))) is not None:
-        if _read_if_present(store, _tombstone_key(number)) is None:
-            return number, _parse_head(data, store, number)
+    while (stored := read_if_present(store, _head_key(number))) is not None:
+        if read_if_present(store, _tombstone_key(number)) is None:
+            return number, _parse_head(stored.data, store, number)
         number += 1
     return number, None
 
@@ -105,7 +105,7 @@ def put_head(store: Store, head: PlanHead, delete_stale_parts: Callable[[list[st
     key = _head_key(head.number)
     parts = [found.uri for found in store.list("predictions/") if not is_stray_key(found.uri)]
     # If there is a head, another driver has begun meanwhile, and the parts are its own.
-    if parts and _read_if_present(store, key) is None:
+    if parts and read_if_present(store, key) is None:
         if delete_stale_parts is None:
             raise InvalidJob(
                 f"{store.uri}: {parts[0]} is there but no plan is; output.uri must be empty or hold this job's own "
@@ -122,15 +122,15 @@ def discard_plan(store: Store, head: PlanHead) -> None:
 
 def is_discarded(store: Store, head: PlanHead) -> bool:
     """Return True if the plan has a tombstone."""
-    return _read_if_present(store, _tombstone_key(head.number)) is not None
+    return read_if_present(store, _tombstone_key(head.number)) is not None
 
 
 def is_plan_id_discarded(store: Store, plan_id: str) -> bool:
     """Return True if a discarded plan of this output has the id."""
     number = 0
-    while (data := _read_if_present(store, _head_key(number))) is not None:
-        if _parse_json(data, store, number)["plan"] == plan_id:
-            return _read_if_present(store, _tombstone_key(number)) is not None
+    while (stored := read_if_present(store, _head_key(number))) is not None:
+        if _parse_json(stored.data, store, number)["plan"] == plan_id:
+            return read_if_present(store, _tombstone_key(number)) is not None
         number += 1
     return False
 
@@ -187,10 +187,3 @@ def _head_key(number: int) -> str:
 
 def _tombstone_key(number: int) -> str:
     return f"{_plan_folder(number)}discarded"
-
-
-def _read_if_present(store: Store, key: str) -> bytes | None:
-    try:
-        return store.read(key).data
-    except NotFound:
-        return None

@@ -19,7 +19,7 @@ from batchjob.storage.outage import Outage
 from batchjob.storage.retry_policy import resolve_retry_timeout
 from batchjob.uris import CLOUD_SCHEMES, is_local, lower_scheme, suggest_bucket_uri
 
-__all__ = ["Store", "open_store", "put_or_get"]
+__all__ = ["Store", "open_store", "put_or_get", "read_if_present"]
 
 _MAX_TRIES = 4
 
@@ -136,3 +136,11 @@ def put_or_get(store: Store, key: str, body: bytes) -> bytes:
             with suppress(NotFound):
                 return store.read(key).data
     raise Unavailable(f"{store.uri}/{key}: the store answers 'exists' to every PUT and shows nothing; run again")
+
+
+def read_if_present(store: Store, key: str) -> ObjectData | None:
+    """Read an object; None if it does not exist. Raises Unavailable."""
+    try:
+        return store.read(key)
+    except NotFound:
+        return None

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from batchjob.arrow_types import check_readable, parse_type
 from batchjob.errors import BatchjobError, InvalidJob
 from batchjob.settings import Target
-from batchjob.tasks.column_types import ColumnName, TypeName, check_column_name, check_distinct_names
+from batchjob.tasks.column_names import ColumnName, TypeName, check_column_name, check_distinct_names
 from batchjob.tasks.postprocess import Postprocess
 from batchjob.tasks.settings import TaskContext, TaskSettings
 from batchjob.tasks.user_postprocess import UserFunctions, UserPostprocess, infer_user_structure

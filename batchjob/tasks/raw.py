@@ -12,7 +12,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from batchjob.errors import InvalidJob
-from batchjob.tasks.column_types import check_column_name, check_distinct_names
+from batchjob.tasks.column_names import check_column_name, check_distinct_names
 from batchjob.tasks.list_columns import build_vector_column
 from batchjob.tasks.model_output import check_row_shape, describe_mismatch, describe_output, widen_half_precision
 from batchjob.tasks.output_structure import OutputStructure, infer_structure, pack_parts, unpack_parts

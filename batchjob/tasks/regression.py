@@ -13,7 +13,7 @@ import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
 from batchjob.errors import InvalidJob
-from batchjob.tasks.column_types import ColumnName, check_distinct_names
+from batchjob.tasks.column_names import ColumnName, check_distinct_names
 from batchjob.tasks.ground_truth import ratio
 from batchjob.tasks.model_output import require_float_output
 from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess

@@ -1,4 +1,4 @@
-"""Names and types of columns that a job defines itself: free column names, and Arrow types written as text."""
+"""Names and types of the columns that a job defines itself."""
 
 from __future__ import annotations
 
