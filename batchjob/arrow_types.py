@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 
 import pyarrow as pa
+
+from batchjob.text import closest_match
 
 __all__ = [
     "check_readable",
@@ -148,8 +149,8 @@ def _find_flat_type(name: str) -> pa.DataType | None:
 
 
 def _suggest_name(name: str) -> str:
-    near = difflib.get_close_matches(name, _TYPE_NAMES, 1)
-    return f" (did you mean '{near[0]}'?)" if near else ""
+    near = closest_match(name, _TYPE_NAMES)
+    return f" (did you mean {near!r}?)" if near else ""
 
 
 def _parse_member(text: str) -> pa.Field:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterable
 
@@ -11,6 +10,7 @@ import pyarrow.compute as pc
 
 from batchjob.arrow_types import contains_null_type, is_binary, is_text, plain_type
 from batchjob.errors import InvalidJob
+from batchjob.text import closest_match
 
 __all__ = [
     "can_cast",
@@ -45,8 +45,8 @@ def require_column(names: Iterable[str], column: str, file: str, job_key: str) -
     if counts[column] > 1:
         raise InvalidJob(f"{job_key}: {file} has {counts[column]} columns called {column!r}; rename all but one")
     by_lower_case = {name.lower(): name for name in counts}
-    near = difflib.get_close_matches(column.lower(), by_lower_case, 1)
-    hint = f" (did you mean {by_lower_case[near[0]]!r}?)" if near else ""
+    near = closest_match(column.lower(), list(by_lower_case))
+    hint = f" (did you mean {by_lower_case[near]!r}?)" if near else ""
     listed = ", ".join(list(counts)[:_MAX_LISTED_COLUMNS]) + (", …" if len(counts) > _MAX_LISTED_COLUMNS else "")
     raise InvalidJob(f"{job_key}: {file} has no column {column!r}{hint}; it has: {listed}")
 

@@ -5,20 +5,15 @@ from __future__ import annotations
 import bz2
 import codecs
 import gzip
-import io
 import lzma
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
 from batchjob.errors import InvalidJob
 
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
 __all__ = ["open_text"]
 
-_BLOCK_BYTES = 1 << 20
 _BEGINNING_BYTES = 64  # read to recognise a file
 _COMPRESSIONS = {
     b"\x1f\x8b": "gzip",
@@ -67,7 +62,9 @@ def open_text(stream: BinaryIO, uri: str) -> Any:
     if beginning.startswith(codecs.BOM_UTF8):
         text.read(len(codecs.BOM_UTF8))
     encoding = _find_prefix(_MARKS, beginning) or _guess_encoding(beginning)
-    return text if encoding is None else io.BufferedReader(_Utf8Stream(text, encoding), _BLOCK_BYTES)
+    if encoding is None:
+        return text
+    return pa.transcoding_input_stream(pa.PythonFile(_KeptOpen(text), mode="r"), encoding, "utf-8")
 
 
 def _find_prefix(known: dict[bytes, str], beginning: bytes) -> str | None:
@@ -100,36 +97,8 @@ class _KeptOpen:
 
     closed = False
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: Any) -> None:
         self.read = stream.read
 
     def close(self) -> None:
         """Do nothing: Arrow closes what it has read from, and the file is read again."""
-
-
-class _Utf8Stream(io.RawIOBase):
-    """Text of another encoding as UTF-8 bytes.
-
-    Args:
-        source: Stream of bytes in that encoding.
-        encoding: Name of the encoding; it removes its own byte order mark.
-    """
-
-    def __init__(self, source: Any, encoding: str) -> None:
-        self._source, self._decoder, self._rest = source, codecs.getincrementaldecoder(encoding)(), b""
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        """Fill the buffer, or as much of it as there is; 0 at the end."""
-        view = memoryview(buffer).cast("B")
-        while not self._rest:
-            block = self._source.read(_BLOCK_BYTES)
-            self._rest = self._decoder.decode(block, final=not block).encode()
-            if not block:
-                break
-        size = min(len(view), len(self._rest))
-        view[:size], self._rest = self._rest[:size], self._rest[size:]
-        return size

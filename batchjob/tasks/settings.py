@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import pyarrow as pa
 from batchjob.errors import InvalidJob
 from batchjob.settings import Decision, Settings
 from batchjob.tasks.labels import read_labels
+from batchjob.text import closest_match
 
 if TYPE_CHECKING:
     from torch import nn
@@ -131,8 +131,8 @@ class TaskSettings(Settings):
         types = {column.name: column.type for column in columns}
         for name in self.truth_columns:
             if name not in types:
-                matches = difflib.get_close_matches(name, types, 1)
-                hint = f"did you mean {matches[0]!r}?" if matches else f"write input.passthrough: [{name}]"
+                match = closest_match(name, list(types))
+                hint = f"did you mean {match!r}?" if match else f"write input.passthrough: [{name}]"
                 raise InvalidJob(f"task.truth: {name!r} is no passthrough column; {hint}")
             if (expected := self._expected_truth_type(types[name])) is not None:
                 raise InvalidJob(
