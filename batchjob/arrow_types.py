@@ -121,12 +121,12 @@ def contains_null_type(data_type: pa.DataType) -> bool:
 
 def is_text(data_type: pa.DataType) -> bool:
     """Return True for strings of any length; False for string views."""
-    return pa.types.is_string(data_type) or pa.types.is_large_string(data_type)
+    return bool(pa.types.is_string(data_type) or pa.types.is_large_string(data_type))
 
 
 def is_binary(data_type: pa.DataType) -> bool:
     """Return True for byte strings of any length; False for binary views and for fixed sizes."""
-    return pa.types.is_binary(data_type) or pa.types.is_large_binary(data_type)
+    return bool(pa.types.is_binary(data_type) or pa.types.is_large_binary(data_type))
 
 
 def is_list(data_type: pa.DataType) -> bool:
