@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from batchjob.arrow_types import child_fields
 from batchjob.job.job import AnyTask
-from batchjob.output.schema import build_row_schema, child_fields
+from batchjob.output.schema import build_row_schema
 from batchjob.storage.reader import Reader
 from batchjob.tasks.classification import ClassificationTask
 from batchjob.tasks.detection import DetectionTask
@@ -22,6 +23,7 @@ from batchjob.tasks.python import PythonTask
 from batchjob.tasks.raw import RawTask
 from batchjob.tasks.regression import RegressionTask
 from batchjob.tasks.segmentation import SegmentationTask
+from batchjob.tasks.settings import TaskContext
 from docs.generate.markdown import UndocumentedError, notice, table
 
 __all__ = ["EXAMPLES", "describe_type", "page"]
@@ -200,7 +202,7 @@ def page() -> str:
     columns = build_row_schema(placeholders, task_columns, has_id=True)
     parts += [_column_table(columns, _ROW_MEANINGS), "## The task's columns", _TASK_INTRODUCTION]
     for title, task, output, meanings in EXAMPLES:
-        postprocess = task.build_postprocess(output, None, Reader(), Path())
+        postprocess = task.build_postprocess(output, TaskContext(None, Reader(), Path()))
         parts += [f"### {title}", _column_table(postprocess.fields, meanings)]
     parts += ["### `type: python`", _PYTHON]
     return "\n\n".join(parts) + "\n"
