@@ -17,7 +17,7 @@ __all__ = ["OutputStructure", "infer_structure", "pack_parts", "unpack_parts"]
 
 @dataclass(frozen=True)
 class OutputStructure:
-    """How to take an output apart into tensors, and put it together again.
+    """Functions that take an output apart into tensors, and put it together again.
 
     Example: for `{"a": x, "b": y}`, `flatten` returns `[x, y]` and `unflatten([x, y])` returns the dict again.
 
