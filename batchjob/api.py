@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from batchjob import system
@@ -13,7 +14,9 @@ from batchjob.driver import driver
 from batchjob.driver.existing_output import check_fingerprint
 from batchjob.driver.job_files import JobFiles, check_files
 from batchjob.driver.planner import check_columns, choose_shard_size, no_images_error
-from batchjob.driver.progress import NoProgress, ProgressReporter
+from batchjob.driver.progress import ProgressReporter, pick_progress
+from batchjob.errors import InvalidJob
+from batchjob.functions.loading import find_loading_module
 from batchjob.inference.conversion_options import ConversionOptions
 from batchjob.job.job import Job
 from batchjob.output.commit import list_parts
@@ -51,7 +54,7 @@ def run(
     repair: bool = False,
     fresh: bool = False,
     check_input: bool = False,
-    progress: ProgressReporter | None = None,
+    progress: ProgressReporter | bool | None = None,
 ) -> RunResult:
     """Run a job to its end. Committed shards are not computed again; a finished job is left as it is.
 
@@ -64,27 +67,35 @@ def run(
             job is resumed, so that the same call may be repeated until it succeeds. False: nothing is ever discarded.
         check_input: List the input of an output that was planned before again, and raise InvalidJob if images were
             added, are gone or have changed. False: a finished output's input is not listed.
-        progress: Gets the progress of the run; None shows nothing.
+        progress: True shows the progress on stderr as the command line does: a bar on a terminal, else a line from
+            time to time. A ProgressReporter gets it. None and False show nothing.
 
     Returns:
         Counts, status and exit code of the run.
 
     Raises:
         JobError: The run could not go on. The class says why, and holds the exit code.
+
+    Example:
+        ```
+        result = batchjob.run(job, progress=True).raise_for_status()
+        print(result.predicted, "rows in", result.output)
+        ```
     """
-    reporter = progress or NoProgress()
-    return driver.run(
+    _check_not_loading("run")
+    result = driver.run(
         job,
         _choose_pool(job, address),
         allow_empty=allow_empty,
-        progress=reporter,
+        progress=_choose_progress(progress),
         repair=repair,
         fresh=fresh,
         check_input=check_input,
     )
+    return replace(result, storage=job.storage)
 
 
-def retry(job: Job, *, address: str | None = None, progress: ProgressReporter | None = None) -> RunResult:
+def retry(job: Job, *, address: str | None = None, progress: ProgressReporter | bool | None = None) -> RunResult:
     """Read images with error rows again, and replace these rows; then do what a run has left undone.
 
     `_SUCCESS` is absent from the first replaced part to the last. Rows without an error stay as they are. A retry that
@@ -93,7 +104,7 @@ def retry(job: Job, *, address: str | None = None, progress: ProgressReporter | 
     Args:
         job: The job, as it was run.
         address: Address of a Ray cluster; see `run`.
-        progress: Gets the progress of the run; None shows nothing.
+        progress: See `run`.
 
     Returns:
         Counts, status and exit code of the run.
@@ -101,28 +112,43 @@ def retry(job: Job, *, address: str | None = None, progress: ProgressReporter | 
     Raises:
         InvalidJob: Nothing has been run there yet.
         JobError: See `run`.
+
+    Example:
+        `batchjob.retry(job).failed` is the number of images that fail still.
     """
-    reporter = progress or NoProgress()
-    return driver.run(job, _choose_pool(job, address), allow_empty=True, progress=reporter, retry=True)
+    _check_not_loading("retry")
+    reporter = _choose_progress(progress)
+    result = driver.run(job, _choose_pool(job, address), allow_empty=True, progress=reporter, retry=True)
+    return replace(result, storage=job.storage)
 
 
-def make_plan(job: Job, *, allow_empty: bool = False, progress: ProgressReporter | None = None) -> PlanSummary:
+def make_plan(job: Job, *, allow_empty: bool = False, progress: ProgressReporter | bool | None = None) -> PlanSummary:
     """Freeze a job's plan without running it; `run` then starts from that plan. Loads neither torch nor Ray.
 
     Args:
         job: The job.
         allow_empty: Accept an input without images. False: InvalidJob.
-        progress: Gets the progress of the listing; None shows nothing.
+        progress: See `run`.
+
+    Returns:
+        The plan: its id, images and shards.
 
     Raises:
         JobError: See `run`.
+
+    Example:
+        `batchjob.make_plan(job).images` is the number of images that a run would read.
     """
+    _check_not_loading("make_plan")
     check_submission(job)
-    return driver.make_plan(job, allow_empty=allow_empty, progress=progress or NoProgress())
+    return driver.make_plan(job, allow_empty=allow_empty, progress=_choose_progress(progress))
 
 
 def validate(job: Job) -> list[str]:
     """Check a job without writing anything: input, model, labels, device, output.
+
+    Args:
+        job: The job; its model is loaded, and tried on the first images.
 
     Returns:
         Lines of text for a person.
@@ -130,7 +156,11 @@ def validate(job: Job) -> list[str]:
     Raises:
         Temporary: The input is not there yet (`input.require`).
         JobError: The first check that fails.
+
+    Example:
+        `print(*batchjob.validate(job), sep="\\n")`
     """
+    _check_not_loading("validate")
     store = open_store(job.output.uri, job.storage)
     _, head = read_current_head(store)
     if head is not None:
@@ -175,6 +205,7 @@ def convert(job: Job, options: ConversionOptions) -> ConversionResult:
         CheckFailed: The outputs differ by more than the tolerance; no file is left.
         Unavailable: A store cannot be reached.
     """
+    _check_not_loading("convert")
     options.check_file()
     from batchjob.inference.convert import convert_model
 
@@ -189,8 +220,14 @@ def status(output: OutputLocation, storage: OptionsByPrefix | None = None) -> Ou
         output: Path or URI of the output, or its job.
         storage: Storage options by URI prefix, as in a job; those of the job, or none, by default.
 
+    Returns:
+        Counts and state of the output.
+
     Raises:
         InvalidJob: There is no plan, or one in a format that this version does not know.
+
+    Example:
+        `batchjob.status("s3://bucket/predictions/").failed`
     """
     return output_status.read_status(open_store(*_locate(output, storage)))
 
@@ -207,6 +244,9 @@ def read_errors(output: OutputLocation, storage: OptionsByPrefix | None = None) 
 
     Raises:
         InvalidJob: See `status`.
+
+    Example:
+        `[row["uri"] for row in batchjob.read_errors(job) if row["error_type"] == "not_found"]`
     """
     return output_status.read_errors(open_store(*_locate(output, storage)))
 
@@ -224,8 +264,27 @@ def discard(output: OutputLocation, storage: OptionsByPrefix | None = None) -> s
     Raises:
         InvalidJob: There is no plan.
         Temporary: A driver is at work there, or a stop signal came; call it again to finish.
+
+    Example:
+        `batchjob.discard("out")`
     """
     return driver.discard(*_locate(output, storage))
+
+
+def _check_not_loading(function: str) -> None:
+    """Raise InvalidJob if a module that a worker imports for its functions calls this API at import."""
+    if (path := find_loading_module()) is not None:
+        raise InvalidJob(
+            f"{path}: calls batchjob.{function} when it is imported, and a worker imports it, because the job names it "
+            "as the module of its own code; put the call below `if __name__ == '__main__':`, or give the function "
+            "itself in place of its name (target=build)"
+        )
+
+
+def _choose_progress(progress: ProgressReporter | bool | None) -> ProgressReporter:
+    if progress is None or isinstance(progress, bool):
+        return pick_progress(quiet=not progress)
+    return progress
 
 
 def _choose_pool(job: Job, address: str | None) -> Callable[[], Pool]:

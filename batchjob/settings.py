@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
+from batchjob.errors import InvalidJob
+from batchjob.functions.capture import capture_target
+from batchjob.functions.function_target import FUNCTION_KEY, FunctionTarget, ModuleTarget
+from batchjob.setting_errors import invalid_settings_error
 from batchjob.system import working_directory
 from batchjob.text import explain_uri_secret
 from batchjob.uris import (
@@ -23,8 +37,18 @@ from batchjob.uris import (
     lower_scheme,
     uri_scheme,
 )
+from batchjob.user_code import list_sources
 
-__all__ = ["CommandLineText", "Decision", "Settings", "Target", "Uri", "resolve_path"]
+__all__ = [
+    "Architecture",
+    "CommandLineText",
+    "Decision",
+    "OptionalTarget",
+    "Settings",
+    "Target",
+    "Uri",
+    "resolve_path",
+]
 
 _TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
@@ -33,6 +57,22 @@ class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, values never change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise invalid_settings_error(type(self), values, error) from None
+
+    # Pydantic then validates sections of a job file directly, and reports the faults of all of them together.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    if not TYPE_CHECKING:  # mypy would let any attribute be set
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name in type(self).model_fields:
+                raise InvalidJob(f"{type(self).__name__}.{name}: settings never change; build new ones")
+            super().__setattr__(name, value)
 
     def with_values(self, values: Mapping[str, Any]) -> Self:
         """Return the settings with other values in some fields, validated; fields that this class lacks are ignored.
@@ -132,10 +172,28 @@ def _resolve_uri(value: Any, info: ValidationInfo) -> Any:
     return inner + link + archive
 
 
+def _validate_target(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> str:
+    """Take a function itself, one from a serialized job, or a text that is checked by `_check_target`."""
+    if isinstance(value, FunctionTarget | ModuleTarget):
+        return value
+    if callable(value):
+        return capture_target(value, list_sources)
+    functions = (info.context or {}).get("functions")
+    # A job file cannot hold a function: it would be code that runs unasked.
+    if functions is not None and isinstance(value, Mapping) and FUNCTION_KEY in value:
+        return FunctionTarget.from_document(value, functions)
+    text: str = handler(value)
+    return text
+
+
 def _check_target(value: str) -> str:
     if not _TARGET.fullmatch(value):
         raise ValueError("must read 'module:attribute', a module beside the job file and a name in it")
     return value
+
+
+def _check_architecture(value: str) -> str:
+    return _check_target(value) if ":" in value else value
 
 
 Uri = Annotated[str, BeforeValidator(_resolve_uri)]
@@ -143,5 +201,28 @@ Uri = Annotated[str, BeforeValidator(_resolve_uri)]
 
 `~` and `$HOME` at its beginning are the home folder. A `file:` URI becomes the path that it names.
 """
-Target = Annotated[str, AfterValidator(_check_target)]
-"""Name of an attribute of a Python module beside the job file, as `module:attribute`."""
+
+if TYPE_CHECKING:
+
+    class Target:
+        """Field that is set with a text or a function, and read as a text."""
+
+        def __get__(self, settings: Any, owner: Any) -> str: ...
+
+        def __set__(self, settings: Any, value: str | Callable[..., Any]) -> None: ...
+
+    class OptionalTarget:
+        """Field that is set with a text, a function or None, and read as a text or None."""
+
+        def __get__(self, settings: Any, owner: Any) -> str | None: ...
+
+        def __set__(self, settings: Any, value: str | Callable[..., Any] | None) -> None: ...
+
+    Architecture = Target
+
+else:
+    Target = Annotated[str, AfterValidator(_check_target), WrapValidator(_validate_target)]
+    """Name of an attribute of a Python module beside the job file, as `module:attribute`; in Python also a function."""
+    OptionalTarget = Target | None
+    Architecture = Annotated[str, AfterValidator(_check_architecture), WrapValidator(_validate_target)]
+    """Name of a torchvision model, or a target."""

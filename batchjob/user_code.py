@@ -1,8 +1,7 @@
 """User's own code: loads `module:attribute` beside a job file, and computes the digest of its sources.
 
 `sys.path` stays as it is. Each job folder becomes a package with a private name, so that modules `net.py` of two jobs
-never mix. `import other` in such a module finds the module beside it first, as in a script, also within a function that
-runs later.
+never mix. `import other` in such a module finds the module beside it first, as in a script, also in a later call.
 """
 
 from __future__ import annotations
@@ -31,6 +30,8 @@ from types import ModuleType
 from typing import Any
 
 from batchjob.errors import InvalidJob, extract_cause
+from batchjob.functions.function_target import FunctionTarget
+from batchjob.functions.loading import mark_loading
 from batchjob.text import closest_match
 
 __all__ = [
@@ -68,6 +69,8 @@ def load_target(target: str, folder: Path) -> Any:
     Raises:
         InvalidJob: There is no such module or attribute (the message offers existing ones), or it fails to load.
     """
+    if isinstance(target, FunctionTarget):
+        return target.load()
     name, _, attribute = target.partition(":")
     path = _require_source(target, name, folder)
     value: Any = _import_module(name, folder, path)
@@ -106,6 +109,8 @@ def source_digest(target: str, folder: Path) -> str:
     Raises:
         InvalidJob: There is no such module, or a source that cannot be parsed.
     """
+    if isinstance(target, FunctionTarget):
+        return target.digest
     digest = hashlib.sha256()
     for path in list_sources(target, folder):
         source = _read_source(path)
@@ -131,6 +136,8 @@ def list_sources(target: str, folder: Path) -> list[Path]:
     Raises:
         InvalidJob: There is no such module, or a source that cannot be parsed.
     """
+    if isinstance(target, FunctionTarget):
+        return []  # Its digest stands in the job itself.
     name = target.partition(":")[0]
     _require_source(target, name, folder)
     return sorted(_imported_sources(name, folder))
@@ -200,14 +207,14 @@ def describe_fault(error: BaseException, *, in_library: bool = False) -> str:
 
 
 def _is_own_code(names: Mapping[str, Any]) -> bool:
-    """Return True if these are the global names of a module of a job folder."""
-    return str(names.get("__name__", "")).startswith(_PACKAGE_PREFIX)
+    """Return True if these are the global names of a module of a job folder, or of a script that holds a function."""
+    return str(names.get("__name__", "")).startswith((_PACKAGE_PREFIX, "__main__"))
 
 
 def _relative_path(names: Mapping[str, Any], path: str) -> str:
     """Return the path of a module below its job folder, as in `blocks/stem.py`."""
     package = sys.modules.get(str(names["__name__"]).partition(".")[0])
-    folder = package.__path__[0] if package is not None else ""
+    folder = next(iter(getattr(package, "__path__", ())), "")
     return Path(path).relative_to(folder).as_posix() if Path(path).is_relative_to(folder) else Path(path).name
 
 
@@ -217,7 +224,8 @@ def _relative_path(names: Mapping[str, Any], path: str) -> str:
 def _import_module(name: str, folder: Path, path: Path) -> ModuleType:
     package = _ensure_package(folder)
     try:
-        return importlib.import_module(f"{package}.{name}")
+        with mark_loading(path):
+            return importlib.import_module(f"{package}.{name}")
     except InvalidJob:
         raise
     except (Exception, SystemExit) as error:

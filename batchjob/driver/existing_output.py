@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from batchjob.concurrency import parallel_map, run_in_background
 from batchjob.driver.job_files import JobFiles, check_files, find_changed_files
 from batchjob.errors import CheckFailed, InvalidJob, NotFound, Temporary
+from batchjob.functions.function_target import FUNCTION_KEY
 from batchjob.job.fingerprint import diff_fingerprints
 from batchjob.job.job import Job
 from batchjob.output.commit import delete_objects, list_parts, read_footer
@@ -50,10 +52,23 @@ def check_fingerprint(store: Store, job: Job, head: PlanHead) -> None:
     """
     if lines := diff_fingerprints(head.fingerprint, job.fingerprint()):
         listed = "\n".join(f"  {line}" for line in lines)
+        only_there = "the script that holds the function resumes and retries it; " if _is_of_script(head, job) else ""
         raise InvalidJob(
-            f"{store.uri} belongs to another job:\n{listed}\nchoose another output.uri, restore these settings, or "
+            f"{store.uri} belongs to another job:\n{listed}\n{only_there}choose another output.uri, restore these "
+            "settings, or "
             f"`batchjob discard {store.uri} --yes` (or `batchjob run --fresh`) to throw its rows away"
         )
+
+
+def _is_of_script(head: PlanHead, job: Job) -> bool:
+    """Return True if the plan holds a function by value and the job does not, as one from a job file."""
+
+    def holds_function(fingerprint: Mapping[str, Any]) -> bool:
+        sections = (section for section in fingerprint.values() if isinstance(section, Mapping))
+        values = (value for section in sections for value in section.values())
+        return any(isinstance(value, Mapping) and FUNCTION_KEY in value for value in values)
+
+    return holds_function(head.fingerprint) and not holds_function(job.fingerprint())
 
 
 def apply_plan_defaults(job: Job, store: Store, head: PlanHead | None) -> Job:

@@ -119,7 +119,7 @@ class Planner:
         """
         head = new_head(
             number,
-            job=self._job.serialize(),
+            job=self._job.describe(),
             fingerprint=self._job.fingerprint(),
             shard_size=choose_shard_size(self._job, preview, workers, row_bytes),
             source_version=self._control_loop.run_blocking(lambda: self._listing.version),

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["NoProgress", "ProgressBar", "ProgressLog", "ProgressMeter", "ProgressReporter", "pick_progress"]
 
 Clock = Callable[[], float]
+_LOG_SECONDS = 30.0
+_NOTEBOOK_SECONDS = 5.0
 
 
 class ProgressReporter(Protocol):
@@ -150,7 +152,9 @@ class ProgressLog:
         interval: Time between two lines, in seconds; 0 writes a line only when `write_line` is called.
     """
 
-    def __init__(self, stream: TextIO | None = None, clock: Clock = time.monotonic, interval: float = 30.0) -> None:
+    def __init__(
+        self, stream: TextIO | None = None, clock: Clock = time.monotonic, interval: float = _LOG_SECONDS
+    ) -> None:
         self._stream = TolerantStream(stream or sys.stderr)
         self._clock, self._interval = clock, interval
         self._meter = ProgressMeter(clock)
@@ -277,7 +281,8 @@ def pick_progress(quiet: bool = False, stream: TextIO | None = None) -> Progress
         return NoProgress()
     if stream.isatty():
         return ProgressBar(_make_console(stream))
-    return ProgressLog(stream)
+    # Someone looks at a notebook while it runs, and nobody at a log.
+    return ProgressLog(stream, interval=_NOTEBOOK_SECONDS if "ipykernel" in sys.modules else _LOG_SECONDS)
 
 
 def _make_console(stream: TextIO) -> Console:

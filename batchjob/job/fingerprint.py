@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from batchjob.functions.function_target import FUNCTION_KEY
+
 __all__ = [
     "DECIDING_SECTIONS",
     "complete_defaults",
@@ -86,12 +88,31 @@ def diff_fingerprints(there: Mapping[str, Any], here: Mapping[str, Any]) -> list
     Returns:
         One line per key that differs, such as `model.weights: V1 there, V2 here`.
     """
+    there, here = _name_functions(there, here), _name_functions(here, there)
     a, b = dict(_flatten(there)), dict(_flatten(here))
     return [
         "{}: {} there, {} here".format(key, *_shorten(_format_value(a, key), _format_value(b, key)))
         for key in dict.fromkeys([*a, *b])
         if key not in a or key not in b or a[key] != b[key]
     ]
+
+
+def _name_functions(document: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace functions by value by their names where the other document holds another function, or a name.
+
+    Two that have one name differ in their sources or in captured values, one line for each.
+    """
+
+    def name_function(value: Any, other_value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        if FUNCTION_KEY not in value:
+            others = other_value if isinstance(other_value, Mapping) else {}
+            return {key: name_function(item, others.get(key)) for key, item in value.items()}
+        is_same = isinstance(other_value, Mapping) and other_value.get(FUNCTION_KEY) == value[FUNCTION_KEY]
+        return value if is_same else f"the function {value[FUNCTION_KEY]} of a script"
+
+    return {key: name_function(value, other.get(key)) for key, value in document.items()}
 
 
 def _flatten(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from batchjob.errors import InvalidJob
+from batchjob.functions.function_target import FunctionTarget, ModuleTarget
 from batchjob.job.fingerprint import DECIDING_SECTIONS, complete_defaults, compute_fingerprint, select_deciding_fields
 from batchjob.job.job_file import read_job_file
 from batchjob.job.parameters import Param
@@ -75,6 +76,8 @@ AnyTask = Annotated[
 ]
 # Key of a serialized job for the defaults that differ from this version's.
 _DEFAULTS_KEY = "defaults"
+# Key of a serialized job for the functions that it holds by value: base64 by digest.
+_FUNCTIONS_KEY = "functions"
 
 
 def _check_name(value: str) -> str:
@@ -85,6 +88,9 @@ def _check_name(value: str) -> str:
 
 class Job(Settings):
     """One run of a model over a dataset.
+
+    A relative path starts at the working directory, in a job file at the file's folder. Wrong settings raise
+    `InvalidJob`, with one line for each fault.
 
     Attributes:
         name: Name of the job, for people.
@@ -99,6 +105,16 @@ class Job(Settings):
         storage: Options by URI prefix, such as `s3://` or `s3://bucket`; the longest one that fits counts. No
             credentials. Web hosts are read only if they stand here, such as `https://images.example.com`.
         decode: Limits on the images that are decoded.
+
+    Example:
+        ```
+        job = Job(
+            input=PrefixSource(uri="s3://bucket/photos/"),
+            model=TorchvisionModel(name="resnet50", weights="DEFAULT"),
+            task=ClassificationTask(top_k=5),
+            output=Output(uri="s3://bucket/predictions/"),
+        )
+        ```
     """
 
     name: Annotated[str, AfterValidator(_check_name)] = "job"
@@ -164,9 +180,11 @@ class Job(Settings):
         Raises:
             InvalidJob: The document was written by another version of batchjob.
         """
-        fields = {key: value for key, value in document.items() if key != _DEFAULTS_KEY}
+        fields = {key: value for key, value in document.items() if key not in {_DEFAULTS_KEY, _FUNCTIONS_KEY}}
+        functions = document.get(_FUNCTIONS_KEY, {})
         try:
-            job, job_with_data = cls._build(fields, folder), cls._build(fields, data_folder)
+            job = cls._build(fields, folder, functions=functions)
+            job_with_data = cls._build(fields, data_folder, functions=functions)
         except ValidationError as error:
             raise InvalidJob(f"this job was written by another version of batchjob: {error}") from None
         restored = job.model_copy(update={"input": job_with_data.input, "output": job_with_data.output})
@@ -178,6 +196,11 @@ class Job(Settings):
 
         Under `defaults` it holds the defaults that `with_defaults` took over and that differ from this version's.
         """
+        functions = {function.digest: function.encoded for function in self._list_functions() if function.pickled}
+        return self.describe() | ({_FUNCTIONS_KEY: functions} if functions else {})
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `serialize` does without the functions that the job holds by value, for the head of a plan."""
         document = serialize_set_fields(self, self.folder)
         data = serialize_set_fields(self, self._data_folder or self.folder)
         defaults = {_DEFAULTS_KEY: dict(self._planned_defaults)} if self._planned_defaults else {}
@@ -190,7 +213,7 @@ class Job(Settings):
         say when, where or how fast to run (`input.require`, workers, batches, output), fields that are only checked
         (`model.sha256`), and versions. The same job in another folder has the same fingerprint.
         """
-        return compute_fingerprint(self.serialize())
+        return compute_fingerprint(self.describe())
 
     def resolved_settings(self) -> dict[str, Any]:
         """Return all fields that decide the predictions, set or not, by section; see `with_defaults`."""
@@ -245,8 +268,30 @@ class Job(Settings):
         job._planned_defaults = defaults
         return job
 
+    @model_validator(mode="after")
+    def _adopt_folder(self) -> Self:
+        """Take the folder of the modules whose functions were given themselves as the job's folder."""
+        folders = {value.folder for value in self._list_targets() if isinstance(value, ModuleTarget)}
+        # A function by value finds its modules wherever this program does, but on other machines only in this folder.
+        by_value = {function.folder for function in self._list_functions() if function.folder is not None}
+        folders = folders or (by_value if len(by_value) == 1 else set())
+        if len(folders) > 1:
+            listed = " and ".join(sorted(map(str, folders)))
+            raise ValueError(f"has functions of modules in {listed}; put these modules into one folder")
+        for folder in folders - {self._folder}:
+            self._folder, self._data_folder = folder, self._folder
+        return self
+
+    def _list_targets(self) -> Iterator[Any]:
+        """Yield the values of the fields that may hold a function."""
+        for section in (self.model, self.preprocess, self.task):
+            yield from dict(section or {}).values()
+
+    def _list_functions(self) -> list[FunctionTarget]:
+        return [value for value in self._list_targets() if isinstance(value, FunctionTarget)]
+
     @classmethod
-    def _build(cls, document: Mapping[str, Any], folder: Path) -> Job:
-        job = cls.model_validate(document, context={"base": folder})
+    def _build(cls, document: Mapping[str, Any], folder: Path, functions: Mapping[str, str] | None = None) -> Job:
+        job = cls.model_validate(document, context={"base": folder, "functions": functions})
         job._folder = folder
         return job

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, BeforeValidator
 
+from batchjob.functions.function_target import FunctionTarget
 from batchjob.settings import Settings
 from batchjob.uris import is_local
 
@@ -62,6 +63,8 @@ def _serialize(value: Any, folder: Path, is_path: bool) -> Any:
             return {str(key): _serialize(item, folder, is_path) for key, item in value.items()}
         case list() | tuple():
             return [_serialize(item, folder, is_path) for item in value]
+        case FunctionTarget():
+            return value.to_document()
         case str() if is_path and is_local(value):
             return make_relative(value, folder)
         case str():

@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batchjob.errors import InvalidJob
+from batchjob.setting_errors import KeyPath
 
 __all__ = ["KeyPath", "Problem", "SourceMap", "TextLocation"]
-
-KeyPath = tuple[str | int, ...]
-"""Keys and list indices from the root to a value: `("input", "passthrough", 0)`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, TypeAdapter, field_validator
+from pydantic import Field
 
 from batchjob.errors import InvalidJob
 from batchjob.models.architecture import build_torchvision, call_target, has_parameter
@@ -15,7 +15,7 @@ from batchjob.models.loaded_model import LoadedModel, detect_input_kind, isolate
 from batchjob.models.output_selection import OutputSelection, select_output
 from batchjob.models.trusted_file import StateDictFile, verify_digest
 from batchjob.models.weights import check_file_exists, load_weights, read_file
-from batchjob.settings import Target, Uri
+from batchjob.settings import Architecture, Uri
 from batchjob.text import with_article
 from batchjob.user_code import list_argument_files, list_sources, load_target, source_digest
 
@@ -26,14 +26,12 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckpointModel"]
 
-_TARGET: TypeAdapter[str] = TypeAdapter(Target)
-
 
 class CheckpointModel(StateDictFile, OutputSelection):
     """Weights from a file, loaded into an architecture.
 
     Attributes:
-        architecture: Name of a torchvision model, or `module:attribute` beside the job file.
+        architecture: Name of a torchvision model, or `module:attribute` beside the job file; in Python also a function.
         weights: Local path or URI of a `.pt`, `.pth`, `.th` or `.safetensors` file; it may have been saved on any
             device.
         num_classes: Number of classes, for an architecture that has a parameter of this name.
@@ -43,16 +41,11 @@ class CheckpointModel(StateDictFile, OutputSelection):
     """
 
     type: Literal["checkpoint"] = "checkpoint"
-    architecture: str
+    architecture: Architecture
     weights: Uri
     num_classes: int | None = Field(default=None, ge=1)
     arguments: dict[str, Any] = Field(default_factory=dict)
     strict: bool = True
-
-    @field_validator("architecture")
-    @classmethod
-    def _check_target(cls, value: str) -> str:
-        return _TARGET.validate_python(value) if ":" in value else value
 
     @property
     def title(self) -> str:

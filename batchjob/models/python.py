@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationError
 
 from batchjob.errors import InvalidJob
+from batchjob.functions.function_target import FunctionTarget
 from batchjob.models.architecture import call_target
 from batchjob.models.loaded_model import LoadedModel, detect_input_kind, isolated_torch_state, prepare_for_inference
 from batchjob.models.output_selection import OutputSelection, select_output
@@ -34,12 +35,18 @@ _RETURN_TYPES = "a torch.nn.Module, or a pair of it and its preprocessing"
 class PythonModel(OutputSelection):
     """Model that the user's own code builds and loads.
 
+    In Python, the target may be the function itself. One that a module holds is kept by its name; one of a script or
+    notebook by value, with its source and the values that it captures in the fingerprint.
+
     Attributes:
         target: `module:attribute` beside the job file. It returns an `nn.Module`, or a pair `(module, preprocessing)`
             where preprocessing is a dict with the keys of the job's `preprocess`, torchvision's
             `weights.transforms()`, or a transform: a `Compose`, or a function of the same file, from an image to a
             tensor, as `preprocess.transform`.
         arguments: Keyword arguments of the function.
+
+    Example:
+        `PythonModel(target=build, arguments={"width": 64})`
     """
 
     type: Literal["python"] = "python"
@@ -123,6 +130,11 @@ class PythonModel(OutputSelection):
         return Preprocess(transform=self.target), preprocessing
 
     def _validate_preprocess(self, preprocessing: dict[Any, Any]) -> Preprocess:
+        if callable(preprocessing.get("transform")):
+            raise InvalidJob(
+                f"model.target: {self.target} returned preprocessing with a transform among its keys; return the "
+                "transform itself in place of the dict"
+            )
         try:
             return Preprocess.model_validate(preprocessing)
         except ValidationError as error:
@@ -134,6 +146,8 @@ class PythonModel(OutputSelection):
 
     def _find_target(self, transform: Callable[[Any], Any], folder: Path) -> str | None:
         """Find the `module:attribute` by which loader processes import a transform; None if it has none."""
+        if isinstance(self.target, FunctionTarget):
+            return None
         module = self.target.partition(":")[0]
         own_name = getattr(transform, "__name__", None)
         names = [own_name] if isinstance(own_name, str) and own_name.isidentifier() else list_names(module, folder)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, Field, field_validator
 
 from batchjob.errors import InvalidJob
 from batchjob.preprocessing.image_formats import DEFAULT_FORMATS, FORMATS, ImageFormat, unavailable_reason
-from batchjob.settings import Settings, Target
+from batchjob.settings import OptionalTarget, Settings
 from batchjob.user_code import list_sources
 
 __all__ = ["DecodeSettings", "Preprocess", "merge_preprocess"]
@@ -75,7 +75,7 @@ class Preprocess(Settings):
         scale: `unit` divides by 255, `none` leaves 0-255.
         exif: `apply` turns the image upright, following its EXIF orientation.
         transform: `module:attribute`, a function or an object like torchvision's `Compose` from an image to the tensor
-            that the model gets, in place of all steps above but `exif`.
+            that the model gets, in place of all steps above but `exif`. In Python also the function or object itself.
         transform_input: Image that `transform` gets: `tensor`, uint8 `[3, h, w]`, or `pil`, a PIL image in mode RGB.
             `auto` gives a PIL image where a step such as torchvision's `ToTensor` needs one.
         sizes: Treatment of images that come out in different sizes, where the model takes batches: `one` makes images
@@ -92,7 +92,7 @@ class Preprocess(Settings):
     channels: Literal["rgb", "bgr", "gray"] = "rgb"
     scale: Literal["unit", "none"] = "unit"
     exif: Literal["ignore", "apply"] = "ignore"
-    transform: Target | None = Field(default=None)
+    transform: OptionalTarget = cast("Any", None)
     transform_input: Literal["auto", "pil", "tensor"] = "auto"
     sizes: Literal["one", "group"] = "one"
     pad: int | None = Field(default=None, ge=1, le=4096)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from batchjob.errors import DEBUG_VARIABLE, ImageError, InvalidJob
+from batchjob.functions.function_target import FunctionTarget, pickle_by_value
 from batchjob.text import with_article
 from batchjob.user_code import catch_exit, describe_fault, enable_unpickling, load_target, name_fault
 
@@ -180,7 +181,8 @@ def _load_transform(target: str, folder: Path) -> Callable[[Any], Any]:
 
 def _pickle_transform(transform: Callable[[Any], Any], target: str) -> bytes:
     try:
-        return pickle.dumps(transform)
+        # What a script itself defines is found by its name in no other process.
+        return pickle.dumps(transform) if not isinstance(target, FunctionTarget) else pickle_by_value(transform)
     except Exception as error:  # pickle raises what the objects in it raise
         raise InvalidJob(
             f"model.target: {target} returned a transform that cannot be sent to the loader's processes "

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from batchjob.errors import BatchjobError
+from batchjob.errors import BatchjobError, CheckFailed, Incomplete, InvalidJob, JobError, Temporary
+from batchjob.report.output_status import read_errors
+from batchjob.storage.options import OptionsByPrefix
+from batchjob.storage.store import Store, open_store
 from batchjob.text import format_count, sanitize
+
+if TYPE_CHECKING:
+    from pyarrow.dataset import Dataset
 
 __all__ = ["RunResult"]
 
@@ -29,6 +35,13 @@ class RunResult:
         exit_code: 0, 1, 2, 3, 4 or 75.
         message: One sentence for a person; empty if the counts say it all.
         truth: Metrics of the task (accuracy and the like); empty if the job names no ground truth.
+        storage: Storage options of the job, with which `table` and `errors` read the output; no key of `--json`.
+
+    Example:
+        ```
+        result = batchjob.run(job).raise_for_status()
+        rows = result.table().to_table(columns=["uri", "label"]).to_pylist()
+        ```
     """
 
     status: str
@@ -41,6 +54,57 @@ class RunResult:
     exit_code: int = 0
     message: str = ""
     truth: Mapping[str, Any] = field(default_factory=dict)
+    storage: OptionsByPrefix = field(default_factory=dict, repr=False, compare=False)
+
+    def raise_for_status(self) -> RunResult:
+        """Return the result itself if the run is complete, as `already_complete` is too.
+
+        Raises:
+            CheckFailed: Exit code 3: over the error budget.
+            Incomplete: Exit code 4: shards gave up; run again.
+            Temporary: Exit code 75: try again later.
+            InvalidJob: Exit code 2.
+            JobError: Any other exit code.
+        """
+        if not self.exit_code:
+            return self
+        kinds = {kind.exit_code: kind for kind in (InvalidJob, CheckFailed, Incomplete, Temporary)}
+        error = kinds.get(self.exit_code, JobError)(self.message or self.describe_counts())
+        error.counts = (self.planned, self.predicted, self.failed)
+        raise error
+
+    def table(self) -> Dataset:
+        """Open the committed rows as a pyarrow dataset, error rows included; nothing but one footer is read by then.
+
+        Returns:
+            Dataset of `predictions/`: `.to_table(columns=[…], filter=…)`, `.to_batches()`, `.count_rows()`.
+
+        Raises:
+            InvalidJob: No row is committed yet, or the output is not known.
+            Unavailable: The store cannot be reached.
+
+        Example:
+            `result.table().to_table(filter=pyarrow.dataset.field("error_type").is_null()).to_pandas()`
+        """
+        from batchjob.output.committed_rows import open_rows  # pyarrow's dataset takes a while to import
+
+        return open_rows(self._open_output())
+
+    def errors(self) -> Iterator[dict[str, Any]]:
+        """Read the error rows, in plan order: `position`, `uri`, `error_stage`, `error_type` and `error_message`.
+
+        Raises:
+            InvalidJob: There is no plan, or the output is not known.
+
+        Example:
+            `Counter(row["error_type"] for row in result.errors())`
+        """
+        return read_errors(self._open_output())
+
+    def _open_output(self) -> Store:
+        if self.output is None:
+            raise InvalidJob(f"this run has no output: {self.message or self.status}")
+        return open_store(self.output, self.storage)
 
     @classmethod
     def from_error(cls, error: BaseException, output: str | None = None, seconds: float = 0.0) -> RunResult:
@@ -63,7 +127,8 @@ class RunResult:
 
     def to_json(self) -> str:
         """Return the result as one line of JSON."""
-        fields = asdict(self)
+        fields = asdict(replace(self, storage={}))
+        del fields["storage"]
         for name, digits in (("seconds", 3), ("images_per_second", 2)):
             fields[name] = round(fields[name], digits)
         return json.dumps(fields)

@@ -43,7 +43,7 @@ class PythonTask(TaskSettings):
     called with one image at a time: the images on which it fails are error rows.
 
     Attributes:
-        target: `module:attribute` beside the job file.
+        target: `module:attribute` beside the job file; in Python also the function or class itself.
         arguments: Keyword arguments of the target.
         fields: Type of each column: `{sharpness: float32, tags: "list<string>"}`.
         row_bytes: Maximum bytes of a row; decides the size of shards.

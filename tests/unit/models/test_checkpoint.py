@@ -15,7 +15,6 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -295,7 +294,7 @@ def test_check_finds_missing_weights_and_modules(job_folder: Path, tmp_path: Pat
 
 
 def test_target_must_be_a_dotted_name() -> None:
-    with pytest.raises(ValidationError, match="module:attribute"):
+    with pytest.raises(InvalidJob, match="module:attribute"):
         CheckpointModel(architecture="net.py:small()", weights="w.pt")
 
 

@@ -13,7 +13,6 @@ import timm
 import torch
 from huggingface_hub import constants
 from PIL import Image
-from pydantic import ValidationError
 from safetensors.torch import save_file
 from timm.data import config as timm_data
 from timm.data.transforms_factory import create_transform
@@ -200,7 +199,7 @@ def test_published_weights_offline_are_unavailable(caplog: pytest.LogCaptureFixt
     ],
 )
 def test_contradicting_settings_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(InvalidJob, match=message):
         TimmModel(**{"name": NAME, **settings})
 
 

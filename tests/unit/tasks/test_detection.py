@@ -12,7 +12,6 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from pydantic import ValidationError
 from torchvision.models import get_model, get_model_weights
 from torchvision.ops import batched_nms, box_convert
 from torchvision.transforms import functional
@@ -460,7 +459,7 @@ def test_softmax_over_one_class_is_refused() -> None:
 
 @pytest.mark.parametrize("settings", [{"threshold": 2}, {"nms": -1}, {"max_boxes": 0}, {"format": "yolo"}])
 def test_settings_out_of_range_are_refused(settings: Row) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(InvalidJob):
         DetectionTask(**settings)
 
 

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pytest
 import torch
 import torchvision
-from pydantic import ValidationError
 from torch import nn
 
 from batchjob.errors import InvalidJob
@@ -145,5 +144,5 @@ def test_missing_and_unused_layers_are_refused() -> None:
 
     with pytest.raises(InvalidJob, match=r"task\.layer: unused does not run"):
         EmbeddingTask(layer="unused").adapt(Idle())(torch.ones(2, 2))
-    with pytest.raises(ValidationError):
+    with pytest.raises(InvalidJob):
         EmbeddingTask(layer="")

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from pydantic import ValidationError
 from sklearn import metrics
 
 import batchjob
@@ -214,9 +213,9 @@ def test_null_and_nan_truths_do_not_count() -> None:
 
 
 def test_truth_for_several_outputs_must_name_its_output() -> None:
-    with pytest.raises(ValidationError, match=r"truth: there are 2 outputs; write \{x: column"):
+    with pytest.raises(InvalidJob, match=r"truth: there are 2 outputs; write \{x: column"):
         RegressionTask(outputs=["x", "y"], truth="t")
-    with pytest.raises(ValidationError, match="'z' is none of the outputs x, y"):
+    with pytest.raises(InvalidJob, match="'z' is none of the outputs x, y"):
         RegressionTask(outputs=["x", "y"], truth={"z": "t"})
 
 

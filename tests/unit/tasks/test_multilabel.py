@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from batchjob.errors import InvalidJob
 from batchjob.storage.reader import Reader
@@ -84,7 +83,7 @@ def test_settings_that_do_not_fit_the_classes_are_refused(settings: dict[str, An
 
 
 def test_threshold_above_1_is_refused() -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(InvalidJob):
         MultilabelTask(threshold=50)
 
 
