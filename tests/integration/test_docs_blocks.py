@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.doc_blocks import PAGES, ROOT, check_block, read_blocks, run_page
-
-FIRST_PAGES = [ROOT / "README.md", ROOT / "docs" / "getting-started.md"]
+from tests.support.doc_blocks import FIRST_PAGES, PAGES, ROOT, check_block, read_blocks, run_page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
