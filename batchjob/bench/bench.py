@@ -1,23 +1,21 @@
-"""`batchjob bench`: list the first images, load a worker, and measure it."""
+"""`batchjob bench`: list the first images, load a worker, and measure it: a run, each stage alone, the ceilings."""
 
 from __future__ import annotations
 
 import errno
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
 
-from batchjob import system
-from batchjob.bench.input_sample import DEFAULT_IMAGES, sample_input
-from batchjob.bench.machine_stats import calibrate
+from batchjob.bench.bench_worker import BenchWorker, open_bench_worker
+from batchjob.bench.bottleneck import compute_ceilings
+from batchjob.bench.machine_stats import calibrate, sample_memory
+from batchjob.bench.profile import write_profile
 from batchjob.bench.results import BenchResult
+from batchjob.bench.stages import measure_fetch_rate, measure_stages
 from batchjob.errors import AttemptFailed, Temporary
 from batchjob.job.job import Job
-from batchjob.worker.loader_forkserver import start_loader_forkserver
 
 __all__ = ["BenchOptions", "bench"]
 
@@ -46,40 +44,43 @@ def bench(job: Job, options: BenchOptions) -> BenchResult:
         Temporary: If the disk for temporary files is full.
         BatchjobError: If the run itself fails.
     """
-    with _detect_full_disk():
-        calibration_ms = calibrate()
-        sample = sample_input(job, options.images or DEFAULT_IMAGES)
-        started = time.perf_counter()
-        # These import torch, as the first thing a worker does; the fork server imports it at the same time.
-        start_loader_forkserver(job)
-        from batchjob.bench.bench_worker import open_bench_worker
-        from batchjob.bench.measurement import measure
-
-        with open_bench_worker(job, options.images, _count_cores(job), sample, started) as worker:
-            return measure(worker, options.profile, sample, calibration_ms)
-
-
-def _count_cores(job: Job) -> int:
-    cores = job.runtime.cpus_per_worker
-    return system.available_cores() if cores == "auto" else max(1, int(cores))
-
-
-@contextmanager
-def _detect_full_disk() -> Iterator[None]:
-    """Raise Temporary in place of any error that a full disk causes."""
     try:
-        yield
-    except OSError as error:
-        if error.errno not in _DISK_FULL:
+        before_ms = calibrate()
+        with open_bench_worker(job, options.images) as worker:
+            return _measure(worker, options.profile, before_ms)
+    except (OSError, AttemptFailed) as error:
+        if not _is_disk_full(error):
             raise
-        raise _disk_full_error() from error
-    except AttemptFailed as error:
-        if "disk is full" not in error.message and not any(os.strerror(code) in error.message for code in _DISK_FULL):
-            raise
-        raise _disk_full_error() from error
+        raise Temporary(
+            f"{gettempdir()}: the disk is full, so nothing could be measured; make room or set TMPDIR, then run again"
+        ) from error
 
 
-def _disk_full_error() -> Temporary:
-    return Temporary(
-        f"{gettempdir()}: the disk is full, so nothing could be measured; make room or set TMPDIR, then run again"
+def _is_disk_full(error: OSError | AttemptFailed) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _DISK_FULL
+    return any(reason in error.message for reason in ("disk is full", *map(os.strerror, _DISK_FULL)))
+
+
+def _measure(worker: BenchWorker, profile_folder: Path | None, before_ms: float) -> BenchResult:
+    with sample_memory() as memory:
+        run = worker.run(worker.shards)
+    batches = worker.load_sample()
+    pixels = worker.select_pixels(batches)
+    stages = (worker.listing, *measure_stages(worker, batches, pixels))
+    return BenchResult(
+        model=worker.info.model,
+        device=worker.info.device,
+        recipe=worker.predictor.forward.config.description,
+        decode_mode=worker.job.decode.mode,
+        batch_size=worker.batch_size,
+        cores=worker.cores,
+        loader_processes=worker.loader.config.processes,
+        distinct=min(run.images, worker.listed),
+        stages=stages,
+        ceilings=compute_ceilings(stages, worker.cores, measure_fetch_rate(worker)),
+        run=run,
+        memory=memory,
+        profile=() if profile_folder is None else write_profile(worker, profile_folder),
+        calibration_ms=(before_ms, calibrate()),
     )

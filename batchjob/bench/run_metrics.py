@@ -2,99 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import accumulate
 
-from batchjob.bench.bench_worker import BenchWorker, RunRecord
-from batchjob.bench.results import RunMetrics, StageUtilization
+from batchjob.bench.results import RunMetrics
 from batchjob.types import StageTiming
 
-__all__ = ["compute_run_metrics", "compute_steady_rate"]
-
-_READY_SECONDS = 0.002  # a batch waited for no longer than this was ready
+__all__ = ["compute_run_metrics"]
 
 
-def compute_run_metrics(worker: BenchWorker, run: RunRecord) -> RunMetrics:
-    """Compute the metrics of a run of this worker."""
-    rate, is_steady = compute_steady_rate(run, worker.info.ahead)
-    parallel_batches = worker.cpu_parallelism.parallel_batches
-    forward = run.timings_of("forward")
-    first, last = forward[0].ended, forward[-1].ended
-    waits = [_duration(wait) for wait in run.timings_of("wait") if wait.images and wait.ended > first]
+def compute_run_metrics(
+    timings: Sequence[StageTiming],
+    failed: int,
+    cpu_seconds: float,
+    load_seconds: float,
+    loaded_ahead: int,
+    parallel_batches: int,
+) -> RunMetrics:
+    """Compute the metrics of a run in which at least one image was predicted.
+
+    Args:
+        timings: Timings of all stages, from the first wait for a batch to the last commit.
+        failed: Number of error rows.
+        cpu_seconds: CPU time of all processes.
+        load_seconds: Time until the worker was ready, before the run.
+        loaded_ahead: Images that the loader keeps in flight.
+        parallel_batches: Batches computed at once.
+    """
+    stages: dict[str, list[StageTiming]] = defaultdict(list)
+    for timing in sorted(timings, key=lambda timing: timing.ended):
+        stages[timing.stage].append(timing)
+    forward, commits, started = stages["forward"], stages["commit"], stages["wait"][0].started
+    first, last, seconds = forward[0].ended, forward[-1].ended, commits[-1].ended - started
+    images, rate = sum(commit.images for commit in commits), _compute_steady_rate(forward, loaded_ahead)
+    starvation = None
+    if last > first:
+        waited = sum(wait.seconds for wait in stages["wait"] if wait.images and wait.ended > first)
+        # The wait for a batch is no starvation while other parallel batches, or a GPU, are still at work.
+        idle = last - first - sum(timing.seconds for timing in forward[1:]) / parallel_batches
+        starvation = max(0.0, min(1.0, (idle if parallel_batches > 1 else min(waited, idle)) / (last - first)))
+    busy = {}
+    for stage in ("fetch", "decode", "forward", "write"):
+        workers = parallel_batches if stage == "forward" else len({timing.pid for timing in stages[stage]})
+        busy[stage] = min(1.0, sum(timing.seconds for timing in stages[stage]) / max(1, workers) / seconds)
     return RunMetrics(
-        images=run.images,
-        failed=run.failed,
-        images_per_second=rate,
-        steady=is_steady,
-        load_s=worker.load_seconds,
-        first_batch_s=worker.load_seconds + first - run.started,
-        total_s=worker.load_seconds + run.ended - run.started,
-        starvation=_compute_starvation(forward[1:], parallel_batches, last - first, sum(waits)),
-        ready=sum(wait < _READY_SECONDS for wait in waits) / len(waits) if waits else None,
-        cores_busy=None if run.cpu_seconds is None else run.cpu_seconds / (run.ended - run.started),
-        services=_compute_utilization(run, parallel_batches),
+        images=images,
+        failed=failed,
+        images_per_second=rate or images / seconds,
+        steady=rate is not None,
+        load_s=load_seconds,
+        first_batch_s=load_seconds + first - started,
+        total_s=load_seconds + seconds,
+        starvation=starvation,
+        cores_busy=cpu_seconds / seconds,
+        busy=busy,
     )
 
 
-def compute_steady_rate(run: RunRecord, loaded_ahead: int) -> tuple[float, bool]:
+def _compute_steady_rate(forward: Sequence[StageTiming], loaded_ahead: int) -> float | None:
     """Compute images/s between 10 % of the images, or those loaded in advance if they are more, and 90 %.
 
     Example: of 1000 images, 200 are loaded in advance. If 200 images are done after 3 s and 900 after 10 s, the rate is
-    700 / 7 s = 100 images/s.
-
-    Args:
-        run: Record of the run.
-        loaded_ahead: Images that the loader keeps in flight; they were loaded before the first batch was predicted.
-
-    Returns:
-        The rate and True; if the run was too short, the rate over all of it and False.
+    700 / 7 s = 100 images/s. None if the run was too short.
     """
-    done = list(_accumulate_images(run.timings_of("forward")))
-    total = done[-1][1] if done else 0
-    window = [(at, images) for at, images in done if max(loaded_ahead, total * 0.1) <= images <= total * 0.9]
-    if len(window) >= 2 and window[-1][0] > window[0][0]:
-        (started, before), (ended, after) = window[0], window[-1]
-        return (after - before) / (ended - started), True
-    return run.images / (run.ended - run.started), False
-
-
-def _accumulate_images(timings: Iterable[StageTiming]) -> Iterator[tuple[float, int]]:
-    """Yield the end of each timing, and the images done by then."""
-    images = 0
-    for timing in timings:
-        images += timing.images
-        yield timing.ended, images
-
-
-def _compute_starvation(
-    forward: Sequence[StageTiming], parallel_batches: int, seconds: float, waited: float
-) -> float | None:
-    """Compute the share of the time without pixels; None if there was only one batch.
-
-    The wait for a batch is no starvation while other parallel batches, or a GPU, are still at work.
-
-    Args:
-        forward: Timings of the forward pass, without the first one.
-        parallel_batches: Batches computed at once.
-        seconds: Time between the end of the first batch and that of the last one.
-        waited: Time that the forward loop waited for batches in between.
-    """
-    if seconds <= 0:
+    done = list(accumulate(timing.images for timing in forward))
+    low, high = max(loaded_ahead, done[-1] * 0.1), done[-1] * 0.9
+    window = [(timing.ended, images) for timing, images in zip(forward, done, strict=True) if low <= images <= high]
+    if len(window) < 2 or window[-1][0] <= window[0][0]:
         return None
-    idle = seconds - sum(map(_duration, forward)) / parallel_batches
-    return max(0.0, min(1.0, (idle if parallel_batches > 1 else min(waited, idle)) / seconds))
-
-
-def _compute_utilization(run: RunRecord, parallel_batches: int) -> dict[str, StageUtilization]:
-    utilization = {}
-    for stage in ("fetch", "decode", "forward", "write"):
-        timings = run.timings_of(stage)
-        seconds = sum(map(_duration, timings))
-        if seconds > 0:
-            workers = parallel_batches if stage == "forward" else len({timing.pid for timing in timings})
-            rate = sum(timing.images for timing in timings) / seconds
-            utilization[stage] = StageUtilization(rate, min(1.0, seconds / workers / (run.ended - run.started)))
-    return utilization
-
-
-def _duration(timing: StageTiming) -> float:
-    return timing.seconds
+    (started, before), (ended, after) = window[0], window[-1]
+    return (after - before) / (ended - started)

@@ -67,9 +67,9 @@ def bench(
         loaded = read_job(job, param, overrides)
         from batchjob.bench.bench import BenchOptions
         from batchjob.bench.bench import bench as run_bench
-        from batchjob.bench.text_report import format_report
+        from batchjob.bench.report import format_report, to_json_dict
 
         result = run_bench(loaded, BenchOptions(images, None if profile is None else profile.absolute()))
-        return {"status": "measured", **result.to_json_dict()}, format_report(result)
+        return {"status": "measured", **to_json_dict(result)}, format_report(result)
 
     return report_query(work, as_json)

@@ -53,6 +53,7 @@ runtime: {pool: local, device: cpu, batch_size: 3, tuning: "off"}
 output: {uri: out}
 """
 STAGES = ["list", "fetch", "decode", "transform", "collate", "H2D", "forward", "D2H", "write"]
+STEPS = ["H2D", "forward", "D2H"]
 
 
 @pytest.fixture
@@ -113,10 +114,10 @@ def test_all_figures_are_measured_and_consistent(folder: Path, capfd: pytest.Cap
     assert stages["write"]["bytes"] > 0
 
     rates = [ceiling["images_per_second"] for ceiling in result["ceilings"]]
-    assert {ceiling["name"] for ceiling in result["ceilings"]} == {"cpu", "store", "disk"}
+    assert {ceiling["name"] for ceiling in result["ceilings"]} == {"cpu", "store"}
     assert rates == sorted(rates)
     assert result["tightest"] == result["ceilings"][0]["name"]
-    cpu_ms = sum(stage["cpu_ms"] or 0 for stage in stages.values())
+    cpu_ms = sum(stage["cpu_ms"] or 0 for name, stage in stages.items() if name != "list")
     cpu = next(ceiling for ceiling in result["ceilings"] if ceiling["name"] == "cpu")
     assert cpu["images_per_second"] == pytest.approx(result["cores"] / cpu_ms * 1e3)
 
@@ -124,42 +125,30 @@ def test_all_figures_are_measured_and_consistent(folder: Path, capfd: pytest.Cap
     assert (run["images"], run["failed"]) == (24, 0)
     assert 0 < run["load_s"] < run["first_batch_s"] < run["total_s"]
     assert 0 <= run["starvation"] <= 1
-    assert 0 <= run["ready"] <= 1
-    assert set(run["services"]) == {"fetch", "decode", "forward", "write"}
+    assert set(run["busy"]) == {"fetch", "decode", "forward", "write"}
     assert result["share"] == pytest.approx(run["images_per_second"] / rates[0])
-    assert [rung["name"].split()[0] for rung in result["ladder"]] == ["synthetic", "decoded", "encoded", "full,"]
-    assert all(rung["images_per_second"] > 0 for rung in result["ladder"])
-    assert result["ladder"][-1]["images_per_second"] == run["images_per_second"]
     assert result["verdict"].startswith("bottleneck: ")
 
 
-def test_grad_modes_memory_and_calibration(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_memory_and_steadiness_of_the_machine_are_measured(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     result = run_bench(capfd, "runtime.loader.processes=1")
-    modes = {mode["name"]: mode for mode in result["modes"]}
-    assert list(modes) == ["gradients on", "no_grad", "inference_mode"]
-    assert all(mode["ms"] > 0 for mode in modes.values())
-    assert modes["gradients on"]["bytes"] > modes["no_grad"]["bytes"] >= modes["inference_mode"]["bytes"] > 0
-    if sys.platform == "linux":
-        memory = {peak["processes"]: peak for peak in result["memory"]}
-        assert memory["loaders"]["count"] == 1
-        assert memory["driver and worker (one process)"]["rss"] > 50 << 20
-    calibration = result["calibration"]
-    assert calibration["drift"] == pytest.approx(calibration["after_ms"] / calibration["before_ms"] - 1)
-    assert calibration["noisy"] is (abs(calibration["drift"]) > 0.05)
+    assert result["memory"]["driver and worker"] > 50 << 20
+    assert result["memory"]["loaders"] > 10 << 20
+    before, after = result["calibration_ms"]
+    assert result["drift"] == pytest.approx(after / before - 1)
+    assert result["noisy"] is (abs(result["drift"]) > 0.05)
 
 
-def test_text_report_has_all_sections_and_output_is_untouched(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_text_begins_with_the_verdict_and_output_is_untouched(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = list_files(folder)
     assert main(["bench", "job.yaml", "--images", "12"]) == 0
     out, err = capfd.readouterr()
     assert out == ""
-    for words in (*STAGES, "joint ceilings", "ladder", "starvation", "inference_mode", "calibration", "not measured"):
+    starts = [line.split(":")[0] for line in err.splitlines()[:5]]
+    assert starts == ["bottleneck", "to move it", "the run", "measured", "machine"]
+    for words in (*STAGES, "each stage alone", "joint ceilings", "starvation", "memory at most"):
         assert words in err
-    assert err.splitlines()[-1].startswith("bottleneck: ")
-    assert {
-        path for path in folder.rglob("*") if "cache" not in path.parts and "__pycache__" not in path.parts
-    } == before
-    assert not list(Path("/dev/shm").glob("batchjob-bench-*"))
+    assert list_files(folder) == before
 
 
 def test_profile_is_a_table_and_a_trace_with_a_track_for_each_stage(
@@ -170,18 +159,16 @@ def test_profile_is_a_table_and_a_trace_with_a_track_for_each_stage(
     assert table.parent == folder / "profile"
     assert "Input Shapes" in table.read_text()
     events = json.loads(trace.read_text())["traceEvents"]
-    titles = {
-        (event["pid"], event["tid"]): event["args"]["name"] for event in events if event.get("name") == "thread_name"
-    }
-    track_events = [event for event in events if event.get("cat") == "batchjob"]
-    tracks = {titles[event["pid"], event["tid"]] for event in track_events}
-    assert tracks >= {"fetch", "decode", "H2D", "forward", "D2H", "write"}
-    assert all(event["dur"] >= 0 for event in track_events)
-    pids = {name: {event["pid"] for event in track_events if event["name"] == name} for name in ("decode", "forward")}
-    assert pids["decode"].isdisjoint(pids["forward"])
-    forward = [event["ts"] for event in track_events if event["name"] == "forward"]
-    decode = [event["ts"] for event in track_events if event["name"] == "decode"]
-    assert min(decode) < min(forward), "one clock for all processes"
+    starts = [event for event in events if event.get("cat") == "batchjob" and event["ph"] == "b"]
+    assert {event["name"] for event in starts} == {"fetch", "decode", "wait", "forward", "write", "commit"}
+    decode, forward = ([event for event in starts if event["name"] == name] for name in ("decode", "forward"))
+    assert {event["pid"] for event in decode}.isdisjoint({event["pid"] for event in forward})
+    steps = {name: [event["ts"] for event in events if event.get("name") == f"batchjob.{name}"] for name in STEPS}
+    assert all(steps.values())
+    # One clock for all processes: the steps that torch has timed lie within what the worker has timed.
+    ends = [event["ts"] for event in events if event.get("cat") == "batchjob" and event["ph"] == "e"]
+    assert min(event["ts"] for event in decode) < min(steps["forward"])
+    assert min(event["ts"] for event in forward) - 1000 < min(steps["forward"]) < max(ends)
 
 
 def test_error_rows_are_counted(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -189,21 +176,6 @@ def test_error_rows_are_counted(folder: Path, capfd: pytest.CaptureFixture[str])
     result = run_bench(capfd)
     assert (result["run"]["images"], result["run"]["failed"]) == (24, 2)
     assert result["share"] > 0
-
-
-def test_exported_model_has_no_grad_modes(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    import torch
-
-    linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 4)).eval()
-    batch = {0: torch.export.Dim("batch", min=1)}
-    program = torch.export.export(linear, (torch.zeros(2, 3, 16, 16),), dynamic_shapes=(batch,))
-    torch.export.save(program, folder / "net.pt2")
-    digest = subprocess.run(["sha256sum", "net.pt2"], capture_output=True, text=True, check=True).stdout.split()[0]
-    model = f'{{type: exported, weights: net.pt2, trust: true, sha256: "{digest}"}}'
-    Path("job.yaml").write_text(JOB.replace('{type: python, target: "net:make"}', model))
-    result = run_bench(capfd)
-    assert {mode["ms"] for mode in result["modes"]} == {None}
-    assert "runs as it was saved" in result["modes"][0]["note"]
 
 
 # -- bad input

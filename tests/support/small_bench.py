@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from batchjob.bench.bench_worker import BenchWorker, open_bench_worker
-from batchjob.bench.input_sample import sample_input
 from batchjob.job.job import Job
 
 __all__ = ["BATCH_SIZE", "IMAGES", "open_small_bench_worker", "write_small_job"]
@@ -60,5 +59,5 @@ def open_small_bench_worker(folder: Path, images: int) -> Iterator[BenchWorker]:
         patch.setattr(tempfile, "tempdir", str(folder / "tmp"))
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         job = Job.from_file(folder / "job.yaml")
-        with open_bench_worker(job, images, 1, sample_input(job, images)) as worker:
+        with open_bench_worker(job, images) as worker:
             yield worker

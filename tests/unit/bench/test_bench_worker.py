@@ -5,15 +5,17 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
-from batchjob.bench.bench_worker import open_bench_worker
-from batchjob.bench.input_sample import DEFAULT_IMAGES, sample_input
+from batchjob.bench.bench_worker import BenchWorker, open_bench_worker
 from batchjob.errors import InvalidJob
 from batchjob.job.job import Job
+from batchjob.plan import chunks
 from tests.support.small_bench import IMAGES, write_small_job
 
 AUTO = ["runtime.batch_size=auto"]
+DEFAULT_IMAGES = 1000
 
 
 @pytest.fixture
@@ -27,6 +29,10 @@ def job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def choose_batch_size(monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
     """Make `auto` choose so many images, as a GPU with room for them does."""
     monkeypatch.setattr("batchjob.worker.loader_setup._DEFAULT_BATCH_SIZE", batch_size)
+
+
+def count_rows(worker: BenchWorker) -> int:
+    return sum(shard.key.rows for shard in worker.shards)
 
 
 @pytest.mark.parametrize(
@@ -48,25 +54,54 @@ def test_batch_size_that_is_chosen_leaves_two_batches_to_measure(
 ) -> None:
     choose_batch_size(monkeypatch, chosen)
     job = Job.from_file(job_file, overrides=AUTO)
-    with open_bench_worker(job, given, 1, sample_input(job, given or DEFAULT_IMAGES)) as worker:
-        assert (worker.batch_size, worker.images) == (batch_size, images)
-        assert next(len(batch.image_infos) for batch in worker.load_batches(worker.sample_shard)) == batch_size
+    with open_bench_worker(job, given) as worker:
+        assert (worker.batch_size, count_rows(worker)) == (batch_size, images)
+        assert len(worker.load_sample()[0].image_infos) == batch_size
 
 
 def test_run_has_four_batches_where_these_are_more_than_the_default(
     job_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("batchjob.bench.bench_worker.DEFAULT_IMAGES", 10)
+    monkeypatch.setattr("batchjob.bench.bench_worker._DEFAULT_IMAGES", 10)
     choose_batch_size(monkeypatch, 5)
     job = Job.from_file(job_file, overrides=AUTO)
-    with open_bench_worker(job, None, 1, sample_input(job, 10)) as worker:
-        assert (worker.batch_size, worker.images) == (5, 20)
+    with open_bench_worker(job, None) as worker:
+        assert (worker.batch_size, count_rows(worker)) == (5, 20)
 
 
 def test_batch_size_of_the_job_is_never_changed(job_file: Path) -> None:
     job = Job.from_file(job_file, overrides=["runtime.batch_size=7"])
     with (
         pytest.raises(InvalidJob, match="lists 12: fewer than two batches of 7"),
-        open_bench_worker(job, None, 1, sample_input(job, DEFAULT_IMAGES)),
+        open_bench_worker(job, None),
     ):
+        pass
+
+
+def test_images_of_the_job_come_again_until_there_are_enough(job_file: Path) -> None:
+    with open_bench_worker(Job.from_file(job_file), 2 * IMAGES + 2) as worker:
+        run = worker.run(worker.shards)
+        parts = sorted((worker.folder / "out/predictions").glob("*.parquet"))
+        uris = [uri for part in parts for uri in pq.read_table(part, columns=["uri"])["uri"].to_pylist()]
+    assert (run.images, run.failed) == (2 * IMAGES + 2, 0)
+    numbers = list(range(IMAGES))
+    assert [int(Path(uri).stem) for uri in uris] == [*numbers, *numbers, 0, 1]
+    assert 0 < run.load_s < run.first_batch_s < run.total_s
+
+
+def test_listing_is_measured_and_ends_with_as_many_images_as_are_needed(
+    job_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The listing comes in batches of 2 images, of which the last one needed is taken whole.
+    monkeypatch.setattr(chunks, "CHUNK_ROWS", 4)
+    monkeypatch.setattr("batchjob.sources.prefix.BATCH_ROWS", 2)
+    with open_bench_worker(Job.from_file(job_file), 7) as worker:
+        assert worker.listed == 8
+        assert worker.listing.name == "list"
+        assert worker.listing.images_per_second is not None
+
+
+def test_input_without_images_is_refused(job_file: Path) -> None:
+    job = Job.from_file(job_file, {}, ["input.include=[none]"])
+    with pytest.raises(InvalidJob, match="no images there, so there is nothing to measure"), open_bench_worker(job, 1):
         pass
