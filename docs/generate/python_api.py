@@ -8,7 +8,7 @@ from typing import Any
 import batchjob
 from docs.generate.markdown import UndocumentedError, notice
 
-__all__ = ["page"]
+__all__ = ["MEMBERS", "page"]
 
 _INTRODUCTION = """\
 Every name that `import batchjob` gives. Nothing heavy is imported before it is used. Settings classes have the fields
@@ -22,6 +22,11 @@ _GROUPS = {
     "Tasks": ("batchjob.tasks",),
     "Other settings": ("batchjob.job", "batchjob.loader", "batchjob.preprocessing", "batchjob.storage"),
     "Exceptions": ("batchjob.errors",),
+}
+# Methods to show of classes that users call methods of; the methods of settings are called by the package itself.
+MEMBERS = {
+    "Job": ["from_file", "folder"],
+    "RunResult": ["raise_for_status", "table", "errors", "to_text", "to_json"],
 }
 
 
@@ -38,7 +43,7 @@ def page() -> str:
     parts = ["# Python API", notice("`batchjob.__all__`"), _INTRODUCTION]
     for group, names in groups.items():
         parts += [f"## {group}"] if names else []
-        parts += [f"::: {_locate(name)}" for name in names]
+        parts += map(_describe, names)
     return "\n\n".join(parts) + "\n"
 
 
@@ -50,5 +55,13 @@ def _find_group(name: str) -> str:
     return matches[0] if matches else "Other settings"
 
 
-def _locate(name: str) -> str:
-    return f"batchjob.{name}"
+def _describe(name: str) -> str:
+    """Return the instruction for mkdocstrings that describes a name; of a class, its attributes and `MEMBERS`."""
+    instruction = f"::: batchjob.{name}"
+    item = getattr(batchjob, name)
+    if not isinstance(item, type):
+        return instruction
+    members = MEMBERS.get(name, [])
+    if missing := [member for member in members if not hasattr(item, member)]:
+        raise UndocumentedError(f"batchjob.{name}.{missing[0]} is gone")
+    return f"{instruction}\n    options:\n      members: [{', '.join(members)}]"

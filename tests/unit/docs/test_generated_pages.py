@@ -136,6 +136,12 @@ def test_python_api_page_has_every_public_name() -> None:
     assert set(re.findall(r"^::: batchjob\.(\w+)$", python_api.page(), re.MULTILINE)) == names
 
 
+def test_method_that_is_gone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(python_api.MEMBERS, "Job", ["from_file", "gone"])
+    with pytest.raises(UndocumentedError, match=r"batchjob\.Job\.gone"):
+        python_api.page()
+
+
 def test_architecture_page_lists_every_file_once() -> None:
     package, folder, found = ROOT / "batchjob", "", []
     for line in architecture.page().splitlines():
