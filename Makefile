@@ -73,7 +73,7 @@ docs-serve: $(INSTALLED)  ## show the documentation at http://127.0.0.1:8000 and
 test: $(INSTALLED)  ## run the tests in TEST_PROCESSES=2 processes, about six minutes; longer ones below
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
-test-fast: $(INSTALLED)  ## run the unit tests without S3 and heavy files, in less than two minutes
+test-fast: $(INSTALLED)  ## run the unit tests without S3 and Ray, less than two minutes
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile -m "not s3 and not ray" tests/unit
 
 test-slow: $(INSTALLED)  ## run end-to-end tests that take minutes each

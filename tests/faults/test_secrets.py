@@ -42,6 +42,8 @@ TEXTS = {
     "access token": "planted-access-token-4711",
     "header": "planted-header-4711",
 }
+pytestmark = pytest.mark.s3  # a server of its own, with planted keys
+
 PLANTED = {**ENVIRONMENT, **TEXTS}
 RUNTIME = {"pool": "local", "device": "cpu", "tuning": "off", "loader": {"processes": 1}}
 MODEL = """\

@@ -1,7 +1,7 @@
 """Random schedules of deaths, hangs and given-up shards: torch's DataLoader delivers every batch once, in order.
 
 The processes are threads of this process, which die and hang as their images say, so that hundreds of schedules take
-seconds. `test_isolation.py` and `tests/faults/test_poison.py` do the same with real processes.
+seconds. `tests/integration/test_isolation.py` and `tests/faults/test_poison.py` do the same with real processes.
 """
 
 from __future__ import annotations
