@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel
 
 from batchjob.errors import InvalidJob
-from batchjob.text import closest_match, did_you_mean, with_article
+from batchjob.text import closest_match, did_you_mean, find_held_secret, with_article
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
     from pydantic_core import ErrorDetails
 
-__all__ = ["FieldFault", "KeyPath", "invalid_settings_error", "list_field_faults"]
+__all__ = [
+    "FieldFault",
+    "KeyPath",
+    "find_held_secrets",
+    "invalid_settings_error",
+    "join_faults",
+    "list_field_faults",
+]
 
 KeyPath = tuple[str | int, ...]
 """Keys and list indices from the root to a value: `("input", "passthrough", 0)`."""
@@ -135,8 +142,27 @@ def invalid_settings_error(
     Example: `TorchvisionModel.nmae: not a field of TorchvisionModel; did you mean 'name'?`, one line a fault.
     """
     faults = list_field_faults(error, settings_class, {name: _as_tree(value) for name, value in values.items()})
-    name = settings_class.__name__
-    return InvalidJob("\n".join(f"{'.'.join(map(str, (name, *fault.path)))}: {fault.message}" for fault in faults))
+    return InvalidJob(join_faults(settings_class.__name__, faults))
+
+
+def find_held_secrets(tree: Any, path: KeyPath = ()) -> Iterator[FieldFault]:
+    """Yield a fault for each text that holds a secret of the environment: a job's text goes into its plan.
+
+    Args:
+        tree: Plain values of a job.
+        path: Key path of the values.
+    """
+    if isinstance(tree, dict | list | tuple):
+        for key, item in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from find_held_secrets(item, (*path, key))
+    elif isinstance(tree, str) and (name := find_held_secret(tree)):
+        message = f"holds the value of the environment variable {name}; a job never holds credentials: leave it there"
+        yield FieldFault(path, message)
+
+
+def join_faults(name: str, faults: Iterable[FieldFault]) -> str:
+    """Return the message on settings built in Python, such as `Job.model.seed: must be …`, one line a fault."""
+    return "\n".join(f"{'.'.join(map(str, (name, *fault.path)))}: {fault.message}" for fault in faults)
 
 
 def _as_tree(value: Any) -> Any:

@@ -110,7 +110,7 @@ def _name_functions(document: Mapping[str, Any], other: Mapping[str, Any]) -> di
             others = other_value if isinstance(other_value, Mapping) else {}
             return {key: name_function(item, others.get(key)) for key, item in value.items()}
         is_same = isinstance(other_value, Mapping) and other_value.get(FUNCTION_KEY) == value[FUNCTION_KEY]
-        return value if is_same else f"the function {value[FUNCTION_KEY]} of a script"
+        return value if is_same else f"a script's function {value[FUNCTION_KEY]}"
 
     return {key: name_function(value, other.get(key)) for key, value in document.items()}
 

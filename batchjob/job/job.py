@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
 from batchjob.errors import InvalidJob
 from batchjob.functions.function_target import FunctionTarget, ModuleTarget
@@ -31,6 +31,7 @@ from batchjob.models.timm import TimmModel
 from batchjob.models.torchscript import TorchScriptModel
 from batchjob.models.torchvision import TorchvisionModel
 from batchjob.preprocessing.settings import DecodeSettings, Preprocess
+from batchjob.setting_errors import find_held_secrets, join_faults
 from batchjob.settings import Settings, resolve_path
 from batchjob.sources.manifest import ManifestSource
 from batchjob.sources.prefix import PrefixSource
@@ -280,6 +281,13 @@ class Job(Settings):
             raise ValueError(f"has functions of modules in {listed}; put these modules into one folder")
         for folder in folders - {self._folder}:
             self._folder, self._data_folder = folder, self._folder
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_secrets(self, info: ValidationInfo) -> Self:
+        """Refuse credentials in a job that was built in Python; a job file is checked before it is validated."""
+        if info.context is None and (faults := list(find_held_secrets(self.describe()))):
+            raise InvalidJob(join_faults("Job", faults))
         return self
 
     def _list_targets(self) -> Iterator[Any]:

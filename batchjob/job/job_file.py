@@ -16,8 +16,9 @@ import yaml
 from batchjob.errors import InvalidJob
 from batchjob.job.parameters import substitute_parameters
 from batchjob.job.source_map import KeyPath, Problem, SourceMap, TextLocation
+from batchjob.setting_errors import find_held_secrets
 from batchjob.settings import CommandLineText
-from batchjob.text import find_held_secret, redact_assignment, redact_queries
+from batchjob.text import redact_assignment, redact_queries
 
 __all__ = ["read_job_file"]
 
@@ -51,7 +52,8 @@ def read_job_file(path: Path, params: Mapping[str, str], overrides: Sequence[str
     for number, override in enumerate(overrides):
         _apply_override(source_map, override, number)
     substitute_parameters(source_map, params)
-    _check_secrets(source_map, source_map.tree, ())
+    for fault in find_held_secrets(source_map.tree):
+        source_map.add_problem(fault.path, fault.message)
     return source_map
 
 
@@ -203,16 +205,6 @@ class _TreeReader:
 
     def _label(self, node: yaml.Node) -> str:
         return f"{self._source_map.file}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
-
-
-def _check_secrets(source_map: SourceMap, value: Any, path: KeyPath) -> None:
-    """Report texts that hold a secret of the environment: a job's text goes into its plan."""
-    if isinstance(value, dict | list):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            _check_secrets(source_map, item, (*path, key))
-    elif isinstance(value, str) and (name := find_held_secret(value)):
-        message = f"holds the value of the environment variable {name}; a job never holds credentials: leave it there"
-        source_map.add_problem(path, message)
 
 
 # ----------------------------------------------------------------------------------------------------------- overrides

@@ -130,7 +130,7 @@ def test_script_without_a_main_guard_ships_its_functions_by_value(folder: Path) 
     )
     retry = run_python(folder, "-m", "batchjob", "retry", "job.yaml")
     assert retry.returncode == 2
-    assert "model.target: the function __main__:build of a script there, script:build here" in retry.stderr
+    assert "model.target: a script's function __main__:build there, script:build here" in retry.stderr
     assert "the script that holds the function resumes and retries it" in retry.stderr
 
 

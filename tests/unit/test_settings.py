@@ -98,3 +98,12 @@ def test_settings_that_were_built_count_as_set_in_a_job() -> None:
     job = Job(**(SECTIONS | {"preprocess": Preprocess(resize=8, crop=8)}))
     assert job.fingerprint()["preprocess"] == {"resize": 8, "crop": 8}
     assert job.fingerprint()["model"] == {"type": "torchvision", "name": "resnet18", "seed": 0}
+
+
+def test_credentials_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_notARealTokenButLongEnough")
+    model = PythonModel(target="net:build", arguments={"token": "hf_notARealTokenButLongEnough"})
+    with pytest.raises(
+        InvalidJob, match=r"^Job\.model\.arguments\.token: holds the value of .* HF_TOKEN; .*leave it there$"
+    ):
+        Job(**(SECTIONS | {"model": model}))

@@ -17,6 +17,7 @@ import torch
 import transformers
 from huggingface_hub import constants
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from batchjob.errors import InvalidJob, Unavailable
@@ -220,7 +221,7 @@ def test_folder_beside_the_job_has_precedence_over_a_name_on_the_hub(tmp_path: P
     assert parse_model("google/vit-base-patch16-224").model == "google/vit-base-patch16-224"
     assert parse_model("google/vit-base-patch16-224").title == "google/vit-base-patch16-224"
     assert parse_model("s3://models/vit").model == "s3://models/vit"
-    with pytest.raises(InvalidJob, match="credentials"):
+    with pytest.raises(ValidationError, match="credentials"):
         parse_model("https://me:secret@example.org/vit")
 
 

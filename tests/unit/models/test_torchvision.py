@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from pydantic import ValidationError
 
 from batchjob.errors import InvalidJob
 from batchjob.models.torchvision import TorchvisionModel
@@ -111,7 +112,7 @@ def test_weights_are_a_name_or_a_path_relative_to_the_job_file(tmp_path: Path) -
     assert parse_weights("mine.pth") == str(tmp_path / "mine.pth")
     assert parse_weights("models/mine") == str(tmp_path / "models" / "mine")
     assert parse_weights("s3://models/mine.safetensors") == "s3://models/mine.safetensors"
-    with pytest.raises(InvalidJob, match="credentials"):
+    with pytest.raises(ValidationError, match="credentials"):
         parse_weights("https://me:secret@example.org/mine.pth")
     with pytest.raises(InvalidJob, match="weights must be given"):
         TorchvisionModel(name="resnet50")
