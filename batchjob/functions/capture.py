@@ -13,8 +13,8 @@ from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, Modul
 from typing import Any
 
 from batchjob.functions.function_target import FunctionTarget, ModuleTarget, pickle_by_value
-from batchjob.functions.source_text import NoSource, read_class_source, read_function_source
-from batchjob.functions.value_text import UnknownValue, ValueWriter, shorten_value
+from batchjob.functions.source_text import NoSource, is_made_by_dataclass, read_class_source, read_function_source
+from batchjob.functions.value_text import MAIN_MODULES, UnknownValue, ValueWriter, shorten_value
 from batchjob.text import with_article
 
 __all__ = ["ListSources", "capture_target"]
@@ -22,7 +22,6 @@ __all__ = ["ListSources", "capture_target"]
 ListSources = Callable[[str, Path], Sequence[Path]]
 """Function that returns the files of a target's module and of all modules that it imports from a folder."""
 
-_MAIN_MODULES = {"__main__", "__mp_main__"}
 _MAX_PICKLED_BYTES = 16 << 20
 _DIGITS = 32  # of a SHA-256, so that a line of differences shows both
 _INSTALLED = ("site-packages", "dist-packages")
@@ -65,7 +64,9 @@ def _pickle(value: Any, label: str) -> bytes:
         pickled = pickle_by_value(value)
     except Exception as error:  # pickling runs code of the objects in it
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{label} cannot be sent to workers ({type(error).__name__}: {reason})") from error
+        raise ValueError(
+            f"{label} cannot be sent to workers ({type(error).__name__}: {reason}); put it into a module and import it"
+        ) from error
     if len(pickled) > _MAX_PICKLED_BYTES:
         raise ValueError(
             f"{label} has {len(pickled) >> 20:,} MiB with the values that it captures, over the limit of "
@@ -82,7 +83,7 @@ def _get_label(value: Any) -> str:
 def _find_name(value: Any) -> tuple[str, str] | None:
     """Return module and name by which any process can import a function or class; None if there are none."""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    if not isinstance(module, str) or not isinstance(name, str) or module in _MAIN_MODULES:
+    if not isinstance(module, str) or not isinstance(name, str) or module in MAIN_MODULES:
         return None
     found: Any = sys.modules.get(module)
     for part in name.split("."):
@@ -207,7 +208,10 @@ class _Capture:
             self.describe(base)
         for name, value in vars(owner).items():
             for function in _list_functions(value):
-                self._add_captured(function)
+                if _find_name(function) is not None:
+                    self.describe(function)
+                elif function.__module__ == owner.__module__ and not is_made_by_dataclass(function, owner):
+                    self._add_captured(function)
             is_plain = not name.startswith("__") and not hasattr(type(value), "__get__")
             if is_plain and name != "_abc_impl" and not hasattr(owner, "__members__"):
                 self._add_value(f"{owner.__qualname__}.{name}", value)

@@ -6,10 +6,16 @@ import ast
 import linecache
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import CodeType, FunctionType
 
-__all__ = ["NoSource", "read_class_source", "read_function_source"]
+__all__ = ["NoSource", "is_made_by_dataclass", "read_class_source", "read_function_source"]
 
+# Methods that `dataclass` makes.
+_DATACLASS_METHODS = {
+    *("__init__", "__repr__", "__eq__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__"),
+    *("__setattr__", "__delattr__", "__replace__"),
+}
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -75,7 +81,20 @@ def _read_class_without_methods(owner: type) -> str:
     try:
         return inspect.getsource(owner)
     except (OSError, TypeError) as error:
-        raise _no_source_error(owner.__qualname__) from error
+        functions = [member for member in vars(owner).values() if isinstance(member, FunctionType)]
+        if not all(is_made_by_dataclass(function, owner) for function in functions):
+            raise _no_source_error(owner.__qualname__) from error
+    # A class of a notebook without methods of its own, such as a dataclass: its fields say all. Their values are
+    # captured values.
+    names = sorted(name for name in vars(owner) if not name.startswith("__"))
+    facts = [getattr(owner, name, None) for name in ("__annotations__", "__dataclass_params__", "__members__")]
+    return f"{owner.__qualname__} {names} {facts}"
+
+
+def is_made_by_dataclass(function: FunctionType, owner: type) -> bool:
+    """Return True for a method that the decorator `dataclass` has added to a class."""
+    is_theirs = Path(function.__code__.co_filename).name in {"<string>", "dataclasses.py", "reprlib.py"}
+    return "__dataclass_fields__" in vars(owner) and function.__name__ in _DATACLASS_METHODS and is_theirs
 
 
 def _open_source(filename: str, name: str) -> _SourceFile:

@@ -10,9 +10,11 @@ from enum import Enum
 from pathlib import PurePath
 from typing import Any
 
-__all__ = ["UnknownValue", "ValueWriter", "shorten_value"]
+__all__ = ["MAIN_MODULES", "UnknownValue", "ValueWriter", "shorten_value"]
 
 _MAX_TEXT = 60
+MAIN_MODULES = {"__main__", "__mp_main__"}
+"""Names of the module of a script, which no other process can import."""
 
 
 class UnknownValue(ValueError):
@@ -77,7 +79,11 @@ class ValueWriter:
         except Exception as error:  # an object says so in its own words
             raise UnknownValue(" ".join(str(error).split())[:200] or type(error).__name__) from error
         if isinstance(reduced, str):
-            return f"<{type(value).__module__}:{reduced}>"
+            module = getattr(value, "__module__", None)
+            # Such as a function behind `lru_cache`, which pickle finds by its name only.
+            if module in MAIN_MODULES:
+                raise UnknownValue("other processes do not find it by its name in the script")
+            return f"<{module}:{reduced}>"
         # Items of a subclass of list or dict are given as iterators.
         parts = [list(part) if isinstance(part, Iterator) else part for part in reduced]
         return f"object [{', '.join(map(self.write, parts))}]"

@@ -32,6 +32,7 @@ PACKAGES = {
     "output": "Turns rows into Parquet parts, and commits them.",
     "storage": "Turns URIs into bytes. The only package that imports fsspec, obstore or boto3.",
     "report": "What a run or an output says, as data, JSON and text.",
+    "functions": "Functions and classes that stand where a job file says `module:attribute`: by name, or by value.",
     "bench": "`batchjob bench`: the ceiling of each stage, and the run as a share of it.",
 }
 INTRODUCTION = """\

@@ -189,6 +189,25 @@ def test_partial_of_a_function_of_a_module_covers_its_sources(module: Any) -> No
     assert set(nested.code) == {"user_net.py", "wrap.<locals>.inner"}
 
 
+def test_dataclass_of_a_notebook_is_told_apart_by_its_fields() -> None:
+    def make_target(default: int) -> FunctionTarget:
+        names: dict[str, Any] = {"__name__": "__main__"}
+        exec(f"from dataclasses import dataclass\n@dataclass\nclass Config:\n    width: int = {default}\n", names)
+        config = names["Config"]()
+
+        def build() -> int:
+            return int(config.width)
+
+        target = PythonModel(target=build).target
+        assert isinstance(target, FunctionTarget)
+        return target
+
+    first, again, other = make_target(2), make_target(2), make_target(3)
+    assert first.digest == again.digest
+    assert other.digest != first.digest
+    assert other.load()() == 3
+
+
 # -- refused -----------------------------------------------------------------------------------------------------------
 
 

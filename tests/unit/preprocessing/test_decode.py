@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps, features
 
-from batchjob.errors import ImageError
+from batchjob.errors import ImageError, InvalidJob
 from batchjob.preprocessing.decode import decode
 from batchjob.preprocessing.image_formats import register_decoders
 from batchjob.preprocessing.settings import DecodeSettings
@@ -212,7 +212,7 @@ import collections, pathlib, sys, warnings
 warnings.simplefilter("error")
 from batchjob.preprocessing.decode import decode
 from batchjob.preprocessing.settings import DecodeSettings
-from batchjob.errors import ImageError
+from batchjob.errors import ImageError, InvalidJob
 counts = collections.Counter()
 for path in pathlib.Path(sys.argv[1]).rglob("*"):
     if path.is_file():
@@ -431,7 +431,7 @@ def test_heif_is_read_if_it_is_named_and_installed() -> None:
 
 def test_pillow_without_avif_is_an_error_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "check", lambda _: False)
-    with pytest.raises(ValueError, match="names avif, which this Pillow was built without; install a wheel of"):
+    with pytest.raises(InvalidJob, match="names avif, which this Pillow was built without; install a wheel of"):
         DecodeSettings(formats=("avif",))
 
 
