@@ -212,7 +212,7 @@ import collections, pathlib, sys, warnings
 warnings.simplefilter("error")
 from batchjob.preprocessing.decode import decode
 from batchjob.preprocessing.settings import DecodeSettings
-from batchjob.errors import ImageError, InvalidJob
+from batchjob.errors import ImageError
 counts = collections.Counter()
 for path in pathlib.Path(sys.argv[1]).rglob("*"):
     if path.is_file():
@@ -413,7 +413,7 @@ def test_avif_is_read_if_it_is_named() -> None:
 
 def test_heif_is_read_if_it_is_named_and_installed() -> None:
     if importlib.util.find_spec("pillow_heif") is None:
-        with pytest.raises(ValueError, match=r"names heif, which needs another package: .*pip install 'pillow-heif"):
+        with pytest.raises(InvalidJob, match=r"names heif, which needs another package: .*pip install 'pillow-heif"):
             DecodeSettings(formats=("jpeg", "heif"))
         pytest.skip("no pillow-heif here")
     heif = DecodeSettings(formats=("jpeg", "heif"))
