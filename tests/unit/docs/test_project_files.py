@@ -38,6 +38,12 @@ def test_targets_that_a_page_names_exist(page: Path) -> None:
     assert set(named) <= TARGETS
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    named = re.findall(r"`((?:batchjob|benchmarks|docs|jobs|tests)/[\w./-]*)`", page.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_addresses_of_the_project_lead_to_one_repository() -> None:
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
     assert urls.keys() == {"Homepage", "Documentation", "Changelog", "Issues"}
