@@ -50,8 +50,7 @@ PixelBatch = tuple[torch.Tensor, tuple[tuple[int, ...], ...] | None]
 
 def count_images(batch: PixelBatch) -> int:
     """Return the number of images of a batch."""
-    pixels, shapes = batch
-    return len(pixels if shapes is None else shapes)
+    return len(batch[0] if batch[1] is None else batch[1])
 
 
 @contextmanager
@@ -119,8 +118,9 @@ class BenchWorker:
         self.shards, self.cores, self.folder = tuple(map(session.read_shard, keys)), cores, folder
         self.timings: list[StageTiming] = []
         self._events: queue.Queue[ShardCommitted | ShardFailed] = queue.Queue()
+        self._cpu_before = 0.0
         self._sample_indices = count(_FIRST_SAMPLE_INDEX)
-        self._worker = Worker(loaded, session, on_event=self._events.put, timing_sink=self.timings.append)
+        self._worker = Worker(loaded, session, on_event=self._events.put, timing_sink=self._record_timing)
         self.job, self.info, self.reader, self.engine = loaded.job, loaded.info, loaded.reader, loaded.engine
         self.loader, self.predictor = loaded.loader_setup.loader, session.predictor
         self.part_builder, self.batch_size = self._worker.part_builder, loaded.info.batch_size
@@ -138,10 +138,9 @@ class BenchWorker:
     def run(self, shards: Sequence[Shard]) -> RunMetrics:
         """Run shards through the worker. Raises the error of a failed attempt, or InvalidJob if no image is good."""
         del self.timings[:]
-        cpu_before = read_cpu_seconds()
         self._worker.run(ShardQueue.of(shards))
         footers = [self.next_result().footer for _ in shards]
-        cpu_seconds, failed = read_cpu_seconds() - cpu_before, sum(footer.failed for footer in footers)
+        cpu_seconds, failed = read_cpu_seconds() - self._cpu_before, sum(footer.failed for footer in footers)
         if failed == sum(footer.rows for footer in footers):
             raise InvalidJob(
                 f"{self.job.input.uri}: {format_count(failed, 'image')} tried, each an error row: nothing can be "
@@ -150,6 +149,11 @@ class BenchWorker:
         return compute_run_metrics(
             self.timings, failed, cpu_seconds, self.load_seconds, self.info.ahead, self.parallel_batches
         )
+
+    def _record_timing(self, timing: StageTiming) -> None:
+        if timing.stage == "forward" and all(before.stage != "forward" for before in self.timings):
+            self._cpu_before = read_cpu_seconds()  # without the start of the loader processes
+        self.timings.append(timing)
 
     def next_result(self) -> ShardResult:
         """Wait for the result of the next shard. Raises the error of its attempt, if that failed."""

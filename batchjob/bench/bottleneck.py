@@ -66,12 +66,14 @@ def find_bottleneck(result: BenchResult) -> tuple[str, str]:
         cause, remedy = _explain_ceiling("cpu", result)
         busy = f"all cores are busy ({run.cores_busy:.2f} of {cores})"
         return f"{cause}; {busy}, so more processes or threads would only share them", remedy
-    if is_starved:
+    # Decoding never waits: processes that decode for longer than they have a core share it with other programs.
+    is_displaced = run.cores_busy < _IDLE * result.loader_processes * run.busy.get("decode", 0.0)
+    if is_starved and not is_displaced:
         in_use = "" if result.loader_processes else " (none are in use)"
         cause = f"loading; the forward loop waited {run.starvation:.0%} of its time for pixels"
         return cause, f"more runtime.loader.processes{in_use} or runtime.loader.prefetch"
-    if on_cpu and run.cores_busy < _IDLE * cores:
-        cause = f"cores; the run had {run.cores_busy:.1f} of {cores} on average though it rarely waited for pixels"
+    if is_displaced or (on_cpu and run.cores_busy < _IDLE * cores):
+        cause = f"cores; the run had {run.cores_busy:.1f} of {cores} on average, though it had work for more"
         return cause, "a run when no other program takes them, or a larger runtime.batch_size"
     cause = "the forward loop itself, which rarely waits for pixels"
     return cause, "runtime.batch_size, runtime.compile=on or runtime.tuning=on"

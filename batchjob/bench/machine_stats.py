@@ -16,14 +16,12 @@ import psutil
 __all__ = ["calibrate", "read_cpu_seconds", "sample_memory"]
 
 _SAMPLE_INTERVAL_SECONDS = 0.5
-_CALIBRATION_BYTES = 4 << 20
-_CALIBRATION_ROUNDS = 25
 
 
 def calibrate() -> float:
     """Measure the milliseconds that one core takes to hash 4 MiB of noise; median of 25 rounds."""
-    noise = Random(0).randbytes(_CALIBRATION_BYTES)
-    return median(timeit.repeat(lambda: hashlib.sha256(noise).digest(), number=1, repeat=_CALIBRATION_ROUNDS)) * 1e3
+    noise = Random(0).randbytes(4 << 20)
+    return median(timeit.repeat(lambda: hashlib.sha256(noise).digest(), number=1, repeat=25)) * 1e3
 
 
 def read_cpu_seconds() -> float:

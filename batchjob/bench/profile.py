@@ -21,8 +21,6 @@ __all__ = ["build_track_events", "write_profile"]
 
 # An event whose time is known by torch's clock and by `time.perf_counter`.
 _ANCHOR = f"{PROFILER_PREFIX}anchor"
-_ANCHORS = 5
-_TABLE_ROWS = 60
 
 
 def write_profile(worker: BenchWorker, folder: Path) -> tuple[str, ...]:
@@ -40,13 +38,13 @@ def write_profile(worker: BenchWorker, folder: Path) -> tuple[str, ...]:
         folder.mkdir(parents=True, exist_ok=True)
         with torch.profiler.profile(activities=activities, record_shapes=True, experimental_config=config) as profiler:
             # The first anchor takes longer than the others, so the last one is used.
-            for _ in range(_ANCHORS):
+            for _ in range(5):
                 with torch.profiler.record_function(_ANCHOR):
                     anchor = time.perf_counter()
             worker.run([worker.sample_shard])
         averages = profiler.key_averages(group_by_input_shape=True)
         order = f"self_{'cuda' if on_cuda else 'cpu'}_time_total"
-        table.write_text(averages.table(sort_by=order, row_limit=_TABLE_ROWS) + "\n")
+        table.write_text(averages.table(sort_by=order, row_limit=60) + "\n")
         profiler.export_chrome_trace(str(trace))
         document = json.loads(trace.read_text())
         anchored = max(float(event["ts"]) for event in document["traceEvents"] if event.get("name") == _ANCHOR)

@@ -17,8 +17,6 @@ from batchjob.text import format_count
 
 __all__ = ["format_report", "to_json_dict"]
 
-_WIDTH = 140
-
 
 def to_json_dict(result: BenchResult) -> dict[str, Any]:
     """Return the result for JSON; null means `not measured`."""
@@ -35,7 +33,7 @@ def to_json_dict(result: BenchResult) -> dict[str, Any]:
 
 def format_report(result: BenchResult) -> list[str]:
     """Format five lines of verdict, and the tables as one text."""
-    console, document = Console(file=(text := StringIO()), width=_WIDTH, color_system=None), to_json_dict(result)
+    console, document = Console(file=(text := StringIO()), width=140, color_system=None), to_json_dict(result)
     busy = document["run"].pop("busy")
     for row in document["stages"]:
         row |= {"busy in the run": busy.get(row["name"]), "note": row.pop("note")}

@@ -61,8 +61,8 @@ class RunMetrics:
         total_s: Seconds until the last part was committed, from the same start.
         starvation: Share of the time between the first and the last batch that the forward loop waited for pixels;
             None if there was one batch only.
-        cores_busy: CPU seconds of all processes per second.
-        busy: Share of the run, 0 to 1, that the processes or threads of a stage worked on it.
+        cores_busy: CPU seconds of all processes per second, after the first batch.
+        busy: Share of the time from its first to its last image, 0 to 1, that the processes of a stage worked on it.
     """
 
     images: int

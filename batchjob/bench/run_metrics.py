@@ -25,7 +25,7 @@ def compute_run_metrics(
     Args:
         timings: Timings of all stages, from the first wait for a batch to the last commit.
         failed: Number of error rows.
-        cpu_seconds: CPU time of all processes.
+        cpu_seconds: CPU time of all processes from the first predicted batch on.
         load_seconds: Time until the worker was ready, before the run.
         loaded_ahead: Images that the loader keeps in flight.
         parallel_batches: Batches computed at once.
@@ -44,8 +44,10 @@ def compute_run_metrics(
         starvation = max(0.0, min(1.0, (idle if parallel_batches > 1 else min(waited, idle)) / (last - first)))
     busy = {}
     for stage in ("fetch", "decode", "forward", "write"):
-        workers = parallel_batches if stage == "forward" else len({timing.pid for timing in stages[stage]})
-        busy[stage] = min(1.0, sum(timing.seconds for timing in stages[stage]) / max(1, workers) / seconds)
+        if spans := stages[stage]:
+            workers = parallel_batches if stage == "forward" else len({span.pid for span in spans})
+            period = spans[-1].ended - min(span.started for span in spans)
+            busy[stage] = min(1.0, sum(span.seconds for span in spans) / workers / period)
     return RunMetrics(
         images=images,
         failed=failed,
@@ -55,7 +57,7 @@ def compute_run_metrics(
         first_batch_s=load_seconds + first - started,
         total_s=load_seconds + seconds,
         starvation=starvation,
-        cores_busy=cpu_seconds / seconds,
+        cores_busy=cpu_seconds / (commits[-1].ended - first),
         busy=busy,
     )
 

@@ -40,12 +40,14 @@ def make_result(
     starvation: float = 0.0,
     cores_busy: float = 1.5,
     store: float = 1e6,
+    decode_busy: float = 0.2,
     **changes: Any,
 ) -> BenchResult:
     """Make the result of a run on 2 cores that reaches this share of the tightest ceiling."""
     ceilings = compute_ceilings(stages, 2, store)
     rate = share * ceilings[0].images_per_second
-    run = replace(RUN, images_per_second=rate, starvation=starvation, cores_busy=cores_busy)
+    busy = {"decode": decode_busy}
+    run = replace(RUN, images_per_second=rate, starvation=starvation, cores_busy=cores_busy, busy=busy)
     return replace(RESULT, cores=2, stages=tuple(stages), ceilings=ceilings, run=run, **changes)
 
 
@@ -126,6 +128,16 @@ def test_cpu_beside_a_gpu_is_the_bottleneck_if_it_is_tightest_or_the_loop_starve
 def test_cores_taken_by_other_programs_are_named() -> None:
     sentence = explain(0.1, make_stages(decode=2.5, forward=7.5), cores_busy=0.5)
     assert sentence.startswith("cores; the run had 0.5 of 2 on average")
+
+
+def test_loader_processes_that_wait_for_a_core_are_no_reason_for_more_of_them() -> None:
+    stages = make_stages(decode=3.0)
+    # Two processes decode all the time, and get less than one core for it.
+    sentence = explain(0.3, stages, starvation=0.9, cores_busy=0.8, decode_busy=1.0, loader_processes=2)
+    assert sentence.startswith("cores; the run had 0.8 of 2 on average, though it had work for more")
+    # One process decodes all the time on a core of its own.
+    sentence = explain(0.3, stages, starvation=0.9, cores_busy=1.0, decode_busy=1.0, loader_processes=1)
+    assert sentence.startswith("loading; ")
 
 
 def test_forward_loop_is_named_if_nothing_else_limits_the_run() -> None:

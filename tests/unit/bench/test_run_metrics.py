@@ -76,8 +76,8 @@ def test_rate_is_steady_between_10_and_90_percent(
 
 def test_batches_that_end_together_give_no_steady_rate() -> None:
     timings = [time_stage("forward", 100.0, 102.0, 20) for _ in range(5)]
-    run = compute(timings, images=100, ended=102.0)
-    assert (run.images_per_second, run.steady) == (50.0, False)
+    run = compute(timings, images=100, ended=104.0)
+    assert (run.images_per_second, run.steady) == (25.0, False)
 
 
 # -- metrics of a run
@@ -124,16 +124,18 @@ def test_run_of_one_batch_has_no_starvation() -> None:
 
 
 def test_busy_cores_are_cpu_seconds_per_second_of_the_run() -> None:
-    assert compute(FORWARD, images=30, ended=110.0, cpu_seconds=15.0).cores_busy == 1.5
+    # From the first batch at 102 s to the last commit at 110 s.
+    assert compute(FORWARD, images=30, ended=110.0, cpu_seconds=12.0).cores_busy == 1.5
 
 
 def test_busy_share_of_a_stage_is_that_of_each_of_its_processes() -> None:
     decode = [
-        time_stage("decode", 100.0, 104.0, 20, FIRST_LOADER),
-        time_stage("decode", 100.0, 106.0, 30, SECOND_LOADER),
+        time_stage("decode", 102.0, 104.0, 20, FIRST_LOADER),
+        time_stage("decode", 102.0, 106.0, 30, SECOND_LOADER),
+        time_stage("decode", 104.0, 110.0, 30, FIRST_LOADER),
     ]
-    # Two processes worked 10 s of 2 * 10 s.
-    assert compute([*FORWARD, *decode], images=30, ended=110.0).busy["decode"] == 0.5
+    # From 102 s to 110 s, two processes worked 12 s of 2 * 8 s.
+    assert compute([*FORWARD, *decode], images=30, ended=110.0).busy["decode"] == 0.75
 
 
 def test_busy_share_of_the_forward_pass_is_that_of_each_parallel_batch() -> None:
