@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dis
 import hashlib
+import importlib.util
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+from batchjob.errors import InvalidJob
 from batchjob.functions.function_target import FunctionTarget, ModuleTarget, pickle_by_value
 from batchjob.functions.source_text import NoSource, is_made_by_dataclass, read_class_source, read_function_source
 from batchjob.functions.value_text import MAIN_MODULES, UnknownValue, ValueWriter, shorten_value
@@ -96,15 +99,29 @@ def _find_own_folder(module_name: str) -> Path | None:
 
     Example: for `nets.small` in `/home/ann/nets/small.py` it is `/home/ann`.
     """
-    file = getattr(sys.modules.get(module_name), "__file__", None)
-    if not file or module_name.partition(".")[0] == __name__.partition(".")[0]:
+    file = getattr(sys.modules.get(module_name), "__file__", None) or _find_origin(module_name)
+    if not file or module_name.partition(".")[0] == __name__.partition(".")[0] or _is_installed(file):
         return None
     path = Path(file).absolute()
-    if set(path.parts) & set(_INSTALLED) or path.is_relative_to(sysconfig.get_path("stdlib")):
-        return None
     names = module_name.split(".")
     parts = [*names, "__init__.py"] if path.name == "__init__.py" else [*names[:-1], f"{names[-1]}.py"]
     return path.parents[len(parts) - 1] if path.parts[-len(parts) :] == tuple(parts) else None
+
+
+def _find_origin(module_name: str) -> str | None:
+    """Return the file of a module that is not imported yet; None for one in a package, whose import would run it."""
+    if "." in module_name:
+        return None
+    try:
+        spec = importlib.util.find_spec(module_name)
+    except (ImportError, ValueError):
+        return None
+    return spec.origin if spec is not None and spec.has_location else None
+
+
+def _is_installed(file: str) -> bool:
+    path = Path(file).absolute()
+    return bool(set(path.parts) & set(_INSTALLED)) or path.is_relative_to(sysconfig.get_path("stdlib"))
 
 
 class _Capture:
@@ -161,11 +178,11 @@ class _Capture:
         if id(value) not in self._seen:
             self._seen.add(id(value))
             if isinstance(value, FunctionType):
-                self._add_code(value.__qualname__, read_function_source(value))
-                self._add_captured(value)
+                self._add_function(value)
             else:
-                self._add_code(value.__qualname__, read_class_source(value))
-                self._add_members(value)
+                source = read_class_source(value)
+                self._add_code(value.__qualname__, source)
+                self._add_members(value, source)
         return f"<{value.__qualname__}>"
 
     def _add_code(self, name: str, source: str) -> None:
@@ -174,9 +191,23 @@ class _Capture:
         known = self.code.get(name)
         self.code[name] = digest if known is None else _digest(f"{known} {digest}".encode())
 
+    def _add_function(self, function: FunctionType, class_source: str = "") -> None:
+        """Note the source of a function, unless it stands in its class, and what it uses from outside."""
+        if _is_installed(function.__code__.co_filename):
+            # A decorator of a package, such as `torch.no_grad()`, around functions of the user.
+            for cell in function.__closure__ or ():
+                with suppress(ValueError):
+                    if isinstance(value := cell.cell_contents, FunctionType | type):
+                        self.describe(value)
+            return
+        source = read_function_source(function)
+        if source not in class_source:
+            self._add_code(function.__qualname__, source)
+        self._add_captured(function)
+
     def _add_module(self, name: str) -> None:
         """Note the sources of a module beside the script, and of all that it imports there."""
-        folder = _find_own_folder(name)
+        folder = _find_own_folder(name) or _find_own_folder(name.partition(".")[0])
         if folder is None or name in self._modules:
             return
         self._modules.add(name)
@@ -185,7 +216,10 @@ class _Capture:
             self.code[path.relative_to(folder).as_posix()] = _digest(path.read_bytes())
 
     def _add_captured(self, function: FunctionType) -> None:
-        """Note what a function uses from outside: globals, closure, defaults and its own attributes."""
+        """Note what a function uses from outside: globals, closure, defaults, its own attributes, and imports."""
+        for name in sorted(set(_list_imported_names(function.__code__))):
+            with suppress(InvalidJob):  # A name in a module, and no module.
+                self._add_module(name)
         for name in sorted(set(_list_global_names(function.__code__))):
             if name in function.__globals__:
                 self._add_value(name, function.__globals__[name])
@@ -202,7 +236,7 @@ class _Capture:
         if attributes:
             self._add_value(f"{function.__qualname__}.attributes", attributes)
 
-    def _add_members(self, owner: type) -> None:
+    def _add_members(self, owner: type, source: str) -> None:
         """Note the bases of a class, and what its methods and attributes use from outside."""
         for base in owner.__bases__:
             self.describe(base)
@@ -210,8 +244,9 @@ class _Capture:
             for function in _list_functions(value):
                 if _find_name(function) is not None:
                     self.describe(function)
-                elif function.__module__ == owner.__module__ and not is_made_by_dataclass(function, owner):
-                    self._add_captured(function)
+                # The methods of a named tuple are of a module that there is not.
+                elif function.__module__ in sys.modules and not is_made_by_dataclass(function, owner):
+                    self._add_function(function, source)
             is_plain = not name.startswith("__") and not hasattr(type(value), "__get__")
             if is_plain and name != "_abc_impl" and not hasattr(owner, "__members__"):
                 self._add_value(f"{owner.__qualname__}.{name}", value)
@@ -241,6 +276,23 @@ def _list_global_names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _list_global_names(constant)
+
+
+def _list_imported_names(code: CodeType) -> Iterator[str]:
+    """Yield the names that a code object imports and that may be modules, also those of functions inside it.
+
+    Example: `from pkg import net` yields `pkg` and `pkg.net`.
+    """
+    module = ""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "IMPORT_NAME":
+            module = instruction.argval
+            yield module
+        elif instruction.opname == "IMPORT_FROM":
+            yield f"{module}.{instruction.argval}"
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _list_imported_names(constant)
 
 
 def _list_functions(member: Any) -> Iterator[FunctionType]:

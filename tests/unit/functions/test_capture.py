@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from torchvision import models, transforms
 
@@ -187,6 +188,42 @@ def test_partial_of_a_function_of_a_module_covers_its_sources(module: Any) -> No
     nested = PythonModel(target=module.wrap()).target
     assert isinstance(nested, FunctionTarget)
     assert set(nested.code) == {"user_net.py", "wrap.<locals>.inner"}
+
+
+def test_imports_inside_a_function_cover_the_sources_of_the_module(module: Any) -> None:
+    def build() -> nn.Module:
+        from user_net import build as build_net  # type: ignore[import-not-found, unused-ignore]
+
+        return build_net()  # type: ignore[no-any-return, unused-ignore]
+
+    target = PythonModel(target=build).target
+    assert isinstance(target, FunctionTarget)
+    assert "user_net.py" in target.code
+
+
+def test_decorators_belong_to_the_functions_that_they_wrap() -> None:
+    def scale(function: Callable[..., Any]) -> Callable[..., Any]:
+        def scaled(*arguments: Any) -> Any:
+            return function(*arguments)
+
+        return scaled
+
+    class Net(nn.Module):
+        @scale
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+        @torch.no_grad()
+        def extra_repr(self) -> str:
+            return "net"
+
+    target = PythonModel(target=Net).target
+    assert isinstance(target, FunctionTarget)
+    # A decorator of torch is not among them: another version of torch is no other job.
+    names = {
+        name.removeprefix("test_decorators_belong_to_the_functions_that_they_wrap.<locals>.") for name in target.code
+    }
+    assert names == {"Net", "scale.<locals>.scaled", "Net.forward", "Net.extra_repr"}
 
 
 def test_dataclass_of_a_notebook_is_told_apart_by_its_fields() -> None:
