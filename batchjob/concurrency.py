@@ -19,7 +19,6 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
 from multiprocessing.process import BaseProcess
-from types import ModuleType
 from typing import Any, Generic, TypeVar, cast
 
 from batchjob.errors import InvalidJob
@@ -244,9 +243,12 @@ def clean_process_start() -> Iterator[None]:
     end with it (`exit_with_parent`). One process is started at a time, from any thread.
     """
     with _PROCESS_START_LOCK:
-        main, current = sys.modules["__main__"], multiprocessing.current_process()
+        program, current = vars(sys.modules["__main__"]), multiprocessing.current_process()
         method = cast("str | None", multiprocessing.get_start_method(allow_none=True))
-        sys.modules["__main__"] = _MainWithoutFile(main)
+        # As in an interactive session: a program without a file and a spec is nothing that a new process could import.
+        origin: dict[str, Any] = {name: program[name] for name in ("__file__", "__spec__") if name in program}
+        program.pop("__file__", None)
+        program["__spec__"] = None
         is_daemonic = current.daemon
         if is_daemonic:
             current.daemon = False
@@ -255,7 +257,7 @@ def clean_process_start() -> Iterator[None]:
         finally:
             if is_daemonic:
                 current.daemon = True
-            sys.modules["__main__"] = main
+            program.update(origin)
             # The first start of a process fixes the start method of the whole program. The program chooses it, not this
             # package.
             if method is None:
@@ -309,19 +311,6 @@ def exit_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-class _MainWithoutFile(ModuleType):
-    """Module `__main__` without a file: `multiprocessing` then finds nothing that a new process should import."""
-
-    def __init__(self, main: ModuleType) -> None:
-        super().__init__("__main__")
-        self.__dict__["_main"] = main
-
-    def __getattr__(self, name: str) -> Any:
-        if name in {"__file__", "__path__"}:
-            raise AttributeError(name)
-        return getattr(self.__dict__["_main"], name)
 
 
 def _choose_socket_folder() -> None:

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from batchjob.errors import InvalidJob
@@ -30,7 +29,6 @@ __all__ = [
     "collect_environment",
     "format_environment",
     "free_shared_memory",
-    "import_torchvision",
     "install_command",
     "is_shared_memory_writable",
     "require_packages",
@@ -53,8 +51,6 @@ _PACKAGES = (
 )
 # Extras of batchjob that bring what a job may need; the others are for development.
 _JOB_EXTRAS = ("s3", "gcs", "azure", "timm", "hf", "onnx", "quant", "heif", "query")
-# Modules of the compiler that torchvision imports.
-_COMPILER_MODULES = ("torch._dynamo", "torch._dynamo.utils")
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - its size is read, nothing is written
 # Run in a process of its own: a broken driver may crash or hang the process that loads it.
 _DEVICE_QUERY = """
@@ -200,22 +196,6 @@ def install_command(extra: str, *packages: str) -> str:
     return shlex.join([*installer.split(), "install", *requirements])
 
 
-def import_torchvision() -> None:
-    """Import torchvision without torch's compiler, which takes a second; to be called before any other import of it.
-
-    `torchvision.ops` imports all of `torch._dynamo` for one function, which it calls only in deterministic
-    `roi_align`. During the import, modules that load the compiler at first use take its place.
-    """
-    importlib.import_module("torch")
-    if "torchvision" in sys.modules or _COMPILER_MODULES[0] in sys.modules:
-        return
-    sys.modules.update({name: _LazyModule(name) for name in _COMPILER_MODULES})
-    try:
-        importlib.import_module("torchvision")
-    finally:
-        _remove_lazy_modules()
-
-
 def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
     """Yield the folders of this process's control group and its ancestors, in version 2 or 1.
 
@@ -295,30 +275,3 @@ def _query_torch() -> dict[str, Any]:
 
 def _format_size(size: int | None, unknown: str = "unknown") -> str:
     return unknown if size is None else f"{size / (1 << 30):.1f} GiB"
-
-
-class _LazyModule(ModuleType):
-    """Module that is imported when an attribute of it is used, not when it is imported by name."""
-
-    # An empty path makes it a package, so that the import system looks for its submodules.
-    __path__: list[str] = []  # noqa: RUF012
-
-    def is_compile_supported(self, device_type: str) -> bool:
-        """Call the function that torchvision imports from here."""
-        return bool(_import_compiler(self.__name__).is_compile_supported(device_type))
-
-    def __getattr__(self, name: str) -> object:
-        if name.startswith("__"):  # attributes that the import system reads
-            raise AttributeError(name)
-        return getattr(_import_compiler(self.__name__), name)
-
-
-def _import_compiler(name: str) -> ModuleType:
-    _remove_lazy_modules()
-    return importlib.import_module(name)
-
-
-def _remove_lazy_modules() -> None:
-    for name in _COMPILER_MODULES:
-        if isinstance(sys.modules.get(name), _LazyModule):
-            del sys.modules[name]

@@ -1,13 +1,11 @@
 """User's own code: loads `module:attribute` beside a job file, and computes the digest of its sources.
 
-`sys.path` stays as it is. Each job folder becomes a package with a private name, so that modules `net.py` of two jobs
-never mix. `import other` in such a module finds the module beside it first, as in a script, also in a later call.
+Each job folder becomes a package with a private name, so that modules `net.py` of two jobs never mix.
 """
 
 from __future__ import annotations
 
 import ast
-import builtins
 import hashlib
 import importlib
 import re
@@ -15,17 +13,8 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.machinery import (
-    EXTENSION_SUFFIXES,
-    SOURCE_SUFFIXES,
-    ExtensionFileLoader,
-    FileFinder,
-    ModuleSpec,
-    PathFinder,
-    SourceFileLoader,
-)
+from importlib.machinery import PathFinder
 from pathlib import Path
-from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +22,7 @@ from batchjob.errors import InvalidJob, extract_cause
 from batchjob.functions.function_target import FunctionTarget
 from batchjob.functions.loading import mark_loading
 from batchjob.text import closest_match
+from batchjob.user_modules import PACKAGE_PREFIX, ensure_package, find_source
 
 __all__ = [
     "ExitCalled",
@@ -48,8 +38,6 @@ __all__ = [
     "source_digest",
 ]
 
-_PACKAGE_PREFIX = "_batchjob_folder_"
-_PACKAGE_LOCK = Lock()
 _MAX_FAULT_TEXT = 300
 # Lines of this package in a traceback are not the user's.
 _THIS_PACKAGE = Path(__file__).resolve().parent
@@ -91,12 +79,12 @@ def list_names(module: str, folder: Path) -> list[str]:
 
 def is_user_module(module: str, folder: Path) -> bool:
     """Return True if a dotted module lies in the folder of a job file."""
-    return _find_source(folder, module) is not None
+    return find_source(folder, module) is not None
 
 
 def enable_unpickling(folder: Path) -> None:
     """Make the modules of a folder known to this process, so that objects of their classes can be unpickled."""
-    _ensure_package(folder)
+    ensure_package(folder)
 
 
 def source_digest(target: str, folder: Path) -> str:
@@ -208,7 +196,7 @@ def describe_fault(error: BaseException, *, in_library: bool = False) -> str:
 
 def _is_own_code(names: Mapping[str, Any]) -> bool:
     """Return True if these are the global names of a module of a job folder, or of a script that holds a function."""
-    return str(names.get("__name__", "")).startswith((_PACKAGE_PREFIX, "__main__"))
+    return str(names.get("__name__", "")).startswith((PACKAGE_PREFIX, "__main__"))
 
 
 def _relative_path(names: Mapping[str, Any], path: str) -> str:
@@ -222,7 +210,7 @@ def _relative_path(names: Mapping[str, Any], path: str) -> str:
 
 
 def _import_module(name: str, folder: Path, path: Path) -> ModuleType:
-    package = _ensure_package(folder)
+    package = ensure_package(folder)
     try:
         with mark_loading(path):
             return importlib.import_module(f"{package}.{name}")
@@ -243,7 +231,7 @@ def _import_module(name: str, folder: Path, path: Path) -> ModuleType:
 
 def _name_as_imported(text: str) -> str:
     """Return a message with the modules of a job folder under the names by which they are imported."""
-    return re.sub(rf"{_PACKAGE_PREFIX}\w+\.", "", text)
+    return re.sub(rf"{PACKAGE_PREFIX}\w+\.", "", text)
 
 
 def _explain_shadow(text: str) -> str:
@@ -251,98 +239,26 @@ def _explain_shadow(text: str) -> str:
 
     Example: a file `torch.py` beside the job, of which `from torch import nn` asks what only the package torch has.
     """
-    found = re.search(rf"({_PACKAGE_PREFIX}\w+)\.(\w+)", text)
+    found = re.search(rf"({PACKAGE_PREFIX}\w+)\.(\w+)", text)
     if found is None:
         return ""
     name, package = found[2], sys.modules.get(found[1])
-    path = None if package is None else _find_source(Path(package.__path__[0]), name)
+    path = None if package is None else find_source(Path(package.__path__[0]), name)
     if path is None or not (name in sys.stdlib_module_names or name in sys.modules or PathFinder.find_spec(name)):
         return ""
     return f"; {path} hides the installed module {name}, as in any script beside it: give it another name"
-
-
-def _ensure_package(folder: Path) -> str:
-    """Return the name of the private package of a folder, which is created at its first use."""
-    path = str(folder.resolve())
-    name = _PACKAGE_PREFIX + hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    with _PACKAGE_LOCK:
-        if not any(isinstance(finder, _UserModuleFinder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _UserModuleFinder())
-        if name not in sys.modules:
-            package = ModuleType(name, f"Modules of {path}")
-            package.__path__ = [path]
-            sys.modules[name] = package
-    return name
-
-
-class _UserModuleFinder:
-    """Finder of modules below the private packages, for `sys.meta_path`."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if not name.startswith(_PACKAGE_PREFIX):
-            return None
-        loaders = [(ExtensionFileLoader, EXTENSION_SUFFIXES), (_UserModuleLoader, SOURCE_SUFFIXES)]
-        for folder in path or ():
-            # A finder that is kept caches its folder, and misses a file written within the same tick of the clock.
-            spec = FileFinder(folder, *loaders).find_spec(name, target)
-            if spec is not None and spec.loader is not None:
-                return spec
-        return None
-
-
-class _UserModuleLoader(SourceFileLoader):
-    """Loader that gives a module its own `__import__`, which looks in its folder first."""
-
-    def exec_module(self, module: ModuleType) -> None:
-        package = module.__name__.partition(".")[0]
-        vars(module)["__builtins__"] = {**vars(builtins), "__import__": _SiblingFirstImport(package)}
-        super().exec_module(module)
-
-
-class _SiblingFirstImport:
-    """Function `__import__` for the modules of one folder: takes a module of the folder if there is one."""
-
-    def __init__(self, package: str) -> None:
-        self._package = package
-        self._folder = Path(sys.modules[package].__path__[0])
-
-    def __call__(
-        self,
-        name: str,
-        globals: Mapping[str, object] | None = None,
-        locals: Mapping[str, object] | None = None,
-        fromlist: Sequence[str] | None = (),
-        level: int = 0,
-    ) -> ModuleType:
-        top = name.partition(".")[0]
-        if level or _find_source(self._folder, top) is None:
-            return builtins.__import__(name, globals, locals, fromlist or (), level)
-        private = f"{self._package}.{name}"
-        if fromlist:
-            return builtins.__import__(private, globals, locals, fromlist, 0)
-        importlib.import_module(private)
-        return sys.modules[f"{self._package}.{top}"]
 
 
 # -- sources ---------------------------------------------------------------------------------------------------
 
 
 def _require_source(target: str, name: str, folder: Path) -> Path:
-    path = _find_source(folder, name)
+    path = find_source(folder, name)
     if path is None:
         raise InvalidJob(
             f"{folder / name.replace('.', '/')}.py: not there, for '{target}'; {_suggest(name, _list_modules(folder))}"
         )
     return path
-
-
-def _find_source(folder: Path, name: str) -> Path | None:
-    """Return the file of a dotted module below a folder: `name/__init__.py` or `name.py`."""
-    stem = folder.joinpath(*name.split("."))
-    for path in (stem / "__init__.py", stem.with_name(stem.name + ".py")):
-        if path.is_file():
-            return path
-    return None
 
 
 def _imported_sources(name: str, folder: Path) -> set[Path]:
@@ -351,7 +267,7 @@ def _imported_sources(name: str, folder: Path) -> set[Path]:
     pending = [name]
     while pending:
         name = pending.pop()
-        path = _find_source(folder, name)
+        path = find_source(folder, name)
         if path is None or path in sources:
             continue
         sources.add(path)

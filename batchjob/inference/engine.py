@@ -46,7 +46,6 @@ from batchjob.preprocessing.settings import Preprocess, merge_preprocess
 from batchjob.preprocessing.transforms import ImageTransform, ResizeCrop
 from batchjob.settings import Decision
 from batchjob.storage.reader import Reader
-from batchjob.system import import_torchvision
 from batchjob.tasks.postprocess import EXAMPLE_ROWS, Postprocess
 from batchjob.tasks.settings import TaskContext
 from batchjob.user_code import source_digest
@@ -83,8 +82,6 @@ class Engine:
         check_reserved_gpus(job.runtime, reserved_gpus)
         # A device that is not there is reported before the weights are read.
         pick_device(job.runtime.device)
-        # The first import of torchvision decides how long it takes, so it comes before models, transforms and tasks.
-        import_torchvision()
         self.model: LoadedModel = job.model.load(reader, job.folder)
         self.device: torch.device = pick_model_device(job.runtime, self.model.devices, reserved_gpus)
         self.capabilities: DeviceCapabilities = get_device_capabilities(self.device)

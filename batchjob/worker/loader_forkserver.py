@@ -12,8 +12,8 @@ _MODULES = [
     "batchjob.preprocessing.transforms",
     "batchjob.inference.autotune.trial_process",
 ]
-# Imports torchvision's transforms. It runs in the fork server only.
-_TRANSFORMS_MODULE = "batchjob.loader.forkserver_preload"
+# Imported in the fork server only.
+_TRANSFORMS_MODULE = "torchvision.transforms"
 # Formats whose weights come with a transform of another package, most often torchvision's.
 _MODELS_WITH_TRANSFORMS = {"timm", "huggingface", "python"}
 

@@ -33,7 +33,8 @@ IMPORTS: dict[str, list[str]] = {
     "functions": [],
     "concurrency": [],
     "system": [],
-    "user_code": [],
+    "user_code": ["user_modules"],
+    "user_modules": [],
     "storage": [],
     "preprocessing": ["user_code"],
     "sources": ["storage", "user_code"],
@@ -82,7 +83,7 @@ EMPTY_WORDS = {
     *("manager", "handler", "factory", "processor"),
 }
 
-MAX_LOOSE_MODULES = 14
+MAX_LOOSE_MODULES = 15
 MAX_FILES = 20
 MANY_FILES = {"models", "tasks", "sources"}  # extension points: one file a kind
 MAX_LINES = 400
