@@ -488,6 +488,7 @@ def find_examples() -> Iterator[tuple[str, str]]:
     """Yield the path and the text of each file that users copy from, with continuation lines joined."""
     files = [ROOT / name for name in ("README.md", "SECURITY.md", "cluster.yaml", "Makefile")]
     files += [path for folder in ("jobs", ".ci", "benchmarks") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    files += (ROOT / "docs").rglob("*.md")
     for path in files:
         if path.suffix not in {".pyc", ".lock", ".th", ".png", ".jpg", ".pt"}:
             yield str(path.relative_to(ROOT)), re.sub(r"\\?\n {4,}", " ", path.read_text(errors="replace"))

@@ -1,4 +1,4 @@
-"""A job submitted to a Ray head with token authentication, as the README describes."""
+"""A job submitted to a Ray head with token authentication, as docs/guides/cluster.md describes."""
 
 from __future__ import annotations
 
