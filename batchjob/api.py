@@ -177,7 +177,7 @@ def validate(job: Job) -> list[str]:
     worker, notes = _load_worker(job, preview, {} if contract is None else contract.decisions)
     check_columns(job, listing, worker.columns)
     if head is None:
-        choose_shard_size(job, preview, 0, worker.row_bytes)
+        choose_shard_size(job, preview, 0)
     return [
         f"input     {job.input.uri}: {preview.describe()}",
         *(f"          {line}" for line in preview.skipped),

@@ -80,7 +80,7 @@ def open_bench_worker(job: Job, images: int | None) -> Iterator[BenchWorker]:
             loaded = _limit_batch_size(resources, images, listed.num_rows)
             images = images or max(_DEFAULT_IMAGES, _MIN_BATCHES * loaded.info.batch_size)
             _require_two_batches(job, loaded.info.batch_size, images, listed.num_rows)
-            keys = _write_plan(job, loaded.info.row_bytes, images, listed)
+            keys = _write_plan(job, images, listed)
             session = PlanSession.join(loaded, 0)
             with closing(BenchWorker(loaded, session, keys, cores, scratch.path)) as worker:
                 worker.listing, worker.listed = listing, listed.num_rows
@@ -220,12 +220,12 @@ def _require_two_batches(job: Job, batch_size: int, images: int, listed: int) ->
             )
 
 
-def _write_plan(job: Job, row_bytes: int, images: int, listed: pa.Table) -> list[ShardKey]:
+def _write_plan(job: Job, images: int, listed: pa.Table) -> list[ShardKey]:
     """Write a plan as a run of so many images would, with the listed ones over and over; return its shards' keys."""
     store, rows = open_store(job.output.uri, job.storage), max(images, listed.num_rows)
     preview = InputPreview(rows, rows < chunks.CHUNK_ROWS, (), listed.nbytes // listed.num_rows)
     # Shards of equal size. Example: 1000 images in shards of at most 300 are 4 shards of 250.
-    shard_count = -(-images // choose_shard_size(job, preview, 1, row_bytes))
+    shard_count = -(-images // choose_shard_size(job, preview, 1))
     shard_size = -(-images // shard_count)
     head = new_head(
         0,

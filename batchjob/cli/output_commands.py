@@ -67,9 +67,11 @@ def errors(
                 line = f"{row['uri']}: {row['error_stage']}/{row['error_type']}: {row['error_message']}"
                 print_text(line.replace("\n", "\\n"))
         counts = count_errors(store)
-        total = format_count(counts.total, "error row")
-        by_type = ", ".join(f"{kind} {count:,}" for kind, count in counts.by_type.items())
-        return {"output": store.uri, **asdict(counts)}, [f"{total}: {by_type}" if by_type else total]
+        total, by_type = counts.total(), dict(counts.most_common())
+        text = format_count(total, "error row")
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in by_type.items())
+        answer = {"output": store.uri, "total": total, "by_type": by_type}
+        return answer, [f"{text}: {kinds}" if kinds else text]
 
     return report_query(work, as_json)
 

@@ -45,6 +45,7 @@ class ControlLoop:
         note: Called with lines for the user.
 
     Attributes:
+        lease: The lease.
         collect_events: Called in each tick with the longest time to wait for events, in seconds. Sleeps by default.
         on_stop: Called once when a stop signal has come, before that ends the run; not while the store is out, for
             then nothing could be committed.
@@ -58,7 +59,7 @@ class ControlLoop:
         outage_seconds: float = 0.0,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self._lease, self._signals, self._output, self._note = lease, signals, output, note
+        self.lease, self._signals, self._output, self._note = lease, signals, output, note
         self._outage = Outage(outage_seconds)
         self._lease_thread = DaemonThreadPool(1, "lease")
         self._pending_heartbeat: Future[None] | None = None
@@ -66,11 +67,6 @@ class ControlLoop:
         self._stopping = False
         self.collect_events: Callable[[float], object] = time.sleep
         self.on_stop: Callable[[], object] = lambda: None
-
-    @property
-    def visibility_check(self) -> tuple[str, str]:
-        """Key of an object of this driver and a word in it; see `Lease.visibility_check`."""
-        return self._lease.visibility_check
 
     def install_signal_handlers(self) -> None:
         """Install the signal handlers again, since a library may have replaced them."""
@@ -111,7 +107,7 @@ class ControlLoop:
             Temporary: Another driver has taken the lease, or a stop signal has come.
             Unavailable: The store has not answered for too long.
         """
-        run_in_background(lambda: self._outage.retry_until_answered(self._lease.confirm_ownership), self.heartbeat)
+        run_in_background(lambda: self._outage.retry_until_answered(self.lease.confirm_ownership), self.heartbeat)
 
     def release_lease(self, is_unused: Callable[[], bool] = lambda: False) -> None:
         """Give the lease back; if that takes more than 3 s, let it expire instead.
@@ -121,14 +117,14 @@ class ControlLoop:
         """
         deadline = time.monotonic() + _RELEASE_SECONDS
         if self._pending_heartbeat is None or wait([self._pending_heartbeat], _RELEASE_SECONDS).done:
-            released = self._lease_thread.submit(lambda: self._lease.release(is_unused=is_unused))
+            released = self._lease_thread.submit(lambda: self.lease.release(is_unused=is_unused))
             wait([released], max(0.0, deadline - time.monotonic()))
         self._lease_thread.shutdown()
 
     def _renew_lease(self) -> None:
-        if self._pending_heartbeat is None and self._lease.heartbeat_due:
+        if self._pending_heartbeat is None and self.lease.heartbeat_due:
             self._heartbeat_started = time.monotonic()
-            self._pending_heartbeat = self._lease_thread.submit(self._lease.heartbeat)
+            self._pending_heartbeat = self._lease_thread.submit(self.lease.heartbeat)
             wait([self._pending_heartbeat], _HEARTBEAT_WAIT_SECONDS)
         if self._pending_heartbeat is not None and self._pending_heartbeat.done():
             answered, self._pending_heartbeat = self._pending_heartbeat, None

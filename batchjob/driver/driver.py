@@ -24,7 +24,7 @@ from batchjob.driver.input_check import compare_input
 from batchjob.driver.job_run import JobRun, RunOptions
 from batchjob.driver.plan_prefetcher import PlanPrefetcher
 from batchjob.driver.planner import Planner
-from batchjob.driver.progress import ProgressReporter
+from batchjob.driver.progress import NoProgress, ProgressReporter
 from batchjob.driver.run_state import RunState
 from batchjob.errors import BatchjobError, InvalidJob
 from batchjob.job.job import Job
@@ -143,7 +143,7 @@ def make_plan(job: Job, *, allow_empty: bool, progress: ProgressReporter) -> Pla
             if head is None:
                 preview = planner.extend_preview(planner.preview_input(allow_empty), 0)
                 RunState(store, control_loop.heartbeat).delete_stale_parts(control_loop.heartbeat)
-                head = planner.freeze(number, preview, 0, 0, partial(delete_stale_parts, store))
+                head = planner.freeze(number, preview, 0, partial(delete_stale_parts, store))
             images, shards = _write_chunks(planner, head, control_loop, progress)
         finally:
             progress.stop()
@@ -151,13 +151,12 @@ def make_plan(job: Job, *, allow_empty: bool, progress: ProgressReporter) -> Pla
     return PlanSummary(head.plan, images, shards, head.shard_size, store.uri, time.monotonic() - started, head.created)
 
 
-def discard(uri: str, options: OptionsByPrefix | None = None, progress: ProgressReporter | None = None) -> str:
+def discard(uri: str, options: OptionsByPrefix | None = None) -> str:
     """Discard the plan in force and delete its parts; the next run makes a new plan.
 
     Args:
         uri: URI of the output.
         options: Storage options by URI prefix.
-        progress: Gets lines for the user; None for no output.
 
     Returns:
         A sentence that tells what was deleted.
@@ -169,7 +168,7 @@ def discard(uri: str, options: OptionsByPrefix | None = None, progress: Progress
     store = open_store(uri, options)
     # Checked before the lease, which would leave a trace in a folder that is not ours.
     find_plan_to_discard(store)
-    with _hold_lease(store, progress) as control_loop:
+    with _hold_lease(store, NoProgress()) as control_loop:
         head = control_loop.run_blocking(lambda: find_plan_to_discard(store))
         # A driver that was suspended may have lost its lease, and would discard what another one has finished since.
         control_loop.confirm_lease()
@@ -197,12 +196,12 @@ def _find_complete_plan(store: Store, job: Job, started: float) -> PlanSummary |
 
 
 @contextmanager
-def _hold_lease(store: Store, progress: ProgressReporter | None, outage_seconds: float = 0.0) -> Iterator[ControlLoop]:
+def _hold_lease(store: Store, progress: ProgressReporter, outage_seconds: float = 0.0) -> Iterator[ControlLoop]:
     """Hold the lease on an output and catch stop signals; raise Temporary if another driver is at work."""
     # The signals are caught first, so that none can leave a lease behind.
     with StopSignals() as signals:
-        note = progress.note if progress else lambda text: None
-        control_loop = ControlLoop(acquire_lease(store, signals, note), signals, store.uri, outage_seconds, note)
+        lease = acquire_lease(store, signals, progress.note)
+        control_loop = ControlLoop(lease, signals, store.uri, outage_seconds, progress.note)
         try:
             yield control_loop
         finally:

@@ -169,10 +169,9 @@ class JobRun:
         self._planner.check_columns(name for worker in workers for name in worker.columns)
         self._discard_replaced_plan()
         self._state.delete_stale_parts(self._control_loop.heartbeat)
-        row_bytes = max(worker.row_bytes for worker in workers)
         # A worker of a discarded plan may commit a part even now.
         delete_stale = partial(delete_stale_parts, self._store)
-        return self._planner.freeze(self._plan_number, preview, self._dispatcher.pool_size, row_bytes, delete_stale)
+        return self._planner.freeze(self._plan_number, preview, self._dispatcher.pool_size, delete_stale)
 
     def _discard_replaced_plan(self) -> None:
         """Discard the plan that a fresh run replaces, now that nothing but a kill can keep the new one from being made.
@@ -286,7 +285,7 @@ class JobRun:
             WorkerSetup(
                 job=self._job.serialize(),
                 job_folder=str(self._job.folder),
-                visibility_check=self._control_loop.visibility_check,
+                visibility_check=self._control_loop.lease.visibility_check,
                 sample=preview.sample,
                 small_input_bytes=preview.image_bytes if is_small else None,
                 known_images=known_images,

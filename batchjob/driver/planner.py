@@ -98,12 +98,7 @@ class Planner:
         check_columns(self._job, self._listing, task_columns)
 
     def freeze(
-        self,
-        number: int,
-        preview: InputPreview,
-        workers: int,
-        row_bytes: int,
-        delete_stale: Callable[[list[str]], None],
+        self, number: int, preview: InputPreview, workers: int, delete_stale: Callable[[list[str]], None]
     ) -> PlanHead:
         """Write the head of a plan, or adopt the head that another driver has written meanwhile.
 
@@ -111,7 +106,6 @@ class Planner:
             number: Number of the plan.
             preview: Preview of the input.
             workers: Workers that share the input; 0 if unknown.
-            row_bytes: Upper bound of the bytes of the task's columns per row; 0 if only its settings tell.
             delete_stale: Called with the parts that lie in the output; see `put_head`.
 
         Raises:
@@ -121,7 +115,7 @@ class Planner:
             number,
             job=self._job.describe(),
             fingerprint=self._job.fingerprint(),
-            shard_size=choose_shard_size(self._job, preview, workers, row_bytes),
+            shard_size=choose_shard_size(self._job, preview, workers),
             source_version=self._control_loop.run_blocking(lambda: self._listing.version),
             batchjob=__version__,
             defaults=self._job.resolved_settings(),
@@ -180,7 +174,7 @@ def check_columns(job: Job, listing: SourceListing, task_columns: Iterable[str] 
     job.task.check_truth_columns([field for field in listing.fields if not (job.input.has_id and field.name == "id")])
 
 
-def choose_shard_size(job: Job, preview: InputPreview, workers: int, row_bytes: int) -> int:
+def choose_shard_size(job: Job, preview: InputPreview, workers: int) -> int:
     """Choose the images per shard: as the job says, or else so that all workers have work and parts stay near 512 MiB.
 
     Example: 10,000 images for 2 workers, embeddings of 768 float32, no passthrough columns.
@@ -192,12 +186,11 @@ def choose_shard_size(job: Job, preview: InputPreview, workers: int, row_bytes: 
         job: The job; `runtime.shard_size`, `runtime.workers` and its task decide.
         preview: Preview of the input; see `Planner.extend_preview`.
         workers: Workers that share the input; 0 if unknown.
-        row_bytes: Upper bound of the bytes of the task's columns per row; 0 if only its settings tell.
 
     Raises:
         InvalidJob: Parts of the size that the job says may exceed 4 GiB.
     """
-    row_bytes = (row_bytes or job.task.row_bytes) + preview.row_bytes
+    row_bytes = job.task.row_bytes + preview.row_bytes
     requested = job.runtime.shard_size
     if requested == "auto":
         workers = workers or _count_requested_workers(job)

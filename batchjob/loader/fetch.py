@@ -15,8 +15,9 @@ from batchjob.errors import (
     UnaddressableKey,
     Unavailable,
 )
+from batchjob.storage.http_access import is_http_uri
 from batchjob.storage.objects import ObjectData
-from batchjob.storage.reader import Reader
+from batchjob.storage.reader import Reader, host_name, store_name
 from batchjob.types import ErrorRecord, ImageRef
 from batchjob.uris import is_local
 
@@ -101,8 +102,8 @@ class Fetcher:
 
     def _keep_canary(self, location: str) -> None:
         """Keep the latest object of each host: one for a bucket, `_MAX_CANARIES` for the web."""
-        store, host = _store_of(location), _host_of(location)
-        others = (other for other in self._canaries.get(store, ()) if _host_of(other) != host)
+        store, host = store_name(location), host_name(location)
+        others = (other for other in self._canaries.get(store, ()) if host_name(other) != host)
         self._canaries[store] = (*others, location)[-_MAX_CANARIES:]
 
     def _stores_answer(self, unanswered: Mapping[str, Unavailable], started: float) -> bool:
@@ -111,8 +112,8 @@ class Fetcher:
         Raises:
             Unavailable: A store has not answered for too long.
         """
-        for store in dict.fromkeys(map(_store_of, unanswered)):
-            location, error = next((at, error) for at, error in unanswered.items() if _store_of(at) == store)
+        for store in dict.fromkeys(map(store_name, unanswered)):
+            location, error = next((at, error) for at, error in unanswered.items() if store_name(at) == store)
             canaries = [canary for canary in self._canaries.get(store, ()) if canary not in unanswered]
             answers = self.reader.read_many(canaries, limit=self.max_bytes)
             failures = [answer for answer in answers if isinstance(answer, Unavailable)]
@@ -161,7 +162,7 @@ def _convert_answer(ref: ImageRef, answer: _Answer) -> ObjectData | ErrorRecord:
         return ErrorRecord("fetch", "changed", answer.message.rpartition("; ")[0])
     if isinstance(answer, Unavailable):
         problem = answer.message.partition("; ")[0]
-        others = "others on the web" if _is_on_web(ref.location) else "other objects of the same store"
+        others = "others on the web" if is_http_uri(ref.location) else "other objects of the same store"
         return ErrorRecord("fetch", "unreadable", f"{problem}; {others} can be read")
     types = ((NotFound, "not_found"), (AddressRefused, "refused"), (UnaddressableKey, "unaddressable"))
     error_type = next((name for kind, name in types if isinstance(answer, kind)), "storage")
@@ -172,17 +173,3 @@ def _convert_answer(ref: ImageRef, answer: _Answer) -> ObjectData | ErrorRecord:
 
 def _too_large_error(size: int, limit: int) -> ErrorRecord:
     return ErrorRecord("fetch", "too_large", f"the file has {size:,} bytes, over decode.max_bytes {limit:,}")
-
-
-def _store_of(location: str) -> str:
-    """Return the name under which canaries are kept: the bucket, `web` for the whole web, "" for local disks."""
-    return "web" if _is_on_web(location) else _host_of(location)
-
-
-def _host_of(location: str) -> str:
-    """Return scheme and bucket or host, like `s3://bucket`; "" for local disks."""
-    return "" if is_local(location) else "/".join(location.split("/", 3)[:3])
-
-
-def _is_on_web(location: str) -> bool:
-    return location[:8].lower().startswith(("http://", "https://"))

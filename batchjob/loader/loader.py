@@ -42,6 +42,7 @@ class Loader:
         device: Index of the GPU for which batches are pinned; None for the current one.
 
     Attributes:
+        config: Loader settings, without `auto`.
         batch_size: Images in a batch; a new value counts from the next shard on.
         quarantine: Images that are known to kill a process. The initial one lasts as long as the loader.
     """
@@ -61,20 +62,15 @@ class Loader:
     ) -> None:
         fetcher = Fetcher(reader, max_bytes, retries)
         self._dataset = ImageDataset(fetcher, transform, size, variable_size)
-        self._config, self._device = config, device
+        self.config, self._device = config, device
         self._isolated: IsolatedLoader | None = None
         self._deaths_before, self._callback = 0, _TimestampCallback()
         self.batch_size = batch_size
         self.quarantine = Quarantine()
 
-    @property
-    def config(self) -> LoaderConfig:
-        """Loader settings, without `auto`."""
-        return self._config
-
     def collate(self, images: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """Collate prepared images to the pixels of one batch; images that do not fit to the first are left out."""
-        collator = self._dataset.make_collator(len(images), shared=self._config.processes > 0)
+        collator = self._dataset.make_collator(len(images), shared=self.config.processes > 0)
         for image in images:
             collator.add(image)
         return collator.to_tensor()
@@ -92,8 +88,8 @@ class Loader:
 
     def start(self) -> None:
         """Start the processes in the background. Repeated calls do nothing."""
-        if self._config.processes and self._isolated is None:
-            self._isolated = IsolatedLoader(self._dataset, self._config, self.quarantine, self._device)
+        if self.config.processes and self._isolated is None:
+            self._isolated = IsolatedLoader(self._dataset, self.config, self.quarantine, self._device)
 
     def batches(self, queue: ShardQueue) -> Iterator[Batch]:
         """Load one epoch: the batches of the queue's shards, in order, until it returns None.
@@ -107,7 +103,7 @@ class Loader:
             Unavailable: The output, in which a deadly image has to be recorded, cannot be reached.
             InvalidJob: The images cannot be read with this job, for one because an extra is missing.
         """
-        with closing(self._load_in_processes(queue) if self._config.processes else self._load_here(queue)) as results:
+        with closing(self._load_in_processes(queue) if self.config.processes else self._load_here(queue)) as results:
             for result in results:
                 if isinstance(result, BatchjobError):
                     raise result
@@ -125,7 +121,7 @@ class Loader:
             _DatasetHere(self._dataset, self._callback),
             batch_sampler=_QueueSampler(self._make_requests(queue)),
             collate_fn=itemgetter(0),
-            pin_memory=self._config.pin_memory,
+            pin_memory=self.config.pin_memory,
             generator=torch.Generator(),
         )
 

@@ -109,6 +109,7 @@ class ReplaceableWorker:
         args: Its arguments, the queues included.
 
     Attributes:
+        pid: Process id of the latest process; None before the start.
         process: The process; None before the start and while it is replaced.
         fruitless_deaths: Processes that have died one after the other without any result.
         daemon: Set by DataLoader; the processes always end with their parent.
@@ -118,7 +119,7 @@ class ReplaceableWorker:
         self._context, self._target, self._args = context, target, args
         self._lock = threading.Lock()
         self._unanswered: deque[object] = deque()
-        self._pid: int | None = None
+        self.pid: int | None = None
         self.process: LoaderProcess | None = None
         self.fruitless_deaths = 0
         self.daemon = True
@@ -132,7 +133,7 @@ class ReplaceableWorker:
         with self._lock:
             for item in self._unanswered:
                 process.send(item)
-            self._pid, self.process = process.pid, process
+            self.pid, self.process = process.pid, process
         if self._context.closed.is_set():
             process.kill("closing")
         self._context.wake()
@@ -161,10 +162,6 @@ class ReplaceableWorker:
             self.fruitless_deaths += 1
 
     # -- for DataLoader ----------------------------------------------------------------------------------------
-
-    @property
-    def pid(self) -> int | None:
-        return self._pid
 
     def is_alive(self) -> bool:
         """Return True until the context is closed: a process that has died is replaced."""

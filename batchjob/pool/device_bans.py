@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import product
 
 from batchjob.types import overlaps
 
@@ -43,8 +44,6 @@ class DeviceBans:
         """Take back the faults of all devices that had one of these images, because the image was the cause."""
         culprits = tuple(positions)
         for device, faults in self._faults.items():
-            self._faults[device] = [fault for fault in faults if not _any_overlap(fault, culprits)]
-
-
-def _any_overlap(some: Iterable[range], others: Iterable[range]) -> bool:
-    return any(overlaps(one, other) for one in some for other in others)
+            self._faults[device] = [
+                fault for fault in faults if not any(overlaps(*pair) for pair in product(fault, culprits))
+            ]

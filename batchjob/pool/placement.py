@@ -114,8 +114,9 @@ class Placement:
 
     def take_assignments(self) -> list[Assignment]:
         """Return the assignments since the last call."""
-        while self._waiting_suspects and (queue := self._find_idle_worker()) is not None:
-            self._assign(queue, *self._waiting_suspects.popleft(), exclusive=True, reattempt=True)
+        if self._waiting_suspects:
+            for queue in [queue for queue in self._workers.values() if not queue.shards][: len(self._waiting_suspects)]:
+                self._assign(queue, *self._waiting_suspects.popleft(), exclusive=True, reattempt=True)
         self._drain_for_suspects()
         assignments, self._assignments = self._assignments, []
         return assignments
@@ -166,9 +167,6 @@ class Placement:
             self._free.add(queue)
 
     # -- suspects: there are few, so looking at all workers costs little ----------------------------------------
-
-    def _find_idle_worker(self) -> _WorkerQueue | None:
-        return next((queue for queue in self._workers.values() if not queue.shards), None)
 
     def _drain_for_suspects(self) -> None:
         """Assign nothing more to as many workers as suspects wait, those with the fewest shards."""

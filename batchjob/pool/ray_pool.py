@@ -199,15 +199,17 @@ class RayPool:
         self._last_enough = time.monotonic()
         self._placement = Placement(self._sizing.min_workers)
         for number in range(self._sizing.workers):
-            self._actors.append(self._start_actor(f"{number}", self._sizing))
+            self._add_actor(f"{number}")
 
     def _note(self, text: str) -> None:
         self._events.append(PoolNotice(text))
 
-    def _start_actor(self, name: str, sizing: WorkerSizing) -> _ActorState:
+    def _add_actor(self, name: str) -> None:
         import ray
 
+        sizing = self._sizing
         assert self._setup is not None, "the pool is started with it"
+        assert sizing is not None, "chosen before the first actor"
         options: dict[str, Any] = {"num_cpus": sizing.cpus, "num_gpus": sizing.gpus}
         # `submit` and `close` must not wait for the `wait` that is running.
         options |= {"max_concurrency": 4, "max_restarts": 0}
@@ -221,7 +223,7 @@ class RayPool:
                 job_folder,
                 max(1, int(sizing.cpus)),
             )
-            return _ActorState(name, actor, actor.wait.remote(_POLL_SECONDS))
+            self._actors.append(_ActorState(name, actor, actor.wait.remote(_POLL_SECONDS)))
 
     def _disconnect(self) -> None:
         import ray
@@ -352,10 +354,6 @@ class RayPool:
         events = interrupt_shards(self._placement.remove_worker(state.name), reason)
         self._add_actor(state.name)
         return events + self._check_devices_left()
-
-    def _add_actor(self, name: str) -> None:
-        assert self._sizing is not None, "there is no actor to replace before the first ones are started"
-        self._actors.append(self._start_actor(name, self._sizing))
 
     def _check_devices_left(self) -> list[WorkerEvent]:
         """End the run if every device is banned. Another day they may work again."""

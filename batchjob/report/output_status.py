@@ -19,7 +19,7 @@ from batchjob.storage.store import Store
 from batchjob.text import format_count
 from batchjob.uris import is_local
 
-__all__ = ["ErrorCounts", "OutputStatus", "count_errors", "read_errors", "read_status"]
+__all__ = ["OutputStatus", "count_errors", "read_errors", "read_status"]
 
 # Reading more footers than this would take longer than a status command may take.
 _MAX_FOOTERS_READ = 2_000
@@ -96,19 +96,6 @@ class OutputStatus:
         )
 
 
-@dataclass(frozen=True)
-class ErrorCounts:
-    """Number of error rows. Its fields are keys of `batchjob errors --json`.
-
-    Attributes:
-        total: All error rows.
-        by_type: Error rows by `stage/type`, the most frequent first.
-    """
-
-    total: int
-    by_type: dict[str, int]
-
-
 def read_status(store: Store) -> OutputStatus:
     """Read the state of an output.
 
@@ -158,8 +145,8 @@ def read_errors(store: Store) -> Iterator[dict[str, Any]]:
     return read_error_rows(store)
 
 
-def count_errors(store: Store) -> ErrorCounts:
-    """Count the error rows of each kind from the footers of the parts alone.
+def count_errors(store: Store) -> Counter[str]:
+    """Count the error rows by `stage/type` from the footers of the parts alone.
 
     Raises:
         InvalidJob: There is no plan, or its format is unknown to this version.
@@ -168,7 +155,7 @@ def count_errors(store: Store) -> ErrorCounts:
     counts: Counter[str] = Counter()
     for _, footer in read_footers(store, sorted(list_parts(store))):
         counts.update(footer.errors)
-    return ErrorCounts(counts.total(), dict(counts.most_common()))
+    return counts
 
 
 def _require_head(store: Store) -> PlanHead:

@@ -72,19 +72,12 @@ def parse_target(url: str, options: OptionsByPrefix) -> HttpTarget:
         UnaddressableKey: The text is not a URL.
     """
     try:
-        reason = explain_url_refusal(url, options)
+        found = _examine_url(url, options)
     except ValueError as error:
         raise UnaddressableKey(f"{url}: no URL that can be read ({error})") from error
-    if reason:
-        raise AddressRefused(f"{url}: {reason}")
-    parts = _split_url(url)
-    host = _ascii_host(parts)
-    host_header = _host_header(parts.scheme, host, parts.port)
-    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    host_options = _host_options(parts.scheme, host_header, options)
-    assert host_options is not None
-    port = parts.port or _DEFAULT_PORTS[parts.scheme]
-    return HttpTarget(url, parts.scheme, host, port, host_header, path, host_options)
+    if isinstance(found, str):
+        raise AddressRefused(f"{url}: {found}")
+    return found
 
 
 def explain_url_refusal(uri: str, options: OptionsByPrefix) -> str | None:
@@ -95,6 +88,12 @@ def explain_url_refusal(uri: str, options: OptionsByPrefix) -> str | None:
     Raises:
         ValueError: The text is not a URL.
     """
+    found = _examine_url(uri, options)
+    return found if isinstance(found, str) else None
+
+
+def _examine_url(uri: str, options: OptionsByPrefix) -> HttpTarget | str:
+    """Return the URL taken apart, or why the job may not read it. Raises ValueError for a text that is no URL."""
     if not is_http_uri(uri):
         return "is neither http nor https"
     parts = _split_url(uri)
@@ -107,7 +106,10 @@ def explain_url_refusal(uri: str, options: OptionsByPrefix) -> str | None:
         prefix = f"{parts.scheme}://{host_header}"
         advice = f"storage: {{'{prefix}': {{}}}}{suggest_bucket_uri(uri)}"
         return f"is on the web, which is read only where the job names the host, {advice}"
-    return explain_address_refusal(host, host_options.private) if _is_address(host) else None
+    if _is_address(host) and (reason := explain_address_refusal(host, host_options.private)):
+        return reason
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return HttpTarget(uri, parts.scheme, host, port or _DEFAULT_PORTS[parts.scheme], host_header, path, host_options)
 
 
 def resolve_host(host: str, port: int) -> list[str]:

@@ -10,17 +10,15 @@ import copy
 import io
 import ssl
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from threading import Lock
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 from urllib.parse import urljoin
 
-from batchjob.errors import AddressRefused, InvalidJob, ObjectTooLarge, UnaddressableKey
+from batchjob.errors import AddressRefused, InvalidJob, UnaddressableKey
 from batchjob.storage.backend import READ_THREADS, unquote_etag
-from batchjob.storage.client_errors import check_etag, treat_416_as_empty
+from batchjob.storage.client_errors import check_etag, check_size, treat_416_as_empty
 from batchjob.storage.http_access import HttpTarget, explain_address_refusal, parse_target, resolve_host
 from batchjob.storage.objects import ObjectData, ObjectInfo
 from batchjob.storage.options import OptionsByPrefix
@@ -28,7 +26,7 @@ from batchjob.storage.retry_policy import CONNECT_TIMEOUT, RetryPolicy
 from batchjob.uris import suggest_bucket_uri
 
 if TYPE_CHECKING:
-    from urllib3 import BaseHTTPResponse, HTTPConnectionPool
+    from urllib3 import BaseHTTPResponse, HTTPConnectionPool, PoolManager
 
 __all__ = ["HttpBackend"]
 
@@ -114,16 +112,16 @@ class HttpBackend:
         target = parse_target(url, self._options)
         deadline = time.monotonic() + target.options.seconds
         response = self._follow_redirects(target, headers, deadline)
-        is_success = 200 <= response.status < 300
         try:
-            if not is_success:
+            if not 200 <= response.status < 300:
                 raise HttpStatusError(response.status, response.reason)
-            etag = response.headers.get("ETag")
-            strong_etag = etag if etag and not etag.startswith("W/") else None
             data = _read_body(response, target, deadline, limit)
-            return _Response(data, unquote_etag(strong_etag), response.status)
-        finally:
-            response.release_conn() if is_success else response.close()
+        except BaseException:
+            response.close()
+            raise
+        response.release_conn()
+        etag = response.headers.get("ETag", "")
+        return _Response(data, None if etag.startswith("W/") else unquote_etag(etag), response.status)
 
     def _follow_redirects(self, target: HttpTarget, headers: Mapping[str, str], deadline: float) -> BaseHTTPResponse:
         """Return the first answer that is no redirect; each redirect is checked like the first URL."""
@@ -193,8 +191,6 @@ class _Connections:
     def __init__(self, resolver: Callable[[str, int], Sequence[str]]) -> None:
         self._resolver = resolver
         self._addresses: dict[tuple[str, int], tuple[Sequence[str], float]] = {}
-        self._pools: OrderedDict[tuple[str, str, str, int], HTTPConnectionPool] = OrderedDict()
-        self._lock = Lock()
 
     def checked_addresses(self, target: HttpTarget) -> Sequence[str]:
         """Return the addresses of the target's host. Raises AddressRefused if one of them is forbidden."""
@@ -211,33 +207,23 @@ class _Connections:
         return addresses
 
     @cached_property
+    def _pools(self) -> PoolManager:
+        from urllib3 import PoolManager
+
+        return PoolManager(_MAX_POOLS, maxsize=READ_THREADS)
+
+    @cached_property
     def _ssl_context(self) -> ssl.SSLContext:
         # Cached, because reading the certificates that this machine trusts takes a while.
         return ssl.create_default_context()
 
     def pool(self, target: HttpTarget, address: str) -> HTTPConnectionPool:
-        """Return the connections to a host at one of its addresses; the least recently used ones are closed."""
-        from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
-
-        name = target.scheme, target.host, address, target.port
-        with self._lock:
-            if name not in self._pools:
-                self._pools[name] = (
-                    HTTPSConnectionPool(
-                        address,
-                        target.port,
-                        maxsize=READ_THREADS,
-                        ssl_context=self._ssl_context,
-                        # The certificate must be that of the host, although the connection is made to an address.
-                        server_hostname=target.host,
-                    )
-                    if target.scheme == "https"
-                    else HTTPConnectionPool(address, target.port, maxsize=READ_THREADS)
-                )
-                if len(self._pools) > _MAX_POOLS:
-                    self._pools.popitem(last=False)[1].close()
-            self._pools.move_to_end(name)
-            return self._pools[name]
+        """Return the connections to a host at one of its addresses; the least recently used ones are forgotten."""
+        tls: dict[str, object] = {}
+        if target.scheme == "https":
+            # The certificate must be that of the host, although the connection is made to an address.
+            tls = {"ssl_context": self._ssl_context, "server_hostname": target.host}
+        return self._pools.connection_from_host(address, target.port, target.scheme, tls)
 
 
 def _read_body(response: BaseHTTPResponse, target: HttpTarget, deadline: float, limit: int | None) -> bytes:
@@ -246,24 +232,18 @@ def _read_body(response: BaseHTTPResponse, target: HttpTarget, deadline: float, 
 
     max_bytes, body = target.options.max_bytes, io.BytesIO()
     size = int(response.headers.get("Content-Length") or 0)
-    if limit is not None and size > limit:
-        response.close()
-        raise ObjectTooLarge(target.url, size, limit)
+    check_size(limit, size, target.url)
     if size > max_bytes:
-        response.close()
         raise _over_max_bytes(target)
     try:
         # read1 returns what has arrived, without waiting for more, so that the deadline is checked in time.
         while chunk := response.read1(_CHUNK_BYTES, decode_content=False):
             body.write(chunk)
             if body.tell() > max_bytes:
-                response.close()
                 raise _over_max_bytes(target)
             if time.monotonic() > deadline:
-                response.close()
                 raise _too_slow(target)
     except HTTPError as error:
-        response.close()
         raise _read_error(error, target, deadline) from error
     return body.getvalue()
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from obstore.store import AzureStore, ClientConfig, GCSStore, RetryConfig, S3Store
 
     CloudClient = S3Store | GCSStore | AzureStore
-    ConnectClient = Callable[[ClientConfig, RetryConfig], CloudClient]
+    # Creates a client from `client_options` and `retry_config`; its endpoint; a backend that can name every key.
+    Connection = tuple[Callable[..., CloudClient], str | None, Backend]
 
 __all__ = ["ObstoreBackend", "open_bucket"]
 
@@ -52,16 +53,14 @@ class ObstoreBackend:
     Args:
         provider: `s3`, `gs` or `az`.
         base: URI of the bucket; base + key is the URI of an object.
-        connect: Creates an obstore client from its timeouts and retries.
-        fallback: Backend of the same bucket that can name every key.
+        connection: Function that creates an obstore client, the endpoint, and the fallback.
         policy: Retries and timeouts.
     """
 
-    def __init__(
-        self, provider: str, base: str, connect: ConnectClient, fallback: Backend, policy: RetryPolicy
-    ) -> None:
-        self._provider, self._base, self._connect, self._fallback = provider, base, connect, fallback
-        self._policy = policy
+    def __init__(self, provider: str, base: str, connection: Connection, policy: RetryPolicy) -> None:
+        self._provider, self._base, self._policy = provider, base, policy
+        self._connect, endpoint, self._fallback = connection
+        self._allow_http = (endpoint or "").startswith("http://")
         self._clients: dict[int, CloudClient] = {}
         self._lock = Lock()
 
@@ -208,9 +207,8 @@ class ObstoreBackend:
         timeout = 0 if upload_bytes is None else upload_timeout(upload_bytes)
         with self._lock:
             if timeout not in self._clients:
-                self._clients[timeout] = self._connect(
-                    _client_config(timeout, self._policy), _retry_config(self._policy)
-                )
+                options: ClientConfig = {**_client_config(timeout, self._policy), "allow_http": self._allow_http}
+                self._clients[timeout] = self._connect(client_options=options, retry_config=_retry_config(self._policy))
             return self._clients[timeout]
 
 
@@ -235,35 +233,29 @@ def open_bucket(scheme: str, bucket: str, options: StorageOptions, policy: Retry
     prepare = {"s3": _prepare_s3, "gs": _prepare_gs, "az": _prepare_azure}[provider]
     try:
         with translate_errors(base):
-            connect, fallback = prepare(bucket, base, options, policy)
+            connection = prepare(bucket, base, options, policy)
     except ImportError as error:
         raise InvalidJob(f"{scheme}:// needs another package; {install_command(_EXTRAS[provider])}") from error
-    return ObstoreBackend(provider, base, connect, fallback, policy)
+    return ObstoreBackend(provider, base, connection, policy)
 
 
-def _prepare_s3(bucket: str, base: str, options: StorageOptions, policy: RetryPolicy) -> tuple[ConnectClient, Backend]:
+def _prepare_s3(bucket: str, base: str, options: StorageOptions, policy: RetryPolicy) -> Connection:
     from obstore.store import S3Store
 
     fallback = Boto3Backend(bucket, base, options, policy)
     endpoint = fallback.client.meta.endpoint_url
     credentials = None if options.anonymous else _aws_credentials(fallback, base)
-
-    def connect(config: ClientConfig, retries: RetryConfig) -> CloudClient:
-        if endpoint.startswith("http://"):
-            config = {**config, "allow_http": True}
-        return S3Store(
-            bucket,
-            # Of obstore's two names for the endpoint, this one wins over the environment.
-            aws_endpoint_url_s3=endpoint,
-            region=fallback.client.meta.region_name,
-            request_payer=options.requester_pays,
-            skip_signature=options.anonymous,
-            credential_provider=credentials,
-            client_options=config,
-            retry_config=retries,
-        )
-
-    return connect, fallback
+    connect = partial(
+        S3Store,
+        bucket,
+        # Of obstore's two names for the endpoint, this one wins over the environment.
+        aws_endpoint_url_s3=endpoint,
+        region=fallback.client.meta.region_name,
+        request_payer=options.requester_pays,
+        skip_signature=options.anonymous,
+        credential_provider=credentials,
+    )
+    return connect, endpoint, fallback
 
 
 def _aws_credentials(fallback: Boto3Backend, base: str) -> Any:
@@ -283,7 +275,7 @@ def _prepare_gs(
     base: str,  # noqa: ARG001 - all providers share this signature
     options: StorageOptions,
     policy: RetryPolicy,
-) -> tuple[ConnectClient, Backend]:
+) -> Connection:
     from obstore.store import GCSStore
 
     # Only credentials need a package of Google's. obstore signs a PUT all the same, and without a provider of ours it
@@ -294,28 +286,21 @@ def _prepare_gs(
     endpoint = {"base_url": options.endpoint} if options.endpoint else {}
     fallback_arguments: dict[str, Any] = {"token": "anon"} if options.anonymous else {}
     fallback_arguments |= {"endpoint_url": options.endpoint} if options.endpoint else {}
-
-    def connect(config: ClientConfig, retries: RetryConfig) -> CloudClient:
-        config = {**config, "allow_http": (options.endpoint or "").startswith("http://")}
-        return GCSStore(
-            bucket,
-            skip_signature=options.anonymous,
-            credential_provider=credentials,
-            client_options=config,
-            retry_config=retries,
-            **endpoint,  # type: ignore[arg-type]
-        )
-
-    return connect, FsspecBackend(f"gs://{bucket}/", fallback_arguments, policy)
+    connect = partial(
+        GCSStore,
+        bucket,
+        skip_signature=options.anonymous,
+        credential_provider=credentials,
+        **endpoint,  # type: ignore[arg-type]
+    )
+    return connect, options.endpoint, FsspecBackend(f"gs://{bucket}/", fallback_arguments, policy)
 
 
 def _anonymous_token() -> dict[str, Any]:
     return {"token": "anonymous", "expires_at": None}
 
 
-def _prepare_azure(
-    bucket: str, base: str, options: StorageOptions, policy: RetryPolicy
-) -> tuple[ConnectClient, Backend]:
+def _prepare_azure(bucket: str, base: str, options: StorageOptions, policy: RetryPolicy) -> Connection:
     from obstore.store import AzureStore
 
     # `abfss://container@account.dfs.core.windows.net/` names the account, `az://container/` does not.
@@ -330,19 +315,14 @@ def _prepare_azure(
     credentials: Any = None
     if not options.anonymous and not any(os.environ.get(name) for name in _AZURE_KEY_VARIABLES):
         credentials = import_module("obstore.auth.azure").AzureCredentialProvider()
-
-    def connect(config: ClientConfig, retries: RetryConfig) -> CloudClient:
-        config = {**config, "allow_http": (options.endpoint or "").startswith("http://")}
-        return AzureStore(
-            container,
-            skip_signature=options.anonymous,
-            credential_provider=credentials,
-            client_options=config,
-            retry_config=retries,
-            **account,  # type: ignore[arg-type]
-        )
-
-    return connect, FsspecBackend(f"abfs://{container}/", _adlfs_arguments(host, options), policy)
+    connect = partial(
+        AzureStore,
+        container,
+        skip_signature=options.anonymous,
+        credential_provider=credentials,
+        **account,  # type: ignore[arg-type]
+    )
+    return connect, options.endpoint, FsspecBackend(f"abfs://{container}/", _adlfs_arguments(host, options), policy)
 
 
 def _adlfs_arguments(host: str, options: StorageOptions) -> dict[str, Any]:

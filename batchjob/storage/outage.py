@@ -29,6 +29,10 @@ class Outage:
         max_seconds: Seconds that an outage may last; 0 sends every request once.
         clock: Clock in seconds; replaced in tests, like `sleep`.
         sleep: Waits for a number of seconds.
+
+    Attributes:
+        max_seconds: Seconds that an outage may last.
+        clock: Clock in seconds.
     """
 
     def __init__(
@@ -37,20 +41,15 @@ class Outage:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._max_seconds, self.clock, self._sleep = max_seconds, clock, sleep
+        self.max_seconds, self.clock, self._sleep = max_seconds, clock, sleep
         self._since: float | None = None
         self._warned = False
-
-    @property
-    def max_seconds(self) -> float:
-        """Seconds that an outage may last."""
-        return self._max_seconds
 
     @property
     def timed_out(self) -> bool:
         """True if the store has been silent for `max_seconds`: another request should not take long."""
         since = self._since
-        return since is not None and self.clock() - since >= self._max_seconds
+        return since is not None and self.clock() - since >= self.max_seconds
 
     @property
     def is_ongoing(self) -> bool:
@@ -78,11 +77,11 @@ class Outage:
         since = self._since
         self._since = since = waiting_since if since is None else since
         seconds = self.clock() - min(since, waiting_since)
-        if seconds >= self._max_seconds:
+        if seconds >= self.max_seconds:
             raise _with_duration(error, seconds) if seconds >= _WARN_AFTER else error
         if seconds >= _WARN_AFTER and not self._warned:
             self._warned = True
-            _log.warning("%s; it is asked again for up to %.0f s", error.message.partition("; ")[0], self._max_seconds)
+            _log.warning("%s; it is asked again for up to %.0f s", error.message.partition("; ")[0], self.max_seconds)
 
     def back_off(self, attempts: int) -> None:
         """Sleep for a random time, up to 5 s, that grows with the number of attempts."""

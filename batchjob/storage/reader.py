@@ -32,7 +32,7 @@ from batchjob.uris import (
     uri_scheme,
 )
 
-__all__ = ["Reader"]
+__all__ = ["Reader", "host_name", "store_name"]
 
 
 class Reader:
@@ -112,13 +112,13 @@ class Reader:
                 size first.
             on_result: Called after each read, from any thread.
         """
-        silent_hosts = {_host(uri) for uri in uris if not is_local(uri) and self.outage(uri).timed_out}
+        silent_hosts = {host_name(uri) for uri in uris if not is_local(uri) and self.outage(uri).timed_out}
 
         def read_one(uri: str, etag: str | None) -> ObjectData | StorageError | Unavailable:
-            read_once = not retry_each and _host(uri) in silent_hosts
+            read_once = not retry_each and host_name(uri) in silent_hosts
             result = self._try_read(uri, 0.0 if read_once else self._retry_timeout, etag, limit)
             if isinstance(result, Unavailable):
-                silent_hosts.add(_host(uri))
+                silent_hosts.add(host_name(uri))
             on_result()
             return result
 
@@ -159,7 +159,7 @@ class Reader:
 
     def outage(self, uri: str) -> Outage:
         """Return the outage state of the store that holds this object, as this process knows it."""
-        store = _store(uri)
+        store = store_name(uri)
         with self._lock:
             return self._outages.setdefault(store, Outage(max(self._outage_timeout, self._retry_timeout)))
 
@@ -247,7 +247,7 @@ class Reader:
             policy = RetryPolicy(self._retry_timeout, self.outage(uri))
         else:
             policy = RetryPolicy(retry_timeout, Outage(retry_timeout))
-        store = "web" if is_http_uri(uri) else f"{_store(uri)} {options!r}"
+        store = "web" if is_http_uri(uri) else f"{store_name(uri)} {options!r}"
         name = (store, policy.retry_timeout, retry_timeout is None)
         with self._lock:
             if name not in self._backends:
@@ -266,14 +266,15 @@ class Reader:
             return self._pool
 
 
-def _store(uri: str) -> str:
-    # One outage for a bucket. One for the whole web, because the silence of one host says nothing about the others.
-    return "web" if is_http_uri(uri) else _host(uri)
+def store_name(uri: str) -> str:
+    """Return the store that answers, or is silent, as one: the bucket, `web` for the whole web, "" for local disks."""
+    # The silence of one host of the web says nothing about the others.
+    return "web" if is_http_uri(uri) else host_name(uri)
 
 
-def _host(uri: str) -> str:
-    """Return scheme and bucket or host: `s3://lake` of `s3://lake/in/a.jpg`."""
-    return "/".join(uri.split("/", 3)[:3])
+def host_name(uri: str) -> str:
+    """Return scheme and bucket or host, `s3://lake` of `s3://lake/in/a.jpg`; "" for local disks."""
+    return "" if is_local(uri) else "/".join(uri.split("/", 3)[:3])
 
 
 def _with_base(found: ObjectInfo, base: str) -> ObjectInfo:

@@ -14,8 +14,6 @@ from batchjob.system import SHARED_MEMORY, available_memory, free_shared_memory,
 
 __all__ = ["LoaderSetup"]
 
-_DEFAULT_BATCH_SIZES = {"cuda": 128}
-_DEFAULT_BATCH_SIZE = 32
 _MAX_BATCH_SIZE = 1024
 # Rather fewer processes than still smaller batches.
 _MIN_BATCH_SIZE = 8
@@ -41,19 +39,12 @@ class LoaderSetup:
         InvalidJob: The job asks for loader processes, and shared memory is read-only.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        engine: Engine,
-        reader: Reader,
-        cores: int,
-        small_input_bytes: int | None,
-    ) -> None:
+    def __init__(self, job: Job, engine: Engine, reader: Reader, cores: int, small_input_bytes: int | None) -> None:
         self._job, self._engine, self._reader = job, engine, reader
         self._cores, self._small_input_bytes = cores, small_input_bytes
-        self._is_closed = False
         self.notes: tuple[str, ...] = ()
         self._settings = self._writable_settings()
+        self._usual_batch_size = 128 if engine.device.type == "cuda" else 32
         self.batch_size = self._initial_batch_size()
         self.image_shape = tuple(engine.example_image.shape)
         self.loader = self._build_loader()
@@ -94,7 +85,6 @@ class LoaderSetup:
         self.close()
         self.image_shape = image_shape
         self.loader = self._build_loader()
-        self._is_closed = False
         self.start()
 
     def set_batch_size(self, batch_size: int) -> None:
@@ -103,19 +93,13 @@ class LoaderSetup:
 
     def close(self) -> None:
         """End processes and threads. Calling it again does nothing."""
-        if self._is_closed:
-            return
-        self._is_closed = True
         self.loader.close()
 
     def _initial_batch_size(self) -> int:
         requested = self._job.runtime.batch_size
         if requested != "auto":
             return requested
-        fixed_by_model = self._engine.model.batch_size
-        if fixed_by_model:
-            return fixed_by_model
-        return self._fit_batch_size(_DEFAULT_BATCH_SIZES.get(self._engine.device.type, _DEFAULT_BATCH_SIZE))
+        return self._engine.model.batch_size or self._fit_batch_size(self._usual_batch_size)
 
     def _fit_batch_size(self, wanted: int) -> int:
         """Make batches smaller where shared memory is small, so that each process has room for one.
@@ -161,8 +145,7 @@ class LoaderSetup:
 
     def _describe_limit(self, config: LoaderConfig, free: int | None) -> tuple[str, ...]:
         """Say how shared memory limits the loader, if it does, and which flag gives more of it."""
-        usual = _DEFAULT_BATCH_SIZES.get(self._engine.device.type, _DEFAULT_BATCH_SIZE)
-        batch_size = usual if self.chooses_batch_size else self.batch_size
+        batch_size = self._usual_batch_size if self.chooses_batch_size else self.batch_size
         wanted = self._resolve(batch_size, None)
         if free is None or (config.processes >= wanted.processes and self.batch_size >= batch_size):
             return ()

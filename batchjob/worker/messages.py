@@ -67,7 +67,6 @@ class WorkerInfo:
         batch_size: Images per batch.
         seconds: Time to load and warm up, in seconds.
         ahead: Images that the loader keeps in flight; 0 if unknown.
-        row_bytes: Upper bound for the size of the task's columns in one row, in bytes; 0 if only the settings say.
         decisions: Decisions on settings that the job leaves at `auto`, by dotted name (`task.activation`).
         notes: Sentences about how the model was loaded, and about what limits the loader.
     """
@@ -79,7 +78,6 @@ class WorkerInfo:
     batch_size: int
     seconds: float
     ahead: int = 0
-    row_bytes: int = 0
     decisions: Mapping[str, Decision] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

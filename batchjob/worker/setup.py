@@ -186,7 +186,6 @@ def _describe(engine: Engine, loader_setup: LoaderSetup, device: str, model: str
         batch_size=loader_setup.batch_size,
         seconds=time.monotonic() - started,
         ahead=loader_setup.images_in_flight,
-        row_bytes=getattr(engine.postprocess, "row_bytes", 0),
         decisions=dict(engine.decisions),
         notes=(*engine.notes, *loader_setup.notes),
     )

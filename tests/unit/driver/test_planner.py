@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -25,10 +24,9 @@ from batchjob.pool.pool import Pool
 from batchjob.report.plan_summary import PlanSummary
 from batchjob.report.run_result import RunResult
 from batchjob.storage.store import open_store
-from batchjob.worker.messages import WorkerReady
 from batchjob.worker.plan_session import PlanSession
 from batchjob.worker.setup import LoadedWorker
-from tests.support.scripted_pool import WORKER_INFO, ScriptedPool, make_job
+from tests.support.scripted_pool import ScriptedPool, make_job
 
 
 def no_pool() -> Pool:
@@ -75,16 +73,17 @@ def test_shard_size_follows_the_number_of_workers(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out/predictions").iterdir())) == 16  # of 375 images
 
 
-def test_row_bytes_of_a_worker_override_those_of_the_settings(tmp_path: Path) -> None:
-    pool = ScriptedPool(ready=[WorkerReady("0", replace(WORKER_INFO, row_bytes=8 << 20))])
-    run_job(make_manifest_job(tmp_path, 130), pool)
+WIDE_ROWS = {"type": "raw", "row_bytes": 8 << 20}
+
+
+def test_row_bytes_of_the_task_bound_the_shard_size(tmp_path: Path) -> None:
+    run_job(make_manifest_job(tmp_path, 130, task=WIDE_ROWS), ScriptedPool())
     assert len(list((tmp_path / "out/predictions").iterdir())) == 3  # of 64 images, in parts of 512 MiB
 
 
 def test_rows_too_wide_for_the_shard_size_are_refused_before_a_plan_is_made(tmp_path: Path) -> None:
-    pool = ScriptedPool(ready=[WorkerReady("0", replace(WORKER_INFO, row_bytes=8 << 20))])
     with pytest.raises(InvalidJob, match=r"runtime.shard_size: 600 rows of up to 8,388,608 bytes .* at most 512"):
-        run_job(make_manifest_job(tmp_path, 130, runtime={"shard_size": 600}), pool)
+        run_job(make_manifest_job(tmp_path, 130, task=WIDE_ROWS, runtime={"shard_size": 600}), ScriptedPool())
     assert not list((tmp_path / "out").glob("_batchjob/plans/*/head.json"))
 
 
