@@ -12,7 +12,6 @@ from batchjob.driver.control_loop import ControlLoop
 from batchjob.driver.existing_output import check_fingerprint
 from batchjob.errors import InvalidJob, StorageError, Unavailable
 from batchjob.job.job import Job
-from batchjob.job.runtime import Workers
 from batchjob.output.schema import build_row_schema
 from batchjob.output.success import delete_orphaned_success
 from batchjob.plan.chunks import CHUNK_BYTES, Chunk, extend_plan
@@ -88,7 +87,7 @@ class Planner:
             preview: Preview so far; returned as it is if it is long enough.
             workers: Workers that share the input; 0 if unknown.
         """
-        min_rows = (workers or _count_requested_workers(self._job)) * _MIN_SHARDS_PER_WORKER * _MAX_SHARD_ROWS
+        min_rows = (workers or self._job.runtime.requested_workers) * _MIN_SHARDS_PER_WORKER * _MAX_SHARD_ROWS
         if preview.complete or preview.rows > min_rows:
             return preview
         return self._control_loop.run_blocking(lambda: preview_listing(self._listing, min_rows))
@@ -193,7 +192,7 @@ def choose_shard_size(job: Job, preview: InputPreview, workers: int) -> int:
     row_bytes = job.task.row_bytes + preview.row_bytes
     requested = job.runtime.shard_size
     if requested == "auto":
-        workers = workers or _count_requested_workers(job)
+        workers = workers or job.runtime.requested_workers
         rows = -(-preview.rows // (workers * _MIN_SHARDS_PER_WORKER)) if preview.complete else _MAX_SHARD_ROWS
         rows_per_part = _TARGET_PART_BYTES // max(1, row_bytes)
         # A chunk of the plan holds whole shards.
@@ -205,9 +204,3 @@ def choose_shard_size(job: Job, preview: InputPreview, workers: int) -> int:
             f"give at most {max(1, _MAX_PART_BYTES // row_bytes):,}"
         )
     return requested
-
-
-def _count_requested_workers(job: Job) -> int:
-    """Return the workers that the job asks for; 1 if it leaves that open."""
-    workers = job.runtime.workers
-    return workers.max if isinstance(workers, Workers) else 1 if workers == "auto" else workers

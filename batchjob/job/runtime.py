@@ -90,6 +90,11 @@ class Runtime(Acceleration):
     loader: LoaderSettings = LoaderSettings()
     stall_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
 
+    @property
+    def requested_workers(self) -> int:
+        """Most workers that the job asks for; 1 if it leaves that open."""
+        return self.workers.max if isinstance(self.workers, Workers) else 1 if self.workers == "auto" else self.workers
+
 
 class ErrorBudget(Settings):
     """Limits on errors.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from batchjob.concurrency import parallel_map
@@ -147,14 +148,7 @@ def _parse_range(key: str) -> range:
 
 def _to_json(position: int, info: ImageInfo) -> dict[str, Any]:
     assert info.error is not None, "only errors are recorded"
-    error = info.error
-    return {
-        "position": position,
-        "etag": info.etag,
-        "stage": error.stage,
-        "type": error.type,
-        "message": error.message,
-    }
+    return {"position": position, "etag": info.etag, **asdict(info.error)}
 
 
 def _from_json(data: bytes) -> ImageInfo | None:

@@ -19,7 +19,7 @@ __all__ = ["CloudStore"]
 
 
 class CloudStore:
-    """A `Store` in a bucket. Picklable: the copy has clients of its own.
+    """A bucket as output. See `Store`. Picklable: the copy has clients of its own.
 
     Args:
         uri: URI of the output folder.
@@ -41,42 +41,33 @@ class CloudStore:
         return CloudStore, self._arguments
 
     def read(self, key: str) -> ObjectData:
-        """Return an object. Raises NotFound, Unavailable."""
         return self._bucket.get(self._prefix + key)
 
     def read_tail(self, key: str, size: int) -> bytes:
-        """Return the last `size` bytes, or all of them. Raises NotFound, Unavailable."""
         return self._bucket.get_tail(self._prefix + key, size)
 
     def read_head(self, key: str, size: int) -> bytes:
-        """Return the first `size` bytes, or all of them. Raises NotFound, Unavailable."""
         return self._bucket.get_range(self._prefix + key, 0, size)
 
     def open(self, key: str) -> BinaryIO:
-        """Open an object as a seekable file that fetches what is read. Raises NotFound, Unavailable."""
         return open_ranged(self._bucket, self._prefix + key)
 
     def stat(self, key: str) -> ObjectInfo:
-        """Return size, tag and version of an object. Raises NotFound, Unavailable."""
         return self._relative(self._bucket.head(self._prefix + key))
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Yield the objects whose keys start with `prefix`, in key order. Raises Unavailable."""
         return map(self._relative, self._bucket.list(self._prefix + prefix, None, True))
 
     def put_if_absent(self, key: str, body: bytes | Path) -> ObjectInfo:
-        """Create an object in one PUT. Raises AlreadyExists, Unavailable, InvalidJob."""
         return self._relative(self._bucket.put(self._prefix + key, body, "create"))
 
     def replace_if_match(self, key: str, body: bytes | Path, version: str) -> ObjectInfo:
-        """Replace an object that has this version. Raises PreconditionFailed, Unavailable, InvalidJob."""
         try:
             return self._relative(self._bucket.put(self._prefix + key, body, self._bucket.update_mode(version)))
         except (NotFound, AlreadyExists) as error:  # The object is gone, or a rival's write was answered with 409.
             raise PreconditionFailed(error.message) from error
 
     def delete(self, key: str) -> None:
-        """Delete an object; one that does not exist is no error. Raises Unavailable."""
         self._bucket.delete(self._prefix + key)
 
     def delete_if_match(self, key: str, version: str) -> None:

@@ -53,7 +53,7 @@ _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 
 
 class DiskStore:
-    """A `Store` in a folder.
+    """A folder as output. See `Store`.
 
     An object is created by a hard link to a synced temporary file, or without hard links (vfat, many FUSE file systems)
     by a rename that replaces nothing. It is replaced by a rename under `flock`. So readers see whole objects only, and
@@ -69,26 +69,21 @@ class DiskStore:
         self._swept = self._made_root = False
 
     def read(self, key: str) -> ObjectData:
-        """Return an object. Raises NotFound, Unavailable."""
         return read_file(self._root / key)
 
     def read_tail(self, key: str, size: int) -> bytes:
-        """Return the last `size` bytes, or all of them. Raises NotFound, Unavailable."""
         with open_file(self._root / key) as file, translate_read_errors(self._root / key):
             file.seek(max(0, os.fstat(file.fileno()).st_size - size))
             return file.read(size)
 
     def read_head(self, key: str, size: int) -> bytes:
-        """Return the first `size` bytes, or all of them. Raises NotFound, Unavailable."""
         with open_file(self._root / key) as file, translate_read_errors(self._root / key):
             return file.read(size)
 
     def open(self, key: str) -> BinaryIO:
-        """Return an object as a seekable file. Raises NotFound, Unavailable."""
         return open_file(self._root / key)
 
     def stat(self, key: str) -> ObjectInfo:
-        """Return size, tag and version of an object. Raises NotFound, Unavailable."""
         return stat_file(self._root / key, key)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -136,7 +131,6 @@ class DiskStore:
             return file_info(key, target.stat())
 
     def delete(self, key: str) -> None:
-        """Delete an object; one that does not exist is no error."""
         target = self._root / key
         if os.path.lexists(target):
             with self._translate_write_errors(key), self._locked(), suppress(FileNotFoundError):
@@ -144,7 +138,6 @@ class DiskStore:
                 self._remove_empty_folders(target.parent)
 
     def delete_if_match(self, key: str, version: str) -> None:
-        """Delete an object, if it exists. Raises PreconditionFailed if it has another version."""
         target = self._root / key
         if os.path.lexists(target):
             with self._translate_write_errors(key), self._locked(), suppress(NotFound):
@@ -203,7 +196,12 @@ class DiskStore:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
-                raise _no_locks(error, folder) if error.errno in _NO_LOCKS else error from error
+                if error.errno not in _NO_LOCKS:
+                    raise
+                raise InvalidJob(
+                    f"{folder}: this file system has no locks ({error.strerror}), which replacing an object safely "
+                    "needs; choose an output on another disk or on s3://"
+                ) from error
             if os.path.samestat(os.fstat(file.fileno()), (folder / "lock").stat()):
                 resources.pop_all()
                 return file
@@ -308,13 +306,6 @@ def _rename_to_free_name(source: Path, target: Path) -> None:
     if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], ctypes.c_uint(_RENAME_NOREPLACE)):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), os.fspath(target))
-
-
-def _no_locks(error: OSError, folder: Path) -> InvalidJob:
-    return InvalidJob(
-        f"{folder}: this file system has no locks ({error.strerror}), which replacing an object safely needs; "
-        "choose an output on another disk or on s3://"
-    )
 
 
 def _sync_folder(folder: Path) -> None:

@@ -147,6 +147,7 @@ def _choose_execution_config(
 ) -> tuple[ExecutionConfig, Predictor]:
     """Use the config that the plan holds for this kind of device, or find one by trials."""
     job, parallelism = loaded.job, loaded.cpu_parallelism
+    workers = loaded.setup.pool_size or job.runtime.requested_workers  # that share the images
     refs = reader.read_first_refs(_TRIAL_IMAGES)
     spec = TrialSpec(
         job=loaded.setup.job,
@@ -163,7 +164,7 @@ def _choose_execution_config(
         task_fingerprint=head.fingerprint.get("task"),
         engine=loaded.engine,
         trial_spec=spec,
-        expected_images=_expect_images(loaded, head) / _expect_workers(loaded),
+        expected_images=_expect_images(loaded, head) / workers,
         seconds_per_image=loaded.seconds_per_image,
         is_stopped=is_stopped,
         parallel_batches=parallelism.parallel_batches,
@@ -184,10 +185,3 @@ def _expect_images(loaded: LoadedWorker, head: PlanHead) -> int:
         return loaded.setup.known_images
     planned, is_complete = count_planned_images(loaded.store, head)
     return planned if is_complete else planned * _GROWTH
-
-
-def _expect_workers(loaded: LoadedWorker) -> int:
-    """Return the number of workers that share the images: the pool's, or what the job asks for."""
-    workers = loaded.job.runtime.workers
-    asked = workers if isinstance(workers, int) else 1 if workers == "auto" else workers.max
-    return loaded.setup.pool_size or asked
