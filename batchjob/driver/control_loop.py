@@ -45,7 +45,7 @@ class ControlLoop:
         note: Called with lines for the user.
 
     Attributes:
-        lease: The lease.
+        lease, signals: The lease and the stop signals, as given.
         collect_events: Called in each tick with the longest time to wait for events, in seconds. Sleeps by default.
         on_stop: Called once when a stop signal has come, before that ends the run; not while the store is out, for
             then nothing could be committed.
@@ -59,7 +59,7 @@ class ControlLoop:
         outage_seconds: float = 0.0,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.lease, self._signals, self._output, self._note = lease, signals, output, note
+        self.lease, self.signals, self._output, self._note = lease, signals, output, note
         self._outage = Outage(outage_seconds)
         self._lease_thread = DaemonThreadPool(1, "lease")
         self._pending_heartbeat: Future[None] | None = None
@@ -67,10 +67,6 @@ class ControlLoop:
         self._stopping = False
         self.collect_events: Callable[[float], object] = time.sleep
         self.on_stop: Callable[[], object] = lambda: None
-
-    def install_signal_handlers(self) -> None:
-        """Install the signal handlers again, since a library may have replaced them."""
-        self._signals.install()
 
     def heartbeat(self) -> None:
         """Renew the lease if it is due and check for stop signals; wait for neither store nor workers.
@@ -80,12 +76,12 @@ class ControlLoop:
             Unavailable: The store has not answered for too long.
         """
         self._renew_lease()
-        if self._signals.requested.is_set() and not self._stopping:
+        if self.signals.requested.is_set() and not self._stopping:
             self._stopping = True
             self._note("stop signal: what is done is kept; a second one (Ctrl-C again) stops at once")
             if not self._outage.is_ongoing:
                 self.on_stop()
-            self._signals.raise_if_stopping(self._output)
+            self.signals.raise_if_stopping(self._output)
 
     def tick(self, timeout: float = TICK_SECONDS) -> None:
         """Make one tick: heartbeat, then collect worker events for `timeout` seconds at most.

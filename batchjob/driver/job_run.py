@@ -82,7 +82,7 @@ class JobRun:
         self._store, self._control_loop, self._progress = store, control_loop, progress
         self._planner = Planner(self._job, store, control_loop, progress.note)
         self._dispatcher = Dispatcher(job.errors.attempts, make_pool, progress, self._state.record_commit)
-        self._dispatcher.on_starting = control_loop.install_signal_handlers
+        self._dispatcher.on_starting = control_loop.signals.install  # again, since Ray replaces the handlers
         control_loop.collect_events = self._dispatcher.collect_events
         control_loop.on_stop = lambda: self._dispatcher.drain(control_loop.heartbeat)
         self._stopped_early = False

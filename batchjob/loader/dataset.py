@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 from torch.utils.data import Dataset, get_worker_info
@@ -138,6 +139,9 @@ class ImageDataset:
             The batch, with the error of each bad image in its row; or an error that ends the job, not raised.
         """
         callback = callback or _NoOpCallback()
+        make_batch = partial(
+            Batch, shard_index=request.shard_index, start=request.start, attempt_number=request.attempt_number
+        )
         timings: list[StageTiming] = []
         collator = self.make_collator(len(request.refs), shared)
         infos = dict(request.known_errors)
@@ -154,26 +158,17 @@ class ImageDataset:
                         row = next(next_row)
                         infos[row] = self._prepare_image(row, objects.pop(), collator, callback)
         except Unavailable as error:
-            return Batch(
-                shard_index=request.shard_index,
-                start=request.start,
-                image_infos=(),
-                pixels=None,
-                attempt_error=error.message,
-                stage_seconds=_sum_stages(timings),
-                attempt_number=request.attempt_number,
+            return make_batch(
+                image_infos=(), pixels=None, attempt_error=error.message, stage_seconds=_sum_stages(timings)
             )
         except BatchjobError as error:
             return error
         callback.on_send()
-        return Batch(
-            shard_index=request.shard_index,
-            start=request.start,
+        return make_batch(
             image_infos=tuple(infos[row] for row in range(len(request.refs))),
             pixels=collator.to_tensor(),
             stage_seconds=_sum_stages(timings),
             shapes=collator.shapes(),
-            attempt_number=request.attempt_number,
             timings=tuple(timings),
         )
 

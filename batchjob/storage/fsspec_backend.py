@@ -82,7 +82,7 @@ class FsspecBackend:
         if not file.seekable():
             return io.BytesIO(self.get(key).data)
         # A file system of an archive closes the archive when it is collected; it lives as long as the file does.
-        weakref.finalize(file, _release, filesystem).atexit = False
+        weakref.finalize(file, lambda kept: None, filesystem).atexit = False
         return file
 
     def _resolve(self, key: str) -> tuple[Any, str]:
@@ -101,10 +101,6 @@ class FsspecBackend:
 
     def _send(self, key: str, request: Callable[[], T]) -> T:
         return self._policy.send(self._base + key, request, unaddressable_on_400=True)
-
-
-def _release(filesystem: Any) -> None:
-    """Do nothing: that a finalizer holds the file system is enough."""
 
 
 def suggest_protocol(scheme: str) -> str:

@@ -17,7 +17,7 @@ from batchjob.storage.http_access import explain_url_refusal, is_http_uri
 from batchjob.storage.http_backend import HttpBackend
 from batchjob.storage.objects import FolderFilter, ObjectData, ObjectInfo
 from batchjob.storage.obstore_backend import open_bucket
-from batchjob.storage.options import OptionsByPrefix, StorageOptions, options_for
+from batchjob.storage.options import OptionsByPrefix, options_for
 from batchjob.storage.outage import Outage
 from batchjob.storage.ranged_file import open_ranged
 from batchjob.storage.retry_policy import RetryPolicy, resolve_retry_timeout
@@ -59,9 +59,6 @@ class Reader:
         self._options, self._within = dict(options or {}), within
         self._retry_timeout = resolve_retry_timeout(retry_timeout, outage_timeout)
         self._outage_timeout = outage_timeout
-        self._create_clients()
-
-    def _create_clients(self) -> None:
         self._backends: dict[tuple[str, float, bool], Backend] = {}
         # All backends of the web share the connections of this one.
         self._http = HttpBackend(self._options, RetryPolicy(self._retry_timeout, Outage(self._retry_timeout)))
@@ -69,12 +66,8 @@ class Reader:
         self._pool: DaemonThreadPool | None = None
         self._lock = Lock()
 
-    def __getstate__(self) -> tuple[dict[str, StorageOptions], float, float, tuple[str, ...]]:
-        return self._options, self._retry_timeout, self._outage_timeout, self._within
-
-    def __setstate__(self, state: tuple[dict[str, StorageOptions], float, float, tuple[str, ...]]) -> None:
-        self._options, self._retry_timeout, self._outage_timeout, self._within = state
-        self._create_clients()
+    def __reduce__(self) -> tuple[type[Reader], tuple[OptionsByPrefix, float, float, tuple[str, ...]]]:
+        return type(self), (self._options, self._retry_timeout, self._outage_timeout, self._within)
 
     def read(self, uri: str, etag: str | None = None) -> ObjectData:
         """Return all bytes of an object.
