@@ -12,7 +12,44 @@ __all__ = ["MEMBERS", "page"]
 
 _INTRODUCTION = """\
 Every name that `import batchjob` gives. Nothing heavy is imported before it is used. Settings classes have the fields
-of [the job file](job-file.md), where their types and defaults are listed."""
+of [the job file](job-file.md), where their types and defaults are listed.
+
+A whole script. It needs no `if __name__ == "__main__":`, and the model may be one of its own functions:
+
+<!-- images: photos 20 -->
+```python title="predict.py"
+import torch
+from batchjob import InvalidJob, Job, Output, PrefixSource, Preprocess, PythonModel, RegressionTask, Runtime, run
+
+
+def brightness() -> torch.nn.Module:
+    class Mean(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.mean((1, 2, 3))
+
+    return Mean()
+
+
+job = Job(
+    input=PrefixSource(uri="photos"),
+    model=PythonModel(target=brightness),
+    preprocess=Preprocess(resize=64, crop=64, mean=None, std=None),
+    task=RegressionTask(),
+    runtime=Runtime(pool="local"),
+    output=Output(uri="out/brightness"),
+)
+try:
+    result = run(job, progress=True).raise_for_status()
+except InvalidJob as error:
+    raise SystemExit(f"{error}") from None      # one sentence: what is wrong, where, what to type next
+print(result.table().to_table(columns=["uri", "value"]).slice(0, 3))
+for row in result.errors():
+    print(row["uri"], row["error_message"])
+```
+
+```bash
+python predict.py
+```"""
 # Group -> first parts of the modules that its names come from; the first that fits counts.
 _GROUPS = {
     "Functions": ("batchjob.api",),
@@ -42,7 +79,7 @@ def page() -> str:
             groups[_find_group(name)].append(name)
     parts = ["# Python API", notice("`batchjob.__all__`"), _INTRODUCTION]
     for group, names in groups.items():
-        parts += [f"## {group}"] if names else []
+        parts += [f"## {group}", "\n".join(map(_summarize, names))] if names else []
         parts += map(_describe, names)
     return "\n\n".join(parts) + "\n"
 
@@ -53,6 +90,13 @@ def _find_group(name: str) -> str:
         raise UndocumentedError(f"batchjob.{name} has no docstring")
     matches = [group for group, modules in _GROUPS.items() if item.__module__.startswith(modules)]
     return matches[0] if matches else "Other settings"
+
+
+def _summarize(name: str) -> str:
+    """Return a list item with the call of a function or the name of a class, and the first sentence of its docstring."""
+    item: Any = getattr(batchjob, name)
+    parameters = "" if isinstance(item, type) else f"({', '.join(inspect.signature(item).parameters)})"
+    return f"* `{name}{parameters}`: {(inspect.getdoc(item) or '').splitlines()[0]}"
 
 
 def _describe(name: str) -> str:
