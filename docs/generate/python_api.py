@@ -93,7 +93,7 @@ def _find_group(name: str) -> str:
 
 
 def _summarize(name: str) -> str:
-    """Return a list item with the call of a function or the name of a class, and the first sentence of its docstring."""
+    """Return a list item: the call of a function or the name of a class, and its first sentence."""
     item: Any = getattr(batchjob, name)
     parameters = "" if isinstance(item, type) else f"({', '.join(inspect.signature(item).parameters)})"
     return f"* `{name}{parameters}`: {(inspect.getdoc(item) or '').splitlines()[0]}"
