@@ -11,8 +11,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Literal
+
+import psutil
 
 from batchjob.concurrency import clean_process_start, exit_with_parent, join_child_process
 from batchjob.loader.worker_limits import ProgressSnapshot, WorkerProgress
@@ -146,12 +147,11 @@ def run_beside_parent() -> None:
 
 
 def _is_stopped(pid: int | None) -> bool:
-    """Read the state of a process from `/proc/PID/stat`: the letter after the command, T if it is stopped."""
+    """Return True if SIGSTOP holds the process; False if it is gone."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:  # the process is gone, or this system has no /proc
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except psutil.Error:
         return False
-    return stat.rpartition(b") ")[2][:1] == b"T"
 
 
 def _describe_exit_code(code: int | None) -> str:

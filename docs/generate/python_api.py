@@ -41,7 +41,7 @@ job = Job(
 try:
     result = run(job, progress=True).raise_for_status()
 except InvalidJob as error:
-    raise SystemExit(f"{error}") from None      # one sentence: what is wrong, where, what to type next
+    raise SystemExit(f"{error}") from None  # one sentence: what is wrong, where, what to type next
 print(result.table().to_table(columns=["uri", "value"]).slice(0, 3))
 for row in result.errors():
     print(row["uri"], row["error_message"])

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
 
 __all__ = ["TuningCache", "use_compile_cache"]
 
@@ -40,14 +41,13 @@ class TuningCache:
     @contextmanager
     def lock(self, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Hold the entry's lock among the processes of this machine; enter without it if `is_stopped()` turns true."""
-        try:
-            file = (_make_folder("tuning") / f"{self._name}.lock").open("w")
-        except OSError:
-            yield
-            return
-        with file:
-            while not is_stopped() and not _try_lock(file):
-                time.sleep(_POLL_SECONDS)
+        # A disk that does not support locks lets everyone in.
+        with ExitStack() as held:
+            with suppress(OSError, NotImplementedError):
+                lock = FileLock(_make_folder("tuning") / f"{self._name}.lock")
+                while not is_stopped() and not lock.is_locked:
+                    with suppress(Timeout):
+                        held.enter_context(lock.acquire(timeout=_POLL_SECONDS))
             yield
 
     def read(self) -> bytes | None:
@@ -69,22 +69,10 @@ class TuningCache:
         return _make_folder("tuning") / f"{self._name}.json"
 
 
-def _try_lock(file: IO[str]) -> bool:
-    """Take the lock if it is free; a disk that does not support locks always grants it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def _make_folder(name: str) -> Path:
-    try:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchjob"
-    except RuntimeError as error:  # the user id of a container has no home folder
-        raise OSError(str(error)) from error
+    root = user_cache_path("batchjob", appauthor=False)
+    if not root.is_absolute():  # the user id of a container has no home folder
+        raise FileNotFoundError(root)
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     root.chmod(0o700)
