@@ -14,6 +14,7 @@ import typer
 
 from batchjob.cli.command_result import print_text, report_query
 from batchjob.cli.options import AsJson, Endpoint, OutputOrJobFile, Overrides, Params, Region, resolve_output
+from batchjob.errors import InvalidJob
 from batchjob.text import format_count
 
 __all__ = ["discard", "errors", "status"]
@@ -93,7 +94,7 @@ def discard(
     def work() -> tuple[dict[str, Any], list[str]]:
         uri, options = resolve_output(where, param, overrides, endpoint, region)
         if not yes:
-            raise typer.BadParameter(f"this deletes every row in {uri}; add --yes to do so")
+            raise InvalidJob(f"{uri}: discard deletes every row there; add --yes to do so")
         from batchjob import api
 
         message = api.discard(uri, options)

@@ -203,8 +203,8 @@ def _describe_excess(store: Store, totals: Totals, planned: int, exceeded_limit:
     return (
         f"{counts}, {exceeded_limit}; {_describe_top_error(totals)}\n"
         f"{rows} can be read in {store.uri.rstrip('/')}/predictions/*.parquet; there is no _SUCCESS\n"
-        f"next: `batchjob errors {store.uri}` lists what failed; mend it and `batchjob retry`, or raise errors.max_rate"
-        f"{advice}"
+        f"next: `batchjob errors {store.uri}` lists the images; mend them and `batchjob retry JOB.yaml`, or raise "
+        f"errors.max_rate{advice}"
     )
 
 

@@ -91,8 +91,9 @@ class OutputStatus:
         if not self.failed or (self.accepted is not None and self.failed <= self.accepted):
             return "all of it is done; the run that writes _SUCCESS is at work, or run again"
         return (
-            f"all of it is done, but for _SUCCESS too many may have failed: see `batchjob errors {self.output}`; "
-            "mend them and `batchjob retry`, or raise errors.max_rate: the next run then completes at once"
+            f"every image has a row, and {self.failed:,} of them failed, maybe more than errors.max_rate allows: "
+            f"`batchjob errors {self.output}` lists them; mend them and `batchjob retry JOB.yaml`, or raise "
+            "errors.max_rate: the next run then completes at once"
         )
 
 

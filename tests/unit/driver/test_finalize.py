@@ -287,7 +287,7 @@ def test_message_over_budget_names_the_most_frequent_error(output: FakeOutput) -
         "3 of 10 images failed, errors.max_rate allows 1.00%; most often fetch/not_found (2, such as 0.png: ends too "
         "early)\n"
         "all 10 rows, error rows among them, can be read in memory://out/predictions/*.parquet; there is no _SUCCESS\n"
-        "next: `batchjob errors memory://out` lists what failed; mend it and `batchjob retry`, or raise "
+        "next: `batchjob errors memory://out` lists the images; mend them and `batchjob retry JOB.yaml`, or raise "
         "errors.max_rate: the next run then completes at once"
     )
 
