@@ -11,7 +11,6 @@ from typing import Any
 
 from batchjob.errors import (
     AlreadyExists,
-    AttemptFailed,
     BatchjobError,
     CheckFailed,
     NotFound,
@@ -221,4 +220,4 @@ def _put_or_replace(store: Store, key: str, body: bytes, raise_if_discarded: Cal
             return
         except (NotFound, PreconditionFailed):
             continue
-    raise AttemptFailed(f"{store.uri}/{key} could not be written: it changes under every try; run again")
+    raise Temporary(f"{store.uri}/{key} could not be written: it changes under every try; run again")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from batchjob.errors import AttemptFailed, CheckFailed, Unavailable
+from batchjob.errors import CheckFailed, Temporary, Unavailable
 from batchjob.output.listed_parts import find_part_mismatches
 from batchjob.output.success import (
     SUCCESS,
@@ -83,7 +83,7 @@ def test_success_is_written_despite_wrong_answers(memory: MemoryStore, exists: b
 
 def test_success_that_cannot_be_written_is_an_error(memory: MemoryStore) -> None:
     memory.inject("put_if_absent", SUCCESS, Fault.CONFLICT, times=100)
-    with pytest.raises(AttemptFailed, match="_SUCCESS could not be written"):
+    with pytest.raises(Temporary, match="_SUCCESS could not be written"):
         write_success(memory, {"plan": "p"}, PARTS)
     memory.inject("put_if_absent", "_batchjob/report.json", Fault.DOWN)
     with pytest.raises(Unavailable):
