@@ -143,7 +143,7 @@ class Lease:
         Raises:
             Temporary: Another driver has taken the lease.
         """
-        newest = _read_newest_epoch(self._store)
+        newest = _read_newest_epoch(self._store, self.epoch)
         if newest is None or newest.epoch != self.epoch or newest.owner != self._owner:
             raise _busy_error(self._store, newest)
 
@@ -237,11 +237,20 @@ def _busy_error(store: Store, state: _LeaseState | None) -> Temporary:
     return Temporary(f"another driver{owner} is at work on {store.uri}; let it finish, or try again later")
 
 
-def _read_newest_epoch(store: Store) -> _LeaseState | None:
-    """Read the epoch with the highest number; None if there is none."""
+def _read_newest_epoch(store: Store, own_epoch: int | None = None) -> _LeaseState | None:
+    """Read the epoch with the highest number; None if there is none.
+
+    Raises:
+        Temporary: The epoch cannot be read, but it is newer than `own_epoch`, so that lease is lost.
+    """
     # The object may be deleted between the listing and the read. Then the listing is made again.
     while epochs := _list_epochs(store):
-        state = _read_epoch(store, max(epochs))
+        try:
+            state = _read_epoch(store, max(epochs))
+        except Unavailable as error:
+            if own_epoch is not None and max(epochs) > own_epoch:
+                raise _busy_error(store, None) from error
+            raise
         if state is not None:
             return state
     return None

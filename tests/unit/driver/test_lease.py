@@ -315,3 +315,11 @@ def test_lost_lease_is_not_deleted(memory: MemoryStore) -> None:
     follower = acquire(memory)
     suspended.release(is_unused=lambda: True)
     follower.confirm_ownership()
+
+
+def test_lease_is_lost_even_if_the_newer_one_cannot_be_read(memory: MemoryStore) -> None:
+    suspended = acquire(memory)
+    acquire(memory.client())
+    memory.inject("read", epoch_key(2), Fault.DOWN)
+    with pytest.raises(Temporary, match="another driver is at work"):
+        suspended.confirm_ownership()
