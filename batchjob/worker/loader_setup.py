@@ -14,6 +14,8 @@ from batchjob.system import SHARED_MEMORY, available_memory, free_shared_memory,
 
 __all__ = ["LoaderSetup"]
 
+_CPU_BATCH_SIZE = 32
+_GPU_BATCH_SIZE = 128
 _MAX_BATCH_SIZE = 1024
 # Rather fewer processes than still smaller batches.
 _MIN_BATCH_SIZE = 8
@@ -44,7 +46,7 @@ class LoaderSetup:
         self._cores, self._small_input_bytes = cores, small_input_bytes
         self.notes: tuple[str, ...] = ()
         self._settings = self._writable_settings()
-        self._usual_batch_size = 128 if engine.device.type == "cuda" else 32
+        self._usual_batch_size = _GPU_BATCH_SIZE if engine.device.type == "cuda" else _CPU_BATCH_SIZE
         self.batch_size = self._initial_batch_size()
         self.image_shape = tuple(engine.example_image.shape)
         self.loader = self._build_loader()

@@ -28,7 +28,7 @@ def job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def choose_batch_size(monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
     """Make `auto` choose so many images, as a GPU with room for them does."""
-    monkeypatch.setattr("batchjob.worker.loader_setup._DEFAULT_BATCH_SIZE", batch_size)
+    monkeypatch.setattr("batchjob.worker.loader_setup._CPU_BATCH_SIZE", batch_size)
 
 
 def count_rows(worker: BenchWorker) -> int:
