@@ -70,8 +70,11 @@ class TuningCache:
 
 
 def _make_folder(name: str) -> Path:
-    root = user_cache_path("batchjob", appauthor=False)
-    if not root.is_absolute():  # the user id of a container has no home folder
+    try:
+        root = user_cache_path("batchjob", appauthor=False)
+    except RuntimeError as error:  # the user id of a container has no home folder
+        raise FileNotFoundError(str(error)) from error
+    if not root.is_absolute():  # earlier versions of platformdirs return `~` then
         raise FileNotFoundError(root)
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
